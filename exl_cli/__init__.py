@@ -1,0 +1,54 @@
+"""exl: run GPTQ and EXL2 language models on your own GPU, or on any CPU.
+
+From Python: `from exl_cli import download, load, Sampling`; see `exl_cli.api`. With LangChain: see `exl_cli.langchain`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exl_cli.api import Model, download, load
+    from exl_cli.errors import ExlError
+    from exl_cli.sampling import Sampling
+    from exl_cli.streams import AsyncStream, Generation, Stream
+
+try:
+    __version__ = version("exl-cli")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AsyncStream",
+    "ExlError",
+    "Generation",
+    "Model",
+    "Sampling",
+    "Stream",
+    "__version__",
+    "download",
+    "load",
+]
+
+# Imported on first use, so that `import exl_cli`, and with it `exl --help`, stays light.
+_HOMES = {
+    "AsyncStream": "streams",
+    "ExlError": "errors",
+    "Generation": "streams",
+    "Model": "api",
+    "Sampling": "sampling",
+    "Stream": "streams",
+    "download": "api",
+    "load": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

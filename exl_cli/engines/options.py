@@ -1,0 +1,58 @@
+"""How a model is to be loaded: the values behind the load flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from exl_cli.errors import UsageError
+
+EngineChoice = Literal["auto", "exllamav2", "cpu"]
+CacheType = Literal["fp16", "q8", "q6", "q4"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a model is loaded.
+
+    Attributes:
+        engine: "auto" takes exllamav2 where a GPU and the model allow it.
+        max_seq_len: context to allocate, in tokens; None for what the request needs, between 4,096 and the model's.
+        cache: type of the KV cache on the GPU.
+        gpu_split: GiB of weights per GPU; None to fill the GPUs one after the other.
+        low_mem: evaluate prompts in smaller pieces, for less scratch memory.
+
+    Raises:
+        UsageError: a value that cannot be.
+    """
+
+    engine: EngineChoice = "auto"
+    max_seq_len: int | None = None
+    cache: CacheType = "fp16"
+    gpu_split: tuple[float, ...] | None = None
+    low_mem: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineChoice):
+            raise UsageError(f"no engine named {self.engine!r}", f"engines: {', '.join(get_args(EngineChoice))}")
+        if self.cache not in get_args(CacheType):
+            raise UsageError(f"no cache type named {self.cache!r}", f"cache types: {', '.join(get_args(CacheType))}")
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise UsageError(f"--max-seq-len must be at least 1 token, got {self.max_seq_len}")
+
+
+def parse_gpu_split(text: str) -> tuple[float, ...] | None:
+    """ "auto" to None, "20,24" to (20.0, 24.0).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or any(not 0 <= value < 10_000 for value in values) or not any(values):
+        raise UsageError(f"--gpu-split {text!r} is not a list of GiB per GPU", "write it as 20,24 or auto")
+    return values

@@ -1,0 +1,1 @@
+"""Readers of quantized weight formats: packed tensors in, float tensors out."""

@@ -1,0 +1,137 @@
+"""What the two packed formats share: checked access to their tensors, and the arithmetic from codes to weights.
+
+Both keep a weight of `K` input and `N` output features with the inputs along the rows. A column's codes are little
+numbers written one after another, lowest bits first, into the 32-bit words of that column; words are stored as int32
+though they are bit patterns, so a shift to the right must not carry the sign along. Rows come in groups; a group has
+one scale per column, and the weight is `(code - zero) * scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exl_cli.errors import DamagedModelError
+
+# A block of this many weights keeps the intermediate tensors (five, of four bytes each) in or near the CPU's caches.
+BLOCK_WEIGHTS = 1 << 19
+
+# Writers round the output features up to a multiple of 32 with columns that mean nothing.
+PADDING = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the codes of the weight's K rows lie, row by row: four tensors [K].
+
+    Attributes:
+        word: index of the row of words in which the code begins, int64.
+        shift: bit of that word at which it begins, int32, 0 to 31; what does not fit goes on in the next word.
+        bits: width of the code, int32.
+        group: index of the group whose scale and zero apply, int64.
+    """
+
+    word: Tensor
+    shift: Tensor
+    bits: Tensor
+    group: Tensor
+
+
+def damaged(name: str, key: str, problem: str) -> DamagedModelError:
+    """Return the error for tensor `key` of the layer `name`, ready to raise."""
+    where = f"{name}.{key}" if name else key
+    return DamagedModelError(f"{where}: {problem}", "download the model again, or convert it anew")
+
+
+def require(tensors: Mapping[str, Tensor], key: str, dims: int, dtypes: tuple[torch.dtype, ...], name: str) -> Tensor:
+    """Return the tensor `key`, known to be there, not empty, with so many dimensions and one of the dtypes.
+
+    Raises:
+        DamagedModelError: where it is not.
+    """
+    if key not in tensors:
+        raise damaged(name, key, "the tensor is missing")
+    tensor = tensors[key]
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise damaged(name, key, f"expected {wanted}, found {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.dim() != dims or not tensor.numel():
+        raise damaged(name, key, f"expected {dims} dimensions, none of them 0, found shape {list(tensor.shape)}")
+    return tensor
+
+
+def require_shape(tensor: Tensor, shape: tuple[int, ...], key: str, name: str) -> None:
+    """Raise DamagedModelError unless the tensor has that shape."""
+    if tuple(tensor.shape) != shape:
+        raise damaged(name, key, f"expected shape {list(shape)}, found {list(tensor.shape)}")
+
+
+def require_finite(tensor: Tensor, key: str, name: str) -> None:
+    """Raise DamagedModelError where the tensor holds an infinity or a NaN."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise damaged(name, key, "holds values that are not finite")
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Return the eight 4-bit fields of every int32, lowest first: int32 [G, C] becomes int32 [G, 8 * C]."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    return (packed.unsqueeze(2) >> shifts).bitwise_and_(15).flatten(1)
+
+
+def output(out: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype, key: str, name: str) -> Tensor:
+    """Return `out` if it can take a weight of that shape [N, K], or a new tensor of `dtype` where there is none.
+
+    Raises:
+        DamagedModelError: `out`, which has the shape that the model's config asks for, does not fit.
+    """
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    rows = out.shape[0]
+    if tuple(out.shape) != (rows, shape[1]) or not shape[0] - PADDING < rows <= shape[0]:
+        raise damaged(name, key, f"holds a weight of shape {list(shape)}, the model needs {list(out.shape)}")
+    return out
+
+
+def dequantize(words: Tensor, layout: Layout, zeros: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """Write the weight into `out` and return it, a block of rows at a time.
+
+    Args:
+        words: packed codes, int32 [rows of words, N].
+        layout: where the code of each of the K rows lies.
+        zeros: code of the weight 0, float32 [groups, N], or [groups, 1] where the columns share it.
+        scales: weight of one step of the code, float32 [groups, N].
+        out: any float tensor [N, K], or [n, K] to leave out the columns of `words` from n on.
+    """
+    columns, rows = out.shape
+    words, zeros, scales = words[:, :columns], zeros[:, :columns], scales[:, :columns]
+    height = max(32, BLOCK_WEIGHTS // columns)
+    with torch.no_grad():
+        for start in range(0, rows, height):
+            block = slice(start, start + height)
+            group = layout.group[block]
+            weight = _codes(words, layout, block).to(torch.float32)
+            weight.sub_(zeros.index_select(0, group)).mul_(scales.index_select(0, group))
+            out[:, block].copy_(weight.t())
+    return out
+
+
+def _codes(words: Tensor, layout: Layout, block: slice) -> Tensor:
+    """Return the codes of a block of rows, int32 [rows, N]."""
+    word, shift, bits = layout.word[block], layout.shift[block], layout.bits[block]
+    here = torch.minimum(bits, 32 - shift)
+    codes = words.index_select(0, word)
+    # The shift copies the sign downwards; the mask leaves only bits that were in the word.
+    codes.bitwise_right_shift_(shift[:, None]).bitwise_and_(_ones(here)[:, None])
+    split = (here < bits).nonzero().squeeze(1)
+    if len(split):
+        rest = words.index_select(0, word[split] + 1).bitwise_and_(_ones(bits - here)[split][:, None])
+        codes.index_add_(0, split, rest.bitwise_left_shift_(here[split][:, None]))
+    return codes
+
+
+def _ones(count: Tensor) -> Tensor:
+    """Return int32 masks with that many low bits set; a code has 8 bits at most."""
+    return (1 << count) - 1

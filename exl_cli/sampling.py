@@ -1,0 +1,217 @@
+"""The sampler-settings builder: one frozen `Sampling`, where its values come from, and what values are legal.
+
+The fields, their names and their meaning are those of exllamav2's sampler, so that settings written for it carry over.
+Each field's own metadata holds its legal range, unit and one line of help; flags, validation and documentation all
+read it from there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from exl_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """What is known of one field besides its default: the flag that sets it, its range and its help."""
+
+    flag: str
+    help: str
+    low: float = 0.0
+    high: float = math.inf
+    low_open: bool = False
+
+
+def _setting(
+    default: Any, flag: str, help: str, low: float = 0.0, high: float = math.inf, low_open: bool = False
+) -> Any:
+    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open)})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits. The defaults are the LangChain notebook's; 0 means off except where
+    the help says otherwise.
+
+    Order of application, as in exllamav2: penalties, DRY, temperature and smoothing, top-k, top-p, top-a, min-p,
+    tail-free, typical, mirostat, dynamic or last temperature, XTC, skew, one draw.
+
+    Raises:
+        UsageError: a value outside its range, or two that contradict each other.
+    """
+
+    temperature: float = _setting(0.85, "--temperature", "Softmax temperature; below 0.01 is greedy.", high=100.0)
+    top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens (tokens).")
+    top_p: float = _setting(0.8, "--top-p", "Keep the likeliest tokens up to this total probability.", high=1.0)
+    min_p: float = _setting(0.0, "--min-p", "Drop tokens below this share of the top probability.", high=1.0)
+    top_a: float = _setting(0.0, "--top-a", "Drop tokens below A times the top probability squared.", high=1.0)
+    tfs: float = _setting(0.0, "--tfs", "Tail-free sampling: share of the second derivative kept.", high=1.0)
+    typical: float = _setting(0.0, "--typical", "Locally typical sampling: probability mass kept.", high=1.0)
+    skew: float = _setting(
+        0.0, "--skew", "Push the draw toward likelier (negative) or rarer tokens.", low=-10.0, high=10.0
+    )
+    temperature_last: bool = _setting(False, "--temperature-last", "Apply the temperature after all filters.")
+    token_repetition_penalty: float = _setting(
+        1.05, "--repetition-penalty", "Divide the logits of tokens already seen; 1 is off.", low_open=True, high=100.0
+    )
+    token_repetition_range: int = _setting(
+        -1, "--repetition-range", "How far back penalties reach (tokens); -1 is the whole context.", low=-1
+    )
+    token_repetition_decay: int = _setting(
+        0, "--repetition-decay", "Over how many more tokens the penalties fade out (tokens)."
+    )
+    token_frequency_penalty: float = _setting(
+        0.0, "--frequency-penalty", "Subtract this for every time a token was seen.", low=-100.0, high=100.0
+    )
+    token_presence_penalty: float = _setting(
+        0.0, "--presence-penalty", "Subtract this once from tokens already seen.", low=-100.0, high=100.0
+    )
+    smoothing_factor: float = _setting(0.0, "--smoothing-factor", "Quadratic smoothing of the logits.", high=100.0)
+    min_temp: float = _setting(
+        0.0, "--min-temp", "Dynamic temperature: lowest, used where the model is sure.", high=100.0
+    )
+    max_temp: float = _setting(
+        0.0, "--max-temp", "Dynamic temperature: highest; above --min-temp turns it on.", high=100.0
+    )
+    temp_exponent: float = _setting(
+        1.0, "--temp-exponent", "Dynamic temperature: exponent of the entropy.", low_open=True, high=100.0
+    )
+    mirostat: bool = _setting(False, "--mirostat", "Mirostat 2: hold the surprise of the text constant.")
+    mirostat_tau: float = _setting(
+        1.5, "--mirostat-tau", "Mirostat: target surprise (bits).", low_open=True, high=100.0
+    )
+    mirostat_eta: float = _setting(0.1, "--mirostat-eta", "Mirostat: learning rate.", high=1.0)
+    dry_multiplier: float = _setting(
+        0.0, "--dry-multiplier", "DRY: strength of the penalty on repeated sequences.", high=100.0
+    )
+    dry_base: float = _setting(
+        1.75, "--dry-base", "DRY: growth of the penalty with each repeated token.", low=1.0, high=100.0
+    )
+    dry_allowed_length: int = _setting(2, "--dry-allowed-length", "DRY: repeats this long are free (tokens).", low=1)
+    dry_range: int = _setting(0, "--dry-range", "DRY: how far back to look (tokens); 0 is the whole context.")
+    dry_max_ngram: int = _setting(20, "--dry-max-ngram", "DRY: longest repeat to consider (tokens).", low=1)
+    xtc_probability: float = _setting(0.0, "--xtc-probability", "XTC: chance of excluding the top choices.", high=1.0)
+    xtc_threshold: float = _setting(0.1, "--xtc-threshold", "XTC: a top choice is at least this probable.", high=1.0)
+
+    def __post_init__(self) -> None:
+        for name, info in FIELDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                continue
+            low_ok = value > info.low if info.low_open else value >= info.low
+            if not (low_ok and value <= info.high):
+                bound = f"above {info.low:g}" if info.low_open else f"at least {info.low:g}"
+                limits = bound if info.high == math.inf else f"{bound} and at most {info.high:g}"
+                raise UsageError(f"{name} must be {limits}, got {value:g}", f"see {info.flag} in --help")
+        if self.max_temp < self.min_temp:
+            raise UsageError(
+                f"max_temp ({self.max_temp:g}) is below min_temp ({self.min_temp:g})",
+                "give --max-temp the larger value, or neither",
+            )
+        if 0 < self.dry_range <= self.dry_max_ngram:
+            raise UsageError(
+                f"dry_range ({self.dry_range}) must be larger than dry_max_ngram ({self.dry_max_ngram})",
+                "raise --dry-range, or 0 for the whole context",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """True where the likeliest token is always taken, so that the seed has no effect."""
+        return self.top_k == 1 or self.temperature < 0.01
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, JSON-ready."""
+        return asdict(self)
+
+    def brief(self) -> dict[str, Any]:
+        """The notebook's four fields, and whatever else differs from its default: what `--verbose` prints."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in NOTEBOOK_FIELDS or getattr(self, f.name) != f.default
+        }
+
+
+NOTEBOOK_FIELDS = ("temperature", "top_k", "top_p", "token_repetition_penalty")
+
+
+def _info(f: Field[Any]) -> FieldInfo:
+    info: FieldInfo = f.metadata["info"]
+    return info
+
+
+FIELDS: dict[str, FieldInfo] = {f.name: _info(f) for f in fields(Sampling)}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "notebook": {"temperature": 0.85, "top_k": 50, "top_p": 0.8, "token_repetition_penalty": 1.05},
+    "greedy": {"temperature": 0.0, "token_repetition_penalty": 1.0},
+    "precise": {"temperature": 0.3, "top_k": 40, "top_p": 0.9, "token_repetition_penalty": 1.05},
+    "creative": {"temperature": 1.1, "top_k": 0, "top_p": 0.0, "min_p": 0.05, "token_repetition_penalty": 1.05},
+}
+
+# generation_config.json's names (transformers' GenerationConfig) for what exllamav2 names otherwise.
+_GENERATION_CONFIG_NAMES = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical",
+    "repetition_penalty": "token_repetition_penalty",
+}
+
+
+def build(
+    flags: Mapping[str, Any], preset: str | None = None, generation_config: Mapping[str, Any] | None = None
+) -> Sampling:
+    """Put settings together: flags, then the preset, then the model's generation config, then the notebook's values.
+
+    Args:
+        flags: field names to values, those that were not given left out or None.
+        preset: a key of `PRESETS`; it replaces the generation config rather than mixing with it.
+        generation_config: the parsed `generation_config.json` of the model.
+
+    Raises:
+        UsageError: an unknown preset or field, or an illegal value.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(f"no preset named {preset!r}", f"presets: {', '.join(PRESETS)}")
+        values.update(PRESETS[preset])
+    elif generation_config:
+        values.update(from_generation_config(generation_config))
+    for name, value in flags.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            raise UsageError(f"no sampler setting named {name!r}", f"did you mean {near[0]}?" if near else "see --help")
+        if value is not None:
+            values[name] = value
+    return Sampling(**values)
+
+
+def from_generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a `generation_config.json` sets. Values that are null, of the wrong type or out of range are
+    ignored: a model file must not be able to stop a run that sets them itself."""
+    values: dict[str, Any] = {}
+    for theirs, ours in _GENERATION_CONFIG_NAMES.items():
+        value: Any = config.get(theirs)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        try:
+            value = int(value) if ours == "top_k" else float(value)
+            replace(Sampling(), **{ours: value})
+        except (UsageError, ValueError, OverflowError):  # the last two: Infinity, NaN or a number of 400 digits
+            continue
+        values[ours] = value
+    if config.get("do_sample") is False:
+        # By the temperature alone, so that a temperature given as a flag does something.
+        values["temperature"] = 0.0
+    if values and "token_repetition_penalty" not in values:
+        # A model that states how it wants to be sampled, and names no penalty, means none.
+        values["token_repetition_penalty"] = 1.0
+    return values

@@ -1,0 +1,44 @@
+"""Small things that several tests need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from exl_cli.engines.base import Chunk, Request, Summary
+from exl_cli.sampling import build
+
+
+class Recorder:
+    """A `loader.Observer` that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[tuple[int, int]] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def progress(self, done: int, total: int) -> None:
+        self.steps.append((done, total))
+
+
+def collect(chunks: Iterable[Chunk]) -> tuple[str, list[int], Summary]:
+    """The text, the tokens and the summary of a whole stream."""
+    parts = list(chunks)
+    assert all(chunk.summary is None for chunk in parts[:-1])
+    summary = parts[-1].summary
+    assert summary is not None
+    return "".join(chunk.text for chunk in parts), [token for chunk in parts for token in chunk.token_ids], summary
+
+
+def request_for(ids: Sequence[int], preset: str, max_new_tokens: int, seed: int = 0) -> Request:
+    """A request with a preset's settings and no stop ids."""
+    return Request(ids, build({}, preset), max_new_tokens, seed)
+
+
+def exl(*args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the `exl` command in a process of its own; its output is decoded as UTF-8, byte for byte otherwise."""
+    result = subprocess.run([sys.executable, "-m", "exl_cli", *args], input=stdin, capture_output=True, env=env)
+    return subprocess.CompletedProcess(args, result.returncode, result.stdout.decode(), result.stderr.decode())

@@ -1,0 +1,110 @@
+"""What all engines do alike: stop strings, limits, cancelling, timings."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+from helpers import collect
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exl_cli.engines import driver
+from exl_cli.engines.base import Request
+from exl_cli.errors import PromptError
+from exl_cli.sampling import Sampling
+
+LETTERS = st.text("abc", max_size=12)
+
+
+@given(pieces=st.lists(LETTERS, max_size=12), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_are_found_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
+    scanner = driver.StopScanner(tuple(stops))
+    out, ended = "", False
+    for piece in pieces:
+        text, ended = scanner.push(piece)
+        out += text
+        if ended:
+            break
+    else:
+        out += scanner.flush()
+    whole = "".join(pieces)
+    places = [whole.index(stop) for stop in stops if stop in whole]
+    assert ended == bool(places)
+    # A stop string that is complete ends the text at once, so another that begins earlier and is longer may not count.
+    assert out == whole[: len(out)]
+    if places:
+        assert any(whole[len(out) :].startswith(stop) for stop in stops)
+        assert not any(stop in out for stop in stops)
+    else:
+        assert out == whole
+
+
+def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:
+    scanner = driver.StopScanner(("END", "\n\n"))
+    assert scanner.push("hello E") == ("hello ", False)
+    assert scanner.push("asy") == ("Easy", False)
+    assert scanner.push(" EN") == (" ", False)
+    assert scanner.push("D of it") == ("", True)
+
+
+class Letters:
+    """A decoder for which token 0 is "a", 1 is "b" and so on."""
+
+    def push(self, token_id: int) -> str:
+        return chr(ord("a") + token_id)
+
+
+def request(tokens: int = 100, **more: object) -> Request:
+    return Request([1, 2, 3], Sampling(), tokens, 0, **more)  # type: ignore[arg-type]
+
+
+def alphabet(closed: list[bool], group: int = 1) -> Generator[driver.Step, None, None]:
+    try:
+        yield driver.Step()
+        yield driver.Step(prompt_seconds=0.25, reused_tokens=2)
+        for start in range(0, 26, group):
+            yield driver.Step(tuple(range(start, min(start + group, 26))))
+    finally:
+        closed.append(True)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_limits_and_stops_cut_even_inside_a_step(group: int) -> None:
+    closed: list[bool] = []
+
+    def run(**options: object) -> tuple[str, list[int], str]:
+        text, ids, summary = collect(driver.run(request(**options), Letters(), 1000, alphabet(closed, group)))
+        assert summary.new_tokens == len(ids)
+        assert closed.pop()
+        return text, ids, summary.finish_reason
+
+    assert run(tokens=6) == ("abcdef", [0, 1, 2, 3, 4, 5], "length")
+    assert run(stop_ids=frozenset({5})) == ("abcde", [0, 1, 2, 3, 4, 5], "stop")
+    assert run(stop_strings=("ef",)) == ("abcd", [0, 1, 2, 3, 4, 5], "stop")
+    assert run(tokens=5, stop_strings=("ef",)) == ("abcde", [0, 1, 2, 3, 4], "length")
+
+
+def test_the_context_limits_prompt_and_response_together() -> None:
+    text, _, summary = collect(driver.run(request(), Letters(), 7, alphabet([])))
+    assert (text, summary.finish_reason) == ("abcd", "length")
+
+
+def test_the_summary_counts_reused_tokens_apart() -> None:
+    summary = collect(driver.run(request(tokens=2), Letters(), 1000, alphabet([])))[2]
+    assert (summary.prompt_tokens, summary.reused_tokens, summary.prompt_seconds) == (3, 2, 0.25)
+    assert summary.prompt_rate == 4.0
+
+
+def test_closing_the_stream_closes_the_job() -> None:
+    closed: list[bool] = []
+    stream = driver.run(request(), Letters(), 1000, alphabet(closed))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(0, "no tokens"), (100, "100 tokens, the context holds 100")])
+def test_prompts_that_do_not_fit(tokens: int, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        driver.check_fits(tokens, 100)

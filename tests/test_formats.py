@@ -1,0 +1,316 @@
+"""Unpacking EXL2 and GPTQ weights, against a packer of the tests' own and against what exllamav2 computed on a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import quantize
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from exl_cli.errors import DamagedModelError
+from exl_cli.formats import exl2, gptq
+
+ROOT = Path(__file__).parent.parent
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def assert_is(weight: Tensor, expected: Any) -> None:
+    """A code times a float16 scale is exact in float32, so no tolerance is needed."""
+    assert weight.dtype == torch.float32
+    assert weight.shape == expected.shape
+    np.testing.assert_array_equal(weight.double().numpy(), expected)
+
+
+# --- EXL2: layouts ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def exl2_groups(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Groups of any bits, whole words each but for the last, which may end anywhere."""
+    bits = draw(st.lists(st.sampled_from(quantize.BIT_WIDTHS), min_size=1, max_size=6))
+    rows = [draw(st.integers(1, 4)) * 32 // math.gcd(width, 32) for width in bits]
+    rows[-1] = draw(st.integers(1, 100))
+    return bits, rows
+
+
+@settings(deadline=None, max_examples=100)
+@given(groups=exl2_groups(), columns=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+def test_exl2_any_mixture_of_bits(groups: tuple[list[int], list[int]], columns: int, seed: int) -> None:
+    tensors, expected = quantize.random_exl2(np.random.default_rng(seed), 8 * columns, *groups)
+    assert_is(exl2.unpack(tensors), expected)
+
+
+@pytest.mark.parametrize("bits", quantize.BIT_WIDTHS)
+def test_exl2_one_width_in_groups_of_128_with_a_ragged_last(bits: int) -> None:
+    tensors, expected = quantize.random_exl2(np.random.default_rng(bits), 64, [bits] * 3, [128, 128, 32])
+    assert_is(exl2.unpack(tensors), expected)
+
+
+def test_exl2_words_written_by_hand() -> None:
+    """Three bits: the 32 codes 0 1 2 … 7 0 1 … are the octal digits of a 96-bit number, read from its end."""
+    number = int("76543210" * 4, 8)
+    words = [number >> 32 * i & 0xFFFFFFFF for i in range(3)]
+    assert words == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
+    tensors = {
+        "q_weight": torch.tensor(words).to(torch.int32)[:, None].repeat(1, 8),
+        "q_groups": torch.tensor([3, 0], dtype=torch.int16),
+        "q_scale": torch.tensor([[0x7FFFFFFF]], dtype=torch.int32),  # steps of 16 eighths, the last column 8 eighths
+        "q_scale_max": torch.tensor([0.5], dtype=torch.float16),
+        "q_invperm": torch.arange(31, -1, -1, dtype=torch.int32),
+    }
+    weight = exl2.unpack(tensors)
+    assert weight[0].tolist() == [0.5 * (code - 4) for code in (7, 6, 5, 4, 3, 2, 1, 0)] * 4
+    assert weight[7].tolist() == [0.125 * (code - 4) for code in (7, 6, 5, 4, 3, 2, 1, 0)] * 4
+
+
+def test_exl2_scale_is_rounded_to_float16_like_the_converter_rounds_it() -> None:
+    """1e-3 / 256 is subnormal in float16: the nearest is 66 * 2 ** -24, 0.7 % above."""
+    numbers = (np.full((32, 8), 3), np.full((1, 8), 15), np.array([1e-3]), [2], [32], np.arange(32))
+    weight = exl2.unpack(quantize.pack_exl2(*numbers))
+    assert weight.unique().tolist() == [256 * 66 * 2.0**-24]
+
+
+def test_exl2_permutation_and_row_starts_are_unsigned() -> None:
+    rng = np.random.default_rng(1)
+    tensors, expected = quantize.random_exl2(rng, 8, [8, 8, 4], [33_000, 3_000, 1_000])
+    tensors["q_invperm"] = tensors["q_invperm"].to(torch.int16)
+    assert int(tensors["q_invperm"].min()) < 0
+    assert_is(exl2.unpack(tensors), expected)
+    tensors, expected = quantize.random_exl2(rng, 8, [8, 8, 3], [131_200, 256, 64])
+    assert tensors["q_groups"].tolist()[1::2] == [0, 32_800 - 65_536, 32_864 - 65_536]
+    assert_is(exl2.unpack(tensors), expected)
+
+
+# --- GPTQ: layouts ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    words=st.integers(1, 24),
+    groups=st.integers(1, 9),
+    columns=st.integers(1, 6),
+    zero_offset=st.sampled_from([0, 1]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gptq_any_g_idx(words: int, groups: int, columns: int, zero_offset: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    g_idx = rng.integers(0, groups, 8 * words)
+    g_idx[0] = groups - 1
+    tensors, expected = quantize.random_gptq(rng, 8 * columns, g_idx, zero_offset=zero_offset)
+    assert_is(gptq.unpack(tensors, zero_offset=zero_offset), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "given_size"),
+    [
+        (512, 128, None),
+        (512, 128, 128),
+        (320, 128, None),  # three groups, the last of 64 rows
+        (288, 96, 96),  # no power of two, so it must be said: 128 would make three groups as well
+        (288, 128, None),
+        (768, 96, None),  # eight groups: 128 would make six
+        (256, 256, None),
+        (256, 256, -1),
+        (40, 64, 64),
+    ],
+)
+@pytest.mark.parametrize("stored", ["absent", "zeros", "sequential"])
+def test_gptq_sequential_groups(rows: int, size: int, given_size: int | None, stored: str) -> None:
+    rng = np.random.default_rng(rows)
+    g_idx = np.arange(rows) // size
+    tensors, expected = quantize.random_gptq(rng, 16, g_idx, zero_offset=1, store_g_idx=stored == "sequential")
+    if stored == "zeros":
+        tensors["g_idx"] = torch.zeros(rows, dtype=torch.int32)
+    assert_is(gptq.unpack(tensors, zero_offset=1, group_size=given_size), expected)
+
+
+def test_gptq_words_written_by_hand() -> None:
+    tensors = {
+        "qweight": torch.tensor([0xF7654321]).to(torch.int32)[:, None].repeat(1, 8),
+        "qzeros": torch.tensor([[0x77777777, 0x7777777F]]).to(torch.int32)[:, 1:],
+        "scales": torch.full((1, 8), 0.25, dtype=torch.float16),
+    }
+    weight = gptq.unpack(tensors, zero_offset=1)
+    assert weight[1].tolist() == [0.25 * (code - 8) for code in (1, 2, 3, 4, 5, 6, 7, 15)]
+    assert weight[0].tolist() == [0.25 * (code - 16) for code in (1, 2, 3, 4, 5, 6, 7, 15)]
+    weight = gptq.unpack(tensors, zero_offset=0)
+    assert weight[1].tolist() == [0.25 * (code - 7) for code in (1, 2, 3, 4, 5, 6, 7, 15)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gptq_scales_of_other_types(dtype: torch.dtype) -> None:
+    tensors, expected = quantize.random_gptq(np.random.default_rng(3), 16, np.arange(64) // 32, zero_offset=0)
+    coarse = tensors["scales"].to(torch.bfloat16)
+    tensors["scales"] = coarse.to(torch.float16)
+    expected = gptq.unpack(tensors, zero_offset=0).double().numpy()
+    tensors["scales"] = coarse.to(dtype)
+    tensors["g_idx"] = tensors["g_idx"].to(torch.int64)
+    assert_is(gptq.unpack(tensors, zero_offset=0), expected)
+
+
+# --- both: what the caller may ask for -------------------------------------------------------------------------------
+
+Unpack = Callable[..., Tensor]
+
+
+def an_exl2_layer() -> tuple[dict[str, Tensor], Unpack]:
+    tensors, _ = quantize.random_exl2(np.random.default_rng(4), 64, [6, 5, 4], [64, 64, 72])
+    return tensors, exl2.unpack
+
+
+def a_gptq_layer() -> tuple[dict[str, Tensor], Unpack]:
+    tensors, _ = quantize.random_gptq(np.random.default_rng(5), 64, np.arange(200) // 64, zero_offset=1)
+    return tensors, lambda tensors, **options: gptq.unpack(tensors, zero_offset=1, **options)
+
+
+@pytest.fixture(params=[an_exl2_layer, a_gptq_layer], ids=["exl2", "gptq"])
+def layer(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Unpack]:
+    return request.param()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_dtypes_are_the_float32_weight_rounded_once(
+    layer: tuple[dict[str, Tensor], Unpack], dtype: torch.dtype
+) -> None:
+    tensors, unpack = layer
+    assert torch.equal(unpack(tensors, dtype=dtype), unpack(tensors).to(dtype))
+
+
+def test_out_is_filled_and_returned(layer: tuple[dict[str, Tensor], Unpack]) -> None:
+    tensors, unpack = layer
+    parameter = torch.nn.Parameter(torch.full((64, 200), torch.nan, dtype=torch.float16))
+    assert unpack(tensors, out=parameter) is parameter
+    assert torch.equal(parameter.data, unpack(tensors, dtype=torch.float16))
+    every_other = torch.zeros(64, 400)[:, ::2]
+    assert torch.equal(unpack(tensors, out=every_other), unpack(tensors))
+
+
+def test_out_may_leave_out_the_padding_of_the_output_features(layer: tuple[dict[str, Tensor], Unpack]) -> None:
+    tensors, unpack = layer
+    assert torch.equal(unpack(tensors, out=torch.zeros(33, 200)), unpack(tensors)[:33])
+    for shape in ((32, 200), (65, 200), (64, 199)):
+        with pytest.raises(DamagedModelError, match=r"holds a weight of shape \[64, 200\], the model needs"):
+            unpack(tensors, out=torch.zeros(shape))
+
+
+def test_inputs_stay_as_they_are_and_need_not_be_contiguous(layer: tuple[dict[str, Tensor], Unpack]) -> None:
+    tensors, unpack = layer
+    strided = {key: tensor.repeat_interleave(2, dim=-1)[..., ::2] for key, tensor in tensors.items()}
+    assert torch.equal(unpack(strided), unpack(tensors))
+    assert all(torch.equal(strided[key], tensor) for key, tensor in tensors.items())
+
+
+# --- the built-in model ----------------------------------------------------------------------------------------------
+
+
+def read_layers(file: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The float tensors of a model file by name, and the quantized layers' tensors by layer."""
+    from safetensors.torch import load_file
+
+    floats, layers = {}, {}
+    for key, tensor in load_file(file).items():
+        layer, _, part = key.rpartition(".")
+        if part == "weight":
+            floats[key] = tensor.float()
+        else:
+            layers.setdefault(layer, {})[part] = tensor
+    return floats, layers
+
+
+def unpack_model(layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{layer}.weight": exl2.unpack(tensors, name=layer)
+        if "q_weight" in tensors
+        else gptq.unpack(tensors, zero_offset=1, group_size=128, name=layer)
+        for layer, tensors in layers.items()
+    }
+
+
+MODELS = {"fable-7m-exl2": ("exl2_dir", "output.safetensors"), "fable-7m-gptq": ("gptq_dir", "model.safetensors")}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logits_are_those_of_exllamav2_on_a_gpu(model: str, golden_path: Path, request: pytest.FixtureRequest) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, file = request.getfixturevalue(MODELS[model][0]), MODELS[model][1]
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    # The head has weights of its own in EXL2, tied or not.
+    config |= {"tie_word_embeddings": False, "dtype": "float32"}
+    network = LlamaForCausalLM(LlamaConfig(**config)).float().eval()
+    floats, layers = read_layers(folder / file)
+    weights = floats | unpack_model(layers)
+    weights.setdefault("lm_head.weight", floats["model.embed_tokens.weight"])
+    network.load_state_dict(weights)
+    golden = np.load(golden_path)
+    for prompt in (0, 1):
+        expected = torch.from_numpy(golden[f"{model}.{prompt}.logits"]).float()
+        with torch.no_grad():
+            ids = torch.from_numpy(golden[f"{model}.{prompt}.ids"]).long()
+            logits = network(ids[None]).logits[0, -len(expected) :]
+        assert float((logits - expected).norm() / expected.norm()) <= 0.003
+        assert float((logits.argmax(-1) == expected.argmax(-1)).float().mean()) >= 0.95
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+# Linux keeps the highest resident size of a process; getrusage would start from the parent's, which is larger.
+MEMORY_SCRIPT = """
+import re, torch
+from pathlib import Path
+from exl_cli.formats import exl2, gptq
+
+def memory(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def words(*shape):
+    return torch.randint(-2**31, 2**31 - 1, shape, dtype=torch.int32)
+
+def gptq_layer(rows, columns):
+    scales = torch.rand(rows // 128, columns).half()
+    return {"qweight": words(rows // 8, columns), "qzeros": words(rows // 128, columns // 8), "scales": scales,
+            "g_idx": (torch.randperm(rows) // 128).int()}
+
+def exl2_layer(rows, columns):
+    bits = torch.tensor([6, 5, 4, 3]).repeat_interleave(rows // 512)
+    starts = (bits.cumsum(0) - bits) * 4
+    return {"q_weight": words(int(bits.sum()) * 4, columns), "q_scale": words(rows // 128, columns // 8),
+            "q_scale_max": torch.rand(rows // 128).half(), "q_groups": torch.stack([bits, starts], 1).flatten().short(),
+            "q_invperm": torch.randperm(rows).int()}
+
+def at_once(qweight, qzeros, scales, g_idx):
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = ((qweight[:, None] >> shifts[:, None]) & 15).flatten(0, 1)
+    zeros = ((qzeros[:, :, None] >> shifts) & 15).flatten(1) + 1
+    return (codes - zeros[g_idx]) * scales.float()[g_idx]
+
+layers = [gptq_layer(4096, 14336), exl2_layer(14336, 4096)]
+before = memory("VmRSS")
+gptq.unpack(layers[0], zero_offset=1)
+exl2.unpack(layers[1])
+print(memory("VmHWM") - before)
+at_once(**gptq_layer(4096, 14336 // 2))
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_layer_takes_less_than_twice_its_size_to_unpack() -> None:
+    """The second number shows that the measure notices when but half of such a layer is unpacked all at once."""
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
+    )
+    frugal, at_once = map(int, child.stdout.split())
+    assert 1.0 < frugal / (4 * 4096 * 14336) < 2.0 < at_once / (4 * 4096 * 14336)

@@ -1,0 +1,103 @@
+"""The tokenizer against transformers', and decoding token by token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl_cli.errors import DamagedModelError
+from exl_cli.tokenizer import Tokenizer
+
+FABLE = Path(__file__).parent.parent / "exl_cli" / "assets" / "fable-7m"
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(FABLE)
+
+
+@settings(deadline=None)
+@given(text=TEXT)
+def test_ids_and_text_are_those_of_transformers(oracle, text: str) -> None:
+    tokenizer = Tokenizer(FABLE)
+    ids = tokenizer.encode(text, add_special_tokens=True)
+    assert ids == oracle(text)["input_ids"]
+    assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+
+
+@settings(deadline=None)
+@given(prompt=TEXT, text=TEXT)
+def test_streaming_gives_the_whole_text_and_whole_characters(prompt: str, text: str) -> None:
+    tokenizer = Tokenizer(FABLE)
+    before = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream = tokenizer.decode_stream(before)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def sentencepiece_like(folder: Path, **config: object) -> Tokenizer:
+    """A tokenizer of Llama 2's kind: <s> goes first, words begin with ▁, decoding drops the first space of a text."""
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁Hello", "▁world", "▁", "!"])}
+    backend = Backend(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, ignore_merges=True))
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<s>", "</s>")])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
+    return Tokenizer(folder)
+
+
+def test_a_response_keeps_the_space_that_joins_it_to_the_prompt(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_like(tmp_path)
+    stream = tokenizer.decode_stream([1, 3])
+    assert stream.push(4) + stream.push(6) == " world!"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [({}, [1, 3]), ({"add_bos_token": False}, [3]), ({"add_bos_token": True}, [1, 3])]
+)
+def test_the_bos_setting_of_the_config_decides(tmp_path: Path, config: dict[str, object], expected: list[int]) -> None:
+    tokenizer = sentencepiece_like(tmp_path, **config)
+    assert tokenizer.encode("Hello", add_special_tokens=True) == expected
+    assert tokenizer.encode("Hello", add_special_tokens=False) == [3]
+
+
+def test_end_of_sequence_ids_come_from_all_that_name_them(tmp_path: Path) -> None:
+    shutil.copytree(FABLE, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert Tokenizer(tmp_path / "model").eos_ids == {2, 7, 9}
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert Tokenizer(tmp_path / "model").eos_ids == {2}
+
+
+def test_training_time_truncation_does_not_cut_prompts(tmp_path: Path) -> None:
+    shutil.copytree(FABLE, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(content))
+    assert len(Tokenizer(tmp_path / "model").encode("a long text about many things", add_special_tokens=True)) > 4
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DamagedModelError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
