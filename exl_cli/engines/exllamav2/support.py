@@ -1,0 +1,91 @@
+"""Which models exllamav2 can run, and whether it can run here at all: answered without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from exl_cli.modelinfo import ModelInfo
+
+# exllamav2 0.3.2, architecture.py: the language models it knows. That release is the last, so the list does not grow.
+# It loads an architecture that it does not know as if it were Llama, and says so on stdout only; exl refuses instead.
+ARCHITECTURES = frozenset(
+    {
+        "CohereForCausalLM",
+        "Cohere2ForCausalLM",
+        "DbrxForCausalLM",
+        "GPT2LMHeadModel",
+        "GPTBigCodeForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "GemmaForCausalLM",
+        "GemmoeForCausalLM",
+        "Glm4ForCausalLM",
+        "GraniteForCausalLM",
+        "IndexForCausalLM",
+        "InternLM2ForCausalLM",
+        "LlamaForCausalLM",
+        "LlavaForConditionalGeneration",
+        "MiniCPMForCausalLM",
+        "Mistral3ForConditionalGeneration",
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "OrionForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Starcoder2ForCausalLM",
+        "YiForCausalLM",
+    }
+)
+
+_DTYPES = {"I32", "I16", "F16", "BF16", "F32"}
+
+
+def why_not(info: ModelInfo) -> str:
+    """Why exllamav2 cannot run this model, in a few words; empty where it can."""
+    if info.architecture not in ARCHITECTURES:
+        return f"exllamav2 does not know {info.architecture}"
+    for tensor in info.tensors.values():
+        if tensor.dtype not in _DTYPES:
+            return f"exllamav2 cannot read {tensor.dtype} tensors ({tensor.name})"
+    group = info.group_size or 0
+    if info.format == "gptq" and group > 0 and group & (group - 1):
+        return f"exllamav2 computes GPTQ group sizes that are powers of two, not {group}"
+    if info.format == "gptq" and info.zero_offset == 0 and not info.symmetric and (name := _zero_point_of_zero(info)):
+        return f"exllamav2 cannot represent a zero point of 0 in gptq_v2 ({name})"
+    return ""
+
+
+def _zero_point_of_zero(info: ModelInfo) -> str:
+    """The first gptq_v2 layer with a zero point of 0.
+
+    exllamav2 turns gptq_v2 into the original convention by subtracting 1 from all eight zero points of a word at once,
+    so that a 0 borrows from its neighbour, and its kernels then read it as 16.
+    """
+    from safetensors import safe_open
+
+    for name, tensor in info.tensors.items():
+        if name.endswith(".qzeros"):
+            with safe_open(tensor.file, framework="np") as file:
+                words = file.get_tensor(name).view("uint32")
+            # A nibble of 0 is where subtracting 1 sets a top bit that was clear before; the usual zero-in-word test.
+            if (((words - 0x11111111) & ~words & 0x88888888) != 0).any():
+                return name
+    return ""
+
+
+def why_not_here() -> str:
+    """Why exllamav2 cannot run on this machine, in a few words; empty where nothing speaks against it.
+
+    Imports torch.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available" if torch.version.cuda else "this torch is built without CUDA"
+    if importlib.util.find_spec("exllamav2") is None:
+        return "exllamav2 is not installed"
+    return ""

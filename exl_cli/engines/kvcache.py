@@ -1,0 +1,116 @@
+"""The keys and values of one sequence on the CPU, kept from one generation to the next.
+
+What a new prompt has in common with the sequence, from its first token on, is not computed again. The rest is cut off,
+and that only where it leaves exactly the state of a cache that never held it:
+
+- layers that keep every position can be cut anywhere;
+- a sliding window has thrown positions away once it was full, and the state of a recurrent layer cannot be turned back.
+  Such a sequence can be continued, but not cut;
+- rotary embeddings that change with the length of the sequence ("dynamic", "longrope") have turned what is kept by
+  angles that a longer or shorter sequence would not use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class KvCache:
+    """A transformers cache and the tokens it holds.
+
+    Args:
+        config: the model's.
+
+    Attributes:
+        ids: the tokens whose keys and values are held, in order.
+        states: what the model takes as `past_key_values`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._fixed_until = _fixed_until(config.get_text_config())
+        self.reset()
+
+    def reset(self) -> None:
+        """Hold nothing."""
+        from transformers import DynamicCache
+
+        self.ids: list[int] = []
+        self.states: Any = DynamicCache(config=self._config)
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Keep what a prompt begins with, but never its last token, whose logits are wanted.
+
+        Returns:
+            How many tokens of the prompt are held.
+        """
+        common = _common(self.ids, ids[:-1])
+        if max(len(self.ids), len(ids)) > self._fixed_until:
+            common = 0
+        if common < len(self.ids):
+            self._truncate(common)
+        return len(self.ids)
+
+    def extend(self, ids: Sequence[int], compute: Callable[[Any], T]) -> T:
+        """Compute the next tokens.
+
+        Args:
+            ids: these.
+            compute: runs the model with the states it is given, and extends them; the tokens of one that raises are
+                not held.
+        """
+        try:
+            result = compute(self.states)
+        except BaseException:
+            # Some layers have them already, others do not.
+            self._truncate(len(self.ids))
+            raise
+        self.ids.extend(ids)
+        return result
+
+    def _truncate(self, count: int) -> None:
+        """Hold the first `count` tokens only; nothing at all where that cannot be done exactly."""
+        if not count or not all(_is_whole(layer) for layer in self.states.layers):
+            self.reset()
+            return
+        for layer in self.states.layers:
+            if layer.keys is None:
+                continue
+            layer.keys, layer.values = layer.keys[..., :count, :], layer.values[..., :count, :]
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = count
+        del self.ids[count:]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _is_whole(layer: Any) -> bool:
+    """Whether a layer's state is the keys and values of every position, and nothing else."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if type(layer) is DynamicLayer:
+        return True
+    if type(layer) is not DynamicSlidingWindowLayer:
+        return False
+    return layer.keys is None or bool(layer.keys.shape[-2] == layer.cumulative_length)
+
+
+def _fixed_until(config: Any) -> float:
+    """Up to which length of a sequence the rotary embeddings of its tokens do not depend on it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One setting for the model, or one for each type of layer.
+    settings = (
+        [rope] if "rope_type" in rope or "type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+    )
+    limits = [
+        one.get("original_max_position_embeddings") or config.max_position_embeddings
+        for one in settings
+        if one.get("rope_type", one.get("type")) in ("dynamic", "longrope")
+    ]
+    return min(limits, default=math.inf)

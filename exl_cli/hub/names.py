@@ -1,0 +1,110 @@
+"""Names: which repository and revision a text means, and which of a repository's file names are safe to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from exl_cli.errors import DownloadError, UsageError
+
+# The Hub's own rule for both halves of a name. A revision is a branch, a tag, a commit or refs/pr/N.
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+_REVISION = r"[\w][\w./+@-]*"
+_ID = rf"(?P<owner>{_PART})/(?P<name>{_PART})"
+_NAME = re.compile(rf"{_ID}(?::(?P<revision>{_REVISION}))?", re.ASCII)
+_URL = re.compile(rf"https?://[^/]+/{_ID}(?:/tree/(?P<revision>{_REVISION}))?/?", re.ASCII)
+_LONGEST = 96
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository at a revision.
+
+    Attributes:
+        owner, name: the two halves of its id.
+        revision: a branch, tag or commit.
+    """
+
+    owner: str
+    name: str
+    revision: str = "main"
+
+    @property
+    def id(self) -> str:
+        """owner/name."""
+        return f"{self.owner}/{self.name}"
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder; see `folder_name`."""
+        return folder_name(self.owner, self.name, self.revision)
+
+    def __str__(self) -> str:
+        return self.id if self.revision == "main" else f"{self.id}:{self.revision}"
+
+
+def folder_name(owner: str, name: str, revision: str | None = None) -> str:
+    """The folder of a downloaded model: the notebook's `owner_name`, with `@revision` for anything but main."""
+    suffix = "" if revision in (None, "main") else "@" + str(revision).replace("/", "_")
+    return f"{owner}_{name}{suffix}"
+
+
+def parse(text: str, revision: str | None = None) -> Repository | None:
+    """The repository that a text names, as `owner/name[:revision]` or as the address of its page; None for neither.
+
+    Args:
+        text: what the user typed.
+        revision: given on its own.
+
+    Raises:
+        UsageError: two revisions that differ.
+    """
+    match = _NAME.fullmatch(text) or _URL.fullmatch(text)
+    if match is None or len(match["owner"]) + len(match["name"]) >= _LONGEST or ".." in match[0]:
+        return None
+    inside = match["revision"]
+    if inside and revision and inside != revision:
+        raise UsageError(f"{text} names revision {inside}, --revision says {revision}", "give one of them")
+    chosen = revision or inside or "main"
+    if not re.fullmatch(_REVISION, chosen, re.ASCII) or ".." in chosen:
+        raise UsageError(f"{chosen!r} is not a revision", "give a branch, a tag or a commit of the repository")
+    return Repository(match["owner"], match["name"], chosen)
+
+
+def require(text: str, revision: str | None = None) -> Repository:
+    """Like `parse`.
+
+    Raises:
+        UsageError: the text names no repository.
+    """
+    found = parse(text, revision)
+    if found is None:
+        raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")
+    return found
+
+
+def is_safe(name: str) -> bool:
+    """Whether a file name stays inside its folder, on this system and on Windows."""
+    return not (
+        any(part in ("", ".", "..") for part in name.split("/"))
+        or "\\" in name
+        or re.match(r"[A-Za-z]:", name)
+        or any(ord(character) < 32 or ord(character) == 127 for character in name)
+    )
+
+
+def check_file_names(names: Iterable[str], repository: Repository) -> None:
+    """Refuse a listing with a name that could lead out of the model's folder.
+
+    The Hub itself cannot store such names; whoever sends one is up to no good, so that nothing of it is fetched.
+
+    Raises:
+        DownloadError: naming the file.
+    """
+    for name in names:
+        if not is_safe(name):
+            raise DownloadError(
+                f"{repository} lists a file named {name!r}, which could be written outside its folder",
+                "do not use this model",
+            )

@@ -1,0 +1,193 @@
+"""The model loader: from what the user typed to a `ModelInfo`, and from that to a loaded engine."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from exl_cli.engines.base import Engine
+from exl_cli.engines.options import LoadOptions
+from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
+from exl_cli.hub import names, store
+from exl_cli.modelinfo import ModelInfo, inspect
+from exl_cli.tokenizer import Tokenizer
+
+BUILTIN = "fable-7m"
+_ASSETS = Path(__file__).parent / "assets"
+_MIN_ALLOCATION = 4096
+
+
+class Observer(Protocol):
+    """Whoever wants to know how a load is going."""
+
+    def note(self, message: str) -> None:
+        """A decision worth telling: which engine, and why."""
+        ...
+
+    def progress(self, done: int, total: int) -> None:
+        """So many of so many parts are loaded."""
+        ...
+
+
+def models_dir(given: Path | None = None) -> Path:
+    """The folder of downloaded models: the one given, else `EXL_MODELS_DIR`, else the user's data folder."""
+    if given is not None:
+        return given
+    if env := os.environ.get("EXL_MODELS_DIR"):
+        return Path(env)
+    import platformdirs
+
+    return Path(platformdirs.user_data_path("exl", appauthor=False)) / "models"
+
+
+def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
+    """Find a model and read what it is.
+
+    Args:
+        model: None for the built-in model, a path, a built-in name, `owner/name[:revision]`, or the name of a folder
+            in the models folder.
+        models: the folder of downloaded models; see `models_dir`.
+
+    Raises:
+        ModelNotFoundError: nothing of that name is here, or only part of it.
+        UnsupportedModelError, DamagedModelError: see `modelinfo.inspect`.
+    """
+    if model is None or model == BUILTIN:
+        return inspect(_ASSETS / BUILTIN, BUILTIN)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open(path, model)
+    if path.is_file():
+        raise ModelNotFoundError(f"{model} is a file", "give the folder that holds config.json and the weights")
+    folder = models_dir(models)
+    repository = names.parse(model)
+    here = folder / (repository.folder if repository else model)
+    # Two repositories can share a folder's name: a_b/c and a/b_c.
+    if here.is_dir() and not (repository and store.holds_another(here, repository)):
+        return _open(here, model)
+    raise _not_found(model, folder)
+
+
+def _open(path: Path, name: str) -> ModelInfo:
+    if store.state(path) == "partial":
+        unfinished = store.read_origin(path)
+        whole = f"exl download {unfinished.name}" if unfinished else "downloading it again"
+        raise ModelNotFoundError(f"{name} is only partly downloaded", f"{whole} goes on where it stopped")
+    return inspect(path, name)
+
+
+def known_models(models: Path | None = None) -> list[str]:
+    """Names of the models that can be given without a path: the built-in one and the downloaded folders."""
+    return [BUILTIN, *(path.name for path in model_folders(models) if store.state(path) != "partial")]
+
+
+def model_folders(models: Path | None = None) -> list[Path]:
+    """The folders of models, those half downloaded among them, sorted."""
+    folder = models_dir(models)
+    if not folder.is_dir():
+        return []
+    entries = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in entries if (path / "config.json").exists() or (path / store.STAGING).exists())
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names for the shell to complete: what was downloaded, as owner/name[:revision], else the folder's own name.
+
+    Some shells take a colon for the end of a word, so that a folder with a revision can be completed by both.
+    """
+    found = [BUILTIN]
+    for path in model_folders():
+        marker = store.read_marker(path)
+        found += [marker.name] if marker else []
+        if store.state(path) != "partial" and (marker is None or ":" in marker.name):
+            found.append(path.name)
+    return [name for name in found if name.startswith(incomplete)]
+
+
+def _not_found(model: str, folder: Path) -> ModelNotFoundError:
+    repository = names.parse(model)
+    typed = repository.folder if repository else model
+    near = difflib.get_close_matches(typed, known_models(folder), 1, 0.8 if repository else 0.6)
+    if repository:
+        meant = f"did you mean {near[0]}? If not, " if near else ""
+        return ModelNotFoundError(f"{model} is not in {folder}", f"{meant}download it: exl download {model}")
+    if near:
+        return ModelNotFoundError(f"no model named {model!r}", f"did you mean {near[0]}?")
+    return ModelNotFoundError(
+        f"no model named {model!r} here, nor in {folder}",
+        f"give a folder with a model in it, or {BUILTIN} for the built-in one",
+    )
+
+
+def context_to_allocate(info: ModelInfo, options: LoadOptions, needed: int | None = None) -> int:
+    """How many tokens of context to load a model with.
+
+    Args:
+        info: the model.
+        options: `max_seq_len` decides, where it is given.
+        needed: tokens of prompt and response, where they are known: the KV cache need not be larger.
+
+    Raises:
+        UsageError: more than the model was made for.
+    """
+    if options.max_seq_len is not None:
+        if options.max_seq_len > info.context_length:
+            raise UsageError(
+                f"--max-seq-len {options.max_seq_len:,} is more than the {info.context_length:,} tokens "
+                f"that {info.name} was made for",
+                f"use at most {info.context_length}",
+            )
+        return options.max_seq_len
+    return min(info.context_length, max(needed or 0, _MIN_ALLOCATION))
+
+
+def load(
+    info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions, observer: Observer, needed: int | None = None
+) -> Engine:
+    """Load a model with the engine that fits it.
+
+    Args:
+        info: from `resolve`.
+        tokenizer: the model's.
+        options: the load flags.
+        observer: is told the choice of engine and the progress.
+        needed: tokens of prompt and response, where they are known.
+
+    Raises:
+        EngineError: the engine asked for cannot run here.
+        UnsupportedModelError: the engine asked for cannot run this model.
+        OutOfMemoryError, DamagedModelError, UsageError: see the engines.
+    """
+    context = context_to_allocate(info, options, needed)
+    # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if _choose(info, options, observer.note) == "exllamav2":
+        from exl_cli.engines.exllamav2 import engine as exllamav2
+
+        return exllamav2.load(info, tokenizer, context, options, observer.progress)
+    from exl_cli.engines import cpu
+
+    return cpu.load(info, tokenizer, context, observer.progress)
+
+
+def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) -> str:
+    if options.engine == "cpu":
+        return "cpu"
+    from exl_cli.engines.exllamav2 import support
+
+    model, machine = support.why_not(info), support.why_not_here()
+    if options.engine == "exllamav2":
+        if machine:
+            raise EngineError(
+                f"--engine exllamav2 cannot run here: {machine}", "use --engine cpu, or a machine with an NVIDIA GPU"
+            )
+        if model:
+            raise UnsupportedModelError(f"--engine exllamav2 cannot run {info.name}: {model}", "use --engine cpu")
+        return "exllamav2"
+    if machine or model:
+        note(f"running on the CPU: {machine or model}")
+        return "cpu"
+    return "exllamav2"

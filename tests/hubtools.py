@@ -1,0 +1,100 @@
+"""What the tests of downloading share: small models, an observer that remembers, a clean shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fakehub import FakeHub
+
+from exl_cli.hub import names
+from exl_cli.hub.client import Hub
+from exl_cli.hub.download import download
+from exl_cli.hub.failures import Retry
+from exl_cli.hub.plan import Outcome, Plan, Wanted
+
+WEIGHTS = "model.safetensors"
+
+
+def safetensors(size: int, seed: int = 0) -> bytes:
+    """A safetensors file whose one tensor has that many bytes."""
+    header = json.dumps(
+        {"model.layers.0.mlp.up_proj.weight": {"dtype": "F16", "shape": [size // 2, 1], "data_offsets": [0, size]}}
+    ).encode()
+    pattern = bytes((i * (2 * seed + 7) + seed) % 251 for i in range(251 * 8))
+    return struct.pack("<Q", len(header)) + header + (pattern * (size // len(pattern) + 1))[:size]
+
+
+def config(**more: Any) -> bytes:
+    """A config.json that can be inspected."""
+    return json.dumps({"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 1024, **more}).encode()
+
+
+def model_files(size: int = 200_000, seed: int = 0) -> dict[str, bytes]:
+    """The files of a small model, all of which exl fetches."""
+    return {
+        "README.md": b"---\nlicense: apache-2.0\n---\n# A model\n",
+        "config.json": config(),
+        "tokenizer.json": b'{"model": {}}',
+        WEIGHTS: safetensors(size, seed),
+    }
+
+
+class Watcher:
+    """A `hub.download.Observer` that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.plan: Plan | None = None
+        self.bytes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def begin(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def advance(self, name: str, count: int) -> None:
+        with self._lock:
+            self.bytes[name] = self.bytes.get(name, 0) + count
+
+
+class Fetcher:
+    """Downloads from a fake Hub into a folder, without waiting: the waits that it would have made are in `waits`."""
+
+    def __init__(self, fake: FakeHub, models: Path) -> None:
+        self.fake, self.models = fake, models
+        self.waits: list[float] = []
+        self.watcher = Watcher()
+
+    def hub(self, token: str | None = None, timeout: float = 10.0, wait: Callable[[float], None] | None = None) -> Hub:
+        retry = Retry(wait=wait or self.waits.append)
+        return Hub(token, self.watcher.note, retry, endpoint=self.fake.url, timeout=timeout)
+
+    def wanted(self, model: str, **options: Any) -> Wanted:
+        return Wanted(names.require(model), self.models, **options)
+
+    def __call__(self, model: str, token: str | None = None, timeout: float = 10.0, **options: Any) -> Outcome:
+        return download(self.hub(token, timeout), self.wanted(model, **options), self.watcher)
+
+
+def shell(fake: FakeHub, home: Path, **more: str) -> dict[str, str]:
+    """The environment of a user who is not logged in, for commands that are to talk to the fake Hub."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "EXL_", "HUGGING"))}
+    own = {"HF_ENDPOINT": fake.url, "HF_HOME": str(home / "hf"), "EXL_MODELS_DIR": str(home / "models")}
+    return {**kept, **own, "HF_HUB_DISABLE_XET": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a model's folder by name, exl's own marker left out."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".exl.json"
+    }
