@@ -1,0 +1,185 @@
+"""From what the user typed to the text for the model: variables, plain templates, raw text, chat templates."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exl_cli.errors import ExlError, PromptError, UsageError
+from exl_cli.prompt import ChatTemplate, Prompt, fill, load_chat_template, parse_variables, render_prompt
+
+STEP_BY_STEP = "问题: {question}\n回答: 让我们逐步思考。"
+CHAT = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("items", "variables"),
+    [
+        ([], {}),
+        (["a=1"], {"a": "1"}),
+        (["a=", "b=x=y=z"], {"a": "", "b": "x=y=z"}),
+        (["question=什么是人工智能?"], {"question": "什么是人工智能?"}),
+        (["问题=1\n2"], {"问题": "1\n2"}),
+        (["a= spaces stay "], {"a": " spaces stay "}),
+    ],
+)
+def test_variables_are_read(items, variables):
+    assert parse_variables(items) == variables
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["a"], "--var 'a' has no '='"),
+        (["=x"], "--var '=x': has no name before '='"),
+        (["a b=x"], "--var 'a b=x': 'a b' is not a name"),
+        (["1=x"], "--var '1=x': '1' is not a name"),
+        (["a=1", "b=2", "a=3"], "--var a is given twice"),
+    ],
+)
+def test_variables_that_cannot_be_read(items, message):
+    with pytest.raises(UsageError) as caught:
+        parse_variables(items)
+    assert caught.value.message == message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "text"),
+    [
+        ("", {}, ""),
+        ("plain", {}, "plain"),
+        ("{a}{b}{a}", {"a": "1", "b": "2"}, "121"),
+        ("{{a}} {{{a}}} }}{{", {"a": "x"}, "{a} {x} }{"),
+        (STEP_BY_STEP, {"question": "什么是{人工智能}?"}, "问题: 什么是{人工智能}?\n回答: 让我们逐步思考。"),
+        ('{{"json": "{value}"}}', {"value": "{}"}, '{"json": "{}"}'),
+        ("{问题}", {"问题": "q"}, "q"),
+        ("{__class__}", {"__class__": "only a name"}, "only a name"),
+    ],
+)
+def test_a_template_is_filled(template, variables, text):
+    assert fill(template, variables) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "message", "hint"),
+    [
+        ("{a}", {}, "the template needs {a}, and no --var gives it", "add --var a=…"),
+        (
+            "{question}",
+            {"qestion": ""},
+            "the template needs {question}, and no",
+            "did you mean qestion in the template?",
+        ),
+        ("{a}", {"a": "", "b": ""}, "--var b is not in the template", "drop it, or write {b} in the template"),
+        ("{name}", {"name": "", "nam": ""}, "--var nam is not in the template", "did you mean --var name?"),
+        ("{}", {}, "a placeholder without a name: {}", "name it"),
+        ("{0}", {}, "a placeholder without a name: {0}", "name it"),
+        ("{a.b}", {"a": ""}, "more than a name: {a.b}", "plain {name}"),
+        ("{a.__class__.__mro__}", {"a": ""}, "more than a name", "plain {name}"),
+        ("{a[0]}", {"a": ""}, "more than a name: {a[0]}", "plain {name}"),
+        ("{a!r}", {"a": ""}, "more than a name: {a!r}", "plain {name}"),
+        ("{a:>99999999999}", {"a": ""}, "more than a name: {a:>99999999999}", "plain {name}"),
+        ("{a:{b}}", {"a": "", "b": ""}, "more than a name: {a:{b}}", "plain {name}"),
+        ('{"json": 1}', {}, 'not a name: {"json"}', "write {{ and }}"),
+        ("{a b}", {}, "not a name: {a b}", "write {{ and }}"),
+        ("{", {}, "a brace that does not match", "write {{ and }}"),
+        ("a } b", {}, "a brace that does not match", "write {{ and }}"),
+        ("{a", {"a": ""}, "a brace that does not match", "write {{ and }}"),
+    ],
+)
+def test_a_template_that_cannot_be_filled(template, variables, message, hint):
+    with pytest.raises(PromptError) as caught:
+        fill(template, variables)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+@given(st.text(), st.text())
+def test_braces_and_values_pass_unchanged(literal, value):
+    escaped = literal.replace("{", "{{").replace("}", "}}")
+    assert fill(escaped, {}) == literal
+    assert fill(f"{escaped}{{a}}{escaped}", {"a": value}) == literal + value + literal
+
+
+@given(st.text(alphabet="{}a.[]!:0 "))
+def test_any_template_is_filled_or_refused(template):
+    with contextlib.suppress(PromptError):
+        fill(template, {"a": "x"})
+
+
+def test_a_prompt_goes_through_the_chat_template():
+    assert render_prompt("hi", chat=CHAT) == Prompt("[user]hi", add_special_tokens=False, kind="chat")
+    assert render_prompt("hi", system="be brief", chat=CHAT).text == "[system]be brief[user]hi"
+    assert render_prompt("hi", system="", chat=CHAT).text == "[system][user]hi"
+    thinking = ChatTemplate("{{ enable_thinking }}")
+    assert render_prompt("hi", chat=thinking, extra={"enable_thinking": False}).text == "False"
+
+
+def test_the_built_in_model_writes_its_turns(exl2_dir):
+    prompt = render_prompt("Tell me a fable.", system="Be brief.", chat=load_chat_template(exl2_dir))
+    assert prompt.text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTell me a fable.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert not prompt.add_special_tokens
+
+
+def test_raw_text_and_text_for_a_model_without_chat_template_stay_as_they_are():
+    expected = Prompt(" hi {x}\n", add_special_tokens=True, kind="raw")
+    assert render_prompt(" hi {x}\n", raw=True, chat=CHAT) == expected
+    assert render_prompt(" hi {x}\n") == expected
+
+
+def test_a_plain_template_is_sent_as_it_is():
+    prompt = render_prompt(None, template=STEP_BY_STEP, variables={"question": "1+1?"}, chat=CHAT)
+    assert prompt.text == "问题: 1+1?\n回答: 让我们逐步思考。"
+    assert prompt.variables == {"question": "1+1?"}
+    assert prompt.kind == "template"
+    assert prompt.add_special_tokens
+
+
+def test_a_prompt_fills_the_place_that_a_template_names():
+    prompt = render_prompt("hi", template="Q: {prompt} ({lang})", variables={"lang": "en"})
+    assert prompt.text == "Q: hi (en)"
+    assert prompt.variables == {"lang": "en", "prompt": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"text": None}, PromptError, "the prompt is empty"),
+        ({"text": ""}, PromptError, "the prompt is empty"),
+        ({"text": " \n", "chat": CHAT}, PromptError, "the prompt is empty"),
+        ({"text": "", "raw": True}, PromptError, "the prompt is empty"),
+        ({"text": None, "template": "{a}", "variables": {"a": ""}}, PromptError, "the prompt is empty"),
+        (
+            {"text": "x", "template": "{a}", "variables": {"a": "1"}},
+            UsageError,
+            "both a prompt and a filled --template",
+        ),
+        ({"text": "x", "template": "{prompt}", "variables": {"prompt": "1"}}, UsageError, "both a prompt and a filled"),
+        ({"text": None, "template": "{prompt}"}, PromptError, "the template needs {prompt}"),
+        ({"text": "x", "raw": True, "template": "y"}, UsageError, "--raw and --template do not go together"),
+        ({"text": "x", "variables": {"a": "1"}}, UsageError, "--var needs a --template"),
+        ({"text": "x", "system": "s"}, UsageError, "--system needs a model with a chat template"),
+        ({"text": "x", "system": "s", "raw": True, "chat": CHAT}, UsageError, "--system and --raw"),
+        ({"text": None, "system": "s", "template": "y"}, UsageError, "--system and --template"),
+    ],
+)
+def test_what_does_not_go_together_is_said(options, kind, message):
+    with pytest.raises(ExlError) as caught:
+        render_prompt(**options)
+    assert type(caught.value) is kind
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_jinja_is_imported_only_to_render():
+    code = "import sys, exl_cli.prompt; sys.exit('jinja2' in sys.modules or 'exl_cli.sandbox' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
