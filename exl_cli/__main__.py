@@ -1,0 +1,5 @@
+"""`python -m exl_cli`."""
+
+from exl_cli.cli import main
+
+main()

@@ -1,0 +1,203 @@
+"""One repetition of one test, through an engine's stream, as any user of it would see it.
+
+What is timed, by the kind of test:
+
+- a prompt: what the engine reports as the evaluation of the prompt, up to the moment the device has finished;
+- a generation: from the arrival of the first new token to the arrival of the last, so that every timed token is one
+  forward pass with its sampling and its decoding to text; with several requests, the time in which all generate;
+- a whole answer: from the call to the arrival of the last token.
+
+Choosing and tokenizing the prompt is in none of them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exl_cli.bench.plan import Case
+from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.errors import EngineError
+
+Energy = Callable[[], "float | None"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one repetition gave.
+
+    Attributes:
+        ns: nanoseconds of the timed part, for `Case.tokens` tokens.
+        ttft_ns: from the call to the first new token, the slowest of several requests.
+        itl_ns: nanoseconds between each new token and the one before it, all requests' in turn; empty for a prompt.
+        reused_tokens: prompt tokens that the engine did not compute but found in its cache.
+        joules: energy that the GPUs took meanwhile; None where they do not tell.
+        cpu_share: processor time of this process over the time that passed: 2.0 is two cores at work.
+    """
+
+    ns: int
+    ttft_ns: int
+    itl_ns: tuple[int, ...]
+    reused_tokens: int
+    joules: float | None
+    cpu_share: float
+
+    @classmethod
+    def read(cls, value: dict[str, Any]) -> Sample:
+        """From a dictionary of its fields, as JSON has it."""
+        return cls(**{**value, "itl_ns": tuple(value["itl_ns"])})
+
+
+@dataclass(frozen=True)
+class _Mark:
+    at: int
+    cpu: float
+    joules: float | None
+
+
+@dataclass
+class _Trace:
+    """When the tokens of one request came."""
+
+    arrivals: list[int] = field(default_factory=list)
+    summary: Summary | None = None
+    error: BaseException | None = None
+
+
+class _Window:
+    """The time in which all requests generate: from the last one's first token to the first one's last."""
+
+    def __init__(self, requests: int, energy: Energy) -> None:
+        self._waiting = requests
+        self._energy = energy
+        self._lock = threading.Lock()
+        self.begin: _Mark | None = None
+        self.end: _Mark | None = None
+
+    def first(self) -> int:
+        """A request's first token is here; the moment from which its second is timed."""
+        with self._lock:
+            self._waiting -= 1
+            if self._waiting == 0:
+                self.begin = self.mark_before()
+                return self.begin.at
+        return time.perf_counter_ns()
+
+    def last(self) -> None:
+        """A request's last token is here."""
+        with self._lock:
+            if self.end is None:
+                self.end = self.mark_after()
+
+    def mark_before(self) -> _Mark:
+        """Readings, and then the time."""
+        joules, cpu = self._energy(), time.process_time()
+        return _Mark(time.perf_counter_ns(), cpu, joules)
+
+    def mark_after(self) -> _Mark:
+        """The time, and then the readings."""
+        at = time.perf_counter_ns()
+        return _Mark(at, time.process_time(), self._energy())
+
+
+def measure(engine: Engine, test: Case, requests: Sequence[Request], energy: Energy = lambda: None) -> Sample:
+    """Run a test once.
+
+    Args:
+        engine: a loaded model.
+        test: what is run.
+        requests: one for each of the test's parallel requests, with `test.prompt_ids` and `test.new_tokens` tokens.
+        energy: joules that the GPUs have taken since some moment.
+
+    Raises:
+        EngineError: the engine stopped early, or did not compute the requests at the same time.
+    """
+    window = _Window(len(requests), energy)
+    start = window.mark_before()
+    traces = _run(engine, requests, window)
+    begin, end = window.begin, window.end
+    if begin is None or end is None:  # _follow has checked that every token came
+        raise RuntimeError("a stream ended without its tokens")
+    summaries = [trace.summary for trace in traces if trace.summary is not None]
+    if test.kind == "prompt":
+        begin, end = start, begin
+        ns = round(max(summary.prompt_seconds for summary in summaries) * 1e9)
+    elif test.kind == "answer":
+        begin = start
+        ns = end.at - start.at
+    else:
+        ns = round((end.at - begin.at) * test.tokens / _inside(traces, begin.at, end.at))
+    if ns <= 0:
+        raise EngineError(f"the engine gave no time for {test.name}", "report it: its numbers cannot be trusted")
+    steps = () if test.kind == "prompt" else tuple(step for trace in traces for step in _steps(trace.arrivals))
+    return Sample(
+        ns=ns,
+        ttft_ns=max(trace.arrivals[0] for trace in traces) - start.at,
+        itl_ns=steps,
+        reused_tokens=sum(summary.reused_tokens for summary in summaries),
+        joules=None if begin.joules is None or end.joules is None else end.joules - begin.joules,
+        cpu_share=1e9 * (end.cpu - begin.cpu) / (end.at - begin.at) if end.at > begin.at else 0.0,
+    )
+
+
+def _run(engine: Engine, requests: Sequence[Request], window: _Window) -> list[_Trace]:
+    if len(requests) == 1:
+        return [_follow(engine, requests[0], window, _Trace())]
+    traces = [_Trace() for _ in requests]
+
+    def follow(request: Request, trace: _Trace) -> None:
+        try:
+            _follow(engine, request, window, trace)
+        except BaseException as error:  # raised again in the thread that asked
+            trace.error = error
+            for other in requests:
+                other.cancel.set()
+
+    threads = [threading.Thread(target=follow, args=pair, daemon=True) for pair in zip(requests, traces, strict=True)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        for request in requests:
+            request.cancel.set()
+        raise
+    if error := next((trace.error for trace in traces if trace.error is not None), None):
+        raise error
+    return traces
+
+
+def _follow(engine: Engine, request: Request, window: _Window, trace: _Trace) -> _Trace:
+    for chunk in engine.stream(request):
+        if chunk.token_ids:
+            now = time.perf_counter_ns() if trace.arrivals else window.first()
+            trace.arrivals += [now] * len(chunk.token_ids)
+            if len(trace.arrivals) >= request.max_new_tokens:
+                window.last()
+        trace.summary = chunk.summary or trace.summary
+    if len(trace.arrivals) < request.max_new_tokens:
+        raise EngineError(
+            f"the engine ended after {len(trace.arrivals)} of {request.max_new_tokens} tokens",
+            "report it: nothing should end a benchmark's generation early",
+        )
+    return trace
+
+
+def _inside(traces: Sequence[_Trace], begin: int, end: int) -> int:
+    """New tokens that came after `begin`, up to `end`."""
+    count = sum(
+        bisect.bisect_right(trace.arrivals, end) - bisect.bisect_right(trace.arrivals, begin) for trace in traces
+    )
+    if count <= 0:
+        raise EngineError("the engine computed the requests one after the other, not at the same time", "use --batch 1")
+    return count
+
+
+def _steps(arrivals: Sequence[int]) -> list[int]:
+    return [after - before for before, after in itertools.pairwise(arrivals)]

@@ -1,0 +1,1 @@
+"""The subcommands, one module each: flags to values, values to the core, results to the console."""

@@ -1,0 +1,83 @@
+"""Where the prompt comes from: arguments, a file, standard input."""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from exl_cli.errors import PromptError, UsageError
+
+# How long a silent pipe beside a given prompt may stay unexplained.
+_PATIENCE_SECONDS = 2.0
+
+
+def gather(prompt: str | None, positional: str | None, file: Path | None, note: Callable[[str], None]) -> str | None:
+    """The user's text. What is piped in comes first, then a blank line, then the prompt, so that
+    `exl run -p "Summarise this." < text` reads as a person would write it. The last line break of
+    a file or pipe is dropped.
+
+    Args:
+        prompt: of `--prompt`.
+        positional: of the second argument; only one of these two and `file` may be given.
+        file: of `--file`; "-" is standard input.
+        note: is told when a pipe stays silent.
+
+    Returns:
+        None where there is no text at all: no flag, and nothing piped in.
+
+    Raises:
+        UsageError: two sources at once.
+        PromptError: a file that cannot be read, or text that is not UTF-8.
+    """
+    given = [
+        name for name, value in (("--prompt", prompt), ("PROMPT", positional), ("--file", file)) if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} both give the prompt", "use one of them")
+    if file is not None and str(file) == "-":
+        return _read_stdin()
+    text = _read_file(file) if file is not None else prompt if prompt is not None else positional
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return text
+    if text is not None:
+        _explain_silence(note)
+    piped = _read_stdin()
+    if not piped:
+        return text
+    return piped if text is None else f"{piped}\n\n{text}"
+
+
+def _explain_silence(note: Callable[[str], None]) -> None:
+    try:
+        ready, _, _ = select.select([sys.stdin], [], [], _PATIENCE_SECONDS)
+    except (OSError, ValueError):  # a test's or an embedder's stand-in without a file descriptor
+        return
+    if not ready:
+        note("waiting for the rest of the prompt on standard input; give it </dev/null if there is none")
+
+
+def _read_stdin() -> str:
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if buffer is None else _decode(buffer.read(), "standard input")
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return _decode(file.expanduser().read_bytes(), str(file))
+    except OSError as error:
+        raise PromptError(
+            f"cannot read {file}: {error.strerror or error}", "check the path given with --file"
+        ) from error
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{source} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}",
+            "convert it with iconv -t UTF-8",
+        ) from error
+    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")

@@ -1,0 +1,17 @@
+"""exl's models in LangChain: `ExLlamaV2` continues text, `ChatExLlamaV2` answers messages.
+
+    pip install 'exl-cli[langchain]'
+
+Objects for the same model and load options share one loaded engine in a process, whatever their other settings. The
+engine is given back when the last of them is released (`release()`) or no longer referenced.
+"""
+
+try:
+    import langchain_core as _  # noqa: F401
+except ImportError as error:
+    raise ImportError("exl_cli.langchain needs langchain-core: pip install 'exl-cli[langchain]'") from error
+
+from exl_cli.langchain.chat import ChatExLlamaV2
+from exl_cli.langchain.llm import ExLlamaV2
+
+__all__ = ["ChatExLlamaV2", "ExLlamaV2"]

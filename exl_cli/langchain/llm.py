@@ -1,0 +1,132 @@
+"""`ExLlamaV2`: text in, text out; a drop-in for the class of the same name in langchain_community."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+
+from exl_cli.console_notebook import NotebookConsole
+from exl_cli.langchain.local import Call, LocalModel
+from exl_cli.sampling import Sampling
+from exl_cli.streams import Generation as Response
+
+
+class ExLlamaV2(LocalModel, LLM):
+    """A GPTQ, EXL2 or float model that continues a text.
+
+        llm = ExLlamaV2(model_path="./models/owner_name", settings=Sampling(temperature=0.85), max_new_tokens=150)
+        for piece in llm.stream("Once upon a time"): ...
+
+    Per call, `stop`, `max_new_tokens`, `seed`, `timeout`, `settings`, every field of `Sampling` and another `model` can
+    be given, also with `bind`. `verbose` prints settings, model and timings on stdout, as LangChain's notebook shows.
+    """
+
+    model_config = LocalModel.model_config
+
+    streaming: bool = True
+    """Also tell the callbacks of every new token when the whole response is asked for, as with `invoke`."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "ExLlamaV2"
+
+    def _call(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return self._generate([prompt], stop, run_manager, **kwargs).generations[0][0].text
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        done: list[Response] = []
+        with self._calling(stop, kwargs) as call, ExitStack() as stack:
+            # All are asked for at once, so that an engine which computes several in one pass can.
+            for stream in [stack.enter_context(call.stream(prompt)) for prompt in prompts]:
+                for text in stream:
+                    if run_manager and self.streaming:
+                        run_manager.on_llm_new_token(text, chunk=GenerationChunk(text=text))
+                done.append(self._report(stream.result()))
+        return _result(call, done)
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        done: list[Response] = []
+        with ExitStack() as stack:
+            async with self._acalling(stop, kwargs) as call:
+                streams = [call.astream(prompt) for prompt in prompts]
+                for stream in streams:
+                    stack.callback(stream.close)
+                for stream in streams:
+                    async for text in stream:
+                        if run_manager and self.streaming:
+                            await run_manager.on_llm_new_token(text, chunk=GenerationChunk(text=text))
+                    done.append(self._report(await stream.result()))
+        return _result(call, done)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        with self._calling(stop, kwargs) as call, call.stream(prompt) as stream:
+            for text in stream:
+                chunk = GenerationChunk(text=text)
+                if run_manager:
+                    run_manager.on_llm_new_token(text, chunk=chunk)
+                yield chunk
+            yield GenerationChunk(text="", generation_info=call.facts(self._report(stream.result())))
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        async with self._acalling(stop, kwargs) as call, call.astream(prompt) as stream:
+            async for text in stream:
+                chunk = GenerationChunk(text=text)
+                if run_manager:
+                    await run_manager.on_llm_new_token(text, chunk=chunk)
+                yield chunk
+            yield GenerationChunk(text="", generation_info=call.facts(self._report(await stream.result())))
+
+    def _before_loading(self, sampling: Sampling) -> None:
+        if self.verbose:
+            NotebookConsole().loading_model(sampling, self.model)
+
+    def _after_loading(self) -> None:
+        if self.verbose:
+            NotebookConsole().loaded(self.stop_sequences)
+
+    def _report(self, response: Response) -> Response:
+        if self.verbose:
+            NotebookConsole().generated(response.summary)
+        return response
+
+
+def _result(call: Call, responses: list[Response]) -> LLMResult:
+    generations = [[Generation(text=r.text, generation_info=call.facts(r))] for r in responses]
+    prompt, new = (sum(getattr(r.summary, f"{what}_tokens") for r in responses) for what in ("prompt", "new"))
+    usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return LLMResult(generations=[*generations], llm_output={"model_name": call.model_name, "token_usage": usage})

@@ -1,0 +1,248 @@
+"""What both LangChain classes are: the constructor's fields, the engine behind them, the options of one call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from langchain_core.runnables.config import run_in_executor
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from exl_cli import api, loader
+from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions
+from exl_cli.errors import UsageError
+from exl_cli.langchain import registry
+from exl_cli.modelinfo import ModelInfo
+from exl_cli.sampling import Sampling
+from exl_cli.settings import choose
+from exl_cli.streams import AsyncStream, Generation, Stream
+
+# Arguments of langchain_community's class that handed it parts of exllamav2, and what to use here.
+_REFUSED = {
+    "client": "exl loads the model itself",
+    "config": "exl reads the model's files itself; context, cache and GPUs are max_seq_len, kv_cache and gpu_split",
+    "disallowed_tokens": "exl cannot forbid single tokens",
+    "exllama_cache": "exl makes the cache itself, by kv_cache and max_seq_len",
+    "generator": "exl generates by itself",
+    "logfunc": "verbose prints to stdout",
+    "tokenizer": "exl reads the model's tokenizer itself",
+}
+
+# Arguments that LangChain gives hosted models to call tools with.
+_TOOLS = ("tools", "tool_choice", "functions", "function_call", "response_format")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: a loaded model, and everything but the prompt.
+
+    Attributes:
+        model_name: what the user calls the model.
+        model: the model.
+        options: the arguments of `Model.stream`.
+    """
+
+    model_name: str
+    model: api.Model
+    options: dict[str, Any]
+
+    def stream(self, prompt: str | api.Messages) -> Stream:
+        """Begin to generate."""
+        return self.model.stream(prompt, **self.options)
+
+    def astream(self, prompt: str | api.Messages) -> AsyncStream:
+        """Begin to generate, for the running event loop."""
+        return self.model.astream(prompt, **self.options)
+
+    def facts(self, generation: Generation) -> dict[str, Any]:
+        """What is worth knowing of a response besides its text: why it ended, tokens, seconds, the seed."""
+        summary = generation.summary
+        return {
+            "model_name": self.model_name,
+            "model_provider": "exllamav2",
+            **asdict(summary),
+            "prompt_tokens_per_second": summary.prompt_rate,
+            "generation_tokens_per_second": summary.generation_rate,
+            "seed": generation.seed,
+        }
+
+
+class LocalModel(BaseModel):
+    """The fields and methods of both classes.
+
+    Raises, on construction:
+        ExlError: the model cannot be found or loaded, or a setting is wrong; see `exl_cli.load`.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str = Field(frozen=True, validation_alias=AliasChoices("model", "model_path", "model_name"))
+    """A folder, a downloaded "owner/name[:revision]", or "fable-7m", the built-in model."""
+
+    settings: Any = Field(default=None, validation_alias=AliasChoices("settings", "sampling"))
+    """How tokens are chosen: a `Sampling`, a mapping of some of its fields, or exllamav2's own settings object. What it
+    does not say comes from the model's generation_config.json, else from the defaults of `Sampling`."""
+
+    temperature: float | None = None
+    """Softmax temperature, over that of `settings`."""
+
+    max_new_tokens: int = Field(default=150, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
+    """The most tokens to generate."""
+
+    stop_sequences: list[str] = Field(default_factory=list, validation_alias=AliasChoices("stop_sequences", "stop"))
+    """Texts that end the response; upper and lower case matter. A call's own `stop` takes their place."""
+
+    seed: int | None = None
+    """The same seed gives the same text; None for a random one each time."""
+
+    timeout: float | None = None
+    """Seconds until a whole response must be there, waiting for others included; None for no limit."""
+
+    engine: EngineChoice = Field(default="auto", frozen=True)
+    """See `exl_cli.load`, as for the next five; `kv_cache` is its `cache`, a name that LangChain has taken."""
+
+    max_seq_len: int | None = Field(default=None, frozen=True)
+    kv_cache: CacheType = Field(default="fp16", frozen=True)
+    gpu_split: Sequence[float] | None = Field(default=None, frozen=True)
+    low_mem: bool = Field(default=False, frozen=True)
+    models_dir: str | Path | None = Field(default=None, frozen=True)
+
+    max_retries: int | None = Field(default=None, exclude=True)
+    """Accepted and without effect, as the next: a local model has no connection to retry and no key."""
+
+    api_key: Any = Field(default=None, exclude=True, repr=False)
+
+    _info: ModelInfo = PrivateAttr()
+    _claim: registry.Loaded | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_parts(cls, values: Any) -> Any:
+        """Say what to use instead of what langchain_community's class took."""
+        if not isinstance(values, dict):
+            return values
+        for name, reason in _REFUSED.items():
+            if values.get(name):
+                raise UsageError(f"{cls.__name__} takes no {name}: {reason}", f"leave {name} out")
+        return {name: value for name, value in values.items() if name not in _REFUSED}
+
+    @model_validator(mode="after")
+    def _load(self) -> LocalModel:
+        self._info = self._resolve(self.model)
+        sampling = choose(self._info.generation_config, *self._layers())
+        self._before_loading(sampling)
+        self._claim = registry.acquire(self._info, self._load_options())
+        self._after_loading()
+        return self
+
+    @property
+    def model_path(self) -> str:
+        """`model`, by the name that langchain_community's class gives it."""
+        return self.model
+
+    @property
+    def max_tokens(self) -> int:
+        """`max_new_tokens`, by the name that LangChain's hosted models give it."""
+        return self.max_new_tokens
+
+    @property
+    def path(self) -> Path:
+        """The model's folder."""
+        return self._info.path
+
+    def release(self) -> None:
+        """Have the engine's memory back, unless another object uses the same engine or a response is being generated:
+        then the last of them gives it back. Using this object again loads the model again."""
+        with registry.lock:
+            claim, self._claim = self._claim, None
+            if claim is not None:
+                registry.release(claim)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The token ids of a text as the model sees it, a beginning-of-sequence token included if it expects one."""
+        with self._calling(None, {}) as call:
+            return call.model.encode(text)
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Everything that the response depends on besides the prompt."""
+        options = self._load_options()
+        return {
+            "model_name": self.model,
+            "model_path": str(self._info.path),
+            "format": self._info.format_name,
+            "settings": choose(self._info.generation_config, *self._layers()).to_dict(),
+            "max_new_tokens": self.max_new_tokens,
+            "stop_sequences": list(self.stop_sequences),
+            "seed": self.seed,
+            "engine": options.engine,
+            "max_seq_len": options.max_seq_len,
+            "kv_cache": options.cache,
+            "gpu_split": options.gpu_split,
+            "low_mem": options.low_mem,
+        }
+
+    def _before_loading(self, sampling: Sampling) -> None:
+        """Called when all is checked and the model is about to be loaded."""
+
+    def _after_loading(self) -> None:
+        """Called when it is."""
+
+    def _resolve(self, model: str) -> ModelInfo:
+        return loader.resolve(model, None if self.models_dir is None else Path(self.models_dir))
+
+    def _load_options(self) -> LoadOptions:
+        split = None if self.gpu_split is None else tuple(self.gpu_split)
+        return LoadOptions(self.engine, self.max_seq_len, self.kv_cache, split, self.low_mem)
+
+    def _layers(self) -> tuple[Any, ...]:
+        return self.settings, {"temperature": self.temperature}
+
+    @contextmanager
+    def _calling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Iterator[Call]:
+        """A call in which the engine stays loaded. `kwargs` are LangChain's per-call arguments."""
+        name, options = self._call_options(stop, kwargs)
+        loaded = self._acquire(name)
+        try:
+            yield Call(name, loaded.model, options)
+        finally:
+            registry.release(loaded)
+
+    @asynccontextmanager
+    async def _acalling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> AsyncIterator[Call]:
+        """`_calling`, with the event loop free while a model is loaded."""
+        name, options = self._call_options(stop, kwargs)
+        loaded = await run_in_executor(None, self._acquire, name)
+        try:
+            yield Call(name, loaded.model, options)
+        finally:
+            registry.release(loaded)
+
+    def _acquire(self, name: str) -> registry.Loaded:
+        options = self._load_options()
+        if name != self.model:
+            return registry.acquire(self._resolve(name), options)
+        with registry.lock:
+            if self._claim is None or self._claim.model.closed:
+                self._claim = registry.acquire(self._info, options)
+            return registry.acquire(self._info, options)
+
+    def _call_options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The model's name and the arguments of `Model.stream`: the object's own, and over them the call's."""
+        given = {name: value for name, value in kwargs.items() if value is not None and name != "stream"}
+        if tools := [name for name in _TOOLS if name in given]:
+            raise UsageError(f"{type(self).__name__} takes no {tools[0]}", "exl does not constrain what a model writes")
+        name = str(given.pop("model", self.model))
+        settings = (*self._layers(), given.pop("settings", None), given.pop("sampling", None))
+        limit = given.pop("max_tokens", self.max_new_tokens)
+        options = {
+            "max_new_tokens": given.pop("max_new_tokens", limit),
+            "stop": self.stop_sequences if stop is None else stop,
+            "seed": given.pop("seed", self.seed),
+            "timeout": given.pop("timeout", self.timeout),
+        }
+        info = self._info if name == self.model else self._resolve(name)
+        return name, {**options, "sampling": choose(info.generation_config, *settings, given)}

@@ -1,0 +1,170 @@
+"""The models that are here: the built-in one and those in the models folder, told apart, described and removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exl_cli import loader, report
+from exl_cli.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, UsageError
+from exl_cli.hub import locking, names, store
+from exl_cli.hub.store import Marker, Origin
+from exl_cli.modelinfo import ModelInfo, inspect
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model that is here, or part of one.
+
+    Attributes:
+        name: what the user can call it.
+        path: its folder.
+        size_bytes: bytes of all its files.
+        info: what it is; None where it cannot be run.
+        problem: why not; empty where it can.
+        marker: of a download by exl.
+        origin: of an unfinished one.
+    """
+
+    name: str
+    path: Path
+    size_bytes: int
+    info: ModelInfo | None = None
+    problem: str = ""
+    marker: Marker | None = None
+    origin: Origin | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; sizes in bytes."""
+        known: dict[str, Any] = report.model(self.info) if self.info else {}
+        source = self.marker
+        return {
+            **known,
+            "name": self.name,
+            "path": str(self.path),
+            "disk_bytes": self.size_bytes,
+            "repository": source.repository if source else None,
+            "revision": source.revision if source else None,
+            "commit": source.commit if source else None,
+            "complete": self.origin is None,
+            "problem": self.problem or None,
+        }
+
+
+def entries(models: Path | None = None) -> list[Entry]:
+    """All models: the built-in one first."""
+    builtin = loader.resolve(None)
+    return [
+        Entry(builtin.name, builtin.path, folder_bytes(builtin.path), builtin),
+        *(describe(path) for path in loader.model_folders(models)),
+    ]
+
+
+def describe(path: Path) -> Entry:
+    """What is in one folder."""
+    marker, size = store.read_marker(path), folder_bytes(path)
+    if store.state(path) == "partial":
+        origin = store.read_origin(path) or Origin(path.name, 0)
+        return Entry(origin.name, path, size, problem="only partly downloaded", origin=origin)
+    name = marker.name if marker else path.name
+    try:
+        return Entry(name, path, size, inspect(path, name), marker=marker)
+    except (DamagedModelError, UnsupportedModelError) as error:
+        return Entry(name, path, size, problem=error.message, marker=marker)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of the files in a folder, what links lead to left out."""
+    total = 0
+    for place, _, files in os.walk(path):
+        for name in files:
+            try:
+                total += (Path(place) / name).lstat().st_size
+            except OSError:
+                continue  # removed meanwhile
+    return total
+
+
+def licence(path: Path, marker: Marker | None) -> str:
+    """The licence as the model card names it, else the first line of a licence file; empty where neither is there."""
+    if marker and marker.license:
+        return marker.license
+    card = _lines(path / "README.md")
+    if card and card[0].strip() == "---":
+        for line in card[1:]:
+            if line.strip() == "---":
+                break
+            key, _, value = line.partition(":")
+            if key == "license" and value.strip():
+                return value.strip().strip("\"'")
+    for pattern in ("LICENSE*", "LICENCE*"):
+        for file in sorted(path.glob(pattern)):
+            if first := next((line.strip() for line in _lines(file) if line.strip()), ""):
+                return first
+    return ""
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def find_to_remove(model: str, models: Path | None = None) -> Path:
+    """The folder, directly in the models folder, that a name means. It may be a link, which is not followed.
+
+    Args:
+        model: owner/name[:revision], a folder's name, or a path to it.
+        models: see `loader.models_dir`.
+
+    Raises:
+        UsageError: the built-in model, or a place outside the models folder.
+        ModelNotFoundError: nothing of that name is there, or it is no model.
+    """
+    if model == loader.BUILTIN:
+        raise UsageError(f"{model} comes with exl and is not removed", "uninstall exl-cli to be rid of it")
+    home = loader.models_dir(models)
+    repository = names.parse(model)
+    given = Path(model).expanduser()
+    if repository is not None and not os.path.lexists(given):
+        path = home / repository.folder
+        if store.holds_another(path, repository):
+            raise ModelNotFoundError(f"{model} is not in {home}", "exl list shows what is")
+    elif given.name == model and model not in (".", ".."):
+        path = home / model
+    else:
+        # Only the last part is taken as it is: following it could lead anywhere.
+        path = given.absolute()
+        if path.name in ("", ".", "..") or path.parent.resolve() != home.resolve():
+            raise UsageError(
+                f"{model} is not directly in {home}, and exl rm deletes nothing else", "remove it yourself"
+            )
+    if not os.path.lexists(path):
+        raise ModelNotFoundError(f"{model} is not in {home}", "exl list shows what is")
+    if not path.is_symlink() and not _is_model(path):
+        raise ModelNotFoundError(f"{path} is no model, so exl rm leaves it alone", "remove it yourself")
+    return path
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in ("config.json", store.MARKER, store.STAGING))
+
+
+def remove(path: Path) -> None:
+    """Remove a folder found with `find_to_remove`; of a link, the link alone.
+
+    Raises:
+        DiskError: it cannot be removed, or is being downloaded just now.
+    """
+    with locking.lock(path, None), store.explained(path):
+        if path.is_symlink():
+            path.unlink()
+            return
+        # Out of sight at once, so that nothing half removed is ever taken for a model.
+        doomed = path.with_name(f".exl-removed-{os.getpid()}-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,63 @@
+"""The JSON that commands print: plain dictionaries with the same names everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from exl_cli import __version__
+from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.modelinfo import ModelInfo
+from exl_cli.stats import GpuReading, HostReading
+
+
+def model(info: ModelInfo) -> dict[str, Any]:
+    """Facts of a model, sizes in bytes and tokens."""
+    return {
+        "name": info.name,
+        "path": str(info.path),
+        "format": info.format,
+        "format_name": info.format_name,
+        "architecture": info.architecture,
+        "parameters": info.parameters,
+        "bits_per_weight": round(info.bits_per_weight, 3),
+        "context_length": info.context_length,
+        "size_bytes": info.size_bytes,
+        "chat_template": info.has_chat_template,
+    }
+
+
+def generation(
+    info: ModelInfo,
+    engine: Engine,
+    request: Request,
+    variables: Mapping[str, str],
+    text: str,
+    summary: Summary,
+    load_seconds: float,
+    gpus: Sequence[GpuReading],
+    host: HostReading,
+) -> dict[str, Any]:
+    """One response: the template's variables, the text and every number; seconds, tokens and bytes throughout."""
+    return {
+        **variables,
+        "text": text,
+        "finish_reason": summary.finish_reason,
+        "prompt_tokens": summary.prompt_tokens,
+        "reused_tokens": summary.reused_tokens,
+        "new_tokens": summary.new_tokens,
+        "load_seconds": round(load_seconds, 6),
+        "prompt_seconds": round(summary.prompt_seconds, 6),
+        "generation_seconds": round(summary.generation_seconds, 6),
+        "first_token_seconds": round(summary.first_token_seconds, 6),
+        "prompt_tokens_per_second": round(summary.prompt_rate, 3),
+        "generation_tokens_per_second": round(summary.generation_rate, 3),
+        "seed": request.seed,
+        "max_new_tokens": request.max_new_tokens,
+        "stop": list(request.stop_strings),
+        "sampling": request.sampling.to_dict(),
+        "model": model(info),
+        "engine": {"name": engine.name, "context_length": engine.context_length, **engine.facts},
+        "memory": {"host": host.to_dict(), "gpus": [gpu.to_dict() for gpu in gpus]},
+        "exl_version": __version__,
+    }

@@ -1,0 +1,62 @@
+"""A real engine that has no model: it says what it was told to say, token by token, by the rules of the interface."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from exl_cli.engines import driver
+from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
+from exl_cli.engines.options import LoadOptions
+from exl_cli.loader import Observer
+from exl_cli.modelinfo import ModelInfo
+from exl_cli.tokenizer import Tokenizer
+
+
+class ScriptedEngine:
+    """Generates the tokens of a fixed text, then the model's end-of-sequence token."""
+
+    name = "scripted"
+
+    def __init__(self, tokenizer: Tokenizer, answer: str, context_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._answer = answer
+        self.context_length = context_length
+        self.facts = {"device": "none"}
+        self.requests: list[Request] = []
+        self.closed = False
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        driver.check_fits(len(request.ids), self.context_length)
+        self.requests.append(request)
+        return driver.run(request, self._tokenizer.decode_stream(request.ids), self.context_length, self._steps())
+
+    def _steps(self) -> Generator[driver.Step, None, None]:
+        yield driver.Step(prompt_seconds=0.5)
+        for token in self._tokenizer.encode(self._answer, add_special_tokens=False):
+            yield driver.Step((token,))
+        yield driver.Step((min(self._tokenizer.eos_ids),))
+
+    def memory(self) -> list[DeviceMemory]:
+        return []
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ScriptedLoader:
+    """Loads `ScriptedEngine`s in the place of `loader.load`, and remembers them."""
+
+    def __init__(self, answer: str) -> None:
+        self._answer = answer
+        self.engines: list[ScriptedEngine] = []
+        self.options: LoadOptions | None = None
+
+    def __call__(
+        self, info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions, observer: Observer, needed: int | None = None
+    ) -> Engine:
+        self.options = options
+        observer.note(f"loading from {Path(info.path).name}")
+        observer.progress(1, 1)
+        self.engines.append(ScriptedEngine(tokenizer, self._answer, options.max_seq_len or info.context_length))
+        return self.engines[-1]

@@ -1,0 +1,10 @@
+"""The `exl` command with a scripted engine, as a program: `python scripted_app.py ANSWER ARGS…`."""
+
+import sys
+
+from fakes import ScriptedLoader
+
+from exl_cli.cli import app
+from exl_cli.state import State
+
+app(sys.argv[2:], obj=State(load=ScriptedLoader(sys.argv[1])))

@@ -1,0 +1,276 @@
+"""The Python API: what a response is, how settings come together, what goes wrong and how it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from fakehub import FakeHub
+from fakes import ScriptedEngine
+
+import exl_cli
+from exl_cli import Generation, Model, Sampling, download, load, loader
+from exl_cli.errors import DownloadError, EngineError, ExlError, ModelNotFoundError, PromptError, UsageError
+from exl_cli.sampling import PRESETS
+from exl_cli.tokenizer import Tokenizer
+
+STORY = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with load("fable-7m") as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def scripted() -> Callable[..., tuple[Model, ScriptedEngine]]:
+    def make(answer: str, **info: Any) -> tuple[Model, ScriptedEngine]:
+        found = dataclasses.replace(loader.resolve(None), **info)
+        tokenizer = Tokenizer(found.path)
+        engine = ScriptedEngine(tokenizer, answer, 1024)
+        return Model(found, tokenizer, engine), engine
+
+    return make
+
+
+def test_importing_it_is_light_and_every_name_is_there() -> None:
+    heavy = "torch transformers exllamav2 huggingface_hub safetensors tokenizers jinja2 pynvml langchain_core"
+    code = f"""
+import sys, exl_cli
+from exl_cli import Sampling, download, load
+assert set(exl_cli.__all__) <= set(dir(exl_cli)) and all(getattr(exl_cli, name) for name in exl_cli.__all__)
+print([name for name in {heavy.split()} if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+    with pytest.raises(AttributeError, match="nonsense"):
+        exl_cli.nonsense  # noqa: B018
+
+
+def test_without_langchain_core_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['langchain_core'] = None; import exl_cli.langchain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: exl_cli.langchain needs langchain-core: pip install 'exl-cli[langchain]'"
+    )
+
+
+def test_greedy_tokens_are_the_golden_ones(model: Model, golden_path: Path) -> None:
+    with np.load(golden_path) as file:
+        ids, expected = file["fable-7m-exl2.1.ids"].tolist(), file["fable-7m-exl2.1.greedy"].tolist()
+    backend = tokenizers.Tokenizer.from_file(str(model.info.path / "tokenizer.json"))
+    text = backend.decode(ids, skip_special_tokens=False)
+    assert model.encode(text) == ids
+    generation = model.generate(text, sampling=PRESETS["greedy"], max_new_tokens=24)
+    assert list(generation.token_ids) == expected[:24]
+    assert (generation.summary.prompt_tokens, generation.summary.new_tokens) == (len(ids), 24)
+    assert generation.summary.finish_reason == "length"
+
+
+def test_pieces_make_up_the_result(model: Model) -> None:
+    with model.stream(STORY, seed=3, max_new_tokens=20) as stream:
+        pieces = list(stream)
+        result = stream.result()
+    assert "" not in pieces
+    assert "".join(pieces) == result.text == str(result)
+    assert len(result.token_ids) == result.summary.new_tokens == 20
+    assert result.summary.generation_rate > 0 < result.summary.first_token_seconds
+    assert list(stream) == []
+    assert model.generate(STORY, seed=result.seed, max_new_tokens=20).text == result.text
+
+
+def test_without_a_seed_one_is_drawn_and_told(model: Model) -> None:
+    drawn = [model.generate(STORY, max_new_tokens=8) for _ in range(3)]
+    assert len({generation.seed for generation in drawn}) == 3
+    assert model.generate(STORY, max_new_tokens=8, seed=drawn[1].seed).text == drawn[1].text
+
+
+def test_messages_go_through_the_chat_template(model: Model) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    # ChatML, as fable-7m's card says
+    chatml = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert model.encode(messages) == Tokenizer(model.info.path).encode(chatml, add_special_tokens=False)
+    answer = model.generate(messages, seed=1, max_new_tokens=5)
+    assert answer.summary.prompt_tokens == len(model.encode(messages))
+    assert answer.text == model.generate(chatml, seed=1, max_new_tokens=5).text
+
+
+def test_the_end_of_sequence_token_ends_the_response(scripted) -> None:
+    generation = scripted("The end.")[0].generate(STORY)
+    assert (generation.text, generation.summary.finish_reason) == ("The end.", "stop")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [("Lily", "There was a girl named "), (["lily", "GIRL"], None), (["named", "girl"], "There was a "), ((), None)],
+)
+def test_stop_strings_end_it_and_their_case_counts(scripted, stop: Any, text: str | None) -> None:
+    answer = "There was a girl named Lily."
+    generation = scripted(answer)[0].generate(STORY, stop=stop)
+    assert generation.text == (answer if text is None else text)
+    assert generation.summary.finish_reason == "stop"
+
+
+def test_150_tokens_is_the_limit_unless_another_is_given(scripted) -> None:
+    model, _ = scripted("word " * 400)
+    assert model.generate(STORY).summary.new_tokens == 150
+    assert model.generate(STORY, max_new_tokens=7).summary.new_tokens == 7
+
+
+@dataclasses.dataclass
+class Settings:
+    """The fields of exllamav2 0.3.2's ExLlamaV2Sampler.Settings and their defaults, from its source."""
+
+    token_repetition_penalty: float = 1.025
+    token_repetition_range: int = -1
+    token_repetition_decay: int = 0
+    token_frequency_penalty: float = 0.0
+    token_presence_penalty: float = 0.0
+    temperature: float = 0.8
+    smoothing_factor: float = 0.0
+    min_temp: float = 0
+    max_temp: float = 0.0
+    temp_exponent: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.8
+    top_a: float = 0.0
+    min_p: float = 0
+    tfs: float = 0
+    typical: float = 0
+    skew: float = 0
+    temperature_last: bool = False
+    mirostat: bool = False
+    mirostat_tau: float = 1.5
+    mirostat_eta: float = 0.1
+    mirostat_mu: float | None = None
+    token_bias: Any = None
+    cfg_scale: float | None = None
+    post_sampling_hooks: list[Any] = dataclasses.field(default_factory=list)
+    dry_allowed_length: int = 2
+    dry_base: float = 1.75
+    dry_multiplier: float = 0.0
+    dry_sequence_breakers: set[int] | None = None
+    dry_range: int = 0
+    dry_max_ngram: int = 20
+    ngram_trie: Any = None
+    ngram_index: int = 0
+    ngram_history: Any = dataclasses.field(default_factory=deque)
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_ignore_tokens: frozenset[int] | None = None
+
+
+MODEL_SAYS = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.2}
+FROM_MODEL = Sampling(temperature=0.5, top_p=0.9, token_repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, FROM_MODEL),
+        ({"temperature": 0.1}, dataclasses.replace(FROM_MODEL, temperature=0.1)),
+        ({"sampling": {"min_p": 0.1}}, dataclasses.replace(FROM_MODEL, min_p=0.1)),
+        ({"sampling": {"min_p": 0.1}, "min_p": 0.2}, dataclasses.replace(FROM_MODEL, min_p=0.2)),
+        ({"sampling": Sampling()}, Sampling()),
+        ({"sampling": Sampling(), "top_k": 5.0}, Sampling(top_k=5)),
+        ({"sampling": Settings()}, Sampling(temperature=0.8, token_repetition_penalty=1.025)),
+        ({"sampling": Settings(mirostat=True)}, Sampling(0.8, token_repetition_penalty=1.025, mirostat=True)),
+    ],
+)
+def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expected: Sampling) -> None:
+    model, engine = scripted("Yes.", generation_config=MODEL_SAYS)
+    model.generate(STORY, **given)
+    assert engine.requests[-1].sampling == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temprature": 1}, "temprature"),
+        ({"sampling": {"temperature": "hot"}}, "temperature must be a number"),
+        ({"top_k": 2.5}, "whole number"),
+        ({"top_p": 2}, "top_p must be"),
+        ({"sampling": object()}, "object holds no sampler settings"),
+        ({"sampling": Settings(cfg_scale=1.5)}, "cfg_scale"),
+        ({"sampling": Settings(token_bias=[0.0])}, "token_bias"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(scripted, given: dict[str, Any], message: str) -> None:
+    model, engine = scripted("Yes.")
+    with pytest.raises(UsageError, match=message):
+        model.generate(STORY, **given)
+    assert engine.requests == []
+
+
+def test_prompts_that_do_not_fit_are_refused_with_both_numbers(scripted) -> None:
+    model, _ = scripted("Yes.")
+    with pytest.raises(PromptError, match=r"1,0\d\d tokens, the context holds 1,024"):
+        model.generate("word " * 1030)
+
+
+def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="owner/name"):
+        load("owner/name", models_dir=tmp_path)
+    with pytest.raises(UsageError, match="q3"):
+        load("fable-7m", cache="q3")
+    with pytest.raises(ExlError, match="2,000"):
+        load("fable-7m", max_seq_len=2000)
+
+
+def test_the_context_is_what_was_asked_for(gptq_dir: Path) -> None:
+    with load(gptq_dir, max_seq_len=40, engine="cpu") as model:
+        assert model.context_length == 40
+        assert model.facts["engine"] == "cpu"
+        assert model.memory() == []
+        assert model.generate(STORY, seed=1).summary.new_tokens == 40 - len(model.encode(STORY))
+
+
+def test_closing_gives_the_engine_back_once(scripted) -> None:
+    model, engine = scripted("Yes.")
+    with model:
+        assert model.generate(STORY).text == "Yes."
+    assert engine.closed
+    assert model.closed
+    model.close()
+    with pytest.raises(EngineError, match="closed"):
+        model.generate(STORY)
+    assert model.memory() == []
+
+
+def test_a_generation_can_be_passed_on(model: Model) -> None:
+    generation = model.generate(STORY, seed=1, max_new_tokens=3)
+    assert isinstance(generation, Generation)
+    assert dataclasses.replace(generation, text="x").token_ids == generation.token_ids
+
+
+def test_download_follows_the_notebook(
+    tmp_path: Path, exl2_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {path.name: path.read_bytes() for path in exl2_dir.iterdir() if path.is_file()}
+    with FakeHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        hub.repository("owner/fable-GPTQ", files)
+        assert download("owner/fable-GPTQ") == "./models/owner_fable-GPTQ"
+        assert capsys.readouterr().out == ""
+        fetched = len(hub.requests())
+        assert download("owner/fable-GPTQ") == "./models/owner_fable-GPTQ"
+        assert capsys.readouterr().out == "owner/fable-GPTQ already exists in the models directory\n"
+        assert len(hub.requests()) == fetched > 0
+        with pytest.raises(DownloadError):
+            download("owner/another", models_dir=tmp_path)
+    with load("./models/owner_fable-GPTQ") as model:
+        assert model.generate(STORY, seed=1, max_new_tokens=3).summary.new_tokens == 3
+    with pytest.raises(UsageError, match="not a name"):
+        download("not a name")

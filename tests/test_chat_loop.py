@@ -1,0 +1,232 @@
+"""The chat as a state machine, driven by events without a terminal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from chatting import FAIL, PAUSE, Script
+
+from exl_cli.chat.loop import Chat, Event, Line, Phase, Signal, converse
+from exl_cli.chat.partner import Host
+from exl_cli.chat.settings import Settings
+from exl_cli.chat.store import SessionStore
+from exl_cli.console_chat import ChatConsole
+from exl_cli.engines.options import LoadOptions
+from exl_cli.errors import ExitCode
+from exl_cli.session import Session
+
+Begin = Callable[..., Chat]
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Begin:
+    def make(script: Script, session: Session | None = None, context: int | None = None, **settings: object) -> Chat:
+        console = ChatConsole()
+        host = Host(script.load, LoadOptions(max_seq_len=context), tmp_path / "models", console)
+        store = SessionStore(tmp_path / "sessions")
+        values = Settings(**settings)  # type: ignore[arg-type]
+        return Chat(host, host.load(host.find(None)), session or Session(), values, console, store)
+
+    return make
+
+
+class Typist:
+    """A `loop.Source`: enters these, and remembers the drafts that it was shown. "^C" is a Ctrl-C at the prompt."""
+
+    def __init__(self, *events: str) -> None:
+        self._events: Iterator[str] = iter(events)
+        self.drafts: list[str] = []
+
+    def read(self, draft: str) -> Event:
+        self.drafts.append(draft)
+        event = next(self._events, None)
+        if event is None:
+            return Signal.END
+        return Signal.INTERRUPT if event == "^C" else Line(event)
+
+
+def contents(chat: Chat) -> list[str]:
+    return [turn.content for turn in chat.talk.session.turns]
+
+
+def on_disk(tmp_path: Path) -> list[str]:
+    (file,) = (tmp_path / "sessions").glob("*.json")
+    return [turn["content"] for turn in json.loads(file.read_text())["turns"]]
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_the_phases(begin: Begin) -> None:
+    seen = []
+    script = Script(["a"], before=lambda request: seen.append(chat.phase))
+    chat = begin(script)
+    assert chat.phase is Phase.READY
+    chat.feed(Line("Hi"))
+    assert (seen, chat.phase) == ([Phase.ANSWERING], Phase.READY)
+    chat.feed(Line("/quit"))
+    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.OK)
+
+
+def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = begin(Script(["a"]))
+    chat.feed(Signal.INTERRUPT)
+    assert "Ctrl-C again leaves" in capsys.readouterr().err
+    chat.feed(Line("Hi"))
+    chat.feed(Signal.INTERRUPT)
+    assert chat.phase is Phase.READY
+    chat.feed(Signal.INTERRUPT)
+    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.OK)
+
+
+def test_ctrl_c_while_answering_keeps_what_came_and_goes_on(begin: Begin, tmp_path: Path) -> None:
+    script = Script([f"Once upon{PAUSE} a time", "Then what?", " the end"], pause=press_ctrl_c)
+    chat = begin(script)
+    chat.feed(Line("Hi"))
+    assert contents(chat) == on_disk(tmp_path) == ["Hi", "Once upon"]
+    assert chat.talk.session.turns[1].finish_reason == "cancelled"
+    chat.feed(Line("Go on"))
+    assert contents(chat)[2:] == ["Go on", "Then what?"]
+    # What was computed of the interrupted answer is not computed again.
+    assert chat.talk.session.turns[3].timings["reused_tokens"] >= len(script.requests[0].ids)
+
+
+def test_a_second_ctrl_c_while_answering_keeps_it_too(begin: Begin, tmp_path: Path) -> None:
+    def twice() -> None:
+        press_ctrl_c()
+        press_ctrl_c()
+
+    chat = begin(Script([f"Once{PAUSE}"], pause=twice))
+    converse(chat, Typist("Hi", "/continue"))
+    assert on_disk(tmp_path)[:2] == ["Hi", "OnceOnce"]
+
+
+@pytest.mark.parametrize("answer", [PAUSE, FAIL])
+def test_a_message_without_any_answer_comes_back_as_a_draft(begin: Begin, tmp_path: Path, answer: str) -> None:
+    chat = begin(Script([answer, "Hello."], pause=press_ctrl_c))
+    typist = Typist("Hi", "Hi there")
+    converse(chat, typist)
+    assert typist.drafts == ["", "Hi", ""]
+    assert on_disk(tmp_path) == ["Hi there", "Hello."]
+
+
+def test_a_refused_message_comes_back_as_a_draft_with_its_files(begin: Begin, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    chat = begin(Script(["ok"]))
+    large = "word " * 3000
+    chat.feed(Line(f"/file {tmp_path / 'notes.txt'}"))
+    chat.feed(Line(large))
+    assert chat.talk.draft == large.rstrip()
+    assert [file.name for file in chat.talk.attachments] == ["notes.txt"]
+    chat.feed(Line("short"))
+    assert contents(chat)[0].startswith("notes.txt:\n\n```\nnotes\n```\n\nshort")
+
+
+def test_the_message_is_safe_while_the_answer_is_made(begin: Begin, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+    script = Script(["a", "b"], before=lambda request: seen.append(on_disk(tmp_path)))
+    chat = begin(script)
+    chat.feed(Line("one"))
+    chat.feed(Line("/retry"))
+    # While an answer is made anew, the file still has the old one.
+    assert seen == [["one"], ["one", "a"]]
+    # And a file that ends with a message gives it back.
+    session = chat.store.load(chat.talk.session.name)
+    session.cut(1)
+    assert begin(script, session).talk.draft == "one"
+
+
+def test_an_unsaved_conversation_is_left_only_on_a_second_word(
+    begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sessions").write_text("in the way")
+    chat = begin(Script(["a"]))
+    chat.feed(Line("Hi"))
+    chat.feed(Signal.END)
+    assert chat.phase is Phase.READY
+    assert "leaving once more gives it up" in capsys.readouterr().err
+    (tmp_path / "sessions").unlink()
+    chat.feed(Line("/quit"))
+    assert (chat.phase, chat.exit_code, on_disk(tmp_path)) == (Phase.OVER, ExitCode.OK, ["Hi", "a"])
+
+
+def test_leaving_an_unsaved_conversation_twice_gives_it_up(begin: Begin, tmp_path: Path) -> None:
+    (tmp_path / "sessions").write_text("in the way")
+    chat = begin(Script(["a"]))
+    converse(chat, Typist("Hi"))
+    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.DISK)
+
+
+def test_an_answer_of_nothing_is_an_answer_if_the_model_means_it(begin: Begin) -> None:
+    chat = begin(Script([""]))
+    chat.feed(Line("Hi"))
+    assert contents(chat) == ["Hi", ""]
+
+
+def test_revising_a_message_that_gets_no_answer_keeps_the_old_exchange(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.setenv("EDITOR", "sed -i s/Hi/Hello/")
+    chat = begin(Script(["a", FAIL]))
+    chat.feed(Line("Hi"))
+    chat.feed(Line("/edit"))
+    assert (contents(chat), chat.talk.draft) == (["Hi", "a"], "Hello")
+
+
+def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same(begin: Begin) -> None:
+    script = Script(["Once upon a time.", "The end."], spelled=True)
+    chat = begin(script)
+    for message in ("Tell me a story", "And?", "And?"):
+        chat.feed(Line(message))
+    held: list[int] = []
+    for request, turn in zip(script.requests, chat.talk.session.turns[1::2], strict=True):
+        assert list(request.ids[: len(held)]) == held
+        assert turn.timings["reused_tokens"] >= len(held)
+        tokenizer = chat.talk.partner.model.tokenizer
+        held = [
+            *request.ids,
+            *(id_ for char in turn.content for id_ in tokenizer.encode(char, add_special_tokens=False)),
+        ]
+
+
+def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin) -> None:
+    script = Script(["One. Two. Three."])
+    chat = begin(script, stop=("Two",))
+    chat.feed(Line("Count"))
+    chat.feed(Line("More"))
+    assert contents(chat)[1] == "One. "
+    tokenizer = chat.talk.partner.model.tokenizer
+    assert "One.\n" in tokenizer.decode(script.requests[1].ids).replace("One. \n", "One.\n")
+    assert "Tw" not in tokenizer.decode(script.requests[1].ids)
+
+
+def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path: Path) -> None:
+    script = Script(["A short answer.", "A somewhat longer answer, of more words than the other has. " * 3])
+    chat = begin(script)
+    context = chat.talk.partner.engine.context_length
+    for turn in range(200):
+        if turn == 150:
+            tracemalloc.start()
+        chat.feed(Line(f"Question {turn}, which asks for something."))
+        script.requests[:-1] = [None] * (len(script.requests) - 1)  # type: ignore[list-item]
+        assert len(script.requests[-1].ids) <= context * 3 // 4
+        known = chat.talk.partner.composer.known
+        assert len(known.ids) <= context
+        assert len(known.marks) <= 2 + 2 * len(chat.talk.session.turns[chat.talk.session.dropped :])
+    growth = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    session = chat.talk.session
+    assert len(on_disk(tmp_path)) == len(session.turns) == 400
+    reused = [turn.timings["reused_tokens"] / turn.timings["prompt_tokens"] for turn in session.turns[3::2]]
+    # Only the few answers after something was dropped begin anew.
+    assert sum(share < 0.5 for share in reused) < 40
+    assert session.dropped > 300
+    # Fifty exchanges of text and numbers, and nothing else.
+    assert growth < 250_000

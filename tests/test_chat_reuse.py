@@ -1,0 +1,184 @@
+"""The CPU engine's KV cache from one generation to the next, and a real conversation with the built-in model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import tinymodels
+import torch
+from helpers import Recorder, collect, exl
+
+from exl_cli import loader
+from exl_cli.engines.base import Engine, Request
+from exl_cli.engines.kvcache import KvCache
+from exl_cli.engines.options import LoadOptions
+from exl_cli.sampling import Sampling, build
+from exl_cli.tokenizer import Tokenizer
+
+GREEDY = build({}, "greedy")
+
+
+def load(path: Path) -> Engine:
+    info = loader.resolve(str(path))
+    return loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder())
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 4000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def check_greedy(engine: Engine, ids: Sequence[int], new: int, reused: int | range) -> list[int]:
+    """Generate greedily; each token must be the likeliest by the model without any cache, up to a near tie."""
+    _, tokens, summary = collect(engine.stream(Request(ids, GREEDY, new, 0)))
+    assert summary.reused_tokens in ([reused] if isinstance(reused, int) else reused)
+    logits = engine.logits([*ids, *tokens[:-1]])[len(ids) - 1 :]  # type: ignore[attr-defined]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert float((logits.max(1).values - chosen).max()) < 1e-3
+    return tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models this small, and on a machine with other work to do, threads cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tinymodels.write(folder, tinymodels.VARIANTS["float16"])
+    engine = load(folder)
+    yield engine
+    engine.close()
+
+
+def test_a_conversation_is_computed_once(engine: Engine) -> None:
+    first = prompt(200, seed=1)
+    tokens = check_greedy(engine, first, 20, 0)
+    # The last token of an answer has been chosen, not computed.
+    second = [*first, *tokens, *prompt(30, seed=2)]
+    check_greedy(engine, second, 20, 219)
+    check_greedy(engine, second, 20, len(second) - 1)
+    check_greedy(engine, [*first, *prompt(50, seed=3)], 20, 200)
+    check_greedy(engine, prompt(50, seed=4), 20, 0)
+    check_greedy(engine, prompt(50, seed=4)[:1], 5, 0)
+
+
+def test_the_same_seed_gives_the_same_text_with_and_without_reuse(engine: Engine) -> None:
+    ids = prompt(300, seed=5)
+    cold, warm = (collect(engine.stream(Request(ids, Sampling(), 30, seed=9))) for _ in range(2))
+    assert (cold[2].reused_tokens, warm[2].reused_tokens) == (0, 299)
+    assert cold[1] == warm[1]
+
+
+class Countdown(threading.Event):
+    """Is set, or raises, once it has been looked at so many times."""
+
+    def __init__(self, looks: int, error: BaseException | None = None) -> None:
+        super().__init__()
+        self._looks = looks
+        self._error = error
+
+    def is_set(self) -> bool:
+        self._looks -= 1
+        if self._looks < 0 and self._error is not None:
+            raise self._error
+        return self._looks < 0
+
+
+@pytest.mark.parametrize("looks", range(1, 10))
+def test_a_pass_that_is_cancelled_between_two_layers_leaves_the_cache_right(engine: Engine, looks: int) -> None:
+    ids = prompt(300, seed=100 + looks)
+    _, tokens, summary = collect(engine.stream(Request(ids, GREEDY, 5, 0, cancel=Countdown(looks))))
+    assert (tokens, summary.finish_reason) == ([], "cancelled")
+    # Whole chunks of the prompt are kept, and no part of one.
+    check_greedy(engine, ids, 5, range(0, 300))
+
+
+def test_a_pass_that_fails_leaves_the_cache_right(engine: Engine) -> None:
+    ids = prompt(300, seed=6)
+    check_greedy(engine, ids[:150], 5, 0)
+    with pytest.raises(MemoryError):
+        collect(engine.stream(Request(ids, GREEDY, 5, 0, cancel=Countdown(5, MemoryError()))))
+    check_greedy(engine, ids, 10, range(150, 300))
+
+
+def test_two_generations_at_once_do_not_disturb_each_other(engine: Engine) -> None:
+    one, two = prompt(40, seed=7), prompt(40, seed=8)
+    alone = [collect(engine.stream(Request(ids, GREEDY, 12, 0)))[1] for ids in (one, two)]
+    streams = [engine.stream(Request(ids, GREEDY, 12, 0)) for ids in (one, two)]
+    found: list[list[int]] = [[], []]
+    for _ in range(13):
+        for stream, tokens in zip(streams, found, strict=True):
+            tokens += next(stream).token_ids
+    assert found == alone
+    check_greedy(engine, one, 12, range(0, 40))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # looking at all objects wakes deprecated ones
+def test_closing_gives_the_cache_back(tmp_path: Path) -> None:
+    tinymodels.write(tmp_path / "model", tinymodels.VARIANTS["float16"])
+    engine = load(tmp_path / "model")
+    collect(engine.stream(Request(prompt(20), GREEDY, 3, 0)))
+    gc.collect()
+    before = sum(isinstance(thing, KvCache) for thing in gc.get_objects())
+    engine.close()
+    assert sum(isinstance(thing, KvCache) for thing in gc.get_objects()) == before - 1
+
+
+def test_a_sliding_window_is_continued_but_cut_only_while_it_is_whole(tmp_path: Path) -> None:
+    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+    tinymodels.write(tmp_path / "model", tinymodels.Variant("float", config=config))
+    engine = load(tmp_path / "model")
+    short = prompt(8, seed=1)
+    check_greedy(engine, short, 4, 0)
+    check_greedy(engine, [*short[:6], *prompt(3, seed=2)], 2, 6)
+    long = prompt(40, seed=3)
+    tokens = check_greedy(engine, long, 10, 0)
+    check_greedy(engine, [*long, *tokens, *prompt(5, seed=4)], 5, 49)
+    check_greedy(engine, long, 5, 0)
+
+
+def test_rotary_embeddings_that_change_with_the_length_are_not_mixed(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 40,
+        "short_factor": [1.0] * 32,
+        "long_factor": [3.0] * 32,
+        "attention_factor": 1.0,
+    }
+    config = {"rope_theta": None, "rope_parameters": rope}
+    tinymodels.write(tmp_path / "model", tinymodels.Variant("float", config=config))
+    engine = load(tmp_path / "model")
+    short, long = prompt(20, seed=1), [*prompt(20, seed=1), *prompt(40, seed=2)]
+    check_greedy(engine, short, 5, 0)
+    check_greedy(engine, long[:30], 5, 20)
+    check_greedy(engine, long, 5, 0)
+    check_greedy(engine, short, 5, 0)
+
+
+def test_a_real_conversation(tmp_path: Path) -> None:
+    env = {**os.environ, "EXL_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    lines = b"Tell me a story about a fox.\nAnd then?\n/retry\n"
+    result = exl("chat", "--engine", "cpu", "-n", "15", "--seed", "1", stdin=lines, env=env)
+    assert result.returncode == 0
+    rows = re.findall(r"^prompt (\d+) tokens \((\d+) reused\) · (\d+) new", result.stderr, re.M)
+    (first, zero, new), (second, reused, _), (again, all_but_one, _) = [tuple(map(int, row)) for row in rows]
+    assert (zero, reused, again, all_but_one) == (0, first + new - 1, second, second - 1)
+    (file,) = (tmp_path / "sessions").glob("*.json")
+    turns = json.loads(file.read_text("utf-8"))["turns"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    answers = result.stdout
+    assert answers.startswith(turns[1]["content"].lstrip() + "\n")
+    assert answers.endswith(turns[3]["content"].lstrip() + "\n")

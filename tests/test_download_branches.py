@@ -1,0 +1,156 @@
+"""`exl download --branches`: what a repository offers, told without fetching weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakehub import FakeHub, Repository
+from helpers import exl
+from hubtools import Fetcher, config, shell
+
+from exl_cli.hub.branches import Branch, describe
+from exl_cli.memory import GIB
+
+# Mistral 7B's dimensions, and the sizes of real quantizations of it.
+MISTRAL: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+}
+SMALL = {"tokenizer.json": b'{"model": {}}', "README.md": b"# Mistral\n"}
+
+FAKE_NVML = """
+class _Memory:
+    def __init__(self, total): self.total, self.free = total, total - 2**30
+_CARDS = {"GPU-aaaa": 6 * 2**30, "GPU-bbbb": 80 * 2**30}
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return len(_CARDS)
+def nvmlDeviceGetHandleByIndex(index): return list(_CARDS)[index]
+def nvmlDeviceGetUUID(handle): return handle
+def nvmlDeviceGetName(handle): return "Card " + handle
+def nvmlDeviceGetMemoryInfo(handle): return _Memory(_CARDS[handle])
+"""
+
+
+def quantized(method: str, **more: Any) -> bytes:
+    return config(**MISTRAL, quantization_config={"quant_method": method, **more})
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as fake:
+        yield fake
+
+
+@pytest.fixture
+def repository(hub: FakeHub) -> Repository:
+    made = hub.repository("acme/mistral")
+    made.commit({"README.md": b"one branch per size", "measurement.json": b"{}"})
+    exl2 = {"config.json": quantized("exl2", bits=4.0, head_bits=6), "output.safetensors": b"w", **SMALL}
+    made.commit(exl2, "4.0bpw", output=4_100_000_000)
+    gptq = {"config.json": config(**MISTRAL), "model.safetensors": b"w", **SMALL}
+    gptq["quantize_config.json"] = b'{"bits": 4, "group_size": 32, "desc_act": true}'
+    made.commit(gptq, "gptq-4bit-32g", model=4_570_000_000)
+    made.commit({**gptq, "quantize_config.json": b'{"bits": 8, "group_size": 128}'}, "gptq-8bit", model=7_600_000_000)
+    made.commit({"config.json": quantized("awq"), "model.safetensors": b"w", **SMALL}, "awq", model=4_000_000_000)
+    made.commit({"config.json": config(**MISTRAL), "model.safetensors": b"v", **SMALL}, "fp16", model=14_480_000_000)
+    return made
+
+
+@pytest.fixture
+def found(hub: FakeHub, repository: Repository, tmp_path: Path) -> dict[str, Branch]:
+    fetch = Fetcher(hub, tmp_path)
+    wanted = fetch.wanted(repository.id)
+    return {branch.name: branch for branch in describe(fetch.hub(), wanted.repository, 4096, "fp16", [8 * GIB])}
+
+
+def test_each_branch_tells_its_quantization(found: dict[str, Branch], repository: Repository) -> None:
+    assert list(found) == ["main", "4.0bpw", "awq", "fp16", "gptq-4bit-32g", "gptq-8bit"]
+    exl2, gptq = found["4.0bpw"], found["gptq-4bit-32g"]
+    assert (exl2.format_name, exl2.bits, exl2.head_bits, exl2.desc_act) == ("EXL2 4.0 bpw", 4.0, 6, None)
+    assert (gptq.format_name, gptq.bits, gptq.group_size, gptq.desc_act) == ("GPTQ 4-bit g32 act-order", 4.0, 32, True)
+    assert (found["fp16"].format_name, found["fp16"].bits) == ("float16", 16.0)
+    assert exl2.context_length == 32768
+    assert exl2.commit == repository.branches["4.0bpw"]
+    assert (found["main"].problem, found["main"].vram_bytes) == ("holds no weights", None)
+    assert found["awq"].problem == "holds AWQ weights, which exl does not run"
+    assert found["gptq-8bit"].problem.startswith("is GPTQ at 8 bits")
+
+
+def test_download_bytes_are_those_of_the_files_that_would_come(found: dict[str, Branch]) -> None:
+    small = sum(map(len, SMALL.values()))
+    exl2_config = len(quantized("exl2", bits=4.0, head_bits=6))
+    assert found["4.0bpw"].download_bytes == 4_100_000_000 + small + exl2_config
+    assert found["fp16"].download_bytes == 14_480_000_000 + small + len(config(**MISTRAL))
+
+
+def test_memory_grows_with_the_weights_and_decides_what_fits(found: dict[str, Branch]) -> None:
+    def vram(name: str) -> int:
+        value = found[name].vram_bytes
+        assert value is not None
+        return value
+
+    # Other than by the weights these differ by the quantized models' scratch buffer alone.
+    assert vram("gptq-4bit-32g") - vram("4.0bpw") == pytest.approx(470_000_000, rel=0.05)
+    assert 4.5 * GIB < vram("4.0bpw") < 6.5 * GIB
+    assert [name for name, branch in found.items() if branch.fits] == ["4.0bpw", "gptq-4bit-32g"]
+    assert found["fp16"].fits is False
+
+
+def test_only_small_files_are_read(hub: FakeHub, found: dict[str, Branch]) -> None:
+    assert hub.requests("/cdn/*") == []
+    read = {seen.path.rpartition("/")[2] for seen in hub.requests("*/resolve/*")}
+    assert read == {"config.json", "quantize_config.json"}
+
+
+def test_an_old_exl2_file_that_says_nothing_is_told_by_its_name_and_size(hub: FakeHub, tmp_path: Path) -> None:
+    made = hub.repository("acme/old", {"README.md": b"#"})
+    # turboderp/Mistral-7B-exl2, branch 4.0bpw: 3.7 GB for 4.0 bits and a 6-bit head.
+    made.commit({"config.json": config(**MISTRAL), "output.safetensors": b"w"}, "4.0bpw", output=3_850_000_000)
+    fetch = Fetcher(hub, tmp_path)
+    _, branch = describe(fetch.hub(), fetch.wanted("acme/old").repository, 4096, "fp16", [])
+    assert branch.format_name == "EXL2 4.0 bpw"
+    assert branch.bits == pytest.approx(4.0, rel=0.03)
+    assert branch.fits is None
+
+
+def test_the_table_names_the_cards_that_are_here(hub: FakeHub, repository: Repository, tmp_path: Path) -> None:
+    (tmp_path / "pynvml.py").write_text(FAKE_NVML)
+    python_path = f"{tmp_path}:{Path(__file__).parent.parent}"
+    env = shell(hub, tmp_path, PYTHONPATH=python_path, CUDA_VISIBLE_DEVICES="GPU-aaaa")
+    result = exl("download", repository.id, "--branches", "--cache", "q4", env=env)
+    assert result.returncode == 0
+    assert result.stderr == "fits: on Card GPU-aaaa, 6.0 GiB\n"
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines() if line.strip()}
+    assert rows["4.0bpw"].startswith("EXL2 4.0 bpw 4.1 GB ")
+    assert rows["4.0bpw"].endswith("yes")
+    assert rows["fp16"].endswith("no")
+    assert rows["awq"].startswith("holds AWQ weights, which exl does not run")
+
+    both = exl("download", repository.id, "--branches", "--json", env={**env, "CUDA_VISIBLE_DEVICES": "0,1"})
+    assert {branch["name"]: branch["fits"] for branch in json.loads(both.stdout)}["fp16"] is True
+    none = exl("download", repository.id, "--branches", env={**env, "CUDA_VISIBLE_DEVICES": ""})
+    assert none.stderr == "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB\n"
+    assert exl("download", repository.id, "--branches", "--vram", "much", env=env).returncode == 2
+
+
+def test_a_download_that_will_not_fit_is_said_before_it(hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "pynvml.py").write_text(FAKE_NVML)
+    large = {**MISTRAL, "hidden_size": 32768, "vocab_size": 128_000}
+    hub.repository("acme/wide", {"config.json": config(**large), "model.safetensors": b"w", **SMALL})
+    env = shell(hub, tmp_path, PYTHONPATH=f"{tmp_path}:{Path(__file__).parent.parent}", CUDA_VISIBLE_DEVICES="0")
+    result = exl("download", "acme/wide", env=env)
+    assert result.returncode == 0
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("acme/wide will need about ")
+    assert first.endswith(" and here are 6 GiB; exl download acme/wide --branches shows what fits")

@@ -1,0 +1,192 @@
+"""What a download does with what is here already: nothing, the rest, or mending."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakehub import FakeHub
+from hubtools import WEIGHTS, Fetcher, config, contents, model_files
+
+from exl_cli import loader
+from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError
+from exl_cli.hub import store
+from exl_cli.hub.listing import Choice
+from exl_cli.hub.plan import prepare
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as fake:
+        yield fake
+
+
+@pytest.fixture
+def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
+    return Fetcher(hub, tmp_path / "models")
+
+
+def test_what_is_here_and_whole_is_not_asked_for_again(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/tiny", model_files())
+    fetch("acme/tiny")
+    hub.seen.clear()
+
+    outcome = fetch("acme/tiny")
+
+    assert hub.seen == []
+    assert outcome.fetched_bytes == 0
+    assert {file.name for file in outcome.files} == set(model_files())
+
+
+def test_a_wider_choice_later_fetches_only_the_rest(hub: FakeHub, fetch: Fetcher) -> None:
+    files = model_files()
+    hub.repository("acme/tiny", files)
+    fetch("acme/tiny", choice=Choice(("*.json",)))
+    hub.seen.clear()
+
+    fetch("acme/tiny")
+
+    assert contents(fetch.models / "acme_tiny") == files
+    assert hub.sent("*tokenizer.json") == 0
+    assert fetch("acme/tiny").fetched_bytes == 0
+
+
+def test_a_branch_that_moved_is_followed_with_force_only(hub: FakeHub, fetch: Fetcher) -> None:
+    repository = hub.repository("acme/tiny", {**model_files(seed=1), "old.json": b"{}"})
+    fetch("acme/tiny")
+    second = repository.commit(model_files(seed=2))
+
+    assert fetch("acme/tiny").commit != second
+    outcome = fetch("acme/tiny", force=True)
+
+    assert outcome.commit == second
+    assert contents(fetch.models / "acme_tiny") == model_files(seed=2)
+
+
+def test_a_missing_or_cut_file_is_fetched_again_from_the_same_commit(hub: FakeHub, fetch: Fetcher) -> None:
+    repository = hub.repository("acme/tiny", model_files(seed=1))
+    fetch("acme/tiny")
+    repository.commit(model_files(seed=2))
+    folder = fetch.models / "acme_tiny"
+    (folder / "tokenizer.json").unlink()
+    (folder / WEIGHTS).write_bytes(b"cut")
+    hub.seen.clear()
+
+    outcome = fetch("acme/tiny")
+
+    assert contents(folder) == model_files(seed=1)
+    assert outcome.fetched_bytes == len(model_files()[WEIGHTS]) + len(model_files()["tokenizer.json"])
+    assert f"{folder / WEIGHTS} is not as it was downloaded: fetching it again" in fetch.watcher.notes
+
+
+def test_verify_finds_and_mends_a_changed_byte_and_is_silent_otherwise(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/tiny", model_files())
+    fetch("acme/tiny")
+    folder = fetch.models / "acme_tiny"
+    hub.seen.clear()
+    assert fetch("acme/tiny", verify=True).fetched_bytes == 0
+    assert hub.seen == []
+    weights = bytearray((folder / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(weights)
+
+    assert fetch("acme/tiny").fetched_bytes == 0, "sizes alone do not tell"
+    outcome = fetch("acme/tiny", verify=True)
+
+    assert outcome.fetched_bytes == len(weights)
+    assert contents(folder) == model_files()
+
+
+def test_a_folder_put_there_by_hand_is_used_and_never_overwritten_unasked(hub: FakeHub, fetch: Fetcher) -> None:
+    files = model_files()
+    hub.repository("acme/tiny", files)
+    folder = fetch.models / "acme_tiny"
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_bytes(config(my="own"))
+
+    assert fetch("acme/tiny").by_hand
+    assert hub.seen == []
+    with pytest.raises(DownloadError, match=r"put there by hand, and its config.json differs") as caught:
+        fetch("acme/tiny", verify=True)
+    assert caught.value.hint == "--force replaces them"
+    assert (folder / "config.json").read_bytes() == config(my="own")
+    fetch("acme/tiny", force=True)
+    assert contents(folder) == files
+
+
+def test_files_that_another_program_left_are_adopted(hub: FakeHub, fetch: Fetcher) -> None:
+    files = model_files()
+    hub.repository("acme/tiny", files)
+    folder = fetch.models / "acme_tiny"
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS).write_bytes(files[WEIGHTS])
+
+    outcome = fetch("acme/tiny")
+
+    assert hub.sent("/cdn/*") == 0
+    assert contents(folder) == files
+    assert outcome.fetched_bytes == sum(map(len, files.values())) - len(files[WEIGHTS])
+
+
+def test_two_repositories_whose_folders_are_called_alike_are_told_apart(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("a_b/c", model_files())
+    hub.repository("a/b_c", model_files(seed=2))
+    fetch("a_b/c")
+
+    with pytest.raises(DownloadError, match=r"holds a_b/c, not a/b_c"):
+        fetch("a/b_c")
+    with pytest.raises(ModelNotFoundError):
+        loader.resolve("a/b_c", fetch.models)
+
+
+def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/tiny", model_files())
+    plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
+    assert plan.remaining == plan.total == sum(map(len, model_files().values()))
+    assert not fetch.models.exists()
+
+    file = next(item.file for item in plan.items if item.file.name == WEIGHTS)
+    store.prepare_staging(plan.wanted.folder, store.Origin("acme/tiny", plan.total))
+    store.part(plan.wanted.folder, file).write_bytes(b"x" * 1000)
+    again = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
+    assert again.remaining == plan.total - 1000
+    assert {item.file.name: item.state for item in again.items}[WEIGHTS] == "partial"
+
+
+def test_half_a_model_is_never_taken_for_one(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/tiny", model_files())
+    fetch("acme/tiny")
+    folder = fetch.models / "acme_tiny"
+    # As a kill leaves it between the first and the last file that move to their places.
+    store.prepare_staging(folder, store.Origin("acme/tiny", 1))
+    (folder / ".exl.json").unlink()
+
+    for name in ("acme/tiny", "acme_tiny", str(folder)):
+        with pytest.raises(ModelNotFoundError, match="only partly downloaded") as caught:
+            loader.resolve(name, fetch.models)
+        assert "exl download acme/tiny" in caught.value.hint
+    assert loader.known_models(fetch.models) == [loader.BUILTIN]
+    hub.seen.clear()
+    assert fetch("acme/tiny").fetched_bytes == 0, "what moved already is recognised by its hash"
+    assert hub.sent("/cdn/*") == 0
+    assert loader.resolve("acme/tiny", fetch.models).path == folder
+
+
+def test_a_failure_while_files_move_to_their_places_leaves_no_model(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/tiny", model_files())
+    folder = fetch.models / "acme_tiny"
+    (folder / WEIGHTS / "in the way").mkdir(parents=True)
+    with pytest.raises(DiskError, match="Is a directory"):
+        fetch("acme/tiny", force=True)
+    assert not (folder / "config.json").exists(), "the file that makes a folder a model moves last"
+    with pytest.raises(ModelNotFoundError, match="only partly downloaded"):
+        loader.resolve("acme/tiny", fetch.models)
+    (folder / WEIGHTS / "in the way").rmdir()
+    (folder / WEIGHTS).rmdir()
+    hub.seen.clear()
+    fetch("acme/tiny")
+    assert contents(folder) == model_files()
+    assert hub.sent("/cdn/*") == 0

@@ -1,0 +1,212 @@
+"""Downloads as real processes: killed, interrupted, out of disk, two at once, offline, asked for by run."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+from fakehub import FakeHub
+from helpers import exl
+from hubtools import WEIGHTS, Fetcher, contents, model_files, shell
+
+from exl_cli import loader
+from exl_cli.console import Console
+from exl_cli.console_transfers import Transfers
+from exl_cli.errors import ModelNotFoundError
+from exl_cli.fetching import ensure
+from exl_cli.hub.plan import prepare
+
+FILES = model_files(3_000_000)
+SIZE = len(FILES[WEIGHTS])
+COMMAND = [sys.executable, "-m", "exl_cli", "download", "acme/tiny"]
+COMMAND_LINE = (COMMAND[0], COMMAND[1:])
+_COLOURS = r"(?:\x1b\[[\d;]*m)*"
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as fake:
+        fake.repository("acme/tiny", FILES)
+        yield fake
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "models" / "acme_tiny"
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something that another process does."""
+    end, pause = time.monotonic() + seconds, threading.Event()
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        pause.wait(0.01)
+
+
+def weights_here(folder: Path) -> int:
+    return max((path.stat().st_size for path in folder.glob(".exl-download/*.part")), default=0)
+
+
+def test_a_killed_download_goes_on_with_the_bytes_that_are_missing(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    fault = hub.fault("/cdn/*", times=1, hold_at=1_000_000)
+    with subprocess.Popen(COMMAND, env=shell(hub, tmp_path), stderr=subprocess.DEVNULL) as process:
+        until(lambda: weights_here(folder) == 1_000_000)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(ModelNotFoundError, match="only partly downloaded"):
+        loader.resolve("acme/tiny", folder.parent)
+    assert [entry["complete"] for entry in json.loads(exl("list", "--json", env=shell(hub, tmp_path)).stdout)] == [
+        True,
+        False,
+    ]
+    fault.release.set()
+    hub.seen.clear()
+
+    result = exl("download", "acme/tiny", env=shell(hub, tmp_path))
+
+    assert (result.returncode, result.stdout) == (0, f"{folder}\n")
+    assert "of it are here" in result.stderr.splitlines()[0]
+    assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1000000-"]
+    assert hub.sent("/cdn/*") == SIZE - 1_000_000
+    assert contents(folder) == FILES
+
+
+def test_ctrl_c_at_a_terminal_keeps_what_came_and_says_so(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    hub.fault("/cdn/*", times=1, hold_at=1_500_000)
+    env = shell(hub, tmp_path, TERM="xterm")
+    with pexpect.spawn(*COMMAND_LINE, env=env, timeout=20, encoding="utf-8", dimensions=(24, 100)) as terminal:
+        # Bytes of bytes, rate, time left; for the whole and for the file.
+        line = r"{} .*1\.\d/3\.0 MB{} *{}[\d.]+ MB/s *{} *{}\d:\d\d:\d\d"
+        for name in ("total", WEIGHTS):
+            terminal.expect(line.format(re.escape(name), *[_COLOURS] * 4))
+        until(lambda: weights_here(folder) == 1_500_000)
+        terminal.sendintr()
+        terminal.expect(r"stopped: 1\.5 MB of 3 MB are kept; the same command goes on from there")
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 130
+    assert weights_here(folder) == 1_500_000
+    hub.seen.clear()
+    assert exl("download", "acme/tiny", env=env).returncode == 0
+    assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1500000-"]
+
+
+def test_a_full_disk_is_said_and_the_rest_comes_when_there_is_room(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
+
+    full = subprocess.run(COMMAND, env=shell(hub, tmp_path), capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 10
+    assert full.stderr.splitlines()[-1] == (
+        f"error: the disk is full: {WEIGHTS} stopped at 1,200,000 of {SIZE:,} bytes; "
+        "make room; the same command goes on where it stopped"
+    )
+    hub.seen.clear()
+    assert exl("download", "acme/tiny", env=shell(hub, tmp_path)).returncode == 0
+    assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1200000-"]
+    assert contents(folder) == FILES
+
+
+def test_two_downloads_at_once_share_one(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    fault = hub.fault("/cdn/*", times=1, hold_at=1000)
+    env = shell(hub, tmp_path)
+    with (
+        subprocess.Popen(COMMAND, env=env, stderr=subprocess.PIPE, text=True) as first,
+        subprocess.Popen([*COMMAND, "--verify"], env=env, stderr=subprocess.PIPE, text=True) as second,
+    ):
+        streams = {process: process.stderr for process in (first, second)}
+        assert fault.held.wait(20)
+        lines = {process: stream.readline() for process, stream in streams.items() if stream}
+        waiting = [line for line in lines.values() if "waiting" in line]
+        assert waiting == ["another exl is downloading acme/tiny: waiting for it to finish\n"]
+        fault.release.set()
+        assert first.wait(20) == second.wait(20) == 0
+        rest = [stream.read() for stream in streams.values() if stream]
+    assert hub.sent("/cdn/*") == SIZE
+    assert contents(folder) == FILES
+    assert sum("is already in" in text for text in rest) == 1
+
+
+def test_offline_is_one_line(hub: FakeHub, tmp_path: Path) -> None:
+    result = exl("download", "acme/tiny", env=shell(hub, tmp_path, HF_HUB_OFFLINE="1"))
+    assert (result.returncode, result.stdout) == (9, "")
+    hint = "unset it; exl list shows the models that are here"
+    assert result.stderr == f"error: HF_HUB_OFFLINE is set: nothing is downloaded; {hint}\n"
+    assert hub.seen == []
+
+
+def test_who_is_not_logged_in_is_told_how_to(hub: FakeHub, tmp_path: Path) -> None:
+    hub.repository("meta/llama", FILES, gated=True)
+    env = shell(hub, tmp_path)
+    gated = exl("download", "meta/llama", env=env)
+    assert gated.returncode == 9
+    assert gated.stderr == (
+        "error: meta/llama is gated: accept its licence first; "
+        f"do so at {hub.url}/meta/llama, then log in with hf auth login, or give --token\n"
+    )
+    private = exl("download", "nobody/nothing", env=env)
+    assert private.stderr == (
+        "error: the Hub has no model nobody/nothing, or it is private; "
+        "check the name; if it is private, log in with hf auth login, or give --token\n"
+    )
+    assert exl("download", "meta/llama", "--token", "hf_good", env=env).returncode == 0
+
+
+def test_plain_lines_come_with_each_tenth_but_in_no_flood(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch = Fetcher(hub, tmp_path)
+    plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
+    now = 100.0
+    shown = Transfers(Console(), clock=lambda: now)
+    shown.begin(plan)
+    for seconds, count in ((0.5, 900_000), (2.0, 100_000), (5.0, 10_000), (90.0, 10_000), (0.1, 1_000_000)):
+        now += seconds
+        shown.advance(WEIGHTS, count)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"Downloading acme/tiny \(commit [0-9a-f]{8}\) to .*: 4 files, 3 MB", lines[0])
+    assert lines[1:] == [
+        "33 %: 1 MB of 3 MB, 400 kB/s, 5 s left",
+        "33 %: 1.02 MB of 3 MB, 10.5 kB/s, 189 s left",
+    ]
+
+
+def test_a_model_that_is_not_here_is_fetched_first_when_that_is_allowed(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with pytest.raises(ModelNotFoundError) as caught:
+        ensure("acme/tiny", tmp_path, allow=False, console=Console())
+    assert caught.value.hint == "download it: exl download acme/tiny"
+    assert hub.seen == []
+    assert ensure("acme/tiny", tmp_path, allow=True, console=Console()).path == tmp_path / "acme_tiny"
+    hub.seen.clear()
+    assert ensure("acme/tiny", tmp_path, allow=False, console=Console()).name == "acme/tiny"
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize(("answer", "here"), [("", True), ("no", False)])
+def test_at_a_terminal_a_person_is_asked_with_the_size(
+    hub: FakeHub, folder: Path, tmp_path: Path, answer: str, here: bool
+) -> None:
+    script = (
+        "from exl_cli.fetching import ensure; from exl_cli.console import Console;"
+        "print('got', ensure('acme/tiny', None, allow=False, console=Console()).name)"
+    )
+    env = shell(hub, tmp_path, TERM="xterm")
+    command = (sys.executable, ["-c", script])
+    with pexpect.spawn(*command, env=env, timeout=20, encoding="utf-8", dimensions=(24, 200)) as terminal:
+        terminal.expect_exact(f"acme/tiny is not here. Download 3 MB to {folder}? [Y/n] ")
+        terminal.sendline(answer)
+        terminal.expect_exact("got acme/tiny" if here else "acme/tiny is not in")
+        terminal.expect(pexpect.EOF)
+    assert folder.exists() == here

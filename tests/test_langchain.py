@@ -1,0 +1,241 @@
+"""LangChain's text model: the notebook's class as a drop-in, what each call may change, what both classes refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
+
+from langchain_core.callbacks import BaseCallbackHandler, StreamingStdOutCallbackHandler
+from langchain_core.messages import HumanMessage
+from langchain_core.outputs import LLMResult
+from langchain_core.prompts import PromptTemplate
+from pydantic import ValidationError
+
+from exl_cli import Model, Sampling, load
+from exl_cli.errors import ExlError, ModelNotFoundError, UsageError
+from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2
+
+TEMPLATE = """Question: {question}
+
+Answer: Let's think step by step."""
+QUESTION = TEMPLATE.format(question="Who are you?")
+ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu"}
+NOTEBOOK = {"temperature": 0.85, "top_k": 50, "top_p": 0.8, "token_repetition_penalty": 1.05}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    """The same model by the Python API, to compare with."""
+    with load("fable-7m", engine="cpu") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[ExLlamaV2]:
+    made = ExLlamaV2(**ENGINE, seed=1, max_new_tokens=12)
+    yield made
+    made.release()
+
+
+@pytest.fixture(scope="module")
+def chat() -> Iterator[ChatExLlamaV2]:
+    made = ChatExLlamaV2(**ENGINE, seed=1, max_tokens=12)
+    yield made
+    made.release()
+
+
+class Witness(BaseCallbackHandler):
+    """Remembers what a callback is told."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.results: list[LLMResult] = []
+
+    def on_llm_new_token(self, token: Any, **kwargs: Any) -> None:
+        self.tokens.append(token)
+
+    def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+        self.results.append(response)
+
+
+def test_the_notebooks_lines_are_printed(model: Model, exl2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ExLlamaV2(
+        model_path=str(exl2_dir),
+        callbacks=[StreamingStdOutCallbackHandler()],
+        verbose=True,
+        settings=Sampling(**NOTEBOOK),
+        streaming=True,
+        max_new_tokens=150,
+        engine="cpu",
+        seed=4,
+    )
+    answer = (PromptTemplate(template=TEMPLATE, input_variables=["question"]) | llm).invoke(
+        {"question": "Who are you?"}
+    )
+    llm.release()
+    assert answer == model.generate(QUESTION, seed=4).text
+    out, err = capsys.readouterr()
+    head, _, numbers = out.partition(answer)
+    assert head == f"{NOTEBOOK}\nLoading model: {exl2_dir}\nstop_sequences []\n"
+    line = r"%s in \d+\.\d\d seconds, (\d+) tokens, \d+\.\d\d tokens/second\n"
+    found = re.fullmatch(r"\n\n" + line % "Prompt processed" + line % "Response generated", numbers)
+    assert found is not None, numbers
+    assert int(found[2]) == model.generate(QUESTION, seed=4).summary.new_tokens
+    assert err == ""
+
+
+def test_nothing_is_printed_unless_asked_for(llm: ExLlamaV2, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.invoke(QUESTION)
+    list(llm.stream(QUESTION))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_way_of_asking_gives_the_same_text(llm: ExLlamaV2, model: Model) -> None:
+    prompts = [QUESTION, "Once upon a time"]
+    expected = [model.generate(prompt, seed=1, max_new_tokens=12).text for prompt in prompts]
+
+    async def read() -> str:
+        return "".join([piece async for piece in llm.astream(QUESTION)])
+
+    pieces = list(llm.stream(QUESTION))
+    assert len(pieces) > 3
+    assert "".join(pieces) == llm.invoke(QUESTION) == asyncio.run(llm.ainvoke(QUESTION)) == expected[0]
+    assert asyncio.run(read()) == expected[0]
+    assert llm.batch(prompts) == asyncio.run(llm.abatch(prompts)) == expected
+    assert llm.batch(prompts, config={"max_concurrency": 1}) == expected
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_callbacks_are_told_of_tokens_and_of_the_end(llm: ExLlamaV2, streaming: bool) -> None:
+    speaker, witness = llm.model_copy(update={"streaming": streaming}), Witness()
+    text = speaker.invoke(QUESTION, config={"callbacks": [witness]})
+    assert "".join(witness.tokens) == (text if streaming else "")
+    (result,) = witness.results
+    info = result.generations[0][0].generation_info
+    assert (info["finish_reason"], info["new_tokens"], info["seed"]) == ("length", 12, 1)
+    assert result.llm_output["token_usage"]["completion_tokens"] == 12
+    told = Witness()
+    assert "".join(speaker.stream(QUESTION, config={"callbacks": [told]})) == text == "".join(told.tokens)
+    assert told.results[0].generations[0][0].generation_info["finish_reason"] == "length"
+
+
+def test_the_models_end_of_sequence_is_respected() -> None:
+    llm, witness = ExLlamaV2(**ENGINE, max_new_tokens=120), Witness()
+    texts = [llm.invoke(QUESTION, seed=seed, config={"callbacks": [witness]}) for seed in range(4)]
+    llm.release()
+    reasons = [result.generations[0][0].generation_info["finish_reason"] for result in witness.results]
+    assert "stop" in reasons
+    assert not any("<|im_end|>" in text for text in texts)
+
+
+def test_stop_words_are_kept_as_written_and_honoured(llm: ExLlamaV2) -> None:
+    text = llm.invoke("Once upon a time", max_new_tokens=30)
+    word = next(word for word in re.findall(r"\w+", text) if word.lower() != word)
+    shout = word.upper() if word.upper() != word else word.lower()
+    before = text[: text.index(word)]
+    stopping = ExLlamaV2(**ENGINE, seed=1, max_new_tokens=30, stop_sequences=[word])
+    assert stopping.invoke("Once upon a time") == before
+    assert "".join(stopping.stream("Once upon a time")) == before
+    # A call's own stop words take their place.
+    assert stopping.invoke("Once upon a time", stop=[shout]) == text
+    assert llm.bind(stop=[word]).invoke("Once upon a time", max_new_tokens=30) == before
+    stopping.release()
+
+
+@pytest.mark.parametrize(
+    ("call", "same"),
+    [
+        ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": 5}, {"max_new_tokens": 5}),
+        ({"seed": 9}, {"seed": 9}),
+        ({"temperature": 2.0, "top_k": 0}, {"temperature": 2.0, "top_k": 0}),
+        ({"settings": {"temperature": 2.0}, "top_p": 0.0}, {"temperature": 2.0, "top_p": 0.0}),
+        ({"settings": Sampling(temperature=1.5)}, {"temperature": 1.5}),
+    ],
+)
+def test_a_call_may_change_what_the_object_says(
+    llm: ExLlamaV2, model: Model, call: dict[str, Any], same: dict[str, Any]
+) -> None:
+    expected = model.generate(QUESTION, **{"seed": 1, "max_new_tokens": 12, **same}).text
+    assert llm.invoke(QUESTION, **call) == expected
+    assert "".join(llm.bind(**call).stream(QUESTION)) == expected
+
+
+def test_settings_in_each_of_their_forms(model: Model) -> None:
+    expected = model.generate(QUESTION, seed=1, max_new_tokens=8, temperature=1.5, top_k=20).text
+    for settings in (Sampling(temperature=1.5, top_k=20), {"temperature": 1.5, "top_k": 20}):
+        llm = ExLlamaV2(**ENGINE, seed=1, max_new_tokens=8, settings=settings)
+        assert llm.invoke(QUESTION) == expected
+        llm.release()
+
+
+def test_another_model_for_one_call(llm: ExLlamaV2, gptq_dir: Path) -> None:
+    with load(gptq_dir, engine="cpu") as other:
+        expected = other.generate(QUESTION, seed=1, max_new_tokens=12).text
+    assert llm.invoke(QUESTION, model=str(gptq_dir)) == expected != llm.invoke(QUESTION)
+
+
+def test_identifying_params_say_all_that_matters(llm: ExLlamaV2, exl2_dir: Path) -> None:
+    params = llm._identifying_params
+    json.dumps(params)
+    assert (params["model_name"], params["model_path"]) == ("fable-7m", str(exl2_dir))
+    assert {**params["settings"], **NOTEBOOK} == params["settings"]
+    changes = [{"seed": 2}, {"max_new_tokens": 13}, {"stop_sequences": ["a"]}, {"temperature": 1.0}]
+    for change in [*changes, {"settings": {"min_p": 0.1}}]:
+        assert llm.model_copy(update=change)._identifying_params != params
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"tokenizer": object()}, UsageError, "takes no tokenizer"),
+        ({"generator": object()}, UsageError, "takes no generator"),
+        ({"config": object()}, UsageError, "max_seq_len"),
+        ({"exllama_cache": object()}, UsageError, "kv_cache"),
+        ({"disallowed_tokens": [1]}, UsageError, "cannot forbid"),
+        ({"settings": {"temprature": 1}}, UsageError, "temprature"),
+        ({"settings": object()}, UsageError, "no sampler settings"),
+        ({"max_new_token": 5}, ValidationError, "max_new_token"),
+        ({"max_new_tokens": 0}, ValidationError, "greater than or equal to 1"),
+        ({"model": "owner/name"}, ModelNotFoundError, "owner/name"),
+    ],
+)
+@pytest.mark.parametrize("kind_of_model", [ExLlamaV2, ChatExLlamaV2])
+def test_what_it_cannot_do_is_refused_at_once(
+    kind_of_model: type[Any], arguments: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        kind_of_model(**{**ENGINE, "models_dir": tmp_path, **arguments})
+    error = caught.value
+    assert message in (f"{error.message}; {error.hint}" if isinstance(error, ExlError) else str(error))
+
+
+def test_parts_that_are_not_given_are_fine() -> None:
+    llm = ExLlamaV2(**ENGINE, config=None, tokenizer=None, disallowed_tokens=None, stop_sequences=[])
+    assert llm.model_path == "fable-7m"
+    llm.release()
+
+
+def test_unknown_options_of_a_call_are_refused(llm: ExLlamaV2, chat: ChatExLlamaV2) -> None:
+    with pytest.raises(UsageError, match="max_length"):
+        llm.invoke(QUESTION, max_length=5)
+    with pytest.raises(UsageError, match="takes no tools"):
+        chat.invoke("Hello", tools=[{"type": "function"}])
+    with pytest.raises(TimeoutError):
+        llm.invoke(QUESTION, timeout=0.0)
+
+
+def test_tokens_are_counted_as_the_model_sees_them(llm: ExLlamaV2, chat: ChatExLlamaV2, exl2_dir: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(exl2_dir / "tokenizer.json"))
+    assert llm.get_num_tokens(QUESTION) == len(backend.encode(QUESTION).ids)
+    chatml = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.get_num_tokens_from_messages([HumanMessage("Hello")]) == len(backend.encode(chatml).ids)

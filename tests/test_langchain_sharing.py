@@ -1,0 +1,129 @@
+"""One engine for each model and load options: loaded once, used by all, given back by the last. Told by the log."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import logging
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
+
+from exl_cli import load
+from exl_cli.errors import PromptError
+from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2
+
+ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu", "seed": 1, "max_new_tokens": 8}
+LOADED, CLOSED = "loaded fable-7m (EXL2 5.0 bpw) with engine cpu", "closing fable-7m"
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.INFO, "exl_cli")
+
+    def read() -> list[str]:
+        said = [record.getMessage() for record in caplog.records if record.name == "exl_cli"]
+        caplog.clear()
+        return said
+
+    return read
+
+
+def test_loaded_once_and_given_back_by_the_last(log) -> None:
+    llm, chat = ExLlamaV2(**ENGINE), ChatExLlamaV2(**ENGINE, temperature=0.1)
+    assert log() == [LOADED]
+    llm.release()
+    assert chat.invoke("Hello").content
+    assert log() == []
+    chat.release()
+    chat.release()
+    assert log() == [CLOSED]
+    assert llm.invoke("Hello")
+    assert log() == [LOADED]
+    llm.release()
+    assert log() == [CLOSED]
+
+
+def test_what_makes_it_the_same_engine(log, exl2_dir: Path) -> None:
+    made = [ExLlamaV2(**{**ENGINE, **change}) for change in ({}, {"max_seq_len": 64}, {"model": str(exl2_dir)})]
+    assert log() == [LOADED] * 2
+    for llm in made:
+        llm.release()
+    assert log() == [CLOSED] * 2
+
+
+def test_an_object_that_is_gone_holds_nothing(log) -> None:
+    llm = ExLlamaV2(**ENGINE)
+    del llm
+    gc.collect()
+    assert log() == [LOADED, CLOSED]
+
+
+def test_neither_errors_nor_half_read_streams_hold_the_engine(log) -> None:
+    llm, chat = ExLlamaV2(**ENGINE), ChatExLlamaV2(**ENGINE)
+    with pytest.raises(PromptError) as kept:  # with its traceback, and so every frame
+        llm.invoke("word " * 2000)
+    for stream in (llm.stream("Hello"), chat.stream("Hello")):
+        next(stream)
+        stream.close()
+
+    async def read() -> None:
+        async for _ in chat.astream("Hello"):
+            break
+
+    asyncio.run(read())
+    llm.release()
+    chat.release()
+    assert log() == [LOADED, CLOSED]
+    assert kept.value.message
+
+
+def test_a_copy_holds_its_own(log) -> None:
+    llm = ExLlamaV2(**ENGINE)
+    text = llm.invoke("Hello")
+    copied, carried = copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))  # noqa: S301 - our own
+    assert copied.invoke("Hello") == carried.invoke("Hello") == text
+    llm.release()
+    assert copied.invoke("Hello") == text
+    assert log() == [LOADED]
+    copied.release()
+    carried.release()
+    assert log() == [CLOSED]
+
+
+def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    with load("fable-7m", engine="cpu") as model:
+        alone = [
+            model.generate(prompt, seed=seed, max_new_tokens=20).text
+            for seed in range(3)
+            for prompt in ("Once upon a time", messages)
+        ]
+    log()
+    ready = threading.Barrier(6)
+
+    def read(number: int) -> tuple[Any, str]:
+        seed, chatting = divmod(number, 2)
+        options = {**ENGINE, "seed": seed, "max_new_tokens": 20}
+        ready.wait(30)
+        if chatting:
+            chat = ChatExLlamaV2(**options)
+            return chat, "".join(chunk.content for chunk in chat.stream("Hello"))
+        llm = ExLlamaV2(**options)
+        return llm, "".join(llm.stream("Once upon a time"))
+
+    with ThreadPoolExecutor(6) as pool:
+        made, texts = zip(*pool.map(read, range(6)), strict=True)
+    assert list(texts) == alone
+    assert len(set(alone)) == 6
+    for one in made:
+        one.release()
+    assert log() == [LOADED, CLOSED]

@@ -1,0 +1,207 @@
+"""`exl list`, `exl show` and `exl rm`, and the completion of model names."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+from fakehub import FakeHub
+from helpers import exl
+from hubtools import Fetcher, config, shell
+
+from exl_cli import library, loader, memory
+from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
+from exl_cli.hub import locking, store
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as fake:
+        yield fake
+
+
+@pytest.fixture
+def models(hub: FakeHub, gptq_dir: Path, tmp_path: Path) -> Path:
+    """A models folder with two downloads, a folder put there by hand, half a download and a damaged model."""
+    models = tmp_path / "models"
+    files = {path.name: path.read_bytes() for path in gptq_dir.iterdir()}
+    repository = hub.repository("acme/fable", files, card={"license": "apache-2.0"})
+    repository.commit({**files, "README.md": b"# other"}, "b/2")
+    fetch = Fetcher(hub, models)
+    fetch("acme/fable")
+    fetch("acme/fable:b/2")
+    shutil.copytree(gptq_dir, models / "mine")
+    (models / "half").mkdir()
+    store.prepare_staging(models / "half", store.Origin("acme/half:4.0bpw", 2_000_000))
+    (models / "half" / store.STAGING / "x.part").write_bytes(b"x" * 500_000)
+    (models / "broken").mkdir()
+    (models / "broken" / "config.json").write_bytes(config())
+    (models / "notes.txt").write_text("not a model")
+    return models
+
+
+def test_list_shows_what_is_here_and_what_state_it_is_in(hub: FakeHub, models: Path, tmp_path: Path) -> None:
+    result = exl("list", "--json", env=shell(hub, tmp_path))
+    found = {entry["name"]: entry for entry in json.loads(result.stdout)}
+    assert list(found) == ["fable-7m", "acme/fable", "acme/fable:b/2", "broken", "acme/half:4.0bpw", "mine"]
+    fable = found["acme/fable"]
+    assert (fable["format_name"], fable["parameters"], fable["context_length"]) == ("GPTQ 4-bit g128", 7_344_384, 1024)
+    assert fable["path"] == str(models / "acme_fable")
+    assert (fable["repository"], fable["revision"], len(fable["commit"])) == ("acme/fable", "main", 40)
+    assert found["acme/fable:b/2"]["revision"] == "b/2"
+    assert (found["mine"]["repository"], found["mine"]["complete"]) == (None, True)
+    assert (found["acme/half:4.0bpw"]["complete"], found["acme/half:4.0bpw"]["disk_bytes"] > 500_000) == (False, True)
+    assert "no .safetensors file" in found["broken"]["problem"]
+
+    table = exl("list", env=shell(hub, tmp_path)).stdout
+    rows = {line.split()[0]: line for line in table.splitlines() if line.strip()}
+    assert rows["fable-7m"].split()[1:4] == ["EXL2", "5.0", "bpw"]
+    assert "7.34M" in rows["acme/fable"]
+    assert rows["acme/fable"].rstrip().endswith(str(models / "acme_fable"))
+    assert "500 kB of 2 MB" in rows["acme/half:4.0bpw"]
+
+
+def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path) -> None:
+    env = shell(hub, tmp_path)
+    shown = json.loads(exl("show", "acme/fable", "--json", env=env).stdout)
+    assert (shown["licence"], shown["group_size"], shown["desc_act"]) == ("apache-2.0", 128, False)
+    assert shown["chat_template"] == (models / "acme_fable" / "chat_template.jinja").read_text()
+    estimated = memory.estimate(loader.resolve("acme/fable", models), 1024, "q4")
+    assert estimated is not None
+    assert shown["vram_bytes"]["1024"]["q4"] == estimated.total
+    assert shown["config"]["num_hidden_layers"] == 8
+
+    text = exl("show", "acme/fable", env=env).stdout
+    for part in ("GPTQ 4-bit g128", "7,344,384", "1,024 tokens", "apache-2.0", "<|im_start|>", "q4 cache", "8 layers"):
+        assert part in text
+    assert exl("show", "acme/half:4.0bpw", env=env).returncode == 3
+    assert "EXL2 5.0 bpw, 6-bit head" in exl("show", env=env).stdout
+
+
+def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
+    assert library.licence(tmp_path, None) == ""
+    (tmp_path / "LICENSE").write_text("\n   MIT License\n")
+    assert library.licence(tmp_path, None) == "MIT License"
+    (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: 'llama3'\n---\nlicense: no\n")
+    assert library.licence(tmp_path, None) == "llama3"
+    assert library.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("acme/fable", "acme_fable"),
+        ("acme/fable:b/2", "acme_fable@b_2"),
+        ("mine", "mine"),
+        ("acme/half:4.0bpw", "half"),
+        ("half", "half"),
+        ("broken", "broken"),
+    ],
+)
+def test_rm_removes_that_model_and_nothing_else(
+    hub: FakeHub, models: Path, tmp_path: Path, name: str, folder: str
+) -> None:
+    if name == "acme/half:4.0bpw":
+        (models / "half").rename(models / "acme_half@4.0bpw")
+        folder = "acme_half@4.0bpw"
+    before = {path.name for path in models.iterdir()}
+    result = exl("rm", name, "--yes", env=shell(hub, tmp_path))
+    assert result.returncode == 0
+    assert result.stderr.startswith(f"removed {models / folder} (")
+    assert {path.name for path in models.iterdir()} - {".exl-locks"} == before - {folder, ".exl-locks"}
+
+
+def test_rm_of_a_path_means_a_folder_directly_in_the_models_folder(models: Path) -> None:
+    assert library.find_to_remove(str(models / "mine"), models) == models / "mine"
+    for name in (
+        str(models.parent),
+        str(models),
+        str(models / "mine" / ".."),
+        "..",
+        ".",
+        "../models/mine/x",
+        "/",
+        "a/b/c",
+    ):
+        with pytest.raises((UsageError, ModelNotFoundError)):
+            library.find_to_remove(name, models)
+
+
+def test_rm_of_a_model_elsewhere_is_refused_however_it_is_named(models: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(models / "mine", elsewhere / "m")
+    (models / "link").symlink_to(elsewhere)
+    for name in (
+        elsewhere / "m",
+        models / ".." / "elsewhere" / "m",
+        models / "link" / "m",
+        models / "mine" / ".." / "..",
+    ):
+        with pytest.raises(UsageError, match="is not directly in"):
+            library.find_to_remove(str(name), models)
+
+
+def test_rm_leaves_what_is_no_model_alone(models: Path, tmp_path: Path) -> None:
+    (models / "photos").mkdir()
+    (models / "photos" / "cat.jpg").write_bytes(b"cat")
+    for name in ("photos", "notes.txt", "nothing", "fable-7m", "acme/unknown"):
+        with pytest.raises((UsageError, ModelNotFoundError)):
+            library.find_to_remove(name, models)
+    assert (models / "photos" / "cat.jpg").exists()
+
+
+def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    shutil.copytree(models / "mine", outside / "deep")
+    (models / "linked").symlink_to(outside)
+    (models / "mine" / "inner").symlink_to(outside)
+
+    library.remove(library.find_to_remove("linked", models))
+    library.remove(library.find_to_remove("mine", models))
+
+    assert not os.path.lexists(models / "linked")
+    assert not (models / "mine").exists()
+    assert (outside / "deep" / "config.json").exists()
+
+
+def test_rm_waits_for_no_download(models: Path) -> None:
+    with locking.lock(models / "mine", None), pytest.raises(DiskError, match="another exl is at work"):
+        library.remove(models / "mine")
+    assert (models / "mine" / "config.json").exists()
+
+
+def test_rm_asks_and_takes_nothing_for_a_no(hub: FakeHub, models: Path, tmp_path: Path) -> None:
+    env = shell(hub, tmp_path, TERM="xterm")
+    piped = exl("rm", "mine", env=env)
+    assert (piped.returncode, piped.stderr) == (
+        2,
+        "error: exl rm asks first, and no one is there to answer; say --yes\n",
+    )
+    for answer, said, kept in (("", "nothing removed", True), ("n", "nothing removed", True), ("y", "removed", False)):
+        command = (sys.executable, ["-m", "exl_cli", "rm", "mine"])
+        with pexpect.spawn(*command, env=env, timeout=20, encoding="utf-8", dimensions=(24, 200)) as terminal:
+            terminal.expect_exact("[y/N] ")
+            terminal.sendline(answer)
+            terminal.expect_exact(said)
+            terminal.expect(pexpect.EOF)
+        assert (models / "mine").exists() == kept
+
+
+def test_the_shell_completes_names_of_models_that_can_be_run(hub: FakeHub, models: Path, tmp_path: Path) -> None:
+    def complete(text: str) -> list[str]:
+        asked = {"_EXL_COMPLETE": "complete_bash", "COMP_WORDS": f"exl run {text}", "COMP_CWORD": "2"}
+        script = "import sys; sys.argv[0] = 'exl'; from exl_cli.cli import app; app(prog_name='exl')"
+        env = shell(hub, tmp_path, **asked)
+        return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout.split()
+
+    assert complete("acme") == ["acme/fable", "acme/fable:b/2", "acme_fable@b_2"]
+    assert complete("f") == ["fable-7m"]
+    assert complete("m") == ["mine"]
+    assert complete("half") == []

@@ -1,0 +1,233 @@
+"""`exl run`: whole transcripts with a scripted engine, and the built-in model for real."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import ScriptedLoader
+from helpers import exl
+from typer.testing import CliRunner, Result
+
+from exl_cli.cli import app
+from exl_cli.sampling import PRESETS, Sampling
+from exl_cli.state import State
+from exl_cli.tokenizer import Tokenizer
+
+ANSWER = "Once there was a fox.\nIt slept."
+
+
+def run(loader: ScriptedLoader, *args: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, ["run", *args], input=stdin, obj=State(load=loader))
+
+
+@pytest.fixture
+def scripted() -> ScriptedLoader:
+    return ScriptedLoader(ANSWER)
+
+
+def prompt_of(loader: ScriptedLoader, folder: Path) -> str:
+    """The text whose tokens the engine was given, special tokens included."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    return backend.decode(list(loader.engines[-1].requests[-1].ids), skip_special_tokens=False)
+
+
+def test_the_whole_transcript(scripted: ScriptedLoader) -> None:
+    result = run(scripted, "-p", "A fox")
+    assert result.exit_code == 0
+    assert result.stdout == ANSWER
+    expected = r"""Loading model: fable-7m \(EXL2 5\.0 bpw\)
+loading from fable-7m
+Prompt processed in 0\.50 seconds, 13 tokens, 26\.00 tokens/second
+Response generated in \d+\.\d\d seconds, 11 tokens, \d+\.\d\d tokens/second
+Memory: \d[\d,]* MiB resident, \d[\d,]* MiB peak
+"""
+    assert re.fullmatch(expected, result.stderr), result.stderr
+    assert scripted.engines[0].closed
+
+
+def test_quiet_leaves_the_text_alone(scripted: ScriptedLoader) -> None:
+    result = run(scripted, "-p", "A fox", "--quiet")
+    assert (result.stdout, result.stderr) == (ANSWER, "")
+
+
+def test_verbose_prints_the_settings_as_the_notebook_does(scripted: ScriptedLoader) -> None:
+    result = run(scripted, "-p", "A fox", "-v", "--seed", "5", "--stop", "END")
+    assert "{'temperature': 0.85, 'top_k': 50, 'top_p': 0.8, 'token_repetition_penalty': 1.05}\n" in result.stderr
+    assert "stop_sequences ['END']\n" in result.stderr
+    assert "seed 5\n" in result.stderr
+
+
+def test_json_is_one_object_with_everything(scripted: ScriptedLoader) -> None:
+    result = run(scripted, "--template", "{question} Answer:", "--var", "question=为什么?", "--json", "--seed", "9")
+    assert result.stdout.count("\n") == 1
+    report = json.loads(result.stdout)
+    assert report["question"] == "为什么?"
+    assert report["text"] == ANSWER
+    assert (report["finish_reason"], report["new_tokens"], report["seed"]) == ("stop", 11, 9)
+    assert report["prompt_seconds"] == 0.5
+    assert report["prompt_tokens_per_second"] == pytest.approx(report["prompt_tokens"] / 0.5)
+    assert report["sampling"] == Sampling().to_dict()
+    assert report["model"]["format"] == "exl2"
+    assert report["engine"]["name"] == "scripted"
+    assert report["memory"]["host"]["peak_bytes"] >= report["memory"]["host"]["resident_bytes"] > 0
+    assert {"load_seconds", "generation_seconds", "first_token_seconds", "generation_tokens_per_second"} <= set(report)
+    assert "Response generated" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "user"),
+    [
+        (("-p", "hello"), "", "hello"),
+        (("fable-7m", "hello"), "", "hello"),
+        ((), "hello\n", "hello"),
+        (("-f", "-"), "hello\r\n", "hello"),
+        (("-p", "Summarise."), "a long text\n", "a long text\n\nSummarise."),
+        (("-p", "日本 🎉"), "", "日本 🎉"),
+        (("-p", "two\n\nlines\n"), "", "two\n\nlines\n"),
+    ],
+)
+def test_where_the_prompt_comes_from(
+    scripted: ScriptedLoader, exl2_dir: Path, args: tuple[str, ...], stdin: str, user: str
+) -> None:
+    assert run(scripted, *args, stdin=stdin).exit_code == 0
+    assert prompt_of(scripted, exl2_dir) == f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_prompt_file(scripted: ScriptedLoader, exl2_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_bytes("\ufeffhello\n".encode())
+    run(scripted, "--file", str(tmp_path / "prompt.txt"))
+    assert "user\nhello<|im_end|>" in prompt_of(scripted, exl2_dir)
+
+
+def test_system_raw_and_template(scripted: ScriptedLoader, exl2_dir: Path) -> None:
+    run(scripted, "-p", "hi", "--system", "Be brief.")
+    assert prompt_of(scripted, exl2_dir).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi")
+    run(scripted, "-p", "Once upon", "--raw")
+    assert prompt_of(scripted, exl2_dir) == "Once upon"
+    run(scripted, "--template", "问题: {question}\n回答: 让我们逐步思考。", "--var", "question=为什么")
+    assert prompt_of(scripted, exl2_dir) == "问题: 为什么\n回答: 让我们逐步思考。"
+
+
+def test_show_prompt_prints_it_and_stops(scripted: ScriptedLoader, exl2_dir: Path) -> None:
+    result = run(scripted, "-p", "hi", "--show-prompt")
+    assert result.stdout == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert result.stderr == f"{len(Tokenizer(exl2_dir).encode(result.stdout, add_special_tokens=False))} tokens\n"
+    assert scripted.engines == []
+
+
+def test_flags_beat_the_preset_and_reach_the_engine(scripted: ScriptedLoader) -> None:
+    run(
+        scripted,
+        "-p",
+        "x",
+        "--preset",
+        "creative",
+        "--top-k",
+        "7",
+        "--mirostat",
+        "-n",
+        "3",
+        "--seed",
+        "4",
+        "--stop",
+        "Z",
+    )
+    request = scripted.engines[0].requests[0]
+    assert request.sampling == Sampling(**PRESETS["creative"] | {"top_k": 7, "mirostat": True})
+    assert (request.max_new_tokens, request.seed, request.stop_strings) == (3, 4, ("Z",))
+    assert request.stop_ids == frozenset({2})
+
+
+def test_the_models_generation_config_counts(scripted: ScriptedLoader, gptq_dir: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(gptq_dir, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(
+        '{"temperature": 0.33, "top_k": null, "eos_token_id": [2, 5]}'
+    )
+    run(scripted, str(tmp_path / "model"), "-p", "x")
+    request = scripted.engines[0].requests[0]
+    assert (request.sampling.temperature, request.sampling.top_k) == (0.33, 50)
+    assert request.stop_ids == frozenset({2, 5})
+
+
+def test_load_flags_reach_the_loader(scripted: ScriptedLoader) -> None:
+    run(
+        scripted,
+        "-p",
+        "x",
+        "--cache",
+        "q4",
+        "--gpu-split",
+        "20,24",
+        "--low-mem",
+        "--max-seq-len",
+        "512",
+        "--engine",
+        "cpu",
+    )
+    options = scripted.options
+    assert options is not None
+    assert (options.engine, options.max_seq_len, options.cache) == ("cpu", 512, "q4")
+    assert (options.gpu_split, options.low_mem) == ((20.0, 24.0), True)
+
+
+def test_a_cut_off_response_says_so(scripted: ScriptedLoader) -> None:
+    result = run(scripted, "-p", "x", "-n", "4")
+    assert ANSWER.startswith(result.stdout)
+    assert "stopped after 4 tokens; raise --max-new-tokens for more\n" in result.stderr
+
+
+def test_a_pipe_gets_the_text_byte_for_byte() -> None:
+    answer = "[bold]not markup[/bold] \x1b[31mred\x07 tab\tcr\r\n" + "long " * 60 + "日本🎉 end "
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "scripted_app.py"), answer, "run", "-p", "x"],
+        input=b"",
+        capture_output=True,
+        env={"LC_ALL": "C", "PATH": ""},
+    )
+    assert result.stdout == answer.encode()
+
+
+def test_multibyte_text_comes_in_whole_characters(exl2_dir: Path) -> None:
+    text = "问题🎉👩‍👩‍👧‍👦é 答"
+    loader = ScriptedLoader(text)
+    tokenizer = Tokenizer(exl2_dir)
+    assert len(tokenizer.encode(text, add_special_tokens=False)) > 3 * len(text) / 2
+    run(loader, "-p", "x")
+    request = loader.engines[0].requests[0]
+    chunks = [chunk.text for chunk in loader.engines[0].stream(request)]
+    assert "".join(chunks) == text
+    assert not any("\ufffd" in chunk for chunk in chunks)
+
+
+def test_the_first_command_of_readme_on_the_real_model() -> None:
+    result = exl("run", "--prompt", "Once upon a time", "--max-new-tokens", "64", "--seed", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert re.match(r"[A-Z][a-z ,'.]{20,}", report["text"])
+    assert report["engine"]["name"] in ("cpu", "exllamav2")
+
+
+def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "exl_cli", "run", "-p", "A story", "-n", "600", "--ignore-eos"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(20)
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 141
+    assert "Traceback" not in errors
+    assert "error" not in errors.lower()

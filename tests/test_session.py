@@ -1,0 +1,208 @@
+"""A conversation as data: what is dropped when, and its file."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exl_cli.chat.store import SessionStore
+from exl_cli.engines.base import Summary
+from exl_cli.errors import DiskError, UsageError
+from exl_cli.session import Session, Totals, Turn, dumps, loads
+
+
+def talk(*texts: str) -> Session:
+    """A session of these turns, the user's first."""
+    turns = [Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
+    return Session(turns=turns)
+
+
+# --- dropping ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=40).filter(lambda sizes: len(sizes) % 2 == 1),
+    limit=st.integers(20, 400),
+    share=st.floats(0.3, 1.0),
+)
+def test_trimming_drops_the_fewest_oldest_exchanges_that_make_room(sizes: list[int], limit: int, share: float) -> None:
+    session = talk(*(str(size) for size in sizes))
+    goal = int(limit * share)
+
+    def size(start: int) -> int:
+        return sum(sizes[start:])
+
+    gone = session.trim(size, limit, goal)
+    assert len(session.turns) == len(sizes)
+    assert gone == session.turns[: session.dropped]
+    assert session.dropped % 2 == 0
+    if size(0) <= limit:
+        assert gone == []
+        return
+    last = len(sizes) - 1
+    fewest = next((start for start in range(2, last + 1, 2) if size(start) <= goal), last)
+    assert session.dropped == fewest
+
+
+def test_trimming_goes_on_where_it_stopped_and_cutting_brings_turns_back() -> None:
+    session = talk(*"abcdefg")
+    assert [turn.content for turn in session.trim(lambda start: 7 - start, 5, 5)] == ["a", "b"]
+    assert [turn.content for turn in session.trim(lambda start: 7 - start, 3, 3)] == ["c", "d"]
+    assert [message["content"] for message in session.messages()] == ["e", "f", "g"]
+    assert [turn.content for turn in session.cut(4)] == ["e", "f", "g"]
+    assert [message["content"] for message in session.messages()] == ["c", "d"]
+    session.cut(0)
+    assert (session.dropped, session.messages()) == (0, [])
+
+
+def test_messages_hold_the_system_message_and_reasoning_under_the_name_templates_know() -> None:
+    session = talk("a", "b", "c", "d")
+    session.system, session.dropped = "S", 2
+    session.turns[3].reasoning = "hm"
+    assert session.messages() == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "reasoning_content": "hm"},
+    ]
+
+
+def test_totals_add_up() -> None:
+    totals = Totals()
+    totals.add(Summary("stop", 10, 4, 3, 0.5, 1.0, 0.6))
+    totals.add(Summary("length", 20, 15, 5, 0.25, 2.0, 0.3))
+    assert totals == Totals(2, 30, 19, 8, 0.75, 3.0)
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@given(
+    texts=st.lists(st.tuples(_text, _text), max_size=6),
+    system=st.none() | _text,
+    settings=st.dictionaries(_text, st.none() | st.booleans() | st.integers() | _text, max_size=3),
+)
+def test_a_session_comes_back_as_it_was(
+    texts: list[tuple[str, str]], system: str | None, settings: dict[str, object]
+) -> None:
+    session = talk(*(text for pair in texts for text in pair))
+    session.system, session.settings, session.name, session.model = system, settings, "x", "m"
+    if session.turns:
+        session.turns[-1].timings = {"prompt_tokens": 3, "prompt_seconds": 0.25}
+        session.turns[-1].reasoning, session.turns[-1].raw = "r", "<think>r</think>"
+        session.dropped = 2 * (len(texts) // 2)
+    assert loads(dumps(session), "x", "x.json") == session
+
+
+def test_fields_of_a_later_minor_version_are_passed_over() -> None:
+    value = json.loads(dumps(talk("a", "b")))
+    value["mood"] = "good"
+    value["turns"][0]["language"] = "en"
+    assert [turn.content for turn in loads(json.dumps(value), "x", "x.json").turns] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"turns": None}, "it has no list of turns"),
+        ({"turns": ["a"]}, "turn 1 is not an object"),
+        ({"turns": [{"role": "user"}]}, "turn 1 has no role or no content"),
+        ({"turns": [{"role": "user", "content": 7}]}, "content of turn 1 is 7"),
+        ({"turns": [{"role": "assistant", "content": "a"}]}, "turn 1 has the role 'assistant'"),
+        ({"turns": [{"role": "user", "content": "a", "timings": []}]}, "timings of turn 1"),
+        ({"dropped": 1}, "dropped is 1"),
+        ({"dropped": 99}, "dropped is 99"),
+        ({"system": 5}, "system of the session is 5"),
+        ({"totals": {"answers": "many"}}, "answers of totals is 'many'"),
+        ({"version": "1"}, "its version is '1'"),
+        ({"version": None}, "its version is None"),
+    ],
+)
+def test_what_is_wrong_with_a_damaged_file_is_said(change: dict[str, object], why: str) -> None:
+    value = {**json.loads(dumps(talk("a", "b"))), **change}
+    with pytest.raises(DiskError, match="is damaged") as caught:
+        loads(json.dumps(value), "x", "x.json")
+    assert why in caught.value.message
+
+
+def test_deep_nesting_is_damage_too() -> None:
+    with pytest.raises(DiskError, match="not JSON"):
+        loads("[" * 200_000, "x", "x.json")
+
+
+# --- the folder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", ".hidden", "a b", "x" * 81, "a\0"])
+def test_names_that_could_leave_the_folder_or_hide_in_it_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be a session's name"):
+        SessionStore(tmp_path).load(name)
+
+
+def test_a_session_is_named_after_the_day_and_its_first_words(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    names = []
+    for text in ("How do I bake_bread, quickly?!  Please", "How do I bake bread quickly", "日本 …", "?!"):
+        session = talk(text, "…")
+        store.save(session)
+        names.append(session.name[len("2026-11-22") :])
+    assert names == ["-how-do-i-bake-bread", "-how-do-i-bake-bread-2", "-日本", ""]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    session = talk("a", "b")
+    session.name = "x"
+    store.save(session)
+    before = (tmp_path / "x.json").read_bytes()
+    (tmp_path / "old").hardlink_to(tmp_path / "x.json")
+    session.turns += talk("c" * 100_000, "d").turns
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(DiskError, match="cannot be saved"):
+            store.save(session)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "x.json").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["old", "x.json"]
+    store.save(session)
+    assert len(store.load("x").turns) == 4
+    # The new file took the old one's place; the old one was not written into.
+    assert (tmp_path / "old").read_bytes() == before
+
+
+def test_a_file_that_was_removed_is_written_again_and_one_that_changed_is_not(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    session = talk("a", "b")
+    session.name = "x"
+    assert store.save(session) == ""
+    (tmp_path / "x.json").unlink()
+    assert store.save(session) == ""
+    another = SessionStore(tmp_path)
+    assert another.save(another.load("x")) == ""
+    assert store.save(session) == "x"
+    assert sorted(store.names()) == sorted(["x", session.name])
+
+
+def test_a_file_that_appears_under_a_new_name_is_not_overwritten(tmp_path: Path) -> None:
+    first, second = talk("a", "b"), talk("c", "d")
+    first.name = second.name = "x"
+    SessionStore(tmp_path).save(first)
+    assert SessionStore(tmp_path).save(second) == "x"
+    assert SessionStore(tmp_path).load("x").turns[0].content == "a"
+
+
+def test_overviews_list_what_cannot_be_read_too(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    assert list(store.overviews()) == []
+    (tmp_path / "bad.json").write_bytes(b"\xff")
+    session = talk("a", "b")
+    store.save(session)
+    assert {one.name: one.session is None for one in store.overviews()} == {"bad": True, session.name: False}

@@ -1,0 +1,293 @@
+"""One model and many threads, or many tasks: turns, cancelling, closing, failing. Every wait has a limit of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fakes import ScriptedEngine
+
+from exl_cli import Model, load, loader
+from exl_cli.engines import driver
+from exl_cli.engines.base import Chunk, Request
+from exl_cli.errors import EngineError
+from exl_cli.tokenizer import Tokenizer
+
+STORY = "Once upon a time"
+PATIENCE = 30.0
+
+
+class EndlessEngine(ScriptedEngine):
+    """Says the same word until it is cancelled.
+
+    Attributes:
+        at_once: how many generations were running at the same moment, at most.
+        ended: set when one has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer, "", 10**9)
+        self.ended = threading.Event()
+        self.at_once = self._now = 0
+        self._lock = threading.Lock()
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        self.requests.append(request)
+        return driver.run(request, self._tokenizer.decode_stream(request.ids), self.context_length, self._steps())
+
+    def _steps(self) -> Generator[driver.Step, None, None]:
+        (word,) = self._tokenizer.encode(" and", add_special_tokens=False)
+        with self._lock:
+            self._now += 1
+            self.at_once = max(self.at_once, self._now)
+        try:
+            while True:
+                yield driver.Step((word,))
+        finally:
+            with self._lock:
+                self._now -= 1
+            self.ended.set()
+
+
+class PairedEngine(EndlessEngine):
+    """Computes two generations in one pass: neither goes on before both are there."""
+
+    parallel = 2
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._both = threading.Barrier(2)
+
+    def _steps(self) -> Generator[driver.Step, None, None]:
+        self._both.wait(PATIENCE)
+        yield from super()._steps()
+
+
+class FailingEngine(ScriptedEngine):
+    """Fails in the middle of its first response."""
+
+    def _steps(self) -> Generator[driver.Step, None, None]:
+        steps = super()._steps()
+        yield next(steps)
+        yield next(steps)
+        if len(self.requests) == 1:
+            raise EngineError("it broke")
+        yield from steps
+
+
+def with_engine(kind: type[EndlessEngine]) -> tuple[Model, EndlessEngine]:
+    info = loader.resolve(None)
+    tokenizer = Tokenizer(info.path)
+    engine = kind(tokenizer)
+    return Model(info, tokenizer, engine), engine
+
+
+@pytest.fixture
+def endless() -> Iterator[tuple[Model, EndlessEngine]]:
+    model, engine = with_engine(EndlessEngine)
+    with model:
+        yield model, engine
+
+
+@pytest.fixture(scope="module")
+def fable() -> Iterator[Model]:
+    with load("fable-7m") as model:
+        yield model
+
+
+def test_threads_that_stream_at_once_get_their_own_text_each(fable: Model) -> None:
+    alone = {seed: fable.generate(STORY, seed=seed, max_new_tokens=25).text for seed in range(4)}
+    assert len(set(alone.values())) == 4
+    ready = threading.Barrier(4)
+
+    def read(seed: int) -> str:
+        ready.wait(PATIENCE)
+        return "".join(fable.stream(STORY, seed=seed, max_new_tokens=25, timeout=PATIENCE))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert dict(zip(alone, pool.map(read, alone), strict=True)) == alone
+
+
+def test_one_thread_may_read_two_streams_in_turn(fable: Model) -> None:
+    alone = [fable.generate(STORY, seed=seed, max_new_tokens=10).text for seed in (1, 2)]
+    one, two = (fable.stream(STORY, seed=seed, max_new_tokens=10, timeout=PATIENCE) for seed in (1, 2))
+    second, first = next(two), next(one)
+    assert [first + "".join(one), second + "".join(two)] == alone
+
+
+def test_turns_come_in_the_order_of_asking(endless) -> None:
+    model, engine = endless
+    streams = [model.stream(f"{STORY} {number}", max_new_tokens=5) for number in range(8)]
+    asked = [stream.result().summary.prompt_tokens for stream in streams]
+    assert [len(request.ids) for request in engine.requests] == asked
+    assert [request.ids for request in engine.requests] == [model.encode(f"{STORY} {number}") for number in range(8)]
+    assert engine.at_once == 1
+
+
+def close(stream: Iterator[str]) -> None:
+    stream.close()
+
+
+def leave(stream: Iterator[str]) -> None:
+    with stream:
+        pass
+
+
+def drop(stream: Iterator[str]) -> None:
+    pass
+
+
+@pytest.mark.parametrize("give_up", [close, leave, drop])
+def test_a_consumer_that_stops_half_way_frees_the_engine(endless, give_up) -> None:
+    model, engine = endless
+    stream = model.stream(STORY, max_new_tokens=10**9, timeout=PATIENCE)
+    assert [next(stream), next(stream)] == [" and", " and"]
+    give_up(stream)
+    del stream
+    assert engine.ended.wait(PATIENCE)
+    assert model.generate(STORY, max_new_tokens=2, timeout=PATIENCE).text == " and and"
+
+
+def test_a_closed_stream_has_no_result(endless) -> None:
+    stream = endless[0].stream(STORY, max_new_tokens=10**6)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    with pytest.raises(EngineError, match="closed before"):
+        stream.result()
+
+
+def test_a_response_that_takes_too_long_ends_and_frees_the_engine(endless) -> None:
+    model, engine = endless
+    with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
+        model.generate(STORY, max_new_tokens=10**9, timeout=0.01)
+    assert engine.ended.wait(PATIENCE)
+    assert model.generate(STORY, max_new_tokens=1, timeout=PATIENCE).text == " and"
+
+
+def test_a_stream_may_be_read_after_the_thread_that_asked_has_ended(endless) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(endless[0].stream, STORY, max_new_tokens=5000, timeout=PATIENCE).result()
+    assert stream.result().summary.new_tokens == 5000
+
+
+def test_an_error_reaches_the_one_who_asked_and_nobody_else() -> None:
+    info = loader.resolve(None)
+    tokenizer = Tokenizer(info.path)
+    model = Model(info, tokenizer, FailingEngine(tokenizer, "It goes on.", 1024))
+    broken, whole = model.stream(STORY), model.stream(STORY)
+    with pytest.raises(EngineError, match="it broke"):
+        broken.result()
+    assert whole.result().text == "It goes on."
+
+
+def test_closing_the_model_ends_what_is_running_and_says_so() -> None:
+    model, engine = with_engine(EndlessEngine)
+    running, waiting = model.stream(STORY, max_new_tokens=10**9), model.stream(STORY)
+    next(running)
+    model.close()
+    assert engine.closed
+    for stream in (running, waiting):
+        with pytest.raises(EngineError, match="the model was closed before the response was complete"):
+            stream.result()
+
+
+def test_an_engine_that_computes_several_at_once_gets_as_many() -> None:
+    model, _ = with_engine(PairedEngine)
+    streams = [model.stream(STORY, max_new_tokens=50, timeout=PATIENCE) for _ in range(2)]
+    # Neither had begun without the other: the engine saw to that.
+    assert [stream.result().summary.new_tokens for stream in streams] == [50, 50]
+    model.close()
+
+
+def test_more_tasks_than_the_loop_has_threads(endless) -> None:
+    model, engine = endless
+
+    async def main() -> list[str]:
+        streams = [model.astream(STORY, max_new_tokens=3, timeout=PATIENCE) for _ in range(50)]
+
+        async def read(number: int) -> str:
+            return "".join([text async for text in streams[number]])
+
+        # The last first: whoever waits must not keep the others from going on.
+        return await asyncio.gather(*[read(number) for number in reversed(range(50))])
+
+    assert asyncio.run(main()) == [" and and and"] * 50
+    assert engine.at_once == 1
+
+
+def test_a_cancelled_task_frees_the_engine(endless) -> None:
+    model, _ = endless
+
+    async def main() -> str:
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async with model.astream(STORY, max_new_tokens=10**9) as stream:
+                async for _ in stream:
+                    begun.set()
+
+        task = asyncio.create_task(read())
+        await asyncio.wait_for(begun.wait(), PATIENCE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(TimeoutError):
+            await model.astream(STORY, max_new_tokens=10**9, timeout=0.01).result()
+        return (await model.astream(STORY, max_new_tokens=2, timeout=PATIENCE).result()).text
+
+    assert asyncio.run(main()) == " and and"
+
+
+def test_an_event_loop_that_is_gone_frees_the_engine(endless) -> None:
+    model, engine = endless
+    kept = []
+
+    async def main() -> None:
+        kept.append(model.astream(STORY, max_new_tokens=10**9))
+        await anext(kept[0])
+
+    asyncio.run(main())
+    assert engine.ended.wait(PATIENCE)
+    assert model.generate(STORY, max_new_tokens=1, timeout=PATIENCE).text == " and"
+
+
+def run(program: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a program that may use this module."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"from test_turns import EndlessEngine, STORY, with_engine\n{program}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_program_that_ends_with_a_stream_half_read_ends() -> None:
+    program = """
+model, engine = with_engine(EndlessEngine)
+stream = model.stream(STORY, max_new_tokens=10**9)
+print(next(stream))
+"""
+    assert run(program) == (0, " and\n", "")
+
+
+def test_a_thread_that_outlives_the_main_one_gets_its_text() -> None:
+    program = """
+import threading
+model, engine = with_engine(EndlessEngine)
+def read():
+    threading.main_thread().join()
+    print(model.generate(STORY, max_new_tokens=300).summary.new_tokens)
+threading.Thread(target=read).start()
+"""
+    assert run(program) == (0, "300\n", "")
