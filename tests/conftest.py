@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fakehub import FakeHub
+    from hubtools import Fetcher
 
 # For these small models, threads cost more than they bring, and far more where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,3 +33,20 @@ def gptq_dir() -> Path:
 @pytest.fixture(scope="session")
 def golden_path() -> Path:
     return DATA / "golden-fable-7m.npz"
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A Hub on loopback, empty."""
+    from fakehub import FakeHub
+
+    with FakeHub() as fake:
+        yield fake
+
+
+@pytest.fixture
+def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
+    """Downloads from it, in this process."""
+    from hubtools import Fetcher
+
+    return Fetcher(hub, tmp_path / "models")

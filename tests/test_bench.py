@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,15 +45,6 @@ def measured(loader: PacedLoader, *args: str) -> dict[str, object]:
     value = json.loads(result.stdout)
     jsonschema.validate(value, SCHEMA, format_checker=jsonschema.FormatChecker())
     return value
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other crawl where other programs use the processor as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

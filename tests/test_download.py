@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,6 @@ from exl_cli import loader
 from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError
 from exl_cli.hub import names
 from exl_cli.hub.listing import Choice
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        yield fake
-
-
-@pytest.fixture
-def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
-    return Fetcher(hub, tmp_path / "models")
 
 
 def test_a_model_arrives_byte_for_byte_and_can_be_resolved(hub: FakeHub, fetch: Fetcher) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +43,6 @@ def nvmlDeviceGetMemoryInfo(handle): return _Memory(_CARDS[handle])
 
 def quantized(method: str, **more: Any) -> bytes:
     return config(**MISTRAL, quantization_config={"quant_method": method, **more})
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        yield fake
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import email.utils
 import errno
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from exl_cli.hub import store
 from exl_cli.hub.listing import Choice
 
 SIZE = len(model_files()[WEIGHTS])
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        yield fake
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from fakehub import FakeHub
 from hubtools import WEIGHTS, Fetcher, config, contents, model_files
@@ -14,17 +11,6 @@ from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError
 from exl_cli.hub import store
 from exl_cli.hub.listing import Choice
 from exl_cli.hub.plan import prepare
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        yield fake
-
-
-@pytest.fixture
-def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
-    return Fetcher(hub, tmp_path / "models")
 
 
 def test_what_is_here_and_whole_is_not_asked_for_again(hub: FakeHub, fetch: Fetcher) -> None:

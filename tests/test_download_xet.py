@@ -31,11 +31,6 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
         yield fake
 
 
-@pytest.fixture
-def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
-    return Fetcher(hub, tmp_path / "models")
-
-
 def test_a_file_in_xet_storage_arrives_and_goes_on_where_it_stopped(hub: FakeHub, fetch: Fetcher) -> None:
     wanted = fetch.wanted("acme/tiny")
     file = next(file for file in fetch.hub().listing(wanted.repository).files if file.name == WEIGHTS)

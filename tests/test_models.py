@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pexpect
@@ -19,12 +18,6 @@ from hubtools import Fetcher, config, shell
 from exl_cli import library, loader, memory
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
 from exl_cli.hub import locking, store
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with FakeHub() as fake:
-        yield fake
 
 
 @pytest.fixture
