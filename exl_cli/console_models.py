@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.console import Console, harmless
+from exl_cli.loader import BUILTIN
 from exl_cli.memory import GIB, Estimate, Gpu, fits, shape_of
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def models_table(entries: Sequence[Entry]) -> Table:
             parameters(info.parameters),
             size(entry.size_bytes),
             context,
-            entry.path,
+            "built in" if entry.name == BUILTIN else entry.path,
         )
         made.add_row(*cells(*row))
     return made
