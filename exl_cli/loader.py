@@ -116,6 +116,8 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
         return ModelNotFoundError(f"{model} is not in {folder}", f"{meant}download it: exl download {model}")
     if near:
         return ModelNotFoundError(f"no model named {model!r}", f"did you mean {near[0]}?")
+    if len(model.split()) > 1:
+        return ModelNotFoundError(f"no model named {model!r}", "if that is a prompt, give it with -p")
     return ModelNotFoundError(
         f"no model named {model!r} here, nor in {folder}",
         f"give a folder with a model in it, or {BUILTIN} for the built-in one",

@@ -76,6 +76,10 @@ def test_no_such_model_at_all(tmp_path: Path) -> None:
     check_error(result, ExitCode.MODEL_NOT_FOUND, "nobody/nothing", str(tmp_path))
 
 
+def test_a_prompt_in_the_place_of_the_model() -> None:
+    check_error(exl("run", "Once upon a time"), ExitCode.MODEL_NOT_FOUND, "Once upon a time", "with -p")
+
+
 def test_no_prompt() -> None:
     check_error(exl("run"), ExitCode.PROMPT, "prompt")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,23 @@ def test_system_raw_and_template(scripted: ScriptedLoader, exl2_dir: Path) -> No
     assert prompt_of(scripted, exl2_dir) == "问题: 为什么\n回答: 让我们逐步思考。"
 
 
+def test_a_model_may_have_several_chat_templates(scripted: ScriptedLoader, gptq_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(gptq_dir, model)
+    (model / "chat_template.jinja").unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": "D {{ messages[0].content }}"},
+        {"name": "terse", "template": "T {{ messages[0].content }}"},
+    ]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    for flags, expected in (((), "D hi"), (("--chat-template", "terse"), "T hi")):
+        assert run(scripted, str(model), "-p", "hi", "--show-prompt", *flags).stdout == expected
+    wrong = run(scripted, str(model), "-p", "hi", "--chat-template", "none")
+    assert wrong.exit_code == 6
+    assert "terse" in wrong.stderr
+
+
 def test_show_prompt_prints_it_and_stops(scripted: ScriptedLoader, exl2_dir: Path) -> None:
     result = run(scripted, "-p", "hi", "--show-prompt")
     assert result.stdout == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -146,8 +164,6 @@ def test_flags_beat_the_preset_and_reach_the_engine(scripted: ScriptedLoader) ->
 
 
 def test_the_models_generation_config_counts(scripted: ScriptedLoader, gptq_dir: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(gptq_dir, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(
         '{"temperature": 0.33, "top_k": null, "eos_token_id": [2, 5]}'

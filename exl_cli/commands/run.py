@@ -53,6 +53,12 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="No chat template: continue the text.", rich_help_panel=_PANEL)
     ] = False,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template", metavar="NAME", help="Which of the model's chat templates.", rich_help_panel=_PANEL
+        ),
+    ] = None,
     template: Annotated[
         str | None, typer.Option("--template", help="A prompt with {name} variables.", rich_help_panel=_PANEL)
     ] = None,
@@ -98,7 +104,7 @@ def run(
         raw=raw,
         template=template,
         variables=variables,
-        chat=None if raw or template is not None else load_chat_template(info.path),
+        chat=None if raw or template is not None else load_chat_template(info.path, variant),
     )
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
     if show_prompt:
