@@ -244,6 +244,11 @@ def comparison(console: Console, found: Comparison, *, on_stdout: bool) -> None:
     _fact(console, "verdict", _verdict(found))
     if found.disturbed:
         console.note("other programs used the processor during one of the two: a difference may be theirs")
+    if found.doubtful:
+        tests = ", ".join(dict.fromkeys(found.doubtful))
+        console.note(
+            f"{tests}: the GPU waits for the CPU there, whose pace differs from one process to the next; repeat both"
+        )
 
 
 def fails(console: Console, found: Comparison, bound: float) -> bool:

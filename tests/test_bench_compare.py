@@ -167,3 +167,12 @@ def test_beside_another_format_the_comparison_is_on_stderr(saved: dict[str, str]
     result = bench("--compare", saved["a"], saved["q4"], "-o", "json")
     assert json.loads(result.stdout)["schema"] == 1
     assert "SLOWER" in result.stderr
+
+
+def test_a_difference_at_the_processors_pace_is_said_to_be_doubtful() -> None:
+    before, after = (benchdata.result(benchdata.gpu_run(factor=factor)) for factor in (1.0, 0.8))
+    found = compare(before, after)
+    # The GPU computes 3.5 ms of a step: at 180 tokens/s and slower it is idle for more than a quarter of it.
+    assert "tg128 @ d16384" in found.doubtful
+    assert "pp512" not in found.doubtful
+    assert compare(before, before).doubtful == []

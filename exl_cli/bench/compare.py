@@ -38,6 +38,8 @@ class Row:
         mark: "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions
             to tell.
         by_chance: there are enough repetitions to tell, and they say that chance explains the difference.
+        paced_by_cpu: in one of the two the GPU waited for the CPU. How fast that is differs between processes of the
+            same thing, by more than the repetitions within one can show.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Row:
     p: float
     mark: Mark
     by_chance: bool
+    paced_by_cpu: bool = False
 
     @property
     def ratio(self) -> float:
@@ -97,6 +100,11 @@ class Comparison:
     def differs(self) -> bool:
         """Whether any test is faster or slower."""
         return any(row.mark in ("faster", "slower") for row in self.rows)
+
+    @property
+    def doubtful(self) -> list[str]:
+        """Names of tests that are faster or slower, and may be so again for no reason but the processor's pace."""
+        return [row.test for row in self.rows if row.paced_by_cpu and row.mark in ("faster", "slower")]
 
     def failing(self, bound: float) -> list[Row]:
         """Rows whose ratio is under a bound and not explained by chance."""
@@ -210,7 +218,8 @@ def _rows(old: Run, run: Run, model: str, cache: str) -> tuple[list[Row], list[s
 def _row(old: Measured, new: Measured, model: str, cache: str) -> Row:
     p, mark = judge(old.rates, new.rates)
     by_chance = can_tell(len(old.rates), len(new.rates)) and p >= LEVEL
-    return Row(model, cache, new.test.name, old.avg_ts, new.avg_ts, p, mark, by_chance)
+    paced = limits.waits_for_cpu(old) or limits.waits_for_cpu(new)
+    return Row(model, cache, new.test.name, old.avg_ts, new.avg_ts, p, mark, by_chance, paced)
 
 
 def _figures(old: Run, run: Run, model: str, cache: str) -> list[Figure]:

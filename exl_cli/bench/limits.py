@@ -142,13 +142,18 @@ def _gpu_verdict(entry: Measured, reads: str) -> str:
     if entry.kernel_ns is None:
         return f"not memory-bound: {reads}; what the GPU does meanwhile could not be traced here"
     busy = entry.kernel_ns / entry.step_ns
-    if busy < _IDLE:
+    if waits_for_cpu(entry):
         sent = f" for {entry.kernels:,.0f} kernels" if entry.kernels else ""
         return (
             f"launch-bound: the GPU computes {_ms(entry.kernel_ns)} of a step's {_ms(entry.step_ns)} ({busy:.0%})"
             f"{sent} and waits for the CPU the rest of it"
         )
     return f"kernel-bound: the GPU is busy {min(busy, 1):.0%} of the time; {reads}"
+
+
+def waits_for_cpu(entry: Measured) -> bool:
+    """Whether the GPU was idle for much of a step: the processor sets the pace then."""
+    return entry.kernel_ns is not None and entry.kernel_ns / entry.step_ns < _IDLE
 
 
 def _cpu_verdict(run: Run, entry: Measured, reads: str) -> str:
