@@ -2,7 +2,7 @@
 
 Generations take turns, first come first served, and whoever has the turn runs to the end. An engine does the work of
 one generation at a time, so that alternating between two would finish neither sooner and the first one much later. An
-engine that computes several in one pass says so by an attribute `parallel`, and as many have their turn at once.
+engine that computes several in one pass is a `BatchingEngine`, and as many of its `max_batch` have their turn at once.
 
 A generation runs in a thread of the engine's, not in its consumer's. So a consumer may read slowly, read two streams of
 one model in one thread, or never come back, without holding up anyone else; an event loop needs no thread for each.
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from exl_cli.engines.base import Chunk, Engine, Request
+from exl_cli.engines.base import BatchingEngine, Chunk, Engine, Request
 from exl_cli.errors import EngineError
 
 
@@ -52,7 +52,7 @@ class Turns:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._slots: int = getattr(engine, "parallel", 1)
+        self._slots: int = engine.max_batch if isinstance(engine, BatchingEngine) else 1
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
@@ -36,6 +37,12 @@ class ScriptedEngine:
         for token in self._tokenizer.encode(self._answer, add_special_tokens=False):
             yield driver.Step((token,))
         yield driver.Step((min(self._tokenizer.eos_ids),))
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """It has no opinion: every token is as likely as any other."""
+        import torch
+
+        return torch.zeros(len(ids), self._tokenizer.vocab_size)
 
     def memory(self) -> list[DeviceMemory]:
         return []

@@ -59,7 +59,7 @@ class EndlessEngine(ScriptedEngine):
 class PairedEngine(EndlessEngine):
     """Computes two generations in one pass: neither goes on before both are there."""
 
-    parallel = 2
+    max_batch = 2
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
