@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from exl_cli import __version__
+import exl_cli
 from exl_cli.commands import bench, chat, download, list_models, remove, run, show
 from exl_cli.console import Console, abandon_stdout
 from exl_cli.errors import ExitCode, ExlError
@@ -51,7 +51,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"exl {__version__}")
+        typer.echo(f"exl {exl_cli.__version__}")
         raise typer.Exit
 
 

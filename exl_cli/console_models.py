@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from exl_cli.hub.branches import Branch
     from exl_cli.hub.plan import Plan
-    from exl_cli.library import Entry
+    from exl_cli.inventory import Entry
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _WIDEST = 100_000

@@ -13,6 +13,7 @@ from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
 from exl_cli.hub import names, store
 from exl_cli.modelinfo import ModelInfo, inspect
+from exl_cli.storage import user_data
 from exl_cli.tokenizer import Tokenizer
 
 BUILTIN = "fable-7m"
@@ -38,9 +39,7 @@ def models_dir(given: Path | None = None) -> Path:
         return given
     if env := os.environ.get("EXL_MODELS_DIR"):
         return Path(env)
-    import platformdirs
-
-    return Path(platformdirs.user_data_path("exl", appauthor=False)) / "models"
+    return user_data() / "models"
 
 
 def resolve(model: str | None, models: Path | None = None) -> ModelInfo:

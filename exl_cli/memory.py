@@ -26,6 +26,7 @@ from typing import Any
 from exl_cli.engines.options import CacheType
 from exl_cli.errors import OutOfMemoryError
 from exl_cli.modelinfo import ModelInfo
+from exl_cli.nvml import open_driver
 
 GIB = 2**30
 _MIB = 2**20
@@ -270,19 +271,16 @@ def _advice(info: ModelInfo, context: int, cache: CacheType, free: Sequence[int]
 
 def gpus() -> list[Gpu]:
     """The NVIDIA GPUs that a program started now would see; empty where there is none, or no driver to ask."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, or a container without it
+    nvml = open_driver()
+    if nvml is None:
         return []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [_gpu(pynvml, handle) for handle in _visible(pynvml, handles)]
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        return [_gpu(nvml, handle) for handle in _visible(nvml, handles)]
     except Exception:  # a driver may withhold any single answer
         return []
     finally:
-        pynvml.nvmlShutdown()
+        nvml.nvmlShutdown()
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:

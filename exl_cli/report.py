@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from exl_cli import __version__
+import exl_cli
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.modelinfo import ModelInfo
 from exl_cli.stats import GpuReading, HostReading
@@ -59,5 +59,5 @@ def generation(
         "model": model(info),
         "engine": {"name": engine.name, "context_length": engine.context_length, **engine.facts},
         "memory": {"host": host.to_dict(), "gpus": [gpu.to_dict() for gpu in gpus]},
-        "exl_version": __version__,
+        "exl_version": exl_cli.__version__,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli.engines.base import DeviceMemory
+from exl_cli.nvml import open_driver
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,12 @@ def read_gpus(memory: Sequence[DeviceMemory]) -> list[GpuReading]:
     """Readings of the GPUs that an engine uses; without a working NVML only the engine's own numbers are there."""
     if not memory:
         return []
+    nvml = open_driver()
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library, or a container without it: the run itself is fine
-        return [_reading(entry, None) for entry in memory]
-    try:
-        return [_reading(entry, pynvml) for entry in memory]
+        return [_reading(entry, nvml) for entry in memory]
     finally:
-        pynvml.nvmlShutdown()
+        if nvml is not None:
+            nvml.nvmlShutdown()
 
 
 def _reading(memory: DeviceMemory, nvml: Any) -> GpuReading:

@@ -15,7 +15,7 @@ from fakehub import FakeHub
 from helpers import exl
 from hubtools import Fetcher, config, shell
 
-from exl_cli import library, loader, memory
+from exl_cli import inventory, loader, memory
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
 from exl_cli.hub import locking, store
 
@@ -79,12 +79,12 @@ def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path)
 
 
 def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
-    assert library.licence(tmp_path, None) == ""
+    assert inventory.licence(tmp_path, None) == ""
     (tmp_path / "LICENSE").write_text("\n   MIT License\n")
-    assert library.licence(tmp_path, None) == "MIT License"
+    assert inventory.licence(tmp_path, None) == "MIT License"
     (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: 'llama3'\n---\nlicense: no\n")
-    assert library.licence(tmp_path, None) == "llama3"
-    assert library.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
+    assert inventory.licence(tmp_path, None) == "llama3"
+    assert inventory.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_rm_removes_that_model_and_nothing_else(
 
 
 def test_rm_of_a_path_means_a_folder_directly_in_the_models_folder(models: Path) -> None:
-    assert library.find_to_remove(str(models / "mine"), models) == models / "mine"
+    assert inventory.find_to_remove(str(models / "mine"), models) == models / "mine"
     for name in (
         str(models.parent),
         str(models),
@@ -124,7 +124,7 @@ def test_rm_of_a_path_means_a_folder_directly_in_the_models_folder(models: Path)
         "a/b/c",
     ):
         with pytest.raises((UsageError, ModelNotFoundError)):
-            library.find_to_remove(name, models)
+            inventory.find_to_remove(name, models)
 
 
 def test_rm_of_a_model_elsewhere_is_refused_however_it_is_named(models: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_rm_of_a_model_elsewhere_is_refused_however_it_is_named(models: Path, tm
         models / "mine" / ".." / "..",
     ):
         with pytest.raises(UsageError, match="is not directly in"):
-            library.find_to_remove(str(name), models)
+            inventory.find_to_remove(str(name), models)
 
 
 def test_rm_leaves_what_is_no_model_alone(models: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_rm_leaves_what_is_no_model_alone(models: Path, tmp_path: Path) -> None:
     (models / "photos" / "cat.jpg").write_bytes(b"cat")
     for name in ("photos", "notes.txt", "nothing", "fable-7m", "acme/unknown"):
         with pytest.raises((UsageError, ModelNotFoundError)):
-            library.find_to_remove(name, models)
+            inventory.find_to_remove(name, models)
     assert (models / "photos" / "cat.jpg").exists()
 
 
@@ -156,8 +156,8 @@ def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> No
     (models / "linked").symlink_to(outside)
     (models / "mine" / "inner").symlink_to(outside)
 
-    library.remove(library.find_to_remove("linked", models))
-    library.remove(library.find_to_remove("mine", models))
+    inventory.remove(inventory.find_to_remove("linked", models))
+    inventory.remove(inventory.find_to_remove("mine", models))
 
     assert not os.path.lexists(models / "linked")
     assert not (models / "mine").exists()
@@ -166,7 +166,7 @@ def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> No
 
 def test_rm_waits_for_no_download(models: Path) -> None:
     with locking.lock(models / "mine", None), pytest.raises(DiskError, match="another exl is at work"):
-        library.remove(models / "mine")
+        inventory.remove(models / "mine")
     assert (models / "mine" / "config.json").exists()
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from exl_cli import __version__
+import exl_cli
 from exl_cli.bench.nvml import Watch
 from exl_cli.engines.base import Engine
 
@@ -21,7 +21,7 @@ def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
     packages = {name: _version(name) for name in _PACKAGES}
     gpus = [card.name for card in engine.memory()]
     return {
-        "exl": __version__,
+        "exl": exl_cli.__version__,
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": _cpu(),

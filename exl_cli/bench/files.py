@@ -24,8 +24,8 @@ from exl_cli.bench.result import (
     mean,
     percentile,
 )
-from exl_cli.chat.store import write_atomically
 from exl_cli.errors import DiskError, UsageError
+from exl_cli.storage import write_atomically
 
 # What a reader of the figures must know; part of every report.
 METHOD = (

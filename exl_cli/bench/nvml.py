@@ -16,24 +16,13 @@ _REASONS = (
 )
 
 
-def library() -> Any:
-    """The `pynvml` module, ready; None where there is no driver to ask."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, or a container without it
-        return None
-    return pynvml
-
-
 class Watch:
     """Looks at the GPUs that an engine uses. Everything that a card or driver withholds is None or empty.
 
     To be made before the engine is loaded: processes that hold GPU memory then belong to others.
 
     Args:
-        nvml: what `library` gave.
+        nvml: what `exl_cli.nvml.open_driver` gave.
     """
 
     def __init__(self, nvml: Any) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from exl_cli import __version__, loader
+import exl_cli
+from exl_cli import loader
 from exl_cli.bench import plan, runner
 from exl_cli.bench.job import Job
 from exl_cli.bench.perplexity import read
@@ -101,5 +102,5 @@ def measure(
 ) -> tuple[Result, ExlError | None]:
     """Do the jobs; see `runner.run`."""
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result = Result(__version__, jobs[0].settings, jobs[0].sampling.to_dict(), started)
+    result = Result(exl_cli.__version__, jobs[0].settings, jobs[0].sampling.to_dict(), started)
     return result, runner.run(jobs, load, result, observer, debug=debug)

@@ -29,6 +29,7 @@ from exl_cli.engines.base import BatchingEngine, Engine, Request
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.hub.store import read_marker
 from exl_cli.modelinfo import ModelInfo
+from exl_cli.nvml import open_driver
 from exl_cli.tokenizer import Tokenizer
 
 Event = dict[str, Any]
@@ -117,7 +118,7 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
     context = job.loading.max_seq_len or info.context_length
     tests, skipped = plan.fitting(plan.grid(job.settings), context, info.name)
     tokenizer = Tokenizer(info.path)
-    watch = nvml.Watch(nvml.library())
+    watch = nvml.Watch(open_driver())
     others = environment.OthersClock()
     observer = _Observer(emit)
     begin = time.monotonic()

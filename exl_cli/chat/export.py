@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exl_cli.chat.store import write_atomically
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.session import Session, Turn, dumps
+from exl_cli.storage import write_atomically
 
 
 def export(session: Session, path: str, *, replace: bool = False) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from exl_cli import session as sessions
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.session import Session
+from exl_cli.storage import user_data, write_atomically
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 _ADVICE = "free some space or check the permissions; /export PATH writes it elsewhere"
@@ -26,33 +27,7 @@ def data_dir() -> Path:
     """The folder of what exl keeps for the user: `EXL_DATA_DIR`, else the platform's place for such things."""
     if env := os.environ.get("EXL_DATA_DIR"):
         return Path(env)
-    import platformdirs
-
-    return Path(platformdirs.user_data_path("exl", appauthor=False))
-
-
-def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
-    """Write a UTF-8 file, its folder made where needed, so that at any moment the old or the new one is there, whole.
-
-    Args:
-        path: where to.
-        text: all of it.
-        private: nobody but the user may read it, whatever the umask says.
-
-    Raises:
-        OSError: it cannot be written; nothing has changed then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return user_data()
 
 
 @dataclass(frozen=True)

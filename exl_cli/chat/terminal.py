@@ -88,7 +88,7 @@ def _history(path: Path | None) -> History:
         return InMemoryHistory()
     try:
         if path.stat().st_size > _MOST_HISTORY:
-            from exl_cli.chat.store import write_atomically
+            from exl_cli.storage import write_atomically
 
             text = path.read_text(encoding="utf-8", errors="replace")
             write_atomically(path, text[text.find("\n# ", len(text) // 2) :], private=True)

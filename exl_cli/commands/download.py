@@ -11,7 +11,7 @@ import typer
 from exl_cli import console_models, console_transfers, fetching, loader, memory
 from exl_cli.console import Console
 from exl_cli.engines.options import CacheType, parse_gpu_split
-from exl_cli.errors import ExitCode, UsageError
+from exl_cli.errors import UsageError
 from exl_cli.hub import names
 from exl_cli.hub.listing import Choice
 from exl_cli.hub.plan import Outcome, Plan, Wanted
@@ -74,10 +74,7 @@ def download(
     if dry_run:
         _dry_run(console, wanted, token, as_json)
         return
-    try:
-        outcome = fetching.fetch(wanted, console, token)
-    except KeyboardInterrupt:
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    outcome = fetching.fetch(wanted, console, token)
     console_transfers.finished(console, outcome)
     if as_json:
         console.data(_outcome(outcome))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from exl_cli import console_models, library, loader
+from exl_cli import console_models, inventory, loader
 from exl_cli.console import Console
 from exl_cli.errors import UsageError
 from exl_cli.options import ModelsDir, Quiet
@@ -28,16 +28,16 @@ def remove(
 ) -> None:
     """Remove a model from the models folder; of a link, the link alone. Nothing outside that folder is touched."""
     console = Console(quiet=quiet)
-    path = library.find_to_remove(model, models_dir)
+    path = inventory.find_to_remove(model, models_dir)
     if path.is_symlink():
         what = f"the link {path} (the model that it leads to stays)"
     else:
-        what = f"{path} ({console_models.size(library.folder_bytes(path))})"
+        what = f"{path} ({console_models.size(inventory.folder_bytes(path))})"
     if not yes:
         if not (sys.stdin.isatty() and console.err.is_terminal):
             raise UsageError("exl rm asks first, and no one is there to answer", "say --yes")
         if not console_models.confirm(console, f"Remove {what}?", default=False):
             console.note("nothing removed")
             return
-    library.remove(path)
+    inventory.remove(path)
     console.note(f"removed {what}")

@@ -92,10 +92,7 @@ def run(
     state: State = ctx.obj
     console = Console(quiet=quiet)
     variables = prompts.parse_variables(var or [])
-    try:
-        info = ensure(model, models_dir, allow=download, console=console)
-    except KeyboardInterrupt:
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    info = ensure(model, models_dir, allow=download, console=console)
     settings = samplings.build(sampling.given, sampling.preset, info.generation_config)
     tokenizer = Tokenizer(info.path)
     rendered = prompts.render_prompt(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exl_cli import console_models, library, loader, memory
+from exl_cli import console_models, inventory, loader, memory
 from exl_cli.chat_template import load_chat_template
 from exl_cli.console import Console
 from exl_cli.engines.exllamav2 import support
@@ -20,10 +20,10 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     console = Console()
     info = loader.resolve(model, models_dir)
     marker = store.read_marker(info.path)
-    entry = library.Entry(info.name, info.path, library.folder_bytes(info.path), info, marker=marker)
+    entry = inventory.Entry(info.name, info.path, inventory.folder_bytes(info.path), info, marker=marker)
     template = load_chat_template(info.path)
     source = template.source if template else ""
-    licence = library.licence(info.path, marker)
+    licence = inventory.licence(info.path, marker)
     why_not = support.why_not(info)
     estimates = {} if why_not else _estimates(info)
     if as_json:

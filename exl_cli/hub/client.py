@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from exl_cli import __version__
+import exl_cli
 from exl_cli.hub import failures, xet
 from exl_cli.hub.failures import Patience, Retry
 from exl_cli.hub.names import Repository, check_file_names
@@ -70,7 +70,7 @@ class Hub:
         self.timeout: float = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
         self._token = token
         self._reached = False
-        self._headers = build_hf_headers(token=token, library_name="exl", library_version=__version__)
+        self._headers = build_hf_headers(token=token, library_name="exl", library_version=exl_cli.__version__)
         self._xet = Xet(self._headers, note) if xet.is_here() else None
         # Some of huggingface_hub's calls take no timeout, and its session has none.
         get_session().timeout = self.timeout
@@ -216,7 +216,7 @@ class Hub:
     def _api(self) -> Any:
         from huggingface_hub import HfApi
 
-        return HfApi(self.endpoint, token=self._token, library_name="exl", library_version=__version__)
+        return HfApi(self.endpoint, token=self._token, library_name="exl", library_version=exl_cli.__version__)
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         patience = self.patience(what)

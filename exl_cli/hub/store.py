@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from exl_cli.errors import DiskError, DownloadError
 from exl_cli.hub.names import Repository, is_safe
+from exl_cli.storage import write_atomically
 
 MARKER = ".exl.json"
 STAGING = ".exl-download"
@@ -142,15 +142,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(value, indent=1))
 
 
 def state(folder: Path) -> State:

@@ -28,10 +28,6 @@ from exl_cli.errors import DamagedModelError, EngineError, OutOfMemoryError, Usa
 from exl_cli.modelinfo import ModelInfo
 from exl_cli.tokenizer import Tokenizer
 
-# The dynamic generator wants its cache in whole pages.
-_PAGE = 256
-_GIB = 2**30
-
 Progress = Callable[[int, int], None]
 
 
@@ -61,7 +57,7 @@ class ExLlamaV2Engine:
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """See `engines.base.CachedScoring.cached_logits`."""
         model = self._generator.model
-        cache = type(self._generator.cache)(model, max_seq_len=-(-len(ids) // _PAGE) * _PAGE)
+        cache = type(self._generator.cache)(model, max_seq_len=memory.round_up(len(ids)))
         parts = []
         for at in range(0, len(ids), step):
             out = model.forward(torch.tensor([list(ids[at : at + step])]), cache, cpu_logits=True)
@@ -93,15 +89,13 @@ class ExLlamaV2Engine:
             try:
                 yield from self._iterate(job, len(request.ids))
             except GeneratorExit:
+                self._generator.cancel(job)
                 raise
             except BaseException:
                 # exllamav2 counts a token as cached before it computes it: after a failure the count cannot be trusted.
                 self._generator.cancel(job)
                 self._generator.reset_page_table()
                 raise
-            finally:
-                if not job.is_finished:
-                    self._generator.cancel(job)
 
     def _iterate(self, job: Any, prompt_tokens: int) -> Iterator[driver.Step]:
         seen = prompt_tokens
@@ -149,8 +143,7 @@ def load(
         DamagedModelError: exllamav2 cannot make sense of the files.
     """
     if options.gpu_split is None:
-        free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-        memory.check(info, context_length, options.cache, free, low_mem=options.low_mem)
+        memory.check(info, context_length, options.cache, _free_bytes(), low_mem=options.low_mem)
     # exllamav2 prints to stdout, which belongs to the model's text.
     with contextlib.redirect_stdout(sys.stderr):
         _import()
@@ -190,7 +183,7 @@ def _build(folder: Any, context_length: int, options: LoadOptions, progress: Pro
     from exllamav2.generator import ExLlamaV2DynamicGenerator
 
     config = exllamav2.ExLlamaV2Config(str(folder))
-    config.max_seq_len = -(-context_length // _PAGE) * _PAGE
+    config.max_seq_len = memory.round_up(context_length)
     config.max_input_len = min(config.max_input_len, config.max_seq_len)
     config.no_sdpa = True  # see attention.py; this keeps its own branch out of reach even where that is not installed
     if options.low_mem:
@@ -245,15 +238,19 @@ def _translated_errors(
         raise EngineError(f"exllamav2 failed: {text.splitlines()[0]}", "run again with --debug to see where") from error
 
 
+def _free_bytes() -> list[int]:
+    """Bytes free on each GPU."""
+    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+
+
 def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryError:
-    free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     held = torch.cuda.memory_reserved()
-    have = f"{(free + held) / _GIB:.1f} GiB of GPU memory are free"
+    have = f"{(sum(_free_bytes()) + held) / memory.GIB:.1f} GiB of GPU memory are free"
     if info is None:
         return OutOfMemoryError(
             f"the GPU ran out of memory; {have}", "use --cache q4, a smaller --max-seq-len or --low-mem"
         )
-    need = info.size_bytes / _GIB
+    need = info.size_bytes / memory.GIB
     return OutOfMemoryError(
         f"{info.name} needs {need:.1f} GiB for its weights and more for a context of {context_length:,} tokens; {have}",
         "use --cache q4, a smaller --max-seq-len or --low-mem, or free the GPU (nvidia-smi shows who uses it)",

@@ -1,0 +1,37 @@
+"""Where exl keeps what is the user's, and writing files that are whole at any moment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def user_data() -> Path:
+    """The platform's place for a user's data of exl; nothing is made there."""
+    import platformdirs
+
+    return Path(platformdirs.user_data_path("exl", appauthor=False))
+
+
+def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a UTF-8 file, its folder made where needed, so that at any moment the old or the new one is there, whole.
+
+    Args:
+        path: where to.
+        text: all of it.
+        private: nobody but the user may read it, whatever the umask says.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
