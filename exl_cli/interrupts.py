@@ -31,7 +31,7 @@ def insist_on_interrupt() -> Iterator[None]:
     """Within it, a SIGINT raises KeyboardInterrupt as ever, and once more at the end if that one got lost.
 
     Importing torch and transformers runs through `except BaseException` here and there, which eats an interrupt that
-    happens to arrive at that moment. Main thread only.
+    happens to arrive at that moment, or makes another error of it. Main thread only.
     """
     arrived = False
 
@@ -43,6 +43,10 @@ def insist_on_interrupt() -> Iterator[None]:
     previous = signal.signal(signal.SIGINT, handle)
     try:
         yield
+    except Exception as error:
+        if arrived:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, previous)
     if arrived:

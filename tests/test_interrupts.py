@@ -1,0 +1,58 @@
+"""Ctrl-C where a library stands in its way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from exl_cli.interrupts import cancel_on_interrupt, insist_on_interrupt
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def swallow(done: list[str]) -> None:
+    try:
+        interrupt()
+    except BaseException:
+        done.append("swallowed")
+    done.append("went on")
+
+
+def wrap() -> None:
+    try:
+        interrupt()
+    except BaseException as error:
+        raise ImportError("half imported") from error
+
+
+def test_an_interrupt_that_a_library_swallows_counts_at_the_end() -> None:
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt), insist_on_interrupt():
+        swallow(done)
+    assert done == ["swallowed", "went on"]
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_stays_one() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, insist_on_interrupt():
+        wrap()
+    assert isinstance(caught.value.__cause__, ImportError)
+
+
+def test_an_error_without_an_interrupt_is_that_error() -> None:
+    with pytest.raises(ImportError), insist_on_interrupt():
+        raise ImportError("not there")
+
+
+def test_the_first_interrupt_cancels_and_the_second_ends() -> None:
+    cancel = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    with cancel_on_interrupt(cancel):
+        interrupt()
+        assert cancel.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
