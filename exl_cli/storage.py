@@ -13,12 +13,19 @@ def user_data() -> Path:
     return Path(platformdirs.user_data_path("exl", appauthor=False))
 
 
-def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
-    """Write a UTF-8 file, its folder made where needed, so that at any moment the old or the new one is there, whole.
+def user_cache() -> Path:
+    """The platform's place for what exl can make again; nothing is made there."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_path("exl", appauthor=False))
+
+
+def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Write a file, its folder made where needed, so that at any moment the old or the new one is there, whole.
 
     Args:
         path: where to.
-        text: all of it.
+        content: all of it; text is written as UTF-8.
         private: nobody but the user may read it, whatever the umask says.
 
     Raises:
@@ -28,8 +35,8 @@ def write_atomically(path: Path, text: str, *, private: bool = False) -> None:
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -1,0 +1,199 @@
+"""Compiles CUDA sources with NVRTC, which every CUDA build of torch brings, and launches what comes out.
+
+No compiler needs to be installed. What was compiled is kept in the user's cache folder under a key made of source,
+options, GPU architecture and NVRTC's version, so that a machine compiles each kernel once.
+
+The calls are those of the CUDA driver API and of NVRTC (https://docs.nvidia.com/cuda/cuda-driver-api,
+https://docs.nvidia.com/cuda/nvrtc), found through the library in torch that links both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exl_cli.errors import EngineError
+from exl_cli.storage import user_cache, write_atomically
+
+_HERE = Path(__file__).parent
+_INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_uint32 * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+@lru_cache
+def _library() -> Any:
+    path = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(f"torch's run-time compiler cannot be loaded: {error}") from error
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise EngineError(f"{what} failed with CUDA error {code}", "run again with --debug to see where")
+
+
+def source(name: str) -> str:
+    """A `.cu` file of this folder with what it includes put in place."""
+    return _INCLUDE.sub(lambda match: source(match[1]), (_HERE / name).read_text(encoding="utf-8"))
+
+
+def compile_ahead(file: str, defines: Mapping[str, int], device: torch.device) -> None:
+    """Compile what `Kernel` would, if that has not been done; several threads may.
+
+    Raises:
+        EngineError: see `Kernel`.
+    """
+    _binary(file, tuple(sorted(defines.items())), torch.cuda.get_device_capability(device))
+
+
+class Kernel:
+    """A function on the GPU.
+
+    Args:
+        name: the function; its file is the first word of `file`.
+        file: the `.cu` file it is in.
+        defines: values for the names that the source leaves open.
+        device: where it shall run.
+        shared_bytes: dynamic shared memory of a block.
+
+    Raises:
+        EngineError: it cannot be compiled or loaded here.
+    """
+
+    def __init__(
+        self, file: str, name: str, defines: Mapping[str, int], device: torch.device, shared_bytes: int = 0
+    ) -> None:
+        self.shared_bytes = shared_bytes
+        self.device = device
+        library = _library()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes the context that the driver's calls need
+            binary = _binary(file, tuple(sorted(defines.items())), torch.cuda.get_device_capability(device))
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            _check(library.cuModuleLoadData(ctypes.byref(module), binary), f"loading {file}")
+            _check(library.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+            if shared_bytes > 48 * 1024:
+                _check(
+                    library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes),
+                    f"asking for {shared_bytes:,} bytes of shared memory for {name}",
+                )
+        self._function = function
+
+    def bind(self, grid: tuple[int, ...], threads: int, argument: ctypes.Structure) -> Launch:
+        """A launch with this argument, which may be changed between launches.
+
+        Args:
+            grid: blocks, up to three dimensions.
+            threads: threads of a block.
+            argument: the function's one parameter.
+
+        Where the GPU can (compute capability 9.0) it starts while the kernel before it ends: all functions here wait
+        for what they need of that one.
+        """
+        attributes = []
+        if torch.cuda.get_device_capability(self.device) >= (9, 0):
+            attributes.append(_Attribute(_PROGRAMMATIC, (ctypes.c_uint32 * 16)(1)))
+        return Launch(self._function, grid, threads, self.shared_bytes, argument, attributes)
+
+
+class Launch:
+    """A kernel with its grid and argument; call it with a stream to run it."""
+
+    def __init__(
+        self,
+        function: Any,
+        grid: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        argument: ctypes.Structure,
+        attributes: Sequence[_Attribute],
+    ) -> None:
+        self.argument = argument
+        self._function = function
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        self._attributes = (_Attribute * len(attributes))(*attributes)
+        self._config = _Config(
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+            (ctypes.c_uint * 3)(threads, 1, 1),
+            shared_bytes,
+            None,
+            self._attributes,
+            len(attributes),
+        )
+        self._by_reference = ctypes.byref(self._config)
+        self._launch = _library().cuLaunchKernelEx
+
+    def __call__(self, stream: int) -> None:
+        """Run it in order on a stream, by its handle.
+
+        Raises:
+            EngineError: the driver refuses.
+        """
+        self._config.stream = stream
+        code = self._launch(self._by_reference, self._function, self._parameters, None)
+        if code:
+            _check(code, "launching a kernel")
+
+
+@cache
+def _binary(file: str, defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+    library = _library()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "asking NVRTC for its version")
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in defines]
+    text = source(file)
+    key = hashlib.sha256("\n".join([text, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:24]
+    path = user_cache() / "kernels" / f"{Path(file).stem}-{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        binary = _compile(library, text, file, options)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time at the next start, nothing else
+        write_atomically(path, binary)
+    return binary
+
+
+def _compile(library: Any, text: str, file: str, options: list[str]) -> bytes:
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    code = library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), file.encode(), 0, None, None)
+    _check(code, f"reading {file}")
+    try:
+        arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if library.nvrtcCompileProgram(program, len(options), arguments):
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            raise EngineError(f"{file} cannot be compiled for this GPU: {log.value.decode(errors='replace')[:500]}")
+        _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)), f"compiling {file}")
+        binary = ctypes.create_string_buffer(size.value)
+        _check(library.nvrtcGetCUBIN(program, binary), f"compiling {file}")
+        return binary.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))

@@ -1,0 +1,102 @@
+// What the kernels use of the machine, in one place, so that the same kernel source can be compiled for the CPU by the
+// tests, which give these functions a body of their own. Half precision numbers travel as their 16 bits, two in a u32.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(16) Words { u32 x, y, z, w; };
+
+#ifndef EMULATED
+
+#define DEVICE __device__ __forceinline__
+extern __shared__ Words shared_memory[];
+
+DEVICE u32 h2_add(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 h2_mul(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 h2_fma(u32 a, u32 b, u32 c)
+{
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE float to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
+DEVICE u16 to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+
+// A constant that the compiler does not know as one, and so keeps in a register: it goes through shared memory.
+DEVICE u32 in_register(u32 v, void* scratch)
+{
+    *(volatile u32*) scratch = v;
+    return *(volatile u32*) scratch;
+}
+
+// d += a b of a warp: a 16x16, b 16x8, d 16x8 in float32, each lane holding its part (PTX ISA, mma.m16n8k16).
+DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
+{
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+DEVICE u32 shared_address(const void* p) { return (u32) __cvta_generic_to_shared(p); }
+
+// Asynchronous copies into shared memory, past the first-level cache: weights are read once.
+DEVICE void copy16(void* to, const void* from)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
+template <int PENDING> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+DEVICE u32 warp_or(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
+
+DEVICE float warp_sum(float v)
+{
+    #pragma unroll
+    for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    return v;
+}
+
+// Programmatic dependent launch: the kernel before may still be running until `wait_for_inputs` returns. Both do
+// nothing where a kernel was launched without it.
+DEVICE void wait_for_inputs()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+#endif
+
+// The sum over a block's threads, in every one of them, always in the same order. `scratch`: a number for each warp.
+DEVICE float block_sum(float v, float* scratch)
+{
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    float sum = 0.0f;
+    for (u32 w = 0; w < (blockDim.x + 31) / 32; w++) sum += scratch[w];
+    return sum;
+}
+
+// Of two halves in a word: the sum of their squares, their products with those of another word and a factor, and the two
+// that lie at places of a row.
+DEVICE float square(u32 w)
+{
+    float a = to_float((u16) w), b = to_float((u16) (w >> 16));
+    return a * a + b * b;
+}
+DEVICE u32 scaled(u32 w, u32 v, float factor)
+{
+    return to_half(to_float((u16) w) * factor * to_float((u16) v))
+           | (u32) to_half(to_float((u16) (w >> 16)) * factor * to_float((u16) (v >> 16))) << 16;
+}
+DEVICE u32 gather(const u16* row, u32 places) { return row[places & 0xffff] | (u32) row[places >> 16] << 16; }

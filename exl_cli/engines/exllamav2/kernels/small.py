@@ -1,0 +1,94 @@
+"""The arguments of `step.cu`: norms and rotary embedding."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
+
+FILE = "step.cu"
+_SCRATCH = 64  # bytes that a block's sum takes
+
+
+class NormArgument(ctypes.Structure):
+    """`Norm` of step.cu."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("out", ctypes.c_void_p * 3),
+        ("perm", ctypes.c_void_p * 3),
+        ("epsilon", ctypes.c_float),
+        ("dim", ctypes.c_uint32),
+        ("outs", ctypes.c_uint32),
+    )
+
+
+class RopeArgument(ctypes.Structure):
+    """`Rope` of step.cu."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "qkv", "sine", "cosine", "lengths", "table", "keys", "values", "q_weight", "k_weight",
+            )
+        ),
+        ("epsilon", ctypes.c_float),
+        *(
+            (name, ctypes.c_uint32)
+            for name in (
+                "heads", "kv_heads", "head_dim", "turned", "tokens", "stride", "table_stride", "page_size",
+            )
+        ),
+    )  # fmt: skip
+
+
+def norm_kernel(device: torch.device, dim: int) -> Kernel:
+    """The norm of rows of `dim` numbers, a multiple of 8."""
+    return Kernel(FILE, "rms_norm", {}, device, _SCRATCH + 2 * dim)
+
+
+def norm_threads(dim: int) -> int:
+    """Threads of a block: eight numbers each, as far as they go."""
+    return min(512, -(-dim // 256) * 32)
+
+
+def norm(
+    kernel: Kernel,
+    rows: int,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    outs: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+) -> Launch:
+    """A launch that writes the normed rows of x to each of `outs`, in the order that goes with it.
+
+    Args:
+        kernel: `norm_kernel` of the rows' length.
+        rows: how many.
+        x: float16, shape (rows or more, dim).
+        weight: float16, shape (dim,); None to only reorder.
+        epsilon: added to the mean square.
+        outs: up to three outputs like x, each with int16 places (uint16 in truth) in x, or None for the same order.
+    """
+    dim = x.shape[-1]
+    argument = NormArgument(
+        x=x.data_ptr(),
+        weight=None if weight is None else weight.data_ptr(),
+        epsilon=epsilon,
+        dim=dim,
+        outs=len(outs),
+    )
+    for index, (out, perm) in enumerate(outs):
+        argument.out[index] = out.data_ptr()
+        argument.perm[index] = None if perm is None else perm.data_ptr()
+    return kernel.bind((rows,), norm_threads(dim), argument)
+
+
+def rotate_kernel(device: torch.device) -> Kernel:
+    """Head norm, rotary embedding, and keys and values into their pages."""
+    return Kernel(FILE, "rotate", {}, device, _SCRATCH)

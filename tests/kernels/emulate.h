@@ -1,0 +1,175 @@
+// Runs a kernel's source on the CPU, one block at a time: every thread is a fiber, switched at barriers and
+// at the operations of a whole warp. Asynchronous copies really are late: they take place when they are waited for.
+#pragma once
+#define EMULATED
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+using std::min;
+using std::max;
+
+#define DEVICE inline
+#define __global__
+#define __launch_bounds__(...)
+struct Dim { unsigned x, y, z; };
+static Dim threadIdx, blockIdx, blockDim, gridDim;
+struct alignas(16) Words;
+static char shared_bytes[256 * 1024] __attribute__((aligned(16)));
+#define shared_memory ((Words*) shared_bytes)
+
+struct Copy { void* to; const void* from; unsigned bytes; };
+struct Fiber
+{
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done = false;
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+};
+struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count = 0, phase = 0, turn[32] = {}; };
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static ucontext_t scheduler;
+static unsigned current, block_count, block_phase;
+
+static void become(unsigned fiber)
+{
+    current = fiber;
+    threadIdx.x = fiber;
+}
+static void give_way()
+{
+    unsigned me = current;
+    swapcontext(&fibers[me].context, &scheduler);
+    become(me);
+}
+static void meet(unsigned& count, unsigned& phase, unsigned all)
+{
+    unsigned mine = phase;
+    if (++count == all) { count = 0; phase++; return; }
+    while (phase == mine) give_way();
+}
+static void __syncthreads() { meet(block_count, block_phase, fibers.size()); }
+static void __syncwarp() { Warp& w = warps[current / 32]; meet(w.count, w.phase, 32); }
+
+static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
+static unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
+DEVICE float to_float(unsigned short h) { return half_to_float(h); }
+DEVICE unsigned short to_half(float f) { return float_to_half(f); }
+template <class F> static unsigned each_half(F f)
+{
+    return float_to_half(f(0)) | (unsigned) float_to_half(f(16)) << 16;
+}
+DEVICE float part(unsigned a, int shift) { return half_to_float((unsigned short) (a >> shift)); }
+DEVICE unsigned h2_add(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) + part(b, s); }); }
+DEVICE unsigned h2_mul(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) * part(b, s); }); }
+DEVICE unsigned h2_fma(unsigned a, unsigned b, unsigned c)
+{
+    return each_half([&](int s) { return (float) ((double) part(a, s) * part(b, s) + part(c, s)); });
+}
+DEVICE unsigned in_register(unsigned v, void*) { return v; }
+DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1)
+{
+    Warp& w = warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
+    unsigned given[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(w.u[turn][lane], given, sizeof given);
+    __syncwarp();
+    for (int i = 0; i < 4; i++)
+    {
+        unsigned row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + (i & 1);
+        double sum = d[i];
+        for (unsigned k = 0; k < 16; k++)
+        {
+            unsigned a = w.u[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            unsigned b = w.u[turn][column * 4 + k % 8 / 2][4 + k / 8];
+            sum += (double) part(a, k & 1 ? 16 : 0) * part(b, k & 1 ? 16 : 0);
+        }
+        d[i] = (float) sum;
+    }
+}
+DEVICE unsigned warp_or(unsigned v)
+{
+    Warp& w = warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1, all = 0;
+    w.u[turn][lane][0] = v;
+    __syncwarp();
+    for (int i = 0; i < 32; i++) all |= w.u[turn][i][0];
+    return all;
+}
+DEVICE float warp_sum(float v)
+{
+    Warp& w = warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
+    float all = 0;
+    w.f[turn][lane][0] = v;
+    __syncwarp();
+    for (int i = 0; i < 32; i++) all += w.f[turn][i][0];
+    return all;
+}
+DEVICE float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+static void later(void* to, const void* from, unsigned bytes) { fibers[current].open.push_back({to, from, bytes}); }
+DEVICE void copy16(void* to, const void* from)
+{
+    if ((uintptr_t) to % 16 || (uintptr_t) from % 16) abort();
+    later(to, from, 16);
+}
+DEVICE void copies_commit() { Fiber& f = fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
+template <int PENDING> DEVICE void copies_wait()
+{
+    Fiber& f = fibers[current];
+    while (f.groups.size() > PENDING)
+    {
+        for (Copy& c : f.groups.front()) memcpy(c.to, c.from, c.bytes);
+        f.groups.pop_front();
+    }
+}
+DEVICE void wait_for_inputs() {}
+DEVICE void let_next_start() {}
+
+template <class Argument> static void (*entry)(Argument);
+template <class Argument> static const Argument* argument;
+template <class Argument> static void start()
+{
+    entry<Argument>(*argument<Argument>);
+    fibers[current].done = true;
+    give_way();
+}
+template <class Argument> static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsigned threads)
+{
+    entry<Argument> = kernel;
+    argument<Argument> = &a;
+    gridDim = grid;
+    blockDim = {threads, 1, 1};
+    for (unsigned y = 0; y < grid.y; y++)
+        for (unsigned x = 0; x < grid.x; x++)
+        {
+            blockIdx = {x, y, 0};
+            // What a block finds in shared memory is undefined: here, NaNs.
+            memset(shared_bytes, 0xff, sizeof shared_bytes);
+            fibers = std::vector<Fiber>(threads);
+            warps = std::vector<Warp>((threads + 31) / 32);
+            for (unsigned i = 0; i < threads; i++)
+            {
+                Fiber& f = fibers[i];
+                f.stack.resize(64 * 1024);
+                getcontext(&f.context);
+                f.context.uc_stack.ss_sp = f.stack.data();
+                f.context.uc_stack.ss_size = f.stack.size();
+                makecontext(&f.context, (void (*)()) start<Argument>, 0);
+            }
+            for (unsigned left = threads; left;)
+                for (unsigned i = 0; i < threads; i++)
+                {
+                    if (fibers[i].done) continue;
+                    become(i);
+                    swapcontext(&scheduler, &fibers[i].context);
+                    if (fibers[i].done) left--;
+                }
+        }
+}

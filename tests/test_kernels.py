@@ -1,0 +1,264 @@
+"""The kernels' own source, run on the CPU by an emulation of a block of threads, against float64 matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernels.emulated import COMPILER, Emulated
+from kernels.shuffled import as_loaded_exl2, as_loaded_gptq
+from quantize import random_exl2, random_gptq
+from torch import Tensor
+
+from exl_cli.engines.exllamav2.kernels import products, small
+from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def exl2(
+    rng: np.random.Generator, columns: int, bits: Sequence[int], rows: Sequence[int]
+) -> tuple[QuantizedMatrix, Tensor]:
+    tensors, weight = random_exl2(rng, columns, bits, rows)
+    matrix = from_exllamav2(as_loaded_exl2(tensors))
+    assert matrix is not None
+    return matrix, torch.from_numpy(weight)
+
+
+def gptq(
+    rng: np.random.Generator, columns: int, rows: int, group: int, act_order: bool
+) -> tuple[QuantizedMatrix, Tensor]:
+    g_idx = np.arange(rows) // group
+    if act_order:
+        g_idx = rng.permutation(g_idx)
+    tensors, weight = random_gptq(rng, columns, g_idx, zero_offset=1, store_g_idx=act_order)
+    matrix = from_exllamav2(as_loaded_gptq(tensors))
+    assert matrix is not None
+    return matrix, torch.from_numpy(weight)
+
+
+def ordered(matrix: QuantizedMatrix, x: Tensor) -> Tensor:
+    """The input in the order of the weight's rows."""
+    return x if matrix.perm is None else x[:, matrix.perm.long() & 0xFFFF].contiguous()
+
+
+def multiply(
+    folder: Path,
+    matrices: Sequence[QuantizedMatrix],
+    xs: Sequence[Tensor],
+    *,
+    paired: bool = False,
+    activation: str = "silu",
+    add: Tensor | None = None,
+    scatter: Tensor | None = None,
+    norm: Tensor | None = None,
+    warps: int = 4,
+    stages: int = 3,
+) -> list[Tensor]:
+    """All products by one launch; outputs and what lies around them are NaN before."""
+    rows = len(xs[0])
+    variant = products.variant(matrices, rows, products.Layout(warps, stages), paired=paired)
+    argument = products.argument(matrices, rows, activation)
+    outs = []
+    inputs = [x if norm is not None else ordered(matrix, x) for matrix, x in zip(matrices, xs, strict=True)]
+    for target, matrix, x in zip(argument.matrix, matrices, inputs, strict=False):
+        out = torch.full((rows + 1, matrix.n + 32), float("nan"), dtype=torch.float16)
+        if add is not None:
+            out[:rows, : matrix.n] = add
+            target.add = out.data_ptr()
+        target.x, target.x_stride = x.data_ptr(), x.stride(0)
+        target.out, target.out_stride = out.data_ptr(), out.stride(0)
+        if norm is not None:
+            target.norm, target.epsilon, target.perm = norm.data_ptr(), 1e-5, matrix.perm.data_ptr()
+        if scatter is not None:
+            target.scatter = scatter.data_ptr()
+        outs.append(out)
+    kernel = Emulated(folder, products.FILE, products.NAME, "Products", variant.defines)
+    kernel(argument, (products.blocks(matrices, paired=paired), 1), 32 * warps)
+    for out, matrix in zip(outs, matrices, strict=True):
+        assert out[rows:].isnan().all()
+        assert out[:, matrix.n :].isnan().all()
+    return [out[:rows, : matrix.n].double() for out, matrix in zip(outs, matrices, strict=True)]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def inputs(rng: np.random.Generator, rows: int, k: int) -> Tensor:
+    return torch.from_numpy(rng.standard_normal((rows, k))).half()
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "group", "act_order"),
+    [(1, 512, 128, False), (1, 704, 64, True), (5, 416, 32, False), (8, 640, 128, True), (11, 256, 256, False)],
+)
+def test_gptq(folder: Path, rows: int, k: int, group: int, act_order: bool) -> None:
+    rng = np.random.default_rng(rows * k)
+    matrix, weight = gptq(rng, 96, k, group, act_order)
+    x = inputs(rng, rows, k)
+    (got,) = multiply(folder, [matrix], [x])
+    assert error(got, x.double() @ weight.T) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "heights"),
+    [
+        (1, (8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 160, 64)),
+        (1, (4,), (512,)),
+        (1, (3, 2), (96, 224)),
+        (7, (5, 4), (32, 320)),
+        (8, (8,), (64,)),
+        (13, (6, 5), (128, 160)),
+        (32, (4, 3), (64, 64)),
+    ],
+)
+def test_exl2(folder: Path, rows: int, bits: tuple[int, ...], heights: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(len(bits) * rows)
+    matrix, weight = exl2(rng, 64, bits, heights)
+    x = inputs(rng, rows, sum(heights))
+    (got,) = multiply(folder, [matrix], [x], stages=2)
+    assert error(got, x.double() @ weight.T) < 2e-3
+
+
+def test_several_matrices_at_once(folder: Path) -> None:
+    """Query, key and value: different widths, different orders of rows, one launch."""
+    rng = np.random.default_rng(3)
+    made = [
+        exl2(rng, columns, bits, rows)
+        for columns, bits, rows in [(96, (5, 4), (64, 128)), (32, (6, 3), (32, 160)), (64, (4, 2), (96, 96))]
+    ]
+    x = inputs(rng, 1, 192)
+    got = multiply(folder, [matrix for matrix, _ in made], [x, x, x])
+    for out, (_, weight) in zip(got, made, strict=True):
+        assert error(out, x.double() @ weight.T) < 2e-3
+
+
+@pytest.mark.parametrize(("activation", "rows"), [("silu", 1), ("gelu", 3)])
+def test_a_gate_and_what_it_gates(folder: Path, activation: str, rows: int) -> None:
+    rng = np.random.default_rng(4)
+    made = [gptq(rng, 64, 384, 128, act_order) for act_order in (True, False)]
+    x = inputs(rng, rows, 384) / 8
+    scatter = torch.from_numpy(rng.permutation(64)).to(torch.int16)
+    got, _ = multiply(
+        folder, [m for m, _ in made], [x, x], paired=True, activation=activation, scatter=scatter, warps=4
+    )
+    gate, up = (x.double() @ weight.T for _, weight in made)
+    function = (
+        torch.nn.functional.silu if activation == "silu" else lambda v: torch.nn.functional.gelu(v, approximate="tanh")
+    )
+    expected = torch.empty_like(gate)
+    expected[:, scatter.long()] = function(gate) * up
+    assert error(got, expected) < 2e-3
+
+
+def test_a_residual_is_added_and_a_bias(folder: Path) -> None:
+    rng = np.random.default_rng(5)
+    tensors, weight = random_gptq(rng, 64, np.arange(256) // 128, zero_offset=1)
+    bias = inputs(rng, 1, 64)[0] * 10
+    matrix = from_exllamav2(as_loaded_gptq(tensors) | {"bias": bias})
+    assert matrix is not None
+    x, residual = inputs(rng, 2, 256), inputs(rng, 2, 64) * 10
+    (got,) = multiply(folder, [matrix], [x], add=residual, warps=2)
+    assert error(got, x.double() @ torch.from_numpy(weight).T + bias + residual) < 1e-3
+
+
+def test_the_same_input_gives_the_same_bits(folder: Path) -> None:
+    rng = np.random.default_rng(6)
+    matrix, _ = exl2(rng, 32, (4, 3), (256, 256))
+    x = inputs(rng, 1, 512)
+    first, second = (multiply(folder, [matrix], [x])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_matrices_that_the_kernel_cannot_take_are_left_to_exllamav2() -> None:
+    rng = np.random.default_rng(7)
+    small_groups, _ = random_gptq(rng, 32, np.arange(64) // 16, zero_offset=1)
+    assert from_exllamav2(as_loaded_gptq(small_groups)) is None
+    odd_columns, _ = random_gptq(rng, 40, np.arange(64) // 32, zero_offset=1)
+    assert from_exllamav2(as_loaded_gptq(odd_columns)) is None
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_one_row_is_normed_and_put_in_order_on_the_way(folder: Path, paired: bool) -> None:
+    rng = np.random.default_rng(8)
+    made = [gptq(rng, 32, 416, 32, True) for _ in range(2)]
+    x, weight = inputs(rng, 1, 416) * 5, inputs(rng, 1, 416)[0]
+    got = multiply(folder, [m for m, _ in made], [x, x], paired=paired, norm=weight)
+    wide = x.double()
+    normed = wide * (wide.square().mean() + 1e-5).rsqrt() * weight.double()
+    expected = [normed @ w.T for _, w in made]
+    if paired:
+        expected = [torch.nn.functional.silu(expected[0]) * expected[1]]
+    for out, wanted in zip(got, expected, strict=False):
+        assert error(out, wanted) < 2e-3
+
+
+@pytest.mark.parametrize("dim", [64, 288, 4096])
+def test_rms_norm_in_several_orders(folder: Path, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    x, weight = inputs(rng, 3, dim), inputs(rng, 1, dim)[0]
+    perm = torch.from_numpy(rng.permutation(dim)).to(torch.int16)
+    outs = [torch.full((3, dim), float("nan"), dtype=torch.float16) for _ in range(2)]
+    argument = small.NormArgument(x=x.data_ptr(), weight=weight.data_ptr(), epsilon=1e-5, dim=dim, outs=2)
+    for index, (out, order) in enumerate(zip(outs, (None, perm), strict=True)):
+        argument.out[index] = out.data_ptr()
+        argument.perm[index] = None if order is None else order.data_ptr()
+    Emulated(folder, small.FILE, "rms_norm", "Norm", {})(argument, (3, 1), small.norm_threads(dim))
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    assert error(outs[0].double(), expected) < 5e-4
+    assert torch.equal(outs[1], outs[0][:, perm.long()])
+
+
+@pytest.mark.parametrize(("head_dim", "turned", "normed"), [(64, 64, False), (128, 128, True), (80, 40, False)])
+def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int, normed: bool) -> None:
+    """Two sequences of three tokens, on pages out of order; transformers' definition of the rotation."""
+    rng = np.random.default_rng(head_dim)
+    heads, kv_heads, tokens, page_size = 4, 2, 3, 4
+    lengths = torch.tensor([6, 1], dtype=torch.int32)
+    table = torch.tensor([[4, 1, 3], [2, 0, 5]], dtype=torch.int32)
+    qkv = inputs(rng, 2 * tokens, (heads + 2 * kv_heads) * head_dim)
+    angles = torch.outer(torch.arange(16.0), 10000.0 ** (-torch.arange(0, turned, 2) / turned)).repeat(1, 2)
+    sine, cosine = angles.sin().half(), angles.cos().half()
+    q_weight, k_weight = inputs(rng, heads, head_dim), inputs(rng, kv_heads, head_dim)
+    keys, values = (torch.full((6, page_size, kv_heads, head_dim), float("nan"), dtype=torch.float16) for _ in "kv")
+    before = qkv.view(2, tokens, heads + 2 * kv_heads, head_dim).double().clone()
+    argument = small.RopeArgument(
+        qkv=qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
+        table=table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
+        q_weight=q_weight.data_ptr() if normed else None, k_weight=k_weight.data_ptr() if normed else None,
+        epsilon=1e-6, heads=heads, kv_heads=kv_heads, head_dim=head_dim, turned=turned, tokens=tokens,
+        stride=qkv.stride(0), table_stride=3, page_size=page_size,
+    )  # fmt: skip
+    threads = -(-head_dim // 2 // 32) * 32
+    Emulated(folder, small.FILE, "rotate", "Rope", {})(argument, (2 * tokens, heads + 2 * kv_heads), threads)
+
+    q, k, v = before.split([heads, kv_heads, kv_heads], 2)
+    if normed:
+        q, k = (
+            t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w.double()
+            for t, w in ((q, q_weight), (k, k_weight))
+        )
+    positions = lengths.long()[:, None] + torch.arange(tokens)
+    cos, sin = cosine.double()[positions][:, :, None], sine.double()[positions][:, :, None]
+
+    def rotated(t: Tensor) -> Tensor:
+        part = t[..., :turned]
+        turned_part = part * cos + torch.cat((-part[..., turned // 2 :], part[..., : turned // 2]), -1) * sin
+        return torch.cat((turned_part, t[..., turned:]), -1)
+
+    after = qkv.view(2, tokens, heads + 2 * kv_heads, head_dim).double()
+    assert error(after[:, :, :heads], rotated(q)) < 1e-3
+    pages, places = table.long().gather(1, positions // page_size), positions % page_size
+    assert error(keys.double()[pages, places], rotated(k)) < 1e-3
+    assert torch.equal(values.double()[pages, places], v)
+    assert int(keys.isnan().all(-1).sum()) == (6 * page_size - 2 * tokens) * kv_heads
