@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch.nn.attention.bias import causal_lower_right
 
 
 def causal_attention(
@@ -52,11 +53,14 @@ def causal_attention(
         k_len = window
     groups = q.shape[1] // k.shape[1]
     windowed = bool(window) and k_len > window
-    masked = bias is not None or windowed or (causal and q_len not in (1, k_len))
-    if not masked and not softcap and _has_grouped_kernel(q.device):
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal and q_len > 1, scale=scale, enable_gqa=groups > 1
-        )
+    offset = causal and 1 < q_len < k_len
+    masked = bias is not None or windowed or offset
+    if bias is None and not windowed and not softcap and _has_grouped_kernel(q.device):
+        # is_causal aligns its mask to the upper left corner. This bias means the lower right one to flash attention,
+        # and takes no memory there.
+        corner = causal_lower_right(q_len, k_len) if offset else None
+        is_causal = causal and q_len > 1 and not offset
+        out = F.scaled_dot_product_attention(q, k, v, corner, is_causal=is_causal, scale=scale, enable_gqa=groups > 1)
         return out.transpose(1, 2)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

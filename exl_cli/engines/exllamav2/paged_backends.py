@@ -1,0 +1,268 @@
+"""The implementations behind `paged_attention.attend_paged`: what each needs of the machine, and its call.
+
+Every `Implementation.attend` takes what `attend_paged` takes, in the form of a `Call`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from exl_cli.engines.exllamav2.attention import causal_attention
+
+# Up to here a call is decoding, or the check of a few guessed tokens: bound by reading the cache.
+DECODE_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `paged_attention.attend_paged`, described there."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    cache_seqlens: torch.Tensor
+    block_table: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    scale: float
+    window: int
+    softcap: float
+    max_len: int
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute paged attention.
+
+    Attributes:
+        attend: computes a call.
+        missing: why a device cannot have it, as far as that is known without trying; empty where nothing is.
+        unable: why it cannot do a call, empty where it can.
+    """
+
+    attend: Callable[[Call], torch.Tensor]
+    missing: Callable[[torch.device], str]
+    unable: Callable[[Call], str]
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels start on the current device, wherever their tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[-1].strip() or type(error).__name__
+
+
+def _too_old(device: torch.device) -> str:
+    """Why this is no GPU with the tensor cores that all but plain torch are written for; empty where it is."""
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"needs compute capability 8.0 or more, this GPU has {major}.{minor}"
+
+
+def _unusual_heads(call: Call) -> str:
+    dim = call.q.shape[-1]
+    return f"heads of {dim} values" if dim > 256 or dim % 8 else ""
+
+
+# flash-attn, the package
+
+
+@lru_cache
+def _flash_attn() -> Any:
+    """Its function. Raises whatever a broken install raises, or ImportError with a reason."""
+    module: Any = importlib.import_module("flash_attn")
+    version = tuple(int(part) for part in str(module.__version__).split(".")[:3] if part.isdigit())
+    if version < (2, 5, 7):
+        raise ImportError(f"version {module.__version__} has no paged attention, 2.5.7 has")
+    return module.flash_attn_with_kvcache
+
+
+def _flash_missing(device: torch.device) -> str:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "not installed"
+    try:
+        _flash_attn()
+    except Exception as error:  # a compiled extension: anything can come out
+        return f"cannot be imported: {_last_line(error)}"
+    return _too_old(device)
+
+
+def _flash_unable(call: Call) -> str:
+    accepted = inspect.signature(_flash_attn()).parameters
+    if call.softcap and "softcap" not in accepted:
+        return "this version cannot cap scores"
+    if call.window and "window_size" not in accepted:
+        return "this version has no sliding window"
+    return _unusual_heads(call)
+
+
+def _flash(call: Call) -> torch.Tensor:
+    # Its left window does not count the query's own key, a model's window does.
+    options: dict[str, Any] = {"window_size": (call.window - 1, 0)} if call.window else {}
+    if call.softcap:
+        options["softcap"] = call.softcap
+    out: torch.Tensor = _flash_attn()(
+        call.q,
+        call.k_cache,
+        call.v_cache,
+        call.k,
+        call.v,
+        cache_seqlens=call.cache_seqlens,
+        block_table=call.block_table,
+        softmax_scale=call.scale,
+        causal=True,
+        **options,
+    )
+    return out
+
+
+# torch's flash attention over pages
+
+
+@lru_cache
+def _varlen_attn() -> Any:
+    """Torch's function, or None where this torch's takes no pages."""
+    try:
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return function if "block_table" in inspect.signature(function).parameters else None
+
+
+def _varlen_missing(device: torch.device) -> str:
+    if _varlen_attn() is None:
+        return f"torch {torch.__version__.split('+')[0]} has none for pages, 2.13 has"
+    return _too_old(device)
+
+
+def _varlen_unable(call: Call) -> str:
+    return "it cannot cap scores" if call.softcap else _unusual_heads(call)
+
+
+def _varlen(call: Call) -> torch.Tensor:
+    batch, q_len, heads, head_dim = call.q.shape
+    ends = torch.arange(0, (batch + 1) * q_len, q_len, dtype=torch.int32, device=call.q.device)
+    out: torch.Tensor = _varlen_attn()(
+        call.q.reshape(batch * q_len, heads, head_dim),
+        call.k_cache,
+        call.v_cache,
+        ends,
+        None,
+        q_len,
+        call.max_len,
+        scale=call.scale,
+        window_size=(call.window - 1, 0),  # (-1, 0) is causal; a left window does not count the query's own key
+        enable_gqa=heads != call.k_cache.shape[2],
+        seqused_k=_append(call),
+        block_table=call.block_table,
+    )
+    return out.view(call.q.shape)
+
+
+# our Triton kernels
+
+
+def _triton_missing(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    # Triton's own interpreter runs kernels on the CPU; that is what the tests do.
+    return "" if os.environ.get("TRITON_INTERPRET") == "1" else _too_old(device)
+
+
+def _triton_unable(call: Call) -> str:
+    return _unusual_heads(call)
+
+
+def _triton(call: Call) -> torch.Tensor:
+    from exl_cli.engines.exllamav2 import attention_launch
+
+    return attention_launch.attend(call)
+
+
+# plain torch
+
+
+def _torch(call: Call) -> torch.Tensor:
+    q, page_size = call.q, call.k_cache.shape[1]
+    q_len = q.shape[1]
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for row, length in enumerate(_append(call).tolist()):
+        new = min(q_len, length)
+        if not new:
+            continue
+        before = max(length - new - call.window + 1, 0) // page_size if call.window else 0
+        pages = call.block_table[row, before : -(-length // page_size)]
+        keys, values = (
+            cache[pages].flatten(0, 1)[None, : length - before * page_size] for cache in (call.k_cache, call.v_cache)
+        )
+        out[row : row + 1, q_len - new :] = causal_attention(
+            q[row : row + 1, q_len - new :], keys, values, call.scale, window=call.window, softcap=call.softcap
+        )
+    return out
+
+
+def _append(call: Call) -> torch.Tensor:
+    """Put a call's new keys and values into the pages. Returns the lengths that the sequences then have."""
+    if call.k is None or call.v is None:
+        return call.cache_seqlens
+    page_size = call.k_cache.shape[1]
+    positions = call.cache_seqlens.long()[:, None] + torch.arange(call.k.shape[1], device=call.q.device)
+    pages = call.block_table.long().gather(1, positions // page_size)
+    call.k_cache[pages, positions % page_size] = call.k
+    call.v_cache[pages, positions % page_size] = call.v
+    return call.cache_seqlens + call.k.shape[1]
+
+
+IMPLEMENTATIONS = {
+    "flash-attn": Implementation(_flash, _flash_missing, _flash_unable),
+    "torch-varlen": Implementation(_varlen, _varlen_missing, _varlen_unable),
+    "triton": Implementation(_triton, _triton_missing, _triton_unable),
+    "torch": Implementation(_torch, lambda device: "", lambda call: ""),
+}
+
+
+def failure(name: str, device: torch.device) -> str:
+    """What goes wrong when an implementation computes a small case on a device; empty where it is right.
+
+    The case is a step of decoding with heads as most models have them, so that what is compiled for it serves again.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.float16)
+
+    call = Call(
+        q=normal(2, 1, 8, 128),
+        k_cache=normal(4, 256, 2, 128),
+        v_cache=normal(4, 256, 2, 128),
+        cache_seqlens=torch.tensor([300, 20], dtype=torch.int32, device=device),
+        block_table=torch.tensor([[2, 1], [3, 3]], dtype=torch.int32, device=device),
+        k=None,
+        v=None,
+        scale=128**-0.5,
+        window=0,
+        softcap=0.0,
+        max_len=512,
+    )
+    try:
+        with on(device):
+            actual, expected = IMPLEMENTATIONS[name].attend(call), _torch(call)
+        error = float((actual.float() - expected.float()).norm() / expected.float().norm())
+    except Exception as problem:  # compilers and drivers raise what they like
+        return f"fails: {_last_line(problem)}"
+    return "" if error < 0.01 else "computes wrong results"
