@@ -18,7 +18,7 @@ from exl_cli import loader, stats
 from exl_cli.chat.format import Format, load_format
 from exl_cli.engines.base import Engine, Request
 from exl_cli.engines.driver import check_fits
-from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions
+from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions, Speculation
 from exl_cli.errors import UsageError
 from exl_cli.modelinfo import ModelInfo
 from exl_cli.sampling import Sampling
@@ -50,6 +50,8 @@ def load(
     cache: CacheType = "fp16",
     gpu_split: Sequence[float] | None = None,
     low_mem: bool = False,
+    speculate: Speculation = "off",
+    draft: str | Path | None = None,
     models_dir: str | Path | None = None,
 ) -> Model:
     """Load a model.
@@ -61,14 +63,25 @@ def load(
         cache: type of the KV cache on the GPU: "fp16", "q8", "q6" or "q4".
         gpu_split: GiB of weights per GPU; None to fill the GPUs one after the other.
         low_mem: evaluate prompts in smaller pieces, for less scratch memory.
+        speculate: "ngram" to guess tokens from what was said before and to verify several in one pass, on exllamav2.
+        draft: a smaller model of the same vocabulary to guess them, given as `model` is; None for none.
         models_dir: the folder of downloaded models; None for `EXL_MODELS_DIR`, else the user's data folder.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, DamagedModelError: see `loader.resolve`.
         EngineError, OutOfMemoryError, UsageError: see `loader.load`.
     """
-    options = LoadOptions(engine, max_seq_len, cache, None if gpu_split is None else tuple(gpu_split), low_mem)
-    return load_resolved(loader.resolve(str(model), None if models_dir is None else Path(models_dir)), options)
+    options = LoadOptions(
+        engine=engine,
+        max_seq_len=max_seq_len,
+        cache=cache,
+        gpu_split=None if gpu_split is None else tuple(gpu_split),
+        low_mem=low_mem,
+        speculate=speculate,
+        draft=None if draft is None else str(draft),
+    )
+    models = None if models_dir is None else Path(models_dir)
+    return load_resolved(loader.resolve(str(model), models), loader.with_draft(options, models))
 
 
 def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:

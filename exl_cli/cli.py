@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 import exl_cli
-from exl_cli.commands import bench, chat, download, list_models, remove, run, show
+from exl_cli.commands import bench, build, chat, doctor, download, list_models, remove, run, show
 from exl_cli.console import Console, abandon_stdout
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.state import State
@@ -74,6 +74,8 @@ app.command("download")(download.download)
 app.command("list")(list_models.list_models)
 app.command("show")(show.show)
 app.command("rm")(remove.remove)
+app.command("doctor")(doctor.doctor)
+app.command("build")(build.build)
 
 
 def main() -> None:

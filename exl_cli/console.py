@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.table import Table
 
+    from exl_cli.building.jobs import Progress as BuildProgress
+    from exl_cli.console_build import Bar
+
 _MIB = 2**20
 
 # Control characters that would act on a terminal, shown as the pictures Unicode has for them. Line feed and tab stay.
@@ -92,10 +95,14 @@ class Console:
             self.err.print(harmless(message), style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, summary: Summary) -> None:
-        """The notebook's two lines."""
+        """The notebook's two lines, and those about speculation where there was some."""
         computed = summary.prompt_tokens - summary.reused_tokens
         self.note(_timed("Prompt processed", summary.prompt_seconds, computed, summary.prompt_rate))
         self.note(_timed("Response generated", summary.generation_seconds, summary.new_tokens, summary.generation_rate))
+        if summary.drafted_tokens:
+            self.note(accepted(summary.accepted_tokens, summary.drafted_tokens))
+        if summary.note:
+            self.note(f"note: {summary.note}")
 
     def memory(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
         """The memory table: one row for each GPU in use, or this process's memory where none is."""
@@ -144,6 +151,7 @@ class Loading:
         self._console = console
         self._what = what
         self._status: Any = None
+        self._bar: Bar | None = None
 
     def start(self) -> None:
         """Show the line."""
@@ -156,6 +164,7 @@ class Loading:
 
     def stop(self, *, done: bool) -> None:
         """Take the spinner away; leave the line where the load is done."""
+        self._end_build()
         if self._status is None:
             return
         self._status.stop()
@@ -169,14 +178,37 @@ class Loading:
 
     def progress(self, done: int, total: int) -> None:
         """See `loader.Observer.progress`."""
+        self._end_build()
         if self._status is not None:
             self._status.update(f"[dim]Loading model: {_plain(self._what)} {100 * done // max(total, 1)} %[/dim]")
+
+    def building(self, progress: BuildProgress) -> None:
+        """See `building.build.Observer.building`: its bar takes the spinner's place while something is compiled."""
+        if self._bar is None:
+            from exl_cli.console_build import Bar
+
+            if self._status is not None:
+                self._status.stop()
+            self._bar = Bar(self._console)
+        self._bar.update(progress)
+
+    def _end_build(self) -> None:
+        if self._bar is not None:
+            self._bar.end()
+            self._bar = None
+            if self._status is not None:
+                self._status.start()
 
 
 def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(harmless(text))
+
+
+def accepted(right: int, proposed: int) -> str:
+    """How speculation did."""
+    return f"{right:,} of {proposed:,} proposed tokens accepted ({right / proposed:.0%})"
 
 
 def _timed(what: str, seconds: float, tokens: int, rate: float) -> str:

@@ -131,7 +131,9 @@ def _heading(console: Console, run: Run) -> None:
 
 def _tests(run: Run) -> Any:
     energy = any(entry.joules_per_token is not None for entry in run.tests)
-    titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"] + ["J/token"] * energy
+    guessed = any(entry.acceptance is not None for entry in run.tests)
+    titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"]
+    titles += ["J/token"] * energy + ["accepted"] * guessed
     made = table(*titles, right=titles[1:])
     for entry in run.tests:
         if not entry.samples:
@@ -141,6 +143,8 @@ def _tests(run: Run) -> Any:
         row += ["-" if limit is None else f"{limit.share:.0%}", _latencies(entry), _ms(mean(entry.first_token_ns))]
         if energy:
             row.append("-" if entry.joules_per_token is None else f"{entry.joules_per_token:.3g}")
+        if guessed:
+            row.append("-" if entry.acceptance is None else f"{entry.acceptance:.0%}")
         made.add_row(*cells(*row))
     return made
 

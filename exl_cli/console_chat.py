@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exl_cli.console import Console, harmless
+from exl_cli.console import Console, accepted, harmless
 from exl_cli.engines.base import Engine, Summary
 from exl_cli.session import Session, Turn, excerpt
 from exl_cli.stats import GpuReading, HostReading
@@ -61,6 +61,8 @@ class ChatConsole(Console):
             f"{summary.new_tokens:,} new, {summary.generation_rate:.1f} tokens/s",
             f"context {used:,}/{context_length:,}",
         ]
+        if summary.drafted_tokens:
+            parts.insert(2, accepted(summary.accepted_tokens, summary.drafted_tokens))
         if not answered:
             parts = ["stopped before the answer began: the message is not part of the conversation"]
         elif summary.finish_reason == "cancelled":
@@ -70,6 +72,8 @@ class ChatConsole(Console):
         elif summary.new_tokens <= 1:
             parts.append("an empty answer: /retry")
         self.note(" · ".join(parts))
+        if summary.note:
+            self.note(f"note: {summary.note}")
 
     def dropped(self, turns: Sequence[Turn], tokens: int) -> None:
         """What the model no longer sees."""
@@ -136,6 +140,8 @@ class ChatConsole(Console):
             "evaluated": _timed(evaluated, totals.prompt_seconds),
             "generated": _timed(totals.new_tokens, totals.generation_seconds),
         }
+        if totals.drafted_tokens:
+            facts["speculation"] = accepted(totals.accepted_tokens, totals.drafted_tokens)
         self.settings(facts)
 
     def memory_now(self, gpus: Sequence[GpuReading], host: HostReading) -> None:

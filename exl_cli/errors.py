@@ -20,6 +20,8 @@ class ExitCode(IntEnum):
     DOWNLOAD = 9
     DISK = 10
     BENCH_SLOWER = 11
+    CPU_ONLY = 12
+    CANNOT_RUN = 13
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from exl_cli.building import build
 from exl_cli.engines.base import Engine
 from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
@@ -123,6 +125,17 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
     )
 
 
+def with_draft(options: LoadOptions, models: Path | None = None) -> LoadOptions:
+    """The options with the draft model's folder in the place of its name; the same where there is none.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, DamagedModelError: see `resolve`.
+    """
+    if options.draft is None:
+        return options
+    return dataclasses.replace(options, draft=str(resolve(options.draft, models).path.resolve()))
+
+
 def context_to_allocate(info: ModelInfo, options: LoadOptions, needed: int | None = None) -> int:
     """How many tokens of context to load a model with.
 
@@ -153,7 +166,7 @@ def load(
     Args:
         info: from `resolve`.
         tokenizer: the model's.
-        options: the load flags.
+        options: the load flags; a draft model is looked for in the usual folder, see `with_draft`.
         observer: is told the choice of engine and the progress.
         needed: tokens of prompt and response, where they are known.
 
@@ -166,12 +179,32 @@ def load(
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if _choose(info, options, observer.note) == "exllamav2":
+        from exl_cli.engines.exllamav2 import door
         from exl_cli.engines.exllamav2 import engine as exllamav2
 
-        return exllamav2.load(info, tokenizer, context, options, observer.progress)
+        draft = _draft(info, tokenizer, options)
+        door.import_exllamav2(observer if isinstance(observer, build.Observer) else build.Notes(observer.note))
+        return exllamav2.load(info, tokenizer, context, options, observer.progress, draft)
     from exl_cli.engines import cpu
 
     return cpu.load(info, tokenizer, context, observer.progress)
+
+
+def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> ModelInfo | None:
+    """The draft model, if there is to be one, checked."""
+    if options.draft is None:
+        return None
+    from exl_cli.engines.exllamav2 import support
+
+    draft = resolve(options.draft)
+    if reason := support.why_not(draft):
+        raise UnsupportedModelError(f"exllamav2 cannot run the draft model {draft.name}: {reason}", "choose another")
+    if difference := tokenizer.difference(Tokenizer(draft.path)):
+        raise UsageError(
+            f"the vocabulary of the draft model {draft.name} is not that of {info.name}: {difference}",
+            "take a smaller model of the same family, or leave --draft away",
+        )
+    return draft
 
 
 def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) -> str:
@@ -189,6 +222,7 @@ def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) 
             raise UnsupportedModelError(f"--engine exllamav2 cannot run {info.name}: {model}", "use --engine cpu")
         return "exllamav2"
     if machine or model:
+        options.refuse_speculation(machine or model)
         note(f"running on the CPU: {machine or model}")
         return "cpu"
     return "exllamav2"

@@ -8,8 +8,9 @@ The sum follows exllamav2 0.3.2 (file names are its own) at the moment when it h
   stores blocks of 32 values with a float16 scale, and keeps one layer of float16 to compute with (`cache.py`);
 - scratch: one buffer per GPU, as large as the hungriest module's `scratch_space_fixed`, and its size does not depend on
   the context but on the prompt chunk of 2,048 tokens (1,024 with `low_mem`); only quantized modules need it;
-- working memory, the larger of two: while loading, `load_autosplit` holds back 448 MiB and sends a full chunk through
-  every layer up to the logits; while running, attention over a long context expands grouped keys and values;
+- working memory: while loading, `load_autosplit` holds back 448 MiB and sends a full chunk through every layer up to
+  the logits. Running takes less: attention needs no memory that grows with the context, CUDA graphs some megabytes.
+  With it counts the one page of the cache that is nobody's (`engines/exllamav2/inputs.py`);
 - the CUDA context and kernels of torch and exllamav2, and what torch's allocator loses by rounding.
 
 `tests/gpu/estimate_against_peak.py` compares it with measured peaks.
@@ -145,7 +146,7 @@ def estimate(info: ModelInfo, context: int, cache: CacheType = "fp16", *, low_me
     cached = _cache(shape, context, cache)
     scratch = _scratch(shape, rows) if info.format != "float" else 0
     rounding = round(_ROUNDING * (weights + cached))
-    return Estimate(weights, cached, scratch, _working(shape, rows, context), rounding, _CUDA_CONTEXT)
+    return Estimate(weights, cached, scratch, _working(shape, rows, cache), rounding, _CUDA_CONTEXT)
 
 
 def _weights(info: ModelInfo, shape: Shape) -> int:
@@ -182,14 +183,10 @@ def _scratch(shape: Shape, rows: int) -> int:
     return max(attention, mlp, dequantized(shape.hidden, shape.vocabulary))
 
 
-def _working(shape: Shape, rows: int, context: int) -> int:
-    # Hidden states in and out of a layer, queries, attention's output, keys and values, before and after expansion.
+def _working(shape: Shape, rows: int, cache: CacheType) -> int:
+    # Hidden states in and out of a layer, queries, attention's output, keys and values.
     layer = 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
-    loading = _HELD_BACK + layer + 2 * rows * shape.vocabulary
-    # Keys and values of all heads, and a mask as booleans and as float16.
-    expanded = 4 * context * shape.queries if shape.kv_heads < shape.heads else 0
-    running = layer + expanded + 4 * rows * context
-    return max(loading, running)
+    return _HELD_BACK + layer + 2 * rows * shape.vocabulary + _cache(shape, PAGE, cache)
 
 
 def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp16", *, low_mem: bool = False) -> int:
@@ -228,8 +225,26 @@ def fits(needed: Estimate, cards: Sequence[int]) -> bool:
     return needed.allocated <= usable(needed, [card - _CUDA_CONTEXT for card in cards])
 
 
+def beside(draft: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem: bool = False) -> int:
+    """GPU memory in bytes that a draft model takes beside the model: one works while the other waits.
+
+    Args:
+        draft: the smaller model.
+        context: tokens to allocate, of which it uses as many as it was made for.
+        cache, low_mem: see `estimate`.
+    """
+    needed = estimate(draft, min(context, draft.context_length), cache, low_mem=low_mem)
+    return 0 if needed is None else needed.allocated - needed.working
+
+
 def check(
-    info: ModelInfo, context: int, cache: CacheType, free: Sequence[int], *, low_mem: bool = False
+    info: ModelInfo,
+    context: int,
+    cache: CacheType,
+    free: Sequence[int],
+    *,
+    low_mem: bool = False,
+    draft: ModelInfo | None = None,
 ) -> Estimate | None:
     """Refuse to load what will not fit.
 
@@ -239,17 +254,23 @@ def check(
         cache: type of the KV cache.
         free: bytes free on each GPU as torch.cuda.mem_get_info tells them, which no longer count the CUDA context.
         low_mem: see `estimate`.
+        draft: a model that is to be loaded as well.
 
     Returns:
-        The estimate; None where none can be made, and nothing is refused.
+        The estimate, without the draft's; None where none can be made, and nothing is refused.
 
     Raises:
         OutOfMemoryError: with need, free and the largest context that fits.
     """
     needed = estimate(info, context, cache, low_mem=low_mem)
+    have = f"{sum(free) / GIB:.1f} GiB {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
+    if draft is not None and free:
+        taken = beside(draft, context, cache, low_mem=low_mem)
+        largest = max(free)
+        free = [largest - taken, *sorted(free)[:-1]]
+        have += f", of which the draft model takes {taken / GIB:.1f} GiB"
     if needed is None or needed.allocated <= usable(needed, free):
         return needed
-    have = f"{sum(free) / GIB:.1f} GiB {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
     message = (
         f"{info.name} needs about {needed.allocated / GIB:.1f} GiB of GPU memory for a context of {context:,} tokens "
         f"with {cache} cache, and {have}"

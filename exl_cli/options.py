@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from exl_cli import loader
-from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions, parse_gpu_split
+from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions, Speculation, parse_gpu_split
 from exl_cli.sampling import FIELDS, PRESETS, Sampling
 
 SAMPLING_PANEL = "Sampling"
@@ -107,6 +107,23 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
         _parameter("gpu_split", str, option("--gpu-split", help="auto, or GiB of weights per GPU, as 20,24."), "auto"),
         _parameter(
             "low_mem", bool, option("--low-mem", help="Smaller prompt chunks: less scratch memory on the GPU."), False
+        ),
+        _parameter(
+            "speculate",
+            Speculation,
+            option("--speculate", help="ngram: guess tokens from what was said before, verify several in one pass."),
+            "off",
+        ),
+        _parameter(
+            "draft",
+            str | None,
+            typer.Option(
+                "--draft",
+                metavar="MODEL",
+                help="Let a smaller model of the same vocabulary guess them.",
+                rich_help_panel=LOADING_PANEL,
+                autocompletion=loader.complete_model,
+            ),
         ),
     ]
 

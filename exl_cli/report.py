@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import exl_cli
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.modelinfo import ModelInfo
 from exl_cli.stats import GpuReading, HostReading
+
+_SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
 
 
 def model(info: ModelInfo) -> dict[str, Any]:
@@ -25,6 +28,12 @@ def model(info: ModelInfo) -> dict[str, Any]:
         "size_bytes": info.size_bytes,
         "chat_template": info.has_chat_template,
     }
+
+
+def summarized(summary: Summary) -> dict[str, Any]:
+    """A summary's fields; those about speculation only where there was some."""
+    left_out = () if summary.drafted_tokens else _SPECULATION
+    return {name: value for name, value in asdict(summary).items() if name not in left_out}
 
 
 def generation(
@@ -46,6 +55,7 @@ def generation(
         "prompt_tokens": summary.prompt_tokens,
         "reused_tokens": summary.reused_tokens,
         "new_tokens": summary.new_tokens,
+        **{name: value for name, value in summarized(summary).items() if name in _SPECULATION},
         "load_seconds": round(load_seconds, 6),
         "prompt_seconds": round(summary.prompt_seconds, 6),
         "generation_seconds": round(summary.generation_seconds, 6),

@@ -69,6 +69,7 @@ class Totals:
     Attributes:
         answers: generations.
         prompt_tokens, reused_tokens, new_tokens: their sums; `reused_tokens` is a part of `prompt_tokens`.
+        drafted_tokens, accepted_tokens: what speculation proposed, and how much of it was right.
         prompt_seconds, generation_seconds: their sums.
     """
 
@@ -78,12 +79,15 @@ class Totals:
     new_tokens: int = 0
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, summary: Summary) -> None:
         """Count one generation."""
         self.answers += 1
-        for name in ("prompt_tokens", "reused_tokens", "new_tokens", "prompt_seconds", "generation_seconds"):
-            setattr(self, name, getattr(self, name) + getattr(summary, name))
+        for entry in fields(self):
+            if entry.name != "answers":
+                setattr(self, entry.name, getattr(self, entry.name) + getattr(summary, entry.name))
 
 
 @dataclass

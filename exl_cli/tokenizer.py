@@ -83,6 +83,20 @@ class Tokenizer:
         id_: int | None = self._backend.token_to_id(token)
         return id_
 
+    def difference(self, other: Tokenizer) -> str:
+        """How another tokenizer's token ids differ from these, in words; empty where all mean the same.
+
+        Special tokens are compared as well; how a text is cut into tokens is not, nor what the models pad their
+        vocabularies with.
+        """
+        mine, theirs = ({id_: token for token, id_ in t._backend.get_vocab(True).items()} for t in (self, other))
+        different = [id_ for id_ in mine.keys() | theirs.keys() if mine.get(id_) != theirs.get(id_)]
+        if not different:
+            return ""
+        first = min(different)
+        here, there = (repr(ids[first]) if first in ids else "nothing" for ids in (mine, theirs))
+        return f"token {first} is {here} in one and {there} in the other, and {len(different)} tokens differ in all"
+
     def _find_eos_ids(self, path: Path) -> frozenset[int]:
         found: set[int] = set()
         for name in ("generation_config.json", "config.json"):

@@ -36,6 +36,8 @@ METHOD = (
     "are in it. '@ dN' is tgN after N tokens of context, which are not timed; 'xN' is N requests at a time, all their "
     "tokens counted. ppN+tgM is a whole answer, from the call to its last token. Loading, tokenizing and rendering a "
     "prompt are in none of them.",
+    "Where tokens were guessed and verified (--speculate, --draft), a forward pass gives one and those guessed right. "
+    "After random prompts there is little to guess, so such figures say nothing of real texts.",
     "Time to first token is from the call to the arrival of the first new token, decoded.",
     "Each test is run once before it is timed. A repetition goes through all tests in a random order of its own.",
     "Cold is the first generation of a fresh process. Its import time runs from the start of the process to the "
@@ -46,6 +48,8 @@ METHOD = (
     "and additions at the rate of a large matrix product.",
     "Energy is the whole GPU's, idle power included, as its own counter tells; left out below one second.",
 )
+
+_SPECULATION = ("drafted_tokens", "accepted_tokens")
 
 _Record = TypeVar("_Record")
 
@@ -141,6 +145,7 @@ def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, An
         "samples_joules": [sample.joules for sample in entry.samples],
         "samples_cpu_share": [round(sample.cpu_share, 3) for sample in entry.samples],
         "samples_reused_tokens": [sample.reused_tokens for sample in entry.samples],
+        **{f"samples_{name}": [getattr(sample, name) for sample in entry.samples] for name in _SPECULATION},
         "step_bytes": entry.step_bytes,
         "flops": entry.flops,
         "kernel_ns": entry.kernel_ns,
@@ -200,7 +205,9 @@ def _run_from(value: dict[str, Any], tests: list[dict[str, Any]]) -> Run:
 
 
 def _measured_from(value: dict[str, Any]) -> Measured:
-    columns = ("ns", "ttft_ns", "itl_ns", "reused_tokens", "joules", "cpu_share")
+    columns: tuple[str, ...] = ("ns", "ttft_ns", "itl_ns", "reused_tokens", "joules", "cpu_share")
+    # Files written before there was speculation do not have these.
+    columns += tuple(name for name in _SPECULATION if f"samples_{name}" in value)
     samples = zip(*(value[f"samples_{column}"] for column in columns), strict=True)
     return Measured(
         test=_read(Case, value),

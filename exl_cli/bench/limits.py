@@ -113,7 +113,8 @@ def limit(run: Run, entry: Measured) -> Limit | None:
     """How close a test came; None where something was not measured."""
     if run.probe is None or not entry.samples:
         return None
-    if entry.test.kind == "generation" and entry.step_bytes:
+    # With speculation a pass gives several tokens, and how many steps there were is not known.
+    if entry.test.kind == "generation" and entry.step_bytes and entry.acceptance is None:
         floor = 1e9 * entry.step_bytes / run.probe.bytes_per_second
         return Limit("memory bandwidth", floor, floor / entry.step_ns)
     if entry.test.kind == "prompt" and entry.flops:

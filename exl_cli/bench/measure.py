@@ -38,6 +38,7 @@ class Sample:
         reused_tokens: prompt tokens that the engine did not compute but found in its cache.
         joules: energy that the GPUs took meanwhile; None where they do not tell.
         cpu_share: processor time of this process over the time that passed: 2.0 is two cores at work.
+        drafted_tokens, accepted_tokens: see `engines.base.Summary`.
     """
 
     ns: int
@@ -46,6 +47,8 @@ class Sample:
     reused_tokens: int
     joules: float | None
     cpu_share: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @classmethod
     def read(cls, value: dict[str, Any]) -> Sample:
@@ -142,6 +145,8 @@ def measure(engine: Engine, test: Case, requests: Sequence[Request], energy: Ene
         reused_tokens=sum(summary.reused_tokens for summary in summaries),
         joules=None if begin.joules is None or end.joules is None else end.joules - begin.joules,
         cpu_share=1e9 * (end.cpu - begin.cpu) / (end.at - begin.at) if end.at > begin.at else 0.0,
+        drafted_tokens=sum(summary.drafted_tokens for summary in summaries),
+        accepted_tokens=sum(summary.accepted_tokens for summary in summaries),
     )
 
 

@@ -209,6 +209,12 @@ class Measured:
         return [sample.ttft_ns for sample in self.samples]
 
     @property
+    def acceptance(self) -> float | None:
+        """Which share of the tokens that speculation proposed was right; None where it proposed none."""
+        drafted = sum(sample.drafted_tokens for sample in self.samples)
+        return sum(sample.accepted_tokens for sample in self.samples) / drafted if drafted else None
+
+    @property
     def joules_per_token(self) -> float | None:
         """Energy per token; None where unknown, and where the counter's steps are too coarse for so short a time."""
         joules = [sample.joules for sample in self.samples if sample.joules is not None]

@@ -92,6 +92,7 @@ def jobs(
     for model in models:
         info = loader.resolve(model, models_dir)
         plan.fitting(tests, loadings[0].max_seq_len or info.context_length, info.name)
+    loadings = [loader.with_draft(loading, models_dir) for loading in loadings]
     folder = None if models_dir is None else str(models_dir)
     text = None if perplexity is None else str(perplexity)
     return [Job(model, folder, loading, settings, sampling, text) for model in models for loading in loadings]

@@ -9,6 +9,7 @@ count from the start of a process, and because whatever one model leaves behind 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -122,7 +123,8 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
     others = environment.OthersClock()
     observer = _Observer(emit)
     begin = time.monotonic()
-    engine = load(info, tokenizer, job.loading, observer, needed=max(test.context for test in tests))
+    loading = dataclasses.replace(job.loading, sequences=max(test.n_parallel for test in tests))
+    engine = load(info, tokenizer, loading, observer, needed=max(test.context for test in tests))
     ready = time.monotonic()
     try:
         watch.attach([card.uuid for card in engine.memory()])

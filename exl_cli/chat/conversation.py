@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict
 
+from exl_cli import report
 from exl_cli.chat.composer import Encoded
 from exl_cli.chat.partner import Partner
 from exl_cli.chat.prompting import compose
@@ -221,6 +221,7 @@ class Conversation:
         turn.raw = "" if turn.content == text else text
         turn.model = self.partner.model.info.name
         turn.finish_reason = "cancelled" if summary is None else summary.finish_reason
-        turn.timings = {} if summary is None else {k: v for k, v in asdict(summary).items() if k != "finish_reason"}
+        numbers = {} if summary is None else report.summarized(summary)
+        turn.timings = {name: value for name, value in numbers.items() if not isinstance(value, str)}
         if self.session.last is not turn:
             self.session.turns.append(turn)

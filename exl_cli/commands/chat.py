@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from exl_cli import loader
 from exl_cli.chat.loop import Chat, Source, converse
 from exl_cli.chat.partner import Host, Model
 from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
@@ -99,7 +100,7 @@ def chat(
         "markdown": markdown or None,
     }
     settings = _settings(found, sampling, {name: value for name, value in given.items() if value is not None})
-    host = Host(state.load, loading, models_dir, console)
+    host = Host(state.load, loader.with_draft(loading, models_dir), models_dir, console)
     opened = _find(host, model, found)
     if found.system is not None:
         opened.format.render([*found.messages(0, 0), {"role": "user", "content": "Hello"}])

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from exl_cli import inputs, report, stats
+from exl_cli import inputs, loader, report, stats
 from exl_cli import prompt as prompts
 from exl_cli import sampling as samplings
 from exl_cli.chat_template import load_chat_template
@@ -93,6 +93,9 @@ def run(
     console = Console(quiet=quiet)
     variables = prompts.parse_variables(var or [])
     info = ensure(model, models_dir, allow=download, console=console)
+    if loading.draft is not None:
+        ensure(loading.draft, models_dir, allow=download, console=console)
+        loading = loader.with_draft(loading, models_dir)
     settings = samplings.build(sampling.given, sampling.preset, info.generation_config)
     tokenizer = Tokenizer(info.path)
     rendered = prompts.render_prompt(

@@ -3,8 +3,8 @@
 Timing rules, the same for every engine, so that their numbers compare:
 
 - *prompt* is the evaluation of all prompt tokens but the last, from the call to the moment the device has finished;
-- *response* is one forward pass for each new token (the first of them evaluates the last prompt token), with its
-  sampling and its decoding to text;
+- *response* is one forward pass for each new token (the first of them evaluates the last prompt token), or for several
+  where tokens are proposed and verified, with its sampling and its decoding to text;
 - *time to first token* runs from the call to the moment the first new token has been decoded.
 
 Loading the model, tokenizing and rendering the prompt are not part of any of them.
@@ -33,8 +33,9 @@ class Request:
         ids: the prompt's token ids, at least one.
         sampling: how each next token is chosen.
         max_new_tokens: the most tokens to generate.
-        seed: fixes the random choices: the same request on the same engine gives the same tokens. One exception:
-            exllamav2's kernels add up in an order that varies, so there two runs may part where two tokens nearly tie.
+        seed: fixes the random choices: the same request on the same engine gives the same tokens. Exceptions, where two
+            tokens nearly tie: requests that share a pass with others, and models on the GPU that exl's own kernels do
+            not take, for exllamav2's add up in an order that varies.
         stop_strings: text that ends the generation; it is not part of the output.
         stop_ids: token ids that end the generation, besides none; pass the model's own end-of-sequence ids here.
         cancel: set it from anywhere to end the generation at the next opportunity with reason "cancelled".
@@ -60,6 +61,9 @@ class Summary:
         new_tokens: tokens generated, an end-of-sequence token included.
         prompt_seconds, generation_seconds, first_token_seconds: see the module's timing rules; the last is 0.0
             where no token came.
+        drafted_tokens: tokens that speculation proposed and a pass computed; 0 without speculation.
+        accepted_tokens: how many of them were what the sampler chose.
+        note: what else whoever reads the numbers should know, as a rule nothing.
     """
 
     finish_reason: FinishReason
@@ -69,6 +73,9 @@ class Summary:
     prompt_seconds: float
     generation_seconds: float
     first_token_seconds: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    note: str = ""
 
     @property
     def prompt_rate(self) -> float:

@@ -19,11 +19,16 @@ class Step:
         token_ids: new tokens, in order; none while the prompt is being evaluated.
         prompt_seconds: set once, on the first step after the prompt was evaluated and the device had finished.
         reused_tokens: with prompt_seconds: prompt tokens whose keys and values were still in the cache.
+        drafted_tokens, accepted_tokens: of this pass; see `base.Summary`.
+        note: what the summary should say, as far as it can be told by now; None for what it said before.
     """
 
     token_ids: tuple[int, ...] = ()
     prompt_seconds: float | None = None
     reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    note: str | None = None
 
 
 class Decoder(Protocol):
@@ -99,7 +104,8 @@ def run(request: Request, decoder: Decoder, context_length: int, steps: Generato
     scanner = StopScanner(request.stop_strings)
     start = time.perf_counter()
     prompt_seconds = first = 0.0
-    reused = count = 0
+    reused = count = drafted = accepted = 0
+    note = ""
     reason: FinishReason = "length"
     last = start
     try:
@@ -108,6 +114,8 @@ def run(request: Request, decoder: Decoder, context_length: int, steps: Generato
         for step in steps if limit > 0 else ():
             if step.prompt_seconds is not None:
                 prompt_seconds, reused = step.prompt_seconds, step.reused_tokens
+            drafted, accepted = drafted + step.drafted_tokens, accepted + step.accepted_tokens
+            note = note if step.note is None else step.note
             text, taken, ended = _take(step.token_ids, request, decoder, scanner, limit - count)
             count += taken
             if taken:
@@ -131,6 +139,9 @@ def run(request: Request, decoder: Decoder, context_length: int, steps: Generato
         prompt_seconds=prompt_seconds,
         generation_seconds=max(last - start - prompt_seconds, 0.0),
         first_token_seconds=first,
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
+        note=note,
     )
     yield Chunk("" if reason == "stop" else scanner.flush(), (), summary)
 

@@ -9,6 +9,7 @@ from exl_cli.errors import UsageError
 
 EngineChoice = Literal["auto", "exllamav2", "cpu"]
 CacheType = Literal["fp16", "q8", "q6", "q4"]
+Speculation = Literal["off", "ngram"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class LoadOptions:
         cache: type of the KV cache on the GPU.
         gpu_split: GiB of weights per GPU; None to fill the GPUs one after the other.
         low_mem: evaluate prompts in smaller pieces, for less scratch memory.
+        sequences: how many sequences of that context the KV cache shall have room for at once.
+
+        speculate: "ngram" proposes tokens that followed the same ones before, and verifies several in one pass.
+        draft: a smaller model of the same vocabulary to propose them, found as any model is; None for none.
 
     Raises:
         UsageError: a value that cannot be.
@@ -31,6 +36,9 @@ class LoadOptions:
     cache: CacheType = "fp16"
     gpu_split: tuple[float, ...] | None = None
     low_mem: bool = False
+    sequences: int = 1
+    speculate: Speculation = "off"
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(EngineChoice):
@@ -39,6 +47,27 @@ class LoadOptions:
             raise UsageError(f"no cache type named {self.cache!r}", f"cache types: {', '.join(get_args(CacheType))}")
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise UsageError(f"--max-seq-len must be at least 1 token, got {self.max_seq_len}")
+        if self.speculate not in get_args(Speculation):
+            raise UsageError(
+                f"no kind of speculation named {self.speculate!r}", f"kinds: {', '.join(get_args(Speculation))}"
+            )
+        if self.speculate != "off" and self.draft is not None:
+            raise UsageError("--draft and --speculate both propose tokens", "use one of them")
+        if self.engine == "cpu":
+            self.refuse_speculation("--engine cpu")
+
+    def refuse_speculation(self, reason: str) -> None:
+        """For an engine that computes one token at a time, and `reason` why it was chosen.
+
+        Raises:
+            UsageError: there is to be speculation.
+        """
+        if self.speculate != "off" or self.draft is not None:
+            flag = "--speculate" if self.draft is None else "--draft"
+            raise UsageError(
+                f"{flag} is for the exllamav2 engine, the CPU engine does not speculate ({reason})",
+                f"leave {flag} away",
+            )
 
 
 def parse_gpu_split(text: str) -> tuple[float, ...] | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables.config import run_in_executor
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from exl_cli import api, loader
-from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions
+from exl_cli import api, loader, report
+from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions, Speculation
 from exl_cli.errors import UsageError
 from exl_cli.langchain import registry
 from exl_cli.modelinfo import ModelInfo
@@ -63,7 +63,7 @@ class Call:
         return {
             "model_name": self.model_name,
             "model_provider": "exllamav2",
-            **asdict(summary),
+            **report.summarized(summary),
             "prompt_tokens_per_second": summary.prompt_rate,
             "generation_tokens_per_second": summary.generation_rate,
             "seed": generation.seed,
@@ -102,12 +102,14 @@ class LocalModel(BaseModel):
     """Seconds until a whole response must be there, waiting for others included; None for no limit."""
 
     engine: EngineChoice = Field(default="auto", frozen=True)
-    """See `exl_cli.load`, as for the next five; `kv_cache` is its `cache`, a name that LangChain has taken."""
+    """See `exl_cli.load`, as for the next seven; `kv_cache` is its `cache`, a name that LangChain has taken."""
 
     max_seq_len: int | None = Field(default=None, frozen=True)
     kv_cache: CacheType = Field(default="fp16", frozen=True)
     gpu_split: Sequence[float] | None = Field(default=None, frozen=True)
     low_mem: bool = Field(default=False, frozen=True)
+    speculate: Speculation = Field(default="off", frozen=True)
+    draft: str | Path | None = Field(default=None, frozen=True)
     models_dir: str | Path | None = Field(default=None, frozen=True)
 
     max_retries: int | None = Field(default=None, exclude=True)
@@ -116,6 +118,7 @@ class LocalModel(BaseModel):
     api_key: Any = Field(default=None, exclude=True, repr=False)
 
     _info: ModelInfo = PrivateAttr()
+    _options: LoadOptions = PrivateAttr()
     _claim: registry.Loaded | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
@@ -132,9 +135,10 @@ class LocalModel(BaseModel):
     @model_validator(mode="after")
     def _load(self) -> LocalModel:
         self._info = self._resolve(self.model)
+        self._options = loader.with_draft(self._load_options(), self._models)
         sampling = choose(self._info.generation_config, *self._layers())
         self._before_loading(sampling)
-        self._claim = registry.acquire(self._info, self._load_options())
+        self._claim = registry.acquire(self._info, self._options)
         self._after_loading()
         return self
 
@@ -169,7 +173,7 @@ class LocalModel(BaseModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that the response depends on besides the prompt."""
-        options = self._load_options()
+        options = self._options
         return {
             "model_name": self.model,
             "model_path": str(self._info.path),
@@ -183,6 +187,8 @@ class LocalModel(BaseModel):
             "kv_cache": options.cache,
             "gpu_split": options.gpu_split,
             "low_mem": options.low_mem,
+            "speculate": options.speculate,
+            "draft": options.draft,
         }
 
     def _before_loading(self, sampling: Sampling) -> None:
@@ -192,11 +198,22 @@ class LocalModel(BaseModel):
         """Called when it is."""
 
     def _resolve(self, model: str) -> ModelInfo:
-        return loader.resolve(model, None if self.models_dir is None else Path(self.models_dir))
+        return loader.resolve(model, self._models)
+
+    @property
+    def _models(self) -> Path | None:
+        return None if self.models_dir is None else Path(self.models_dir)
 
     def _load_options(self) -> LoadOptions:
-        split = None if self.gpu_split is None else tuple(self.gpu_split)
-        return LoadOptions(self.engine, self.max_seq_len, self.kv_cache, split, self.low_mem)
+        return LoadOptions(
+            engine=self.engine,
+            max_seq_len=self.max_seq_len,
+            cache=self.kv_cache,
+            gpu_split=None if self.gpu_split is None else tuple(self.gpu_split),
+            low_mem=self.low_mem,
+            speculate=self.speculate,
+            draft=None if self.draft is None else str(self.draft),
+        )
 
     def _layers(self) -> tuple[Any, ...]:
         return self.settings, {"temperature": self.temperature}
@@ -222,7 +239,7 @@ class LocalModel(BaseModel):
             registry.release(loaded)
 
     def _acquire(self, name: str) -> registry.Loaded:
-        options = self._load_options()
+        options = self._options
         if name != self.model:
             return registry.acquire(self._resolve(name), options)
         with registry.lock:

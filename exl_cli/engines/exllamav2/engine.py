@@ -1,17 +1,18 @@
-"""Generation through exllamav2's dynamic generator.
+"""Generation on NVIDIA GPUs, on top of exllamav2.
 
-exllamav2 computes the logits. Choosing the token is ours (`engines.sampler`), and so are decoding to text, stop strings
-and the end of the response (`engines.driver`): its own text handling drops what it holds back at the token limit.
+exllamav2 loads the model and computes prompts. What is ours: which sequence computes what when (`scheduler`), passes of
+few tokens (`forward`), attention over pages (`paged_attention`), choosing the token (`engines.sampler`), decoding to
+text, stop strings and the end of the response (`engines.driver`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
-import importlib
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from exl_cli import memory
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Request
 from exl_cli.engines.exllamav2 import attention
-from exl_cli.engines.exllamav2.job import job_class
+from exl_cli.engines.exllamav2.batching import Batch
+from exl_cli.engines.exllamav2.drafting import DraftModel
+from exl_cli.engines.exllamav2.forward import GpuForward
+from exl_cli.engines.exllamav2.ngrams import Ngrams
+from exl_cli.engines.exllamav2.paged_attention import Backend, install_paged
+from exl_cli.engines.exllamav2.passes import Row
+from exl_cli.engines.exllamav2.scheduler import Scheduler
+from exl_cli.engines.exllamav2.speculation import Drafter
 from exl_cli.engines.exllamav2.view import folder_for_exllamav2
 from exl_cli.engines.options import LoadOptions
 from exl_cli.engines.sampler import Samplers
@@ -31,16 +39,49 @@ from exl_cli.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A model on the GPU: exllamav2's own, and its passes."""
+
+    model: Any
+    forward: GpuForward
+
+    def unload(self) -> None:
+        self.forward.close()
+        self.model.unload()
+
+
 class ExLlamaV2Engine:
-    """A model on one or more GPUs. See `engines.base.Engine`; one generation at a time."""
+    """A model on one or more GPUs. See `engines.base.BatchingEngine`.
+
+    Args:
+        loaded: the model.
+        tokenizer: the model's.
+        context_length: most tokens of prompt and response.
+        facts: what a report should say.
+        drafter: proposes tokens to be verified several at once; None for no speculation.
+        others: what is to be unloaded with it.
+    """
 
     name = "exllamav2"
 
-    def __init__(self, generator: Any, tokenizer: Tokenizer, context_length: int, facts: dict[str, str]) -> None:
-        self._generator = generator
+    def __init__(
+        self,
+        loaded: _Loaded,
+        tokenizer: Tokenizer,
+        context_length: int,
+        facts: dict[str, str],
+        drafter: Drafter | None = None,
+        others: Sequence[_Loaded] = (),
+    ) -> None:
+        self._loaded: tuple[_Loaded, ...] = (loaded, *others)
         self._tokenizer = tokenizer
-        self._samplers = Samplers(tokenizer, generator.model.config.vocab_size)
-        self._lock = threading.Lock()
+        forward = loaded.forward
+        samplers = Samplers(tokenizer, forward.vocab_size)
+        # Prompts in the pieces in which exllamav2 computes them anyway.
+        chunk = loaded.model.config.max_input_len
+        self._batch = Batch(Scheduler(forward, samplers.make, drafter=drafter, chunk=chunk))
+        self.max_batch = forward.max_batch
         self.context_length = context_length
         self.facts = facts
 
@@ -56,62 +97,47 @@ class ExLlamaV2Engine:
 
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """See `engines.base.CachedScoring.cached_logits`."""
-        model = self._generator.model
-        cache = type(self._generator.cache)(model, max_seq_len=memory.round_up(len(ids)))
+        model, forward = self._loaded[0].model, self._loaded[0].forward
+        if step <= forward.max_tokens and len(ids) <= self.context_length:
+            return self._paged_logits(ids, step)
+        cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))
         parts = []
         for at in range(0, len(ids), step):
             out = model.forward(torch.tensor([list(ids[at : at + step])]), cache, cpu_logits=True)
             parts.append(out[0, :, : model.config.vocab_size].float())
         return torch.cat(parts)
 
+    def _paged_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
+        """Through the passes that generation takes; what other requests have in the cache is forgotten."""
+        parts, forward = [], self._loaded[0].forward
+        with _translated_errors(), self._batch.exclusive() as scheduler:
+            scheduler.close("the model was asked for logits")
+            table = list(range(memory.round_up(len(ids)) // memory.PAGE))
+            for at in range(0, len(ids), step):
+                forward.submit([Row(tuple(ids[at : at + step]), at, table)])
+                parts.append(forward.collect()[0].clone())
+        return torch.cat(parts)
+
     def memory(self) -> list[DeviceMemory]:
         """See `engines.base.Engine.memory`."""
-        devices = sorted(set(self._generator.model.get_cache_devices()))
+        devices = sorted(set(self._loaded[0].model.get_cache_devices()))
         return [_memory(device) for device in devices]
 
     def close(self) -> None:
         """See `engines.base.Engine.close`."""
-        if self._generator is not None:
-            self._generator.model.unload()
-            self._generator = None
+        if self._loaded:
+            with self._batch.exclusive() as scheduler:
+                scheduler.close()
+            for loaded in self._loaded:
+                loaded.unload()
+            self._loaded = ()
         gc.collect()
         torch.cuda.empty_cache()
 
     def _steps(self, request: Request) -> Generator[driver.Step, None, None]:
-        from exllamav2.device import set_device_streams
-
         room = min(request.max_new_tokens, self.context_length - len(request.ids))
-        job = job_class()(self._samplers.make(request), request.ids, room, request.stop_ids)
-        with self._lock, _translated_errors():
-            # Streams belong to threads: in a new one, what the generator does first would run on another.
-            set_device_streams()
-            self._generator.enqueue(job)
-            try:
-                yield from self._iterate(job, len(request.ids))
-            except GeneratorExit:
-                self._generator.cancel(job)
-                raise
-            except BaseException:
-                # exllamav2 counts a token as cached before it computes it: after a failure the count cannot be trusted.
-                self._generator.cancel(job)
-                self._generator.reset_page_table()
-                raise
-
-    def _iterate(self, job: Any, prompt_tokens: int) -> Iterator[driver.Step]:
-        seen = prompt_tokens
-        timed = False
-        while not job.is_finished:
-            self._generator.iterate()
-            # Read from the sequence itself: the results omit tokens whose text is being held back.
-            new = job.sequences[0].sequence_ids.torch()[0, seen:].tolist()
-            seen += len(new)
-            if timed or job.time_first_token is None:
-                yield driver.Step(tuple(new))
-                continue
-            timed = True
-            reused = job.cached_pages * self._generator.page_size + job.cached_tokens
-            # The generator synchronises the device before it notes this time.
-            yield driver.Step(tuple(new), job.time_first_token - job.time_first_prefill, reused)
+        with _translated_errors():
+            yield from self._batch.steps(request, room)
 
 
 def _memory(device: str) -> DeviceMemory:
@@ -126,7 +152,12 @@ def _memory(device: str) -> DeviceMemory:
 
 
 def load(
-    info: ModelInfo, tokenizer: Tokenizer, context_length: int, options: LoadOptions, progress: Progress
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    context_length: int,
+    options: LoadOptions,
+    progress: Progress,
+    draft: ModelInfo | None = None,
 ) -> ExLlamaV2Engine:
     """Load a model onto the GPUs.
 
@@ -136,56 +167,63 @@ def load(
         context_length: most tokens of prompt and response; the KV cache is allocated for them.
         options: cache type, split over GPUs, memory saving.
         progress: called with (modules done, modules in all).
+        draft: a smaller model of the same vocabulary, for speculation.
 
     Raises:
-        EngineError: exllamav2 cannot be imported.
         OutOfMemoryError: the GPUs' free memory is too small.
         DamagedModelError: exllamav2 cannot make sense of the files.
     """
     if options.gpu_split is None:
-        memory.check(info, context_length, options.cache, _free_bytes(), low_mem=options.low_mem)
-    # exllamav2 prints to stdout, which belongs to the model's text.
-    with contextlib.redirect_stdout(sys.stderr):
-        _import()
-        attention.install()
-        with folder_for_exllamav2(info) as folder, _translated_errors(info, context_length, options):
-            generator = _build(folder, context_length, options, progress)
+        tokens = context_length * options.sequences
+        memory.check(info, tokens, options.cache, _free_bytes(), low_mem=options.low_mem, draft=draft)
+    attention.install()
+    backend = install_paged()
+    loaded = _load(info, context_length, options, progress, backend)
+    drafter: Drafter | None = Ngrams() if options.speculate == "ngram" else None
+    others = []
+    if draft is not None:
+        context = min(context_length, draft.context_length)
+        others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress, backend))
+        drafter = DraftModel(others[0].forward, loaded.forward.vocab_size, context)
+    small = loaded.forward.small
     facts = {
         "device": torch.cuda.get_device_name(0),
         "dtype": "float16",
-        "attention": "flash-attn, paged" if generator.paged else "torch SDPA, causal",
+        "attention": f"{backend}, paged",
+        "kernels": small.name + (f" ({reason})" if (reason := loaded.forward.why_not_fused) else ""),
+        "graphs": "one for each pass" if loaded.forward.captures else "none",
         "cache": options.cache,
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
     }
-    return ExLlamaV2Engine(generator, tokenizer, context_length, facts)
+    return ExLlamaV2Engine(loaded, tokenizer, context_length, facts, drafter, others)
 
 
-def _import() -> None:
-    try:
-        importlib.import_module("exllamav2.generator")
-    except Exception as error:  # its import compiles and links: anything can come out
-        text = str(error) or type(error).__name__
-        if "undefined symbol" in text:
-            raise EngineError(
-                "exllamav2's compiled extension was built for another torch",
-                "install the wheel made for your torch version",
-            ) from error
-        raise EngineError(
-            f"exllamav2 cannot be imported: {text.strip().splitlines()[-1]}",
-            "install the CUDA toolkit of torch's CUDA version, g++ and ninja, or use --engine cpu",
-        ) from error
+def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress, backend: Backend) -> _Loaded:
+    # exllamav2 prints to stdout, which belongs to the model's text.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        folder_for_exllamav2(info) as folder,
+        _translated_errors(info, context_length, options),
+    ):
+        model, cache = _build(folder, context_length, options, progress)
+        return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
 
 
-def _build(folder: Any, context_length: int, options: LoadOptions, progress: Progress) -> Any:
+def _pages(context_length: int, options: LoadOptions) -> int:
+    """Pages for as many sequences of that length as shall be computed at once."""
+    return memory.round_up(context_length) // memory.PAGE * options.sequences
+
+
+def _build(folder: Any, context_length: int, options: LoadOptions, progress: Progress) -> tuple[Any, Any]:
+    """Model and cache, a page larger than what `_pages` says."""
     import exllamav2
-    from exllamav2 import attn
-    from exllamav2.generator import ExLlamaV2DynamicGenerator
 
     config = exllamav2.ExLlamaV2Config(str(folder))
     config.max_seq_len = memory.round_up(context_length)
     config.max_input_len = min(config.max_input_len, config.max_seq_len)
     config.no_sdpa = True  # see attention.py; this keeps its own branch out of reach even where that is not installed
+    config.no_graphs = True  # its graphs of single layers cannot be part of ours of whole passes
     if options.low_mem:
         config.set_low_mem()
     config.arch_compat_overrides(quiet=True)
@@ -196,20 +234,15 @@ def _build(folder: Any, context_length: int, options: LoadOptions, progress: Pro
         "q6": exllamav2.ExLlamaV2Cache_Q6,
         "q4": exllamav2.ExLlamaV2Cache_Q4,
     }[options.cache]
+    tokens = (_pages(context_length, options) + 1) * memory.PAGE
     if options.gpu_split:
         model.load(list(options.gpu_split), callback=progress)
-        cache = cache_class(model, max_seq_len=config.max_seq_len)
+        cache = cache_class(model, max_seq_len=tokens)
     else:
-        cache = cache_class(model, max_seq_len=config.max_seq_len, lazy=True)
+        cache = cache_class(model, max_seq_len=tokens, lazy=True)
         model.load_autosplit(cache, last_id_only=False, callback=progress)
-    generator = ExLlamaV2DynamicGenerator(
-        model=model,
-        cache=cache,
-        tokenizer=exllamav2.ExLlamaV2Tokenizer(config),
-        paged=attn.has_flash_attn_with_paged and not config.no_flash_attn,
-    )
     torch.cuda.synchronize()
-    return generator
+    return model, cache
 
 
 @contextlib.contextmanager

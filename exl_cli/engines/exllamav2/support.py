@@ -54,6 +54,9 @@ def why_not(info: ModelInfo) -> str:
     group = info.group_size or 0
     if info.format == "gptq" and group > 0 and group & (group - 1):
         return f"exllamav2 computes GPTQ group sizes that are powers of two, not {group}"
+    if info.format == "gptq" and 0 < group < 32:
+        # Its kernels look for the next group at every 32nd row only: with groups of 16 logits were off by 120 %.
+        return f"exllamav2 computes GPTQ groups of 32 rows and more, not of {group}"
     if info.format == "gptq" and info.zero_offset == 0 and not info.symmetric and (name := _zero_point_of_zero(info)):
         return f"exllamav2 cannot represent a zero point of 0 in gptq_v2 ({name})"
     return ""

@@ -1,0 +1,53 @@
+"""Python processes of our own: started so that they see the same packages, ended with all that they started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_STOP_SECONDS = 8.0
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module as `python -m` does, but with this process's path.
+
+    `-m` would put the working folder first on it: a clone of exllamav2 there would be taken for the installed one.
+    """
+    code = f"import runpy, sys; sys.path[:] = {sys.path!r}; runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process that leads a session, and everything it started; return when all of that is gone.
+
+    ninja puts its compilers into groups of their own, so those left over are found by their session.
+    """
+    session = process.pid
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+    for pid in _session(session):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+def _session(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = entry.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(int(entry.parent.name))
+    return found

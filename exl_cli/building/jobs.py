@@ -1,0 +1,145 @@
+"""How many compilers at once, and how long a build takes.
+
+The figures are those of one build of exllamav2 0.3.2 for one architecture on one core (torch 2.11, nvcc 13.0, g++ 12,
+November 2026): 48 files, 645 seconds of CPU time. A C++ file that includes torch's headers takes 18 seconds and 1.6 GiB
+(the bindings 26 and 2.1), a CUDA file 7 seconds and 0.6 GiB, the EXL2 kernels 23 or 44 seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl_cli.bench import environment
+
+_GIB = 2**30
+PER_JOB_BYTES = round(1.7 * _GIB)
+_KEPT_FREE = _GIB
+
+# Seconds that compiling `worker.SMALLEST` took on the same core: it tells how other machines compare.
+SMALLEST_SECONDS = 1.0
+# Cores that share their parts, as most do, are together slower than so many times one.
+_SHARED = 1.4
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is compiled at once.
+
+    Attributes:
+        jobs: compilers at once.
+        reason: what limits it, in a few words.
+    """
+
+    jobs: int
+    reason: str
+
+
+def plan(asked: int | None = None) -> Plan:
+    """As many jobs as there are cores and memory for.
+
+    Args:
+        asked: a number that the user gave; else MAX_JOBS counts, as it does for torch.
+    """
+    if asked:
+        return Plan(asked, "as asked")
+    if (variable := os.environ.get("MAX_JOBS", "")).isdigit() and int(variable):
+        return Plan(int(variable), "MAX_JOBS")
+    cores, free = cores_here(), memory_here()
+    by_memory = cores if free is None else max(1, (free - _KEPT_FREE) // PER_JOB_BYTES)
+    if by_memory < cores:
+        return Plan(int(by_memory), f"{(free or 0) / _GIB:.1f} GiB of memory are free")
+    return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
+
+
+def cores_here() -> int:
+    """Processor cores that this process may use, a container's share counted."""
+    count = environment.cores()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def memory_here() -> int | None:
+    """Bytes of memory that can still be used, a container's limit counted; None where the kernel does not tell."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    # The kernel's two generations of control groups; what files take up there is given back under pressure.
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            allowed, current = (int((_CGROUP / name).read_text(encoding="ascii")) for name in (limit, used))
+            lines = (_CGROUP / stat).read_text(encoding="ascii").splitlines()
+            files = next((int(line.split()[1]) for line in lines if line.split()[0] == cached), 0)
+            found.append(allowed - current + files)
+    return min(found) if found else None
+
+
+def weight(name: str, architectures: int = 1) -> float:
+    """CPU seconds that a file takes to make, about.
+
+    Args:
+        name: of a source or an object file.
+        architectures: for so many GPU architectures.
+    """
+    if "unit_exl2" in name:
+        return 4.0 + (40.0 if re.search(r"\db\.", name) else 19.0) * architectures
+    if ".cu" in name:
+        return 5.0 + 2.0 * architectures
+    if name.endswith(".so"):
+        return 1.0
+    return 18.0 if name.startswith(("ext_", "quantize_func")) else 2.0
+
+
+def expected_seconds(names: Iterable[str], jobs: int, architectures: int = 1, slower: float = 1.0) -> float:
+    """How long these files take, about: the work shared out, and the longest of them at least.
+
+    Args:
+        names: the files to make.
+        jobs: how many at once.
+        architectures: for so many GPU architectures.
+        slower: how many times longer than where the figures come from this machine takes for the same thing.
+    """
+    weights = [weight(name, architectures) for name in names]
+    pace = slower * (_SHARED if jobs > 1 else 1.0)
+    return pace * max([sum(weights) / max(jobs, 1), *weights, 0.0])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build is.
+
+    Attributes:
+        done, total: files compiled, and in all; the link counts as one.
+        seconds: since the first was begun.
+        left: seconds that the rest will take, about; None before that can be told.
+        name: the file that was finished last.
+    """
+
+    done: int
+    total: int
+    seconds: float
+    left: float | None
+    name: str = ""
+
+
+def remaining(done: Iterable[str], waiting: Iterable[str], seconds: float, jobs: int, archs: int) -> float | None:
+    """Seconds that the rest will take, from the pace so far; None before anything is done."""
+    finished = sum(weight(name, archs) for name in done)
+    if not finished:
+        return None
+    rest = list(waiting)
+    pace = seconds / finished
+    # Towards the end fewer files are left than jobs, so that the pace falls to that of a single one.
+    return max([pace * sum(weight(name, archs) for name in rest), *(pace * jobs * weight(n, archs) / 2 for n in rest)])

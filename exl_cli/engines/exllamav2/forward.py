@@ -1,0 +1,208 @@
+"""The model on the GPU as the scheduler sees it: see `passes.Forward`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from exl_cli.engines.exllamav2 import fused, layers
+from exl_cli.engines.exllamav2.graphs import Graphs
+from exl_cli.engines.exllamav2.inputs import Inputs
+from exl_cli.engines.exllamav2.kernels import products
+from exl_cli.engines.exllamav2.modules import ModulesPass
+from exl_cli.engines.exllamav2.paged_attention import Backend
+from exl_cli.engines.exllamav2.passes import Row
+from exl_cli.errors import EngineError
+
+_LEAST_KEYS = 1024
+# Through our own kernels so many small passes take less time than a large one, which unpacks all weights first.
+_FEW_PASSES = 3
+_log = logging.getLogger(__name__)
+
+
+class GpuForward:
+    """Passes of a loaded model.
+
+    Args:
+        model, cache: exllamav2's; the cache holds a page more than `pages`.
+        pages: what the scheduler may use.
+        page_size: positions in a page.
+        backend: what computes attention.
+
+    Attributes:
+        cache: exllamav2's.
+        small: what computes passes of few tokens.
+        why_not_fused: why that is not our own kernels; empty where it is.
+    """
+
+    max_batch = products.MOST_ROWS
+    max_tokens = products.MOST_ROWS
+
+    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Backend) -> None:
+        from exllamav2.device import set_device_streams
+
+        self._set_streams = set_device_streams
+        self._model, self.cache = model, cache
+        self.pages, self.page_size = pages, page_size
+        self.vocab_size = model.config.vocab_size
+        self._device = torch.device("cuda", model.modules[1].device_idx)
+        self._last = torch.device("cuda", model.modules[-1].device_idx)
+        self._stream = model.get_device_context(self._device.index, scratch=False).stream
+        # The longest sequence that the rotary tables know.
+        self._most_keys = -(-model.config.max_seq_len // page_size) * page_size
+        params = model.config.arch.lm
+        dtype = torch.float if params.residual_stream_fp32 else torch.half
+        self._inputs = Inputs(
+            model.modules[0], model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
+            self._most_keys // page_size + 1, pages, self._device,
+        )  # fmt: skip
+        self._extend_rotary_tables()
+        self._large = ModulesPass(model, cache, page_size)
+        self.small, self.why_not_fused = self._choose()
+        self._graphs = Graphs(backend.captures and self._device == self._last)
+        self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
+        self._asked = (0, 0, 0)
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._pending = False
+
+    @property
+    def captures(self) -> bool:
+        """Whether small passes become CUDA graphs, as far as is known: a capture may still fail."""
+        return self._graphs.usable
+
+    def _extend_rotary_tables(self) -> None:
+        """Give tokens that only fill up a pass, behind the end of a full context, rows to read: they mean nothing."""
+        for index, found in enumerate(self._model.device_context):
+            if found is not None:
+                context = self._model.get_device_context(index, scratch=False)
+                for tables in (context.sin, context.cos):
+                    tables[:] = [
+                        torch.nn.functional.pad(table, (0, 0, 0, self.max_tokens)) if table.dim() > 1 else table
+                        for table in tables
+                    ]
+
+    def _choose(self) -> tuple[ModulesPass | fused.FusedPass, str]:
+        reason = layers.why_not(self._model)
+        if not reason:
+            inputs = self._inputs
+            try:
+                return fused.FusedPass(
+                    self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.table
+                ), ""
+            except EngineError as error:
+                reason = error.message
+        _log.info("small passes through exllamav2's modules: %s", reason)
+        return self._large, reason
+
+    @torch.inference_mode()
+    def prefill(self, row: Row) -> None:
+        """See `Forward.prefill`."""
+        self._enter()
+        most = self.max_tokens
+        if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
+            for first in range(0, len(row.ids), most):
+                self._pass([Row(row.ids[first : first + most], row.start + first, row.table)])
+            return
+        self._await_inputs()
+        most = self._model.config.max_input_len
+        table = torch.tensor([row.table[:]], dtype=torch.int32)
+        for first in range(0, len(row.ids), most):
+            ids = torch.tensor([row.ids[first : first + most]])
+            start = row.start + first
+            lengths = torch.tensor([start], dtype=torch.int32, device=self._device)
+            self._large.prefill(ids, lengths, table.to(self._device), start + ids.shape[1])
+
+    @torch.inference_mode()
+    def synchronize(self) -> None:
+        """See `Forward.synchronize`."""
+        for device in {self._device, self._last}:
+            torch.cuda.synchronize(device)
+        self._pending = False
+
+    @torch.inference_mode()
+    def submit(self, rows: Sequence[Row]) -> None:
+        """See `Forward.submit`."""
+        self._enter()
+        self._asked = (len(rows), max(len(row.ids) for row in rows), self._pass(rows))
+
+    def collect(self) -> torch.Tensor:
+        """See `Forward.collect`."""
+        self._done.synchronize()
+        self._pending = False
+        rows, longest, tokens = self._asked
+        return self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
+
+    @torch.inference_mode()
+    def copy_page(self, source: int, target: int) -> None:
+        """See `Forward.copy_page`."""
+        self._enter()
+        for tensor in _cache_tensors(self.cache):
+            pages = tensor.view(-1, self.page_size, *tensor.shape[2:])
+            pages[target].copy_(pages[source])
+
+    def close(self) -> None:
+        """Give the memory back; it cannot be used afterwards, closing twice is fine."""
+        self._graphs.clear()
+        for name in ("small", "_large", "_inputs", "_logits", "_model", "cache"):
+            self.__dict__.pop(name, None)
+
+    def _enter(self) -> None:
+        # Streams belong to threads: in a new one, what is done first would run on another.
+        self._set_streams()
+        torch.cuda.set_stream(self._stream)
+
+    def _await_inputs(self) -> None:
+        """Wait until the pass before has read its inputs, which lie where the next one's shall."""
+        if self._pending:
+            self._done.synchronize()
+            self._pending = False
+
+    def _pass(self, rows: Sequence[Row]) -> int:
+        """Run rows as one small pass; returns how many tokens of each it computes."""
+        batch, tokens = _shape(len(rows), max(len(row.ids) for row in rows), self.max_tokens)
+        self._await_inputs()
+        self._inputs.fill(rows, batch, tokens)
+        bound = _LEAST_KEYS
+        while bound < max(row.start for row in rows) + tokens:
+            bound *= 2
+        bound = min(bound, self._most_keys + self.page_size)
+        count = batch * tokens
+        if len(self._logits) < count:
+            # A graph writes where the one before did: they go with it.
+            self._graphs.clear()
+            size = 1 if count == 1 else self.max_tokens
+            self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
+        logits = self._logits
+
+        def work() -> None:
+            inputs = self._inputs
+            inputs.send(batch, tokens)
+            out = self.small.run(inputs.hidden[:count], inputs.lengths[:batch], inputs.table[:batch], tokens, bound)
+            softcap = self._model.config.final_logit_softcapping
+            real = out[:, : self.vocab_size].float()
+            if softcap:
+                real = torch.tanh(real / softcap) * softcap
+            logits[:count].copy_(real, non_blocking=True)
+
+        self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
+        self._done.record()
+        self._pending = True
+        return tokens
+
+
+def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:
+    """Rows and tokens rounded up to powers of two, where that many can be computed: so that few graphs do for all."""
+    batch, count = (1 << (n - 1).bit_length() for n in (rows, tokens))
+    if batch * count <= most:
+        return batch, count
+    return (batch, tokens) if batch * tokens <= most else (rows, tokens)
+
+
+def _cache_tensors(cache: Any) -> list[torch.Tensor]:
+    lists = [cache.key_states, cache.value_states]
+    if cache.has_scales:
+        lists += [cache.key_scales, cache.value_scales]
+    return [tensor for states in lists for tensor in states]

@@ -1,0 +1,121 @@
+"""Which models the fused pass takes, and their matrices in the groups that one product takes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from exl_cli.engines.exllamav2.kernels import products
+from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
+from exl_cli.errors import EngineError
+
+
+def why_not(model: Any) -> str:
+    """Why a model cannot take this pass, in a few words; empty where it can."""
+    from exllamav2.attn import ExLlamaV2Attention
+    from exllamav2.linear import ExLlamaV2Linear
+    from exllamav2.mlp import ExLlamaV2MLP
+    from exllamav2.rmsnorm import ExLlamaV2RMSNorm
+
+    modules = model.modules
+    if len({module.device_idx for module in modules[1:]}) > 1:
+        return "the model is spread over several GPUs"
+    params = model.config.arch.lm
+    if params.residual_stream_fp32:
+        return "its hidden states are float32"
+    if params.clamp_hidden_states:
+        return "its hidden states are clamped"
+    if not (isinstance(modules[-1], ExLlamaV2Linear) and isinstance(modules[-2], ExLlamaV2RMSNorm)):
+        return "its head is not a norm and a matrix"
+    for module in modules[1:-2]:
+        if type(module) is ExLlamaV2Attention:
+            reason = _attention_why_not(module, params)
+        elif type(module) is ExLlamaV2MLP:
+            reason = _mlp_why_not(module, params)
+        else:
+            reason = f"it has a layer of {type(module).__name__}"
+        if reason or not isinstance(module.pre_layernorm, ExLlamaV2RMSNorm):
+            return reason or "its norm is not RMS norm"
+        if module.post_layernorm is not None or not module.has_residual:
+            return "it has norms behind its layers"
+    return ""
+
+
+def _attention_why_not(attention: Any, params: Any) -> str:
+    if params.rope_style.name != "NEOX":
+        return "its rotary embedding is of another kind"
+    if attention.q_norm is not None and (params.headnorm != "rmsnorm" or attention.q_norm.bias is not None):
+        return "its head norm is not RMS norm"
+    return _linears_why_not([attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj])
+
+
+def _mlp_why_not(mlp: Any, params: Any) -> str:
+    if mlp.gate_proj is None or params.mlp_act_func not in products.ACTIVATIONS:
+        return "its MLP has no gate"
+    return _linears_why_not([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+
+
+def _linears_why_not(linears: Sequence[Any]) -> str:
+    if any(not linear.q_tensors for linear in linears):
+        return "its layers are not quantized"
+    if any(linear.in_features % 32 or linear.out_features % 32 for linear in linears):
+        return "its layers have odd sizes"
+    return ""
+
+
+class Group:
+    """Matrices that one product takes together.
+
+    Args:
+        linears: exllamav2's linear layers, quantized.
+
+    Attributes:
+        matrices: theirs.
+        orders: the orders in which they want their input: places in it, or None for as it is.
+        places: for each matrix, which of the orders.
+
+    Raises:
+        EngineError: the kernels cannot take one of them.
+    """
+
+    def __init__(self, linears: Sequence[Any]) -> None:
+        self.matrices = [_matrix(linear) for linear in linears]
+        self.orders: list[torch.Tensor | None] = []
+        self.places: list[int] = []
+        for matrix in self.matrices:
+            same = (index for index, order in enumerate(self.orders) if _equal(matrix.perm, order))
+            place = next(same, len(self.orders))
+            if place == len(self.orders):
+                self.orders.append(matrix.perm)
+            self.places.append(place)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for groups that one layout serves."""
+        return (len(self.orders), *(matrix.kind for matrix in self.matrices))
+
+
+def _matrix(linear: Any) -> QuantizedMatrix:
+    matrix = from_exllamav2(linear.q_tensors)
+    if matrix is None:
+        raise EngineError(f"{linear.key} has groups of a size that the kernels do not know")
+    return matrix
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+class Layer:
+    """The groups of a layer: exllamav2's attention and MLP modules."""
+
+    def __init__(self, attention: Any, mlp: Any) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = Group([attention.o_proj])
+        self.gate_up = Group([mlp.gate_proj, mlp.up_proj])
+        self.down = Group([mlp.down_proj])

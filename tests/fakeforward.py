@@ -1,0 +1,232 @@
+"""A model that is a hash function, behind a KV cache that is really paged: errors in who reads and writes where show.
+
+What a pass writes into the cache is a token, its position and a hash of all tokens up to it, as keys and values depend
+on all of them; what it reads back, through the row's table, is the whole sequence so far, and the logits are a function
+of just that. So a test knows every token without any cache.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+from exl_cli.engines.base import Request
+from exl_cli.engines.exllamav2.passes import Row
+from exl_cli.engines.sampler import Sampler
+
+_MASK = (1 << 61) - 1
+
+
+def _mixed(state: int, token: int) -> int:
+    """A state that depends on all tokens so far."""
+    state = (state * 6364136223846793005 + token * 1442695040888963407 + 1013904223) & _MASK
+    return state ^ (state >> 29)
+
+
+def _logits(state: int, vocab_size: int, spread: float) -> torch.Tensor:
+    """One token far above the others, or, where `spread` is not 0, that many logits of similar height."""
+    logits = torch.zeros(vocab_size)
+    if spread:
+        generator = torch.Generator().manual_seed(state)
+        return torch.randn(vocab_size, generator=generator) * spread
+    logits[state % vocab_size] = 50.0
+    return logits
+
+
+class FakeClock:
+    """Seconds that pass only where something takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeForward:
+    """A `passes.Forward`.
+
+    Args:
+        memory: logits are a function of only the last so many tokens, so that texts repeat; 0 for all of them.
+        spread: standard deviation of the logits; 0 for one that stands out.
+        wrong: how many of a hundred logits are those of another model.
+        clock: moves on by the time that passes take: `seconds` and for each token `growth` times as much.
+        fail: called before each piece of work with its name; what it raises is raised in the midst of that.
+    """
+
+    def __init__(
+        self,
+        *,
+        page_size: int = 4,
+        pages: int = 16,
+        max_batch: int = 4,
+        max_tokens: int = 8,
+        vocab_size: int = 97,
+        spread: float = 0.0,
+        memory: int = 0,
+        wrong: int = 0,
+        clock: FakeClock | None = None,
+        seconds: float = 1.0,
+        growth: float = 0.05,
+        fail: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        self.page_size, self.pages = page_size, pages
+        self.max_batch, self.max_tokens, self.vocab_size = max_batch, max_tokens, vocab_size
+        self._spread, self.memory, self._wrong, self.fail = spread, memory, wrong, fail
+        self.clock, self.seconds, self.growth = clock or FakeClock(), seconds, growth
+        self.prefill_seconds = 0.0
+        self._takes = self._behind = 0.0
+        self._cache = [[(-1, -1, -1)] * page_size for _ in range(pages)]
+        self._outstanding: torch.Tensor | None = None
+        self._returned: torch.Tensor | None = None
+        self._garbage = random.Random(0)
+        self.calls: list[str] = []
+        self.rows: list[list[int]] = []
+        self.computed = self.reached = 0
+        self.copies = 0
+
+    def prefill(self, row: Row) -> None:
+        assert self._outstanding is None, "prefill between submit and collect"
+        self.calls.append("prefill")
+        self.fail("prefill")
+        self._write(row)
+        self._read(row)
+        self._behind += self.prefill_seconds * len(row.ids)
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+        self.fail("synchronize")
+        self.clock.now += self._behind
+        self._behind = 0.0
+        self._outstanding = None
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        assert self._outstanding is None, "submit before collect"
+        longest = max(len(row.ids) for row in rows)
+        assert 0 < len(rows) <= self.max_batch
+        assert len(rows) > 1 or longest <= self.max_tokens
+        assert len(rows) * longest <= max(self.max_batch, self.max_tokens)
+        if self._returned is not None:
+            self._returned.fill_(float("nan"))
+        self.calls.append("submit")
+        self.rows.append([len(row.ids) for row in rows])
+        owners = [row.table[at // self.page_size] for row in rows for at in self._pages_written(row)]
+        assert len(owners) == len(set(owners)), "two rows write into one page"
+        for row in rows:
+            self._write(row)
+        self._outstanding = torch.full((len(rows), longest, self.vocab_size), float("nan"))
+        for index, row in enumerate(rows):
+            for place, state in enumerate(self._read(row)):
+                state += state % 100 < self._wrong
+                self._outstanding[index, place] = _logits(state, self.vocab_size, self._spread)
+        self._takes = self.seconds * (1 + self.growth * sum(len(row.ids) for row in rows))
+        self.fail("submit")
+
+    def collect(self) -> torch.Tensor:
+        assert self._outstanding is not None, "collect without submit"
+        self.calls.append("collect")
+        self.fail("collect")
+        self.clock.now += self._takes + self._behind
+        self._behind = 0.0
+        self._returned, self._outstanding = self._outstanding, None
+        return self._returned
+
+    def copy_page(self, source: int, target: int) -> None:
+        assert source != target
+        self.fail("copy")
+        self.copies += 1
+        self._cache[target] = [*self._cache[source]]
+
+    def _pages_written(self, row: Row) -> list[int]:
+        end = row.start + len(row.ids)
+        return [*range(row.start - row.start % self.page_size, end, self.page_size)]
+
+    def _write(self, row: Row) -> None:
+        assert row.ids
+        assert row.start >= 0
+        end = row.start + len(row.ids)
+        assert len(row.table) * self.page_size >= end
+        assert len(set(row.table)) == len(row.table)
+        self.computed += len(row.ids)
+        self.reached = max(self.reached, end)
+        state = self._at(row, row.start - 1)[2] if row.start else 0
+        for at, token in enumerate(row.ids, row.start):
+            state = _mixed(state, token)
+            self._cache[row.table[at // self.page_size]][at % self.page_size] = (token, at, state)
+        while end % self.page_size:
+            self._cache[row.table[end // self.page_size]][end % self.page_size] = (self._garbage.randrange(97), -1, -1)
+            end += 1
+
+    def _at(self, row: Row, at: int) -> tuple[int, int, int]:
+        return self._cache[row.table[at // self.page_size]][at % self.page_size]
+
+    def _read(self, row: Row) -> list[int]:
+        """The state after each of the row's tokens, from nothing but the cache."""
+        tokens, state = [], 0
+        for at in range(row.start + len(row.ids)):
+            token, position, found = self._at(row, at)
+            state = _mixed(state, token)
+            assert position == at, f"position {at} holds what belongs to {position}"
+            assert found == state, f"position {at} holds what belongs to another sequence"
+            tokens.append(token)
+        assert tuple(tokens[row.start :]) == row.ids
+        return self.states(tokens)[row.start :]
+
+    def states(self, tokens: Sequence[int]) -> list[int]:
+        """What the logits at each of these positions are a function of."""
+        found, state = [], 0
+        for at, token in enumerate(tokens):
+            if self.memory:
+                state = 0
+                for near in tokens[max(0, at + 1 - self.memory) : at]:
+                    state = _mixed(state, near)
+            state = _mixed(state, token)
+            found.append(state)
+        return found
+
+    def expected(self, request: Request, limit: int) -> list[int]:
+        """The new tokens of a request, without any cache."""
+        sampler, ids = sampler_for(request, self.vocab_size), [*request.ids]
+        while len(ids) < len(request.ids) + limit:
+            logits = _logits(self.states(ids)[-1], self.vocab_size, self._spread)
+            ids.append(sampler.sample(logits.numpy(), ids))
+            if ids[-1] in request.stop_ids:
+                break
+        return ids[len(request.ids) :]
+
+
+def sampler_for(request: Request, vocab_size: int = 97) -> Sampler:
+    """The real sampler, without a tokenizer."""
+    return Sampler(request.sampling, request.seed, vocab_size=vocab_size)
+
+
+@contextmanager
+def interrupt_after(opcodes: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt, once, after so many lines and opcodes in the files of the engine or in this one."""
+    before = sys.gettrace()
+    left = opcodes
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        file = frame.f_code.co_filename
+        if "exllamav2" not in file and "fakeforward" not in file:
+            return None
+        frame.f_trace_opcodes = True
+        if event in ("line", "opcode"):
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -1,0 +1,114 @@
+"""Passes, batches and speculation on a real GPU: the text is the model's own, whichever way it is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinymodels
+import torch
+from helpers import Recorder, collect, request_for
+
+from exl_cli import loader
+from exl_cli.engines.base import Engine
+from exl_cli.engines.options import LoadOptions
+from exl_cli.tokenizer import Tokenizer
+
+NEAR_TIE = 0.05  # of logits, between two kernels' rounding
+
+
+def load(path: Path, engine: str = "exllamav2", **options: object) -> Engine:
+    info = loader.resolve(str(path))
+    return loader.load(info, Tokenizer(info.path), LoadOptions(engine=engine, **options), Recorder())
+
+
+@pytest.fixture(scope="module")
+def reference(request: pytest.FixtureRequest) -> Engine:
+    return load(request.getfixturevalue("exl2_dir"), "cpu")
+
+
+def is_greedy(reference: Engine, ids: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether each token is the likeliest after those before it, up to a near tie."""
+    logits = reference.logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    return float((logits.max(1).values - chosen).max()) < NEAR_TIE
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(count)
+    return [[int(i) for i in rng.integers(100, 4000, rng.integers(5, 300))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [3, 16])
+def test_a_batch_gives_each_request_its_own_text(exl2_dir: Path, reference: Engine, count: int) -> None:
+    engine = load(exl2_dir, max_seq_len=400, sequences=count)
+    asked = prompts(count)
+    streams = [engine.stream(request_for(ids, "greedy", 40)) for ids in asked]
+    tokens: list[list[int]] = [[] for _ in streams]
+    running = list(enumerate(streams))
+    while running:
+        for index, stream in list(running):
+            chunk = next(stream)
+            tokens[index] += chunk.token_ids
+            if chunk.summary is not None:
+                running.remove((index, stream))
+    for ids, found in zip(asked, tokens, strict=True):
+        assert len(found) == 40
+        assert is_greedy(reference, ids, found)
+
+
+@pytest.mark.parametrize("options", [{"speculate": "ngram"}, {"draft": "fable-7m"}])
+def test_speculation_leaves_the_text_as_it_is(exl2_dir: Path, reference: Engine, options: dict[str, str]) -> None:
+    if "draft" in options:
+        options = {"draft": str(exl2_dir)}
+    engine = load(exl2_dir, **options)
+    ids = Tokenizer(exl2_dir).encode(
+        "One day a fox met a fox. The fox said: fox, fox, fox, fox, fox", add_special_tokens=True
+    )
+    for _ in range(2):
+        _, tokens, summary = collect(engine.stream(request_for(ids, "greedy", 80)))
+        assert is_greedy(reference, ids, tokens)
+    print(f"\n{options}: {summary.accepted_tokens} of {summary.drafted_tokens} accepted {summary.note}")
+    assert 0 <= summary.accepted_tokens <= summary.drafted_tokens
+
+
+def test_a_model_that_the_kernels_do_not_take_runs_through_exllamav2s_modules(tmp_path: Path) -> None:
+    variant = tinymodels.Variant("float")
+    state = tinymodels.write(tmp_path / "model", variant, seed=3)
+    engine = load(tmp_path / "model")
+    assert "exllamav2's modules" in engine.facts["kernels"]
+    ids = [1, 40, 300, 4000, 17, 250, 999, 31, 2048, 5, 77, 640]
+    expected = tinymodels.reference_logits(state, variant, ids)
+    for step in (1, 5, 12):
+        for _ in range(3):  # as it is, captured, and replayed
+            logits = engine.cached_logits(ids, step)
+            error = float(((logits - expected).norm(dim=1) / expected.norm(dim=1)).median())
+            assert error < 0.01
+
+
+@pytest.fixture
+def torch_attention() -> Iterator[None]:
+    os.environ["EXL_ATTENTION"] = "torch"
+    yield
+    del os.environ["EXL_ATTENTION"]
+
+
+@pytest.mark.usefixtures("torch_attention")
+def test_without_kernels_for_attention_the_text_is_the_same(exl2_dir: Path, reference: Engine) -> None:
+    engine = load(exl2_dir)
+    assert engine.facts["attention"].startswith("torch")
+    (ids,) = prompts(1)
+    _, tokens, _ = collect(engine.stream(request_for(ids, "greedy", 20)))
+    assert is_greedy(reference, ids, tokens)
+
+
+def test_a_full_context_is_filled_to_its_last_token(exl2_dir: Path, reference: Engine) -> None:
+    """The last passes are filled up with tokens that lie behind the end."""
+    engine = load(exl2_dir, max_seq_len=1024)
+    ids = [int(i) for i in np.random.default_rng(5).integers(100, 4000, 1010)]
+    _, tokens, _ = collect(engine.stream(request_for(ids, "greedy", 100)))
+    assert len(tokens) == 14
+    assert is_greedy(reference, ids, tokens)

@@ -1,0 +1,210 @@
+"""The scheduler over a model that notices errors of paging: what is computed when, and what becomes of failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakeforward import FakeForward
+from scheduling import Model, ask, pull
+
+from exl_cli.engines import driver
+from exl_cli.engines.base import Request
+from exl_cli.engines.driver import Step
+from exl_cli.engines.exllamav2.batching import Batch
+from exl_cli.engines.exllamav2.scheduler import Scheduler
+from exl_cli.engines.sampler import Samplers
+from exl_cli.errors import PromptError
+from exl_cli.sampling import build
+from exl_cli.tokenizer import Tokenizer
+
+
+def test_a_conversation_is_computed_once() -> None:
+    for length in range(1, 14):
+        model = Model()
+        first = ask(range(20, 20 + length), 7)
+        tokens, reused = model.run(first)
+        # The last new token is chosen, not computed.
+        assert (reused, model.forward.computed) == (0, length + 6)
+        second = ask([*first.ids, *tokens, 1, 2], 3)
+        assert model.run(second)[1] == length + 6
+        assert model.forward.computed == length + 6 + 3 + 2
+        assert model.forward.copies == 0
+        assert model.run(second)[1] == len(second.ids) - 1
+
+
+def test_two_conversations_on_one_model_keep_theirs() -> None:
+    model = Model(pages=24)
+    texts = [[1, 2, 3, 4, 5], [1, 2, 3, 9]]
+    for turn in range(4):
+        for who, ids in enumerate(texts):
+            request = ask([*ids, 50 + who], 4)
+            tokens, reused = model.run(request)
+            assert reused >= len(ids) - 1 if turn else reused in (0, 3)
+            texts[who] = [*request.ids, *tokens]
+
+
+def test_the_next_pass_is_under_way_when_a_token_is_handed_out() -> None:
+    model = Model()
+    stream = model.steps(ask(range(6), 3))
+    seen = []
+    for step in stream:
+        seen.append((len(step.token_ids), model.forward.calls[-1]))
+    assert seen == [(0, "submit"), (1, "submit"), (1, "submit"), (1, "collect")]
+    assert model.forward.calls[:3] == ["prefill", "synchronize", "submit"]
+
+
+def test_streams_read_in_turn_share_their_passes() -> None:
+    model = Model(pages=40)
+    requests = [ask(range(begin, begin + 9), 8, build({"top_k": 9}, None), seed=begin) for begin in (0, 30, 60)]
+    streams = [model.steps(request) for request in requests]
+    found: list[list[int]] = [[], [], []]
+    for _ in range(12):
+        for stream, tokens in zip(streams, found, strict=True):
+            tokens += next(stream, Step()).token_ids
+    assert found == [model.expected(request) for request in requests]
+    assert model.forward.rows.count([1, 1, 1]) >= 5
+
+
+def test_a_stream_that_is_not_read_goes_on_with_the_others() -> None:
+    model = Model(pages=40)
+    slow, fast = ask(range(5), 6), ask(range(30, 35), 9)
+    waiting = model.steps(slow)
+    pull(waiting)
+    assert sum((step.token_ids for step in model.steps(fast)), ()) == (*model.expected(fast),)
+    calls = len(model.forward.calls)
+    assert [token for step in waiting for token in step.token_ids] == model.expected(slow)[1:]
+    assert len(model.forward.calls) == calls
+
+
+def test_a_long_prompt_does_not_stop_those_who_are_generating() -> None:
+    model = Model(chunk=5, pages=40)
+    talking = model.steps(ask(range(4), 20))
+    pull(talking)
+    late = model.steps(ask(range(30, 61), 3))
+    next(late)
+    while next(late).prompt_seconds is None:
+        assert len(next(talking).token_ids) == 1
+    # 30 tokens in chunks of 5, a pass of the other between each two.
+    calls = model.forward.calls[model.forward.calls.index("collect") :]
+    assert calls.count("prefill") == 6
+    assert "synchronize" not in calls, "the others' passes are waited for anyway"
+    assert "prefill prefill" not in " ".join(calls)
+
+
+def test_those_who_ask_at_once_find_what_the_first_computed() -> None:
+    model = Model(pages=40, max_batch=4)
+    shared = [*range(40, 53)]
+    requests = [ask([*shared, number], 4) for number in range(4)]
+    sequences = [model.scheduler.sequence(request, 4) for request in requests]
+    for sequence in sequences:
+        model.scheduler.add(sequence)
+    model.scheduler.step()
+    assert [sequence.outbox[0].reused_tokens for sequence in sequences] == [0, 13, 13, 13]
+    while model.scheduler.leased_pages:
+        model.scheduler.step()
+    for sequence, request in zip(sequences, requests, strict=True):
+        assert [t for step in sequence.outbox for t in step.token_ids] == model.expected(request)
+
+
+def test_more_than_a_pass_holds_wait_in_order() -> None:
+    model = Model(pages=60, max_batch=2)
+    requests = [ask(range(begin, begin + 3), 4) for begin in (0, 10, 20, 30)]
+    streams = [model.steps(request) for request in requests]
+    order: list[int] = []
+    found: list[list[int]] = [[] for _ in streams]
+    while any(stream.gi_frame for stream in streams):
+        for index, stream in enumerate(streams):
+            step = next(stream, Step())
+            found[index] += step.token_ids
+            order += [index] if step.prompt_seconds is not None else []
+    assert order == [0, 1, 2, 3]
+    assert found == [model.expected(request) for request in requests]
+    assert max(len(row) for row in model.forward.rows) == 2
+
+
+def test_a_request_waits_for_its_pages_and_none_overtakes_it() -> None:
+    model = Model(pages=8)
+    first, large, small = ask(range(10), 7), ask(range(20, 36), 9), ask([90], 2)
+    running, waiting, behind = (model.steps(request) for request in (first, large, small))
+    pull(running)
+    assert next(waiting) == next(behind) == Step()
+    assert [t for step in running for t in step.token_ids] == model.expected(first)[1:]
+    assert model.forward.rows[:7] == [[1]] * 7
+    assert [t for step in behind for t in step.token_ids] == model.expected(small)
+    assert [t for step in waiting for t in step.token_ids] == model.expected(large)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    model = Model(pages=8)
+    assert len(model.run(ask(range(20), 13))[0]) == 13
+    with pytest.raises(PromptError, match=r"33 tokens, the KV cache holds 32"):
+        model.run(ask(range(20), 14))
+    model.run(ask(range(3)))
+
+
+def test_prompt_seconds_are_those_of_all_tokens_but_the_last() -> None:
+    model = Model(seconds=1.0, growth=0.0)
+    model.forward.prefill_seconds = 0.5
+    request = ask(range(11), 4)
+    step, *_ = model.steps(request)
+    assert (step.prompt_seconds, step.reused_tokens) == (5.0, 0)
+    assert model.clock.now == 5.0 + 4
+    again = next(model.steps(request))
+    assert (again.prompt_seconds, again.reused_tokens) == (0.0, 10)
+
+
+def test_closing_a_stream_frees_its_pages_at_once() -> None:
+    model = Model(pages=8)
+    one, two = ask(range(10), 20), ask(range(40, 50), 20)
+    first = model.steps(one)
+    pull(first)
+    second = model.steps(two)
+    assert next(second) == Step()
+    held = model.scheduler.leased_pages
+    first.close()
+    assert (held, model.scheduler.leased_pages) == (3, 0)
+    assert [t for step in second for t in step.token_ids] == model.expected(two)
+
+
+@pytest.mark.parametrize("pulls", range(1, 10))
+def test_what_a_closed_stream_had_computed_is_kept(pulls: int) -> None:
+    model = Model(pages=20)
+    request = ask(range(9), 20)
+    stream = model.steps(request)
+    tokens = [token for _ in range(pulls) for token in next(stream).token_ids]
+    stream.close()
+    again = ask([*request.ids, *model.expected(request)], 3)
+    # The pass in flight has the last one handed out, or the prompt's last; it counts for nothing.
+    assert model.run(again)[1] == 8 + len(tokens)
+    assert model.scheduler.leased_pages == 0
+
+
+def test_the_consumer_may_end_it_with_a_pass_in_flight(exl2_dir: Path) -> None:
+    tokenizer = Tokenizer(exl2_dir)
+    forward = FakeForward(pages=40, vocab_size=tokenizer.vocab_size)
+    batch = Batch(Scheduler(forward, Samplers(tokenizer, forward.vocab_size).make))
+
+    def stream(request: Request) -> list[int]:
+        chunks = driver.run(request, tokenizer.decode_stream(request.ids), 160, batch.steps(request, 100))
+        return [token for chunk in chunks for token in chunk.token_ids]
+
+    request = ask(range(300, 309), 100)
+    whole = forward.expected(request, 100)
+    stop = tokenizer.decode(whole[:20])[-3:]
+    tokens = stream(ask(request.ids, 100, stop_strings=(stop,)))
+    assert tokens == whole[: len(tokens)]
+    assert len(tokens) <= 20
+    passes = forward.calls.count("submit")
+    assert passes == len(tokens) + 1, "the pass that was in flight, and none after it"
+    request = ask([*request.ids, *tokens, 7], 100)
+    assert stream(request) == forward.expected(request, 100)
+
+
+def test_a_stop_id_ends_it_without_another_pass() -> None:
+    model = Model()
+    request = ask(range(5), 9)
+    stop = model.expected(request)[3]
+    tokens, _ = model.run(ask(range(5), 9, stop_ids=frozenset({stop})))
+    assert tokens[-1] == stop
+    assert model.forward.calls.count("submit") == len(tokens)
