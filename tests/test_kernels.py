@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -262,3 +263,15 @@ def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int
     assert error(keys.double()[pages, places], rotated(k)) < 1e-3
     assert torch.equal(values.double()[pages, places], v)
     assert int(keys.isnan().all(-1).sum()) == (6 * page_size - 2 * tokens) * kv_heads
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize(("bits", "k"), [(4, 4096), (4, 28672), (6, 14336), (8, 28672)])
+def test_some_layout_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, k: int) -> None:
+    """A block has 99 KB at most on compute capabilities 8.6 and 8.9 (CUDA programming guide)."""
+    rng = np.random.default_rng(0)
+    matrix, _ = exl2(rng, 32, (bits,), (32,))
+    large = dataclasses.replace(matrix, k=k)
+    layouts = products.layouts(rows)
+    needed = [products.variant([large], rows, layout).shared_bytes for layout in layouts]
+    assert min(needed) <= 99 * 1024

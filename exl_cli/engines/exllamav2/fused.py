@@ -78,7 +78,8 @@ class FusedPass:
         self._tuner = Tuner(self._device)
         self._layouts: dict[tuple[Any, ...], products.Layout] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
-        self._programs: dict[tuple[int, int], list[Work]] = {}
+        # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
+        self._programs = {(1, 1): self._program(1, 1)}
 
     def run(
         self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int

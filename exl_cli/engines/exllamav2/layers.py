@@ -20,6 +20,8 @@ def why_not(model: Any) -> str:
     from exllamav2.rmsnorm import ExLlamaV2RMSNorm
 
     modules = model.modules
+    if torch.cuda.get_device_capability(modules[1].device_idx) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
     if len({module.device_idx for module in modules[1:]}) > 1:
         return "the model is spread over several GPUs"
     params = model.config.arch.lm

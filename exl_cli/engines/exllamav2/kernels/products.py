@@ -107,12 +107,12 @@ def variant(
 
 
 def layouts(rows: int) -> list[Layout]:
-    """Those worth trying for that many rows, the likeliest first."""
+    """Those worth trying for that many rows, the likeliest first; the last one for GPUs of little shared memory."""
     if rows > 16:
         return [Layout(4, 2), Layout(8, 2)]
     if rows > 1:
-        return [Layout(8, 2), Layout(16, 2), Layout(8, 3)]
-    return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3)]
+        return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(4, 2)]
+    return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3), Layout(4, 2)]
 
 
 def argument(matrices: Sequence[QuantizedMatrix], rows: int, activation: str = "silu") -> Products:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -60,17 +60,22 @@ class Tuner:
             EngineError: no layout can be built or run here.
         """
         first = groups[0]
-        if sum(matrix.bytes for matrix in first) < _WORTH_MEASURING:
-            return products.layouts(rows)[0]
         rows = products.most_rows(rows)
+        builds = {}
+        for layout in products.layouts(rows):
+            variant = products.variant(first, rows, layout, paired=paired, two_xs=two_xs)
+            if variant.shared_bytes <= self._shared_bytes:
+                builds[layout] = variant
+        if not builds:
+            raise EngineError("this GPU has too little shared memory for the kernels")
+        if sum(matrix.bytes for matrix in first) < _WORTH_MEASURING:
+            return next(iter(builds))
         key = json.dumps([_source_key(), [matrix.kind for matrix in first], rows, paired, two_xs])
         known = self._read()
         with contextlib.suppress(KeyError, TypeError, ValueError):
             warps, stages = known[key]["layout"]
             return products.Layout(int(warps), int(stages))
-        times = self._measure(groups, rows, paired, two_xs)
-        if not times:
-            raise EngineError("no layout of the kernels fits this GPU")
+        times = self._measure(groups, rows, builds, paired=paired)
         best = min(times, key=lambda layout: times[layout])
         known[key] = {
             "layout": [best.warps, best.stages],
@@ -88,24 +93,22 @@ class Tuner:
         return found if isinstance(found, dict) else {}
 
     def _measure(
-        self, groups: Sequence[Sequence[QuantizedMatrix]], rows: int, paired: bool, two_xs: bool
+        self,
+        groups: Sequence[Sequence[QuantizedMatrix]],
+        rows: int,
+        builds: Mapping[products.Layout, products.Variant],
+        *,
+        paired: bool,
     ) -> dict[products.Layout, float]:
-        """Microseconds of a launch, for every layout that fits."""
-        candidates = {}
-        for layout in products.layouts(rows):
-            variant = products.variant(groups[0], rows, layout, paired=paired, two_xs=two_xs)
-            if variant.shared_bytes <= self._shared_bytes:
-                candidates[layout] = variant
+        """Microseconds of a launch, for every layout."""
         with ThreadPoolExecutor(8) as pool:
-            list(
-                pool.map(lambda v: compiler.compile_ahead(products.FILE, v.defines, self._device), candidates.values())
-            )
+            list(pool.map(lambda v: compiler.compile_ahead(products.FILE, v.defines, self._device), builds.values()))
         x = torch.randn((rows, groups[0][0].k), device=self._device).half()
         outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in groups[0]]
         count = -(-_MORE_THAN_CACHED // sum(m.bytes for m in groups[0]))
         used = [groups[index % len(groups)] for index in range(min(count, max(len(groups), 8)))]
         times = {}
-        for layout, variant in candidates.items():
+        for layout, variant in builds.items():
             kernel = Kernel(products.FILE, products.NAME, variant.defines, self._device, variant.shared_bytes)
             launches = []
             for matrices in used:
