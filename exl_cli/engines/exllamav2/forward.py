@@ -188,6 +188,9 @@ class GpuForward:
             logits[:count].copy_(real, non_blocking=True)
 
         self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
+        if self._last != self._device:
+            # The event below is of the first GPU's stream.
+            torch.cuda.synchronize(self._last)
         self._done.record()
         self._pending = True
         return tokens
