@@ -162,11 +162,14 @@ class GpuForward:
 
     def _pass(self, rows: Sequence[Row]) -> int:
         """Run rows as one small pass; returns how many tokens of each it computes."""
-        batch, tokens = _shape(len(rows), max(len(row.ids) for row in rows), self.max_tokens)
+        longest, last = max(len(row.ids) for row in rows), max(row.start for row in rows)
+        batch, tokens = _shape(len(rows), longest, self.max_tokens)
+        if last + tokens > self._model.config.max_seq_len:
+            tokens = longest  # models that learned their positions have none behind the end
         self._await_inputs()
         self._inputs.fill(rows, batch, tokens)
         bound = _LEAST_KEYS
-        while bound < max(row.start for row in rows) + tokens:
+        while bound < last + tokens:
             bound *= 2
         bound = min(bound, self._most_keys + self.page_size)
         count = batch * tokens
