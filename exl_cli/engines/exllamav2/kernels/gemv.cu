@@ -9,18 +9,20 @@
 // copied. A single row of x is put into shared memory whole at the start; of several rows each warp's ring has its part.
 // At the end the warps' sums are added up in float32 in a fixed order: the same input always gives the same bits.
 //
-// What limits it now, on an H100 with one row: not memory alone. The same copies without any arithmetic move 2.75 TB/s of
-// the 3.03 that a copy reaches; with it 1.7 for the largest matrices and 1.3 for the smallest. A chunk of 2 KB takes some
-// 290 instructions of a warp, and large matrices do not divide evenly among the multiprocessors (85 %). Tried, predicted
-// and measured on a 4-bit 4096 x 2 x 14336 pair, 61 MB, floor 20.1 microseconds:
+// What limits it, on an H100 with one row: not memory alone. The same copies without any arithmetic move 2.75 TB/s of the
+// 3.03 that a copy reaches; versions 1 to 5 moved 1.7 with large matrices and 1.3 with small ones. Each of their warps
+// waited for the zero points of the chunk after next, once a chunk: version 6 does not. A chunk of 2 KB takes some 290
+// instructions of a warp, and large matrices do not divide evenly among the multiprocessors (85 %). Predicted and
+// measured in microseconds, 4-bit, 4096 x 2 x 14336 as a pair, 61 MB, floor 20.1:
 //
-// | version                                                              | predicted | microseconds  |
-// |----------------------------------------------------------------------|-----------|---------------|
-// | first: x and scales through asynchronous copies of 4 to 16 bytes     | 26        | 51.9          |
-// | x whole in shared memory, scales in registers                        | 27        | 37.7          |
-// | a turn of the ring unrolled, scales as early as weights              | 30        | 35.0          |
-// | one of two constants of an expression kept in a register (372 to 294)| 30        | 35.0 to 36.5  |
-// | rows shared by a cluster of two or four blocks                       | 28        | 37.9 to 43.0  |
+// | version                                                                | predicted | measured     |
+// |------------------------------------------------------------------------|-----------|--------------|
+// | 1: x and scales through asynchronous copies of 4 to 16 bytes           | 26        | 51.9         |
+// | 2: x whole in shared memory, scales in registers                       | 27        | 37.7         |
+// | 3: a turn of the ring unrolled, scales asked for as early as weights   | 30        | 35.0         |
+// | 4: one of two constants of an expression in a register (372 to 294)    | 30        | 35.0 to 36.5 |
+// | 5: rows shared by a cluster of two or four blocks; given up            | 28        | 37.9 to 43.0 |
+// | 6: as 4, zero points shifted where they are used, not where they come  | 25        | not yet      |
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), WARPS a block, TILES of 8 rows, ONE_ROW, STAGES of the ring,
 // MAX_BITS of a weight, PAIRED (half the warps compute a gate, half what it gates), FINE (groups that do not fill
@@ -127,11 +129,12 @@ DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 block, const 
                             : *(const Words*) (stage + MAX_BITS * SLOT + place(tile * 8 + l.g, l.t * 4 + i));
             xs[tile][4 * i] = w.x; xs[tile][4 * i + 1] = w.y; xs[tile][4 * i + 2] = w.z; xs[tile][4 * i + 3] = w.w;
         }
+    const u32 four = meta.four >> (l.column & 4 ? 16 : 0);
     u32 factor[4];
     #pragma unroll
     for (int c = 0; c < 4; c++)
     {
-        u32 root = (meta.four >> (4 * c) & 15) + 1;
+        u32 root = (four >> (4 * c) & 15) + 1;
         factor[c] = FORMAT == 0 ? both(meta.scale >> (16 * c) & 0xffff)
                                 : h2_mul(both(to_half((float) (root * root))), both(meta.scale));
     }
@@ -147,7 +150,7 @@ DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 block, const 
         u32 own[4];
         #pragma unroll
         for (int c = 0; c < 4; c++) own[c] = bits == width ? factor[c] : 0;
-        multiply_any(width, l, stage, xs, own, meta.four, sums);
+        multiply_any(width, l, stage, xs, own, four, sums);
     }
 #else
     // One width and one group, so one scale of a column, for the whole chunk: the scale can wait for the sum.
@@ -158,7 +161,7 @@ DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 block, const 
         for (int tile = 0; tile < TILES; tile++)
             #pragma unroll
             for (int i = 0; i < 4; i++) part[half][tile][i] = 0.0f;
-    multiply_any(bits, l, stage, xs, factor, meta.four, part);
+    multiply_any(bits, l, stage, xs, factor, four, part);
     #pragma unroll
     for (int half = 0; half < 2; half++)
     {

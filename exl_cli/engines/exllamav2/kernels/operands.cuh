@@ -57,7 +57,8 @@ DEVICE u64 block_of(const Lane& l, u32 chunk)
     return l.block[block];
 }
 
-// What else those rows need: scales of the four columns, and zero points, as they lie in memory.
+// What else those rows need: scales of the four columns, and zero points, as they lie in memory. Nothing is done with them
+// before a chunk's turn comes: an instruction that needs them would wait for memory once a chunk.
 struct Meta { u32 four; u64 scale; };
 
 DEVICE Meta meta_of(const Lane& l, u32 chunk, u64 block)
@@ -65,7 +66,7 @@ DEVICE Meta meta_of(const Lane& l, u32 chunk, u64 block)
     u32 group = block >> 48;
     if (FORMAT == 0) group = min(chunk * 128 + (FINE ? l.t * 32 : 0), l.k - 1) >> l.group_shift;
     Meta meta;
-    meta.four = l.four[group * (l.n / 8) + l.column / 8] >> (l.column & 4 ? 16 : 0);
+    meta.four = l.four[group * (l.n / 8) + l.column / 8];
     meta.scale = FORMAT == 0 ? *(const u64*) (l.scale + group * l.n + l.column) : block >> 32 & 0xffff;
     return meta;
 }
@@ -73,7 +74,7 @@ DEVICE Meta meta_of(const Lane& l, u32 chunk, u64 block)
 DEVICE void copy_weights(const Lane& l, u32 stage, u64 block)
 {
     char* to = l.ring + stage * STAGE + l.lane * 16;
-    u32 bits = block >> 24 & 0xff;
+    u32 bits = FORMAT == 0 ? 4 : block >> 24 & 0xff;
     const u32* from = l.weight + (u64) (block & 0xffffff) * l.n + l.column;
     #pragma unroll
     for (u32 i = 0; i < MAX_BITS; i++)
