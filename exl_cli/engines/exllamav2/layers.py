@@ -1,7 +1,11 @@
-"""Which models the fused pass takes, and their matrices in the groups that one product takes together."""
+"""Which models the fused pass takes, and their matrices in the groups that one product takes together.
+
+The environment variable EXL_KERNELS=exllamav2 leaves all models to exllamav2's own kernels, for comparison.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +15,26 @@ from exl_cli.engines.exllamav2.kernels import products
 from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
 from exl_cli.errors import EngineError
 
+VARIABLE = "EXL_KERNELS"
+
 
 def why_not(model: Any) -> str:
-    """Why a model cannot take this pass, in a few words; empty where it can."""
+    """Why a model cannot take this pass, in a few words; empty where it can.
+
+    Raises:
+        EngineError: EXL_KERNELS says something unknown.
+    """
     from exllamav2.attn import ExLlamaV2Attention
     from exllamav2.linear import ExLlamaV2Linear
     from exllamav2.mlp import ExLlamaV2MLP
     from exllamav2.rmsnorm import ExLlamaV2RMSNorm
 
     modules = model.modules
+    chosen = os.environ.get(VARIABLE, "exl")
+    if chosen not in ("exl", "exllamav2"):
+        raise EngineError(f"{VARIABLE}={chosen} is not known", "choose exl or exllamav2")
+    if chosen == "exllamav2":
+        return f"{VARIABLE}={chosen}"
     if torch.cuda.get_device_capability(modules[1].device_idx) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if len({module.device_idx for module in modules[1:]}) > 1:

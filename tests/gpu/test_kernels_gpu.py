@@ -1,0 +1,112 @@
+"""The kernels on a real GPU: against float64 products of the weights, and the whole model with and without them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Recorder
+from kernels.shuffled import as_loaded_exl2, as_loaded_gptq
+from quantize import random_exl2, random_gptq
+
+from exl_cli import loader
+from exl_cli.engines.base import CachedScoring
+from exl_cli.engines.exllamav2.kernels import products
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
+from exl_cli.engines.options import LoadOptions
+from exl_cli.tokenizer import Tokenizer
+
+
+def random_matrix(rng: np.random.Generator, kind: str, columns: int) -> tuple[QuantizedMatrix, torch.Tensor]:
+    if kind == "gptq":
+        rows = 32 * int(rng.integers(1, 60))
+        group = int(rng.choice([32, 64, 128, 1024]))
+        g_idx = np.arange(rows) // group
+        act_order = bool(rng.integers(2))
+        if act_order:
+            g_idx = rng.permutation(g_idx)
+        tensors, weight = random_gptq(rng, columns, g_idx, zero_offset=1, store_g_idx=act_order)
+        loaded = as_loaded_gptq(tensors)
+    else:
+        count = int(rng.integers(1, 9))
+        bits = sorted((int(b) for b in rng.choice([2, 3, 4, 5, 6, 8], count)), reverse=True)
+        step = int(rng.choice([32, 128]))
+        tensors, weight = random_exl2(rng, columns, bits, [step * int(n) for n in rng.integers(1, 5, count)])
+        loaded = as_loaded_exl2(tensors)
+    matrix = from_exllamav2({name: tensor.cuda() for name, tensor in loaded.items()})
+    assert matrix is not None
+    return matrix, torch.from_numpy(weight).cuda()
+
+
+def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: products.Layout) -> torch.Tensor:
+    """Into poisoned memory; what lies around the result stays as it was."""
+    rows = len(x)
+    variant = products.variant([matrix], rows, layout)
+    kernel = Kernel(products.FILE, products.NAME, variant.defines, x.device, variant.shared_bytes)
+    ordered = x if matrix.perm is None else x[:, matrix.perm.long() & 0xFFFF].contiguous()
+    out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
+    argument = products.argument([matrix], rows)
+    target = argument.matrix[0]
+    target.x, target.x_stride = ordered.data_ptr(), ordered.stride(0)
+    target.out, target.out_stride = out.data_ptr(), out.stride(0)
+    launch = kernel.bind((products.blocks([matrix]),), 32 * layout.warps, argument)
+    launch(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    assert out[rows:].isnan().all()
+    assert out[:, matrix.n :].isnan().all()
+    return out[:rows, : matrix.n].double()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "exl2"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 13, 16, 32])
+def test_products_of_random_matrices(kind: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    for _ in range(4):
+        matrix, weight = random_matrix(rng, kind, 32 * int(rng.integers(1, 12)))
+        x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
+        expected = x.double() @ weight.T
+        for layout in products.layouts(rows):
+            if products.variant([matrix], rows, layout).shared_bytes > 99 * 1024:
+                continue
+            first, second = (product(matrix, x, layout) for _ in range(2))
+            assert float((first - expected).norm() / expected.norm()) < 2e-3
+            assert torch.equal(first, second)
+
+
+@pytest.fixture
+def original_kernels() -> Iterator[None]:
+    os.environ["EXL_KERNELS"] = "exllamav2"
+    yield
+    os.environ.pop("EXL_KERNELS", None)
+
+
+def perplexity(folder: Path, ids: Sequence[int], step: int) -> tuple[float, str]:
+    info = loader.resolve(str(folder))
+    engine = loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2"), Recorder())
+    assert isinstance(engine, CachedScoring)
+    logits = engine.cached_logits(ids, step)[:-1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
+    return math.exp(float(loss)), engine.facts["kernels"]
+
+
+@pytest.mark.usefixtures("original_kernels")
+@pytest.mark.parametrize("format_", ["exl2", "gptq"])
+def test_perplexity_is_that_of_exllamav2s_own_kernels(
+    format_: str, exl2_dir: Path, gptq_dir: Path, tmp_path: Path
+) -> None:
+    folder = exl2_dir if format_ == "exl2" else gptq_dir
+    text = "Once upon a time there was a little fox who lived under a big tree near the river. " * 20
+    ids = Tokenizer(folder).encode(text, add_special_tokens=True)[:512]
+    theirs, kernels = perplexity(folder, ids, 8)
+    assert "exllamav2's modules" in kernels
+    del os.environ["EXL_KERNELS"]
+    ours, kernels = perplexity(folder, ids, 8)
+    assert kernels == "kernels of exl's own"
+    print(f"\n{format_}: {ours:.5f} and {theirs:.5f}, {100 * abs(ours / theirs - 1):.4f} % apart")
+    assert abs(ours / theirs - 1) < 1e-3
