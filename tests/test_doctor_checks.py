@@ -125,6 +125,14 @@ def test_the_verdict() -> None:
     assert verdict([no_gpu, nothing]) == "none"
 
 
+def test_decoding_kernels_in_words() -> None:
+    assert kernels.decoding(None).status == "skip"
+    assert kernels.decoding(Answer({"why_not": ""})).status == "ok"
+    old = kernels.decoding(Answer({"why_not": "the GPU is older than compute capability 8.0"}))
+    assert (old.status, old.blocks) == ("warn", "")
+    assert "8.0" in old.found
+
+
 def test_attention_in_words() -> None:
     fast = kernels.attention(Answer({"decode": "triton", "prefill": "torch-varlen", "why_not": {"flash-attn": "x"}}))
     assert (fast.status, fast.found) == ("ok", "exl's Triton kernels, paged; prompts by torch's paged attention")

@@ -75,7 +75,7 @@ class Examination:
         here_gpu = bool(usable) and any(not card.blocks for card in cards)
         yield compiled.exllamav2()
         if here_gpu:
-            names = ["attention", "triton", *(["flash_attn"] if kernels.has_flash_attn() else [])]
+            names = ["attention", "kernels", "triton", *(["flash_attn"] if kernels.has_flash_attn() else [])]
             asked |= {name: lane.submit(child.ask, name, self.seconds) for name in names}
         capabilities = [(int(c.details["capability"][0]), int(c.details["capability"][1])) for c in usable]
         if torch is not None and torch.cuda is not None:
@@ -87,6 +87,7 @@ class Examination:
 
         chosen = answered("attention", "the attention kernels")
         yield kernels.attention(chosen)
+        yield kernels.decoding(answered("kernels", "the decoding kernels"))
         yield kernels.triton(answered("triton", "Triton"), chosen)
         yield kernels.flash_attn(answered("flash_attn", "flash-attn"))
         yield machine.cpu_engine(self._wait("the CPU engine", asked["cpu"]))

@@ -1,4 +1,4 @@
-"""Checks of what computes attention."""
+"""Checks of what computes attention, and of what decodes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,20 @@ def attention(answer: Answer | None) -> Finding:
     if prefill != decode:
         found += f"; prompts by {_NAMES.get(prefill, prefill)}"
     return Finding("Attention", "ok", found, details=answer.value)
+
+
+def decoding(answer: Answer | None) -> Finding:
+    """exl's own kernels for EXL2 and GPTQ matrices; without them exllamav2's do the work."""
+    if answer is None:
+        return Finding("Kernels", "skip", "not tried: there is no GPU")
+    if answer.value is None:
+        said = answer.said if answer.kind == "error" else answer.problem
+        # A crash or a hang would come on the way to a model, too; this leaves them out.
+        fix = answer.fix("EXL_KERNELS=exllamav2 in the environment")
+        return Finding("Kernels", "fail", f"compiling exl's own: {said}", fix, "gpu")
+    if reason := answer.value["why_not"]:
+        return Finding("Kernels", "warn", f"exllamav2's own, half as fast: {reason}")
+    return Finding("Kernels", "ok", "exl's own, compiled for this GPU by the NVRTC of torch")
 
 
 def has_flash_attn() -> bool:

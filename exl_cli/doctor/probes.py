@@ -84,6 +84,16 @@ def _process(nvml: Any, process: Any) -> dict[str, Any]:
     }
 
 
+def kernels() -> dict[str, Any]:
+    """exl's own decoding kernels, one of them compiled and loaded for each GPU; why not, where that fails."""
+    import torch
+
+    from exl_cli.engines.exllamav2.kernels import compiler
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {"why_not": next((reason for device in devices if (reason := compiler.why_not(device))), "")}
+
+
 def cpu() -> dict[str, Any]:
     """The CPU engine, imported."""
     importlib.import_module("exl_cli.engines.cpu")

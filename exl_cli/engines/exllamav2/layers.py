@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import products
+from exl_cli.engines.exllamav2.kernels import compiler, products
 from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
 from exl_cli.errors import EngineError
 
@@ -35,8 +35,8 @@ def why_not(model: Any) -> str:
         raise EngineError(f"{VARIABLE}={chosen} is not known", "choose exl or exllamav2")
     if chosen == "exllamav2":
         return f"{VARIABLE}={chosen}"
-    if torch.cuda.get_device_capability(modules[1].device_idx) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if reason := compiler.why_not(torch.device("cuda", modules[1].device_idx)):
+        return reason
     if len({module.device_idx for module in modules[1:]}) > 1:
         return "the model is spread over several GPUs"
     params = model.config.arch.lm

@@ -63,6 +63,20 @@ def source(name: str) -> str:
     return _INCLUDE.sub(lambda match: source(match[1]), (_HERE / name).read_text(encoding="utf-8"))
 
 
+def why_not(device: torch.device) -> str:
+    """Why the kernels of this folder cannot run on a device, in a few words; empty where they can.
+
+    Tries one of them: a fraction of a second the first time.
+    """
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    try:
+        Kernel("step.cu", "rms_norm", {}, device)
+    except EngineError as error:
+        return error.message
+    return ""
+
+
 def compile_ahead(file: str, defines: Mapping[str, int], device: torch.device) -> None:
     """Compile what `Kernel` would, if that has not been done; several threads may.
 
