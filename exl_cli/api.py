@@ -95,7 +95,7 @@ def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:
 class Model:
     """A loaded model; close it, or use it in a `with` block, to have its memory back.
 
-    It may be used from any number of threads. Generations take turns; see `turns`.
+    It may be used from any number of threads. How many generations run at a time is the engine's: see `turns`.
 
     Args:
         info: what the model is.

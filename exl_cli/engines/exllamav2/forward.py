@@ -108,12 +108,12 @@ class GpuForward:
             return
         self._await_inputs()
         most = self._model.config.max_input_len
-        table = torch.tensor([row.table[:]], dtype=torch.int32)
+        table = torch.tensor([row.table[:]], dtype=torch.int32, device=self._device)
         for first in range(0, len(row.ids), most):
             ids = torch.tensor([row.ids[first : first + most]])
             start = row.start + first
             lengths = torch.tensor([start], dtype=torch.int32, device=self._device)
-            self._large.prefill(ids, lengths, table.to(self._device), start + ids.shape[1])
+            self._large.prefill(ids, lengths, table, start + ids.shape[1])
 
     @torch.inference_mode()
     def synchronize(self) -> None:

@@ -154,10 +154,9 @@ class FusedPass:
         matrices = group.matrices
         argument = products.argument(matrices, rows)
         _norm_first(argument, group, norm)
-        for target, x, out in zip(argument.matrix, xs, outs, strict=False):
-            target.x, target.x_stride = x.data_ptr(), x.stride(0)
-            target.out, target.out_stride = out.data_ptr(), out.stride(0)
-            if residual:
+        products.connect(argument, xs, outs)
+        if residual:
+            for target, out in zip(argument.matrix, outs, strict=False):
                 target.add = out.data_ptr()
         layout = self._layout(group, rows)
         return self._bind(products.variant(matrices, rows, layout), products.blocks(matrices), layout, argument)
@@ -167,10 +166,9 @@ class FusedPass:
         matrices, (down,) = layer.gate_up.matrices, layer.down.matrices
         argument = products.argument(matrices, rows, self._model.config.arch.lm.mlp_act_func)
         _norm_first(argument, layer.gate_up, norm)
-        for target, x in zip(argument.matrix, xs, strict=False):
-            target.x, target.x_stride = x.data_ptr(), x.stride(0)
-            target.out, target.out_stride = self._inner.data_ptr(), self._inner.stride(0)
-            target.scatter = None if down.inverse is None else down.inverse.data_ptr()
+        products.connect(argument, xs, [self._inner] * len(matrices))
+        # Both halves of a block write one output, and take its order from the first.
+        argument.matrix[0].scatter = None if down.inverse is None else down.inverse.data_ptr()
         layout = self._layout(layer.gate_up, rows, paired=True)
         variant = products.variant(matrices, rows, layout, paired=True, two_xs=len(layer.gate_up.orders) > 1)
         return self._bind(variant, products.blocks(matrices, paired=True), layout, argument)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.attention import causal_attention
+from exl_cli.engines.exllamav2.support import too_old
 
 # Up to here a call is decoding, or the check of a few guessed tokens: bound by reading the cache.
 DECODE_QUERIES = 16
@@ -66,14 +67,6 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[-1].strip() or type(error).__name__
 
 
-def _too_old(device: torch.device) -> str:
-    """Why this is no GPU with the tensor cores that all but plain torch are written for; empty where it is."""
-    if device.type != "cuda":
-        return "needs a CUDA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"needs compute capability 8.0 or more, this GPU has {major}.{minor}"
-
-
 def _unusual_heads(call: Call) -> str:
     dim = call.q.shape[-1]
     return f"heads of {dim} values" if dim > 256 or dim % 8 else ""
@@ -99,7 +92,7 @@ def _flash_missing(device: torch.device) -> str:
         _flash_attn()
     except Exception as error:  # a compiled extension: anything can come out
         return f"cannot be imported: {_last_line(error)}"
-    return _too_old(device)
+    return too_old(device)
 
 
 def _flash_unable(call: Call) -> str:
@@ -147,7 +140,7 @@ def _varlen_attn() -> Any:
 def _varlen_missing(device: torch.device) -> str:
     if _varlen_attn() is None:
         return f"torch {torch.__version__.split('+')[0]} has none for pages, 2.13 has"
-    return _too_old(device)
+    return too_old(device)
 
 
 def _varlen_unable(call: Call) -> str:
@@ -181,7 +174,7 @@ def _triton_missing(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "not installed"
     # Triton's own interpreter runs kernels on the CPU; that is what the tests do.
-    return "" if os.environ.get("TRITON_INTERPRET") == "1" else _too_old(device)
+    return "" if os.environ.get("TRITON_INTERPRET") == "1" else too_old(device)
 
 
 def _triton_unable(call: Call) -> str:

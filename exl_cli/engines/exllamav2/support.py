@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from exl_cli.modelinfo import ModelInfo
+
+if TYPE_CHECKING:
+    import torch
 
 # exllamav2 0.3.2, architecture.py: the language models it knows. That release is the last, so the list does not grow.
 # It loads an architecture that it does not know as if it were Llama, and says so on stdout only; exl refuses instead.
@@ -92,3 +96,16 @@ def why_not_here() -> str:
     if importlib.util.find_spec("exllamav2") is None:
         return "exllamav2 is not installed"
     return ""
+
+
+def too_old(device: torch.device) -> str:
+    """Why this is no GPU with the tensor cores that exl's kernels and flash attention are written for; empty if it is.
+
+    Imports torch.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return "needs a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"needs compute capability 8.0 or more, this GPU has {major}.{minor}"

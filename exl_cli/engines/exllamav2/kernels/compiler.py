@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
 from exl_cli.storage import user_cache, write_atomically
 
@@ -68,8 +69,8 @@ def why_not(device: torch.device) -> str:
 
     Tries one of them: a fraction of a second the first time.
     """
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if reason := too_old(device):
+        return reason
     try:
         Kernel("step.cu", "rms_norm", {}, device)
     except EngineError as error:

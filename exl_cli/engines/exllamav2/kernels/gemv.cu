@@ -36,6 +36,16 @@
 
 typedef float Sums[2][TILES][4];
 
+DEVICE void clear(Sums& sums)
+{
+    #pragma unroll
+    for (int half = 0; half < 2; half++)
+        #pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+            #pragma unroll
+            for (int i = 0; i < 4; i++) sums[half][tile][i] = 0.0f;
+}
+
 // One lane's 32 rows of a chunk, all of BITS bits. `factor`: with FINE, scales of the four columns, twice in a word.
 template <int BITS>
 DEVICE void multiply(const Lane& l, const char* stage, const u32 (&xs)[TILES][16], const u32 (&factor)[4], u32 zeros,
@@ -155,12 +165,7 @@ DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 block, const 
 #else
     // One width and one group, so one scale of a column, for the whole chunk: the scale can wait for the sum.
     Sums part;
-    #pragma unroll
-    for (int half = 0; half < 2; half++)
-        #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) part[half][tile][i] = 0.0f;
+    clear(part);
     multiply_any(bits, l, stage, xs, factor, four, part);
     #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -254,12 +259,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(
     }
     if (ONE_ROW) __syncthreads();
     Sums sums;
-    #pragma unroll
-    for (int half = 0; half < 2; half++)
-        #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-            #pragma unroll
-            for (int i = 0; i < 4; i++) sums[half][tile][i] = 0.0f;
+    clear(sums);
 
     // A turn of the ring at a time, so that what belongs to each stage stays in registers of its own.
     u32 chunk = share;

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from exl_cli.engines.exllamav2.kernels.matrices import SLOT, Products, QuantizedMatrix
 
 FILE, NAME = "gemv.cu", "gemv"
@@ -116,7 +118,7 @@ def layouts(rows: int) -> list[Layout]:
 
 
 def argument(matrices: Sequence[QuantizedMatrix], rows: int, activation: str = "silu") -> Products:
-    """The kernel's argument, but for where inputs and outputs are: fill `x`, `x_stride`, `out`, `out_stride`, …"""
+    """The kernel's argument, but for where inputs and outputs are: see `connect`."""
     products = Products(count=len(matrices), rows=rows, activation=ACTIVATIONS[activation])
     first = 0
     for index, matrix in enumerate(matrices):
@@ -124,6 +126,13 @@ def argument(matrices: Sequence[QuantizedMatrix], rows: int, activation: str = "
         products.matrix[index].first_block = first
         first += matrix.n // 32
     return products
+
+
+def connect(argument: Products, xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
+    """Say where inputs and outputs are: float16, rows of them at any stride, one of each for every matrix."""
+    for target, x, out in zip(argument.matrix, xs, outs, strict=False):
+        target.x, target.x_stride = x.data_ptr(), x.stride(0)
+        target.out, target.out_stride = out.data_ptr(), out.stride(0)
 
 
 def blocks(matrices: Sequence[QuantizedMatrix], *, paired: bool = False) -> int:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,17 +33,16 @@ class Tuner:
 
     Args:
         device: the GPU.
-        folder: where results are kept; the user's cache folder by default.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._shared_bytes = int(
             getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
         )
         name = "".join(c if c.isalnum() else "-" for c in properties.name)
-        self._path = (folder or user_cache() / "kernels") / f"layouts-{name}.json"
+        self._path = user_cache() / "kernels" / f"layouts-{name}.json"
 
     def layout(
         self, groups: Sequence[Sequence[QuantizedMatrix]], rows: int, *, paired: bool = False, two_xs: bool = True
@@ -113,9 +111,7 @@ class Tuner:
             launches = []
             for matrices in used:
                 argument = products.argument(matrices, rows)
-                for target, out in zip(argument.matrix, outs, strict=False):
-                    target.x, target.x_stride = x.data_ptr(), x.stride(0)
-                    target.out, target.out_stride = out.data_ptr(), out.stride(0)
+                products.connect(argument, [x] * len(outs), outs)
                 grid = (products.blocks(matrices, paired=paired),)
                 launches.append(kernel.bind(grid, 32 * layout.warps, argument))
             times[layout] = _microseconds(launches) / len(used)
