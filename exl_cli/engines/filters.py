@@ -16,8 +16,16 @@ from exl_cli.sampling import Sampling
 # Sorting drops tokens below this probability, here as in exllamav2: in a large vocabulary that is most of them.
 _NEGLIGIBLE = 1e-8
 
+# So many candidates are looked at one by one.
+_FEW = 64
+
+# Above so many logits a column the highest of each column are taken first; see `shortlist`.
+_COLUMNS = 1024
+_LEAST_ROWS = 4
+
 # exllamav2 scales its random number so that rounding of the probabilities' sum cannot run past the last candidate.
 _ROUNDING_ROOM = 0.9998
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class Candidates(NamedTuple):
@@ -55,10 +63,10 @@ def penalize(logits: FloatArray, history: IntArray, settings: Sampling) -> None:
         np.subtract.at(logits, tokens, np.float32(settings.token_frequency_penalty) * strength)
 
 
-def softmax(logits: FloatArray, temperature: float, smoothing: float = 0.0) -> FloatArray:
+def softmax(logits: FloatArray, highest: np.float32, temperature: float, smoothing: float = 0.0) -> FloatArray:
     """Probabilities at a temperature. Smoothing (kalomaze's quadratic sampling) first squares each logit's distance
     to the highest and scales it."""
-    scores = logits - logits.max()
+    scores = logits - highest
     if smoothing > 0:
         with np.errstate(over="ignore"):
             scores *= -scores * (smoothing / temperature)
@@ -68,27 +76,96 @@ def softmax(logits: FloatArray, temperature: float, smoothing: float = 0.0) -> F
     return _normalized(scores)
 
 
-def top_k(logits: FloatArray, k: int) -> IntArray:
-    """The ids of the k highest logits, highest first, k below their number.
+def lowered(values: FloatArray, bound: np.float32, seen: BoolArray, settings: Sampling) -> FloatArray:
+    """What `penalize` makes of a few logits where it can only lower them, and all at full strength.
+
+    Args:
+        values: logits, shape [n].
+        bound: none of them is lower.
+        seen: which of them are of tokens in the history.
+        settings: a repetition penalty of at least 1, a presence penalty of at least 0, no range, none for frequency.
+    """
+    factor = np.float32(1.0) + np.float32(settings.token_repetition_penalty - 1.0)
+    after = values / factor
+    if not bound > 0:
+        # Divided where positive, else multiplied: with a factor of at least 1 that is the lower of the two.
+        after = np.minimum(after, values * factor)
+    if settings.token_presence_penalty:
+        after -= np.float32(settings.token_presence_penalty)
+    return np.where(seen, after, values)
+
+
+def shortlist(logits: FloatArray, count: int) -> tuple[IntArray, np.float32]:
+    """All logits from a bound on that at least `count` logits reach, and as a rule not many more.
+
+    In a large vocabulary a logit is looked at twice, in passes without branches. The vocabulary is laid out in
+    columns, and the highest of each column are as many different logits: the bound is the lowest of the `count` highest
+    among those.
+
+    Returns:
+        Their ids, ascending; and the bound.
+    """
+    columns = _COLUMNS
+    while columns < 4 * count:
+        columns *= 2
+    rows = len(logits) // columns
+    if rows < _LEAST_ROWS:
+        bound = np.partition(logits, -count)[-count]
+    else:
+        maxima = np.maximum.reduce(logits[: rows * columns].reshape(rows, columns), axis=0)
+        maxima.partition(columns - count)
+        bound = maxima[columns - count]
+    return (logits >= bound).nonzero()[0], bound
+
+
+def best(values: FloatArray, k: int) -> IntArray:
+    """The places of the k highest logits among some of ascending ids, highest first and, among equals, the highest id.
 
     Logits computed in float16 are often equal. Among equals at the end of the list the choice is that of exllamav2's
     heap: the tied tokens among the first k ids that are high enough, from their end."""
-    lowest = np.partition(logits, -k)[-k]
-    ids = np.flatnonzero(logits >= lowest)
-    if len(ids) > k:
-        tied = logits[ids] == lowest
-        first_tied = ids[:k][tied[:k]]
-        above = ids[~tied]
-        ids = np.concatenate([above, first_tied[len(first_tied) - (k - len(above)) :]])
-    return ids[_order(logits[ids], ids)]
+    order = values.argsort(kind="stable")[::-1]
+    if len(order) == k:
+        return order
+    lowest = values[order[k - 1]]
+    if values[order[k]] != lowest:
+        return order[:k]
+    above = order[: np.count_nonzero(values > lowest)]
+    enough = (values >= lowest).nonzero()[0][:k]
+    tied = enough[values[enough] == lowest]
+    return np.concatenate([above, tied[::-1][: k - len(above)]])
+
+
+def top_k(logits: FloatArray, k: int) -> IntArray:
+    """The ids of the k highest logits, highest first, k below their number. Equals: see `best`."""
+    ids, _ = shortlist(logits, k)
+    return ids[best(logits[ids], k)]
 
 
 def top_p(candidates: Candidates, mass: float) -> Candidates:
     """Nucleus sampling: the fewest likeliest tokens whose probabilities sum to at least `mass`, likeliest first."""
     # All tokens below this bound together have less than what may be left out, so they need no sorting.
-    candidates = descending(candidates, 0.5 * (1.0 - mass) / len(candidates.probs))
-    sums = np.cumsum(candidates.probs, dtype=np.float64)
-    return _kept(candidates, slice(int(np.searchsorted(sums, mass)) + 1))
+    least = 0.5 * (1.0 - mass) / len(candidates.probs)
+    if len(candidates.probs) <= _FEW and (count := _sorted_nucleus(candidates.probs.tolist(), mass, least)):
+        return _kept(candidates, slice(count))
+    candidates = descending(candidates, least)
+    sums = np.add.accumulate(candidates.probs, dtype=np.float64)
+    return _kept(candidates, slice(int(sums.searchsorted(mass)) + 1))
+
+
+def _sorted_nucleus(probs: list[float], mass: float, least: float) -> int:
+    """How many candidates `top_p` keeps, if they are the first ones and in order; 0 where that is not so.
+
+    After `top_k` it nearly always is, and a few numbers are added up sooner than NumPy is asked for it.
+    """
+    total, last = 0.0, math.inf
+    for index, prob in enumerate(probs):
+        if not last > prob > 1.01 * least:
+            return 0
+        total += prob
+        if total >= mass:
+            return index + 1 if max(probs[index + 1 :], default=0.0) < prob else 0
+        last = prob
+    return 0
 
 
 def top_a(candidates: Candidates, factor: float) -> Candidates:
@@ -181,7 +258,7 @@ def _order(values: FloatArray, ids: IntArray) -> IntArray:
 
 
 def _normalized(weights: FloatArray) -> FloatArray:
-    probs: FloatArray = weights / weights.sum()
+    probs: FloatArray = weights / np.add.reduce(weights)
     return probs
 
 
@@ -191,7 +268,6 @@ def _kept(candidates: Candidates, which: BoolArray | IntArray | slice) -> Candid
 
 def draw(probs: FloatArray, point: float) -> int:
     """The index of the first candidate at which the probabilities, summed in order, reach `point` (0 to 1)."""
-    sums = np.cumsum(probs)
-    target = np.float32(max(point * _ROUNDING_ROOM, np.finfo(np.float32).tiny))
-    index = int(np.searchsorted(sums, target))
+    sums = np.add.accumulate(probs)
+    index = int(sums.searchsorted(np.float32(max(point * _ROUNDING_ROOM, _TINY))))
     return index if index < len(sums) else int(np.flatnonzero(probs)[-1])

@@ -39,12 +39,15 @@ from exl_cli.engines.base import Request
 from exl_cli.engines.dry import FloatArray, IntArray, apply_dry, dry_breakers, token_mask
 from exl_cli.engines.filters import (
     Candidates,
+    best,
     descending,
     draw,
     dynamic_temperature,
+    lowered,
     min_p,
     penalize,
     retemper,
+    shortlist,
     softmax,
     surprise_limit,
     tail_free,
@@ -54,11 +57,16 @@ from exl_cli.engines.filters import (
     typical,
     xtc,
 )
+from exl_cli.engines.history import History
 from exl_cli.errors import EngineError
 from exl_cli.sampling import Sampling
 from exl_cli.tokenizer import Tokenizer
 
 AnyFloats = npt.NDArray[np.floating[Any]]
+
+# From so many logits on, and up to such a `top_k`, it is quicker to look at the highest ones only.
+_LARGE = 2048
+_MOST_SHORT = 512
 
 
 def xtc_protected(pieces: Sequence[str], special: Collection[int]) -> frozenset[int]:
@@ -103,7 +111,6 @@ class Sampler:
         if len(self._banned) >= vocab_size:
             raise ValueError("every token is banned")
         self._all_ids = np.arange(vocab_size)
-        self._history = _History()
         self._mu = 2.0 * settings.mirostat_tau
         self._penalties = (
             settings.token_repetition_penalty != 1.0
@@ -111,6 +118,8 @@ class Sampler:
             or settings.token_presence_penalty != 0.0
         )
         self._dry = settings.dry_multiplier > 0.0
+        self._history = History(vocab_size)
+        self._short = self._few_matter()
         self._breakers = token_mask(breakers() if self._dry else (), vocab_size)
         self._protected = token_mask(protected() if settings.xtc_probability > 0.0 else (), vocab_size)
         self._steps = self._filters()
@@ -137,34 +146,55 @@ class Sampler:
 
     def distribution(self, logits: AnyFloats, history: Sequence[int]) -> Candidates:
         """What the next token is drawn from. Arguments and errors are those of `sample`; it draws nothing."""
-        scores = self._adjusted(self._checked(logits), history)
+        if logits.ndim != 1 or not len(logits):
+            raise ValueError(f"logits must have the shape [n], got {logits.shape}")
+        scores = np.asarray(logits[: self._vocab_size], dtype=np.float32)
         settings = self._settings
-        if settings.greedy:
-            return Candidates(np.array([scores.argmax()]), np.ones(1, dtype=np.float32))
-        if 0 < settings.top_k < len(scores):
-            ids = top_k(scores, settings.top_k)
-            scores = scores[ids]
+        found = self._highest(scores, history) if self._short and len(scores) >= _LARGE else None
+        if found is not None:
+            ids, scores = found
+            highest = scores[0]
         else:
-            ids = self._all_ids[: len(scores)]
+            _check(scores)
+            scores = self._adjusted(scores, history)
+            if settings.greedy:
+                return Candidates(np.array([scores.argmax()]), np.ones(1, dtype=np.float32))
+            ids, highest = self._all_ids[: len(scores)], np.maximum.reduce(scores)
+            if 0 < settings.top_k < len(scores):
+                ids = top_k(scores, settings.top_k)
+                scores = scores[ids]
         temperature = 1.0 if settings.temperature_last else settings.temperature
-        candidates = Candidates(ids, softmax(scores, temperature, settings.smoothing_factor))
+        candidates = Candidates(ids, softmax(scores, highest, temperature, settings.smoothing_factor))
         for step in self._steps:
             if len(candidates.ids) > 1:
                 candidates = step(candidates)
         return candidates
 
-    def _checked(self, logits: AnyFloats) -> FloatArray:
-        if logits.ndim != 1 or not len(logits):
-            raise ValueError(f"logits must have the shape [n], got {logits.shape}")
-        scores = np.asarray(logits[: self._vocab_size], dtype=np.float32)
-        if not np.isfinite(scores).all():
-            nans = int(np.isnan(scores).sum())
-            what = f"NaN: {nans} of {len(scores)} logits are not numbers" if nans else "infinite logits"
-            raise EngineError(
-                f"the model computed {what}",
-                "download it again, its files may be damaged; or try another engine, its numbers may exceed float16",
-            )
-        return scores
+    def _few_matter(self) -> bool:
+        """Whether the candidates can be told from the highest logits alone: penalties only lower a token's logit, and
+        by what depends on nothing but whether it was seen."""
+        s = self._settings
+        plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
+        lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
+        penalties = not self._penalties or (plain and lowers)
+        return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not self._dry and not len(self._banned) and penalties
+
+    def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
+        """The ids of the `top_k` highest logits after penalties, highest first, and these logits; what is not among the
+        highest before is not looked at. None where that does not do, because too many of those were lowered."""
+        k = self._settings.top_k
+        if not math.isfinite(np.minimum.reduce(scores)):
+            _check(scores)
+        ids, bound = shortlist(scores, 2 * k if self._penalties else k)
+        values = scores[ids]
+        if self._penalties:
+            values = lowered(values, bound, self._history.seen(history)[ids], self._settings)
+        order = best(values, k)
+        values = values[order]
+        if not math.isfinite(values[0]):
+            _check(scores)
+        # All others were below the bound, and still are.
+        return (ids[order], values) if values[-1] >= bound else None
 
     def _adjusted(self, scores: FloatArray, history: Sequence[int]) -> FloatArray:
         """The logits after penalties, bans and DRY; a copy where anything changes."""
@@ -203,22 +233,14 @@ class Sampler:
         return point ** math.exp(-self._settings.skew) if self._settings.skew else point
 
 
-class _History:
-    """The tokens so far as an array, so that each call converts only the new ones."""
-
-    def __init__(self) -> None:
-        self._tokens = np.empty(256, dtype=np.int64)
-        self._length = 0
-
-    def read(self, history: Sequence[int]) -> IntArray:
-        """The whole history, shape [n]: a view that the next call may overwrite."""
-        n = len(history)
-        known = self._length if n >= self._length else 0
-        if n > len(self._tokens):
-            self._tokens = np.concatenate([self._tokens[:known], np.empty(2 * n - known, dtype=np.int64)])
-        self._tokens[known:n] = history[known:]
-        self._length = n
-        return self._tokens[:n]
+def _check(scores: FloatArray) -> None:
+    if not np.isfinite(scores).all():
+        nans = int(np.isnan(scores).sum())
+        what = f"NaN: {nans} of {len(scores)} logits are not numbers" if nans else "infinite logits"
+        raise EngineError(
+            f"the model computed {what}",
+            "download it again, its files may be damaged; or try another engine, its numbers may exceed float16",
+        )
 
 
 class Samplers:
