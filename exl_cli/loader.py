@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from exl_cli import headstart
 from exl_cli.building import build
 from exl_cli.engines.base import Engine
 from exl_cli.engines.options import LoadOptions
@@ -178,15 +179,19 @@ def load(
     context = context_to_allocate(info, options, needed)
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if _choose(info, options, observer.note) == "exllamav2":
-        from exl_cli.engines.exllamav2 import door
-        from exl_cli.engines.exllamav2 import engine as exllamav2
-
-        draft = _draft(info, tokenizer, options)
-        door.import_exllamav2(observer if isinstance(observer, build.Observer) else build.Notes(observer.note))
+    with headstart.files_being_read(tensor.file for tensor in info.tensors.values()):
+        with headstart.collector_paused():
+            chosen = _choose(info, options, observer.note)
+            if chosen == "exllamav2":
+                from exl_cli.engines.exllamav2 import door
+                from exl_cli.engines.exllamav2 import engine as exllamav2
+            else:
+                from exl_cli.engines import cpu
+        if chosen == "exllamav2":
+            draft = _draft(info, tokenizer, options)
+            door.import_exllamav2(observer if isinstance(observer, build.Observer) else build.Notes(observer.note))
+    if chosen == "exllamav2":
         return exllamav2.load(info, tokenizer, context, options, observer.progress, draft)
-    from exl_cli.engines import cpu
-
     return cpu.load(info, tokenizer, context, observer.progress)
 
 
@@ -212,7 +217,10 @@ def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) 
         return "cpu"
     from exl_cli.engines.exllamav2 import support
 
-    model, machine = support.why_not(info), support.why_not_here()
+    model = support.why_not(info)
+    if not model:
+        headstart.wake_gpu()
+    machine = support.why_not_here()
     if options.engine == "exllamav2":
         if machine:
             raise EngineError(

@@ -28,14 +28,16 @@ half = "half"
 
 class Tensor:
     def __init__(self, values): self.values = list(values)
-    def clone(self): return Tensor(self.values)
     def float(self): return self
+    def cpu(self): return self
+    def to(self, device):
+        if "FAKE_FULL" in os.environ: raise cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+        return Tensor(self.values)
     def __truediv__(self, by): return Tensor(v / by for v in self.values)
     def __mul__(self, by): return Tensor(v * by for v in self.values)
     def softcap_(self, scale): self.values = (tanh(self / scale) * scale).values
 
-def linspace(start, end, steps, dtype, device):
-    if "FAKE_FULL" in os.environ: raise cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+def linspace(start, end, steps, dtype):
     return Tensor(start + (end - start) * i / (steps - 1) for i in range(steps))
 def tanh(tensor):
     import math
@@ -176,8 +178,8 @@ class Machine:
         self.write("torch/cuda.py", _CUDA)
         self.write("torch/utils/__init__.py", "")
         self.write("torch/utils/cpp_extension.py", f"INCLUDE = {include}\n{_CPP_EXTENSION}")
-        self.write("exllamav2/__init__.py", "from exllamav2.ext import ext_c\nprint('exllamav2 says something')\n")
-        self.write("exllamav2/generator.py", "from exllamav2.ext import ext_c\n")
+        self.write("exllamav2/__init__.py", "from exllamav2.model import ext_c\n")
+        self.write("exllamav2/model.py", "from exllamav2.ext import ext_c\nprint('exllamav2 says something')\n")
         self.write("exllamav2/ext.py", _EXT)
         self.write("exllamav2/exllamav2_ext/bindings.cpp", module_source("int one();", init="one();"))
         self.write("exllamav2/exllamav2_ext/one.cu", "int two();\nint one() { return two(); }\n")

@@ -128,7 +128,8 @@ def test_a_broken_flash_attn_is_left_out_and_said(built: Machine) -> None:
         "flash_attn_2_cuda.py", "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN2at4_ops5zeros4call')"
     )
     built.write(
-        "exllamav2/generator.py", "import os\nif 'EXLLAMA_NO_FLASH_ATTN' not in os.environ:\n    import flash_attn\n"
+        "exllamav2/model.py",
+        "import os\nimport exllamav2.ext\nif 'EXLLAMA_NO_FLASH_ATTN' not in os.environ:\n    import flash_attn\n",
     )
     found = come_in(built)
     assert "file" in found, found
@@ -138,20 +139,20 @@ def test_a_broken_flash_attn_is_left_out_and_said(built: Machine) -> None:
 
 
 def test_a_missing_package_of_exllamav2_is_named(built: Machine) -> None:
-    built.write("exllamav2/generator.py", "import no_such_package\n")
+    built.write("exllamav2/model.py", "import no_such_package\n")
     found = come_in(built)
     assert found["message"] == "the Python package no_such_package is missing"
     assert "pip install no_such_package" in found["hint"]
 
 
 def test_an_unknown_failure_is_passed_on_in_a_line(built: Machine) -> None:
-    built.write("exllamav2/generator.py", "raise SystemError('first\\nand last')\n")
+    built.write("exllamav2/model.py", "raise SystemError('first\\nand last')\n")
     found = come_in(built)
     assert found["message"] == "exllamav2 cannot be imported: and last"
 
 
 def test_a_linkers_complaint_about_another_library_is_not_blamed_on_the_extension(built: Machine) -> None:
-    built.write("exllamav2/generator.py", "raise ImportError('/x/other.so: undefined symbol: y')\n")
+    built.write("exllamav2/model.py", "raise ImportError('/x/other.so: undefined symbol: y')\n")
     found = come_in(built)
     assert found["message"] == "exllamav2 cannot be imported: /x/other.so: undefined symbol: y"
 

@@ -37,22 +37,24 @@ def load(library: Path) -> ModuleType:
 def compute(module: Any, archs: tuple[str, ...] = ()) -> list[str]:
     """Run one of its kernels on each GPU, or each that `archs` cover, and compare with torch; the GPUs' names.
 
+    Torch computes on the CPU: on a GPU each of its own kernels would have to be loaded first.
+
     Raises:
         RuntimeError: it cannot be run there, or computes something else.
     """
     import torch
 
+    given = torch.linspace(-100, 100, 512, dtype=torch.half)
+    expected = torch.tanh(given.float() / _SCALE) * _SCALE
     names = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if archs and uncovered(archs, [torch.cuda.get_device_capability(index)]):
             continue
-        device = f"cuda:{index}"
-        given = torch.linspace(-100, 100, 512, dtype=torch.half, device=device)
-        result = given.clone()
+        result = given.to(f"cuda:{index}")
         module.softcap_(result, _SCALE)
         torch.cuda.synchronize(index)
         # A kernel for which there is no code is not run at all and leaves its input as it was.
-        if not torch.allclose(result.float(), torch.tanh(given.float() / _SCALE) * _SCALE, rtol=0.01, atol=0.05):
+        if not torch.allclose(result.cpu().float(), expected, rtol=0.01, atol=0.05):
             raise RuntimeError(f"no kernel image is available for {torch.cuda.get_device_name(index)}, or it is broken")
         names.append(torch.cuda.get_device_name(index))
     return names

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from torch.nn.attention.bias import causal_lower_right
 
 
 def causal_attention(
@@ -58,7 +57,7 @@ def causal_attention(
     if bias is None and not windowed and not softcap and _has_grouped_kernel(q.device):
         # is_causal aligns its mask to the upper left corner. This bias means the lower right one to flash attention,
         # and takes no memory there.
-        corner = causal_lower_right(q_len, k_len) if offset else None
+        corner = _lower_right(q_len, k_len) if offset else None
         is_causal = causal and q_len > 1 and not offset
         out = F.scaled_dot_product_attention(q, k, v, corner, is_causal=is_causal, scale=scale, enable_gqa=groups > 1)
         return out.transpose(1, 2)
@@ -72,6 +71,13 @@ def causal_attention(
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and q_len > 1, scale=scale)
     return out.transpose(1, 2)
+
+
+def _lower_right(q_len: int, k_len: int) -> torch.Tensor:
+    # Imported for the few calls that need it: torch's compiler comes with it, seconds where files open slowly.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(q_len, k_len)
 
 
 @lru_cache

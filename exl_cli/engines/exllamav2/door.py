@@ -20,9 +20,11 @@ from types import ModuleType
 
 import torch
 
+from exl_cli import headstart
 from exl_cli.building import build, extension, failures, here, remedies, trial
 from exl_cli.building.extension import Capability, Extension
 from exl_cli.building.failures import Failure
+from exl_cli.engines.exllamav2 import light_import
 from exl_cli.errors import EngineError, ExlError, OutOfMemoryError
 
 _ELSE = "or use --engine cpu"
@@ -30,7 +32,7 @@ _turns = threading.Lock()
 
 
 def import_exllamav2(observer: build.Observer | None = None) -> None:
-    """Import exllamav2 and its generator, with an extension that fits this machine. Later calls do nothing.
+    """Import exllamav2's model, with an extension that fits this machine. Later calls do nothing.
 
     Args:
         observer: is told of a build and how it is going, and of what is gone on without. Where there is none, nothing
@@ -41,14 +43,15 @@ def import_exllamav2(observer: build.Observer | None = None) -> None:
         OutOfMemoryError: the GPU has no room even for CUDA itself.
     """
     with _turns:
-        if "exllamav2.generator" in sys.modules:
+        if light_import.is_done():
             return
         # exllamav2 prints to stdout, which belongs to the model's text.
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 sys.modules[extension.MODULE] = _extension(observer)
                 _leave_out_what_is_broken(observer.note if observer else _ignore)
-                importlib.import_module("exllamav2.generator")
+                with headstart.collector_paused():
+                    light_import.import_model()
             except Exception as error:  # it imports much: anything can come out
                 raise _told(error, "exllamav2 cannot be imported") from error
 

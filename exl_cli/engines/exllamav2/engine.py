@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from exl_cli import memory
+from exl_cli import headstart, memory
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Request
-from exl_cli.engines.exllamav2 import attention
+from exl_cli.engines.exllamav2 import attention, paged_attention, weights
 from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.drafting import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
 from exl_cli.engines.exllamav2.ngrams import Ngrams
-from exl_cli.engines.exllamav2.paged_attention import Backend, install_paged
 from exl_cli.engines.exllamav2.passes import Row
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
@@ -177,19 +176,20 @@ def load(
         tokens = context_length * options.sequences
         memory.check(info, tokens, options.cache, _free_bytes(), low_mem=options.low_mem, draft=draft)
     attention.install()
-    backend = install_paged()
-    loaded = _load(info, context_length, options, progress, backend)
+    paged_attention.try_ahead()
+    loaded = _load(info, context_length, options, progress)
     drafter: Drafter | None = Ngrams() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
         context = min(context_length, draft.context_length)
-        others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress, backend))
+        others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress))
         drafter = DraftModel(others[0].forward, loaded.forward.vocab_size, context)
     small = loaded.forward.small
+    own = "exl's own from few tokens, else " if small.attends else ""
     facts = {
         "device": torch.cuda.get_device_name(0),
         "dtype": "float16",
-        "attention": f"{backend}, paged",
+        "attention": f"{own}{paged_attention.backend()}, paged",
         "kernels": small.name + (f" ({reason})" if (reason := loaded.forward.why_not_fused) else ""),
         "graphs": "one for each pass" if loaded.forward.captures else "none",
         "cache": options.cache,
@@ -199,7 +199,7 @@ def load(
     return ExLlamaV2Engine(loaded, tokenizer, context_length, facts, drafter, others)
 
 
-def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress, backend: Backend) -> _Loaded:
+def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> _Loaded:
     # exllamav2 prints to stdout, which belongs to the model's text.
     with (
         contextlib.redirect_stdout(sys.stderr),
@@ -207,6 +207,7 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
         _translated_errors(info, context_length, options),
     ):
         model, cache = _build(folder, context_length, options, progress)
+        backend = paged_attention.install_paged()
         return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
 
 
@@ -217,9 +218,11 @@ def _pages(context_length: int, options: LoadOptions) -> int:
 
 def _build(folder: Any, context_length: int, options: LoadOptions, progress: Progress) -> tuple[Any, Any]:
     """Model and cache, a page larger than what `_pages` says."""
-    import exllamav2
+    from exllamav2 import cache as caches
+    from exllamav2.config import ExLlamaV2Config
+    from exllamav2.model import ExLlamaV2
 
-    config = exllamav2.ExLlamaV2Config(str(folder))
+    config = ExLlamaV2Config(str(folder))
     config.max_seq_len = memory.round_up(context_length)
     config.max_input_len = min(config.max_input_len, config.max_seq_len)
     config.no_sdpa = True  # see attention.py; this keeps its own branch out of reach even where that is not installed
@@ -227,20 +230,23 @@ def _build(folder: Any, context_length: int, options: LoadOptions, progress: Pro
     if options.low_mem:
         config.set_low_mem()
     config.arch_compat_overrides(quiet=True)
-    model = exllamav2.ExLlamaV2(config)
+    model = ExLlamaV2(config)
     cache_class = {
-        "fp16": exllamav2.ExLlamaV2Cache,
-        "q8": exllamav2.ExLlamaV2Cache_Q8,
-        "q6": exllamav2.ExLlamaV2Cache_Q6,
-        "q4": exllamav2.ExLlamaV2Cache_Q4,
+        "fp16": caches.ExLlamaV2Cache,
+        "q8": caches.ExLlamaV2Cache_Q8,
+        "q6": caches.ExLlamaV2Cache_Q6,
+        "q4": caches.ExLlamaV2Cache_Q4,
     }[options.cache]
     tokens = (_pages(context_length, options) + 1) * memory.PAGE
-    if options.gpu_split:
-        model.load(list(options.gpu_split), callback=progress)
-        cache = cache_class(model, max_seq_len=tokens)
-    else:
-        cache = cache_class(model, max_seq_len=tokens, lazy=True)
-        model.load_autosplit(cache, last_id_only=False, callback=progress)
+    with weights.read_ahead(model), weights.nothing_drawn(), headstart.old_objects_set_aside():
+        if options.gpu_split:
+            model.load(list(options.gpu_split), callback=progress)
+            cache = cache_class(model, max_seq_len=tokens)
+        else:
+            cache = cache_class(model, max_seq_len=tokens, lazy=True)
+            # Also where there is one GPU: the pass through each layer that this makes, to see whether there is room for
+            # one, runs while the next is read.
+            model.load_autosplit(cache, last_id_only=False, callback=progress)
     torch.cuda.synchronize()
     return model, cache
 

@@ -55,6 +55,7 @@ class ModulesPass:
     """
 
     name = "exllamav2's modules"
+    attends = False
 
     def __init__(self, model: Any, cache: Any, page_size: int) -> None:
         self._model = model

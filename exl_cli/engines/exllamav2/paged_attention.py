@@ -11,13 +11,15 @@ exllamav2 0.3.2 pages its cache only where flash-attn is installed, which few ma
    device, so that it cannot be captured in a CUDA graph.
 
 An implementation works if it computes a small case correctly on this GPU. The environment variable EXL_ATTENTION
-names the one to use instead.
+names the one to use instead. Where it is not set, models that run through kernels of our own attend from few tokens by
+one of these, too (`kernels/attending.py`): in one launch with the rotary embedding it is faster than any of the above.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from exl_cli.errors import EngineError
 VARIABLE = "EXL_ATTENTION"
 
 _bound: ContextVar[int] = ContextVar("_bound", default=0)
+# Held while candidates are tried, so that whoever needs the choice waits for it.
+_trying = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,36 @@ def backend(device: torch.device | None = None) -> Backend:
     Raises:
         EngineError: EXL_ATTENTION names something unknown, or something that cannot be had.
     """
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return _choose(device, os.environ.get(VARIABLE, ""))
+    with _trying:
+        return _choose(device or _current(), os.environ.get(VARIABLE, ""))
+
+
+def try_ahead() -> None:
+    """Begin to try the candidates on the current GPU, in a thread of its own; `backend` waits for the end of that.
+
+    What EXL_ATTENTION names is tried at once, so that a wrong name is said before anything is waited for.
+
+    Raises:
+        EngineError: see `backend`.
+    """
+    device = _current()
+    if os.environ.get(VARIABLE):
+        backend(device)
+    else:
+        threading.Thread(target=_try, args=(device,), name="attention trial", daemon=True).start()
+
+
+def _try(device: torch.device) -> None:
+    with _trying, contextlib.suppress(Exception):  # what goes wrong does so again for whoever needs the choice
+        chosen = _choose(device, "")
+        # A model that is being loaded holds more memory than it does afterwards: no reason to do without Triton.
+        if any("out of memory" in reason for reason in chosen.why_not.values()):
+            _choose.cache_clear()
+
+
+def _current() -> torch.device:
+    """The current GPU or, without one, the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @lru_cache

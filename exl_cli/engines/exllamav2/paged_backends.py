@@ -128,17 +128,22 @@ def _flash(call: Call) -> torch.Tensor:
 
 
 @lru_cache
-def _varlen_attn() -> Any:
-    """Torch's function, or None where this torch's takes no pages."""
+def _flash_of_torch() -> Any:
+    """The operator behind `torch.nn.attention.varlen.varlen_attn`, or None where this torch's takes no pages.
+
+    That module is not imported: torch's compiler comes with it, seconds where files open slowly.
+    """
     try:
-        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
+        operator = torch.ops.aten._flash_attention_forward.default
+        accepted = {argument.name for argument in operator._schema.arguments}
+    except (AttributeError, RuntimeError):
         return None
-    return function if "block_table" in inspect.signature(function).parameters else None
+    wanted = {"scale", "window_size_left", "window_size_right", "seqused_k", "block_table"}
+    return operator if wanted <= accepted else None
 
 
 def _varlen_missing(device: torch.device) -> str:
-    if _varlen_attn() is None:
+    if _flash_of_torch() is None:
         return f"torch {torch.__version__.split('+')[0]} has none for pages, 2.13 has"
     return too_old(device)
 
@@ -150,7 +155,7 @@ def _varlen_unable(call: Call) -> str:
 def _varlen(call: Call) -> torch.Tensor:
     batch, q_len, heads, head_dim = call.q.shape
     ends = torch.arange(0, (batch + 1) * q_len, q_len, dtype=torch.int32, device=call.q.device)
-    out: torch.Tensor = _varlen_attn()(
+    out: torch.Tensor = _flash_of_torch()(
         call.q.reshape(batch * q_len, heads, head_dim),
         call.k_cache,
         call.v_cache,
@@ -158,12 +163,16 @@ def _varlen(call: Call) -> torch.Tensor:
         None,
         q_len,
         call.max_len,
+        0.0,
+        call.window == 0,  # causal; a window that ends at the query is so by itself
+        False,
         scale=call.scale,
-        window_size=(call.window - 1, 0),  # (-1, 0) is causal; a left window does not count the query's own key
-        enable_gqa=heads != call.k_cache.shape[2],
+        # A left window does not count the query's own key; -1 is none.
+        window_size_left=call.window - 1,
+        window_size_right=0,
         seqused_k=_append(call),
         block_table=call.block_table,
-    )
+    )[0]
     return out.view(call.q.shape)
 
 

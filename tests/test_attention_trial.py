@@ -1,0 +1,84 @@
+"""What computes attention is tried in a thread while a model loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exl_cli.engines.exllamav2 import paged_attention
+from exl_cli.errors import EngineError
+
+BEGIN = """
+import builtins, json, sys, threading
+from exl_cli.engines.exllamav2 import paged_attention
+
+def why_not():
+    return paged_attention.backend().why_not["flash-attn"]
+
+def trial():
+    return next(thread for thread in threading.enumerate() if thread.name == "attention trial")
+"""
+
+# Each import tells how many there have been; the first waits until it may go on.
+FLASH_ATTN = """
+import builtins
+builtins.imports = getattr(builtins, "imports", 0) + 1
+if builtins.imports == 1:
+    builtins.may_go_on.wait()
+raise ImportError(f"{WHAT} ({builtins.imports})")
+"""
+
+
+def run(code: str, folder: Path, what: str) -> list[str]:
+    """What a program prints, with a flash-attn that fails in that way."""
+    (folder / "flash_attn.py").write_text(FLASH_ATTN.replace("{WHAT}", what))
+    path = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop(paged_attention.VARIABLE, None)
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found: Any = json.loads(done.stdout)
+    return list(found)
+
+
+def test_who_needs_the_choice_waits_for_it(tmp_path: Path) -> None:
+    code = """
+builtins.may_go_on = threading.Event()
+paged_attention.try_ahead()
+while not hasattr(builtins, "imports"):
+    pass
+said = []
+waiting = threading.Thread(target=lambda: said.append(why_not()))
+waiting.start()
+while waiting.ident not in (frames := sys._current_frames()) or "backend" not in frames[waiting.ident].f_code.co_name:
+    pass
+builtins.may_go_on.set()
+waiting.join()
+print(json.dumps(said))
+"""
+    assert run(code, tmp_path, "broken") == ["cannot be imported: broken (1)"]
+
+
+def test_a_trial_that_found_no_memory_does_not_count(tmp_path: Path) -> None:
+    code = """
+builtins.may_go_on = threading.Event()
+paged_attention.try_ahead()
+thread = trial()
+builtins.may_go_on.set()
+thread.join()
+print(json.dumps([why_not(), why_not()]))
+"""
+    said = run(code, tmp_path, "CUDA out of memory")
+    assert said == ["cannot be imported: CUDA out of memory (2)"] * 2
+
+
+def test_a_name_that_is_wrong_is_said_before_anything_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(paged_attention.VARIABLE, "flash")
+    with pytest.raises(EngineError, match="EXL_ATTENTION=flash is not known"):
+        paged_attention.try_ahead()
