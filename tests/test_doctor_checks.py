@@ -53,6 +53,12 @@ def test_a_question_that_ends_badly_is_an_answer_too(name: str, kind: str, probl
     assert (answer.value, answer.kind, answer.problem) == (None, kind, problem)
 
 
+@pytest.mark.parametrize("name", ["torch", "kernels", "attention"])
+def test_the_doctors_own_questions_are_answered(name: str) -> None:
+    """Also where there is no GPU; what asks for more needs it."""
+    assert child.ask(name, 120.0).value is not None
+
+
 def test_a_question_that_hangs_is_ended() -> None:
     answer = ask("hang", 0.2)
     assert (answer.kind, answer.problem) == ("hang", "hung: no answer in 0.2 s")

@@ -121,7 +121,7 @@ def compiler() -> Tool:
     """The C++ compiler that torch will call: CXX, else c++."""
     command = shlex.split(os.environ.get("CXX") or "c++")
     path = shutil.which(command[0])
-    name = "g++" if command[0] == "c++" else command[0]
+    name = "g++" if command[0] == "c++" else Path(command[0]).name
     if path is None:
         return Tool(name, problem="is not found", fix=remedies.compiler())
     # gcc of 7 and later tells its whole version by the first flag, earlier ones and clang by the second.

@@ -157,7 +157,7 @@ class Examination:
         if self.verdict == "none":
             return f"exl run does not work here: {self._first('all')}"
         if self.verdict == "cpu":
-            flag = ", with --engine cpu," if self._would_take_the_gpu() else ""
+            flag = " (--engine cpu)" if self._would_take_the_gpu() else ""
             return f"exl run works on the CPU only{flag}: {self._first('gpu')}"
         if self.state is not None and not self.state.ready:
             return "exl run works on the GPU, and compiles exllamav2's extension first; exl build does that now"

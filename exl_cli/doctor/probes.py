@@ -157,7 +157,7 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     questions: dict[str, Callable[..., dict[str, Any]]] = {
-        question.__name__: question for question in (torch, cpu, extension, flash_attn, triton, attention, hub)
+        question.__name__: question for question in (torch, cpu, kernels, extension, flash_attn, triton, attention, hub)
     }
     if sys.argv[1] in ("generate", "compare"):
         module = importlib.import_module("exl_cli.doctor.model_probes")
