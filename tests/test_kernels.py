@@ -66,24 +66,26 @@ def multiply(
 ) -> list[Tensor]:
     """All products by one launch; outputs and what lies around them are NaN before."""
     rows = len(xs[0])
-    variant = products.variant(matrices, rows, products.Layout(warps, stages), paired=paired)
-    argument = products.argument(matrices, rows, activation)
-    outs = []
-    inputs = [x if norm is not None else ordered(matrix, x) for matrix, x in zip(matrices, xs, strict=True)]
-    for target, matrix, x in zip(argument.matrix, matrices, inputs, strict=False):
+    product = products.Product(tuple(matrices), paired)
+    argument = products.argument(product, rows, activation)
+    # A single row is put in order by the kernel itself.
+    inputs = [x if rows == 1 else ordered(matrix, x) for matrix, x in zip(matrices, xs, strict=True)]
+    outs, kept = [], []
+    for target, matrix in zip(argument.matrix, matrices, strict=False):
         out = torch.full((rows + 1, matrix.n + 32), float("nan"), dtype=torch.float16)
         if add is not None:
             out[:rows, : matrix.n] = add
             target.add = out.data_ptr()
-        target.x, target.x_stride = x.data_ptr(), x.stride(0)
-        target.out, target.out_stride = out.data_ptr(), out.stride(0)
         if norm is not None:
-            target.norm, target.epsilon, target.perm = norm.data_ptr(), 1e-5, matrix.perm.data_ptr()
+            kept.append(ordered(matrix, norm[None])[0])
+            target.norm, target.epsilon = kept[-1].data_ptr(), 1e-5
         if scatter is not None:
             target.scatter = scatter.data_ptr()
         outs.append(out)
+    products.connect(argument, inputs, outs)
+    variant = products.variant(product, rows, products.Layout(warps, stages))
     kernel = Emulated(folder, products.FILE, products.NAME, "Products", variant.defines)
-    kernel(argument, (products.blocks(matrices, paired=paired), 1), 32 * warps)
+    kernel(argument, (product.blocks, 1), 32 * warps)
     for out, matrix in zip(outs, matrices, strict=True):
         assert out[rows:].isnan().all()
         assert out[:, matrix.n :].isnan().all()
@@ -180,6 +182,17 @@ def test_the_same_input_gives_the_same_bits(folder: Path) -> None:
     assert torch.equal(first, second)
 
 
+def test_an_order_that_changes_nothing_is_left_out() -> None:
+    """exllamav2 makes one for every file that says which group each row is in."""
+    rng = np.random.default_rng(9)
+    tensors, _ = random_gptq(rng, 32, np.arange(64) // 32, zero_offset=1)
+    places = torch.arange(64).to(torch.int16)
+    matrix = from_exllamav2(as_loaded_gptq(tensors) | {"q_perm": places, "q_invperm": places})
+    assert matrix is not None
+    assert matrix.perm is None
+    assert matrix.inverse is None
+
+
 def test_matrices_that_the_kernel_cannot_take_are_left_to_exllamav2() -> None:
     rng = np.random.default_rng(7)
     small_groups, _ = random_gptq(rng, 32, np.arange(64) // 16, zero_offset=1)
@@ -188,10 +201,11 @@ def test_matrices_that_the_kernel_cannot_take_are_left_to_exllamav2() -> None:
     assert from_exllamav2(as_loaded_gptq(odd_columns)) is None
 
 
+@pytest.mark.parametrize("reordered", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("paired", [False, True])
-def test_one_row_is_normed_and_put_in_order_on_the_way(folder: Path, paired: bool) -> None:
+def test_one_row_is_normed_and_put_in_order_on_the_way(folder: Path, paired: bool, reordered: tuple[bool, ...]) -> None:
     rng = np.random.default_rng(8)
-    made = [gptq(rng, 32, 416, 32, True) for _ in range(2)]
+    made = [gptq(rng, 32, 416, 32, act_order) for act_order in reordered]
     x, weight = inputs(rng, 1, 416) * 5, inputs(rng, 1, 416)[0]
     got = multiply(folder, [m for m, _ in made], [x, x], paired=paired, norm=weight)
     wide = x.double()
@@ -273,5 +287,6 @@ def test_some_layout_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, 
     matrix, _ = exl2(rng, 32, (bits,), (32,))
     large = dataclasses.replace(matrix, k=k)
     layouts = products.layouts(rows)
-    needed = [products.variant([large], rows, layout).shared_bytes for layout in layouts]
+    product = products.Product((large,), reorders=False)
+    needed = [products.variant(product, rows, layout).shared_bytes for layout in layouts]
     assert min(needed) <= 99 * 1024

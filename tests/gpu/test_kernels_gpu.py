@@ -47,15 +47,15 @@ def random_matrix(rng: np.random.Generator, kind: str, columns: int) -> tuple[Qu
 def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: products.Layout) -> torch.Tensor:
     """Into poisoned memory; what lies around the result stays as it was."""
     rows = len(x)
-    variant = products.variant([matrix], rows, layout)
+    one = products.Product((matrix,))
+    variant = products.variant(one, rows, layout)
     kernel = Kernel(products.FILE, products.NAME, variant.defines, x.device, variant.shared_bytes)
-    ordered = x if matrix.perm is None else x[:, matrix.perm.long() & 0xFFFF].contiguous()
+    # A single row is put in order by the kernel itself.
+    ordered = x if matrix.perm is None or rows == 1 else x[:, matrix.perm.long() & 0xFFFF].contiguous()
     out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
-    argument = products.argument([matrix], rows)
-    target = argument.matrix[0]
-    target.x, target.x_stride = ordered.data_ptr(), ordered.stride(0)
-    target.out, target.out_stride = out.data_ptr(), out.stride(0)
-    launch = kernel.bind((products.blocks([matrix]),), 32 * layout.warps, argument)
+    argument = products.argument(one, rows)
+    products.connect(argument, [ordered], [out])
+    launch = kernel.bind((one.blocks,), 32 * layout.warps, argument)
     launch(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     assert out[rows:].isnan().all()
@@ -72,7 +72,7 @@ def test_products_of_random_matrices(kind: str, rows: int) -> None:
         x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
         expected = x.double() @ weight.T
         for layout in products.layouts(rows):
-            if products.variant([matrix], rows, layout).shared_bytes > 99 * 1024:
+            if products.variant(products.Product((matrix,)), rows, layout).shared_bytes > 99 * 1024:
                 continue
             first, second = (product(matrix, x, layout) for _ in range(2))
             assert float((first - expected).norm() / expected.norm()) < 2e-3

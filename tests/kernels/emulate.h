@@ -2,11 +2,13 @@
 // at the operations of a whole warp. Asynchronous copies really are late: they take place when they are waited for.
 #pragma once
 #define EMULATED
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <random>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -36,6 +38,7 @@ static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static ucontext_t scheduler;
 static unsigned current, block_count, block_phase;
+static bool at_once;
 
 static void become(unsigned fiber)
 {
@@ -68,10 +71,9 @@ template <class F> static unsigned each_half(F f)
 DEVICE float part(unsigned a, int shift) { return half_to_float((unsigned short) (a >> shift)); }
 DEVICE unsigned h2_add(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) + part(b, s); }); }
 DEVICE unsigned h2_mul(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) * part(b, s); }); }
-DEVICE unsigned h2_fma(unsigned a, unsigned b, unsigned c)
-{
-    return each_half([&](int s) { return (float) ((double) part(a, s) * part(b, s) + part(c, s)); });
-}
+DEVICE void prefetch(const void*) {}
+DEVICE float small_float(unsigned v) { return (float) v; }
+DEVICE unsigned same_in_warp(unsigned v) { return v; }
 DEVICE unsigned in_register(unsigned v, void*) { return v; }
 DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1)
 {
@@ -102,6 +104,15 @@ DEVICE unsigned warp_or(unsigned v)
     for (int i = 0; i < 32; i++) all |= w.u[turn][i][0];
     return all;
 }
+DEVICE unsigned long long from_lane(unsigned long long v, unsigned from)
+{
+    Warp& w = warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
+    memcpy(w.u[turn][lane], &v, sizeof v);
+    __syncwarp();
+    memcpy(&v, w.u[turn][from], sizeof v);
+    return v;
+}
 DEVICE float warp_sum(float v)
 {
     Warp& w = warps[current / 32];
@@ -112,12 +123,48 @@ DEVICE float warp_sum(float v)
     for (int i = 0; i < 32; i++) all += w.f[turn][i][0];
     return all;
 }
+// What each lane of the warp gives.
+static float* given(float v)
+{
+    Warp& w = warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
+    w.f[turn][lane][0] = v;
+    __syncwarp();
+    return w.f[turn][0];
+}
+DEVICE float shuffle(float v, unsigned lane) { return given(v)[lane * 4]; }
+DEVICE float quad_max(float v)
+{
+    float* all = given(v) + current % 32 / 4 * 16;
+    return fmaxf(fmaxf(all[0], all[4]), fmaxf(all[8], all[12]));
+}
+DEVICE float quad_sum(float v)
+{
+    float* all = given(v) + current % 32 / 4 * 16;
+    return (all[0] + all[4]) + (all[8] + all[12]);
+}
+DEVICE unsigned to_halves(float low, float high) { return float_to_half(low) | (unsigned) float_to_half(high) << 16; }
+DEVICE unsigned low_halves(unsigned a, unsigned b) { return (a & 0xffff) | b << 16; }
+DEVICE unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
+DEVICE float reciprocal(float v) { return 1.0f / v; }
+DEVICE float power_of_two(float v) { return exp2f(v); }
+DEVICE unsigned arrive(unsigned* counter) { return (*counter)++; }
+template <unsigned long N> DEVICE void from_others(float (&to)[N], const void* from) { memcpy(to, from, sizeof to); }
 DEVICE float rsqrtf(float v) { return 1.0f / sqrtf(v); }
-static void later(void* to, const void* from, unsigned bytes) { fibers[current].open.push_back({to, from, bytes}); }
+static void later(void* to, const void* from, unsigned bytes)
+{
+    if (at_once) memcpy(to, from, bytes);
+    else fibers[current].open.push_back({to, from, bytes});
+}
 DEVICE void copy16(void* to, const void* from)
 {
     if ((uintptr_t) to % 16 || (uintptr_t) from % 16) abort();
     later(to, from, 16);
+}
+DEVICE void copy8(void* to, const void* from)
+{
+    if ((uintptr_t) to % 8 || (uintptr_t) from % 8) abort();
+    later(to, from, 8);
 }
 DEVICE void copies_commit() { Fiber& f = fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
 template <int PENDING> DEVICE void copies_wait()
@@ -140,36 +187,43 @@ template <class Argument> static void start()
     fibers[current].done = true;
     give_way();
 }
-template <class Argument> static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsigned threads)
+// Blocks run in order, or with `seed` in another one; where that is odd, asynchronous copies take place at once.
+template <class Argument>
+static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsigned threads, unsigned seed)
 {
+    at_once = seed & 1;
     entry<Argument> = kernel;
     argument<Argument> = &a;
     gridDim = grid;
     blockDim = {threads, 1, 1};
-    for (unsigned y = 0; y < grid.y; y++)
-        for (unsigned x = 0; x < grid.x; x++)
+    std::vector<Dim> blocks;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) blocks.push_back({x, y, z});
+    if (seed) std::shuffle(blocks.begin(), blocks.end(), std::minstd_rand(seed));
+    for (const Dim& block : blocks)
+    {
+        blockIdx = block;
+        // What a block finds in shared memory is undefined: here, NaNs.
+        memset(shared_bytes, 0xff, sizeof shared_bytes);
+        fibers = std::vector<Fiber>(threads);
+        warps = std::vector<Warp>((threads + 31) / 32);
+        for (unsigned i = 0; i < threads; i++)
         {
-            blockIdx = {x, y, 0};
-            // What a block finds in shared memory is undefined: here, NaNs.
-            memset(shared_bytes, 0xff, sizeof shared_bytes);
-            fibers = std::vector<Fiber>(threads);
-            warps = std::vector<Warp>((threads + 31) / 32);
+            Fiber& f = fibers[i];
+            f.stack.resize(64 * 1024);
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.data();
+            f.context.uc_stack.ss_size = f.stack.size();
+            makecontext(&f.context, (void (*)()) start<Argument>, 0);
+        }
+        for (unsigned left = threads; left;)
             for (unsigned i = 0; i < threads; i++)
             {
-                Fiber& f = fibers[i];
-                f.stack.resize(64 * 1024);
-                getcontext(&f.context);
-                f.context.uc_stack.ss_sp = f.stack.data();
-                f.context.uc_stack.ss_size = f.stack.size();
-                makecontext(&f.context, (void (*)()) start<Argument>, 0);
+                if (fibers[i].done) continue;
+                become(i);
+                swapcontext(&scheduler, &fibers[i].context);
+                if (fibers[i].done) left--;
             }
-            for (unsigned left = threads; left;)
-                for (unsigned i = 0; i < threads; i++)
-                {
-                    if (fibers[i].done) continue;
-                    become(i);
-                    swapcontext(&scheduler, &fibers[i].context);
-                    if (fibers[i].done) left--;
-                }
-        }
+    }
 }

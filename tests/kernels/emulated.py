@@ -14,6 +14,10 @@ from exl_cli.engines.exllamav2.kernels import compiler
 COMPILER = shutil.which("g++")
 
 
+class _Dim(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint) for name in "xyz")
+
+
 class Emulated:
     """A function of a `.cu` file.
 
@@ -28,8 +32,8 @@ class Emulated:
         lines = [f"#define {key} {value}" for key, value in defines.items()]
         lines += [f'#include "{shim}"', compiler.source(file)]
         lines += [
-            f'extern "C" void run(const {argument}* a, unsigned x, unsigned y, unsigned threads)',
-            f"{{ launch<{argument}>({name}, *a, Dim{{x, y, 1}}, threads); }}",
+            f'extern "C" void run(const {argument}* a, Dim grid, unsigned threads, unsigned seed)',
+            f"{{ launch<{argument}>({name}, *a, grid, threads, seed); }}",
         ]
         text = "\n".join(lines)
         stem = hashlib.sha256((text + shim.read_text()).encode()).hexdigest()[:16]
@@ -42,6 +46,9 @@ class Emulated:
             assert done.returncode == 0, done.stderr[:4000]
         self._run = ctypes.CDLL(str(library)).run
 
-    def __call__(self, argument: ctypes.Structure, grid: tuple[int, int], threads: int) -> None:
-        """Run all blocks, one after the other."""
-        self._run(ctypes.byref(argument), grid[0], grid[1], threads)
+    def __call__(self, argument: ctypes.Structure, grid: tuple[int, ...], threads: int, seed: int = 0) -> None:
+        """Run all blocks, one after the other; with a seed other than 0, out of order.
+
+        Asynchronous copies take place when they are waited for, or with an odd seed when they are asked for.
+        """
+        self._run(ctypes.byref(argument), _Dim(*(*grid, 1, 1)[:3]), threads, seed)

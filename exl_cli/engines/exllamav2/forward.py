@@ -64,6 +64,8 @@ class GpuForward:
         self.small, self.why_not_fused = self._choose()
         self._graphs = Graphs(backend.captures and self._device == self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
+        # Parts of it, by how many rows were asked for, of how many tokens, and how many were computed of each.
+        self._parts: dict[tuple[int, int, int], torch.Tensor] = {}
         self._asked = (0, 0, 0)
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending = False
@@ -89,9 +91,11 @@ class GpuForward:
         if not reason:
             inputs = self._inputs
             try:
-                return fused.FusedPass(
+                small = fused.FusedPass(
                     self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.table
-                ), ""
+                )
+                if not (reason := small.why_not(lambda: self._large.prepare(1))):
+                    return small, ""
             except EngineError as error:
                 reason = error.message
         _log.info("small passes through exllamav2's modules: %s", reason)
@@ -122,18 +126,20 @@ class GpuForward:
             torch.cuda.synchronize(device)
         self._pending = False
 
-    @torch.inference_mode()
     def submit(self, rows: Sequence[Row]) -> None:
         """See `Forward.submit`."""
-        self._enter()
-        self._asked = (len(rows), max(len(row.ids) for row in rows), self._pass(rows))
+        self._asked = (len(rows), *self._pass(rows))
 
     def collect(self) -> torch.Tensor:
         """See `Forward.collect`."""
         self._done.synchronize()
         self._pending = False
-        rows, longest, tokens = self._asked
-        return self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
+        part = self._parts.get(self._asked)
+        if part is None:
+            rows, longest, tokens = self._asked
+            part = self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
+            self._parts[self._asked] = part
+        return part
 
     @torch.inference_mode()
     def copy_page(self, source: int, target: int) -> None:
@@ -146,7 +152,7 @@ class GpuForward:
     def close(self) -> None:
         """Give the memory back; it cannot be used afterwards, closing twice is fine."""
         self._graphs.clear()
-        for name in ("small", "_large", "_inputs", "_logits", "_model", "cache"):
+        for name in ("small", "_large", "_inputs", "_logits", "_parts", "_model", "cache"):
             self.__dict__.pop(name, None)
 
     def _enter(self) -> None:
@@ -160,8 +166,12 @@ class GpuForward:
             self._done.synchronize()
             self._pending = False
 
-    def _pass(self, rows: Sequence[Row]) -> int:
-        """Run rows as one small pass; returns how many tokens of each it computes."""
+    def _pass(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """Run rows as one small pass; returns the tokens of the longest row and how many it computes of each.
+
+        The GPU is idle meanwhile. So where there is a graph, as in all passes but the first ones, nothing is asked of
+        torch but to start it.
+        """
         longest, last = max(len(row.ids) for row in rows), max(row.start for row in rows)
         batch, tokens = _shape(len(rows), longest, self.max_tokens)
         if last + tokens > self._model.config.max_seq_len:
@@ -172,10 +182,23 @@ class GpuForward:
         while bound < last + tokens:
             bound *= 2
         bound = min(bound, self._most_keys + self.page_size)
+        # A graph is of one GPU, and is started on the stream that is current in this thread.
+        torch.cuda.set_stream(self._stream)
+        if not self._graphs.replay((batch, tokens, bound)):
+            self._run(batch, tokens, bound)
+        self._done.record(self._stream)
+        self._pending = True
+        return longest, tokens
+
+    @torch.inference_mode()
+    def _run(self, batch: int, tokens: int, bound: int) -> None:
+        """A pass over what lies in its inputs, of which there is no graph yet."""
+        self._enter()
         count = batch * tokens
         if len(self._logits) < count:
             # A graph writes where the one before did: they go with it.
             self._graphs.clear()
+            self._parts.clear()
             size = 1 if count == 1 else self.max_tokens
             self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
         logits = self._logits
@@ -192,11 +215,8 @@ class GpuForward:
 
         self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
         if self._last != self._device:
-            # The event below is of the first GPU's stream.
+            # The event that is recorded next is of the first GPU's stream.
             torch.cuda.synchronize(self._last)
-        self._done.record()
-        self._pending = True
-        return tokens
 
 
 def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:

@@ -9,27 +9,25 @@ float32.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import products, small
+from exl_cli.engines.exllamav2 import worth
+from exl_cli.engines.exllamav2.kernels import attending, products, small
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 from exl_cli.engines.exllamav2.kernels.matrices import Products
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer
 from exl_cli.engines.exllamav2.paged_attention import attend_paged
+from exl_cli.errors import EngineError
+
+_log = logging.getLogger(__name__)
 
 # A piece of a pass: runs on a stream, by its handle, with a bound of the keys of any row.
 Work = Callable[[int, int], None]
-
-
-def _norm_first(argument: Products, group: Group, module: Any) -> None:
-    """Have a product of one row norm it, as this module does; nothing where there is none."""
-    if module is not None:
-        for target in argument.matrix[: len(group.matrices)]:
-            target.norm, target.epsilon = module.weight.data_ptr(), module.variance_epsilon
 
 
 class FusedPass:
@@ -72,12 +70,14 @@ class FusedPass:
         self._normed = [buffer(hidden.shape[1]) for _ in range(3)]
         self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
         self._attended = buffer(heads * config.head_dim)
-        self._inner = buffer(max(layer.down.matrices[0].k for layer in self._layers))
+        self._inner = buffer(max(layer.down.product.matrices[0].k for layer in self._layers))
         self._after = torch.empty_like(lengths)
         self._logits = buffer(head.out_features)
         self._tuner = Tuner(self._device)
         self._layouts: dict[tuple[Any, ...], products.Layout] = {}
+        self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._attending = self._choose_attention()
         # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
         self._programs = {(1, 1): self._program(1, 1)}
 
@@ -89,7 +89,8 @@ class FusedPass:
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._program(*key)
-        torch.add(lengths, tokens, out=self._after[: len(lengths)])
+        if not self._attends(tokens):
+            torch.add(lengths, tokens, out=self._after[: len(lengths)])
         stream = torch.cuda.current_stream(self._device).cuda_stream
         for work in program:
             work(stream, most_keys)
@@ -97,6 +98,10 @@ class FusedPass:
             logits: torch.Tensor = self._model.modules[-1].forward(self._normed[0][: len(hidden)])
             return logits
         return self._logits[: len(hidden)]
+
+    def why_not(self, prepare: Callable[[], None]) -> str:
+        """Why exllamav2's kernels are the better choice, see `worth.why_not`; empty where they are not."""
+        return worth.why_not(self._tuner, self._groups, prepare)
 
     def prepare(self, rows: int) -> None:
         """Nothing to do: see `ModulesPass.prepare`."""
@@ -112,7 +117,7 @@ class FusedPass:
 
         for layer in self._layers:
             normed, norm = self._norm(layer.attention.pre_layernorm, layer.qkv, rows, add)
-            starts = itertools.accumulate((matrix.n for matrix in layer.qkv.matrices), initial=0)
+            starts = itertools.accumulate((matrix.n for matrix in layer.qkv.product.matrices), initial=0)
             add(self._product(layer.qkv, rows, normed, [self._qkv[:, start:] for start in starts], norm=norm))
             output = self._product(layer.o, rows, [self._attended], [self._hidden], residual=True)
             program.append(self._attention(layer, batch, tokens, output))
@@ -130,16 +135,26 @@ class FusedPass:
     ) -> tuple[list[torch.Tensor], Any]:
         """Norm the stream in the order of each matrix of a group; where the normed rows are, for each.
 
-        A product of one row norms it itself: then the stream as it is, and the norm's module. Not where the row is
-        wanted in another order, which one kernel makes faster than all blocks of the product.
+        A product of one row norms it itself: then the stream as it is, and the norm's module.
         """
-        if rows == 1 and group is not None and group.orders == [None]:
-            return [self._hidden] * len(group.matrices), module
+        if rows == 1 and group is not None:
+            return [self._hidden] * len(group.places), module
         dim = self._hidden.shape[1]
         kernel = self._kernel(("norm", dim), lambda: small.norm_kernel(self._device, dim))
         outs = list(zip(self._normed, group.orders if group else [None], strict=False))
         add(small.norm(kernel, rows, self._hidden, module.weight, module.variance_epsilon, outs))
         return ([self._normed[place] for place in group.places] if group else []), None
+
+    def _norm_first(self, argument: Products, group: Group, module: Any) -> None:
+        """Have a product of one row norm it, as this module does; nothing where there is none."""
+        if module is None:
+            return
+        for target, place in zip(argument.matrix, group.places, strict=False):
+            key, order = (id(module), place), group.orders[place]
+            if key not in self._norm_weights:
+                weight = module.weight
+                self._norm_weights[key] = weight if order is None else weight[order.long() & 0xFFFF].contiguous()
+            target.norm, target.epsilon = self._norm_weights[key].data_ptr(), module.variance_epsilon
 
     def _product(
         self,
@@ -151,42 +166,38 @@ class FusedPass:
         norm: Any = None,
         residual: bool = False,
     ) -> Launch:
-        matrices = group.matrices
-        argument = products.argument(matrices, rows)
-        _norm_first(argument, group, norm)
+        argument = products.argument(group.product, rows)
+        self._norm_first(argument, group, norm)
         products.connect(argument, xs, outs)
         if residual:
             for target, out in zip(argument.matrix, outs, strict=False):
                 target.add = out.data_ptr()
-        layout = self._layout(group, rows)
-        return self._bind(products.variant(matrices, rows, layout), products.blocks(matrices), layout, argument)
+        return self._bind(group.product, rows, argument)
 
     def _gated(self, layer: Layer, rows: int, xs: Sequence[torch.Tensor], norm: Any) -> Launch:
         """Gate and up, with the activation; in the order in which the down matrix wants them."""
-        matrices, (down,) = layer.gate_up.matrices, layer.down.matrices
-        argument = products.argument(matrices, rows, self._model.config.arch.lm.mlp_act_func)
-        _norm_first(argument, layer.gate_up, norm)
-        products.connect(argument, xs, [self._inner] * len(matrices))
+        product, (down,) = layer.gate_up.product, layer.down.product.matrices
+        argument = products.argument(product, rows, self._model.config.arch.lm.mlp_act_func)
+        self._norm_first(argument, layer.gate_up, norm)
+        products.connect(argument, xs, [self._inner] * len(product.matrices))
         # Both halves of a block write one output, and take its order from the first.
         argument.matrix[0].scatter = None if down.inverse is None else down.inverse.data_ptr()
-        layout = self._layout(layer.gate_up, rows, paired=True)
-        variant = products.variant(matrices, rows, layout, paired=True, two_xs=len(layer.gate_up.orders) > 1)
-        return self._bind(variant, products.blocks(matrices, paired=True), layout, argument)
+        return self._bind(product, rows, argument)
 
-    def _layout(self, group: Group, rows: int, *, paired: bool = False) -> products.Layout:
-        """The layout for a group and all that are like it."""
-        key = (group.kind, products.most_rows(rows), paired)
+    def _bind(self, product: products.Product, rows: int, argument: Products) -> Launch:
+        """A launch in the layout that suits the product and all that are like it."""
+        key = (product.kind, products.most_rows(rows))
         if key not in self._layouts:
-            alike = [other.matrices for other in self._groups if other.kind == group.kind]
-            self._layouts[key] = self._tuner.layout(alike, rows, paired=paired, two_xs=len(group.orders) > 1)
-        return self._layouts[key]
+            alike = [group.product for group in self._groups if group.product.kind == product.kind]
+            self._layouts[key] = self._tuner.layout(alike, rows)
+        layout = self._layouts[key]
+        variant = products.variant(product, rows, layout)
 
-    def _bind(self, variant: products.Variant, blocks: int, layout: products.Layout, argument: Any) -> Launch:
         def make() -> Kernel:
             return Kernel(products.FILE, products.NAME, variant.defines, self._device, variant.shared_bytes)
 
-        key = (tuple(sorted(variant.defines.items())), variant.shared_bytes)
-        return self._kernel(key, make).bind((blocks,), 32 * layout.warps, argument)
+        build = (tuple(sorted(variant.defines.items())), variant.shared_bytes)
+        return self._kernel(build, make).bind((product.blocks,), 32 * layout.warps, argument)
 
     def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
         """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""
@@ -206,39 +217,79 @@ class FusedPass:
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, turned=sine.shape[-1], tokens=tokens,
             stride=self._qkv.stride(0), table_stride=table.stride(0), page_size=page_size,
         )  # fmt: skip
-        kernel = self._kernel(("rotate",), lambda: small.rotate_kernel(self._device))
-        rotate = kernel.bind((rows, heads + 2 * kv_heads), -(-head_dim // 2 // 32) * 32, argument)
-        q = self._qkv[:rows, : heads * head_dim].view(batch, tokens, heads, head_dim)
-        paged = (-1, page_size, kv_heads, head_dim)
-        k_pages, v_pages = keys.view(paged), values.view(paged)
-        after, attended = self._after[:batch], self._attended[:rows]
-        softcap = self._model.config.attn_logit_softcapping or 0.0
+        attended = self._attended[:rows]
+        receiver: Any = output.argument.matrix[0]
+        reorder: Launch | None = None
         (perm,) = layer.o.orders
-        reorder = None
-        if perm is not None and rows == 1:
-            output.argument.matrix[0].perm = perm.data_ptr()
-        elif perm is not None:
+        # A single row is put into the order of the output's matrix by its product.
+        if perm is not None and rows > 1:
             width = heads * head_dim
             gather = self._kernel(("norm", width), lambda: small.norm_kernel(self._device, width))
             reorder = small.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
+            receiver = reorder.argument
+        softcap = self._model.config.attn_logit_softcapping or 0.0
+        if self._attending is not None and self._attends(tokens):
+            attend = self._attending.bind(
+                argument, attended, batch, scale=module.scaling, window=module.sliding_window or 0, softcap=softcap
+            )
+        else:
+            attend = self._attend_paged(layer, batch, tokens, argument, softcap, receiver)
+        if reorder is None:
+            return attend
+        reordering = reorder
+
+        def work(stream: int, most_keys: int) -> None:
+            attend(stream, most_keys)
+            reordering(stream)
+
+        return work
+
+    def _attend_paged(
+        self, layer: Layer, batch: int, tokens: int, argument: small.RopeArgument, softcap: float, receiver: Any
+    ) -> Work:
+        """What `Attending` does, in two steps and by any backend; the result becomes the receiver's `x`."""
+        heads, kv_heads, head_dim = self._widths
+        module, cache, index, page_size = layer.attention, self._cache, layer.attention.layer_idx, self._page_size
+        rows, lengths, table, after = batch * tokens, self._lengths[:batch], self._table[:batch], self._after[:batch]
+        kernel = self._kernel(("rotate",), lambda: small.rotate_kernel(self._device))
+        rotate = kernel.bind((rows, heads + 2 * kv_heads), -(-head_dim // 2 // 32) * 32, argument)
+        q = self._qkv[:rows, : heads * head_dim].view(batch, tokens, heads, head_dim)
+        pages = (-1, page_size, kv_heads, head_dim)
+        keys, values = (t.view(pages) for t in cache.get_kv_state(index, batch, 0, 0, page_size, lengths, table))
 
         def work(stream: int, most_keys: int) -> None:
             if cache.has_scales:
                 cache.get_kv_state(index, batch, 0, most_keys, page_size, lengths, table)
             rotate(stream)
             out = attend_paged(
-                q, k_pages, v_pages, cache_seqlens=after, block_table=table, scale=module.scaling,
+                q, keys, values, cache_seqlens=after, block_table=table, scale=module.scaling,
                 window=module.sliding_window or 0, softcap=softcap, max_len=most_keys,
             )  # fmt: skip
             if cache.has_scales:
                 cache.store_kv_state(index, batch, 0, tokens, page_size, lengths, table)
-            if reorder is None:
-                output.argument.matrix[0].x = out.data_ptr()
-            else:
-                reorder.argument.x = out.data_ptr()
-                reorder(stream)
+            receiver.x = out.data_ptr()
 
         return work
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention of decoding is by a kernel of our own, too."""
+        return self._attends(1)
+
+    def _attends(self, tokens: int) -> bool:
+        return self._attending is not None and self._attending.takes(tokens)
+
+    def _choose_attention(self) -> attending.Attending | None:
+        heads, kv_heads, head_dim = self._widths
+        page_size, quantized = self._page_size, self._cache.has_scales
+        reason = attending.why_not(heads, kv_heads, head_dim, page_size, quantized_cache=quantized)
+        if not reason:
+            try:
+                return attending.Attending(self._device, heads, kv_heads, head_dim, page_size)
+            except EngineError as error:
+                reason = error.message
+        _log.info("attention from few tokens is left to the backend: %s", reason)
+        return None
 
     def _kernel(self, key: tuple[Any, ...], make: Callable[[], Kernel]) -> Kernel:
         if key not in self._kernels:

@@ -31,25 +31,30 @@ class Graphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
+    def replay(self, key: Hashable) -> bool:
+        """Start the graph of this work on the current stream, if there is one; whether there was."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            return False
+        graph.replay()
+        return True
+
     def run(self, key: Hashable, work: Callable[[], None], prepare: Callable[[], None]) -> None:
-        """Do the work on the current stream.
+        """Do the work on the current stream, and make a graph of it if it is time.
 
         Args:
             key: equal for work that is the same but for what lies in its inputs.
             work: what to do; it may only read and write memory that stays where it is.
             prepare: called before a capture.
         """
-        graph = self._graphs.get(key)
-        if graph is None and self.usable and key in self._seen:
+        if self.usable and key in self._seen:
             prepare()
             graph = self._capture(work)
             if graph is not None:
                 self._graphs[key] = graph
         self._seen.add(key)
-        if graph is None:
+        if not self.replay(key):
             work()
-        else:
-            graph.replay()
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         torch.cuda.current_stream().synchronize()

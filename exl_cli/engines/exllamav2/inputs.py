@@ -11,6 +11,10 @@ import torch
 
 from exl_cli.engines.exllamav2.passes import Row
 
+# Bytes: no kernel asks for more.
+_ALIGNMENT = 256
+_NOBODY = Row((), 0, [])
+
 
 def _plain_weights(embedding: Any) -> npt.NDArray[np.int16] | None:
     """The embeddings, two bytes a number, where a token's are just a row of them; None where more is done to them.
@@ -27,7 +31,7 @@ def _plain_weights(embedding: Any) -> npt.NDArray[np.int16] | None:
 
 
 class Inputs:
-    """Lengths, tables and embeddings of a pass's rows, filled on the CPU and copied to the device in one go each.
+    """Lengths, tables and embeddings of a pass's rows, filled on the CPU and copied to the device in one go.
 
     Args:
         embedding: exllamav2's embedding module; it stays on the CPU.
@@ -56,18 +60,27 @@ class Inputs:
         device: torch.device,
     ) -> None:
         self._embedding = embedding
-        self._weights = _plain_weights(embedding)
-        self._most_rows = most_rows
+        weights = _plain_weights(embedding)
         self._spare_page = spare_page
-        size = most_rows * (1 + table_width)
-        self._numbers = torch.empty(size, dtype=torch.int32, pin_memory=True)
-        self._numbers_there = torch.empty(size, dtype=torch.int32, device=device)
-        self._lengths = self._numbers[:most_rows].numpy()
-        self._table = self._numbers[most_rows:].view(most_rows, table_width).numpy()
-        self._states = torch.empty((most_tokens, hidden), dtype=dtype, pin_memory=True)
-        self.hidden = torch.empty((most_tokens, hidden), dtype=dtype, device=device)
-        self.lengths = self._numbers_there[:most_rows]
-        self.table = self._numbers_there[most_rows:].view(most_rows, table_width)
+        self._state_bytes = hidden * dtype.itemsize
+        # The numbers come first, all of them: a few bytes too many take less time than a second copy.
+        numbers = most_rows * (1 + table_width)
+        self._states_at = -(-4 * numbers // _ALIGNMENT) * _ALIGNMENT
+        size = self._states_at + most_tokens * self._state_bytes
+        self._here = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+        self._there = torch.empty(size, dtype=torch.uint8, device=device)
+
+        def parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            whole = memory[: 4 * numbers].view(torch.int32)
+            states = memory[self._states_at :].view(dtype).view(most_tokens, hidden)
+            return whole[:most_rows], whole[most_rows:].view(most_rows, table_width), states
+
+        lengths, table, self._states = parts(self._here)
+        self._lengths, self._table = lengths.numpy(), table.numpy()
+        self._plain = None if weights is None else (weights, self._states.view(torch.int16).numpy())
+        # What each row of the table was written from.
+        self._written: list[list[int] | None] = [None] * most_rows
+        self.lengths, self.table, self.hidden = parts(self._there)
 
     def fill(self, rows: Sequence[Row], batch: int, tokens: int) -> None:
         """Write rows where `send` will find them.
@@ -77,22 +90,28 @@ class Inputs:
             batch: sequences of the pass; those that are not there have no past and live on the spare page.
             tokens: of each; behind the end of a row's table its tokens live on the spare page, too.
         """
-        ids = np.zeros((batch, tokens), dtype=np.int64)
-        self._table[:batch] = self._spare_page
-        self._lengths[:batch] = 0
-        for index, row in enumerate(rows):
-            ids[index, : len(row.ids)] = row.ids
+        count = batch * tokens
+        ids = np.zeros(count, dtype=np.int64)
+        for index in range(batch):
+            row = rows[index] if index < len(rows) else _NOBODY
+            begin = index * tokens
+            ids[begin : begin + len(row.ids)] = row.ids
             self._lengths[index] = row.start
-            self._table[index, : len(row.table)] = row.table
-        states = self._states[: batch * tokens]
-        if self._weights is None:
-            states.copy_(self._embedding.forward(torch.from_numpy(ids)).view(batch * tokens, -1))
+            # As a rule it is what it was for the pass before.
+            if self._written[index] != row.table:
+                self._written[index] = None  # until it is whole: an interruption may come
+                self._table[index] = self._spare_page
+                self._table[index, : len(row.table)] = row.table
+                self._written[index] = [*row.table]
+        if self._plain is not None:
+            weights, states = self._plain
+            weights.take(ids, axis=0, out=states[:count], mode="clip")
         else:
-            np.take(self._weights, ids.ravel(), axis=0, out=states.view(torch.int16).numpy(), mode="clip")
+            with torch.inference_mode():
+                embeddings = self._embedding.forward(torch.from_numpy(ids).view(batch, tokens))
+                self._states[:count].copy_(embeddings.view(count, -1))
 
     def send(self, batch: int, tokens: int) -> None:
         """Copy to the device what `fill` wrote, in order with what runs there. May be captured in a graph."""
-        used = self._most_rows + batch * self.table.shape[1]
-        self._numbers_there[:used].copy_(self._numbers[:used], non_blocking=True)
-        count = batch * tokens
-        self.hidden[:count].copy_(self._states[:count], non_blocking=True)
+        used = self._states_at + batch * tokens * self._state_bytes
+        self._there[:used].copy_(self._here[:used], non_blocking=True)

@@ -6,13 +6,15 @@ The environment variable EXL_KERNELS=exllamav2 leaves all models to exllamav2's 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from exl_cli.engines.exllamav2.kernels import compiler, products
 from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
+from exl_cli.engines.exllamav2.kernels.products import Product
 from exl_cli.errors import EngineError
 
 VARIABLE = "EXL_KERNELS"
@@ -87,9 +89,11 @@ class Group:
 
     Args:
         linears: exllamav2's linear layers, quantized.
+        paired: they are a gate and what it gates.
+        reorders: whether their input comes in the model's order.
 
     Attributes:
-        matrices: theirs.
+        product: of the matrices.
         orders: the orders in which they want their input: places in it, or None for as it is.
         places: for each matrix, which of the orders.
 
@@ -97,21 +101,35 @@ class Group:
         EngineError: the kernels cannot take one of them.
     """
 
-    def __init__(self, linears: Sequence[Any]) -> None:
-        self.matrices = [_matrix(linear) for linear in linears]
+    def __init__(self, linears: Sequence[Any], *, paired: bool = False, reorders: bool = True) -> None:
         self.orders: list[torch.Tensor | None] = []
         self.places: list[int] = []
-        for matrix in self.matrices:
+        matrices = []
+        for linear in linears:
+            matrix = _matrix(linear)
             same = (index for index, order in enumerate(self.orders) if _equal(matrix.perm, order))
             place = next(same, len(self.orders))
             if place == len(self.orders):
                 self.orders.append(matrix.perm)
             self.places.append(place)
+            matrices.append(replace(matrix, perm=self.orders[place]))
+        self.product = Product(tuple(matrices), paired, reorders)
+        self._linears = linears
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Equal for groups that one layout serves."""
-        return (len(self.orders), *(matrix.kind for matrix in self.matrices))
+    def original(self) -> Callable[[], None]:
+        """A call of exllamav2's kernels that multiplies a row with each of the matrices; what comes out is lost."""
+        from exllamav2.ext import exllamav2_ext
+
+        def row(linear: Any, width: int) -> torch.Tensor:
+            return torch.zeros((1, width), dtype=torch.half, device=linear.device())
+
+        calls = [(it, row(it, it.in_features), row(it, it.out_features)) for it in self._linears]
+
+        def work() -> None:
+            for linear, x, out in calls:
+                exllamav2_ext.gemm_half_q_half(x, linear.q_handle, out, False)
+
+        return work
 
 
 def _matrix(linear: Any) -> QuantizedMatrix:
@@ -134,5 +152,6 @@ class Layer:
         self.attention, self.mlp = attention, mlp
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = Group([attention.o_proj])
-        self.gate_up = Group([mlp.gate_proj, mlp.up_proj])
-        self.down = Group([mlp.down_proj])
+        self.gate_up = Group([mlp.gate_proj, mlp.up_proj], paired=True)
+        # What it takes is written in its order.
+        self.down = Group([mlp.down_proj], reorders=False)

@@ -105,8 +105,8 @@ def _tensors(module: Any, files: dict[str, str]) -> Iterator[str]:
 def nothing_drawn() -> Iterator[None]:
     """While this lasts, torch's modules on the meta device draw no random numbers for weights that have no memory.
 
-    exllamav2 makes each embedding and matrix so, for its shape. Torch computes on that device in Python, and imports its
-    compiler to do so: seconds where files open slowly.
+    exllamav2 makes each embedding and matrix so, for its shape. Torch computes on that device in Python, and imports
+    its compiler to do so: seconds where files open slowly.
     """
     classes: tuple[Any, ...] = (torch.nn.Embedding, torch.nn.Linear)
     before = [of.reset_parameters for of in classes]

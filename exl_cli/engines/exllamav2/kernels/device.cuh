@@ -15,14 +15,23 @@ extern __shared__ Words shared_memory[];
 
 DEVICE u32 h2_add(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 h2_mul(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
-DEVICE u32 h2_fma(u32 a, u32 b, u32 c)
-{
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
 DEVICE float to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
 DEVICE u16 to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+DEVICE u32 to_halves(float low, float high)
+{
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+// The low, and the high, halves of two words.
+DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+DEVICE float reciprocal(float f) { float d; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(f)); return d; }
+DEVICE float power_of_two(float f) { float d; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(f)); return d; }
+
+// A number below 2^23, without the conversion that takes four times as long as other instructions.
+DEVICE float small_float(u32 v) { return __uint_as_float(0x4b000000u | v) - 8388608.0f; }
 
 // A constant that the compiler does not know as one, and so keeps in a register: it goes through shared memory.
 DEVICE u32 in_register(u32 v, void* scratch)
@@ -47,16 +56,58 @@ DEVICE void copy16(void* to, const void* from)
 {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
 }
+DEVICE void copy8(void* to, const void* from)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from));
+}
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
+// A number that all lanes have, in a way that the compiler knows it.
+DEVICE u32 same_in_warp(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
+
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 DEVICE u32 warp_or(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
+
+DEVICE u64 from_lane(u64 v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
 DEVICE float warp_sum(float v)
 {
     #pragma unroll
     for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
     return v;
+}
+
+DEVICE float shuffle(float v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
+// Over the four lanes that follow a multiple of four.
+DEVICE float quad_max(float v)
+{
+    v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+DEVICE float quad_sum(float v)
+{
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// Count a block in whose threads have met; returns how many came before. What their threads wrote, this one's can read,
+// by `from_others`: from the second-level cache, which all share.
+DEVICE u32 arrive(u32* counter)
+{
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+DEVICE void from_others(float (&to)[2], const void* from)
+{
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(from) : "memory");
+}
+DEVICE void from_others(float (&to)[4], const void* from)
+{
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
 }
 
 // Programmatic dependent launch: the kernel before may still be running until `wait_for_inputs` returns. Both do

@@ -101,6 +101,11 @@ class QuantizedMatrix:
         """Equal for matrices that the same build multiplies with in about the same time."""
         return (self.exl2, self.k, self.n, self.width, self.coarse)
 
+    @property
+    def order(self) -> int | None:
+        """Where `perm` is, or None."""
+        return _pointer(self.perm)
+
     def argument(self) -> MatrixArgument:
         """The part of the kernel's argument that the matrix itself fills."""
         return MatrixArgument(
@@ -122,6 +127,9 @@ def from_exllamav2(tensors: Mapping[str, torch.Tensor]) -> QuantizedMatrix | Non
         tensors: its `q_tensors`: EXL2's `q_weight`, `q_scale`, … or GPTQ's `qweight`, `qzeros`, `scales`.
     """
     bias, perm, inverse = (tensors.get(name) for name in ("bias", "q_perm", "q_invperm"))
+    # Files without activation order have one all the same, when they say which group each row is in.
+    if perm is not None and torch.equal(perm, torch.arange(len(perm), device=perm.device).to(perm.dtype)):
+        perm = inverse = None
     if "q_weight" in tensors:
         weight, four = tensors["q_weight"], tensors["q_scale"]
         table = _blocks(tensors["q_groups"], tensors["q_scale_max"], weight.shape[0])
@@ -139,7 +147,7 @@ def from_exllamav2(tensors: Mapping[str, torch.Tensor]) -> QuantizedMatrix | Non
         if group_size < 32:
             return None
         coarse = group_size >= 128
-    if k % 32 or n % 32:
+    if k % 32 or n % 32 or weight.numel() >= 1 << 32:
         return None
     return QuantizedMatrix(weight, four, scale, blocks, bias, perm, inverse, k, n, group_size, coarse, max_bits)
 

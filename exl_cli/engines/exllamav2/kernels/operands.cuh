@@ -5,7 +5,7 @@ struct Matrix
     const u32* weight;      // packed rows of n columns
     const u16* x;           // half, row r at x + r x_stride, in the order of the weight's rows; with ONE_ROW see perm
     const u16* perm;        // with ONE_ROW: the weight's row j belongs to x[perm[j]]; or null: to x[j]
-    const u16* norm;        // with ONE_ROW: x is normed (RMS) with these weights first; or null
+    const u16* norm;        // with ONE_ROW: x is normed (RMS) first, row j of the weight then sees it times norm[j]; or null
     const u32* four;        // four bits a column, rows of n / 8: zero points less 1 (GPTQ) or scales (EXL2), per group
     const u16* scale;       // half, rows of n, per group (GPTQ)
     const u64* block;       // per 32 rows (EXL2): packed row | bits << 24 | half scale << 32 | group << 48
@@ -20,33 +20,45 @@ struct Matrix
 struct Products
 {
     Matrix matrix[3];
-    u32 count;              // of matrices, one beside the other; with PAIRED always two, of the same n
+    u32 count;              // of matrices, one beside the other; with PAIRED always two, of the same n and, with ONE_ROW, x
     u32 rows;
     u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
 };
 
 const u32 SLOT = 512;                                               // bytes: 16 of each lane
 const u32 X_BYTES = ONE_ROW ? 0 : TILES * 8 * 256;                  // 128 numbers of each row
-const u32 STAGE = MAX_BITS * SLOT + X_BYTES;
+const u32 PARTS = FINE ? 4 : 1;                                     // of a chunk, that may be of different groups
+const u32 SCALES = FORMAT == 0 ? PARTS * 64 : 0, FOURS = PARTS * 16;
+// Sectors of 32 bytes of memory must become such of shared memory, or they are asked for twice.
+const u32 STAGE = (MAX_BITS * SLOT + X_BYTES + SCALES + FOURS + 31) / 32 * 32;
 const u32 ROWS = ONE_ROW ? 1 : TILES * 8;
 
 struct Lane
 {
-    const u32* weight;      // of the matrix, as in `Matrix`
+    // For copying.
+    const char* weight;     // of the columns that it copies
+    const char* groups;     // where the first group's scales or fours are, of which it copies 16 bytes; or null
+    u32 group_bytes;        // from one group to the next
+    u32 group_to;           // where they go, in a stage
     const u16* x;
-    const u32* four;
-    const u16* scale;
     const u64* block;
     u32 n, k, x_stride, group_shift;
     char* ring;
-    const u16* row;         // with ONE_ROW: x in shared memory
-    u32 lane, g, t, column, rows, lift;
+    // For computing.
+    const Words* row;       // with ONE_ROW: x in shared memory, its 16 bytes in the order of `row_place`
+    u32 lane, g, t, rows, lift;
 };
 
-// Of a chunk's 32 rows that are this lane's: packed row | bits << 24 | half scale << 32 | group << 48.
+// Where 16 bytes of a slot lie, so that eight lanes at a time meet different banks, copying as well as reading.
+DEVICE u32 swizzled(u32 part, u32 columns) { return (part * 8 + (columns ^ part * 2)) * 16; }
+
+// What a lane copies is not what it computes with. Eight lanes side by side copy 128 bytes of one packed row, or the two
+// halves of a sector are asked for apart: lane i the columns 4 (i % 8) of the 32 rows i / 8.
+//
+// Of those rows: packed row | bits << 24 | half scale << 32 | group << 48.
 DEVICE u64 block_of(const Lane& l, u32 chunk)
 {
-    u32 block = chunk * 4 + l.t;
+    u32 block = chunk * 4 + l.lane / 8;
     if (block * 32 >= l.k)
     {
         // Behind the last row x counts as zero: any numbers will do, if only they have the scale of the others.
@@ -57,28 +69,69 @@ DEVICE u64 block_of(const Lane& l, u32 chunk)
     return l.block[block];
 }
 
-// What else those rows need: scales of the four columns, and zero points, as they lie in memory. Nothing is done with them
-// before a chunk's turn comes: an instruction that needs them would wait for memory once a chunk.
-struct Meta { u32 four; u64 scale; };
+// The block of the rows that a lane computes with.
+DEVICE u64 block_for(const Lane& l, u64 copied) { return FINE && FORMAT == 1 ? from_lane(copied, l.t * 8) : copied; }
 
-DEVICE Meta meta_of(const Lane& l, u32 chunk, u64 block)
-{
-    u32 group = block >> 48;
-    if (FORMAT == 0) group = min(chunk * 128 + (FINE ? l.t * 32 : 0), l.k - 1) >> l.group_shift;
-    Meta meta;
-    meta.four = l.four[group * (l.n / 8) + l.column / 8];
-    meta.scale = FORMAT == 0 ? *(const u64*) (l.scale + group * l.n + l.column) : block >> 32 & 0xffff;
-    return meta;
-}
+DEVICE u32 bits_of(u64 block) { return FORMAT == 0 ? 4 : (u32) block >> 24; }
 
 DEVICE void copy_weights(const Lane& l, u32 stage, u64 block)
 {
-    char* to = l.ring + stage * STAGE + l.lane * 16;
-    u32 bits = FORMAT == 0 ? 4 : block >> 24 & 0xff;
-    const u32* from = l.weight + (u64) (block & 0xffffff) * l.n + l.column;
+    char* to = l.ring + stage * STAGE + swizzled(l.lane / 8, l.lane % 8);
+    u32 bits = bits_of(block);
+    const char* from = l.weight + (u64) ((u32) block & 0xffffff) * (l.n * 4);
     #pragma unroll
-    for (u32 i = 0; i < MAX_BITS; i++)
-        if (i < bits) copy16(to + i * SLOT, from + i * l.n);
+    for (u32 i = 0; i < MAX_BITS; i++, from += l.n * 4)
+        if (i < bits) copy16(to + i * SLOT, from);
+}
+
+// Scales and zero points of the chunk's groups, 32 columns each, are copied by a few lanes. They are not loaded into
+// registers: an instruction that waits for a load waits for later ones, too.
+DEVICE void choose_groups(Lane& l, const Matrix& m, u32 column0)
+{
+    const char* fours = (const char*) (m.four + column0 / 8);
+    l.groups = nullptr;
+    l.group_bytes = l.n / 2;
+    l.group_to = MAX_BITS * SLOT + X_BYTES + SCALES;
+    if (FORMAT == 1)
+    {
+        if (l.lane % 8 || l.lane / 8 >= PARTS) return;
+        l.groups = fours;
+        l.group_to += l.lane * 2;
+        return;
+    }
+    if (l.lane >= PARTS * 5) return;
+    if (l.lane >= PARTS * 4)
+    {
+        l.groups = fours;
+        l.group_to += (l.lane - PARTS * 4) * 16;
+        return;
+    }
+    l.groups = (const char*) (m.scale + column0 + l.lane % 4 * 8);
+    l.group_bytes = l.n * 2;
+    l.group_to += l.lane * 16 - SCALES;
+}
+
+DEVICE void copy_groups(const Lane& l, u32 chunk, u32 stage, u64 block)
+{
+    if (!l.groups) return;
+    u32 group = (u32) (block >> 32) >> 16;
+    if (FORMAT == 0)
+    {
+        u32 part = l.lane >= PARTS * 4 ? l.lane - PARTS * 4 : l.lane / 4;
+        group = (FINE ? min(chunk * 128 + part * 32, l.k - 1) : chunk * 128) >> l.group_shift;
+    }
+    copy16(l.ring + stage * STAGE + l.group_to, l.groups + (u64) group * l.group_bytes);
+}
+
+// Four bits of each of a lane's four columns, and GPTQ's scales of them, from the ring.
+DEVICE u32 fours_at(const Lane& l, const char* stage)
+{
+    const char* from = stage + MAX_BITS * SLOT + X_BYTES + SCALES + (FINE ? l.t * 16 : 0);
+    return *(const u32*) (from + l.g / 2 * 4) >> (l.g & 1 ? 16 : 0);
+}
+DEVICE u64 scales_at(const Lane& l, const char* stage)
+{
+    return *(const u64*) (stage + MAX_BITS * SLOT + X_BYTES + (FINE ? l.t * 64 : 0) + l.g * 8);
 }
 
 // Where 16 bytes of a row of x lie in the ring: so that the eight lanes that read at once, two rows and four places 64
@@ -97,4 +150,13 @@ DEVICE void copy_x(const Lane& l, u32 chunk, u32 stage)
         u32 row = 2 * i + l.lane / 16;
         if (row < l.rows) copy16(to + place(row, unit), l.x + row * l.x_stride + from);
     }
+}
+
+// Of 128 numbers of a row of x, the eight at i of those that are this lane's. Rows that are not there may be anything:
+// their sums are not used. Behind the last of k it must be zero.
+DEVICE Words x_at(const Lane& l, u32 chunk, const char* stage, u32 tile, u32 i)
+{
+    if (ONE_ROW) return l.row[chunk * 16 + i * 4 + l.t];
+    if (chunk * 128 + l.t * 32 >= l.k) return Words{0, 0, 0, 0};
+    return *(const Words*) (stage + MAX_BITS * SLOT + place(tile * 8 + l.g, l.t * 4 + i));
 }

@@ -15,6 +15,45 @@ ACTIVATIONS = {"silu": 0, "gelu": 1}
 _SCRATCH = 128  # bytes for the sum over a block
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Matrices that one launch multiplies with.
+
+    Attributes:
+        matrices: up to three of one format and of as many rows.
+        paired: they are a gate and what it gates.
+        reorders: whether a single row of the input comes in the model's order, and is put into that of each matrix by
+            the kernel; several rows always come as the matrices want them.
+    """
+
+    matrices: tuple[QuantizedMatrix, ...]
+    paired: bool = False
+    reorders: bool = True
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for products that the same build computes in about the same time."""
+        return (self.paired, self.copies, *(matrix.kind for matrix in self.matrices))
+
+    @property
+    def bytes(self) -> int:
+        """What it must read besides its input."""
+        return sum(matrix.bytes for matrix in self.matrices)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of its launch."""
+        columns = sum(matrix.n for matrix in self.matrices) // 32
+        return columns // 2 if self.paired else columns
+
+    @property
+    def copies(self) -> int:
+        """Copies of a single row that a block keeps: in order, and as it comes where any matrix wants another order."""
+        orders = {matrix.order for matrix in self.matrices} if self.reorders else {None}
+        most = len(orders) if self.paired else 1
+        return most + any(order is not None for order in orders)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What the source leaves open.
@@ -28,7 +67,7 @@ class Variant:
         warps: of a block; even where paired.
         stages: of the ring through which each warp's weights come.
         k: rows of the matrices.
-        two_xs: whether a pair takes its input in two orders.
+        copies: of a single row, see `Product.copies`.
     """
 
     exl2: bool
@@ -39,7 +78,7 @@ class Variant:
     warps: int
     stages: int
     k: int
-    two_xs: bool
+    copies: int
 
     @property
     def _tiles(self) -> int:
@@ -64,8 +103,10 @@ class Variant:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: a single row, the rings, and in their place the sums at the end."""
         x_bytes = 0 if self.rows == 1 else self._tiles * 8 * 256
-        row = -(-self.k // 128) * 256 * (2 if self.two_xs else 1) if self.rows == 1 else 0
-        rings = row + self.warps * self.stages * (self.max_bits * SLOT + x_bytes)
+        row = -(-self.k // 128) * 256 * self.copies if self.rows == 1 else 0
+        groups = (4 if self.fine else 1) * (16 if self.exl2 else 80)
+        stage = -(-(self.max_bits * SLOT + x_bytes + groups) // 32) * 32
+        rings = row + self.warps * self.stages * stage
         sums = self.warps * (1 if self.rows == 1 else self._tiles * 8) * 32 * 4
         return _SCRATCH + max(rings, sums)
 
@@ -83,28 +124,25 @@ class Layout:
     stages: int
 
 
-def variant(
-    matrices: Sequence[QuantizedMatrix], rows: int, layout: Layout, *, paired: bool = False, two_xs: bool = True
-) -> Variant:
-    """The build for these matrices, which one launch is to multiply with.
+def variant(product: Product, rows: int, layout: Layout) -> Variant:
+    """The build for a product.
 
     Args:
-        matrices: up to three of as many rows.
+        product: what to compute.
         rows: of the input.
         layout: how to divide the work.
-        paired: they are a gate and what it gates.
-        two_xs: of a pair, each takes its input in an order of its own.
     """
+    matrices = product.matrices
     return Variant(
         exl2=matrices[0].exl2,
         max_bits=max(matrix.width for matrix in matrices),
         fine=not all(matrix.coarse for matrix in matrices),
-        paired=paired,
+        paired=product.paired,
         rows=rows,
         warps=layout.warps,
         stages=layout.stages,
         k=matrices[0].k,
-        two_xs=paired and two_xs,
+        copies=product.copies,
     )
 
 
@@ -117,13 +155,15 @@ def layouts(rows: int) -> list[Layout]:
     return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3), Layout(4, 2)]
 
 
-def argument(matrices: Sequence[QuantizedMatrix], rows: int, activation: str = "silu") -> Products:
+def argument(product: Product, rows: int, activation: str = "silu") -> Products:
     """The kernel's argument, but for where inputs and outputs are: see `connect`."""
-    products = Products(count=len(matrices), rows=rows, activation=ACTIVATIONS[activation])
+    products = Products(count=len(product.matrices), rows=rows, activation=ACTIVATIONS[activation])
     first = 0
-    for index, matrix in enumerate(matrices):
+    for index, matrix in enumerate(product.matrices):
         products.matrix[index] = matrix.argument()
         products.matrix[index].first_block = first
+        if rows == 1 and product.reorders:
+            products.matrix[index].perm = matrix.order
         first += matrix.n // 32
     return products
 
@@ -133,8 +173,3 @@ def connect(argument: Products, xs: Sequence[torch.Tensor], outs: Sequence[torch
     for target, x, out in zip(argument.matrix, xs, outs, strict=False):
         target.x, target.x_stride = x.data_ptr(), x.stride(0)
         target.out, target.out_stride = out.data_ptr(), out.stride(0)
-
-
-def blocks(matrices: Sequence[QuantizedMatrix], *, paired: bool = False) -> int:
-    """How many blocks the launch has."""
-    return matrices[0].n // 32 if paired else sum(matrix.n // 32 for matrix in matrices)

@@ -1,6 +1,7 @@
 // What stands between the matrix products of a decode step. Rows are tokens; numbers are half, sums float32.
 
 #include "device.cuh"
+#include "rope.cuh"
 
 const u32 MOST_WARPS = 16;
 
@@ -57,28 +58,13 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rms_norm(const Nor
     }
 }
 
-struct Rope
-{
-    u16* qkv;               // row r at qkv + r stride: heads of q, then kv_heads of k, then of v
-    const u16* sine;        // rows of `turned` numbers, the second half of each like the first
-    const u16* cosine;
-    const int* lengths;     // positions in the cache before these, of each sequence
-    const int* table;       // pages of each sequence, table_stride apart
-    u16* keys;              // pages of page_size positions of kv_heads heads
-    u16* values;
-    const u16* q_weight;    // of a norm of each head, rows of head_dim; or null
-    const u16* k_weight;
-    float epsilon;
-    u32 heads, kv_heads, head_dim, turned, tokens, stride, table_stride, page_size;
-};
-
-// Head norm and rotary embedding (Su et al. 2021, arXiv 2104.09864; halves paired as in GPT-NeoX) of q, in place, and of
-// k, into the cache with v. A block of head_dim / 2 threads, rounded up to warps, for a row (x) and a head (y).
+// Head norm and rotary embedding of q, in place, and of k, into the cache with v. A block of head_dim / 2 threads, rounded
+// up to warps, for a row (x) and a head (y).
 extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rotate(const Rope p)
 {
     float* scratch = (float*) shared_memory;
-    u32 half = p.head_dim / 2, i = threadIdx.x, head = blockIdx.y;
-    bool real = i < half;
+    u32 i = threadIdx.x, head = blockIdx.y;
+    bool real = i < p.head_dim / 2;
     let_next_start();
     wait_for_inputs();
     u32 sequence = blockIdx.x / p.tokens;
@@ -87,44 +73,24 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rotate(const Rope 
     u16* to = from;
     if (head >= p.heads)
     {
-        u32 page = p.table[sequence * p.table_stride + position / p.page_size];
-        u32 kv_head = (head - p.heads) % p.kv_heads;
-        to = (head < p.heads + p.kv_heads ? p.keys : p.values)
-             + (((u64) page * p.page_size + position % p.page_size) * p.kv_heads + kv_head) * p.head_dim;
+        u64 place = place_in(p, page_of(p, sequence, position), position, (head - p.heads) % p.kv_heads);
+        to = (head < p.heads + p.kv_heads ? p.keys : p.values) + place;
     }
     if (head >= p.heads + p.kv_heads)
     {
         if (real) ((u32*) to)[i] = ((const u32*) from)[i];
         return;
     }
-    // Threads hold the pairs that turn together: i and i + turned / 2. Behind what turns, neighbours half apart.
-    u32 first = i, second = i + half;
-    u32 pairs = p.turned / 2;
-    if (p.turned < p.head_dim)
-    {
-        first = i < pairs ? i : p.turned + (i - pairs);
-        second = i < pairs ? i + pairs : p.turned + (i - pairs) + (half - pairs);
-    }
-    float a = real ? to_float(from[first]) : 0.0f, b = real ? to_float(from[second]) : 0.0f;
     const u16* weight = head < p.heads ? p.q_weight : p.k_weight;
-    if (weight)
+    if (weight) weight += (head < p.heads ? head : head - p.heads) * p.head_dim;
+    Pair pair = {};
+    if (real)
     {
-        u32 row = head < p.heads ? head : head - p.heads;
-        float factor = rsqrtf(block_sum(a * a + b * b, scratch) / (float) p.head_dim + p.epsilon);
-        if (real)
-        {
-            a *= factor * to_float(weight[row * p.head_dim + first]);
-            b *= factor * to_float(weight[row * p.head_dim + second]);
-        }
+        pair = pair_of(p, i, position, weight);
+        fetch(pair, from);
     }
+    if (weight) scale(pair, norm_factor(p, block_sum(square(pair), scratch)));
     if (!real) return;
-    float out_a = a, out_b = b;
-    if (i < pairs)
-    {
-        float s = to_float(p.sine[(u64) position * p.turned + i]), c = to_float(p.cosine[(u64) position * p.turned + i]);
-        out_a = a * c - b * s;
-        out_b = b * c + a * s;
-    }
-    to[first] = to_half(out_a);
-    to[second] = to_half(out_b);
+    turn(pair);
+    put(pair, to);
 }

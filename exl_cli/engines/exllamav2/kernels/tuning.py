@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from exl_cli.engines.exllamav2.kernels import compiler, products
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
-from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix
+from exl_cli.engines.exllamav2.kernels.products import Product
 from exl_cli.errors import EngineError
 from exl_cli.storage import user_cache, write_atomically
 
@@ -44,44 +44,66 @@ class Tuner:
         name = "".join(c if c.isalnum() else "-" for c in properties.name)
         self._path = user_cache() / "kernels" / f"layouts-{name}.json"
 
-    def layout(
-        self, groups: Sequence[Sequence[QuantizedMatrix]], rows: int, *, paired: bool = False, two_xs: bool = True
-    ) -> products.Layout:
-        """The fastest layout for matrices that one launch takes together.
+    def microseconds(self, product: Product, rows: int) -> float | None:
+        """Of a launch in the layout that `layout` chose; None where it measured nothing."""
+        found = self._read().get(_key(product, products.most_rows(rows)), {})
+        times = found.get("microseconds") if isinstance(found, dict) else None
+        return min(times.values()) if times else None
+
+    def original(self, product: Product, prepare: Callable[[], None], works: Sequence[Callable[[], None]]) -> float:
+        """Microseconds that exllamav2's kernels take for a row of what such a product computes.
 
         Args:
-            groups: the matrices of every layer, all of the same kinds.
+            product: one of its kind.
+            prepare: called first where that is not known yet.
+            works: have exllamav2 compute that with the matrices of every layer.
+        """
+        known, key = self._read(), json.dumps(["exllamav2", product.kind])
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return float(known[key])
+        prepare()
+        found = _microseconds(works) / len(works)
+        self._write({**known, key: round(found, 2)})
+        return found
+
+    def layout(self, alike: Sequence[Product], rows: int) -> products.Layout:
+        """The fastest layout for products of one kind.
+
+        Args:
+            alike: those of every layer.
             rows: of the input; all numbers of rows that share a build share the result.
-            paired, two_xs: see `products.variant`.
 
         Raises:
             EngineError: no layout can be built or run here.
         """
-        first = groups[0]
+        first = alike[0]
         rows = products.most_rows(rows)
         builds = {}
         for layout in products.layouts(rows):
-            variant = products.variant(first, rows, layout, paired=paired, two_xs=two_xs)
+            variant = products.variant(first, rows, layout)
             if variant.shared_bytes <= self._shared_bytes:
                 builds[layout] = variant
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
-        if sum(matrix.bytes for matrix in first) < _WORTH_MEASURING:
+        if first.bytes < _WORTH_MEASURING:
             return next(iter(builds))
-        key = json.dumps([_source_key(), [matrix.kind for matrix in first], rows, paired, two_xs])
+        key = _key(first, rows)
         known = self._read()
         with contextlib.suppress(KeyError, TypeError, ValueError):
             warps, stages = known[key]["layout"]
             return products.Layout(int(warps), int(stages))
-        times = self._measure(groups, rows, builds, paired=paired)
+        times = self._measure(alike, rows, builds)
         best = min(times, key=lambda layout: times[layout])
         known[key] = {
             "layout": [best.warps, best.stages],
             "microseconds": {f"{x.warps}/{x.stages}": round(t, 2) for x, t in times.items()},
         }
+        self._write(known)
+        return best
+
+    def _write(self, known: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # measured again next time, then
             write_atomically(self._path, json.dumps(known, indent=1) + "\n")
-        return best
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -91,31 +113,34 @@ class Tuner:
         return found if isinstance(found, dict) else {}
 
     def _measure(
-        self,
-        groups: Sequence[Sequence[QuantizedMatrix]],
-        rows: int,
-        builds: Mapping[products.Layout, products.Variant],
-        *,
-        paired: bool,
+        self, alike: Sequence[Product], rows: int, builds: Mapping[products.Layout, products.Variant]
     ) -> dict[products.Layout, float]:
         """Microseconds of a launch, for every layout."""
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda v: compiler.compile_ahead(products.FILE, v.defines, self._device), builds.values()))
-        x = torch.randn((rows, groups[0][0].k), device=self._device).half()
-        outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in groups[0]]
-        count = -(-_MORE_THAN_CACHED // sum(m.bytes for m in groups[0]))
-        used = [groups[index % len(groups)] for index in range(min(count, max(len(groups), 8)))]
+        matrices = alike[0].matrices
+        x = torch.randn((rows, matrices[0].k), device=self._device).half()
+        outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in matrices]
+        count = -(-_MORE_THAN_CACHED // alike[0].bytes)
+        used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}
         for layout, variant in builds.items():
             kernel = Kernel(products.FILE, products.NAME, variant.defines, self._device, variant.shared_bytes)
             launches = []
-            for matrices in used:
-                argument = products.argument(matrices, rows)
+            for product in used:
+                argument = products.argument(product, rows)
                 products.connect(argument, [x] * len(outs), outs)
-                grid = (products.blocks(matrices, paired=paired),)
-                launches.append(kernel.bind(grid, 32 * layout.warps, argument))
+                launches.append(_on_current_stream(kernel.bind((product.blocks,), 32 * layout.warps, argument)))
             times[layout] = _microseconds(launches) / len(used)
         return times
+
+
+def _on_current_stream(launch: Launch) -> Callable[[], None]:
+    return lambda: launch(torch.cuda.current_stream().cuda_stream)
+
+
+def _key(product: Product, rows: int) -> str:
+    return json.dumps([_source_key(), product.kind, rows])
 
 
 @lru_cache
@@ -123,19 +148,19 @@ def _source_key() -> str:
     return hashlib.sha256(compiler.source(products.FILE).encode()).hexdigest()[:12]
 
 
-def _microseconds(launches: Sequence[Launch]) -> float:
+def _microseconds(works: Sequence[Callable[[], None]]) -> float:
     """The least time that they took in a few runs, in a graph, so that launching takes no part in it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for launch in launches:
-            launch(stream.cuda_stream)
+        for work in works:
+            work()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            for launch in launches:
-                launch(stream.cuda_stream)
+            for work in works:
+                work()
         finally:
             graph.capture_end()
         times = []

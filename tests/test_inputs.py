@@ -1,0 +1,86 @@
+"""What a pass finds on its device, whatever the passes before it were."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exl_cli.engines.exllamav2.inputs import Inputs
+from exl_cli.engines.exllamav2.passes import Row
+
+VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE = 50, 8, 4, 8, 6, 99
+
+
+class Embedding:
+    """As much of exllamav2's embedding module as is asked for; scaled ones are more than a lookup."""
+
+    def __init__(self, scaled: bool) -> None:
+        numbers = torch.Generator().manual_seed(0)
+        self.archparams = SimpleNamespace(residual_stream_fp32=scaled, normalize_embeddings=False)
+        self.embedding = torch.nn.Embedding(VOCABULARY, HIDDEN, dtype=torch.half)
+        self.embedding.weight.data.copy_(torch.randn(VOCABULARY, HIDDEN, generator=numbers))
+        self._factor = 3.0 if scaled else 1.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding(ids).float() * self._factor
+
+
+def make(embedding: Any, scaled: bool) -> Inputs:
+    dtype = torch.float if scaled else torch.half
+    return Inputs(embedding, HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, torch.device("cpu"))
+
+
+ROW = st.builds(
+    Row,
+    st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=2).map(tuple),
+    st.integers(0, 20),
+    st.lists(st.integers(0, 3), min_size=1, max_size=WIDTH - 1),
+)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@given(passes=st.lists(st.lists(ROW, min_size=1, max_size=ROWS), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: list[list[Row]]) -> None:
+    embedding = Embedding(scaled)
+    inputs = make(embedding, scaled)
+    for rows in passes:
+        batch, tokens = 1 << (len(rows) - 1).bit_length(), max(len(row.ids) for row in rows)
+        inputs.fill(rows, batch, tokens)
+        inputs.send(batch, tokens)
+        states = inputs.hidden[: batch * tokens].view(batch, tokens, HIDDEN)
+        for index in range(batch):
+            row = rows[index] if index < len(rows) else Row((), 0, [])
+            assert inputs.lengths[index] == row.start
+            assert inputs.table[index].tolist() == [*row.table, *[SPARE] * (WIDTH - len(row.table))]
+            expected = embedding.forward(torch.tensor(row.ids, dtype=torch.long))
+            assert torch.equal(states[index, : len(row.ids)], expected.to(states.dtype))
+
+
+def test_a_table_that_changes_in_place_is_written_again() -> None:
+    inputs, table = make(Embedding(False), False), [3, 4]
+    for change in (lambda: None, lambda: table.append(7), lambda: table.__setitem__(0, 5)):
+        change()
+        inputs.fill([Row((1,), 0, table)], 1, 1)
+        inputs.send(1, 1)
+        assert inputs.table[0, : len(table)].tolist() == table
+
+
+def test_a_write_that_broke_off_is_done_again() -> None:
+    inputs = make(Embedding(False), False)
+    inputs.fill([Row((1,), 0, [1, 2])], 1, 1)
+    with pytest.raises(ValueError, match="shape"):
+        inputs.fill([Row((1,), 0, [8] * (WIDTH + 1))], 1, 1)
+    inputs.fill([Row((1,), 0, [1, 2])], 1, 1)
+    inputs.send(1, 1)
+    assert inputs.table[0].tolist() == [1, 2, *[SPARE] * (WIDTH - 2)]
+
+
+def test_what_the_kernels_read_is_aligned() -> None:
+    inputs = make(Embedding(False), False)
+    assert (inputs.hidden.data_ptr() - inputs.lengths.data_ptr()) % 256 == 0
