@@ -63,6 +63,7 @@ def multiply(
     norm: Tensor | None = None,
     warps: int = 4,
     stages: int = 3,
+    strips: int = 1,
 ) -> list[Tensor]:
     """All products by one launch; outputs and what lies around them are NaN before."""
     rows = len(xs[0])
@@ -83,9 +84,10 @@ def multiply(
             target.scatter = scatter.data_ptr()
         outs.append(out)
     products.connect(argument, inputs, outs)
-    variant = products.variant(product, rows, products.Layout(warps, stages))
+    layout = products.Layout(warps, stages, strips)
+    variant = products.variant(product, rows, layout)
     kernel = Emulated(folder, products.FILE, products.NAME, "Products", variant.defines)
-    kernel(argument, (product.blocks, 1), 32 * warps)
+    kernel(argument, (product.blocks(layout), 1), 32 * warps)
     for out, matrix in zip(outs, matrices, strict=True):
         assert out[rows:].isnan().all()
         assert out[:, matrix.n :].isnan().all()
@@ -130,6 +132,35 @@ def test_exl2(folder: Path, rows: int, bits: tuple[int, ...], heights: tuple[int
     x = inputs(rng, rows, sum(heights))
     (got,) = multiply(folder, [matrix], [x], stages=2)
     assert error(got, x.double() @ weight.T) < 2e-3
+
+
+@pytest.mark.parametrize(("rows", "warps", "strips"), [(2, 4, 2), (8, 8, 4), (16, 4, 4), (32, 8, 2)])
+def test_warps_of_several_strips_share_the_rows(folder: Path, rows: int, warps: int, strips: int) -> None:
+    """Some of them have a chunk less than others."""
+    rng = np.random.default_rng(rows)
+    made = [gptq(rng, columns, 608, 32, False) for columns in (256, 128)]
+    x = inputs(rng, rows, 608)
+    got = multiply(folder, [matrix for matrix, _ in made], [x, x], warps=warps, stages=2, strips=strips)
+    for out, (_, weight) in zip(got, made, strict=True):
+        assert error(out, x.double() @ weight.T) < 1e-3
+
+
+def test_strips_of_mixed_widths(folder: Path) -> None:
+    rng = np.random.default_rng(12)
+    matrix, weight = exl2(rng, 64, (5, 4, 2), (64, 96, 160))
+    x = inputs(rng, 9, 320)
+    (got,) = multiply(folder, [matrix], [x], warps=4, stages=2, strips=2)
+    assert error(got, x.double() @ weight.T) < 2e-3
+
+
+@pytest.mark.parametrize("act_order", [(False, False), (True, False)])
+def test_both_of_a_pair_share_the_rows_or_not(folder: Path, act_order: tuple[bool, ...]) -> None:
+    rng = np.random.default_rng(10)
+    made = [gptq(rng, 128, 416, 128 if not any(act_order) else 32, order) for order in act_order]
+    x = inputs(rng, 11, 416) / 8
+    got, _ = multiply(folder, [m for m, _ in made], [x, x], paired=True, warps=8, stages=3, strips=2)
+    gate, up = (x.double() @ weight.T for _, weight in made)
+    assert error(got, torch.nn.functional.silu(gate) * up) < 2e-3
 
 
 def test_several_matrices_at_once(folder: Path) -> None:
@@ -288,5 +319,5 @@ def test_some_layout_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, 
     large = dataclasses.replace(matrix, k=k)
     layouts = products.layouts(rows)
     product = products.Product((large,), reorders=False)
-    needed = [products.variant(product, rows, layout).shared_bytes for layout in layouts]
+    needed = [products.variant(product, rows, layout).shared_bytes for layout in layouts if product.blocks(layout)]
     assert min(needed) <= 99 * 1024

@@ -1,9 +1,10 @@
 """What the fast path gains over exllamav2's own API, on one machine in one go: the table of README's "How fast".
 
-    python tests/gpu/fast_path.py MODEL... [--prompt-tokens 512] [--new-tokens 256] [--runs 3] [--batch 16]
+    python tests/gpu/fast_path.py MODEL... [--prompt-tokens 512] [--new-tokens 256] [--runs 3] [--batch 8,16] [--decode]
 
-For each model, one process each: `stock_exllamav2.py`; the engine with as many runs on the same prompts; a second
-engine with a batch; `exl run` as users call it. Prints a line for each figure: ours, the baseline's, their ratio.
+For each model, one process each: `stock_exllamav2.py`; the engine with as many runs on the same prompts; an engine for
+each size of a batch; `exl run` as users call it. Prints a line for each figure: ours, the baseline's, their ratio. With
+--decode only the first two.
 """
 
 from __future__ import annotations
@@ -110,27 +111,26 @@ def compare(model: str, args: argparse.Namespace) -> None:
     stock = measured([sys.executable, str(HERE / "stock_exllamav2.py"), model, *sizes])
     itself = [sys.executable, __file__, model, *sizes]
     ours = measured([*itself, "--worker", "0"])
-    batch = measured([*itself, "--worker", str(args.batch), "--context", "1024"])
-    process = whole_process(model, args)
-    one_run = stock["import_s"] + stock["load_s"] + stock["runs"][0]["all_s"]
     steady, stock_steady = (max(run["rate"] for run in found["runs"][1:]) for found in (ours, stock))
     soon, stock_soon = (min(run["first_token_s"] for run in found["runs"][1:]) for found in (ours, stock))
     first, stock_first = (found["runs"][0]["all_s"] for found in (ours, stock))
+    peak, stock_peak = (found["peak_bytes"] / 1e9 for found in (ours, stock))
     print(f"\n{Path(model).name}: {', '.join(f'{key} {value}' for key, value in ours['facts'].items())}")
-    for what, own, other, ratio in (
-        ("decode, steady, tokens/s", steady, stock_steady, steady / stock_steady),
-        ("first generation, seconds", first, stock_first, stock_first / first),
-        ("whole process, seconds", process, one_run, one_run / process),
-        (f"batch {args.batch} against batch 1, tokens/s", batch["rate"], stock_steady, batch["rate"] / stock_steady),
-        ("time to first token, steady, seconds", soon, stock_soon, stock_soon / soon),
-        (
-            "peak memory, GB",
-            ours["peak_bytes"] / 1e9,
-            stock["peak_bytes"] / 1e9,
-            ours["peak_bytes"] / stock["peak_bytes"],
-        ),
-    ):
-        print(f"  {what:40} {own:10.3f} {other:10.3f} {ratio:8.2f}x", flush=True)
+    line("decode, steady, tokens/s", steady, stock_steady, steady / stock_steady)
+    line("first generation, seconds", first, stock_first, stock_first / first)
+    line("time to first token, steady, seconds", soon, stock_soon, stock_soon / soon)
+    line("peak memory, GB", peak, stock_peak, peak / stock_peak)
+    if args.decode:
+        return
+    process, one_run = whole_process(model, args), stock["import_s"] + stock["load_s"] + stock["runs"][0]["all_s"]
+    line("whole process, seconds", process, one_run, one_run / process)
+    for size in args.batch.split(","):
+        rate = measured([*itself, "--worker", size, "--context", "1024"])["rate"]
+        line(f"batch {size} against batch 1, tokens/s", rate, stock_steady, rate / stock_steady)
+
+
+def line(what: str, own: float, other: float, ratio: float) -> None:
+    print(f"  {what:40} {own:10.3f} {other:10.3f} {ratio:8.2f}x", flush=True)
 
 
 def main() -> None:
@@ -139,7 +139,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", default="8,16")
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -55,7 +55,7 @@ def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: products.Layout) -
     out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
     argument = products.argument(one, rows)
     products.connect(argument, [ordered], [out])
-    launch = kernel.bind((one.blocks,), 32 * layout.warps, argument)
+    launch = kernel.bind((one.blocks(layout),), 32 * layout.warps, argument)
     launch(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     assert out[rows:].isnan().all()
@@ -68,11 +68,12 @@ def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: products.Layout) -
 def test_products_of_random_matrices(kind: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     for _ in range(4):
-        matrix, weight = random_matrix(rng, kind, 32 * int(rng.integers(1, 12)))
+        matrix, weight = random_matrix(rng, kind, 32 * int(rng.choice([1, 2, 3, 4, 5, 8, 12])))
         x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
         expected = x.double() @ weight.T
         for layout in products.layouts(rows):
-            if products.variant(products.Product((matrix,)), rows, layout).shared_bytes > 99 * 1024:
+            one = products.Product((matrix,))
+            if not one.blocks(layout) or products.variant(one, rows, layout).shared_bytes > 160 * 1024:
                 continue
             first, second = (product(matrix, x, layout) for _ in range(2))
             assert float((first - expected).norm() / expected.norm()) < 2e-3

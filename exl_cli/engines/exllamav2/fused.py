@@ -197,7 +197,7 @@ class FusedPass:
             return Kernel(products.FILE, products.NAME, variant.defines, self._device, variant.shared_bytes)
 
         build = (tuple(sorted(variant.defines.items())), variant.shared_bytes)
-        return self._kernel(build, make).bind((product.blocks,), 32 * layout.warps, argument)
+        return self._kernel(build, make).bind((product.blocks(layout),), 32 * layout.warps, argument)
 
     def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
         """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""

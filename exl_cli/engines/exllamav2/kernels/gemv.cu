@@ -1,12 +1,12 @@
 // A few rows times quantized matrices: out[r][n] = sum over k of x[r][k] weight[k][n], for up to 8 TILES rows.
 //
-// A warp owns 32 columns and every WARPS-th piece of 128 rows of the matrix ("chunk"). Lane (g, t), g = lane / 4 and
+// A warp owns a strip of 32 columns and every so manieth piece of 128 rows of the matrix ("chunk"). Lane (g, t), g = lane / 4 and
 // t = lane % 4, reads 16 bytes at a time: columns 4 g to 4 g + 3 of the rows 32 t to 32 t + 31 of the chunk. These numbers
 // are, as they come, its share of the operands of the tensor cores' 16x8 product: the sum over k may take k in any order,
 // so long as both sides take the same. Weights are the operand of 16, the rows of x that of 8; fewer than 8 rows leave
 // some of it zero, which costs nothing here. Weights are copied asynchronously into a ring in shared memory that each
-// warp keeps for itself. A single row of x is put into shared memory whole at the start; of several rows each warp's ring
-// has its part.
+// warp keeps for itself. A single row of x is put into shared memory whole at the start; of several rows a warp's ring has
+// its part, or warps of different strips share one: many rows are more to read than the weights.
 // At the end the warps' sums are added up in float32 in a fixed order: the same input always gives the same bits.
 //
 // What limits it, on an H100 with one row: memory, while a kernel is well under way; of its 25 us some 3 pass before and
@@ -29,7 +29,7 @@
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), WARPS a block, TILES of 8 rows, ONE_ROW, STAGES of the ring,
 // MAX_BITS of a weight, PAIRED (half the warps compute a gate, half what it gates), FINE (groups that do not fill
-// chunks), RESIDENT warps at least on a multiprocessor.
+// chunks), STRIPS of a block (1 with ONE_ROW), RESIDENT warps at least on a multiprocessor.
 
 #include "device.cuh"
 #include "unpack.cuh"
@@ -44,21 +44,22 @@ DEVICE float activate(float gate, u32 activation)
     return 0.5f * gate * (1.0f + tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate)));
 }
 
-// A sum over warps, from the first on.
-DEVICE float total(const float* sums, u32 from, u32 to)
+// A sum over the warps of a strip, from the first on.
+DEVICE float total(const float* sums, u32 shares)
 {
     float sum = 0.0f;
-    for (u32 w = from; w < to; w++) sum += sums[w * ROWS * 32];
+    for (u32 s = 0; s < shares; s++) sum += sums[s * STRIPS * ROWS * 32];
     return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(const Products p)
 {
-    u32 warp = same_in_warp(threadIdx.x / 32), share = warp, shares = WARPS, which = 0;
-    if (PAIRED) { shares = WARPS / 2; which = warp / shares; share = warp % shares; }
-    else while (which + 1 < p.count && blockIdx.x >= p.matrix[which + 1].first_block) which++;
+    const u32 sides = PAIRED ? 2 : 1, shares = WARPS / sides / STRIPS, warp = same_in_warp(threadIdx.x / 32);
+    const u32 strip = warp % STRIPS, share = warp / STRIPS % shares, strip0 = blockIdx.x * STRIPS;
+    u32 which = PAIRED ? warp / (WARPS / 2) : 0;
+    while (!PAIRED && which + 1 < p.count && strip0 >= p.matrix[which + 1].first_block) which++;
     const Matrix& m = p.matrix[which];
-    u32 column0 = (blockIdx.x - (PAIRED ? 0 : m.first_block)) * 32;
+    const u32 block0 = (strip0 - (PAIRED ? 0 : m.first_block)) * 32, column0 = block0 + strip * 32;
 
     Lane l;
     l.n = p.matrix[PAIRED ? 0 : which].n;
@@ -80,7 +81,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(
     Words* raw = perm || other ? (Words*) (row + rows * row_bytes) : nullptr;
     char* rings = row + (rows + (raw ? 1 : 0)) * row_bytes;
     l.row = (const Words*) (row + (rows - 1) * which * row_bytes);
-    l.ring = rings + warp * STAGES * STAGE;
+    // With several rows, x comes in a ring of its own for warps that take the same chunks and the same x.
+    const bool one_x = !PAIRED || p.matrix[0].x == p.matrix[1].x;
+    const u32 side = one_x ? 0 : which, members = STRIPS * (one_x ? sides : 1);
+    l.ring = rings + (SHARED_X ? shares * (one_x ? 1 : 2) * STAGES * X_BYTES : 0) + warp * STAGES * STAGE;
+    l.x_ring = SHARED_X ? rings + (side * shares + share) * STAGES * X_BYTES : l.ring + MAX_BITS * SLOT;
+    l.x_stage = SHARED_X ? X_BYTES : STAGE;
+    l.x_from = SHARED_X ? ((PAIRED && one_x ? which : 0) * STRIPS + strip) * 32 + l.lane : l.lane;
+    l.x_step = SHARED_X ? members * 32 : 32;
     l.lift = in_register(0x64006400u, l.ring + (STAGES - 1) * STAGE + l.lane * 16);
 
     const u32 chunks = (l.k + 127) / 128;
@@ -120,14 +128,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(
     // A turn of the ring at a time, so that what belongs to each stage stays in registers of its own.
     u32 chunk = share;
     #pragma unroll 1
-    while (chunk < chunks)
+    while (chunk - (SHARED_X ? share : 0) < chunks)
     {
         #pragma unroll
         for (u32 s = 0; s < STAGES; s++, chunk += shares)
         {
-            if (chunk >= chunks) break;
+            // Warps that share x go on together, also those that have no chunk left.
+            if (chunk - (SHARED_X ? share : 0) >= chunks) break;
             copies_wait<STAGES - 2>();
-            __syncwarp();
+            if (SHARED_X) __syncthreads();
+            else __syncwarp();
             if (ahead < chunks)
             {
                 // Into the place of the chunk before, whose numbers have been used by now.
@@ -140,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(
             copies_commit();
             ahead += shares;
             block = ahead < chunks ? block_of(l, ahead) : 0;
-            compute(l, chunk, s, blocks[s], sums);
+            if (!SHARED_X || chunk < chunks) compute(l, chunk, s, blocks[s], sums);
         }
     }
     copies_wait<0>();
@@ -159,15 +169,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(
                 if (row < ROWS) all[(warp * ROWS + row) * 32 + 4 * l.g + 2 * half + (i >> 1)] = sums[half][tile][i];
             }
     __syncthreads();
-    for (u32 i = threadIdx.x; i < p.rows * 32; i += WARPS * 32)
+    for (u32 i = threadIdx.x; i < p.rows * STRIPS * 32; i += WARPS * 32)
     {
-        u32 row = i / 32, column = column0 + i % 32;
+        u32 row = i / (STRIPS * 32), place = i % (STRIPS * 32), column = block0 + place;
+        const float* from = all + (place / 32 * ROWS + row) * 32 + place % 32;
         const Matrix& target = PAIRED ? p.matrix[0] : m;
-        float value = total(all + i, 0, shares);
+        float value = total(from, shares);
         if (target.bias) value += to_float(target.bias[column]);
         if (PAIRED)
         {
-            float gated = total(all + i, shares, WARPS);
+            float gated = total(from + WARPS / 2 * ROWS * 32, shares);
             if (p.matrix[1].bias) gated += to_float(p.matrix[1].bias[column]);
             value = activate(value, p.activation) * gated;
         }

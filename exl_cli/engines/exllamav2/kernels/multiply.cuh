@@ -14,7 +14,8 @@ DEVICE void clear(Sums& sums)
 
 // One lane's 32 rows of a chunk, all of BITS bits. `factor`: with FINE, scales of the four columns, twice in a word.
 template <int BITS>
-DEVICE void multiply(const Lane& l, u32 chunk, const char* stage, const u32 (&factor)[4], u32 zeros, Sums& sums)
+DEVICE void multiply(const Lane& l, u32 chunk, const char* stage, const char* xs_at, const u32 (&factor)[4], u32 zeros,
+                     Sums& sums)
 {
     typedef Unit<BITS> U;
     // What is too much of a number, for each column and shift in use; EXL2's are the same for all columns.
@@ -46,7 +47,7 @@ DEVICE void multiply(const Lane& l, u32 chunk, const char* stage, const u32 (&fa
             #pragma unroll
             for (int i = 0; i < U::K / 8; i++)
             {
-                Words w = x_at(l, chunk, stage, tile, u * (U::K / 8) + i);
+                Words w = x_at(l, chunk, xs_at, tile, u * (U::K / 8) + i);
                 xs[tile][4 * i] = w.x; xs[tile][4 * i + 1] = w.y; xs[tile][4 * i + 2] = w.z; xs[tile][4 * i + 3] = w.w;
             }
         #pragma unroll
@@ -76,29 +77,29 @@ DEVICE void multiply(const Lane& l, u32 chunk, const char* stage, const u32 (&fa
     }
 }
 
-DEVICE void multiply_any(u32 bits, const Lane& l, u32 chunk, const char* stage, const u32 (&factor)[4], u32 zeros,
-                         Sums& sums)
+DEVICE void multiply_any(u32 bits, const Lane& l, u32 chunk, const char* stage, const char* xs_at,
+                         const u32 (&factor)[4], u32 zeros, Sums& sums)
 {
 #if FORMAT == 0
-    multiply<4>(l, chunk, stage, factor, zeros, sums);
+    multiply<4>(l, chunk, stage, xs_at, factor, zeros, sums);
 #else
     switch (bits)
     {
-    case 2: multiply<2>(l, chunk, stage, factor, 0, sums); break;
+    case 2: multiply<2>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #if MAX_BITS > 2
-    case 3: multiply<3>(l, chunk, stage, factor, 0, sums); break;
+    case 3: multiply<3>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #endif
     #if MAX_BITS > 3
-    case 4: multiply<4>(l, chunk, stage, factor, 0, sums); break;
+    case 4: multiply<4>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #endif
     #if MAX_BITS > 4
-    case 5: multiply<5>(l, chunk, stage, factor, 0, sums); break;
+    case 5: multiply<5>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #endif
     #if MAX_BITS > 5
-    case 6: multiply<6>(l, chunk, stage, factor, 0, sums); break;
+    case 6: multiply<6>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #endif
     #if MAX_BITS > 6
-    case 8: multiply<8>(l, chunk, stage, factor, 0, sums); break;
+    case 8: multiply<8>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #endif
     }
 #endif
@@ -106,7 +107,7 @@ DEVICE void multiply_any(u32 bits, const Lane& l, u32 chunk, const char* stage, 
 
 DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 copied, Sums& sums)
 {
-    const char* stage = l.ring + stage_index * STAGE;
+    const char *stage = l.ring + stage_index * STAGE, *xs_at = l.x_ring + stage_index * l.x_stage;
     const u64 block = block_for(l, copied);
     const u32 bits = bits_of(block);
     const u32 four = fours_at(l, stage);
@@ -130,14 +131,14 @@ DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 copied, Sums&
         u32 own[4];
         #pragma unroll
         for (int c = 0; c < 4; c++) own[c] = bits == width ? factor[c] : 0;
-        multiply_any(width, l, chunk, stage, own, four, sums);
+        multiply_any(width, l, chunk, stage, xs_at, own, four, sums);
     }
 #else
     // One width and one group, so one scale of a column, for the whole chunk: the scale can wait for the sum.
     const u32 none[4] = {};
     Sums part;
     clear(part);
-    multiply_any(bits, l, chunk, stage, none, four, part);
+    multiply_any(bits, l, chunk, stage, xs_at, none, four, part);
     #pragma unroll
     for (int c = 0; c < 4; c++)
     {

@@ -27,10 +27,12 @@ struct Products
 
 const u32 SLOT = 512;                                               // bytes: 16 of each lane
 const u32 X_BYTES = ONE_ROW ? 0 : TILES * 8 * 256;                  // 128 numbers of each row
+const bool SHARED_X = STRIPS > 1;                                   // or else each warp has its own, behind its weights
+const u32 OWN_X = SHARED_X ? 0 : X_BYTES;
 const u32 PARTS = FINE ? 4 : 1;                                     // of a chunk, that may be of different groups
 const u32 SCALES = FORMAT == 0 ? PARTS * 64 : 0, FOURS = PARTS * 16;
 // Sectors of 32 bytes of memory must become such of shared memory, or they are asked for twice.
-const u32 STAGE = (MAX_BITS * SLOT + X_BYTES + SCALES + FOURS + 31) / 32 * 32;
+const u32 STAGE = (MAX_BITS * SLOT + OWN_X + SCALES + FOURS + 31) / 32 * 32;
 const u32 ROWS = ONE_ROW ? 1 : TILES * 8;
 
 struct Lane
@@ -44,6 +46,10 @@ struct Lane
     const u64* block;
     u32 n, k, x_stride, group_shift;
     char* ring;
+    u32 x_from, x_step;     // of the 16 bytes of a chunk's x that it copies the first, and every x_step-th
+    // Where x comes to lie, and from one stage to the next.
+    char* x_ring;
+    u32 x_stage;
     // For computing.
     const Words* row;       // with ONE_ROW: x in shared memory, its 16 bytes in the order of `row_place`
     u32 lane, g, t, rows, lift;
@@ -91,7 +97,7 @@ DEVICE void choose_groups(Lane& l, const Matrix& m, u32 column0)
     const char* fours = (const char*) (m.four + column0 / 8);
     l.groups = nullptr;
     l.group_bytes = l.n / 2;
-    l.group_to = MAX_BITS * SLOT + X_BYTES + SCALES;
+    l.group_to = MAX_BITS * SLOT + OWN_X + SCALES;
     if (FORMAT == 1)
     {
         if (l.lane % 8 || l.lane / 8 >= PARTS) return;
@@ -126,12 +132,12 @@ DEVICE void copy_groups(const Lane& l, u32 chunk, u32 stage, u64 block)
 // Four bits of each of a lane's four columns, and GPTQ's scales of them, from the ring.
 DEVICE u32 fours_at(const Lane& l, const char* stage)
 {
-    const char* from = stage + MAX_BITS * SLOT + X_BYTES + SCALES + (FINE ? l.t * 16 : 0);
+    const char* from = stage + MAX_BITS * SLOT + OWN_X + SCALES + (FINE ? l.t * 16 : 0);
     return *(const u32*) (from + l.g / 2 * 4) >> (l.g & 1 ? 16 : 0);
 }
 DEVICE u64 scales_at(const Lane& l, const char* stage)
 {
-    return *(const u64*) (stage + MAX_BITS * SLOT + X_BYTES + (FINE ? l.t * 64 : 0) + l.g * 8);
+    return *(const u64*) (stage + MAX_BITS * SLOT + OWN_X + (FINE ? l.t * 64 : 0) + l.g * 8);
 }
 
 // Where 16 bytes of a row of x lie in the ring: so that the eight lanes that read at once, two rows and four places 64
@@ -141,22 +147,20 @@ DEVICE u32 place(u32 row, u32 unit) { return row * 256 + ((unit & 8) | ((unit & 
 DEVICE void copy_x(const Lane& l, u32 chunk, u32 stage)
 {
     if (ONE_ROW) return;
-    char* to = l.ring + stage * STAGE + MAX_BITS * SLOT;
-    u32 unit = l.lane % 16, from = chunk * 128 + unit * 8;
-    if (from >= l.k) return;
+    char* to = l.x_ring + stage * l.x_stage;
     #pragma unroll
     for (u32 i = 0; i < TILES * 4; i++)
     {
-        u32 row = 2 * i + l.lane / 16;
-        if (row < l.rows) copy16(to + place(row, unit), l.x + row * l.x_stride + from);
+        u32 part = l.x_from + i * l.x_step, row = part / 16, unit = part % 16, from = chunk * 128 + unit * 8;
+        if (row < l.rows && from < l.k) copy16(to + place(row, unit), l.x + row * l.x_stride + from);
     }
 }
 
 // Of 128 numbers of a row of x, the eight at i of those that are this lane's. Rows that are not there may be anything:
 // their sums are not used. Behind the last of k it must be zero.
-DEVICE Words x_at(const Lane& l, u32 chunk, const char* stage, u32 tile, u32 i)
+DEVICE Words x_at(const Lane& l, u32 chunk, const char* xs, u32 tile, u32 i)
 {
     if (ONE_ROW) return l.row[chunk * 16 + i * 4 + l.t];
     if (chunk * 128 + l.t * 32 >= l.k) return Words{0, 0, 0, 0};
-    return *(const Words*) (stage + MAX_BITS * SLOT + place(tile * 8 + l.g, l.t * 4 + i));
+    return *(const Words*) (xs + place(tile * 8 + l.g, l.t * 4 + i));
 }

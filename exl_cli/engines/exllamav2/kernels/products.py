@@ -15,6 +15,15 @@ ACTIVATIONS = {"silu": 0, "gelu": 1}
 _SCRATCH = 128  # bytes for the sum over a block
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a launch divides its work; see `Variant`."""
+
+    warps: int
+    stages: int
+    strips: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Product:
     """Matrices that one launch multiplies with.
@@ -40,11 +49,13 @@ class Product:
         """What it must read besides its input."""
         return sum(matrix.bytes for matrix in self.matrices)
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of its launch."""
-        columns = sum(matrix.n for matrix in self.matrices) // 32
-        return columns // 2 if self.paired else columns
+    def blocks(self, layout: Layout) -> int:
+        """Blocks of its launch; 0 where the layout does not fit its columns."""
+        width = 32 * layout.strips
+        if layout.warps % (layout.strips * (2 if self.paired else 1)) or any(m.n % width for m in self.matrices):
+            return 0
+        blocks = sum(matrix.n for matrix in self.matrices) // width
+        return blocks // 2 if self.paired else blocks
 
     @property
     def copies(self) -> int:
@@ -66,6 +77,7 @@ class Variant:
         rows: of the input, 1 to `MOST_ROWS`.
         warps: of a block; even where paired.
         stages: of the ring through which each warp's weights come.
+        strips: of 32 columns in a block, whose warps share what they read of several rows.
         k: rows of the matrices.
         copies: of a single row, see `Product.copies`.
     """
@@ -77,6 +89,7 @@ class Variant:
     rows: int
     warps: int
     stages: int
+    strips: int
     k: int
     copies: int
 
@@ -96,6 +109,7 @@ class Variant:
             "TILES": self._tiles,
             "WARPS": self.warps,
             "STAGES": self.stages,
+            "STRIPS": self.strips,
             "RESIDENT": 32 if self.rows == 1 and not self.fine else self.warps,
         }
 
@@ -105,8 +119,10 @@ class Variant:
         x_bytes = 0 if self.rows == 1 else self._tiles * 8 * 256
         row = -(-self.k // 128) * 256 * self.copies if self.rows == 1 else 0
         groups = (4 if self.fine else 1) * (16 if self.exl2 else 80)
-        stage = -(-(self.max_bits * SLOT + x_bytes + groups) // 32) * 32
-        rings = row + self.warps * self.stages * stage
+        stage = -(-(self.max_bits * SLOT + (x_bytes if self.strips == 1 else 0) + groups) // 32) * 32
+        # As if both of a pair had an input of their own.
+        shared_x = 0 if self.strips == 1 else self.warps // self.strips * x_bytes
+        rings = row + self.stages * (self.warps * stage + shared_x)
         sums = self.warps * (1 if self.rows == 1 else self._tiles * 8) * 32 * 4
         return _SCRATCH + max(rings, sums)
 
@@ -114,14 +130,6 @@ class Variant:
 def most_rows(rows: int) -> int:
     """The most rows that the same build computes."""
     return next(most for most in (1, 8, 16, MOST_ROWS) if rows <= most)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a launch divides its work; see `Variant`."""
-
-    warps: int
-    stages: int
 
 
 def variant(product: Product, rows: int, layout: Layout) -> Variant:
@@ -141,6 +149,7 @@ def variant(product: Product, rows: int, layout: Layout) -> Variant:
         rows=rows,
         warps=layout.warps,
         stages=layout.stages,
+        strips=layout.strips,
         k=matrices[0].k,
         copies=product.copies,
     )
@@ -149,9 +158,9 @@ def variant(product: Product, rows: int, layout: Layout) -> Variant:
 def layouts(rows: int) -> list[Layout]:
     """Those worth trying for that many rows, the likeliest first; the last one for GPUs of little shared memory."""
     if rows > 16:
-        return [Layout(4, 2), Layout(8, 2)]
+        return [Layout(8, 2, 2), Layout(8, 2, 4), Layout(16, 2, 4), Layout(8, 2), Layout(4, 2)]
     if rows > 1:
-        return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(4, 2)]
+        return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(8, 2, 2), Layout(16, 2, 4), Layout(4, 2)]
     return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3), Layout(4, 2)]
 
 

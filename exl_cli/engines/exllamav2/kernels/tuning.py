@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from functools import lru_cache
 from typing import Any
 
@@ -81,7 +82,7 @@ class Tuner:
         builds = {}
         for layout in products.layouts(rows):
             variant = products.variant(first, rows, layout)
-            if variant.shared_bytes <= self._shared_bytes:
+            if first.blocks(layout) and variant.shared_bytes <= self._shared_bytes:
                 builds[layout] = variant
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
@@ -90,13 +91,12 @@ class Tuner:
         key = _key(first, rows)
         known = self._read()
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            warps, stages = known[key]["layout"]
-            return products.Layout(int(warps), int(stages))
+            return products.Layout(*(int(size) for size in known[key]["layout"]))
         times = self._measure(alike, rows, builds)
         best = min(times, key=lambda layout: times[layout])
         known[key] = {
-            "layout": [best.warps, best.stages],
-            "microseconds": {f"{x.warps}/{x.stages}": round(t, 2) for x, t in times.items()},
+            "layout": astuple(best),
+            "microseconds": {"/".join(map(str, astuple(layout))): round(t, 2) for layout, t in times.items()},
         }
         self._write(known)
         return best
@@ -130,7 +130,7 @@ class Tuner:
             for product in used:
                 argument = products.argument(product, rows)
                 products.connect(argument, [x] * len(outs), outs)
-                launches.append(_on_current_stream(kernel.bind((product.blocks,), 32 * layout.warps, argument)))
+                launches.append(_on_current_stream(kernel.bind((product.blocks(layout),), 32 * layout.warps, argument)))
             times[layout] = _microseconds(launches) / len(used)
         return times
 
