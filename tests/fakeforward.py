@@ -53,7 +53,6 @@ class FakeForward:
     """A `passes.Forward`.
 
     Args:
-        joins: False for prompts whose last token always has a pass of its own.
         memory: logits are a function of only the last so many tokens, so that texts repeat; 0 for all of them.
         spread: standard deviation of the logits; 0 for one that stands out.
         wrong: how many of a hundred logits are those of another model.
@@ -68,7 +67,6 @@ class FakeForward:
         pages: int = 16,
         max_batch: int = 4,
         max_tokens: int = 8,
-        joins: bool = True,
         vocab_size: int = 97,
         spread: float = 0.0,
         memory: int = 0,
@@ -80,7 +78,6 @@ class FakeForward:
     ) -> None:
         self.page_size, self.pages = page_size, pages
         self.max_batch, self.max_tokens, self.vocab_size = max_batch, max_tokens, vocab_size
-        self.joins = joins
         self._spread, self.memory, self._wrong, self.fail = spread, memory, wrong, fail
         self.clock, self.seconds, self.growth = clock or FakeClock(), seconds, growth
         self.prefill_seconds = 0.0
@@ -91,14 +88,12 @@ class FakeForward:
         self._garbage = random.Random(0)
         self.calls: list[str] = []
         self.rows: list[list[int]] = []
-        self.prefilled: list[int] = []
         self.computed = self.reached = 0
         self.copies = 0
 
     def prefill(self, row: Row) -> None:
         assert self._outstanding is None, "prefill between submit and collect"
         self.calls.append("prefill")
-        self.prefilled.append(len(row.ids))
         self.fail("prefill")
         self._write(row)
         self._read(row)

@@ -21,7 +21,7 @@ from exl_cli.tokenizer import Tokenizer
 
 def test_a_conversation_is_computed_once() -> None:
     for length in range(1, 14):
-        model = Model(joins=False)
+        model = Model()
         first = ask(range(20, 20 + length), 7)
         tokens, reused = model.run(first)
         # The last new token is chosen, not computed.
@@ -34,7 +34,7 @@ def test_a_conversation_is_computed_once() -> None:
 
 
 def test_two_conversations_on_one_model_keep_theirs() -> None:
-    model = Model(pages=24, joins=False)
+    model = Model(pages=24)
     texts = [[1, 2, 3, 4, 5], [1, 2, 3, 9]]
     for turn in range(4):
         for who, ids in enumerate(texts):
@@ -45,7 +45,7 @@ def test_two_conversations_on_one_model_keep_theirs() -> None:
 
 
 def test_the_next_pass_is_under_way_when_a_token_is_handed_out() -> None:
-    model = Model(joins=False)
+    model = Model()
     stream = model.steps(ask(range(6), 3))
     seen = []
     for step in stream:
@@ -124,7 +124,7 @@ def test_more_than_a_pass_holds_wait_in_order() -> None:
 
 
 def test_a_request_waits_for_its_pages_and_none_overtakes_it() -> None:
-    model = Model(pages=8, joins=False)
+    model = Model(pages=8)
     first, large, small = ask(range(10), 7), ask(range(20, 36), 9), ask([90], 2)
     running, waiting, behind = (model.steps(request) for request in (first, large, small))
     pull(running)
@@ -144,7 +144,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_prompt_seconds_are_those_of_all_tokens_but_the_last() -> None:
-    model = Model(seconds=1.0, growth=0.0, joins=False)
+    model = Model(seconds=1.0, growth=0.0)
     model.forward.prefill_seconds = 0.5
     request = ask(range(11), 4)
     step, *_ = model.steps(request)

@@ -49,7 +49,6 @@ class Machine(RuleBasedStateMachine):
         max_batch=st.integers(1, 4),
         chunk=st.integers(1, 9),
         page_size=st.sampled_from([3, 4]),
-        joins=st.booleans(),
         greedy=st.booleans(),
         speculate=st.sampled_from(["off", "ngram", "draft"]),
         memory=st.sampled_from([0, 2]),
@@ -62,7 +61,6 @@ class Machine(RuleBasedStateMachine):
         max_batch: int,
         chunk: int,
         page_size: int,
-        joins: bool,
         greedy: bool,
         speculate: str,
         memory: int,
@@ -77,7 +75,6 @@ class Machine(RuleBasedStateMachine):
         self.forward = FakeForward(
             pages=pages,
             page_size=page_size,
-            joins=joins,
             max_batch=max_batch,
             spread=spread,
             memory=memory,

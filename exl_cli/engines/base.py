@@ -5,8 +5,6 @@ Timing rules, the same for every engine, so that their numbers compare:
 - *prompt* is the evaluation of all prompt tokens but the last, from the call to the moment the device has finished;
 - *response* is one forward pass for each new token (the first of them evaluates the last prompt token), or for several
   where tokens are proposed and verified, with its sampling and its decoding to text;
-- where one pass evaluates the end of a prompt, its last token included, and gives the first new token, it counts
-  as both, so that neither rate is better than what was done;
 - *time to first token* runs from the call to the moment the first new token has been decoded.
 
 Loading the model, tokenizing and rendering the prompt are not part of any of them.

@@ -17,10 +17,7 @@ class Step:
 
     Attributes:
         token_ids: new tokens, in order; none while the prompt is being evaluated.
-        prompt_seconds: set once, on the first step after the prompt was evaluated and the device had finished; no later
-            than the first token.
-        shared_seconds: with prompt_seconds, and part of it: how long the pass took that evaluated the end of the prompt
-            and gave the first token, where one pass did both.
+        prompt_seconds: set once, on the first step after the prompt was evaluated and the device had finished.
         reused_tokens: with prompt_seconds: prompt tokens whose keys and values were still in the cache.
         drafted_tokens, accepted_tokens: of this pass; see `base.Summary`.
         note: what the summary should say, as far as it can be told by now; None for what it said before.
@@ -32,7 +29,6 @@ class Step:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     note: str | None = None
-    shared_seconds: float = 0.0
 
 
 class Decoder(Protocol):
@@ -107,7 +103,7 @@ def run(request: Request, decoder: Decoder, context_length: int, steps: Generato
     limit = min(request.max_new_tokens, context_length - len(request.ids))
     scanner = StopScanner(request.stop_strings)
     start = time.perf_counter()
-    prompt_seconds = shared = first = 0.0
+    prompt_seconds = first = 0.0
     reused = count = drafted = accepted = 0
     note = ""
     reason: FinishReason = "length"
@@ -117,7 +113,7 @@ def run(request: Request, decoder: Decoder, context_length: int, steps: Generato
             reason, limit = "cancelled", 0
         for step in steps if limit > 0 else ():
             if step.prompt_seconds is not None:
-                prompt_seconds, reused, shared = step.prompt_seconds, step.reused_tokens, step.shared_seconds
+                prompt_seconds, reused = step.prompt_seconds, step.reused_tokens
             drafted, accepted = drafted + step.drafted_tokens, accepted + step.accepted_tokens
             note = note if step.note is None else step.note
             text, taken, ended = _take(step.token_ids, request, decoder, scanner, limit - count)
@@ -141,7 +137,7 @@ def run(request: Request, decoder: Decoder, context_length: int, steps: Generato
         reused_tokens=reused,
         new_tokens=count,
         prompt_seconds=prompt_seconds,
-        generation_seconds=max(last - start - prompt_seconds + shared, 0.0),
+        generation_seconds=max(last - start - prompt_seconds, 0.0),
         first_token_seconds=first,
         drafted_tokens=drafted,
         accepted_tokens=accepted,

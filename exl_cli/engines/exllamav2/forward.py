@@ -36,7 +36,6 @@ class GpuForward:
         cache: exllamav2's.
         small: what computes passes of few tokens.
         why_not_fused: why that is not our own kernels; empty where it is.
-        joins: see `Forward`.
     """
 
     max_batch = products.MOST_ROWS
@@ -63,7 +62,6 @@ class GpuForward:
         self._extend_rotary_tables()
         self._large = ModulesPass(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
-        self.joins = not self.why_not_fused
         self._graphs = Graphs(backend.captures and self._device == self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         # Parts of it, by how many rows were asked for, of how many tokens, and how many were computed of each.
@@ -108,7 +106,7 @@ class GpuForward:
         """See `Forward.prefill`."""
         self._enter()
         most = self.max_tokens
-        if len(row.ids) <= (_FEW_PASSES * most if self.joins else most):
+        if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
             for first in range(0, len(row.ids), most):
                 self._pass([Row(row.ids[first : first + most], row.start + first, row.table)])
             return

@@ -39,8 +39,6 @@ class Forward(Protocol):
         max_batch: the most rows of one `submit`.
         max_tokens: the most tokens of one row of a `submit`, where it is the only row; less where there are several:
             rows times the longest row's tokens stay within `max_batch` or `max_tokens`, whichever is larger.
-        joins: whether the last tokens of a prompt are computed about as fast by a `submit`, which also gives logits, as
-            by `prefill`.
         vocab_size: logits of a position.
     """
 
@@ -48,7 +46,6 @@ class Forward(Protocol):
     pages: int
     max_batch: int
     max_tokens: int
-    joins: bool
     vocab_size: int
 
     def prefill(self, row: Row) -> None:

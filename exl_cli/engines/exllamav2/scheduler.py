@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from exl_cli.engines.base import Request
 from exl_cli.engines.driver import Step
 from exl_cli.engines.exllamav2.pace import Rate
 from exl_cli.engines.exllamav2.pages import Pages
 from exl_cli.engines.exllamav2.passes import Forward, Row
-from exl_cli.engines.exllamav2.sequence import Logits, Sequence
+from exl_cli.engines.exllamav2.sequence import Sequence
 from exl_cli.engines.exllamav2.speculation import Drafter, Guess, Speculation
 from exl_cli.engines.sampler import Sampler
 from exl_cli.errors import EngineError, PromptError
@@ -31,6 +34,8 @@ from exl_cli.errors import EngineError, PromptError
 CHUNK = 2048
 
 _NO_GUESS = Guess((), 0, Rate(0.0))
+
+Logits = npt.NDArray[np.float32]
 
 
 class _Flown(NamedTuple):
@@ -163,22 +168,32 @@ class Scheduler:
 
     def _extend(self, flown: _Flown, logits: Logits) -> None:
         sequence, row, guess = flown
-        if row.start + 1 < len(sequence.ids):
-            self._tell_prompt(sequence, shared=True)
-        chosen, error = sequence.extend(row, logits)
+        ids, stops = sequence.ids, sequence.request.stop_ids
+        chosen: list[int] = []
+        error: Exception | None = None
+        try:
+            for place in range(len(row.ids)):
+                if place and chosen[-1] != row.ids[place]:
+                    break  # these logits follow a proposal that was wrong
+                chosen.append(sequence.sampler.sample(logits[place], ids))
+                ids.append(chosen[-1])
+                if chosen[-1] in stops or not sequence.room:
+                    break
+        except Exception as found:  # its logits or its settings; the others have theirs
+            error = found
+        sequence.cached += len(chosen)
         self._pages.settle(sequence.pages, sequence.cached)
         if self._speculation is not None:
             sequence.outbox.append(self._speculation.outcome(sequence, guess, chosen))
         elif chosen:
             sequence.outbox.append(Step(tuple(chosen)))
-        if error or sequence.done:
+        if error or chosen[-1] in stops or not sequence.room:
             self._end(sequence, error)
 
     def _fill(self) -> bool:
         """Evaluate one chunk's tokens of prompts; those that are complete join the running. Whether it is under way."""
         room = self._chunk
         while room > 0 and (sequence := self._filling or self._admit()):
-            sequence.left = self._left(sequence)
             begin, count = sequence.cached, min(room, sequence.unfilled)
             if count:
                 self._pages.grow(sequence.pages, begin + count)
@@ -191,19 +206,6 @@ class Scheduler:
             self._forward.synchronize()
             self._settle_prompt()
         return False
-
-    def _left(self, sequence: Sequence) -> int:
-        """How many of a prompt's last tokens to leave to the pass that gives its first token.
-
-        More than one saves a pass; but not along with other sequences, to whose rows as many would be added, nor before
-        a drafter has been told of the prompt. They begin at a multiple of what a pass can take, wherever the known part
-        of the prompt ends: so the same prompt is computed in the same way, and with the same rounding, when it comes
-        again.
-        """
-        if self._running or self._waiting or self._speculation is not None or not self._forward.joins:
-            return 1
-        most = min(self._forward.max_tokens, self._pages.size)
-        return min((len(sequence.ids) - 1) % most + 1, len(sequence.ids) - sequence.cached)
 
     def _admit(self) -> Sequence | None:
         """The next request, if there is room for it."""
@@ -219,8 +221,7 @@ class Scheduler:
             return None
         self._waiting.popleft()
         self._filling = sequence
-        # What was known of the tokens that are left to the first pass is computed again, with them: in its place.
-        sequence.cached = sequence.lease.reused = min(sequence.lease.reused, len(sequence.ids) - self._left(sequence))
+        sequence.cached = sequence.lease.reused
         return sequence
 
     def _settle_prompt(self) -> None:
@@ -232,17 +233,10 @@ class Scheduler:
         if not sequence.unfilled:
             if self._speculation is not None:
                 self._speculation.begin(sequence)
-            sequence.filled = self._clock()
-            if sequence.left == 1:
-                self._tell_prompt(sequence)
+            seconds = self._clock() - sequence.started
+            sequence.outbox.append(Step(prompt_seconds=seconds, reused_tokens=sequence.pages.reused))
             self._filling = None
             self._running.append(sequence)
-
-    def _tell_prompt(self, sequence: Sequence, *, shared: bool = False) -> None:
-        """The prompt has been evaluated; `shared` where the end of it was by the pass that gives the first token."""
-        now = self._clock() if shared else sequence.filled
-        step = Step((), now - sequence.started, sequence.pages.reused, shared_seconds=now - sequence.filled)
-        sequence.outbox.append(step)
 
     def _submit(self, *, busy: bool) -> None:
         """Start the next pass for all that are running, perhaps while the device is busy with something else."""
@@ -254,7 +248,7 @@ class Scheduler:
         flight = []
         for sequence, guess in zip(self._running, guesses, strict=False):
             lease, start = sequence.pages, sequence.cached
-            row = Row((*sequence.ids[start:], *guess.tokens[: guess.used]), start, lease.table)
+            row = Row((sequence.ids[start], *guess.tokens[: guess.used]), start, lease.table)
             self._pages.grow(lease, start + len(row.ids))
             flight.append(_Flown(sequence, row, guess))
         self._forward.submit([flown.row for flown in flight])
