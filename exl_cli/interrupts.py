@@ -27,6 +27,33 @@ def cancel_on_interrupt(cancel: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
+def hold_interrupt() -> Iterator[None]:
+    """Within it, a first SIGINT waits for the end; a second one counts at once. For imports of seconds, not for more.
+
+    In the midst of torch's own start an exception can come up where its C++ ends the whole process for it, with a page
+    of its frames. Does nothing outside of the main thread.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if waiting:
+            previous(signum, frame)
+        waiting.append((signum, frame))
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if waiting:
+            previous(*waiting[0])
+
+
+@contextmanager
 def insist_on_interrupt() -> Iterator[None]:
     """Within it, a SIGINT raises KeyboardInterrupt as ever, and once more at the end if that one got lost.
 

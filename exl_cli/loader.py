@@ -15,6 +15,7 @@ from exl_cli.engines.base import Engine
 from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
 from exl_cli.hub import names, store
+from exl_cli.interrupts import hold_interrupt
 from exl_cli.modelinfo import ModelInfo, inspect
 from exl_cli.storage import user_data
 from exl_cli.tokenizer import Tokenizer
@@ -180,7 +181,7 @@ def load(
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with headstart.files_being_read(tensor.file for tensor in info.tensors.values()):
-        with headstart.collector_paused():
+        with hold_interrupt(), headstart.collector_paused():
             chosen = _choose(info, options, observer.note)
             if chosen == "exllamav2":
                 from exl_cli.engines.exllamav2 import door

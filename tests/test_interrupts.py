@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from exl_cli.interrupts import cancel_on_interrupt, insist_on_interrupt
+from exl_cli.interrupts import cancel_on_interrupt, hold_interrupt, insist_on_interrupt
 
 
 def interrupt() -> None:
@@ -56,3 +56,20 @@ def test_the_first_interrupt_cancels_and_the_second_ends() -> None:
         with pytest.raises(KeyboardInterrupt):
             interrupt()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not() -> None:
+    seen = []
+    with pytest.raises(KeyboardInterrupt), hold_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        seen.append("first")
+    assert seen == ["first"]
+    with pytest.raises(KeyboardInterrupt), hold_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        seen.append("second")
+    assert seen == ["first"]
+    with hold_interrupt():
+        seen.append("none")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -53,7 +53,7 @@ def decoding(answer: Answer | None) -> Finding:
         fix = answer.fix("EXL_KERNELS=exllamav2 in the environment")
         return Finding("Kernels", "fail", f"compiling exl's own: {said}", fix, "gpu")
     if reason := answer.value["why_not"]:
-        return Finding("Kernels", "warn", f"exllamav2's own, half as fast: {reason}")
+        return Finding("Kernels", "warn", f"exllamav2's own, at most half as fast: {reason}")
     return Finding("Kernels", "ok", "exl's own, compiled for this GPU by the NVRTC of torch")
 
 

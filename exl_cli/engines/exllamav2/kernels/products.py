@@ -160,7 +160,7 @@ def layouts(rows: int) -> list[Layout]:
     if rows > 16:
         return [Layout(8, 2, 2), Layout(8, 2, 4), Layout(16, 2, 4), Layout(8, 2), Layout(4, 2)]
     if rows > 1:
-        return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(8, 2, 2), Layout(16, 2, 4), Layout(4, 2)]
+        return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(4, 2)]
     return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3), Layout(4, 2)]
 
 
