@@ -59,17 +59,21 @@ def test_the_first_interrupt_cancels_and_the_second_ends() -> None:
 
 
 def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not() -> None:
-    seen = []
-    with pytest.raises(KeyboardInterrupt), hold_interrupt():
-        signal.raise_signal(signal.SIGINT)
-        seen.append("first")
-    assert seen == ["first"]
-    with pytest.raises(KeyboardInterrupt), hold_interrupt():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        seen.append("second")
-    assert seen == ["first"]
-    with hold_interrupt():
-        seen.append("none")
+    done: list[str] = []
+
+    def imports(interrupts: int) -> None:
+        with hold_interrupt():
+            for _ in range(interrupts):
+                interrupt()
+            done.append("whole")
+
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        imports(1)
+    assert done == ["whole"]
+    with pytest.raises(KeyboardInterrupt):
+        imports(2)
+    assert done == ["whole"]
+    imports(0)
+    assert done == ["whole"] * 2
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()

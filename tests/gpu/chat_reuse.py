@@ -41,9 +41,9 @@ class _Silent:
         pass
 
 
-def generate(engine: Engine, ids: Sequence[int], tokens: int) -> tuple[str, list[int], Summary]:
-    """Greedily, to the last token."""
-    chunks = list(engine.stream(Request(ids, build({}, "greedy"), tokens, 0)))
+def generate(engine: Engine, ids: Sequence[int], tokens: int, preset: str = "greedy") -> tuple[str, list[int], Summary]:
+    """To the last token."""
+    chunks = list(engine.stream(Request(ids, build({}, preset), tokens, 0)))
     summary = chunks[-1].summary
     if summary is None:
         raise RuntimeError("no summary")
@@ -76,7 +76,8 @@ def main() -> int:
         composer = Composer(tokenizer, add_special_tokens=chat.add_special_tokens)
         messages = [{"role": "user", "content": words(given.tokens - _ANSWER - 60)}]
         first = composer.encode(chat.render(messages))
-        answer, ids, _ = generate(engine, first.ids, _ANSWER)
+        # Random weights may have nothing but a special token for their likeliest, and a conversation has none in it.
+        answer, ids, _ = generate(engine, first.ids, _ANSWER, "notebook")
         composer.computed(first, ids, answer)
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": words(rng.randint(15, 25))}]
         second = composer.encode(chat.render(messages))
