@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -58,6 +59,15 @@ def test_the_first_interrupt_cancels_and_the_second_ends() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.fixture
+def _ctrl_c_counts() -> Iterator[None]:
+    """Also where the tests were started in the background, with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_counts")
 def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not() -> None:
     done: list[str] = []
 
