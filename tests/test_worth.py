@@ -22,9 +22,8 @@ class Times:
         assert rows == 1
         return self._times[product.kind][0]
 
-    def original(self, product: Any, prepare: Callable[[], None], works: Sequence[Callable[[], None]]) -> float:
-        prepare()
-        self.asked.append((product.kind, len(works)))
+    def original(self, product: Any, make: Callable[[], Sequence[Callable[[], None]]]) -> float:
+        self.asked.append((product.kind, len(make())))
         return self._times[product.kind][1]
 
 

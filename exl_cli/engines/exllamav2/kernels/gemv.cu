@@ -126,15 +126,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) gemv(
     clear(sums);
 
     // A turn of the ring at a time, so that what belongs to each stage stays in registers of its own.
+    // Warps that share x go on together, also those that have no chunk left.
     u32 chunk = share;
+    const u32 end = chunks + (SHARED_X ? share : 0);
     #pragma unroll 1
-    while (chunk - (SHARED_X ? share : 0) < chunks)
+    while (chunk < end)
     {
         #pragma unroll
         for (u32 s = 0; s < STAGES; s++, chunk += shares)
         {
-            // Warps that share x go on together, also those that have no chunk left.
-            if (chunk - (SHARED_X ? share : 0) >= chunks) break;
+            if (chunk >= end) break;
             copies_wait<STAGES - 2>();
             if (SHARED_X) __syncthreads();
             else __syncwarp();

@@ -51,18 +51,17 @@ class Tuner:
         times = found.get("microseconds") if isinstance(found, dict) else None
         return min(times.values()) if times else None
 
-    def original(self, product: Product, prepare: Callable[[], None], works: Sequence[Callable[[], None]]) -> float:
+    def original(self, product: Product, make: Callable[[], Sequence[Callable[[], None]]]) -> float:
         """Microseconds that exllamav2's kernels take for a row of what such a product computes.
 
         Args:
             product: one of its kind.
-            prepare: called first where that is not known yet.
-            works: have exllamav2 compute that with the matrices of every layer.
+            make: called where that is not known yet; gives what has exllamav2 compute it, for every layer.
         """
         known, key = self._read(), json.dumps(["exllamav2", product.kind])
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return float(known[key])
-        prepare()
+        works = make()
         found = _microseconds(works) / len(works)
         self._write({**known, key: round(found, 2)})
         return found
