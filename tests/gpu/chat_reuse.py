@@ -1,12 +1,13 @@
 """How much sooner a chat's second turn begins to answer than a prompt of the same length that nothing is known of.
 
-    python tests/gpu/chat_reuse.py MODEL [--tokens 1500] [--turns 5] [--engine auto] [--cache fp16] [--least 5]
+    python tests/gpu/chat_reuse.py MODEL [--tokens 1500] [--message 12] [--turns 5] [--engine auto] [--cache fp16]
+        [--least 5]
 
 Each turn is measured once warm (the conversation so far is in the KV cache) and once cold (another text of as many
 tokens), after one unmeasured round. Then the same turn is computed once more, cold: its greedy tokens should be those
 of the warm one, up to a near tie. Prints one JSON object: medians of the time to the first token in seconds, how many
-times sooner the warm one is, the tokens reused, and how many tokens at the beginning of the answers agreed, of how
-many. Ends with status 1 where the warm one is less than --least times sooner.
+times sooner the warm one is, the tokens reused and those that were new, and how many tokens at the beginning of the
+answers agreed, of how many. Ends with status 1 where the warm one is less than --least times sooner.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main() -> int:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("model")
     args.add_argument("--tokens", type=int, default=1500)
+    args.add_argument("--message", type=int, default=12, help="tokens of the second message, give or take four")
     args.add_argument("--turns", type=int, default=5)
     args.add_argument("--engine", default="auto")
     args.add_argument("--cache", default="fp16")
@@ -79,7 +81,8 @@ def main() -> int:
         # Random weights may have nothing but a special token for their likeliest, and a conversation has none in it.
         answer, ids, _ = generate(engine, first.ids, _ANSWER, "notebook")
         composer.computed(first, ids, answer)
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": words(rng.randint(15, 25))}]
+        message = words(rng.randint(given.message - 4, given.message + 4))
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": message}]
         second = composer.encode(chat.render(messages))
         _, tokens, warm = generate(engine, second.ids, _COMPARED)
         other = tokenizer.encode(words(2 * given.tokens), add_special_tokens=False)[: len(second.ids)]
@@ -98,6 +101,7 @@ def main() -> int:
         "engine": {"name": engine.name, **engine.facts},
         "prompt_tokens": [one.prompt_tokens for one, _, _ in turns],
         "reused_tokens": [one.reused_tokens for one, _, _ in turns],
+        "new_tokens": [one.prompt_tokens - one.reused_tokens for one, _, _ in turns],
         "cold_reused_tokens": [one.reused_tokens for _, one, _ in turns],
         "warm_first_token_seconds": round(warm, 5),
         "cold_first_token_seconds": round(cold, 5),
