@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 import exl_cli
 from exl_cli.bench import outputs
 from exl_cli.cli import app
-from exl_cli.engines.base import DeviceMemory, Engine
+from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
 from exl_cli.errors import ExitCode
 from exl_cli.sampling import Sampling
 from exl_cli.state import State
@@ -96,6 +96,18 @@ def test_prompts_are_fresh_and_nothing_ends_a_generation_early(loader: PacedLoad
 def test_reused_prompts_are_told() -> None:
     value = measured(PacedLoader(lambda: PacedEngine(reused=5)))
     assert any("15 prompt tokens were not computed but reused" in text for text in value["warnings"])  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_goes_on_in_another_way_is_told() -> None:
+    class Fallen(PacedEngine):
+        def stream(self, request: Request) -> Iterator[Chunk]:
+            if len(self.requests) == 2:
+                self.facts = {**self.facts, "graphs": "none (out of memory)"}
+            return super().stream(request)
+
+    value = measured(PacedLoader(Fallen))
+    (said,) = (text for text in value["warnings"] if "graphs" in text)  # type: ignore[attr-defined]
+    assert "graphs was nothing at first, and then none (out of memory): the figures are of both" in said
 
 
 def test_batches_on_an_engine_that_has_them() -> None:

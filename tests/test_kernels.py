@@ -313,11 +313,17 @@ def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize(("bits", "k"), [(4, 4096), (4, 28672), (6, 14336), (8, 28672)])
 def test_some_layout_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, k: int) -> None:
-    """A block has 99 KB at most on compute capabilities 8.6 and 8.9 (CUDA programming guide)."""
+    """A block has 99 KB at most on compute capabilities 8.6 and 8.9, 227 KB on 9.0 (CUDA programming guide)."""
     rng = np.random.default_rng(0)
     matrix, _ = exl2(rng, 32, (bits,), (32,))
-    large = dataclasses.replace(matrix, k=k)
-    layouts = products.layouts(rows)
-    product = products.Product((large,), reorders=False)
-    needed = [products.variant(product, rows, layout).shared_bytes for layout in layouts if product.blocks(layout)]
-    assert min(needed) <= 99 * 1024
+    product = products.Product((dataclasses.replace(matrix, k=k),), reorders=False)
+    *usual, small = products.layouts(rows)
+    of_32_columns = [layout for layout in usual if layout.strips == 1]
+    needed = {layout: products.variant(product, rows, layout).shared_bytes for layout in (*of_32_columns, small)}
+    for limit in (99 * 1024, 227 * 1024):
+        fitting = [layout for layout in of_32_columns if needed[layout] <= limit]
+        chosen = products.builds(product, rows, limit)
+        # The last one only where it must be.
+        assert list(chosen) == (fitting or [small])
+        assert max(build.shared_bytes for build in chosen.values()) <= limit
+    assert products.builds(product, rows, min(needed.values()) - 1) == {}

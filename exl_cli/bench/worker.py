@@ -126,6 +126,7 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
     loading = dataclasses.replace(job.loading, sequences=max(test.n_parallel for test in tests))
     engine = load(info, tokenizer, loading, observer, needed=max(test.context for test in tests))
     ready = time.monotonic()
+    facts = dict(engine.facts)
     try:
         watch.attach([card.uuid for card in engine.memory()])
         most = engine.max_batch if isinstance(engine, BatchingEngine) else 1
@@ -138,7 +139,7 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
             {
                 "event": "loaded",
                 "model": {**report.model(info), "commit": marker and marker.commit},
-                "engine": {"name": engine.name, "context_length": engine.context_length, **engine.facts},
+                "engine": {"name": engine.name, "context_length": engine.context_length, **facts},
                 "load_seconds": ready - begin,
                 "cold": cold,
                 "tests": described,
@@ -148,8 +149,14 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
             }
         )
         _rounds(bench, tests, job.settings, cold is not None, emit)
+        changed = [
+            f"{name} was {facts.get(name, 'nothing')} at first, and then {now}: the figures are of both"
+            for name, now in engine.facts.items()
+            if facts.get(name) != now
+        ]
         largest = max((entry["step_bytes"] or 0 for entry in described), default=0) or info.size_bytes
-        emit(_finish(bench, tests, largest, tokenizer, emit, others))
+        found = _finish(bench, tests, largest, tokenizer, emit, others)
+        emit({**found, "warnings": [*changed, *found["warnings"]]})
     finally:
         engine.close()
         watch.close()

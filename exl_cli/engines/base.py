@@ -132,12 +132,15 @@ class Engine(Protocol):
     Attributes:
         name: "exllamav2", "cpu" or another engine's own name.
         context_length: the most tokens, prompt and response together, that it can hold.
-        facts: what a report should say of it: device, dtype, attention, cache and the like, in words.
     """
 
     name: str
     context_length: int
-    facts: dict[str, str]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a report should say of it, as things stand: device, dtype, attention, cache and the like, in words."""
+        ...
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """Generate. The last chunk carries the summary; closing the iterator early cancels the job.

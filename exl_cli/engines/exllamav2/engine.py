@@ -23,15 +23,17 @@ from exl_cli.engines.base import Chunk, DeviceMemory, Request
 from exl_cli.engines.exllamav2 import attention, paged_attention, weights
 from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.drafting import DraftModel
+from exl_cli.engines.exllamav2.faults import free_bytes, translated
 from exl_cli.engines.exllamav2.forward import GpuForward
+from exl_cli.engines.exllamav2.kernels import attending
 from exl_cli.engines.exllamav2.ngrams import Ngrams
+from exl_cli.engines.exllamav2.paged_backends import Heads, unusual
 from exl_cli.engines.exllamav2.passes import Row
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
 from exl_cli.engines.exllamav2.view import folder_for_exllamav2
 from exl_cli.engines.options import LoadOptions
 from exl_cli.engines.sampler import Samplers
-from exl_cli.errors import DamagedModelError, EngineError, OutOfMemoryError, UsageError
 from exl_cli.modelinfo import ModelInfo
 from exl_cli.tokenizer import Tokenizer
 
@@ -57,7 +59,7 @@ class ExLlamaV2Engine:
         loaded: the model.
         tokenizer: the model's.
         context_length: most tokens of prompt and response.
-        facts: what a report should say.
+        facts: what a report should say besides whether passes are captured.
         drafter: proposes tokens to be verified several at once; None for no speculation.
         others: what is to be unloaded with it.
     """
@@ -75,14 +77,22 @@ class ExLlamaV2Engine:
     ) -> None:
         self._loaded: tuple[_Loaded, ...] = (loaded, *others)
         self._tokenizer = tokenizer
-        forward = loaded.forward
+        self._forward = forward = loaded.forward
         samplers = Samplers(tokenizer, forward.vocab_size)
         # Prompts in the pieces in which exllamav2 computes them anyway.
         chunk = loaded.model.config.max_input_len
         self._batch = Batch(Scheduler(forward, samplers.make, drafter=drafter, chunk=chunk))
         self.max_batch = forward.max_batch
         self.context_length = context_length
-        self.facts = facts
+        self._facts = facts
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """See `engines.base.Engine.facts`; a capture that fails changes them."""
+        forward = self._forward
+        graphs = "one for each pass" if forward.captures else "none"
+        reason = f" ({forward.why_not_captured})" if forward.why_not_captured else ""
+        return {**self._facts, "graphs": graphs + reason}
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """See `engines.base.Engine.stream`."""
@@ -109,7 +119,7 @@ class ExLlamaV2Engine:
     def _paged_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """Through the passes that generation takes; what other requests have in the cache is forgotten."""
         parts, forward = [], self._loaded[0].forward
-        with _translated_errors(), self._batch.exclusive() as scheduler:
+        with translated(), self._batch.exclusive() as scheduler:
             scheduler.close("the model was asked for logits")
             table = list(range(memory.round_up(len(ids)) // memory.PAGE))
             for at in range(0, len(ids), step):
@@ -135,7 +145,7 @@ class ExLlamaV2Engine:
 
     def _steps(self, request: Request) -> Generator[driver.Step, None, None]:
         room = min(request.max_new_tokens, self.context_length - len(request.ids))
-        with _translated_errors():
+        with translated():
             yield from self._batch.steps(request, room)
 
 
@@ -174,9 +184,9 @@ def load(
     """
     if options.gpu_split is None:
         tokens = context_length * options.sequences
-        memory.check(info, tokens, options.cache, _free_bytes(), low_mem=options.low_mem, draft=draft)
+        memory.check(info, tokens, options.cache, free_bytes(), low_mem=options.low_mem, draft=draft)
     attention.install()
-    paged_attention.try_ahead()
+    _try_attention(info, options)
     loaded = _load(info, context_length, options, progress)
     drafter: Drafter | None = Ngrams() if options.speculate == "ngram" else None
     others = []
@@ -191,7 +201,6 @@ def load(
         "dtype": "float16",
         "attention": f"{own}{paged_attention.backend()}, paged",
         "kernels": small.name + (f" ({reason})" if (reason := loaded.forward.why_not_fused) else ""),
-        "graphs": "one for each pass" if loaded.forward.captures else "none",
         "cache": options.cache,
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
@@ -199,16 +208,27 @@ def load(
     return ExLlamaV2Engine(loaded, tokenizer, context_length, facts, drafter, others)
 
 
+def _try_attention(info: ModelInfo, options: LoadOptions) -> None:
+    """Begin to try what may compute attention, on heads as the model has them."""
+    shape = memory.shape_of(info)
+    if shape is None or shape.heads % shape.kv_heads or unusual(shape.head_dim):
+        paged_attention.try_ahead()
+        return
+    heads = Heads(shape.heads, shape.kv_heads, shape.head_dim)
+    decodes = attending.why_not(*heads, memory.PAGE, quantized_cache=options.cache != "fp16")
+    paged_attention.try_ahead(heads, decodes=bool(decodes))
+
+
 def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> _Loaded:
     # exllamav2 prints to stdout, which belongs to the model's text.
     with (
         contextlib.redirect_stdout(sys.stderr),
         folder_for_exllamav2(info) as folder,
-        _translated_errors(info, context_length, options),
+        translated(info, context_length, options),
     ):
         model, cache = _build(folder, context_length, options, progress)
-        backend = paged_attention.install_paged()
-        return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
+        pages = _pages(context_length, options)
+        return _Loaded(model, GpuForward(model, cache, pages, memory.PAGE, paged_attention.install_paged))
 
 
 def _pages(context_length: int, options: LoadOptions) -> int:
@@ -249,48 +269,3 @@ def _build(folder: Any, context_length: int, options: LoadOptions, progress: Pro
             model.load_autosplit(cache, last_id_only=False, callback=progress)
     torch.cuda.synchronize()
     return model, cache
-
-
-@contextlib.contextmanager
-def _translated_errors(
-    info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
-) -> Iterator[None]:
-    """Turn what exllamav2 raises into errors that say the next step."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise _out_of_memory(info, context_length) from error
-    except (RuntimeError, AssertionError, ValueError, KeyError, TypeError) as error:
-        text = str(error).strip(" #\n") or type(error).__name__
-        if "Insufficient VRAM" in text or "out of memory" in text:
-            raise _out_of_memory(info, context_length) from error
-        if "Insufficient space in device allocation" in text:
-            split = ",".join(f"{gib:g}" for gib in options.gpu_split or ()) if options else ""
-            raise UsageError(
-                f"the model does not fit --gpu-split {split} (GiB per GPU)",
-                "raise the numbers, or use --gpu-split auto",
-            ) from error
-        if info is not None and not isinstance(error, RuntimeError):
-            raise DamagedModelError(
-                f"exllamav2 cannot load {info.path}: {text.splitlines()[0]}", "see --debug"
-            ) from error
-        raise EngineError(f"exllamav2 failed: {text.splitlines()[0]}", "run again with --debug to see where") from error
-
-
-def _free_bytes() -> list[int]:
-    """Bytes free on each GPU."""
-    return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-
-
-def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryError:
-    held = torch.cuda.memory_reserved()
-    have = f"{(sum(_free_bytes()) + held) / memory.GIB:.1f} GiB of GPU memory are free"
-    if info is None:
-        return OutOfMemoryError(
-            f"the GPU ran out of memory; {have}", "use --cache q4, a smaller --max-seq-len or --low-mem"
-        )
-    need = info.size_bytes / memory.GIB
-    return OutOfMemoryError(
-        f"{info.name} needs {need:.1f} GiB for its weights and more for a context of {context_length:,} tokens; {have}",
-        "use --cache q4, a smaller --max-seq-len or --low-mem, or free the GPU (nvidia-smi shows who uses it)",
-    )

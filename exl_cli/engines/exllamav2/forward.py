@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class GpuForward:
         model, cache: exllamav2's; the cache holds a page more than `pages`.
         pages: what the scheduler may use.
         page_size: positions in a page.
-        backend: what computes attention.
+        backend: gives what computes attention; called when the kernels for everything else are there.
 
     Attributes:
         cache: exllamav2's.
@@ -41,7 +41,7 @@ class GpuForward:
     max_batch = products.MOST_ROWS
     max_tokens = products.MOST_ROWS
 
-    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Backend) -> None:
+    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[], Backend]) -> None:
         from exllamav2.device import set_device_streams
 
         self._set_streams = set_device_streams
@@ -62,7 +62,7 @@ class GpuForward:
         self._extend_rotary_tables()
         self._large = ModulesPass(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
-        self._graphs = Graphs(backend.captures and self._device == self._last)
+        self._graphs = Graphs(backend().captures and self._device == self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         # Parts of it, by how many rows were asked for, of how many tokens, and how many were computed of each.
         self._parts: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -74,6 +74,11 @@ class GpuForward:
     def captures(self) -> bool:
         """Whether small passes become CUDA graphs, as far as is known: a capture may still fail."""
         return self._graphs.usable
+
+    @property
+    def why_not_captured(self) -> str:
+        """What a capture failed with; empty where none did."""
+        return self._graphs.why_not
 
     def _extend_rotary_tables(self) -> None:
         """Give tokens that only fill up a pass, behind the end of a full context, rows to read: they mean nothing."""
@@ -96,6 +101,7 @@ class GpuForward:
                 )
                 if not (reason := small.why_not(lambda: self._large.prepare(1))):
                     return small, ""
+                small.close()
             except EngineError as error:
                 reason = error.message
         _log.info("small passes through exllamav2's modules: %s", reason)
@@ -152,6 +158,8 @@ class GpuForward:
     def close(self) -> None:
         """Give the memory back; it cannot be used afterwards, closing twice is fine."""
         self._graphs.clear()
+        if "small" in self.__dict__:
+            self.small.close()
         for name in ("small", "_large", "_inputs", "_logits", "_parts", "_model", "cache"):
             self.__dict__.pop(name, None)
 
@@ -188,6 +196,7 @@ class GpuForward:
             self._run(batch, tokens, bound)
         self._done.record(self._stream)
         self._pending = True
+        self._graphs.capture()
         return longest, tokens
 
     @torch.inference_mode()

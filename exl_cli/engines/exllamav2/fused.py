@@ -73,13 +73,15 @@ class FusedPass:
         self._inner = buffer(max(layer.down.product.matrices[0].k for layer in self._layers))
         self._after = torch.empty_like(lengths)
         self._logits = buffer(head.out_features)
-        self._tuner = Tuner(self._device)
-        self._layouts: dict[tuple[Any, ...], products.Layout] = {}
+        self._tuner = Tuner(self._device, (group.product for group in self._groups))
+        self._tuner.begin(1)
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._attending = self._choose_attention()
         # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
         self._programs = {(1, 1): self._program(1, 1)}
+        # Short messages, the ends of long ones, and what is between.
+        self._tuner.begin(8, products.MOST_ROWS, 16)
 
     def run(
         self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
@@ -106,10 +108,15 @@ class FusedPass:
     def prepare(self, rows: int) -> None:
         """Nothing to do: see `ModulesPass.prepare`."""
 
+    def close(self) -> None:
+        """Compile no further what is not wanted yet; passes are still possible."""
+        self._tuner.close()
+
     # --- the parts of a pass --------------------------------------------------------------------------------------
 
     def _program(self, batch: int, tokens: int) -> list[Work]:
         rows = batch * tokens
+        self._tuner.begin(rows)
         program: list[Work] = []
 
         def add(launch: Launch) -> None:
@@ -186,11 +193,7 @@ class FusedPass:
 
     def _bind(self, product: products.Product, rows: int, argument: Products) -> Launch:
         """A launch in the layout that suits the product and all that are like it."""
-        key = (product.kind, products.most_rows(rows))
-        if key not in self._layouts:
-            alike = [group.product for group in self._groups if group.product.kind == product.kind]
-            self._layouts[key] = self._tuner.layout(alike, rows)
-        layout = self._layouts[key]
+        layout = self._tuner.layout(product, rows)
         variant = products.variant(product, rows, layout)
 
         def make() -> Kernel:

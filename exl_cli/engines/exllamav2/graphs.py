@@ -1,8 +1,9 @@
 """Passes as CUDA graphs: one launch instead of several hundred.
 
-A pass that is repeated is captured at its second use, after one ordinary run in which kernels were compiled and
-libraries set up: so a short answer does not pay for a graph. All graphs share one memory pool, as only one runs at a
-time.
+A pass that is repeated is captured at its second use, after one ordinary run in which kernels were compiled: so a
+short answer does not pay for a graph. The second use is an ordinary run as well, and the capture comes while the GPU is
+busy with it: so nobody waits for one, and what a library sets up for each thread, as cuBLAS does by an allocation that
+no capture survives, is there. All graphs share one memory pool, as only one runs at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ class Graphs:
 
     Args:
         usable: whether to capture at all; as an attribute, False from the first capture on that failed.
+
+    Attributes:
+        why_not: what that one failed with.
     """
 
     def __init__(self, usable: bool) -> None:
         self.usable = usable
+        self.why_not = ""
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self._due: tuple[Hashable, Callable[[], None]] | None = None
 
     def replay(self, key: Hashable) -> bool:
         """Start the graph of this work on the current stream, if there is one; whether there was."""
@@ -40,24 +46,25 @@ class Graphs:
         return True
 
     def run(self, key: Hashable, work: Callable[[], None], prepare: Callable[[], None]) -> None:
-        """Do the work on the current stream, and make a graph of it if it is time.
+        """Do the work on the current stream, as there is no graph of it; `capture` makes one if it is time.
 
         Args:
             key: equal for work that is the same but for what lies in its inputs.
             work: what to do; it may only read and write memory that stays where it is.
-            prepare: called before a capture.
+            prepare: called before the work that is to be captured.
         """
         if self.usable and key in self._seen:
             prepare()
-            graph = self._capture(work)
-            if graph is not None:
-                self._graphs[key] = graph
+            self._due = (key, work)
         self._seen.add(key)
-        if not self.replay(key):
-            work()
+        work()
 
-    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        torch.cuda.current_stream().synchronize()
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make the graph of what `run` did last, if it is time: on the current stream, whatever that is busy with."""
+        if self._due is None:
+            return
+        (key, work), self._due = self._due, None
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -66,15 +73,27 @@ class Graphs:
             finally:
                 graph.capture_end()
         except (RuntimeError, EngineError) as error:
-            # Some module does what no graph can hold. It ran well without; so will the next.
+            # Some module does what no graph can hold. It runs well without.
             self.usable = False
-            _log.info("passes are not captured: %s", str(error).strip().splitlines()[0])
+            self.why_not = str(error).strip().splitlines()[0]
+            _log.info("passes are not captured: %s", self.why_not)
             torch.cuda.synchronize()
-            return None
-        self._pool = graph.pool()
-        return graph
+            _free_generators()
+        else:
+            self._pool = graph.pool()
+            self._graphs[key] = graph
 
     def clear(self) -> None:
         """Give the graphs' memory back."""
         self._graphs.clear()
-        self._pool = None
+        self._pool = self._due = None
+
+
+def _free_generators() -> None:
+    """Have torch draw random numbers again.
+
+    Stands for a defect of torch 2.11: a capture that ends in an error leaves its generators as if it were going on, and
+    all later use of them on a GPU is refused.
+    """
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())

@@ -122,6 +122,9 @@ class ModulesPass:
             for _ in range(_TIMED_CALLS + 1):
                 exllamav2_ext.gemm_half_q_half(x, linear.q_handle, out, False)
 
+    def close(self) -> None:
+        """Nothing to do: see `FusedPass.close`."""
+
 
 def _all(modules: Any) -> Any:
     """Modules with those inside of them."""

@@ -23,11 +23,11 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from exl_cli.engines.exllamav2.paged_backends import DECODE_QUERIES, IMPLEMENTATIONS, Call, failure, on
+from exl_cli.engines.exllamav2.paged_backends import DECODE_QUERIES, IMPLEMENTATIONS, Call, Heads, failure, on
 from exl_cli.errors import EngineError
 
 VARIABLE = "EXL_ATTENTION"
@@ -35,6 +35,13 @@ VARIABLE = "EXL_ATTENTION"
 _bound: ContextVar[int] = ContextVar("_bound", default=0)
 # Held while candidates are tried, so that whoever needs the choice waits for it.
 _trying = threading.Lock()
+
+
+class _Trial(NamedTuple):
+    """What candidates are tried on: see `try_ahead`."""
+
+    heads: Heads = Heads()
+    decodes: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ class Backend:
         return decode if decode == prefill else f"{decode}, prompts {prefill}"
 
 
+_chosen: dict[tuple[torch.device, str], Backend] = {}
+
+
 def backend(device: torch.device | None = None) -> Backend:
     """What will be used on a device, by default the current GPU or, without one, the CPU.
 
@@ -71,30 +81,34 @@ def backend(device: torch.device | None = None) -> Backend:
         EngineError: EXL_ATTENTION names something unknown, or something that cannot be had.
     """
     with _trying:
-        return _choose(device or _current(), os.environ.get(VARIABLE, ""))
+        return _choose(device or _current(), os.environ.get(VARIABLE, ""), _Trial())
 
 
-def try_ahead() -> None:
+def try_ahead(heads: Heads | None = None, *, decodes: bool = True) -> None:
     """Begin to try the candidates on the current GPU, in a thread of its own; `backend` waits for the end of that.
 
     What EXL_ATTENTION names is tried at once, so that a wrong name is said before anything is waited for.
 
+    Args:
+        heads: of the model that is going to be computed.
+        decodes: whether decoding is to be tried as well as prompts; it need not where something else does it.
+
     Raises:
         EngineError: see `backend`.
     """
-    device = _current()
+    device, trial = _current(), _Trial(heads or Heads(), decodes)
     if os.environ.get(VARIABLE):
         backend(device)
     else:
-        threading.Thread(target=_try, args=(device,), name="attention trial", daemon=True).start()
+        threading.Thread(target=_try, args=(device, trial), name="attention trial", daemon=True).start()
 
 
-def _try(device: torch.device) -> None:
+def _try(device: torch.device, trial: _Trial) -> None:
     with _trying, contextlib.suppress(Exception):  # what goes wrong does so again for whoever needs the choice
-        chosen = _choose(device, "")
+        chosen = _choose(device, "", trial)
         # A model that is being loaded holds more memory than it does afterwards: no reason to do without Triton.
         if any("out of memory" in reason for reason in chosen.why_not.values()):
-            _choose.cache_clear()
+            _chosen.clear()
 
 
 def _current() -> torch.device:
@@ -102,12 +116,19 @@ def _current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@lru_cache
-def _choose(device: torch.device, wanted: str) -> Backend:
+def _choose(device: torch.device, wanted: str, trial: _Trial) -> Backend:
+    """What was chosen before, on whatever trial, or now."""
+    key = (device, wanted)
+    if key not in _chosen:
+        _chosen[key] = _chosen_now(device, wanted, trial)
+    return _chosen[key]
+
+
+def _chosen_now(device: torch.device, wanted: str, trial: _Trial) -> Backend:
     if wanted:
         if wanted not in IMPLEMENTATIONS:
             raise EngineError(f"{VARIABLE}={wanted} is not known", f"choose one of {', '.join(IMPLEMENTATIONS)}")
-        if reason := _reason(wanted, device):
+        if reason := _reason(wanted, device, trial):
             raise EngineError(f"{VARIABLE}={wanted} cannot be had: {reason}", f"unset {VARIABLE}")
         return Backend((wanted,), (wanted,), {})
     usable: list[str] = []
@@ -115,7 +136,7 @@ def _choose(device: torch.device, wanted: str) -> Backend:
     for name, implementation in IMPLEMENTATIONS.items():
         found = any(other != "torch-varlen" for other in usable)
         # What comes after the one in use is for the calls that that one cannot do: not worth a trial in advance.
-        if reason := implementation.missing(device) if found else _reason(name, device):
+        if reason := implementation.missing(device) if found else _reason(name, device, trial):
             if not found:
                 why_not[name] = reason
         else:
@@ -124,10 +145,10 @@ def _choose(device: torch.device, wanted: str) -> Backend:
     return Backend(decode, tuple(usable), why_not)
 
 
-def _reason(name: str, device: torch.device) -> str:
+def _reason(name: str, device: torch.device, trial: _Trial) -> str:
     """Why an implementation cannot be had; empty where it can."""
     missing = IMPLEMENTATIONS[name].missing(device)
-    return missing if missing or name == "torch" else failure(name, device)
+    return missing if missing or name == "torch" else failure(name, device, trial.heads, decodes=trial.decodes)
 
 
 def attend_paged(

@@ -6,12 +6,12 @@ import ctypes
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch, compile_ahead
+from exl_cli.engines.exllamav2.kernels import compiler
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 from exl_cli.engines.exllamav2.kernels.products import MOST_ROWS
 from exl_cli.engines.exllamav2.kernels.small import RopeArgument
 from exl_cli.engines.exllamav2.paged_attention import VARIABLE
@@ -138,13 +138,10 @@ class Attending:
         self._arrived = torch.zeros(MOST_ROWS * kv_heads, dtype=torch.int32, device=device)
         builds = {(tiles, warps): Plan(tiles, warps, 1, 1) for tiles, warps in ((1, 4), (1, 8), (2, 4))}
         # All of them now, rather than amid an answer.
-        with ThreadPoolExecutor(len(builds)) as pool:
-            list(
-                pool.map(lambda build: compile_ahead(FILE, build.defines(head_dim, page_size), device), builds.values())
-            )
+        compiler.begin(FILE, [build.defines(head_dim, page_size) for build in builds.values()], device)
         self._kernels = {
             key: Kernel(FILE, NAME, build.defines(head_dim, page_size), device, build.shared_bytes(head_dim))
-            for key, build in builds.items()
+            for key, build in reversed(builds.items())  # threads do the others meanwhile
         }
 
     def takes(self, tokens: int) -> bool:

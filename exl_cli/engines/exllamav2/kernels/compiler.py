@@ -1,7 +1,8 @@
 """Compiles CUDA sources with NVRTC, which every CUDA build of torch brings, and launches what comes out.
 
 No compiler needs to be installed. What was compiled is kept in the user's cache folder under a key made of source,
-options, GPU architecture and NVRTC's version, so that a machine compiles each kernel once.
+options, GPU architecture and NVRTC's version, so that a machine compiles each kernel once. As that takes about a second
+each, `begin` has it done in the background.
 
 The calls are those of the CUDA driver API and of NVRTC (https://docs.nvidia.com/cuda/cuda-driver-api,
 https://docs.nvidia.com/cuda/nvrtc), found through the library in torch that links both.
@@ -13,13 +14,15 @@ import contextlib
 import ctypes
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from exl_cli.building import jobs
+from exl_cli.engines.exllamav2.kernels.ahead import Ahead
 from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
 from exl_cli.storage import user_cache, write_atomically
@@ -28,6 +31,11 @@ _HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MOST_THREADS = 8
+_LEFT_FREE = 2  # cores, for the answer that is being generated meanwhile
+
+# A file, what is defined for it, and the compute capability.
+_Build = tuple[str, tuple[tuple[str, int], ...], tuple[int, int]]
 
 
 class _Attribute(ctypes.Structure):
@@ -59,6 +67,7 @@ def _check(code: int, what: str) -> None:
         raise EngineError(f"{what} failed with CUDA error {code}", "run again with --debug to see where")
 
 
+@cache
 def source(name: str) -> str:
     """A `.cu` file of this folder with what it includes put in place."""
     return _INCLUDE.sub(lambda match: source(match[1]), (_HERE / name).read_text(encoding="utf-8"))
@@ -78,13 +87,24 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
-def compile_ahead(file: str, defines: Mapping[str, int], device: torch.device) -> None:
-    """Compile what `Kernel` would, if that has not been done; several threads may.
+def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device, owner: object = None) -> None:
+    """Have what `Kernel` would compile be compiled in the background, or read where that was done before.
 
-    Raises:
-        EngineError: see `Kernel`.
+    What cannot be compiled is told by the `Kernel` that wants it.
+
+    Args:
+        file, device: as of `Kernel`.
+        builds: the `defines` of each, in the order in which they will be wanted. They come before what was begun
+            earlier and has to wait yet.
+        owner: for `forget`.
     """
-    _binary(file, tuple(sorted(defines.items())), torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    _binaries.begin([_build(file, defines, capability) for defines in builds], owner)
+
+
+def forget(owner: object) -> None:
+    """Leave undone what has to wait yet and nobody else began."""
+    _binaries.forget(owner)
 
 
 class Kernel:
@@ -109,7 +129,7 @@ class Kernel:
         library = _library()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes the context that the driver's calls need
-            binary = _binary(file, tuple(sorted(defines.items())), torch.cuda.get_device_capability(device))
+            binary = _binaries.get(_build(file, defines, torch.cuda.get_device_capability(device)))
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             _check(library.cuModuleLoadData(ctypes.byref(module), binary), f"loading {file}")
             _check(library.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
@@ -176,8 +196,12 @@ class Launch:
             _check(code, "launching a kernel")
 
 
-@cache
-def _binary(file: str, defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
+def _build(file: str, defines: Mapping[str, int], capability: tuple[int, int]) -> _Build:
+    return file, tuple(sorted(defines.items())), capability
+
+
+def _binary(build: _Build) -> bytes:
+    file, defines, capability = build
     library = _library()
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "asking NVRTC for its version")
@@ -212,3 +236,6 @@ def _compile(library: Any, text: str, file: str, options: list[str]) -> bytes:
         return binary.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+_binaries = Ahead(_binary, max(1, min(_MOST_THREADS, jobs.cores_here() - _LEFT_FREE)))

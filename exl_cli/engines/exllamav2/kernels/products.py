@@ -156,12 +156,32 @@ def variant(product: Product, rows: int, layout: Layout) -> Variant:
 
 
 def layouts(rows: int) -> list[Layout]:
-    """Those worth trying for that many rows, the likeliest first; the last one for GPUs of little shared memory."""
+    """Those worth trying for that many rows, the likeliest first.
+
+    The last one is for GPUs of little shared memory: to be built only where none of the others fits.
+    """
     if rows > 16:
-        return [Layout(8, 2, 2), Layout(8, 2, 4), Layout(16, 2, 4), Layout(8, 2), Layout(4, 2)]
+        return [Layout(8, 2), Layout(8, 2, 2), Layout(8, 2, 4), Layout(4, 2)]
     if rows > 1:
         return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(4, 2)]
     return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3), Layout(4, 2)]
+
+
+def builds(product: Product, rows: int, shared_bytes: int) -> dict[Layout, Variant]:
+    """What to choose from for a product, the likeliest first; empty where nothing fits.
+
+    Args:
+        product: what to compute.
+        rows: of the input.
+        shared_bytes: that a block can have on the GPU.
+    """
+    *usual, small = layouts(rows)
+    for candidates in (usual, [small]):
+        variants = {layout: variant(product, rows, layout) for layout in candidates if product.blocks(layout)}
+        fitting = {layout: build for layout, build in variants.items() if build.shared_bytes <= shared_bytes}
+        if fitting:
+            return fitting
+    return {}
 
 
 def argument(product: Product, rows: int, activation: str = "silu") -> Products:

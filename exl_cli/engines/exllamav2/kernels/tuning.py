@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from functools import lru_cache
 from typing import Any
@@ -30,13 +29,14 @@ _WORTH_MEASURING = 1 << 20
 
 
 class Tuner:
-    """Chooses layouts on one device.
+    """Chooses layouts for the products of one model on one device.
 
     Args:
         device: the GPU.
+        of: all the products.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, of: Iterable[Product]) -> None:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
         self._shared_bytes = int(
@@ -44,6 +44,13 @@ class Tuner:
         )
         name = "".join(c if c.isalnum() else "-" for c in properties.name)
         self._path = user_cache() / "kernels" / f"layouts-{name}.json"
+        self._alike: dict[tuple[object, ...], list[Product]] = {}
+        for product in of:
+            self._alike.setdefault(product.kind, []).append(product)
+        # Stands for this one where a reference to it would keep the model's memory.
+        self._owner = object()
+        # By kind and most rows.
+        self._chosen: dict[tuple[tuple[object, ...], int], products.Layout] = {}
 
     def microseconds(self, product: Product, rows: int) -> float | None:
         """Of a launch in the layout that `layout` chose; None where it measured nothing."""
@@ -66,32 +73,45 @@ class Tuner:
         self._write({**known, key: round(found, 2)})
         return found
 
-    def layout(self, alike: Sequence[Product], rows: int) -> products.Layout:
-        """The fastest layout for products of one kind.
+    def begin(self, *rows: int) -> None:
+        """Have everything compiled in the background that the products of so many rows want, in this order."""
+        known = self._read()
+        wanted: list[products.Variant] = []
+        for most in map(products.most_rows, rows):
+            for kind, (product, *_) in self._alike.items():
+                if (kind, most) not in self._chosen:
+                    builds = products.builds(product, most, self._shared_bytes)
+                    layout = _settled(product, most, builds, known)
+                    wanted += builds.values() if layout is None else [builds[layout]]
+        compiler.begin(products.FILE, [build.defines for build in wanted], self._device, self._owner)
+
+    def close(self) -> None:
+        """Leave undone what was begun and is not wanted yet."""
+        compiler.forget(self._owner)
+
+    def layout(self, product: Product, rows: int) -> products.Layout:
+        """The fastest layout for a product and all those of its kind; begin what it needs before.
 
         Args:
-            alike: those of every layer.
+            product: one of the model's.
             rows: of the input; all numbers of rows that share a build share the result.
 
         Raises:
             EngineError: no layout can be built or run here.
         """
-        first = alike[0]
-        rows = products.most_rows(rows)
-        builds = {}
-        for layout in products.layouts(rows):
-            variant = products.variant(first, rows, layout)
-            if first.blocks(layout) and variant.shared_bytes <= self._shared_bytes:
-                builds[layout] = variant
+        key = (product.kind, products.most_rows(rows))
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(self._alike[product.kind], key[1])
+        return self._chosen[key]
+
+    def _choose(self, alike: Sequence[Product], rows: int) -> products.Layout:
+        builds = products.builds(alike[0], rows, self._shared_bytes)
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
-        if first.bytes < _WORTH_MEASURING:
-            return next(iter(builds))
-        key = _key(first, rows)
         known = self._read()
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            return products.Layout(*(int(size) for size in known[key]["layout"]))
-        times = self._measure(alike, rows, builds)
+        if (layout := _settled(alike[0], rows, builds, known)) is not None:
+            return layout
+        times, key = self._measure(alike, rows, builds), _key(alike[0], rows)
         best = min(times, key=lambda layout: times[layout])
         known[key] = {
             "layout": astuple(best),
@@ -112,19 +132,23 @@ class Tuner:
         return found if isinstance(found, dict) else {}
 
     def _measure(
-        self, alike: Sequence[Product], rows: int, builds: Mapping[products.Layout, products.Variant]
+        self, alike: Sequence[Product], rows: int, builds: dict[products.Layout, products.Variant]
     ) -> dict[products.Layout, float]:
         """Microseconds of a launch, for every layout."""
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda v: compiler.compile_ahead(products.FILE, v.defines, self._device), builds.values()))
+        # All first: a GPU that had to wait for one would not be as fast with it. From the last on: threads come to the
+        # others meanwhile.
+        kernels = {
+            layout: Kernel(products.FILE, products.NAME, build.defines, self._device, build.shared_bytes)
+            for layout, build in reversed(builds.items())
+        }
         matrices = alike[0].matrices
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
         outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in matrices]
         count = -(-_MORE_THAN_CACHED // alike[0].bytes)
         used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}
-        for layout, variant in builds.items():
-            kernel = Kernel(products.FILE, products.NAME, variant.defines, self._device, variant.shared_bytes)
+        for layout in builds:
+            kernel = kernels[layout]
             launches = []
             for product in used:
                 argument = products.argument(product, rows)
@@ -136,6 +160,24 @@ class Tuner:
 
 def _on_current_stream(launch: Launch) -> Callable[[], None]:
     return lambda: launch(torch.cuda.current_stream().cuda_stream)
+
+
+def _settled(
+    product: Product, rows: int, builds: Mapping[products.Layout, products.Variant], known: Mapping[str, Any]
+) -> products.Layout | None:
+    """The layout to take where it need not be measured: it hardly matters, or it was; otherwise None.
+
+    Args:
+        product, rows: what it is for.
+        builds: those to choose from.
+        known: what was measured before.
+    """
+    if product.bytes < _WORTH_MEASURING:
+        return next(iter(builds), None)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        layout = products.Layout(*(int(size) for size in known[_key(product, rows)]["layout"]))
+        return layout if layout in builds else None
+    return None
 
 
 def _key(product: Product, rows: int) -> str:

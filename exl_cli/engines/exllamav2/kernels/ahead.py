@@ -1,0 +1,117 @@
+"""Work that is done ahead of being asked for, by a few threads; whoever asks before they came to it does it himself."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import CancelledError, Future
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Ahead(Generic[Key, Value]):
+    """Results by key, each computed once in a process.
+
+    The threads start when there is something to do and end when there is not. They are no daemons, which may crash a
+    process whose libraries are being taken down under them: the interpreter waits at its end for what each is at, and
+    what is queued then is left undone. Any thread may call any method, an interrupt spoils nothing.
+
+    Args:
+        work: computes the result; several threads call it at once, with different keys.
+        threads: so many at most, besides those that ask.
+    """
+
+    def __init__(self, work: Callable[[Key], Value], threads: int) -> None:
+        self._work = work
+        self._most = threads
+        # All below change under this lock only.
+        self._lock = threading.Lock()
+        self._running = 0
+        # First come those of the last `begin`; with each, who began it.
+        self._queue: dict[Key, frozenset[object]] = {}
+        # What is being done or is over.
+        self._results: dict[Key, Future[Value]] = {}
+
+    def begin(self, keys: Iterable[Key], owner: object = None) -> None:
+        """Have this done in the background, in this order, and before what was begun earlier and is still queued.
+
+        Args:
+            keys: of what; those done or being done, even if with an error, are left alone.
+            owner: for `forget`.
+        """
+        with self._lock:
+            nobody: frozenset[object] = frozenset()
+            wanted = [key for key in dict.fromkeys(keys) if key not in self._results]
+            first = {key: self._queue.get(key, nobody) | {owner} for key in wanted}
+            self._queue = first | {key: owners for key, owners in self._queue.items() if key not in first}
+            for _ in range(min(len(self._queue), self._most - self._running)):
+                try:
+                    threading.Thread(target=self._serve, name="work ahead", daemon=False).start()
+                except RuntimeError:  # no more threads can be had: those who ask do it
+                    return
+                self._running += 1
+
+    def forget(self, owner: object) -> None:
+        """Leave undone what is still queued and nobody else began."""
+        with self._lock:
+            left = {key: owners - {owner} for key, owners in self._queue.items()}
+            self._queue = {key: owners for key, owners in left.items() if owners}
+
+    def get(self, key: Key) -> Value:
+        """The result, waiting for a thread that is at it; otherwise computed here, if that was not done before.
+
+        Raises:
+            Exception: what the work raised, again for everyone who asks.
+        """
+        while True:
+            mine: Future[Value] = Future()
+            try:
+                with self._lock:
+                    self._queue.pop(key, None)
+                    future = self._results.setdefault(key, mine)
+                if future is mine:
+                    value = self._work(key)
+                    mine.set_result(value)
+                    return value
+            except Exception as error:
+                mine.set_exception(_bare(error))
+                raise
+            except BaseException:
+                # Interrupted: as if it had not been begun. Those who wait for it see to it themselves.
+                with self._lock:
+                    if mine.cancel() and self._results.get(key) is mine:
+                        del self._results[key]
+                raise
+            try:
+                failed = future.exception()
+            except CancelledError:
+                continue
+            if failed is not None:
+                raise _bare(failed).with_traceback(failed.__traceback__)
+            return future.result()
+
+    def _serve(self) -> None:
+        """A thread."""
+        while True:
+            with self._lock:
+                if not self._queue or not threading.main_thread().is_alive():
+                    self._running -= 1
+                    return
+                key = next(iter(self._queue))
+                del self._queue[key]
+                future = self._results[key] = Future()
+            try:
+                future.set_result(self._work(key))
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def _bare(error: BaseException) -> BaseException:
+    """A copy without its traceback, through which an error that is kept would keep alive all that its askers hold."""
+    try:
+        return copy.copy(error)
+    except Exception:  # it cannot be copied: its constructor takes something else than it says
+        return error
