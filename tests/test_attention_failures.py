@@ -13,7 +13,7 @@ import pytest
 TRIAL = """
 import json, sys
 import torch
-from exl_cli.engines.exllamav2 import paged_backends as backends
+from exl_cli.engines.exllamav2 import attention_trial, paged_backends as backends
 
 def attend(call):
     seen.append(call.q.shape[1])
@@ -37,7 +37,7 @@ def attend(call):
 mistake, heads, decodes = json.loads(sys.argv[1])
 seen = []
 backends.IMPLEMENTATIONS["mine"] = backends.Implementation(attend, lambda device: "", lambda call: "")
-said = backends.failure("mine", torch.device("cpu"), backends.Heads(*heads), decodes=decodes)
+said = attention_trial.failure("mine", torch.device("cpu"), attention_trial.Heads(*heads), decodes=decodes)
 print(json.dumps([said, seen, [name for name in ("torch._dynamo", "sympy") if name in sys.modules]]))
 """
 

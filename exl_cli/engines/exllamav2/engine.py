@@ -21,13 +21,14 @@ from exl_cli import headstart, memory
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Request
 from exl_cli.engines.exllamav2 import attention, paged_attention, weights
+from exl_cli.engines.exllamav2.attention_trial import Heads
 from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.drafting import DraftModel
 from exl_cli.engines.exllamav2.faults import free_bytes, translated
 from exl_cli.engines.exllamav2.forward import GpuForward
 from exl_cli.engines.exllamav2.kernels import attending
 from exl_cli.engines.exllamav2.ngrams import Ngrams
-from exl_cli.engines.exllamav2.paged_backends import Heads, unusual
+from exl_cli.engines.exllamav2.paged_backends import unusual
 from exl_cli.engines.exllamav2.passes import Row
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter

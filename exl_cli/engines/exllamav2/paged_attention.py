@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import torch
 
-from exl_cli.engines.exllamav2.paged_backends import DECODE_QUERIES, IMPLEMENTATIONS, Call, Heads, failure, on
+from exl_cli.engines.exllamav2.attention_trial import Heads, failure
+from exl_cli.engines.exllamav2.paged_backends import DECODE_QUERIES, IMPLEMENTATIONS, Call, on
 from exl_cli.errors import EngineError
 
 VARIABLE = "EXL_ATTENTION"

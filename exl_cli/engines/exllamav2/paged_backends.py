@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,8 +22,6 @@ from exl_cli.engines.exllamav2.support import too_old
 
 # Up to here a call is decoding, or the check of a few guessed tokens: bound by reading the cache.
 DECODE_QUERIES = 16
-# Of a trial's results, relative to what they should be.
-_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """The end of what went wrong: where libraries say what it was."""
     return (str(error).strip().splitlines() or [""])[-1].strip() or type(error).__name__
 
 
@@ -98,7 +97,7 @@ def _flash_missing(device: torch.device) -> str:
     try:
         _flash_attn()
     except Exception as error:  # a compiled extension: anything can come out
-        return f"cannot be imported: {_last_line(error)}"
+        return f"cannot be imported: {last_line(error)}"
     return too_old(device)
 
 
@@ -243,65 +242,3 @@ IMPLEMENTATIONS = {
     "triton": Implementation(_triton, _triton_missing, _triton_unable),
     "torch": Implementation(_torch, lambda device: "", lambda call: ""),
 }
-
-
-class Heads(NamedTuple):
-    """A model's heads: of queries, of keys and values, and values of each."""
-
-    queries: int = 8
-    keys: int = 2
-    dim: int = 128
-
-
-# Tokens of a prompt's end that a trial computes, behind so many others that their keys are divided among programs.
-_TRIED, _BEFORE, _PAGE = 40, 1000, 256
-
-
-def failure(name: str, device: torch.device, heads: Heads, *, decodes: bool) -> str:
-    """What goes wrong when an implementation computes small cases on a device; empty where all is right.
-
-    Args:
-        name: of the implementation.
-        device: where.
-        heads: as the model has them that will be computed: what is compiled for a case then serves again.
-        decodes: whether to try a case of one token as well as one of a prompt.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, torch.float16)
-
-    def number(value: int) -> torch.Tensor:
-        return torch.tensor([value], dtype=torch.int32, device=device)
-
-    total = _BEFORE + _TRIED
-    pages, scale = -(-total // _PAGE), heads.dim**-0.5
-    keys, values = normal(pages, _PAGE, heads.keys, heads.dim), normal(pages, _PAGE, heads.keys, heads.dim)
-    new_keys, new_values = normal(1, _TRIED, heads.keys, heads.dim), normal(1, _TRIED, heads.keys, heads.dim)
-    table = torch.arange(pages, dtype=torch.int32, device=device).flip(0)[None]
-    prompt, token = normal(1, _TRIED, heads.queries, heads.dim), normal(1, 1, heads.queries, heads.dim)
-    cases = [Call(prompt, keys, values, number(_BEFORE), table, new_keys, new_values, scale, 0, 0.0, total)]
-    if decodes:
-        cases.append(Call(token, keys, values, number(total), table, None, None, scale, 0, 0.0, total))
-    try:
-        for call in cases:
-            with on(device):
-                actual, expected = IMPLEMENTATIONS[name].attend(call), _expected(call)
-            error = float((actual.float() - expected.float()).norm() / expected.float().norm())
-            if not error < _TOLERANCE:
-                return "computes wrong results"
-    except Exception as problem:  # compilers and drivers raise what they like
-        return f"fails: {_last_line(problem)}"
-    return ""
-
-
-def _expected(call: Call) -> torch.Tensor:
-    """What a trial's case should give, once it has put its keys into the cache.
-
-    A bias of nothing has `causal_attention` make a mask: what it prefers for such a case brings torch's compiler, and
-    that takes five seconds to import.
-    """
-    pages = call.block_table[0].long()
-    keys, values = (cache[pages].flatten(0, 1)[None, : call.max_len] for cache in (call.k_cache, call.v_cache))
-    nothing = torch.zeros((1, 1, 1, 1), dtype=call.q.dtype, device=call.q.device)
-    return causal_attention(call.q, keys, values, call.scale, bias=nothing)
