@@ -105,17 +105,20 @@ class Model:
     Attributes:
         info: what the model is.
         context_length: the most tokens that prompt and response may have together.
-        facts: the engine's name, device, attention, cache and the like, in words.
     """
 
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, engine: Engine) -> None:
         self.info = info
         self.context_length = engine.context_length
-        self.facts = {"engine": engine.name, **engine.facts}
         self._tokenizer = tokenizer
         self._engine = engine
         self._turns = Turns(engine)
         self._format: Format | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The engine's name, device, attention, cache and the like, in words, as things stand."""
+        return {"engine": self._engine.name, **self._engine.facts}
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -84,4 +85,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    app()
+    try:
+        app()
+    finally:
+        # Python waits for threads that are at something yet, a second at most; interrupted, it would show frames.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

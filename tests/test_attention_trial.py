@@ -82,3 +82,46 @@ def test_a_name_that_is_wrong_is_said_before_anything_is_waited_for(monkeypatch:
     monkeypatch.setenv(paged_attention.VARIABLE, "flash")
     with pytest.raises(EngineError, match="EXL_ATTENTION=flash is not known"):
         paged_attention.try_ahead()
+
+
+def test_heads_of_another_size_are_tried_for_themselves_and_decoding_when_it_is_wanted() -> None:
+    code = """
+import json, torch
+from exl_cli.engines.exllamav2 import paged_attention
+from exl_cli.engines.exllamav2.attention_trial import Heads
+from exl_cli.engines.exllamav2.paged_backends import IMPLEMENTATIONS, Implementation
+
+asked = []
+
+def attend(call):
+    asked.append(call.q.shape[1:])
+    if call.q.shape[-1] == 256:
+        raise RuntimeError("out of resource: shared memory")
+    return IMPLEMENTATIONS["torch"].attend(call)
+
+others = dict(IMPLEMENTATIONS)
+IMPLEMENTATIONS.clear()
+IMPLEMENTATIONS.update({"mine": Implementation(attend, lambda device: "", lambda call: ""), **others})
+
+def choose(*heads, decodes):
+    asked.clear()
+    chosen = paged_attention.backend(torch.device("cpu"), Heads(*heads), decodes=decodes)
+    return [chosen.decode[0], [list(shape) for shape in asked]]
+
+print(json.dumps([
+    choose(4, 2, 256, decodes=False), choose(8, 2, 64, decodes=False), choose(4, 4, 64, decodes=False),
+    choose(8, 2, 64, decodes=True), choose(8, 2, 64, decodes=False), choose(4, 2, 256, decodes=False),
+]))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop(paged_attention.VARIABLE, None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [
+        ["torch", [[40, 4, 256]]],
+        ["mine", [[40, 8, 64]]],
+        ["mine", []],
+        ["mine", [[40, 8, 64], [1, 8, 64]]],
+        ["mine", []],
+        ["torch", []],
+    ]

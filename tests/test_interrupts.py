@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -87,3 +90,33 @@ def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not()
     assert done == ["whole"] * 2
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+def test_an_interrupt_at_the_very_end_shows_nothing() -> None:
+    """While Python waits for threads that are still at something, as those that compile."""
+    code = """
+import os, signal, sys, threading
+from exl_cli.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def work():
+    threading.main_thread().join()
+    os.kill(os.getpid(), signal.SIGINT)
+    print("done")
+
+threading.Thread(target=work).start()
+sys.argv = ["exl", "--version"]
+main()
+"""
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == ["done"]

@@ -79,8 +79,8 @@ def test_a_thread_that_has_not_multiplied_before_captures_a_product() -> None:
 
     thread = threading.Thread(target=in_thread, args=(first,))
     thread.start()
-    done.wait()
     try:
+        assert done.wait(20)
         # As where threads follow streams: whichever comes next does the pass.
         in_thread(second)
     finally:
@@ -112,5 +112,50 @@ def test_what_cannot_be_captured_runs_without_and_leaves_torch_as_it_was(when: s
     in_thread(uses)
     assert not graphs.usable
     assert "captur" in graphs.why_not
-    # A capture that failed leaves torch's generators refusing, but for what `capture` does about it.
+    # All that a capture that failed leaves as it is, but for what `capture` does about it.
     assert torch.randn(8, device="cuda").isfinite().all()
+    before = torch.cuda.memory_reserved()
+    large = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_reserved() > before
+    del large
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+def test_an_interrupt_before_the_capture_makes_no_graph_of_what_came_next() -> None:
+    graphs = Graphs(True)
+    out = torch.zeros(4, device="cuda")
+
+    def uses() -> None:
+        for _ in range(2):
+            assert not graphs.replay("one")
+            graphs.run("one", lambda: out.fill_(1), nothing)
+        # Here one came.
+        assert not graphs.replay("other")
+        graphs.run("other", lambda: out.fill_(2), nothing)
+        graphs.capture()
+        assert not graphs.replay("one")
+        assert not graphs.replay("other")
+
+    in_thread(uses)
+
+
+def test_work_that_fails_is_not_captured() -> None:
+    graphs = Graphs(True)
+    out = torch.zeros(4, device="cuda")
+    fails = [False, True, False]
+
+    def work() -> None:
+        if fails.pop(0):
+            raise RuntimeError("out of memory")
+        out.fill_(1)
+
+    def uses() -> None:
+        graphs.run("pass", work, nothing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graphs.run("pass", work, nothing)
+        graphs.capture()
+        assert graphs.usable
+        assert not graphs.replay("pass")
+
+    in_thread(uses)

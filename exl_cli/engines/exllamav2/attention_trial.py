@@ -17,7 +17,7 @@ class Heads(NamedTuple):
     dim: int = 128
 
 
-# Tokens of a prompt's end that a trial computes, behind so many others that their keys are divided among programs.
+# Tokens of a prompt's end that a trial computes, behind so many that large GPUs divide their keys among programs.
 _TRIED, _BEFORE, _PAGE = 40, 1000, 256
 # Of results, relative to what they should be.
 _TOLERANCE = 0.01
@@ -56,21 +56,33 @@ def failure(name: str, device: torch.device, heads: Heads, *, decodes: bool) -> 
             error = float((actual.float() - expected.float()).norm() / expected.float().norm())
             if not error < _TOLERANCE:
                 return "computes wrong results"
+        stored = torch.stack([_in_order(cache, table)[_BEFORE:total] for cache in (keys, values)])
+        if not torch.equal(stored, torch.cat([new_keys, new_values])):
+            return "stores keys and values in wrong places"
     except Exception as problem:  # compilers and drivers raise what they like
         return f"fails: {last_line(problem)}"
     return ""
 
 
+def _in_order(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The keys or values of the sequence, by position: shape (positions, heads, head_dim)."""
+    return cache[table[0].long()].flatten(0, 1)
+
+
 def _expected(call: Call) -> torch.Tensor:
-    """What a trial's case should give, once its keys are in the cache: in float32, with nothing spared.
+    """What a trial's case should give: in float32, with nothing spared.
 
     Not by `causal_attention`: what that prefers for such a case brings torch's compiler, five seconds of import.
     """
-    pages, (q_len, heads) = call.block_table[0].long(), call.q.shape[1:3]
-    keys, values = (
-        cache[pages].flatten(0, 1)[: call.max_len].repeat_interleave(heads // cache.shape[2], 1).transpose(0, 1).float()
-        for cache in (call.k_cache, call.v_cache)
-    )
+    q_len, heads = call.q.shape[1:3]
+
+    def seen(cache: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
+        known = _in_order(cache, call.block_table)[: call.max_len].float()
+        if new is not None:
+            known[-q_len:] = new[0].float()
+        return known.repeat_interleave(heads // cache.shape[2], 1).transpose(0, 1)
+
+    keys, values = seen(call.k_cache, call.k), seen(call.v_cache, call.v)
     scores = call.q[0].transpose(0, 1).float() @ keys.transpose(1, 2) * call.scale
     key = torch.arange(call.max_len, device=call.q.device)
     scores = scores.masked_fill(key[None, :] > key[-q_len:, None], float("-inf"))

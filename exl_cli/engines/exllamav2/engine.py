@@ -92,8 +92,9 @@ class ExLlamaV2Engine:
         """See `engines.base.Engine.facts`; a capture that fails changes them."""
         forward = self._forward
         graphs = "one for each pass" if forward.captures else "none"
-        reason = f" ({forward.why_not_captured})" if forward.why_not_captured else ""
-        return {**self._facts, "graphs": graphs + reason}
+        if forward.why_not_captured:
+            graphs = f"no more since one failed ({forward.why_not_captured})"
+        return {**self._facts, "graphs": graphs}
 
     def stream(self, request: Request) -> Iterator[Chunk]:
         """See `engines.base.Engine.stream`."""
@@ -187,20 +188,23 @@ def load(
         tokens = context_length * options.sequences
         memory.check(info, tokens, options.cache, free_bytes(), low_mem=options.low_mem, draft=draft)
     attention.install()
-    _try_attention(info, options)
     loaded = _load(info, context_length, options, progress)
     drafter: Drafter | None = Ngrams() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
         context = min(context_length, draft.context_length)
-        others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress))
+        try:
+            others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress))
+        except BaseException:
+            loaded.unload()
+            raise
         drafter = DraftModel(others[0].forward, loaded.forward.vocab_size, context)
     small = loaded.forward.small
     own = "exl's own from few tokens, else " if small.attends else ""
     facts = {
         "device": torch.cuda.get_device_name(0),
         "dtype": "float16",
-        "attention": f"{own}{paged_attention.backend()}, paged",
+        "attention": f"{own}{loaded.forward.backend}, paged",
         "kernels": small.name + (f" ({reason})" if (reason := loaded.forward.why_not_fused) else ""),
         "cache": options.cache,
         "torch": torch.__version__,
@@ -209,18 +213,19 @@ def load(
     return ExLlamaV2Engine(loaded, tokenizer, context_length, facts, drafter, others)
 
 
-def _try_attention(info: ModelInfo, options: LoadOptions) -> None:
-    """Begin to try what may compute attention, on heads as the model has them."""
+def _heads(info: ModelInfo) -> Heads:
+    """On which to try what may compute attention: as the model has them, or the usual ones."""
     shape = memory.shape_of(info)
     if shape is None or shape.heads % shape.kv_heads or unusual(shape.head_dim):
-        paged_attention.try_ahead()
-        return
-    heads = Heads(shape.heads, shape.kv_heads, shape.head_dim)
-    decodes = attending.why_not(*heads, memory.PAGE, quantized_cache=options.cache != "fp16")
-    paged_attention.try_ahead(heads, decodes=bool(decodes))
+        return Heads()
+    return Heads(shape.heads, shape.kv_heads, shape.head_dim)
 
 
 def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> _Loaded:
+    heads = _heads(info)
+    # As a rule; what is loaded tells more.
+    ours = not attending.why_not(*heads, memory.PAGE, quantized_cache=options.cache != "fp16")
+    paged_attention.try_ahead(heads, decodes=not ours)
     # exllamav2 prints to stdout, which belongs to the model's text.
     with (
         contextlib.redirect_stdout(sys.stderr),
@@ -228,8 +233,11 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
         translated(info, context_length, options),
     ):
         model, cache = _build(folder, context_length, options, progress)
-        pages = _pages(context_length, options)
-        return _Loaded(model, GpuForward(model, cache, pages, memory.PAGE, paged_attention.install_paged))
+
+        def backend(decodes: bool) -> paged_attention.Backend:
+            return paged_attention.install_paged(heads, decodes=decodes)
+
+        return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
 
 
 def _pages(context_length: int, options: LoadOptions) -> int:

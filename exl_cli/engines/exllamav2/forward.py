@@ -30,18 +30,20 @@ class GpuForward:
         model, cache: exllamav2's; the cache holds a page more than `pages`.
         pages: what the scheduler may use.
         page_size: positions in a page.
-        backend: gives what computes attention; called when the kernels for everything else are there.
+        backend: gives what computes attention, asked whether decoding is part of that; called when the kernels for
+            everything else are there.
 
     Attributes:
         cache: exllamav2's.
         small: what computes passes of few tokens.
         why_not_fused: why that is not our own kernels; empty where it is.
+        backend: what computes attention.
     """
 
     max_batch = products.MOST_ROWS
     max_tokens = products.MOST_ROWS
 
-    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[], Backend]) -> None:
+    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[bool], Backend]) -> None:
         from exllamav2.device import set_device_streams
 
         self._set_streams = set_device_streams
@@ -62,7 +64,12 @@ class GpuForward:
         self._extend_rotary_tables()
         self._large = ModulesPass(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
-        self._graphs = Graphs(backend().captures and self._device == self._last)
+        try:
+            self.backend = backend(not self.small.attends)
+        except BaseException:
+            self.small.close()
+            raise
+        self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         # Parts of it, by how many rows were asked for, of how many tokens, and how many were computed of each.
         self._parts: dict[tuple[int, int, int], torch.Tensor] = {}

@@ -74,12 +74,16 @@ class FusedPass:
         self._after = torch.empty_like(lengths)
         self._logits = buffer(head.out_features)
         self._tuner = Tuner(self._device, (group.product for group in self._groups))
-        self._tuner.begin(1)
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
-        self._attending = self._choose_attention()
-        # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
-        self._programs = {(1, 1): self._program(1, 1)}
+        try:
+            self._tuner.begin(1)
+            self._attending = self._choose_attention()
+            # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
+            self._programs = {(1, 1): self._program(1, 1)}
+        except BaseException:
+            self.close()
+            raise
         # Short messages, the ends of long ones, and what is between.
         self._tuner.begin(8, products.MOST_ROWS, 16)
 

@@ -8,12 +8,14 @@ no capture survives, is there. All graphs share one memory pool, as only one run
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
+from exl_cli.engines.exllamav2.paged_backends import last_line
 from exl_cli.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Graphs:
 
     def replay(self, key: Hashable) -> bool:
         """Start the graph of this work on the current stream, if there is one; whether there was."""
+        self._due = None  # of a pass that was interrupted
         graph = self._graphs.get(key)
         if graph is None:
             return False
@@ -53,11 +56,13 @@ class Graphs:
             work: what to do; it may only read and write memory that stays where it is.
             prepare: called before the work that is to be captured.
         """
-        if self.usable and key in self._seen:
+        again = self.usable and key in self._seen
+        if again:
             prepare()
-            self._due = (key, work)
-        self._seen.add(key)
         work()
+        self._seen.add(key)
+        if again:
+            self._due = (key, work)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -65,23 +70,15 @@ class Graphs:
         if self._due is None:
             return
         (key, work), self._due = self._due, None
-        graph = torch.cuda.CUDAGraph()
         try:
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
+            graph = captured(work, self._pool)
         except (RuntimeError, EngineError) as error:
             # Some module does what no graph can hold. It runs well without.
             self.usable = False
-            self.why_not = str(error).strip().splitlines()[0]
+            self.why_not = last_line(error)
             _log.info("passes are not captured: %s", self.why_not)
-            torch.cuda.synchronize()
-            _free_generators()
         else:
-            self._pool = graph.pool()
-            self._graphs[key] = graph
+            self._graphs[key], self._pool = graph, graph.pool()
 
     def clear(self) -> None:
         """Give the graphs' memory back."""
@@ -89,11 +86,44 @@ class Graphs:
         self._pool = self._due = None
 
 
-def _free_generators() -> None:
-    """Have torch draw random numbers again.
+def captured(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A graph of what this work does on the current stream.
 
-    Stands for a defect of torch 2.11: a capture that ends in an error leaves its generators as if it were going on, and
-    all later use of them on a GPU is refused.
+    Args:
+        work: has run in this thread before.
+        pool: another graph's, to allocate from; None for one of its own.
+
+    Raises:
+        RuntimeError, EngineError: the work does what no graph can hold, or raises them; torch is as it was.
     """
-    for generator in torch.cuda.default_generators:
-        generator.graphsafe_set_state(generator.clone_state())
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
+    try:
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            work()
+        finally:
+            if torch.cuda.is_current_stream_capturing():
+                graph.capture_end()
+    except (RuntimeError, EngineError):
+        _end_failed_capture(pool)
+        raise
+    return graph
+
+
+def _end_failed_capture(pool: Any) -> None:
+    """Have torch draw random numbers and give memory back again.
+
+    Stands for a defect of torch 2.11 (`CUDAGraph::capture_end`): where the driver says that a capture has failed,
+    nothing that its beginning did is undone. The generators refuse to be used on a GPU, and the allocator goes on
+    allocating from the graph's pool, and keeps what is freed.
+    """
+    try:
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        # Refused where the capture came as far as that.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            device = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+    finally:
+        torch.cuda.synchronize()

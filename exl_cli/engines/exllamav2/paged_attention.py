@@ -34,15 +34,11 @@ from exl_cli.errors import EngineError
 VARIABLE = "EXL_ATTENTION"
 
 _bound: ContextVar[int] = ContextVar("_bound", default=0)
+_USUAL = Heads()
+# How torch and cuBLAS say that there is no memory.
+_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 # Held while candidates are tried, so that whoever needs the choice waits for it.
 _trying = threading.Lock()
-
-
-class _Trial(NamedTuple):
-    """What candidates are tried on: see `try_ahead`."""
-
-    heads: Heads = Heads()
-    decodes: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,45 +66,58 @@ class Backend:
         return decode if decode == prefill else f"{decode}, prompts {prefill}"
 
 
-_chosen: dict[tuple[torch.device, str], Backend] = {}
+class _Choice(NamedTuple):
+    """What was chosen, and whether it was tried for decoding, too."""
+
+    backend: Backend
+    decodes: bool
 
 
-def backend(device: torch.device | None = None) -> Backend:
+# By device, what EXL_ATTENTION says, and the size of the heads it was tried on: what can do some may fail with others.
+_chosen: dict[tuple[torch.device, str, int], _Choice] = {}
+
+
+def backend(device: torch.device | None = None, heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
     """What will be used on a device, by default the current GPU or, without one, the CPU.
 
-    The first call for a device tries the candidates on it: milliseconds, or some seconds where Triton has to compile.
+    The first call for a device and a size of heads tries the candidates on them: milliseconds, or some seconds where
+    Triton has to compile.
+
+    Args:
+        device: where.
+        heads: of the model that is going to be computed.
+        decodes: whether decoding is to be tried as well as prompts; it need not where something else does it.
 
     Raises:
         EngineError: EXL_ATTENTION names something unknown, or something that cannot be had.
     """
     with _trying:
-        return _choose(device or _current(), os.environ.get(VARIABLE, ""), _Trial())
+        return _choose(device or _current(), os.environ.get(VARIABLE, ""), heads, decodes=decodes)
 
 
-def try_ahead(heads: Heads | None = None, *, decodes: bool = True) -> None:
+def try_ahead(heads: Heads = _USUAL, *, decodes: bool = True) -> None:
     """Begin to try the candidates on the current GPU, in a thread of its own; `backend` waits for the end of that.
 
     What EXL_ATTENTION names is tried at once, so that a wrong name is said before anything is waited for.
 
     Args:
-        heads: of the model that is going to be computed.
-        decodes: whether decoding is to be tried as well as prompts; it need not where something else does it.
+        heads, decodes: as for `backend`.
 
     Raises:
         EngineError: see `backend`.
     """
-    device, trial = _current(), _Trial(heads or Heads(), decodes)
+    device = _current()
     if os.environ.get(VARIABLE):
-        backend(device)
+        backend(device, heads, decodes=decodes)
     else:
-        threading.Thread(target=_try, args=(device, trial), name="attention trial", daemon=True).start()
+        threading.Thread(target=_try, args=(device, heads, decodes), name="attention trial", daemon=True).start()
 
 
-def _try(device: torch.device, trial: _Trial) -> None:
+def _try(device: torch.device, heads: Heads, decodes: bool) -> None:
     with _trying, contextlib.suppress(Exception):  # what goes wrong does so again for whoever needs the choice
-        chosen = _choose(device, "", trial)
+        chosen = _choose(device, "", heads, decodes=decodes)
         # A model that is being loaded holds more memory than it does afterwards: no reason to do without Triton.
-        if any("out of memory" in reason for reason in chosen.why_not.values()):
+        if any(said in reason for reason in chosen.why_not.values() for said in _NO_MEMORY):
             _chosen.clear()
 
 
@@ -117,19 +126,23 @@ def _current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _choose(device: torch.device, wanted: str, trial: _Trial) -> Backend:
-    """What was chosen before, on whatever trial, or now."""
-    key = (device, wanted)
-    if key not in _chosen:
-        _chosen[key] = _chosen_now(device, wanted, trial)
-    return _chosen[key]
+def _choose(device: torch.device, wanted: str, heads: Heads, *, decodes: bool) -> Backend:
+    """What was chosen before, or now."""
+    key = (device, wanted, heads.dim)
+    if key not in _chosen or (decodes and not _chosen[key].decodes):
+        _chosen[key] = _Choice(_chosen_now(device, wanted, heads, decodes=decodes), decodes)
+    return _chosen[key].backend
 
 
-def _chosen_now(device: torch.device, wanted: str, trial: _Trial) -> Backend:
+def _chosen_now(device: torch.device, wanted: str, heads: Heads, *, decodes: bool) -> Backend:
+    def missing(name: str) -> str:
+        reason = IMPLEMENTATIONS[name].missing(device)
+        return reason if reason or name == "torch" else failure(name, device, heads, decodes=decodes)
+
     if wanted:
         if wanted not in IMPLEMENTATIONS:
             raise EngineError(f"{VARIABLE}={wanted} is not known", f"choose one of {', '.join(IMPLEMENTATIONS)}")
-        if reason := _reason(wanted, device, trial):
+        if reason := missing(wanted):
             raise EngineError(f"{VARIABLE}={wanted} cannot be had: {reason}", f"unset {VARIABLE}")
         return Backend((wanted,), (wanted,), {})
     usable: list[str] = []
@@ -137,19 +150,13 @@ def _chosen_now(device: torch.device, wanted: str, trial: _Trial) -> Backend:
     for name, implementation in IMPLEMENTATIONS.items():
         found = any(other != "torch-varlen" for other in usable)
         # What comes after the one in use is for the calls that that one cannot do: not worth a trial in advance.
-        if reason := implementation.missing(device) if found else _reason(name, device, trial):
+        if reason := implementation.missing(device) if found else missing(name):
             if not found:
                 why_not[name] = reason
         else:
             usable.append(name)
     decode = tuple(name for name in usable if name != "torch-varlen")
     return Backend(decode, tuple(usable), why_not)
-
-
-def _reason(name: str, device: torch.device, trial: _Trial) -> str:
-    """Why an implementation cannot be had; empty where it can."""
-    missing = IMPLEMENTATIONS[name].missing(device)
-    return missing if missing or name == "torch" else failure(name, device, trial.heads, decodes=trial.decodes)
 
 
 def attend_paged(
@@ -196,7 +203,9 @@ def attend_paged(
     if q.stride(-1) != 1:
         q = q.contiguous()
     call = Call(q, k_cache, v_cache, cache_seqlens, block_table, k, v, scale, window, softcap, max_len)
-    chosen = backend(q.device)
+    # Heads that no model was loaded for are computed by what can do the usual ones.
+    choice = _chosen.get((q.device, os.environ.get(VARIABLE, ""), q.shape[-1]))
+    chosen = choice.backend if choice else backend(q.device)
     names = chosen.decode if q.shape[1] <= DECODE_QUERIES else chosen.prefill
     unable = ""
     for name in names:
@@ -217,17 +226,20 @@ def at_most(keys: int) -> Iterator[None]:
         _bound.reset(token)
 
 
-def install_paged() -> Backend:
+def install_paged(heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
     """Let exllamav2 attend to pages through `attend_paged`. Returns what that uses.
 
     Its attention without pages stays as it is: `attention.install` mends that.
+
+    Args:
+        heads, decodes: as for `backend`.
 
     Raises:
         EngineError: see `backend`.
     """
     from exllamav2 import attn
 
-    chosen = backend()
+    chosen = backend(heads=heads, decodes=decodes)
     attn.flash_attn_with_kvcache = _with_kvcache
     if not (attn.has_flash_attn_with_window and attn.has_flash_attn_with_softcap):
         # They are asked about pages from here on. A flash-attn without them must not be used elsewhere, then.

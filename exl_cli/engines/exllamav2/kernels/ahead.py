@@ -39,7 +39,7 @@ class Ahead(Generic[Key, Value]):
         """Have this done in the background, in this order, and before what was begun earlier and is still queued.
 
         Args:
-            keys: of what; those done or being done, even if with an error, are left alone.
+            keys: of what; those done or being done are left alone, and so are those whose error nobody has seen yet.
             owner: for `forget`.
         """
         with self._lock:
@@ -48,11 +48,14 @@ class Ahead(Generic[Key, Value]):
             first = {key: self._queue.get(key, nobody) | {owner} for key in wanted}
             self._queue = first | {key: owners for key, owners in self._queue.items() if key not in first}
             for _ in range(min(len(self._queue), self._most - self._running)):
+                self._running += (
+                    1  # first: after an interrupt amid the start there had better be one too few than too many
+                )
                 try:
                     threading.Thread(target=self._serve, name="work ahead", daemon=False).start()
                 except RuntimeError:  # no more threads can be had: those who ask do it
+                    self._running -= 1
                     return
-                self._running += 1
 
     def forget(self, owner: object) -> None:
         """Leave undone what is still queued and nobody else began."""
@@ -64,7 +67,7 @@ class Ahead(Generic[Key, Value]):
         """The result, waiting for a thread that is at it; otherwise computed here, if that was not done before.
 
         Raises:
-            Exception: what the work raised, again for everyone who asks.
+            Exception: what the work raised, to everyone who was waiting for it; who asks later has it done again.
         """
         while True:
             mine: Future[Value] = Future()
@@ -73,25 +76,30 @@ class Ahead(Generic[Key, Value]):
                     self._queue.pop(key, None)
                     future = self._results.setdefault(key, mine)
                 if future is mine:
-                    value = self._work(key)
-                    mine.set_result(value)
-                    return value
+                    mine.set_result(self._work(key))
             except Exception as error:
                 mine.set_exception(_bare(error))
                 raise
-            except BaseException:
-                # Interrupted: as if it had not been begun. Those who wait for it see to it themselves.
-                with self._lock:
-                    if mine.cancel() and self._results.get(key) is mine:
-                        del self._results[key]
-                raise
+            finally:
+                # An interrupt may come anywhere above: then it is as if this had not been begun.
+                mine.cancel()
+                self._keep_results(key, mine)
             try:
                 failed = future.exception()
-            except CancelledError:
-                continue
+            except CancelledError:  # whoever was at it was interrupted
+                failed = None
+            self._keep_results(key, future)
             if failed is not None:
                 raise _bare(failed).with_traceback(failed.__traceback__)
-            return future.result()
+            if not future.cancelled():
+                return future.result()
+
+    def _keep_results(self, key: Key, future: Future[Value]) -> None:
+        """Forget what ended without a result."""
+        with self._lock:
+            ended = future.cancelled() or (future.done() and future.exception() is not None)
+            if ended and self._results.get(key) is future:
+                del self._results[key]
 
     def _serve(self) -> None:
         """A thread."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from exl_cli.engines.exllamav2.graphs import captured
 from exl_cli.engines.exllamav2.kernels import compiler, products
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 from exl_cli.engines.exllamav2.kernels.products import Product
@@ -193,17 +194,14 @@ def _microseconds(works: Sequence[Callable[[], None]]) -> float:
     """The least time that they took in a few runs, in a graph, so that launching takes no part in it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def all_of_them() -> None:
         for work in works:
             work()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for work in works:
-                work()
-        finally:
-            graph.capture_end()
+
+    with torch.cuda.stream(stream):
+        all_of_them()
+        graph = captured(all_of_them)
         times = []
         for _ in range(_REPEATS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
