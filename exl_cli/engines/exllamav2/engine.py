@@ -108,7 +108,7 @@ class ExLlamaV2Engine:
 
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """See `engines.base.CachedScoring.cached_logits`."""
-        model, forward = self._loaded[0].model, self._loaded[0].forward
+        model, forward = self._loaded[0].model, self._forward
         if step <= forward.max_tokens and len(ids) <= self.context_length:
             return self._paged_logits(ids, step)
         cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))
@@ -120,7 +120,7 @@ class ExLlamaV2Engine:
 
     def _paged_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """Through the passes that generation takes; what other requests have in the cache is forgotten."""
-        parts, forward = [], self._loaded[0].forward
+        parts, forward = [], self._forward
         with translated(), self._batch.exclusive() as scheduler:
             scheduler.close("the model was asked for logits")
             table = list(range(memory.round_up(len(ids)) // memory.PAGE))

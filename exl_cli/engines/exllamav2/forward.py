@@ -107,8 +107,8 @@ class GpuForward:
                     self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.table
                 )
                 if not (reason := small.why_not(lambda: self._large.prepare(1))):
+                    small.compile_ahead()
                     return small, ""
-                small.close()
             except EngineError as error:
                 reason = error.message
         _log.info("small passes through exllamav2's modules: %s", reason)

@@ -84,8 +84,6 @@ class FusedPass:
         except BaseException:
             self.close()
             raise
-        # Short messages, the ends of long ones, and what is between.
-        self._tuner.begin(8, products.MOST_ROWS, 16)
 
     def run(
         self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
@@ -108,6 +106,11 @@ class FusedPass:
     def why_not(self, prepare: Callable[[], None]) -> str:
         """Why exllamav2's kernels are the better choice, see `worth.why_not`; empty where they are not."""
         return worth.why_not(self._tuner, self._groups, prepare)
+
+    def compile_ahead(self) -> None:
+        """Begin to compile what passes of several tokens will want, in the background."""
+        # Short messages, the ends of long ones, and what is between.
+        self._tuner.begin(8, products.MOST_ROWS, 16)
 
     def prepare(self, rows: int) -> None:
         """Nothing to do: see `ModulesPass.prepare`."""

@@ -64,14 +64,14 @@ class Graphs:
         if again:
             self._due = (key, work)
 
-    @torch.inference_mode()
     def capture(self) -> None:
         """Make the graph of what `run` did last, if it is time: on the current stream, whatever that is busy with."""
         if self._due is None:
             return
         (key, work), self._due = self._due, None
         try:
-            graph = captured(work, self._pool)
+            with torch.inference_mode():
+                graph = captured(work, self._pool)
         except (RuntimeError, EngineError) as error:
             # Some module does what no graph can hold. It runs well without.
             self.usable = False
