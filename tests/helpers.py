@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.sampling import build
@@ -42,3 +44,13 @@ def exl(*args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) ->
     """Run the `exl` command in a process of its own; its output is decoded as UTF-8, byte for byte otherwise."""
     result = subprocess.run([sys.executable, "-m", "exl_cli", *args], input=stdin, capture_output=True, env=env)
     return subprocess.CompletedProcess(args, result.returncode, result.stdout.decode(), result.stderr.decode())
+
+
+def python(
+    code: str, *args: str, path: Sequence[Path] = (), env: Mapping[str, str] | None = None, timeout: float = 100
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own that can import what this one can, and first what lies in `path`."""
+    folders = os.pathsep.join([*map(str, path), *filter(None, sys.path)])
+    environment = {**os.environ, **(env or {}), "PYTHONPATH": folders}
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from helpers import python
 
 from exl_cli.engines.exllamav2.kernels.ahead import Ahead
 
@@ -321,9 +322,7 @@ def test_others_take_over_from_who_is_interrupted(askers: ThreadPoolExecutor) ->
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
     start = "from exl_cli.engines.exllamav2.kernels.ahead import Ahead\nimport threading\n"
-    return subprocess.run(
-        [sys.executable, "-c", start + script], capture_output=True, text=True, timeout=LONG, check=False
-    )
+    return python(start + script, timeout=LONG)
 
 
 def test_an_interrupt_while_waiting_spoils_nothing() -> None:

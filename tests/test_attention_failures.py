@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+
+from helpers import python
 
 # An implementation of its own: float32, in which nothing is spared, with mistakes on demand.
 TRIAL = """
@@ -56,8 +55,6 @@ CASES = (
 
 
 def test_trials_find_what_is_wrong_and_do_not_import_torchs_compiler() -> None:
-    path = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", TRIAL, json.dumps([case[:3] for case in CASES])]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = python(TRIAL, json.dumps([case[:3] for case in CASES]))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[list(case[3:]) for case in CASES], []]

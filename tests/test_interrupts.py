@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
+from helpers import python
 
 from exl_cli.interrupts import cancel_on_interrupt, hold_interrupt, insist_on_interrupt
 
@@ -109,14 +107,6 @@ threading.Thread(target=work).start()
 sys.argv = ["exl", "--version"]
 main()
 """
-    path = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = python(code, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1:] == ["done"]

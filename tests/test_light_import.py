@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import python
 
 REAL = pytest.mark.skipif(importlib.util.find_spec("exllamav2") is None, reason="exllamav2 is not installed")
 
@@ -28,11 +26,7 @@ UNUSED = ("exllamav2.generator", "exllamav2.tokenizer", "exllamav2.vlm", "PIL")
 
 def run(code: str, *path: Path) -> dict[str, Any]:
     """What a program of its own prints as JSON."""
-    folders = [*map(str, path), *filter(None, sys.path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + textwrap.dedent(code)], env=environment, capture_output=True, text=True
-    )
+    done = python(BEGIN + textwrap.dedent(code), path=path)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

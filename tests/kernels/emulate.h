@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <random>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -200,7 +199,13 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) blocks.push_back({x, y, z});
-    if (seed) std::shuffle(blocks.begin(), blocks.end(), std::minstd_rand(seed));
+    // By Park and Miller's generator: <random> would take longer to compile than a kernel.
+    uint64_t number = seed;
+    for (size_t left = seed ? blocks.size() : 0; left > 1; left--)
+    {
+        number = number * 48271 % 2147483647;
+        std::swap(blocks[left - 1], blocks[number % left]);
+    }
     for (const Dim& block : blocks)
     {
         blockIdx = block;
