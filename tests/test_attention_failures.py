@@ -16,6 +16,8 @@ def attend(call):
     seen.append(call.q.shape[1])
     if mistake == "raises":
         raise RuntimeError("first line\\nno kernel image is available")
+    if mistake == "fails on the GPU":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\\nSearch for x.\\nCompile with y.")
     total = int(call.cache_seqlens[0]) + (0 if call.k is None else call.q.shape[1])
     table, size = call.block_table[0].tolist(), call.k_cache.shape[1]
     for position in range(total - call.q.shape[1], total) if call.k is not None else ():
@@ -48,6 +50,7 @@ CASES = (
     ("", (4, 4, 80), True, "", [40, 1]),
     ("", (8, 2, 64), False, "", [40]),
     ("raises", (8, 2, 64), True, "fails: no kernel image is available", [40]),
+    ("fails on the GPU", (8, 2, 64), True, "fails: CUDA error: an illegal memory access was encountered", [40]),
     ("not a number", (8, 2, 64), True, "computes wrong results", [40]),
     ("sees the next token", (8, 2, 64), True, "computes wrong results", [40]),
     ("stores elsewhere", (8, 2, 64), False, "stores keys and values in wrong places", [40]),

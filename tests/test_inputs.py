@@ -1,4 +1,4 @@
-"""What a pass finds on its device, whatever the passes before it were."""
+"""What a pass or a prompt finds on its device, whatever came before it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl_cli.engines.exllamav2.embeddings import Embeddings
 from exl_cli.engines.exllamav2.inputs import Inputs
 from exl_cli.engines.exllamav2.passes import Row
 
@@ -84,3 +85,14 @@ def test_a_write_that_broke_off_is_done_again() -> None:
 def test_what_the_kernels_read_is_aligned() -> None:
     inputs = make(Embedding(False), False)
     assert (inputs.hidden.data_ptr() - inputs.lengths.data_ptr()) % 256 == 0
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
+def test_the_embeddings_of_a_prompt_are_those_of_its_tokens(scaled: bool, count: int) -> None:
+    module = Embedding(scaled)
+    embeddings = Embeddings(module, torch.device("cpu"))
+    for seed in range(2):
+        ids = torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
+        expected = module.forward(ids) if scaled else module.embedding(ids)
+        assert torch.equal(embeddings.of(ids.numpy()), expected[None])

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from exl_cli.engines.exllamav2.paged_backends import IMPLEMENTATIONS, Call, last_line, on
+from exl_cli.engines.exllamav2.faults import cause
+from exl_cli.engines.exllamav2.paged_backends import IMPLEMENTATIONS, Call, on
 
 
 class Heads(NamedTuple):
@@ -60,7 +61,7 @@ def failure(name: str, device: torch.device, heads: Heads, *, decodes: bool) -> 
         if not torch.equal(stored, torch.cat([new_keys, new_values])):
             return "stores keys and values in wrong places"
     except Exception as problem:  # compilers and drivers raise what they like
-        return f"fails: {last_line(problem)}"
+        return f"fails: {cause(problem)}"
     return ""
 
 

@@ -43,6 +43,15 @@ def translated(
         raise EngineError(f"exllamav2 failed: {text.splitlines()[0]}", "run again with --debug to see where") from error
 
 
+def cause(error: BaseException) -> str:
+    """The line of an exception that says what went wrong.
+
+    What compilers and linkers raise ends with it; after a CUDA error, torch goes on with advice for developers.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("CUDA ")), lines[-1] if lines else type(error).__name__)
+
+
 def free_bytes() -> list[int]:
     """Bytes free on each GPU."""
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]

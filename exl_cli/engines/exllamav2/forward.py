@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from exl_cli.engines.exllamav2 import fused, layers
+from exl_cli.engines.exllamav2.embeddings import Embeddings
 from exl_cli.engines.exllamav2.graphs import Graphs
 from exl_cli.engines.exllamav2.inputs import Inputs
 from exl_cli.engines.exllamav2.kernels import products
@@ -61,6 +63,7 @@ class GpuForward:
             model.modules[0], model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
             self._most_keys // page_size + 1, pages, self._device,
         )  # fmt: skip
+        self._embeddings = Embeddings(model.modules[0], self._device)
         self._extend_rotary_tables()
         self._large = ModulesPass(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
@@ -124,13 +127,12 @@ class GpuForward:
                 self._pass([Row(row.ids[first : first + most], row.start + first, row.table)])
             return
         self._await_inputs()
-        most = self._model.config.max_input_len
         table = torch.tensor([row.table[:]], dtype=torch.int32, device=self._device)
-        for first in range(0, len(row.ids), most):
-            ids = torch.tensor([row.ids[first : first + most]])
-            start = row.start + first
+        ids, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
+        for first in range(0, len(ids), most):
+            states, start = self._embeddings.of(ids[first : first + most]), row.start + first
             lengths = torch.tensor([start], dtype=torch.int32, device=self._device)
-            self._large.prefill(ids, lengths, table, start + ids.shape[1])
+            self._large.prefill(states, lengths, table, start + states.shape[1])
 
     @torch.inference_mode()
     def synchronize(self) -> None:
@@ -167,7 +169,7 @@ class GpuForward:
         self._graphs.clear()
         if "small" in self.__dict__:
             self.small.close()
-        for name in ("small", "_large", "_inputs", "_logits", "_parts", "_model", "cache"):
+        for name in ("small", "_large", "_inputs", "_embeddings", "_logits", "_parts", "_model", "cache"):
             self.__dict__.pop(name, None)
 
     def _enter(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.paged_backends import last_line
+from exl_cli.engines.exllamav2.faults import cause
 from exl_cli.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Graphs:
         except (RuntimeError, EngineError) as error:
             # Some module does what no graph can hold. It runs well without.
             self.usable = False
-            self.why_not = last_line(error)
+            self.why_not = cause(error)
             _log.info("passes are not captured: %s", self.why_not)
         else:
             self._graphs[key], self._pool = graph, graph.pool()

@@ -6,28 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from exl_cli.engines.exllamav2.embeddings import plain_weights
 from exl_cli.engines.exllamav2.passes import Row
 
 # Bytes: no kernel asks for more.
 _ALIGNMENT = 256
 _NOBODY = Row((), 0, [])
-
-
-def _plain_weights(embedding: Any) -> npt.NDArray[np.int16] | None:
-    """The embeddings, two bytes a number, where a token's are just a row of them; None where more is done to them.
-
-    A lookup in NumPy takes two microseconds, in torch forty, and the GPU waits for it.
-    """
-    params, weight = embedding.archparams, embedding.embedding.weight
-    if params.residual_stream_fp32 or params.normalize_embeddings:
-        return None
-    if weight.device.type != "cpu" or weight.dtype != torch.half or not weight.is_contiguous():
-        return None
-    plain: npt.NDArray[np.int16] = weight.detach().view(torch.int16).numpy()
-    return plain
 
 
 class Inputs:
@@ -60,7 +46,7 @@ class Inputs:
         device: torch.device,
     ) -> None:
         self._embedding = embedding
-        weights = _plain_weights(embedding)
+        weights = plain_weights(embedding)
         self._spare_page = spare_page
         self._state_bytes = hidden * dtype.itemsize
         # The numbers come first, all of them: a few bytes too many take less time than a second copy.

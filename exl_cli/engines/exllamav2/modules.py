@@ -63,19 +63,16 @@ class ModulesPass:
         self._page_size = page_size
         self._timed: set[tuple[int, int, int]] = set()
 
-    def prefill(self, ids: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, most_keys: int) -> None:
+    def prefill(self, states: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, most_keys: int) -> None:
         """Put the keys and values of one sequence's next tokens into the cache.
 
         Args:
-            ids: on the CPU, shape (1, tokens).
+            states: embeddings on the first device, shape (1, tokens, hidden); overwritten.
             lengths: int32 on the device, shape (1,): positions before them.
             table: int32 on the device, shape (1, pages).
             most_keys: positions with them.
         """
-        params = _params_class()(lengths, table, most_keys, self._page_size)
-        with at_most(most_keys):
-            self._model.forward_chunk(ids, cache=self._cache, preprocess_only=True, attn_params=params)
-        self._cache.current_seq_len = 0
+        self._through(self._model.last_kv_layer_idx + 1, states, lengths, table, most_keys)
 
     def run(
         self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
@@ -91,16 +88,21 @@ class ModulesPass:
         Returns:
             Logits, shape (batch * tokens, padded vocabulary), on the last device.
         """
-        batch = len(lengths)
+        states = self._through(None, hidden.view(len(lengths), tokens, -1), lengths, table, most_keys)
+        return states.view(len(lengths) * tokens, -1)
+
+    def _through(
+        self, end: int | None, states: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, most_keys: int
+    ) -> torch.Tensor:
+        """What comes out of the modules behind the embeddings, up to an index."""
         params = _params_class()(lengths, table, most_keys, self._page_size)
-        states = hidden.view(batch, tokens, -1)
         with at_most(most_keys):
-            for module in self._model.modules[1:]:
+            for module in self._model.modules[1:end]:
                 index = module.device_idx
                 if index is not None and index >= 0 and index != states.device.index:
                     states = states.to(torch.device("cuda", index))
                 states = module.forward(states, cache=self._cache, attn_params=params, past_len=0, loras=None)
-        return states.view(batch * tokens, -1)
+        return states
 
     def prepare(self, rows: int) -> None:
         """Make passes of so many tokens fit for capture: have EXL2's products choose their kernels now.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.attention import causal_attention
+from exl_cli.engines.exllamav2.faults import cause
 from exl_cli.engines.exllamav2.support import too_old
 
 # Up to here a call is decoding, or the check of a few guessed tokens: bound by reading the cache.
@@ -63,11 +64,6 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def last_line(error: BaseException) -> str:
-    """The end of what went wrong: where libraries say what it was."""
-    return (str(error).strip().splitlines() or [""])[-1].strip() or type(error).__name__
-
-
 def unusual(head_dim: int) -> bool:
     """Whether heads have a size that only plain torch can do."""
     return head_dim > 256 or head_dim % 8 > 0
@@ -97,7 +93,7 @@ def _flash_missing(device: torch.device) -> str:
     try:
         _flash_attn()
     except Exception as error:  # a compiled extension: anything can come out
-        return f"cannot be imported: {last_line(error)}"
+        return f"cannot be imported: {cause(error)}"
     return too_old(device)
 
 
