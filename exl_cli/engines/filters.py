@@ -19,6 +19,13 @@ _NEGLIGIBLE = 1e-8
 # So many candidates are looked at one by one.
 _FEW = 64
 
+# So many are sorted at first where a nucleus is looked for.
+_HEAD = 512
+
+# Above so many candidates their sums are those of blocks.
+_MANY = 4096
+_BLOCK = 512
+
 # Above so many logits a column the highest of each column are taken first; see `shortlist`.
 _COLUMNS = 1024
 _LEAST_ROWS = 4
@@ -147,9 +154,22 @@ def top_p(candidates: Candidates, mass: float) -> Candidates:
     least = 0.5 * (1.0 - mass) / len(candidates.probs)
     if len(candidates.probs) <= _FEW and (count := _sorted_nucleus(candidates.probs.tolist(), mass, least)):
         return _kept(candidates, slice(count))
+    # Of a large vocabulary the likeliest are sorted first: as a rule they are enough.
+    head = _HEAD
+    while head <= len(candidates.probs) // _LEAST_ROWS:
+        places, _ = shortlist(candidates.probs, head)
+        sorted_ = _sorted(Candidates(candidates.ids[places], candidates.probs[places]))
+        count = _reaching(sorted_.probs, mass)
+        if count <= len(places):
+            return _kept(sorted_, slice(count))
+        head *= 8
     candidates = descending(candidates, least)
-    sums = np.add.accumulate(candidates.probs, dtype=np.float64)
-    return _kept(candidates, slice(int(sums.searchsorted(mass)) + 1))
+    return _kept(candidates, slice(_reaching(candidates.probs, mass)))
+
+
+def _reaching(probs: FloatArray, mass: float) -> int:
+    """How many of them, from the first on, sum to at least `mass`; one more than there are where all do not."""
+    return int(np.add.accumulate(probs, dtype=np.float64).searchsorted(mass)) + 1
 
 
 def _sorted_nucleus(probs: list[float], mass: float, least: float) -> int:
@@ -192,9 +212,7 @@ def _at_least(candidates: Candidates, threshold: float) -> Candidates:
 def descending(candidates: Candidates, least: float = _NEGLIGIBLE) -> Candidates:
     """The tokens of at least this probability, likeliest first; their probabilities as they were."""
     weighty = candidates.probs >= least
-    ids, probs = candidates.ids[weighty], candidates.probs[weighty]
-    order = _order(probs, ids)
-    return Candidates(ids[order], probs[order])
+    return _sorted(Candidates(candidates.ids[weighty], candidates.probs[weighty]))
 
 
 def tail_free(candidates: Candidates, share: float) -> Candidates:
@@ -252,9 +270,10 @@ def xtc(candidates: Candidates, probability: float, threshold: float, protected:
     return Candidates(ids, (1.0 - probability) * probs + probability * _normalized(without))
 
 
-def _order(values: FloatArray, ids: IntArray) -> IntArray:
-    """The order that puts the highest value first and, among equals, the highest id."""
-    return np.lexsort((ids, values))[::-1]
+def _sorted(candidates: Candidates) -> Candidates:
+    """The likeliest first and, among equals, the highest id."""
+    order = np.lexsort((candidates.ids, candidates.probs))[::-1]
+    return Candidates(candidates.ids[order], candidates.probs[order])
 
 
 def _normalized(weights: FloatArray) -> FloatArray:
@@ -267,7 +286,19 @@ def _kept(candidates: Candidates, which: BoolArray | IntArray | slice) -> Candid
 
 
 def draw(probs: FloatArray, point: float) -> int:
-    """The index of the first candidate at which the probabilities, summed in order, reach `point` (0 to 1)."""
-    sums = np.add.accumulate(probs)
-    index = int(sums.searchsorted(np.float32(max(point * _ROUNDING_ROOM, _TINY))))
-    return index if index < len(sums) else int(np.flatnonzero(probs)[-1])
+    """The index of the first candidate at which the probabilities, summed in order, reach `point` (0 to 1).
+
+    Of many, blocks are summed first: sooner than one after the other, and closer to the true sums.
+    """
+    target = np.float32(max(point * _ROUNDING_ROOM, _TINY))
+    if len(probs) <= _MANY:
+        sums = np.add.accumulate(probs)
+        index = int(sums.searchsorted(target))
+        return index if index < len(sums) else int(np.flatnonzero(probs)[-1])
+    starts = np.arange(0, len(probs), _BLOCK)
+    totals = np.add.accumulate(np.add.reduceat(probs, starts), dtype=np.float64)
+    block = min(int(totals.searchsorted(target)), len(starts) - 1)
+    begin, before = int(starts[block]), float(totals[block - 1]) if block else 0.0
+    inside = probs[begin : begin + _BLOCK]
+    index = int((np.add.accumulate(inside, dtype=np.float64) + before).searchsorted(target))
+    return begin + (index if index < len(inside) else int(np.flatnonzero(inside)[-1]))

@@ -20,7 +20,8 @@ for rounding and but for what is wrong there. Those differences, each toward the
   probabilities are those of the mixture of both outcomes; and protected tokens take no part rather than call it off.
 - Skew: exllamav2 keeps tokens of a probability below 1e-8 behind the sorted ones; here they are dropped.
 - Mirostat: mu starts at 2 tau, once; exllamav2 starts it again whenever it happens to be 0.
-- The draw: a random number of 0 cannot pick a token of probability 0.
+- The draw: a random number of 0 cannot pick a token of probability 0. Of more than 4,096 candidates sums of blocks are
+  searched, which are closer to the true ones than float32 sums from the first on.
 - DRY: see `exl_cli.engines.dry`.
 - Logits that are NaN or infinite are refused; exllamav2 picks some token.
 """
