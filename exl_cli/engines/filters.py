@@ -19,6 +19,10 @@ _NEGLIGIBLE = 1e-8
 # So many candidates are looked at one by one.
 _FEW = 64
 
+# Of an integer that holds two.
+_HALF = np.uint64(32)
+_LOWER = np.uint64(0xFFFFFFFF)
+
 # So many are sorted at first where a nucleus is looked for.
 _HEAD = 512
 
@@ -211,7 +215,7 @@ def _at_least(candidates: Candidates, threshold: float) -> Candidates:
 
 def descending(candidates: Candidates, least: float = _NEGLIGIBLE) -> Candidates:
     """The tokens of at least this probability, likeliest first; their probabilities as they were."""
-    weighty = candidates.probs >= least
+    weighty = (candidates.probs >= least).nonzero()[0]
     return _sorted(Candidates(candidates.ids[weighty], candidates.probs[weighty]))
 
 
@@ -271,9 +275,16 @@ def xtc(candidates: Candidates, probability: float, threshold: float, protected:
 
 
 def _sorted(candidates: Candidates) -> Candidates:
-    """The likeliest first and, among equals, the highest id."""
-    order = np.lexsort((candidates.ids, candidates.probs))[::-1]
-    return Candidates(candidates.ids[order], candidates.probs[order])
+    """The likeliest first and, among equals, the highest id.
+
+    Positive floats are ordered as their bits are: so one sort of integers does, several times as fast as by two keys.
+    """
+    keys = candidates.probs.view(np.uint32).astype(np.uint64)
+    keys <<= _HALF
+    keys |= candidates.ids.view(np.uint64)
+    keys.sort()
+    keys = keys[::-1]
+    return Candidates((keys & _LOWER).view(np.int64), (keys >> _HALF).astype(np.uint32).view(np.float32))
 
 
 def _normalized(weights: FloatArray) -> FloatArray:
