@@ -27,6 +27,10 @@
 // | 8: as 6, neighbours copy neighbours; scales by few asynchronous copies | 26        | 24.8         |
 // | 9: stages of whole sectors, too                                        | 23        | 23.4         |
 //
+// EXL2 falls behind its floor as weights get narrower, by what takes as long whatever their width (unpacking, not
+// profiled): the same pair takes 22.6 us of 12.3 at 2.5 bits, 24.9 of 17.1 at 3.5, 26.7 of 19.5 at 4.0. Whole models decode
+// at 36, 47 and 50 % of the memory's bandwidth, 54 % at 6.0; GPTQ at 63 %.
+//
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), WARPS a block, TILES of 8 rows, ONE_ROW, STAGES of the ring,
 // MAX_BITS of a weight, PAIRED (half the warps compute a gate, half what it gates), FINE (groups that do not fill
 // chunks), STRIPS of a block (1 with ONE_ROW), RESIDENT warps at least on a multiprocessor.
