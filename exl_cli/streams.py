@@ -180,7 +180,11 @@ class AsyncStream(_Reader, AsyncIterator[str]):
 
     async def _receive(self) -> str:
         try:
-            return self._add(await asyncio.wait_for(self._inbox.get(), self._remaining()))
+            if self._remaining() == 0:
+                await asyncio.sleep(0)  # what came while the loop was busy is in time
+            if self._inbox.empty():
+                return self._add(await asyncio.wait_for(self._inbox.get(), self._remaining()))
+            return self._add(self._inbox.get_nowait())
         except asyncio.TimeoutError:  # not the built-in one yet in Python 3.10
             self.close()
             raise self._too_late() from None

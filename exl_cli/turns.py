@@ -18,6 +18,13 @@ from dataclasses import dataclass, field
 from exl_cli.engines.base import BatchingEngine, Chunk, Engine, Request
 from exl_cli.errors import EngineError
 
+_here = threading.local()
+
+
+def in_engine_thread() -> bool:
+    """Whether this is a thread of an engine, of any: which must not wait for one."""
+    return getattr(_here, "is_engine", False)
+
 
 @dataclass(eq=False)
 class Job:
@@ -56,7 +63,8 @@ class Turns:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
-        self._threads = 0
+        # One for each of the engine's threads, from before it is started until it has ended.
+        self._threads: set[object] = set()
         self._closed = False
 
     @property
@@ -68,22 +76,31 @@ class Turns:
         """Queue a job; returns at once.
 
         Raises:
-            EngineError: closed.
+            EngineError: closed, or the system gives no thread to run it in.
         """
         with self._changed:
             if self._closed:
                 raise EngineError("the model is closed", "load it again")
             self._waiting.append(job)
-            if self._threads < self._slots:
-                self._threads += 1
-                # Not a daemon: one of those can be cut off inside the engine's C++ code, which ends the process badly.
-                threading.Thread(target=self._work, name="exl-engine", daemon=False).start()
+            if len(self._threads) < self._slots:
+                try:
+                    self._start()
+                except RuntimeError as error:
+                    if not self._threads:
+                        self._waiting.remove(job)
+                        raise EngineError(
+                            f"no thread can be started: {error}", "end other work, then try again"
+                        ) from None
+                except BaseException:
+                    self._waiting.remove(job)
+                    raise
 
     def close(self, *, wait: bool = True) -> None:
         """Cancel all jobs and close the engine.
 
         Args:
-            wait: return only once the engine is closed; otherwise a running job closes it when it ends.
+            wait: return only once the engine is closed; otherwise a running job closes it when it ends. So, too, where
+                an engine's thread asks, as the garbage collector may have it do: it would wait for itself.
         """
         with self._changed:
             self._closed = True
@@ -91,12 +108,24 @@ class Turns:
                 job.cancel()
             if not self._threads:
                 self._engine.close()
-            elif wait:
+            elif wait and not in_engine_thread():
                 self._changed.wait_for(lambda: not self._threads)
 
-    def _work(self) -> None:
+    def _start(self) -> None:
+        """Start one of the engine's threads. Where that fails, at whatever point, none is left that does anything."""
+        ticket = object()
+        self._threads.add(ticket)
+        try:
+            # Not a daemon: one of those can be cut off inside the engine's C++ code, which ends the process badly.
+            threading.Thread(target=self._work, args=(ticket,), name="exl-engine", daemon=False).start()
+        except BaseException:
+            self._threads.discard(ticket)
+            raise
+
+    def _work(self, ticket: object) -> None:
         """One of the engine's threads: it lives as long as jobs are waiting."""
-        while (job := self._take()) is not None:
+        _here.is_engine = True
+        while (job := self._take(ticket)) is not None:
             try:
                 for chunk in self._engine.stream(job.request):
                     job.deliver(chunk)
@@ -108,14 +137,16 @@ class Turns:
                 self._running.discard(job)
             del job  # so that an idle moment keeps no consumer's queue alive
 
-    def _take(self) -> Job | None:
+    def _take(self, ticket: object) -> Job | None:
         """The next job; without one this thread is done, and closes the engine if it was the last one wanted."""
         with self._changed:
+            if ticket not in self._threads:
+                return None  # given up while it was being started
             if self._waiting:
                 job = self._waiting.popleft()
                 self._running.add(job)
                 return job
-            self._threads -= 1
+            self._threads.discard(ticket)
             try:
                 if self._closed and not self._threads:
                     self._engine.close()

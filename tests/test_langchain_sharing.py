@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
 
+from helpers import python
+
 from exl_cli import load
 from exl_cli.errors import PromptError
 from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2
@@ -127,3 +129,95 @@ def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
     for one in made:
         one.release()
     assert log() == [LOADED, CLOSED]
+
+
+ABANDONED = """
+import gc, sys, threading
+from exl_cli.langchain import ExLlamaV2
+
+gc.disable()
+wanted = threading.Event()
+
+def profile(frame, event, arg):
+    if wanted.is_set() and threading.current_thread().name == "exl-engine":
+        wanted.clear()
+        gc.collect()
+
+threading.setprofile(profile)
+llm = ExLlamaV2(model="fable-7m", engine="cpu", seed=1)
+
+def abandon():
+    pieces = llm.stream("Once upon a time", max_new_tokens=900)
+    next(pieces)
+    cycle = [pieces]
+    cycle.append(cycle)
+
+abandon()
+llm.release()
+wanted.set()
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join(40)
+print(wanted.is_set(), threading.active_count(), len(llm.invoke("Hello", max_new_tokens=3)) > 0)
+"""
+
+
+def test_an_abandoned_stream_may_be_collected_in_the_engines_own_thread() -> None:
+    done = python(ABANDONED)
+    assert (done.stdout, done.stderr) == ("False 1 True\n", "")
+
+
+LOADING = """
+import asyncio, threading
+from exl_cli.langchain import ExLlamaV2, registry
+
+async def main():
+    llm = ExLlamaV2(model="fable-7m", engine="cpu")
+    loading, loaded, begun = threading.Event(), threading.Event(), asyncio.Event()
+
+    async def read():
+        async for _ in llm.astream("Hello", max_new_tokens=20):
+            begun.set()
+
+    def load():
+        with registry.lock:
+            loading.set()
+            loaded.wait(40)
+
+    task = asyncio.create_task(read())
+    await begun.wait()
+    threading.Thread(target=load).start()
+    loading.wait(40)
+    print(await asyncio.wait([task], timeout=0.5) == (set(), {task}))
+    loaded.set()
+    await task
+    llm.release()
+
+asyncio.run(main())
+print(threading.active_count())
+"""
+
+
+def test_the_event_loop_runs_while_another_thread_loads_a_model() -> None:
+    done = python(LOADING, timeout=35)
+    assert (done.stdout, done.stderr) == ("True\n1\n", "")
+
+
+def test_a_task_that_is_cancelled_while_its_model_is_loaded_holds_nothing(log) -> None:
+    llm = ExLlamaV2(**ENGINE)
+    llm.release()
+    assert log() == [LOADED, CLOSED]
+
+    async def main() -> None:
+        task = asyncio.create_task(llm.ainvoke("Hello"))
+        while not task.done():
+            await asyncio.sleep(0)
+            task.cancel()
+
+    asyncio.run(main())
+    for thread in threading.enumerate():
+        if thread.name == "exl-release":
+            thread.join(30)
+    llm.release()
+    said = log()
+    assert said.count(LOADED) == said.count(CLOSED)

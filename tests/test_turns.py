@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,12 +30,14 @@ class EndlessEngine(ScriptedEngine):
     Attributes:
         at_once: how many generations were running at the same moment, at most.
         ended: set when one has ended.
+        between: called before each word.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer, "", 10**9)
         self.ended = threading.Event()
         self.at_once = self._now = 0
+        self.between: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
 
     def stream(self, request: Request) -> Iterator[Chunk]:
@@ -49,6 +51,7 @@ class EndlessEngine(ScriptedEngine):
             self.at_once = max(self.at_once, self._now)
         try:
             while True:
+                self.between()
                 yield driver.Step((word,))
         finally:
             with self._lock:
@@ -170,6 +173,51 @@ def test_a_response_that_takes_too_long_ends_and_frees_the_engine(endless) -> No
         model.generate(STORY, max_new_tokens=10**9, timeout=0.01)
     assert engine.ended.wait(PATIENCE)
     assert model.generate(STORY, max_new_tokens=1, timeout=PATIENCE).text == " and"
+
+
+def test_what_was_complete_in_time_may_be_read_later(endless) -> None:
+    model, _ = endless
+
+    async def main() -> str:
+        stream = model.astream(STORY, max_new_tokens=3, timeout=0)
+        for thread in threading.enumerate():
+            if thread.name == "exl-engine":
+                thread.join(PATIENCE)
+        return (await stream.result()).text
+
+    assert asyncio.run(main()) == " and and and"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_thread_that_cannot_be_started_spoils_nothing(
+    endless, monkeypatch: pytest.MonkeyPatch, error: BaseException, started: bool
+) -> None:
+    model, _ = endless
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if started:
+            start(thread)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises((EngineError, KeyboardInterrupt), match=r"no thread can be started: can't start|^$"):
+            model.generate(STORY, max_new_tokens=2, timeout=PATIENCE)
+    assert model.generate(STORY, max_new_tokens=2, timeout=PATIENCE).text == " and and"
+    model.close()
+
+
+def test_an_engines_own_thread_that_closes_it_does_not_wait_for_itself(endless) -> None:
+    model, engine = endless
+    stream = model.stream(STORY, max_new_tokens=10**9)
+    next(stream)
+    # As the garbage collector may have it do, at any point.
+    engine.between = model.close
+    assert engine.ended.wait(PATIENCE)
+    model.close()
+    assert engine.closed
 
 
 def test_a_stream_may_be_read_after_the_thread_that_asked_has_ended(endless) -> None:

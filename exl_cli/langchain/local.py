@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -68,6 +70,12 @@ class Call:
             "generation_tokens_per_second": summary.generation_rate,
             "seed": generation.seed,
         }
+
+
+def _release_unused(acquiring: asyncio.Future[registry.Loaded]) -> None:
+    """Release what a task waited for that was cancelled meanwhile."""
+    if not acquiring.cancelled() and acquiring.exception() is None:
+        threading.Thread(target=registry.release, args=(acquiring.result(),), name="exl-release").start()
 
 
 class LocalModel(BaseModel):
@@ -230,13 +238,19 @@ class LocalModel(BaseModel):
 
     @asynccontextmanager
     async def _acalling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> AsyncIterator[Call]:
-        """`_calling`, with the event loop free while a model is loaded."""
+        """`_calling`, with the event loop free while this model, or another, is loaded or closed."""
         name, options = self._call_options(stop, kwargs)
-        loaded = await run_in_executor(None, self._acquire, name)
+        acquiring = asyncio.ensure_future(run_in_executor(None, self._acquire, name))
+        try:
+            loaded = await asyncio.shield(acquiring)
+        except asyncio.CancelledError:
+            acquiring.add_done_callback(_release_unused)
+            raise
         try:
             yield Call(name, loaded.model, options)
         finally:
-            registry.release(loaded)
+            # Done to its end even if this task is cancelled once more.
+            await asyncio.shield(run_in_executor(None, registry.release, loaded))
 
     def _acquire(self, name: str) -> registry.Loaded:
         options = self._options

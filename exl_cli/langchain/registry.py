@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from exl_cli import api
 from exl_cli.engines.options import LoadOptions
 from exl_cli.modelinfo import ModelInfo
+from exl_cli.turns import in_engine_thread
 
 _Key = tuple[Path, LoadOptions]
 
@@ -55,7 +57,19 @@ def acquire(info: ModelInfo, options: LoadOptions) -> Loaded:
 
 
 def release(loaded: Loaded) -> None:
-    """One user less. After the last one, returns only once the memory is free."""
+    """One user less. After the last one, returns only once the memory is free.
+
+    An engine's thread does not wait for that: the garbage collector may have it end somebody's abandoned generation
+    while others wait, under the lock, for that very thread.
+    """
+    if not in_engine_thread():
+        _release(loaded)
+        return
+    with contextlib.suppress(RuntimeError):  # the process is ending, and gives everything back by itself
+        threading.Thread(target=_release, args=(loaded,), name="exl-release").start()
+
+
+def _release(loaded: Loaded) -> None:
     with lock:
         loaded.users -= 1
         if loaded.users == 0:
