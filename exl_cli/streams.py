@@ -13,7 +13,8 @@ from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.errors import EngineError
 from exl_cli.turns import Job, Turns
 
-Item = Chunk | BaseException
+# None wakes whoever waits for the next one: the stream was closed.
+Item = Chunk | BaseException | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class _Reader:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._generation: Generation | None = None
+        self._deliver = deliver
         self._job = Job(request, deliver)
         turns.submit(self._job)
 
@@ -53,6 +55,7 @@ class _Reader:
         """Cancel what has not come yet; nothing happens after the end. May be called from any thread."""
         self._closed = True
         self._job.cancel()
+        self._deliver(None)
 
     def __del__(self) -> None:
         if hasattr(self, "_job"):
@@ -63,6 +66,8 @@ class _Reader:
 
     def _add(self, item: Item) -> str:
         """Collect what was delivered; the text that it brought."""
+        if item is None:
+            return ""
         if isinstance(item, BaseException):
             raise item
         self._text.append(item.text)

@@ -167,6 +167,30 @@ def test_a_closed_stream_has_no_result(endless) -> None:
         stream.result()
 
 
+def test_closing_a_stream_wakes_who_waits_for_its_turn(endless) -> None:
+    model, _ = endless
+    first, second = (model.stream(STORY, max_new_tokens=10**9) for _ in range(2))
+    next(first)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(list, second)
+        second.close()
+        assert waiting.result(PATIENCE) == []
+    assert next(first) == " and"
+
+    async def main() -> list[str]:
+        third = model.astream(STORY, max_new_tokens=10**9)
+
+        async def read() -> list[str]:
+            return [text async for text in third]
+
+        task = asyncio.create_task(read())
+        await asyncio.get_running_loop().run_in_executor(None, third.close)
+        return await asyncio.wait_for(task, PATIENCE)
+
+    assert asyncio.run(main()) == []
+    assert next(first) == " and"
+
+
 def test_a_response_that_takes_too_long_ends_and_frees_the_engine(endless) -> None:
     model, engine = endless
     with pytest.raises(TimeoutError, match=r"0\.01 seconds"):

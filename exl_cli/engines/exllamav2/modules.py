@@ -118,11 +118,11 @@ class ModulesPass:
             shape = (rows, linear.in_features, linear.out_features)
             if shape in self._timed:
                 continue
-            self._timed.add(shape)
             x = torch.zeros(shape[:2], dtype=torch.half, device=linear.device())
             out = torch.empty((rows, shape[2]), dtype=torch.half, device=linear.device())
             for _ in range(_TIMED_CALLS + 1):
                 exllamav2_ext.gemm_half_q_half(x, linear.q_handle, out, False)
+            self._timed.add(shape)
 
     def close(self) -> None:
         """Nothing to do: see `FusedPass.close`."""

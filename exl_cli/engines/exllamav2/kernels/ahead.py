@@ -48,9 +48,8 @@ class Ahead(Generic[Key, Value]):
             first = {key: self._queue.get(key, nobody) | {owner} for key in wanted}
             self._queue = first | {key: owners for key, owners in self._queue.items() if key not in first}
             for _ in range(min(len(self._queue), self._most - self._running)):
-                self._running += (
-                    1  # first: after an interrupt amid the start there had better be one too few than too many
-                )
+                # First: after an interrupt amid the start there had better be one too few than too many.
+                self._running += 1
                 try:
                     threading.Thread(target=self._serve, name="work ahead", daemon=False).start()
                 except RuntimeError:  # no more threads can be had: those who ask do it
