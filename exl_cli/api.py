@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,9 @@ class Model:
         for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
-        stops = [stop] if isinstance(stop, str) else [*stop]
+        stops = [stop] if isinstance(stop, str) else [*stop] if isinstance(stop, Iterable) else [stop]
+        if not all(isinstance(text, str) for text in stops):
+            raise UsageError(f"stop must be a text or a list of texts, got {stop!r}")
         if not isinstance(prompt, str):
             stops += self._chat_format().stops
         ids = self.encode(prompt)

@@ -256,7 +256,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(_read_text(path).removeprefix("\ufeff"))  # which Windows' editors put first
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from exl_cli import report
 from exl_cli.engines.base import Summary
 from exl_cli.errors import ExlError
 from exl_cli.stats import GpuReading, HostReading
@@ -104,6 +105,24 @@ class Console:
         if summary.note:
             self.note(f"note: {summary.note}")
 
+    def cut_off(self, summary: Summary, context_length: int, most: int) -> None:
+        """What cut a response off, and what to do for more of it; nothing where it came to its own end.
+
+        Args:
+            summary: of the response.
+            context_length: the context that the model was loaded with, in tokens.
+            most: the context that it was made for.
+        """
+        limit = report.limit(summary, context_length)
+        if limit == "max_new_tokens":
+            self.note(f"stopped after {summary.new_tokens:,} tokens; raise --max-new-tokens for more")
+        elif limit == "context":
+            more = f"raise --max-seq-len, up to {most:,}," if context_length < most else "shorten the prompt"
+            self.note(
+                f"stopped after {summary.new_tokens:,} tokens: the context of {context_length:,} tokens is full; "
+                f"{more} for more"
+            )
+
     def memory(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
         """The memory table: one row for each GPU in use, or this process's memory where none is."""
         if self.quiet:
@@ -134,6 +153,12 @@ class Console:
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
         self._error_lines(f"unexpected {what}", "run again with --debug for the traceback, and please report it")
+
+    def traceback(self, error: BaseException) -> None:
+        """Where a failure came from, for --debug."""
+        import traceback
+
+        self.err.out(harmless("".join(traceback.format_exception(error)).rstrip("\n")), highlight=False)
 
     def _error_lines(self, message: str, hint: str) -> None:
         from rich.text import Text

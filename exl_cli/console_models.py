@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +56,15 @@ def table(*titles: str, right: Sequence[str] = ()) -> Table:
 
 
 def show(console: Console, made: Table) -> None:
-    """A table as asked-for data: on stdout, fitted to a terminal, and in a pipe as wide as it needs to be."""
+    """A table as asked-for data: on stdout, fitted to a terminal, and in a pipe as wide as each line needs to be."""
+    if console.out.is_terminal:
+        console.out.print(made, markup=False)
+        return
     from rich.console import Console as RichConsole
 
-    out = console.out if console.out.is_terminal else RichConsole(file=console.out.file, width=_WIDEST)
-    out.print(made, markup=False)
+    text = io.StringIO()
+    RichConsole(file=text, width=_WIDEST).print(made, markup=False)
+    console.text("\n".join(line.rstrip(" ") for line in text.getvalue().split("\n")))
 
 
 def cells(*values: object) -> list[Any]:
@@ -175,7 +180,7 @@ def preview(console: Console, title: str, text: str) -> None:
         line if len(line) <= _PREVIEW_WIDTH else f"{line[: _PREVIEW_WIDTH - 1]}…" for line in lines[:_PREVIEW_LINES]
     ]
     more = f"\n… {len(lines) - _PREVIEW_LINES} more lines" if len(lines) > _PREVIEW_LINES else ""
-    console.text(harmless(f"{title}\n" + "\n".join(f"  {line}" for line in shown) + f"{more}\n"))
+    console.text(harmless(f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in shown) + f"{more}\n"))
 
 
 def confirm(console: Console, question: str, *, default: bool = True) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exl_cli.errors import PromptError, UsageError
@@ -29,8 +29,9 @@ def gather(prompt: str | None, positional: str | None, file: Path | None, note: 
 
     Raises:
         UsageError: two sources at once.
-        PromptError: a file that cannot be read, or text that is not UTF-8.
+        PromptError: a file that cannot be read, or text that is not UTF-8, arguments included.
     """
+    check_text(("--prompt", prompt), ("PROMPT", positional))
     given = [
         name for name, value in (("--prompt", prompt), ("PROMPT", positional), ("--file", file)) if value is not None
     ]
@@ -47,6 +48,29 @@ def gather(prompt: str | None, positional: str | None, file: Path | None, note: 
     if not piped:
         return text
     return piped if text is None else f"{piped}\n\n{text}"
+
+
+def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
+    """See that what the user typed is text: a byte that is not UTF-8 comes through the shell as half a character.
+
+    Args:
+        arguments: each a flag's name and its value, or values; None where it was not given.
+
+    Raises:
+        PromptError: the first that is not.
+    """
+    for name, values in arguments:
+        for value in (values,) if isinstance(values, str) else values or ():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                position = len(value[: error.start].encode("utf-8"))
+                raise not_utf8(name, position, ord(value[error.start]) & 0xFF) from error
+
+
+def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
+    """The error for text that is none, with the place and the value of its first byte that cannot be."""
+    return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)
 
 
 def _explain_silence(note: Callable[[str], None]) -> None:
@@ -76,8 +100,5 @@ def _decode(data: bytes, source: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{source} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}",
-            "convert it with iconv -t UTF-8",
-        ) from error
+        raise not_utf8(source, error.start, data[error.start]) from error
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")

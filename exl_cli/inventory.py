@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli import loader, report
-from exl_cli.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, UsageError
+from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError
 from exl_cli.hub import locking, names, store
 from exl_cli.hub.store import Marker, Origin
 from exl_cli.modelinfo import ModelInfo, inspect
@@ -22,7 +22,7 @@ class Entry:
     Attributes:
         name: what the user can call it.
         path: its folder.
-        size_bytes: bytes of all its files.
+        size_bytes: bytes of all its files, those that links lead to included.
         info: what it is; None where it cannot be run.
         problem: why not; empty where it can.
         marker: of a download by exl.
@@ -55,37 +55,85 @@ class Entry:
 
 
 def entries(models: Path | None = None) -> list[Entry]:
-    """All models: the built-in one first."""
+    """All models: the built-in one first. What only looks like one is among them, with what is wrong.
+
+    Raises:
+        DiskError: the models folder cannot be read.
+    """
     builtin = loader.resolve(None)
+    home = loader.models_dir(models)
+    try:
+        found = sorted(home.iterdir()) if home.is_dir() else []
+    except OSError as error:
+        raise DiskError(f"cannot read {home}: {error.strerror or error}", "check its permissions") from error
+    listed = [path for path in found if not path.name.startswith(".") and _is_listed(path)]
     return [
-        Entry(builtin.name, builtin.path, folder_bytes(builtin.path), builtin),
-        *(describe(path) for path in loader.model_folders(models)),
+        Entry(builtin.name, builtin.path, folder_bytes(builtin.path, linked=True), builtin),
+        *(describe(path) for path in listed),
     ]
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether it is a model as far as one can see: a lost link, say of a disk not mounted, may well have been one."""
+    try:
+        (path / "config.json").lstat()
+    except PermissionError:
+        return True
+    except OSError:
+        return _is_model(path) or _is_lost(path)
+    return True
+
+
+def _is_lost(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def describe(path: Path) -> Entry:
     """What is in one folder."""
-    marker, size = store.read_marker(path), folder_bytes(path)
+    size = folder_bytes(path, linked=True)
+    try:
+        for link in (path, path / "config.json"):
+            if _is_lost(link):
+                return Entry(path.name, path, size, problem=f"{link} leads to {link.readlink()}, which is not there")
+        return _described(path, size)
+    except OSError as error:
+        return Entry(path.name, path, size, problem=f"cannot be read: {error.strerror or error}")
+    except Exception as error:
+        # Whatever one folder holds, the others are to be seen.
+        return Entry(path.name, path, size, problem=f"cannot be read: {type(error).__name__} {error}")
+
+
+def _described(path: Path, size: int) -> Entry:
+    marker = store.read_marker(path)
     if store.state(path) == "partial":
         origin = store.read_origin(path) or Origin(path.name, 0)
         return Entry(origin.name, path, size, problem="only partly downloaded", origin=origin)
     name = marker.name if marker else path.name
     try:
-        return Entry(name, path, size, inspect(path, name), marker=marker)
-    except (DamagedModelError, UnsupportedModelError) as error:
+        info = inspect(path, name)
+        report.model(info)  # what is shown of it comes from the same files
+        return Entry(name, path, size, info, marker=marker)
+    except ExlError as error:
         return Entry(name, path, size, problem=error.message, marker=marker)
 
 
-def folder_bytes(path: Path) -> int:
-    """Bytes of the files in a folder, what links lead to left out."""
-    total = 0
+def folder_bytes(path: Path, *, linked: bool = False) -> int:
+    """Bytes of the files in a folder.
+
+    Args:
+        path: the folder.
+        linked: count the files that links in it lead to, each once (the Hub's cache consists of links); else what
+            lies in the folder itself. Links to folders are not followed.
+    """
+    sizes: dict[tuple[int, int], int] = {}
     for place, _, files in os.walk(path):
         for name in files:
             try:
-                total += (Path(place) / name).lstat().st_size
+                status = (Path(place) / name).stat(follow_symlinks=linked)
             except OSError:
-                continue  # removed meanwhile
-    return total
+                continue  # removed meanwhile, or a link to nothing
+            sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def licence(path: Path, marker: Marker | None) -> str:
@@ -109,7 +157,7 @@ def licence(path: Path, marker: Marker | None) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     except OSError:
         return []
 
@@ -151,7 +199,7 @@ def find_to_remove(model: str, models: Path | None = None) -> Path:
 
 
 def _is_model(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in ("config.json", store.MARKER, store.STAGING))
+    return path.is_dir() and any(os.path.lexists(path / name) for name in ("config.json", store.MARKER, store.STAGING))
 
 
 def remove(path: Path) -> None:

@@ -25,6 +25,10 @@ _ASSETS = Path(__file__).parent / "assets"
 _MIN_ALLOCATION = 4096
 
 
+class SentenceError(ModelNotFoundError):
+    """What stands in a model's place is several words, and like no model's name: perhaps meant for the model."""
+
+
 class Observer(Protocol):
     """Whoever wants to know how a load is going."""
 
@@ -55,9 +59,12 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
         models: the folder of downloaded models; see `models_dir`.
 
     Raises:
+        UsageError: the name is empty.
         ModelNotFoundError: nothing of that name is here, or only part of it.
         UnsupportedModelError, DamagedModelError: see `modelinfo.inspect`.
     """
+    if model is not None and not model.strip():
+        raise UsageError("the name of the model is empty", f"give a name or a folder, or {BUILTIN}")
     if model is None or model == BUILTIN:
         return inspect(_ASSETS / BUILTIN, BUILTIN)
     path = Path(model).expanduser()
@@ -120,7 +127,9 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
     if near:
         return ModelNotFoundError(f"no model named {model!r}", f"did you mean {near[0]}?")
     if len(model.split()) > 1:
-        return ModelNotFoundError(f"no model named {model!r}", "if that is a prompt, give it with -p")
+        return SentenceError(
+            f"no model named {model!r}", f"give a folder with a model in it, or {BUILTIN} for the built-in one"
+        )
     return ModelNotFoundError(
         f"no model named {model!r} here, nor in {folder}",
         f"give a folder with a model in it, or {BUILTIN} for the built-in one",
@@ -215,6 +224,8 @@ def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> Model
 
 def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) -> str:
     if options.engine == "cpu":
+        if flags := options.for_the_gpu():
+            note(f"{', '.join(flags)}: no effect on the CPU")
         return "cpu"
     from exl_cli.engines.exllamav2 import support
 

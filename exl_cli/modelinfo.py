@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.errors import DamagedModelError, UnsupportedModelError
+from exl_cli.configs import check_layers, check_values, context_length_of, in_layer, read_json, value_of
+from exl_cli.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError
 from exl_cli.formats.headers import TensorHeader, read_header
 
 Format = Literal["exl2", "gptq", "float"]
@@ -68,43 +68,21 @@ class ModelInfo:
         return value if isinstance(value, dict) else {}
 
     def text_config(self, key: str, default: Any = None) -> Any:
-        """A value of config.json, also where a multimodal model nests it under `text_config`."""
-        if key in self.config:
-            return self.config[key]
-        nested = self.config.get("text_config")
-        return nested.get(key, default) if isinstance(nested, dict) else default
-
-
-def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A JSON object from a model folder; empty where an optional file is not there.
-
-    Raises:
-        DamagedModelError: the file is missing (and required), unreadable, or not a JSON object.
-    """
-    if not path.exists():
-        if required:
-            raise DamagedModelError(f"{path} is missing", "download the model again, all its JSON files included")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DamagedModelError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
-    except ValueError as error:
-        raise DamagedModelError(f"{path} is not valid JSON: {error}", "download the file again") from error
-    if not isinstance(value, dict):
-        raise DamagedModelError(f"{path} is not a JSON object", "download the file again")
-    return value
+        """A value of config.json; see `configs.value_of`."""
+        return value_of(self.config, key, default)
 
 
 def inspect(path: Path, name: str | None = None) -> ModelInfo:
     """Everything about the model in a folder.
 
     Raises:
-        DamagedModelError: files missing, truncated or unreadable.
+        DamagedModelError: files missing, truncated, unreadable, or at odds with one another.
+        ModelNotFoundError: the folder is none of a model.
         UnsupportedModelError: a format that `exl` does not run, named.
     """
     if not (path / "config.json").exists():
         _refuse_other_kinds(path)
+        _refuse_no_model(path)
     config = read_json(path / "config.json", required=True)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
@@ -114,13 +92,15 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
             config = {**config, "quantization_config": {"quant_method": "gptq", **quantization}}
             quantization = config["quantization_config"]
     refuse_method(path, quantization)
+    check_values(path, config)
     files = weight_files(path)
     tensors = {tensor.name: tensor for file in files for tensor in read_header(file)}
     format_ = _detect_format(path, tensors)
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
-    if not architecture:
+    if not isinstance(architecture, str) or not architecture:
         raise DamagedModelError(f"{path / 'config.json'} names no architecture", "download the file again")
+    check_layers(path, config, tensors)
     parameters, bits = _count(config, tensors)
     extra: dict[str, Any] = {}
     if format_ == "gptq":
@@ -236,6 +216,20 @@ def _refuse_other_kinds(path: Path) -> None:
         )
 
 
+def _refuse_no_model(path: Path) -> None:
+    """Tell a folder that never was a model from one that has lost its config.json."""
+    if any(path.glob("*.safetensors")) or (path / "tokenizer.json").exists():
+        return
+    inside = sorted(file.parent.name for file in path.glob("*/config.json"))
+    if not inside:
+        raise ModelNotFoundError(f"{path} holds no model", "give the folder that holds config.json and the weights")
+    more = f" or {len(inside) - 3} more" if len(inside) > 3 else ""
+    raise ModelNotFoundError(
+        f"{path} holds no model itself, but folders with models",
+        f"give one of them: {', '.join(str(path / name) for name in inside[:3])}{more}",
+    )
+
+
 def _detect_format(path: Path, tensors: dict[str, TensorHeader]) -> Format:
     if any(name.endswith(".q_weight") for name in tensors):
         return "exl2"
@@ -287,7 +281,7 @@ _QUANTIZED_PARTS = (
 
 def _count(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> tuple[int, float]:
     """Parameters, and stored bits per weight of the linear layers (those with two dimensions inside the layers)."""
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = bool(value_of(config, "tie_word_embeddings"))
     parameters = linear_weights = linear_bits = 0
     for name, tensor in tensors.items():
         part = next((suffix for suffix in _QUANTIZED_PARTS if name.endswith(suffix)), None)
@@ -299,27 +293,13 @@ def _count(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> tuple[in
             weights = tensor.numel * 8
         elif part is None:
             weights = tensor.numel
-        is_linear = part is not None or (len(tensor.shape) == 2 and ".layers." in name)
+        is_linear = part is not None or (len(tensor.shape) == 2 and in_layer(name))
         if is_linear:
             linear_weights += weights
             linear_bits += 8 * tensor.nbytes
         if not (tied and "lm_head" in name):
             parameters += weights
     return parameters, linear_bits / linear_weights if linear_weights else 0.0
-
-
-_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "model_max_length", "max_seq_len", "n_positions")
-
-
-def context_length_of(config: dict[str, Any]) -> int:
-    """The longest context that a config.json says the model was made for, in tokens."""
-    nested = config.get("text_config")
-    for source in (config, nested if isinstance(nested, dict) else {}):
-        for key in _CONTEXT_KEYS:
-            value = source.get(key)
-            if isinstance(value, int) and value > 0:
-                return value
-    return 2048  # exllamav2's own default for a config that does not say
 
 
 def _has_chat_template(path: Path) -> bool:

@@ -69,14 +69,15 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
         )
     ]
     for field in dataclasses.fields(Sampling):
-        info = FIELDS[field.name]
+        info, kind = FIELDS[field.name], types[field.name]
         option = typer.Option(
-            info.flag,
+            *filter(None, (info.flag, info.alias)),
+            metavar=None if kind is bool else f"<{info.range}>",
             help=f"{info.help} [dim]\\[{field.default}][/dim]",
             rich_help_panel=SAMPLING_PANEL,
             show_default=False,
         )
-        parameters.append(_parameter(field.name, types[field.name] | None, option))
+        parameters.append(_parameter(field.name, kind | None, option))
 
     def collect(values: dict[str, Any]) -> SamplingFlags:
         preset = values.pop("preset")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import exl_cli
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.modelinfo import ModelInfo
+from exl_cli.prompt import Prompt
 from exl_cli.stats import GpuReading, HostReading
 
 _SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
@@ -36,6 +37,19 @@ def summarized(summary: Summary) -> dict[str, Any]:
     return {name: value for name, value in asdict(summary).items() if name not in left_out}
 
 
+def limit(summary: Summary, context_length: int) -> Literal["context", "max_new_tokens"] | None:
+    """What cut a response off; None where nothing did. Where both would have, it is the context, which more tokens
+    asked for cannot change."""
+    if summary.finish_reason != "length":
+        return None
+    return "context" if summary.prompt_tokens + summary.new_tokens >= context_length else "max_new_tokens"
+
+
+def prompt(rendered: Prompt, ids: Sequence[int]) -> dict[str, Any]:
+    """A prompt as the model would be given it, with the names of `generation`."""
+    return {**rendered.variables, "prompt": rendered.text, "prompt_tokens": len(ids), "prompt_ids": list(ids)}
+
+
 def generation(
     info: ModelInfo,
     engine: Engine,
@@ -52,6 +66,7 @@ def generation(
         **variables,
         "text": text,
         "finish_reason": summary.finish_reason,
+        "limit": limit(summary, engine.context_length),
         "prompt_tokens": summary.prompt_tokens,
         "reused_tokens": summary.reused_tokens,
         "new_tokens": summary.new_tokens,

@@ -18,19 +18,45 @@ from exl_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What is known of one field besides its default: the flag that sets it, its range and its help."""
+    """What is known of one field besides its default: the flag that sets it, its help, its range, and the name that
+    others have for the flag."""
 
     flag: str
     help: str
     low: float = 0.0
     high: float = math.inf
     low_open: bool = False
+    alias: str = ""
+
+    @property
+    def range(self) -> str:
+        """The legal values, short enough for a table."""
+        low = f"above {self.low:g}" if self.low_open else f"{self.low:g}"
+        return f"{low} or more" if self.high == math.inf else f"{low} to {self.high:g}"
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a value outside the range.
+
+        Raises:
+            UsageError: naming the range.
+        """
+        low_ok = value > self.low if self.low_open else value >= self.low
+        if not (low_ok and value <= self.high):
+            bound = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+            limits = bound if self.high == math.inf else f"{bound} and at most {self.high:g}"
+            raise UsageError(f"{name} must be {limits}, got {value:g}", f"see {self.flag} in --help")
 
 
 def _setting(
-    default: Any, flag: str, help: str, low: float = 0.0, high: float = math.inf, low_open: bool = False
+    default: Any,
+    flag: str,
+    help: str,
+    low: float = 0.0,
+    high: float = math.inf,
+    low_open: bool = False,
+    alias: str = "",
 ) -> Any:
-    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open)})
+    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open, alias)})
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,9 @@ class Sampling:
         UsageError: a value outside its range, or two that contradict each other.
     """
 
-    temperature: float = _setting(0.85, "--temperature", "Softmax temperature; below 0.01 is greedy.", high=100.0)
+    temperature: float = _setting(
+        0.85, "--temperature", "Softmax temperature; below 0.01 is greedy.", high=100.0, alias="--temp"
+    )
     top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens (tokens).")
     top_p: float = _setting(0.8, "--top-p", "Keep the likeliest tokens up to this total probability.", high=1.0)
     min_p: float = _setting(0.0, "--min-p", "Drop tokens below this share of the top probability.", high=1.0)
@@ -57,7 +85,13 @@ class Sampling:
     )
     temperature_last: bool = _setting(False, "--temperature-last", "Apply the temperature after all filters.")
     token_repetition_penalty: float = _setting(
-        1.05, "--repetition-penalty", "Divide the logits of tokens already seen; 1 is off.", low_open=True, high=100.0
+        1.05,
+        "--repetition-penalty",
+        "Divide the logits of tokens already seen; 1 is off.",
+        # Divided by less, logits leave the range of a float32, and all tokens seen are alike.
+        low=0.01,
+        high=100.0,
+        alias="--repeat-penalty",
     )
     token_repetition_range: int = _setting(
         -1, "--repetition-range", "How far back penalties reach (tokens); -1 is the whole context.", low=-1
@@ -101,13 +135,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, info in FIELDS.items():
             value = getattr(self, name)
-            if isinstance(value, bool):
-                continue
-            low_ok = value > info.low if info.low_open else value >= info.low
-            if not (low_ok and value <= info.high):
-                bound = f"above {info.low:g}" if info.low_open else f"at least {info.low:g}"
-                limits = bound if info.high == math.inf else f"{bound} and at most {info.high:g}"
-                raise UsageError(f"{name} must be {limits}, got {value:g}", f"see {info.flag} in --help")
+            if not isinstance(value, bool):
+                info.check(name, value)
         if self.max_temp < self.min_temp:
             raise UsageError(
                 f"max_temp ({self.max_temp:g}) is below min_temp ({self.min_temp:g})",

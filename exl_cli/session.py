@@ -196,8 +196,13 @@ def loads(text: str, name: str, source: str) -> Session:
     """
     try:
         value = json.loads(text)
+        # JSON can spell half a character, which no file and no model takes.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(error.object[error.start]):04X}"
+        raise damaged(source, f"it has half a character, {half}") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(source, f"it is not JSON: {error}") from error
+        raise damaged(source, f"it is not JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise DiskError(f"{source} is not a session of exl", "choose another; /sessions lists them")
     version = value.get("version")
@@ -207,20 +212,20 @@ def loads(text: str, name: str, source: str) -> Session:
             "update exl",
         )
     if version != VERSION:
-        raise _damaged(source, f"its version is {version!r}")
+        raise damaged(source, f"its version is {version!r}")
     try:
         turns = [_read(Turn, turn, f"turn {index + 1}") for index, turn in enumerate(_list(value.get("turns")))]
         totals = _read(Totals, value.get("totals", {}), "totals")
         rest = {key: item for key, item in value.items() if key not in ("format", "version", "turns", "totals")}
         session: Session = _read(Session, {**rest, "name": name}, "the session")
     except TypeError as error:
-        raise _damaged(source, str(error)) from error
+        raise damaged(source, str(error)) from error
     session.turns, session.totals = turns, totals
     wrong = next((i for i, turn in enumerate(turns) if turn.role != ("user", "assistant")[i % 2]), None)
     if wrong is not None:
-        raise _damaged(source, f"turn {wrong + 1} has the role {turns[wrong].role!r}")
+        raise damaged(source, f"turn {wrong + 1} has the role {turns[wrong].role!r}")
     if not 0 <= session.dropped <= len(turns) or session.dropped % 2:
-        raise _damaged(source, f"dropped is {session.dropped}")
+        raise damaged(source, f"dropped is {session.dropped}")
     return session
 
 
@@ -260,7 +265,8 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _damaged(source: str, why: str) -> DiskError:
+def damaged(source: str, why: str) -> DiskError:
+    """The error for a session's file that cannot be used."""
     return DiskError(f"the session file {source} is damaged: {why}", "it is left as it is; mend it or remove it")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exl_cli.configs import read_json, require_regular
 from exl_cli.errors import DamagedModelError, UnsupportedModelError
-from exl_cli.modelinfo import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,8 +38,9 @@ class Tokenizer:
                     "copy tokenizer.json from the original model's repository into the folder",
                 )
             raise DamagedModelError(f"{file} is missing", "download the model again, tokenizer.json included")
+        require_regular(file)
         try:
-            self._backend: tokenizers.Tokenizer = Backend.from_file(str(file))
+            self._backend: tokenizers.Tokenizer = Backend.from_buffer(file.read_bytes().removeprefix(BOM_UTF8))
         except Exception as error:  # the Rust side raises bare Exception
             raise DamagedModelError(f"{file} cannot be read: {error}", "download the file again") from error
         # Settings of training time that would cut or pad prompts.
@@ -82,6 +84,10 @@ class Tokenizer:
         """The id of a token by its exact name; None where there is none."""
         id_: int | None = self._backend.token_to_id(token)
         return id_
+
+    def token(self, id_: int) -> str:
+        """The token of an id by its exact name; empty where there is none."""
+        return self._backend.id_to_token(id_) or ""
 
     def difference(self, other: Tokenizer) -> str:
         """How another tokenizer's token ids differ from these, in words; empty where all mean the same.

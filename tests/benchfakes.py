@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
+from typer.testing import CliRunner, Result
 
+from exl_cli.cli import app
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
 from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import EngineError
 from exl_cli.loader import Observer
 from exl_cli.modelinfo import ModelInfo
+from exl_cli.state import State
 from exl_cli.tokenizer import Tokenizer
 
 
@@ -155,3 +158,10 @@ def stopping_after(requests: int, error: BaseException | None = None) -> Callabl
 
 
 FAILURE = EngineError("the device fell off", "put it back")
+
+SHORT = ("-p", "20", "-n", "4", "-r", "3")
+
+
+def bench(loader: PacedLoader, *args: str) -> Result:
+    """`exl bench` with that loader."""
+    return CliRunner().invoke(app, ["bench", *args], obj=State(load=loader))

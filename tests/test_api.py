@@ -75,6 +75,12 @@ def test_greedy_tokens_are_the_golden_ones(model: Model, golden_path: Path) -> N
     assert generation.summary.finish_reason == "length"
 
 
+@pytest.mark.parametrize("stop", [5, None, [5], ["a", None], b"a"])
+def test_a_stop_that_is_no_text_is_refused(scripted: Callable[..., tuple[Model, ScriptedEngine]], stop: Any) -> None:
+    with pytest.raises(UsageError, match="stop must be a text or a list of texts"):
+        scripted("Yes")[0].generate(STORY, stop=stop)
+
+
 def test_pieces_make_up_the_result(model: Model) -> None:
     with model.stream(STORY, seed=3, max_new_tokens=20) as stream:
         pieces = list(stream)

@@ -18,9 +18,9 @@ import jsonschema
 import pexpect
 import pytest
 import torch
-from benchfakes import FAILURE, BatchEngine, PacedEngine, PacedLoader, stopping_after
+from benchfakes import FAILURE, SHORT, BatchEngine, PacedEngine, PacedLoader, bench, stopping_after
 from helpers import exl
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import exl_cli
 from exl_cli.bench import outputs
@@ -28,14 +28,8 @@ from exl_cli.cli import app
 from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
 from exl_cli.errors import ExitCode
 from exl_cli.sampling import Sampling
-from exl_cli.state import State
 
 SCHEMA = json.loads((Path(exl_cli.__file__).parent / "bench" / "schema.json").read_text())
-SHORT = ("-p", "20", "-n", "4", "-r", "3")
-
-
-def bench(loader: PacedLoader, *args: str) -> Result:
-    return CliRunner().invoke(app, ["bench", *args], obj=State(load=loader))
 
 
 def measured(loader: PacedLoader, *args: str) -> dict[str, object]:
@@ -222,19 +216,6 @@ class Uniform(PacedEngine):
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.zeros(len(ids), 4096)
-
-
-def test_a_result_is_saved_whole_or_not_at_all(loader: PacedLoader, tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    bench(loader, *SHORT, "--save", str(file))
-    jsonschema.validate(json.loads(file.read_text()), SCHEMA)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
-    shown = bench(loader, str(file))
-    assert shown.exit_code == 0
-    assert "pp20+tg4" in shown.stdout
-    assert len(loader.engines) == 1
-    missing = bench(loader, *SHORT, "--save", str(tmp_path / "run.json" / "x.json"))
-    assert missing.exit_code == ExitCode.DISK
 
 
 class Page(html.parser.HTMLParser):

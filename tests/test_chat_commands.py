@@ -20,12 +20,19 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("typed", "hint"),
-    [("/retyr", "did you mean /retry?"), ("/Stat", "did you mean /stats?"), ("/xyzzy", "/help lists them")],
+    [
+        ("/retyr", "did you mean /retry?"),
+        ("/Stat", "did you mean /stats?"),
+        ("/xyzzy", "/help lists them"),
+        ("/?x", "/help lists them"),
+        ("/", "/help lists them"),
+        ("/  ", "/help lists them"),
+    ],
 )
 def test_an_unknown_command_names_the_nearest(typed: str, hint: str) -> None:
     result = chat(Script(["ok"]), typed + "\n")
-    assert f"error: there is no command {typed.lower()}; {hint}" in result.stderr
-    assert (result.stdout, result.exit_code) == ("", 0)
+    assert f"error: there is no command {typed.lower().rstrip()}; {hint}" in result.stderr
+    assert (result.stdout, result.exit_code) == ("", 2)
 
 
 def test_help_lists_every_command() -> None:
@@ -46,6 +53,7 @@ def test_set_shows_old_and_new_and_refuses_what_cannot_be() -> None:
         "/set mirostat on",
         "/set top_p 2",
         "/set tempratur 1",
+        "/set temp 1",
     ]
     lines += [
         "/set top_k many",
@@ -61,6 +69,7 @@ def test_set_shows_old_and_new_and_refuses_what_cannot_be() -> None:
         "mirostat: off → on",
         "error: top_p must be at least 0 and at most 1, got 2; see --top-p in --help",
         "error: no setting named 'tempratur'; did you mean temperature?",
+        "error: no setting named 'temp'; did you mean temperature?",
         "error: top_k is a whole number, not 'many'",
         "temperature is as it was",
         "temperature: 0.3 → 0.85",
@@ -131,7 +140,7 @@ def test_a_retry_that_fails_leaves_the_old_answer(data: Path) -> None:
 
 def test_undo_takes_exchanges_back(exl2_dir: Path, data: Path) -> None:
     script = Script(["a", "b", "c"])
-    result = chat(script, "one\ntwo\n/undo\nthree\n/undo\n/undo\n/undo\n")
+    result = chat(script, "one\ntwo\n/undo\nthree\n/undo\n/undo\n/undo\n", "--session", "trip")
     assert "took back “two”" in result.stderr
     assert "error: nothing was said yet" in result.stderr
     assert "two" not in prompts(script, exl2_dir)[2]
@@ -150,6 +159,7 @@ def test_edit_opens_the_editor_on_the_last_message(
     result = chat(script, "Hi there\n/edit\n/edit\n")
     assert turns(data) == [("user", "Hello there"), ("assistant", "two")]
     assert "the message is as it was" in result.stderr
+    assert "\n>>> Hello there\n" in result.stderr
     monkeypatch.delenv("VISUAL")
     assert "error: the editor false ended with status 1" in chat(script, "Hi\n/edit\n", "--no-save").stderr
     monkeypatch.setenv("EDITOR", "/no/such/editor")

@@ -196,12 +196,6 @@ def test_debug_shows_the_traceback() -> None:
     assert "ModelNotFoundError" in result.stderr
 
 
-def test_an_unknown_flag_is_a_usage_error() -> None:
-    result = exl("run", "--tempratur", "1")
-    assert result.returncode == ExitCode.USAGE
-    assert "--temperature" in result.stderr
-
-
 def test_a_model_is_found_in_the_models_folder_by_both_names(model: Path) -> None:
     shutil.move(model, model.parent / "owner_name@4.0bpw")
     for name in ("owner/name:4.0bpw", "owner_name@4.0bpw"):

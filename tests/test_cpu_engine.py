@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -200,3 +202,77 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     tinymodels.write(tmp_path / "model", variant)
     with pytest.raises(UnsupportedModelError, match="NovelForCausalLM"):
         load(tmp_path / "model")
+
+
+def test_what_transformers_computes_without_sdpa_runs_too(tmp_path: Path) -> None:
+    import transformers
+
+    oracle = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=4096,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            # As large as to matter, unlike the logits of a model that was never trained.
+            initializer_range=0.3,
+            sliding_window=8,
+            max_position_embeddings=256,
+            attn_implementation="eager",
+        )
+    ).eval()
+    tinymodels.write(tmp_path / "model", tinymodels.Variant("float"))
+    oracle.save_pretrained(tmp_path / "model")
+    engine, _ = load(tmp_path / "model")
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([IDS])).logits[0]
+    assert not type(oracle)._supports_sdpa
+    torch.testing.assert_close(engine.logits(IDS), expected, rtol=1e-3, atol=1e-3)
+    _, tokens, _ = collect(engine.stream(request_for(IDS, "greedy", 1)))
+    assert tokens == [int(expected[-1].argmax())]
+
+
+@pytest.fixture(scope="module")
+def with_a_stray_token(gptq_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Tokenizer]:
+    """fable-7m with a tokenizer of one token more than it has embeddings."""
+    folder = tmp_path_factory.mktemp("stray") / "model"
+    shutil.copytree(gptq_dir, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 4096, "content": "<big>"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return load(folder)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_by_name(with_a_stray_token: tuple[Engine, Tokenizer]) -> None:
+    engine, tokenizer = with_a_stray_token
+    ids = tokenizer.encode("hello <big>", add_special_tokens=True)
+    assert 4096 in ids
+    for attempt in (lambda: engine.stream(request_for(ids, "greedy", 1)), lambda: engine.logits(ids)):
+        with pytest.raises(PromptError, match=r"'<big>' \(id 4,096\), the model knows ids below 4,096"):
+            attempt()
+
+
+def test_prompts_without_the_stray_token_go_on_working(
+    with_a_stray_token: tuple[Engine, Tokenizer], gptq_dir: Path
+) -> None:
+    request = request_for(IDS, "greedy", 12)
+    assert collect(with_a_stray_token[0].stream(request))[1] == collect(load(gptq_dir)[0].stream(request))[1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "said"),
+    [
+        ("LlavaForConditionalGeneration", "llava", "reads images as well"),
+        ("Mistral3ForConditionalGeneration", "mistral3", "reads images as well"),
+        ("Qwen2VLForConditionalGeneration", "qwen2_vl", "reads images as well"),
+        ("T5ForConditionalGeneration", "t5", "no model that continues a text"),
+    ],
+)
+def test_a_model_of_another_kind_is_called_so(tmp_path: Path, architecture: str, kind: str, said: str) -> None:
+    variant = tinymodels.Variant("float", config={"architectures": [architecture], "model_type": kind})
+    tinymodels.write(tmp_path / "model", variant)
+    with pytest.raises(UnsupportedModelError, match=f"{architecture} .*{said}") as caught:
+        load(tmp_path / "model")
+    assert "update transformers" not in str(caught.value)

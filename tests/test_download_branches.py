@@ -100,6 +100,29 @@ def test_memory_grows_with_the_weights_and_decides_what_fits(found: dict[str, Br
     assert found["fp16"].fits is False
 
 
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (b"{", "config.json is not a JSON object"),
+        (b"[]", "config.json is not a JSON object"),
+        (config(**{**MISTRAL, "quantization_config": {"quant_method": "gptq", "bits": {}}}), ""),
+        (None, "holds no config.json, without which its weights cannot be run"),
+    ],
+)
+def test_a_bad_branch_does_not_hide_the_others(
+    hub: FakeHub, repository: Repository, tmp_path: Path, bad: bytes | None, problem: str
+) -> None:
+    files = {"model.safetensors": b"w", **SMALL, **({} if bad is None else {"config.json": bad})}
+    repository.commit(files, "bad", model=1_000_000)
+    fetch = Fetcher(hub, tmp_path)
+    repository_wanted = fetch.wanted(repository.id).repository
+    branches = {branch.name: branch for branch in describe(fetch.hub(), repository_wanted, 4096, "fp16", [])}
+    assert branches["4.0bpw"].format_name == "EXL2 4.0 bpw"
+    assert branches["bad"].commit == repository.branches["bad"]
+    if problem:
+        assert (branches["bad"].problem, branches["bad"].format_name) == (problem, "")
+
+
 def test_only_small_files_are_read(hub: FakeHub, found: dict[str, Branch]) -> None:
     assert hub.requests("/cdn/*") == []
     read = {seen.path.rpartition("/")[2] for seen in hub.requests("*/resolve/*")}

@@ -223,6 +223,30 @@ def test_a_server_that_is_not_the_hub_is_recognised(hub: FakeHub, fetch: Fetcher
     assert "HF_ENDPOINT" in error.hint
 
 
+@pytest.mark.parametrize("where", ["/api/models/*", "*config.json", "/cdn/*"])
+def test_a_redirection_to_nowhere_is_not_tried_again(hub: FakeHub, fetch: Fetcher, where: str) -> None:
+    hub.fault(where, status=302)
+    error = fails(fetch)
+    assert error.message.startswith(f"{hub.url} does not answer like the Hub: ")
+    assert len(error.message) > len(f"{hub.url} does not answer like the Hub: ") + 5
+    assert fetch.waits == []
+
+
+def test_a_file_of_negative_size_is_refused(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/odd", {}).commit(model_files(), model=-5)
+    assert fails(fetch, "acme/odd").message == f"{hub.url} does not answer like the Hub: {WEIGHTS} of -5 bytes"
+
+
+def test_weights_without_a_config_are_refused_before_they_come(hub: FakeHub, fetch: Fetcher) -> None:
+    files = {name: content for name, content in model_files().items() if name != "config.json"}
+    hub.repository("acme/bare", files)
+    error = fails(fetch, "acme/bare")
+    assert error.message == "acme/bare holds no config.json, without which its weights cannot be run"
+    assert hub.requests("/cdn/*") == []
+    fetch("acme/bare", choice=Choice(("*",)))
+    assert contents(fetch.models / "acme_bare") == files
+
+
 def test_no_route_is_one_line_at_once(fetch: Fetcher, tmp_path: Path) -> None:
     with FakeHub() as gone:
         elsewhere = Fetcher(gone, tmp_path / "other")

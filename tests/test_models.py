@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 from fakehub import FakeHub
 from helpers import exl
 from hubtools import Fetcher, config, shell
+from typer.testing import CliRunner
 
 from exl_cli import inventory, loader, memory
+from exl_cli.cli import app
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
 from exl_cli.hub import locking, store
 
@@ -59,6 +62,111 @@ def test_list_shows_what_is_here_and_what_state_it_is_in(hub: FakeHub, models: P
     assert "7.34M" in rows["acme/fable"]
     assert rows["acme/fable"].rstrip().endswith(str(models / "acme_fable"))
     assert "500 kB of 2 MB" in rows["acme/half:4.0bpw"]
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+BAD_FOLDERS = {
+    "config-pipe": (lambda path: _fifo(path / "config.json"), "config.json is not a regular file"),
+    "weights-pipe": (lambda path: _fifo(path / "model.safetensors"), "model.safetensors is not a regular file"),
+    "config-device": (lambda path: _relink(path / "config.json", Path("/dev/zero")), "config.json is not a regular"),
+    "deep": (lambda path: (path / "config.json").write_text("[" * 5000), "config.json is nested too deeply"),
+    "deep-header": (lambda path: _write_header(path, "[" * 5000), "has an unreadable header"),
+    "endless": (lambda path: _write_header(path, ENDLESS), "describes tensor 'x' in a way that cannot be read"),
+    "deep-marker": (lambda path: (path / store.MARKER).write_text("[" * 100_000), "cannot be read: RecursionError"),
+    "config-gone": (lambda path: _relink(path / "config.json", Path("../gone.json")), "leads to ../gone.json, which"),
+}
+ENDLESS = '{"x": {"dtype": "F16", "shape": [1], "data_offsets": [0, 1e400]}}'
+
+
+def _relink(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def _write_header(path: Path, header: str) -> None:
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+
+
+def test_list_shows_each_bad_folder_with_its_problem_and_all_the_others(tmp_path: Path, gptq_dir: Path) -> None:
+    for name, (spoil, _) in BAD_FOLDERS.items():
+        shutil.copytree(gptq_dir, tmp_path / name)
+        spoil(tmp_path / name)
+    (tmp_path / "link-gone").symlink_to("/nowhere/model")
+    (tmp_path / "whole").symlink_to(gptq_dir)
+
+    result = CliRunner().invoke(app, ["list", "--json", "--models-dir", str(tmp_path)])
+
+    assert result.exit_code == 0, result.output
+    found = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
+    wanted = {name: problem for name, (_, problem) in BAD_FOLDERS.items()}
+    assert list(found) == ["fable-7m", *sorted([*wanted, "link-gone", "whole"])]
+    assert (found["fable-7m"], found["whole"]) == (None, None)
+    assert found["link-gone"] == f"{tmp_path / 'link-gone'} leads to /nowhere/model, which is not there"
+    for name, problem in wanted.items():
+        assert problem in found[name]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
+def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_dir: Path) -> None:
+    for name in ("private", "whole"):
+        shutil.copytree(gptq_dir, tmp_path / name)
+    (tmp_path / "private").chmod(0)
+    result = CliRunner().invoke(app, ["list", "--json", "--models-dir", str(tmp_path)])
+    tmp_path.chmod(0)
+    refused = CliRunner().invoke(app, ["list", "--models-dir", str(tmp_path)])
+    tmp_path.chmod(0o700)
+    (tmp_path / "private").chmod(0o700)
+    found = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
+    assert found == {"fable-7m": None, "private": "cannot be read: Permission denied", "whole": None}
+    assert (refused.exit_code, refused.stdout) == (10, "")
+    assert f"cannot read {tmp_path}: Permission denied" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["weights-pipe", "config-device", "config-gone"])
+def test_rm_removes_what_list_shows_as_broken(tmp_path: Path, gptq_dir: Path, name: str) -> None:
+    shutil.copytree(gptq_dir, tmp_path / name)
+    BAD_FOLDERS[name][0](tmp_path / name)
+    result = CliRunner().invoke(app, ["rm", name, "--yes", "--models-dir", str(tmp_path)])
+    assert (result.exit_code, (tmp_path / name).exists()) == (0, False)
+
+
+def test_files_that_are_links_count_as_what_they_lead_to(tmp_path: Path, gptq_dir: Path) -> None:
+    # The layout of the Hub's own cache.
+    blobs, linked = tmp_path / "blobs", tmp_path / "models" / "linked"
+    shutil.copytree(gptq_dir, blobs)
+    linked.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (linked / file.name).symlink_to(file)
+    (linked / "copy.safetensors").symlink_to("model.safetensors")  # counts once
+    total = sum(file.stat().st_size for file in blobs.iterdir())
+
+    models = ["--models-dir", str(linked.parent)]
+    listed = CliRunner().invoke(app, ["list", "--json", *models])
+    assert {entry["name"]: entry["disk_bytes"] for entry in json.loads(listed.stdout)}["linked"] == total
+    (linked / "copy.safetensors").unlink()
+    assert json.loads(CliRunner().invoke(app, ["show", "linked", "--json", *models]).stdout)["disk_bytes"] == total
+    # What is freed is the links alone.
+    removed = CliRunner().invoke(app, ["rm", "linked", "--yes", *models])
+    assert re.search(r"\((\d+) B\)", removed.stderr)
+
+
+@pytest.mark.parametrize("args", [("list",), ("show",), ("show", "mine")])
+def test_lines_in_a_pipe_have_no_trailing_blanks(tmp_path: Path, gptq_dir: Path, args: tuple[str, ...]) -> None:
+    shutil.copytree(gptq_dir, tmp_path / "mine")
+    (tmp_path / "mine" / "chat_template.jinja").write_text("{# a #}\n\n{{ messages }}\n")
+    result = CliRunner().invoke(app, [*args, "--models-dir", str(tmp_path)])
+    assert result.exit_code == 0
+    assert [line for line in result.stdout.splitlines() if line != line.rstrip()] == []
+
+
+def test_a_licence_that_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    (tmp_path / "LICENSE").symlink_to("/dev/zero")
+    assert inventory.licence(tmp_path, None) == ""
 
 
 def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path) -> None:

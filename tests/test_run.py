@@ -137,6 +137,9 @@ def test_show_prompt_prints_it_and_stops(scripted: ScriptedLoader, exl2_dir: Pat
     result = run(scripted, "-p", "hi", "--show-prompt")
     assert result.stdout == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert result.stderr == f"{len(Tokenizer(exl2_dir).encode(result.stdout, add_special_tokens=False))} tokens\n"
+    report = json.loads(run(scripted, "-p", "hi", "--show-prompt", "--json").stdout)
+    ids = list(Tokenizer(exl2_dir).encode(result.stdout, add_special_tokens=False))
+    assert report == {"prompt": result.stdout, "prompt_tokens": len(ids), "prompt_ids": ids}
     assert scripted.engines == []
 
 
@@ -199,6 +202,57 @@ def test_a_cut_off_response_says_so(scripted: ScriptedLoader) -> None:
     result = run(scripted, "-p", "x", "-n", "4")
     assert ANSWER.startswith(result.stdout)
     assert "stopped after 4 tokens; raise --max-new-tokens for more\n" in result.stderr
+    assert json.loads(run(scripted, "-p", "x", "-n", "4", "--json").stdout)["limit"] == "max_new_tokens"
+    assert json.loads(run(scripted, "-p", "x", "--json").stdout)["limit"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), r"the context of 1,024 tokens is full; shorten the prompt for more"),
+        (("--max-seq-len", "64"), r"the context of 64 tokens is full; raise --max-seq-len, up to 1,024, for more"),
+    ],
+)
+def test_a_full_context_is_told_from_the_limit_asked_for(flags: tuple[str, ...], said: str) -> None:
+    endless = ScriptedLoader("word " * 1500)
+    result = run(endless, "-p", "x", "-n", "5000", *flags)
+    assert re.search(rf"^stopped after [\d,]+ tokens: {said}$", result.stderr, re.M), result.stderr
+    assert "--max-new-tokens" not in result.stderr
+    report = json.loads(run(endless, "-p", "x", "-n", "5000", "--json", *flags).stdout)
+    assert (report["finish_reason"], report["limit"]) == ("length", "context")
+
+
+def test_large_numbers_have_separators(scripted: ScriptedLoader) -> None:
+    assert "stopped after 1,001 tokens;" in run(ScriptedLoader("word " * 1500), "-p", "x", "-n", "1001").stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["-p", b"a\xff\xfe"], "--prompt"),
+        (["fable-7m", b"a\xff"], "PROMPT"),
+        (["-p", "x", "-s", b"a\xff"], "--system"),
+        (["--template", "{a}", "--var", b"=\xff"], "--var"),
+        (["--template", b"a\xff"], "--template"),
+        (["-p", "x", "--json", "--stop", "ok", "--stop", b"a\xff"], "--stop"),
+    ],
+)
+def test_arguments_that_are_not_utf8_are_refused_as_a_file_is(args: list[str | bytes], name: str) -> None:
+    command = [sys.executable, str(Path(__file__).parent / "scripted_app.py"), "ok", "run", *args]
+    result = subprocess.run(command, input=b"", capture_output=True)
+    expected = f"error: {name} is not UTF-8 text: byte 1 is 0xff; convert it with iconv -t UTF-8\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (6, b"", expected)
+
+
+def test_a_sentence_in_the_models_place_is_meant_as_a_prompt(scripted: ScriptedLoader) -> None:
+    result = run(scripted, "Hello there")
+    assert result.exit_code == 3
+    assert result.stderr == "error: no model named 'Hello there'; if that is a prompt, give it with -p\n"
+    for command in ("bench", "show"):
+        result = CliRunner().invoke(app, [command, "Hello there"])
+        assert result.exit_code == 3
+        assert "no model named 'Hello there'; give a folder with a model in it" in result.stderr
+        assert "-p" not in result.stderr
 
 
 def test_a_pipe_gets_the_text_byte_for_byte() -> None:

@@ -26,7 +26,7 @@ EDGES: dict[str, tuple[float | None, float, float, float | None]] = {
     "tfs": (-TINY, 0.0, 1.0, 1.0001),
     "typical": (-TINY, 0.0, 1.0, 1.0001),
     "skew": (-10.1, -10.0, 10.0, 10.1),
-    "token_repetition_penalty": (0.0, TINY, 100.0, 100.1),
+    "token_repetition_penalty": (0.009, 0.01, 100.0, 100.1),
     "token_repetition_range": (-2, -1, 10**9, None),
     "token_repetition_decay": (-1, 0, 10**9, None),
     "token_frequency_penalty": (-100.1, -100.0, 100.0, 100.1),

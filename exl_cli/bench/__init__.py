@@ -8,6 +8,7 @@
 | `job`, `worker` | what a process is asked to do; a model with a cache type, from import to the last test |
 | `runner` | the run as a whole: workers started, their events collected, interruptions |
 | `result`, `files` | what a run found and its statistics; its JSON (`schema.json` is the published schema) |
+| `saving` | results in files |
 | `limits` | what the hardware allows, and what holds a test back |
 | `environment`, `nvml` | the machine; the GPUs while it runs |
 | `perplexity` | the quality beside the speed |

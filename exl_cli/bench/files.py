@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +23,7 @@ from exl_cli.bench.result import (
     mean,
     percentile,
 )
-from exl_cli.errors import DiskError, UsageError
-from exl_cli.storage import write_atomically
+from exl_cli.errors import UsageError
 
 # What a reader of the figures must know; part of every report.
 METHOD = (
@@ -232,26 +230,18 @@ def load(path: Path) -> Result:
         UsageError: it cannot be read, or is not a result.
     """
     try:
-        value = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        value = json.loads(expanded(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}", "give a file written by exl bench -o json") from error
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"{path} is not JSON: {what}", "give a file written by exl bench -o json") from error
     return from_json(value, str(path))
 
 
-def write(path: Path, text: str) -> None:
-    """A text into a file, whole or not at all.
-
-    Raises:
-        DiskError: it cannot be written; what was there before stays.
-    """
-    path = path.expanduser()
+def expanded(path: Path) -> Path:
+    """The path, `~` at its start replaced by that user's folder; as it is where there is no such user."""
     try:
-        write_atomically(path, text)
-        # A report is for others as well: the permissions that any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}", "check folder and disk space") from error
+        return path.expanduser()
+    except RuntimeError:
+        return path

@@ -71,7 +71,8 @@ def page(result: Result) -> str:
 <h1>{escape(title)}</h1>
 <p>{escape(outputs.machine(result))}</p>
 <p class="quiet">{escape(result.started.replace("T", " ").replace("Z", " UTC"))}, {result.seconds:,.0f} s,
-exl {escape(result.exl_version)}, {result.settings.repetitions} repetitions, seed {result.settings.seed}</p>
+exl {escape(result.exl_version)}, {outputs.repetitions_text(result.settings.repetitions)},
+seed {result.settings.seed}</p>
 </header>
 {body}
 </main>
@@ -123,7 +124,7 @@ def _tests(run: Run) -> str:
         if not entry.samples:
             continue
         limit, median = limits.limit(run, entry), files.latency(entry)["median"]
-        row = [entry.test.name, f"{entry.avg_ts:,.1f}", f"{entry.stddev_ts:,.1f}"]
+        row = [entry.test.name, f"{entry.avg_ts:,.1f}", f"{entry.stddev_ts:,.1f}" if len(entry.samples) > 1 else "–"]
         row += [
             "–" if limit is None else f"{limit.share:.0%}",
             "–" if median is None else outputs.three_digits(median / 1e6),

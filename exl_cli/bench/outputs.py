@@ -34,6 +34,11 @@ def parameters_text(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
 
+def repetitions_text(count: int) -> str:
+    """So many repetitions, in words."""
+    return f"{count:,} repetition{'' if count == 1 else 's'}"
+
+
 def three_digits(value: float) -> str:
     """A figure as people read it: 0.123, 4.56, 78.9, 1,234."""
     return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import exl_cli
 from exl_cli import loader
 from exl_cli.bench import plan, runner
+from exl_cli.bench.files import expanded
 from exl_cli.bench.job import Job
 from exl_cli.bench.perplexity import read
 from exl_cli.bench.plan import QUICK, Settings
@@ -27,7 +28,7 @@ def saved_result(names: Sequence[str]) -> Path | None:
     Raises:
         UsageError: it does not stand alone.
     """
-    found = [name for name in names if name.endswith(".json") and not Path(name).expanduser().is_dir()]
+    found = [name for name in names if name.endswith(".json") and not expanded(Path(name)).is_dir()]
     if found and len(names) > 1:
         raise UsageError(
             f"{found[0]} is a saved result and stands alone", "compare two with --compare OLD.json NEW.json"

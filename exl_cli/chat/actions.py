@@ -115,6 +115,7 @@ def edit(chat: Chat, text: str) -> None:
     if after == before or not after.strip():
         chat.console.say("the message is as it was")
         return
+    chat.console.message(after)
     chat.talk.revise(after)
 
 

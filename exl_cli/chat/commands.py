@@ -16,8 +16,8 @@ from exl_cli.sampling import PRESETS
 if TYPE_CHECKING:
     from exl_cli.chat.loop import Chat
 
-# A path such as /usr/bin is no command, nor is a line that begins with a space.
-_WORD = re.compile(r"/([a-zA-Z?]+)(?=\s|$)")
+# A path such as /usr/bin is no command, nor is a line that begins with a space; a slash alone is the beginning of one.
+_WORD = re.compile(r"/([a-zA-Z?]+(?=\s|$)|(?=\s*$))")
 
 Complete = Callable[["Chat", str], Iterable[str]]
 
@@ -123,7 +123,8 @@ def find(word: str) -> Command:
     """
     name = word.lower().removeprefix("/")
     if name not in _BY_ANY_NAME:
-        near = difflib.get_close_matches(name, _BY_ANY_NAME, 1, 0.5)
+        # A sign is like any other: only words can be meant by what is nearly one.
+        near = difflib.get_close_matches(name, filter(str.isalpha, _BY_ANY_NAME), 1, 0.5)
         hint = (
             f"did you mean /{near[0]}?"
             if near

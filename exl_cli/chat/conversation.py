@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from exl_cli import report
 from exl_cli.chat.composer import Encoded
+from exl_cli.chat.keys import unseen
 from exl_cli.chat.partner import Partner
 from exl_cli.chat.prompting import compose
 from exl_cli.chat.reasoning import Splitter, split
@@ -184,7 +185,7 @@ class Conversation:
         request = self._request(prompt)
         shown = self._console.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
         try:
-            with cancel_on_interrupt(request.cancel), shown as answer:
+            with cancel_on_interrupt(request.cancel), unseen(), shown as answer:
                 for chunk in self.partner.engine.stream(request):
                     piece = chunk.text + "".join(tags.get(id_, "") for id_ in chunk.token_ids)
                     text += piece

@@ -75,7 +75,8 @@ class Chat:
         console: what is seen.
         store: the saved sessions.
         saving: write this conversation to the store.
-        interactive: a person is there, who can answer to a hint.
+        interactive: a person is there, who can answer to a hint; else the first error decides `exit_code`.
+        debug: show where errors come from.
 
     Attributes:
         host, console, store, saving: these.
@@ -95,6 +96,7 @@ class Chat:
         *,
         saving: bool = True,
         interactive: bool = True,
+        debug: bool = False,
     ) -> None:
         self.host = host
         self.console = console
@@ -103,6 +105,7 @@ class Chat:
         self.talk = Conversation(partner, session, settings, console, self.save)
         self.talk.withdraw()
         self.exit_code = ExitCode.OK
+        self._debug = debug
         self.exported: set[str] = set()
         self._interactive = interactive
         self._warned = self._warned_before = ""
@@ -119,7 +122,7 @@ class Chat:
     # --- events ---------------------------------------------------------------------------------------------------
 
     def feed(self, event: Event) -> None:
-        """Take one event, to the end of all that follows from it."""
+        """Take one event, to the end of all that follows from it. Nothing that fails there ends the conversation."""
         self._warned_before, self._warned = self._warned, ""
         if event is Signal.INTERRUPT:
             self._interrupted()
@@ -129,8 +132,21 @@ class Chat:
             self.talk.draft = ""
             try:
                 self._enter(event.text)
-            except ExlError as error:
-                self.console.error(error)
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
+            except Exception as error:
+                self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Say that something went wrong; a bug of ours too is no reason to lose a conversation."""
+        if self._debug:
+            self.console.traceback(error)
+        elif isinstance(error, ExlError):
+            self.console.error(error)
+        else:
+            self.console.bug(error)
+        if not self._interactive or self._over:
+            self.exit_code = self.exit_code or (error.exit_code if isinstance(error, ExlError) else ExitCode.INTERNAL)
 
     def leave(self) -> None:
         """End it; where the conversation cannot be saved, only if a person insists or none is there."""
@@ -140,7 +156,7 @@ class Chat:
             self.console.note("not saved yet: /export PATH writes it elsewhere, leaving once more gives it up")
             return
         if not saved:
-            self.exit_code = ExitCode.DISK
+            self.exit_code = self.exit_code or ExitCode.DISK
         elif self.saving and session.turns:
             self.console.note(f"saved as {session.name}; exl chat --continue goes on with it")
         self._over = True
@@ -179,6 +195,10 @@ class Chat:
             DiskError: it cannot be written.
         """
         session, model = self.talk.session, self.talk.partner.model
+        if self.saving and not session.turns and session.name and session.name == self._named_by_us:
+            # All of it was taken back: it is as if it had not begun, and what it begins with next names it.
+            self.store.remove(session.name)
+            session.name = self._named_by_us = ""
         if not self.saving or not (session.turns or (session.name and self.store.exists(session.name))):
             return
         unnamed = not session.name
@@ -259,6 +279,6 @@ def converse(chat: Chat, source: Source) -> None:
         try:
             chat.feed(source.read(chat.talk.draft))
         except ExlError as error:
-            chat.console.error(error)
+            chat.failed(error)
         except KeyboardInterrupt:
             chat.feed(Signal.INTERRUPT)

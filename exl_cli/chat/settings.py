@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -96,11 +97,17 @@ class Settings:
 
 
 def from_dict(value: Mapping[str, Any]) -> Settings:
-    """The settings in a session's file; those that are missing or mean nothing here keep their defaults."""
+    """The settings in a session's file; those that are missing or mean nothing here keep their defaults.
+
+    Raises:
+        TypeError: a value is of a kind that its setting never has.
+    """
     settings = Settings()
     for entry in fields(Settings):
         if entry.name in value:
             item = value[entry.name]
+            if not _WRITTEN[entry.name](item):
+                raise TypeError(f"{entry.name} of the settings is {json.dumps(item)}"[:200])
             change: dict[str, Any] = {entry.name: tuple(item) if entry.name == "stop" else item}
             try:
                 settings = replace(settings, **change)
@@ -137,7 +144,8 @@ def resolve(name: str) -> str:
         return key
     if key in _BY_FLAG:
         return _BY_FLAG[key]
-    near = difflib.get_close_matches(key, [*names(), *_BY_FLAG], 1)
+    known = [*names(), *_BY_FLAG]
+    near = [one for one in known if key and one.startswith(key)] or difflib.get_close_matches(key, known, 1)
     raise UsageError(f"no setting named {name!r}", f"did you mean {near[0]}?" if near else "/set lists them")
 
 
@@ -178,6 +186,21 @@ def _word(name: str, text: str) -> str:
     return text
 
 
+def _whole(item: object) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+# What a setting is in a session's file.
+_WRITTEN: dict[str, Callable[[Any], bool]] = {
+    "given": lambda item: isinstance(item, dict),
+    "preset": lambda item: item is None or isinstance(item, str),
+    "max_new_tokens": _whole,
+    "seed": lambda item: item is None or _whole(item),
+    "stop": lambda item: isinstance(item, (list, tuple)) and all(isinstance(text, str) for text in item),
+    "on_overflow": lambda item: isinstance(item, str),
+    "thinking": lambda item: isinstance(item, bool),
+    "markdown": lambda item: isinstance(item, bool),
+}
 _PARSERS: dict[type, Callable[[str, str], Any]] = {bool: _switch, int: _integer, float: _number}
 _OWN: dict[str, Callable[[str, str], Any]] = {
     "max_new_tokens": _integer,

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from exl_cli import session as sessions
+from exl_cli.chat.settings import from_dict
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.session import Session
 from exl_cli.storage import user_data, write_atomically
@@ -91,7 +92,7 @@ class SessionStore:
         """
         path = self.path(name)
         try:
-            text = path.read_text(encoding="utf-8")
+            session = _read(path, name, str(path))
         except FileNotFoundError:
             near = difflib.get_close_matches(name, self.names(), 1)
             hint = f"did you mean {near[0]}?" if near else f"the sessions are in {self.folder}"
@@ -99,7 +100,6 @@ class SessionStore:
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise DiskError(f"cannot read the session file {path}: {why}", "it is left as it is") from error
-        session = sessions.loads(text, name, str(path))
         self._seen[name] = _signature(path)
         return session
 
@@ -109,7 +109,7 @@ class SessionStore:
             with contextlib.suppress(FileNotFoundError):
                 updated = datetime.fromtimestamp(self.path(name).stat().st_mtime).astimezone()
                 try:
-                    yield Overview(name, updated, sessions.loads(self.path(name).read_text("utf-8"), name, name))
+                    yield Overview(name, updated, _read(self.path(name), name, name))
                 except (DiskError, OSError, UnicodeDecodeError) as error:
                     yield Overview(name, updated, None, str(error))
 
@@ -141,9 +141,11 @@ class SessionStore:
         return before if before != session.name else ""
 
     def remove(self, name: str) -> None:
-        """Remove the file of a session that now has another name; none is no error."""
-        with contextlib.suppress(OSError):
-            self.path(name).unlink()
+        """Remove the file of a session that now has another name, or nothing in it; none is no error, and one that
+        another exl has written meanwhile stays."""
+        if _signature(self.path(name)) == self._seen.get(name):
+            with contextlib.suppress(OSError):
+                self.path(name).unlink()
 
     def _new_name(self, session: Session) -> str:
         """The day and the first words: something to recognise it by in a list."""
@@ -157,6 +159,15 @@ class SessionStore:
             count += 1
             candidate = f"{name}-{count}"
         return candidate
+
+
+def _read(path: Path, name: str, source: str) -> Session:
+    session = sessions.loads(path.read_text(encoding="utf-8-sig"), name, source)
+    try:
+        from_dict(session.settings)
+    except TypeError as error:
+        raise sessions.damaged(source, str(error)) from error
+    return session
 
 
 def _signature(path: Path) -> _Signature | None:

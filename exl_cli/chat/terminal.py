@@ -19,9 +19,9 @@ from prompt_toolkit.output import create_output
 from exl_cli.chat import commands
 from exl_cli.chat.lines import is_open
 from exl_cli.chat.loop import Chat, Event, Line, Signal
+from exl_cli.console_chat import CONTINUATION, PROMPT
+from exl_cli.inputs import check_text
 
-_PROMPT = ">>> "
-_CONTINUATION = "... "
 # The history file is cut to its last half when it exceeds this (bytes).
 _MOST_HISTORY = 1_000_000
 
@@ -37,12 +37,12 @@ class TerminalSource:
     def __init__(self, chat: Chat, history: Path | None) -> None:
         completer = _Completer(chat)
         self._session: PromptSession[str] = PromptSession(
-            _PROMPT,
+            PROMPT,
             history=_history(history),
             completer=completer,
             complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
             multiline=True,
-            prompt_continuation=_CONTINUATION,
+            prompt_continuation=CONTINUATION,
             placeholder=_placeholder,
             key_bindings=_bindings(completer),
             enable_suspend=True,
@@ -52,11 +52,13 @@ class TerminalSource:
     def read(self, draft: str) -> Event:
         """See `loop.Source.read`; the draft stands in the line, to be changed."""
         try:
-            return Line(self._session.prompt(default=draft))
+            text = self._session.prompt(default=draft)
         except KeyboardInterrupt:
             return Signal.INTERRUPT
         except EOFError:
             return Signal.END
+        check_text(("the line", text))
+        return Line(text)
 
 
 def _placeholder() -> FormattedText:

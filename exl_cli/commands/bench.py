@@ -98,15 +98,18 @@ def bench(
 ) -> None:
     """Measure models: prompts, generation, first use, memory, distance from the hardware's limit."""
     # Its parts are imported only now: `exl --help` need not wait for them.
-    from exl_cli import console_bench
+    from exl_cli import console_bench, console_compare
     from exl_cli.bench import compare as comparing
-    from exl_cli.bench import drawing, files, outputs, task
+    from exl_cli.bench import drawing, files, outputs, saving, task
 
     state: State = ctx.obj
     console = Console(quiet=quiet)
     if fail_under is not None and compare is None:
         raise UsageError("--fail-under has nothing to measure against", "give a saved result with --compare")
     before = None if compare is None else files.load(compare)
+    for path, flag in ((save, "--save"), (report, "--report")):
+        if path is not None:
+            saving.require_writable(path, flag)
     if report is not None:
         drawing.require()
     failure = None
@@ -119,25 +122,31 @@ def bench(
         jobs = task.jobs(models or [None], models_dir, task.loadings(loading, caches), settings, chosen, perplexity)
         with console_bench.progress(console) as observer:
             result, failure = task.measure(jobs, state.load, observer, debug=state.debug)
-        if failure is not None and not result.runs:
-            raise failure
-    if save is not None:
-        files.write(save, outputs.render(result, "json"))
-    if report is not None:
-        from exl_cli.bench import html
-
-        files.write(report, html.page(result))
+        if not result.runs:
+            # Nothing was measured: there is nothing to print, and no good file to replace by an empty one.
+            if failure is not None:
+                raise failure
+            console_bench.doubts(console, result)
+            raise typer.Exit(ExitCode.INTERRUPTED)
     comparison = None if before is None else comparing.compare(before, result)
-    if output != "table":
-        console.text(outputs.render(result, output))
-    elif comparison is None:
-        console_bench.tables(console, result)
-    if comparison is not None:
-        console_bench.comparison(console, comparison, on_stdout=output == "table")
-    console_bench.doubts(console, result)
+    try:
+        if output != "table":
+            console.text(outputs.render(result, output))
+        elif comparison is None:
+            console_bench.tables(console, result)
+        if comparison is not None:
+            console_compare.comparison(console, comparison, on_stdout=output == "table")
+        console_bench.doubts(console, result)
+    finally:
+        # Last, so that what was measured is shown even if the disk is full; and even if no one reads it any more.
+        unsaved = saving.keep(result, save, report)
+        for error in unsaved:
+            console.error(error)
     if failure is not None:
         raise failure
+    if unsaved:
+        raise typer.Exit(unsaved[0].exit_code)
     if saved is None and result.partial:
         raise typer.Exit(ExitCode.INTERRUPTED)
-    if comparison is not None and fail_under is not None and console_bench.fails(console, comparison, fail_under):
+    if comparison is not None and fail_under is not None and console_compare.fails(console, comparison, fail_under):
         raise typer.Exit(ExitCode.BENCH_SLOWER)

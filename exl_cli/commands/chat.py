@@ -21,6 +21,7 @@ from exl_cli.chat.store import SessionStore, data_dir
 from exl_cli.console_chat import ChatConsole
 from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import ModelNotFoundError, UsageError
+from exl_cli.inputs import check_text
 from exl_cli.options import Model as ModelArgument
 from exl_cli.options import ModelsDir, Quiet, SamplingFlags, with_loading, with_sampling
 from exl_cli.session import Session
@@ -86,6 +87,7 @@ def chat(
     the user's data folder.
     """
     state: State = ctx.obj
+    check_text(("--system", system), ("--stop", stop))
     console = ChatConsole(quiet=quiet)
     store = SessionStore(data_dir() / "sessions")
     found = _session(store, session, go_on=go_on)
@@ -106,7 +108,17 @@ def chat(
         opened.format.render([*found.messages(0, 0), {"role": "user", "content": "Hello"}])
     partner = host.load(opened)
     interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-    talk = Chat(host, partner, found, settings, console, store, saving=not no_save, interactive=interactive)
+    talk = Chat(
+        host,
+        partner,
+        found,
+        settings,
+        console,
+        store,
+        saving=not no_save,
+        interactive=interactive,
+        debug=state.debug,
+    )
     try:
         if found.turns:
             console.resumed(found)
@@ -137,6 +149,11 @@ def _find(host: Host, name: str | None, session: Session) -> Model:
     """The model asked for, else the one that the session was with, else the built-in one."""
     try:
         return host.find(name or session.model or None)
+    except loader.SentenceError as error:
+        if name is None:
+            raise
+        hint = "if that is a message, start exl chat without it and type it there"
+        raise ModelNotFoundError(error.message, hint) from error
     except ModelNotFoundError as error:
         if name is not None:
             raise
@@ -156,6 +173,8 @@ def _settings(session: Session, flags: SamplingFlags, given: dict[str, object]) 
 def _source(talk: Chat, *, interactive: bool, keep_history: bool) -> Source:
     if not (interactive and sys.stderr.isatty()):
         return PlainSource()
+    if talk.console.err.is_dumb_terminal:
+        return PlainSource(talk.console.ask)
     from exl_cli.chat.terminal import TerminalSource
 
     return TerminalSource(talk, data_dir() / "chat_history" if keep_history else None)

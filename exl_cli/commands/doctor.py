@@ -25,7 +25,12 @@ def doctor(
     ] = None,
     timeout: Annotated[
         float,
-        typer.Option("--timeout", min=0.1, help="Seconds that a check may take; loading MODEL has five times that."),
+        typer.Option(
+            "--timeout",
+            min=0.1,
+            max=86_400,
+            help="Seconds that a check may take; loading MODEL has five times that.",
+        ),
     ] = 60.0,
     models_dir: ModelsDir = None,
     as_json: Json = False,

@@ -17,7 +17,7 @@ from exl_cli.console import Console
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.engines.driver import check_fits
 from exl_cli.engines.options import LoadOptions
-from exl_cli.errors import ExitCode
+from exl_cli.errors import ExitCode, ModelNotFoundError
 from exl_cli.fetching import ensure
 from exl_cli.interrupts import cancel_on_interrupt, insist_on_interrupt
 from exl_cli.options import (
@@ -91,8 +91,12 @@ def run(
     """Generate a response to one prompt."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
+    inputs.check_text(("--system", system), ("--template", template), ("--var", var), ("--stop", stop))
     variables = prompts.parse_variables(var or [])
-    info = ensure(model, models_dir, allow=download, console=console)
+    try:
+        info = ensure(model, models_dir, allow=download, console=console)
+    except loader.SentenceError as error:
+        raise ModelNotFoundError(error.message, "if that is a prompt, give it with -p") from error
     if loading.draft is not None:
         ensure(loading.draft, models_dir, allow=download, console=console)
         loading = loader.with_draft(loading, models_dir)
@@ -107,10 +111,13 @@ def run(
         chat=None if raw or template is not None else load_chat_template(info.path, variant),
     )
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
+    if show_prompt and as_json:
+        console.data(report.prompt(rendered, ids))
+        return
     if show_prompt:
         console.text(rendered.text)
         console.end_text()
-        console.note(f"{len(ids)} tokens")
+        console.note(f"{len(ids):,} tokens")
         return
     check_fits(len(ids), loading.max_seq_len or info.context_length)
     request = Request(
@@ -142,8 +149,7 @@ def run(
         else:
             console.summary(summary)
             console.memory(gpus, host)
-            if summary.finish_reason == "length":
-                console.note(f"stopped after {summary.new_tokens} tokens; raise --max-new-tokens for more")
+            console.cut_off(summary, engine.context_length, info.context_length)
     finally:
         engine.close()
     if summary.finish_reason == "cancelled":

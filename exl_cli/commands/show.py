@@ -20,7 +20,7 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     console = Console()
     info = loader.resolve(model, models_dir)
     marker = store.read_marker(info.path)
-    entry = inventory.Entry(info.name, info.path, inventory.folder_bytes(info.path), info, marker=marker)
+    entry = inventory.Entry(info.name, info.path, inventory.folder_bytes(info.path, linked=True), info, marker=marker)
     template = load_chat_template(info.path)
     source = template.source if template else ""
     licence = inventory.licence(info.path, marker)

@@ -97,8 +97,10 @@ def _too_large_for_cpu(info: ModelInfo) -> str:
 def _sense(check: str, answer: Answer, blocks: Any) -> Finding:
     """Whether what an engine generated, and how it read, make sense."""
     if answer.value is None:
-        hint = "exl --debug run MODEL -p x shows where" if answer.kind == "crash" else answer.fix("")
-        return Finding(check, "fail", answer.said, hint, blocks)
+        said, _, hint = (
+            answer.said.partition("; ") if answer.problem.startswith("exl_cli.errors.") else (answer.said, "", "")
+        )
+        return Finding(check, "fail", said, answer.fix(hint or "exl --debug run MODEL -p x shows where"), blocks)
     value = answer.value
     tokens, found = value["tokens"], value["perplexity"]
     details = {key: value[key] for key in ("perplexity", "tokens", "text", "tokens_per_second", "load_seconds")}

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines import driver
+from exl_cli.engines import driver, transformers_model
 from exl_cli.engines.base import Chunk, DeviceMemory, Request
 from exl_cli.engines.kvcache import KvCache
 from exl_cli.engines.sampler import Samplers
-from exl_cli.errors import DamagedModelError, OutOfMemoryError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, OutOfMemoryError
 from exl_cli.formats import exl2, gptq
 from exl_cli.modelinfo import ModelInfo
 from exl_cli.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ class CpuEngine:
     def __init__(self, model: Any, tokenizer: Tokenizer, context_length: int) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._rows: int = model.get_input_embeddings().num_embeddings
         self._samplers = Samplers(tokenizer, model.config.get_text_config().vocab_size)
         self._kv: KvCache | None = None
         self.context_length = context_length
@@ -55,11 +56,13 @@ class CpuEngine:
     def stream(self, request: Request) -> Iterator[Chunk]:
         """See `engines.base.Engine.stream`."""
         driver.check_fits(len(request.ids), self.context_length)
+        driver.check_known(request.ids, self._rows, self._tokenizer)
         decoder = self._tokenizer.decode_stream(request.ids)
         return driver.run(request, decoder, self.context_length, self._steps(request))
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits of every position: shape (len(ids), vocabulary)."""
+        driver.check_known(ids, self._rows, self._tokenizer)
         with torch.inference_mode():
             out = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
             logits: torch.Tensor = out.logits[0].float()
@@ -131,50 +134,19 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
         progress: called with (layers done, layers in all).
 
     Raises:
-        UnsupportedModelError: transformers has no class for the architecture.
+        UnsupportedModelError: transformers has no class for the architecture, or not one of a text model.
         OutOfMemoryError: the unpacked weights would not fit this machine's memory.
-        DamagedModelError: a tensor is missing, of the wrong shape, or cannot be read.
+        DamagedModelError: a tensor is missing, of the wrong shape, or cannot be read; or config.json makes no sense.
     """
-    config, model_class = _model_class(info)
+    config, model_class = transformers_model.choose_class(info)
     dtype = _choose_dtype(info)
     state = _state_dict(info, dtype, progress)
     if "lm_head.weight" in state:
         # EXL2 quantizes a tied head on its own, so it is no longer the embedding matrix, and pads it to 32 rows.
         config.tie_word_embeddings = False
         state["lm_head.weight"] = state["lm_head.weight"][: config.get_text_config().vocab_size]
-    try:
-        model, report = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
-    except (RuntimeError, ValueError) as error:
-        raise DamagedModelError(
-            f"{info.path}: the weights do not fit {info.architecture}: {str(error).splitlines()[0]}",
-            "download it again",
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise DamagedModelError(
-            f"{info.path} has no weights for {missing[0]} ({len(missing)} missing)", "download it again"
-        )
-    return CpuEngine(model.eval(), tokenizer, context_length)
-
-
-def _model_class(info: ModelInfo) -> tuple[Any, Any]:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    raw = {k: v for k, v in info.config.items() if k not in ("quantization_config", "auto_map")}
-    try:
-        config = transformers.AutoConfig.for_model(**raw)
-        return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} has no class for {info.architecture} "
-            f"(model_type {info.config.get('model_type')!r})",
-            "update transformers, or run it on a GPU with --engine exllamav2",
-        ) from error
+    model = transformers_model.build(info, config, model_class, state, dtype)
+    return CpuEngine(model, tokenizer, context_length)
 
 
 def _choose_dtype(info: ModelInfo) -> torch.dtype:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from exl_cli.engines.base import Chunk, FinishReason, Request, Summary
 from exl_cli.errors import PromptError
+from exl_cli.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,25 @@ def check_fits(prompt_tokens: int, context_length: int) -> None:
         raise PromptError(
             f"the prompt has {prompt_tokens:,} tokens, the context holds {context_length:,}, the response included",
             "shorten the prompt, or raise --max-seq-len if the model allows it",
+        )
+
+
+def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
+    """Refuse a prompt with a token that the model has no embedding for, as a stray token added to a tokenizer is.
+
+    Args:
+        ids: the prompt.
+        rows: embeddings of the model.
+        tokenizer: what made the ids.
+
+    Raises:
+        PromptError: with the first such token.
+    """
+    if max(ids, default=0) >= rows:
+        first = next(id_ for id_ in ids if id_ >= rows)
+        raise PromptError(
+            f"the prompt has the token {tokenizer.token(first)!r} (id {first:,}), the model knows ids below {rows:,}",
+            "leave it out; the tokenizer has more tokens than the model",
         )
 
 

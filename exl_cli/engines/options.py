@@ -56,6 +56,11 @@ class LoadOptions:
         if self.engine == "cpu":
             self.refuse_speculation("--engine cpu")
 
+    def for_the_gpu(self) -> list[str]:
+        """The flags given that say something about the GPU alone, and that the CPU engine passes over."""
+        given = {"--cache": self.cache != "fp16", "--gpu-split": self.gpu_split is not None, "--low-mem": self.low_mem}
+        return [flag for flag, said in given.items() if said]
+
     def refuse_speculation(self, reason: str) -> None:
         """For an engine that computes one token at a time, and `reason` why it was chosen.
 

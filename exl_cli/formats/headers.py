@@ -7,6 +7,7 @@ each tensor name to `dtype`, `shape` and `data_offsets` (relative to the end of 
 from __future__ import annotations
 
 import json
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,14 @@ def read_header(file: Path) -> list[TensorHeader]:
     """The tensors of one safetensors file.
 
     Raises:
-        DamagedModelError: the file is unreadable, not safetensors, or shorter than its header says.
+        DamagedModelError: the file is unreadable, no regular one, not safetensors, or shorter than its header says.
     """
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            # A pipe would be waited for, a device read for ever.
+            raise _damaged(file, "is not a regular file")
+        size = status.st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -67,7 +72,7 @@ def read_header(file: Path) -> list[TensorHeader]:
         raise DamagedModelError(
             f"cannot read {file}: {error.strerror or error}", "check the file's permissions"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(file, "has an unreadable header") from error
     if not isinstance(header, dict):
         raise _damaged(file, "has an unreadable header")
@@ -84,7 +89,7 @@ def _tensor(file: Path, name: str, entry: Any) -> TensorHeader:
         begin, end = entry["data_offsets"]
         shape = tuple(int(size) for size in entry["shape"])
         return TensorHeader(name, str(entry["dtype"]), shape, int(end) - int(begin), file)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(file, f"describes tensor {name!r} in a way that cannot be read") from error
 
 

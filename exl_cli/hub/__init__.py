@@ -5,6 +5,7 @@
 | `names` | which repository and revision a text means; which file names are safe to write |
 | `store` | a model's folder on disk: the marker of a complete download, what is still on its way |
 | `locking` | one download of a model at a time |
+| `environment` | the user's settings that huggingface_hub reads, checked |
 | `client` | every request to the Hub, with retries |
 | `failures` | which failures pass by themselves, and what a person should read about the others |
 | `listing` | the files of a revision, and which of them inference needs |

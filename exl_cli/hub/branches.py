@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli import memory
+from exl_cli.configs import context_length_of
 from exl_cli.engines.options import CacheType
 from exl_cli.errors import ExlError
 from exl_cli.hub import listing as listings
@@ -16,7 +17,7 @@ from exl_cli.hub.client import Hub, Listing
 from exl_cli.hub.listing import Choice
 from exl_cli.hub.names import Repository
 from exl_cli.hub.plan import Plan
-from exl_cli.modelinfo import Format, ModelInfo, context_length_of
+from exl_cli.modelinfo import Format, ModelInfo
 
 _AT_ONCE = 4
 _USUAL_CONTEXT = 4096
@@ -70,7 +71,10 @@ def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, c
 
         def one(branch: tuple[str, str]) -> Branch:
             place = Repository(repository.owner, repository.name, branch[0])
-            return _describe(hub, hub.tree(place, branch[1]), context, cache, cards)
+            try:
+                return _describe(hub, hub.tree(place, branch[1]), context, cache, cards)
+            except ExlError as error:  # one bad branch is no reason to hide the others
+                return _unusable(*branch, 0, error.message.replace(f" of {place}", ""))
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(one, found))
@@ -83,13 +87,13 @@ def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards:
     config = listings.read_config(hub, listing)
     total = sum(file.size for file in chosen)
     problem = _problem(listing, chosen, config)
-    if problem or not config:
-        return Branch(
-            name, listing.commit, "", None, None, None, None, None, total if weights else 0, None, None,
-            problem or "no config.json",
-        )  # fmt: skip
-    info = from_config(listing, config, weights)
-    needed = memory.estimate(info, min(context, info.context_length), cache)
+    if problem:
+        return _unusable(name, listing.commit, total if weights else 0, problem)
+    try:
+        info = from_config(listing, config, weights)
+        needed = memory.estimate(info, min(context, info.context_length), cache)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return _unusable(name, listing.commit, total, "config.json does not describe a model")
     vram_bytes = needed.total if needed else None
     return Branch(
         name=name,
@@ -104,6 +108,10 @@ def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards:
         vram_bytes=vram_bytes,
         fits=memory.fits(needed, cards) if needed and cards else None,
     )
+
+
+def _unusable(name: str, commit: str, download_bytes: int, problem: str) -> Branch:
+    return Branch(name, commit, "", None, None, None, None, None, download_bytes, None, None, problem)
 
 
 def _problem(listing: Listing, chosen: Sequence[Any], config: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import exl_cli
-from exl_cli.hub import failures, xet
+from exl_cli.hub import environment, failures, xet
 from exl_cli.hub.failures import Patience, Retry
 from exl_cli.hub.names import Repository, check_file_names
 from exl_cli.hub.store import File
@@ -61,12 +61,15 @@ class Hub:
         endpoint: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        from huggingface_hub import constants, get_session, get_token
+        environment.check_variables()
+        from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.endpoint = environment.check_endpoint(
+            endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or environment.DEFAULT_ENDPOINT
+        )
         self.note, self.retry = note, retry or Retry()
-        self.logged_in = bool(token or get_token())
+        self.logged_in = bool(environment.find_token(token))
         self.timeout: float = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
         self._token = token
         self._reached = False
@@ -180,6 +183,8 @@ class Hub:
         url = self.url(listing, file)
         with session.stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
             hf_raise_for_status(response)
+            if response.is_redirect or response.status_code not in (200, 206):
+                raise ValueError(f"{response.status_code} for {file.name}, without its content")
             self._reached = True
             begin = _begin(response) if response.status_code == 206 else 0
             if begin not in (0, offset):
@@ -232,7 +237,10 @@ class Hub:
 
 
 def _file(name: str, size: int | None, blob_id: str | None, lfs: Any) -> File:
-    return File(name, int(lfs.size if lfs else size or 0), str(blob_id or ""), str(lfs.sha256) if lfs else "")
+    count = int(lfs.size if lfs else size or 0)
+    if count < 0:
+        raise ValueError(f"{name} of {count} bytes")
+    return File(name, count, str(blob_id or ""), str(lfs.sha256) if lfs else "")
 
 
 def _license(info: Any) -> str:

@@ -132,7 +132,8 @@ def _header(error: Exception, name: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """The innermost cause that says anything: the outer ones only repeat that something failed."""
-    cause = None if isinstance(error, BrokenTransferError) else error.__cause__ or error.__context__
+    inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    cause = None if isinstance(error, BrokenTransferError) else inner
     return (_reason(cause) if cause is not None else "") or str(error).strip().partition("\n")[0]
 
 

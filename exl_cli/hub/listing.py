@@ -105,8 +105,9 @@ def _read_json(hub: Hub, listing: Listing, name: str) -> dict[str, Any]:
     file = next((file for file in listing.files if file.name == name), None)
     if file is None:
         return {}
+    content = hub.read(listing, file)
     try:
-        value = json.loads(hub.read(listing, file))
+        value = json.loads(content)
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -129,6 +130,11 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         return
     refuse_method(Path(where), config.get("quantization_config") or {})
     if weight_bytes(chosen):
+        if not config:
+            raise DownloadError(
+                f"{where} holds no config.json, without which its weights cannot be run",
+                "--include '*' downloads it all the same",
+            )
         return
     names = [file.name.lower() for file in listing.files]
     if any(name.endswith(".gguf") for name in names):

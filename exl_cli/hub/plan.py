@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.errors import DamagedModelError, DownloadError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, DownloadError, ModelNotFoundError, UnsupportedModelError
 from exl_cli.hub import listing as listings
 from exl_cli.hub import store
 from exl_cli.hub.client import Hub, Listing
@@ -144,7 +144,7 @@ def already(wanted: Wanted) -> Outcome | None:
 def _is_model(folder: Path) -> bool:
     try:
         inspect(folder)
-    except (DamagedModelError, UnsupportedModelError):
+    except (DamagedModelError, ModelNotFoundError, UnsupportedModelError):
         return False
     return True
 

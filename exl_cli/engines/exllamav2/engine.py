@@ -99,6 +99,7 @@ class ExLlamaV2Engine:
     def stream(self, request: Request) -> Iterator[Chunk]:
         """See `engines.base.Engine.stream`."""
         driver.check_fits(len(request.ids), self.context_length)
+        driver.check_known(request.ids, self._forward.vocab_size, self._tokenizer)
         decoder = self._tokenizer.decode_stream(request.ids)
         return driver.run(request, decoder, self.context_length, self._steps(request))
 
@@ -109,6 +110,7 @@ class ExLlamaV2Engine:
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """See `engines.base.CachedScoring.cached_logits`."""
         model, forward = self._loaded[0].model, self._forward
+        driver.check_known(ids, forward.vocab_size, self._tokenizer)
         if step <= forward.max_tokens and len(ids) <= self.context_length:
             return self._paged_logits(ids, step)
         cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))

@@ -1,0 +1,202 @@
+"""What a model's JSON files say, read with care: they come from strangers, and some leave out what goes without saying.
+
+transformers fills what a config.json leaves out from its classes' own defaults. `_DEFAULTS` repeats those of the
+families whose published models do leave keys out, because transformers itself takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from exl_cli.errors import DamagedModelError
+
+_GEMMA_2 = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_GEMMA_3 = {**_GEMMA_2, "vocab_size": 262208, "max_position_embeddings": 131072}
+
+# By model_type; where a model is nested under text_config, by the one that stands there.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        **_GEMMA_2,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "gemma2": _GEMMA_2,
+    "gemma3": _GEMMA_3,
+    "gemma3_text": _GEMMA_3,
+    # Llava and Mistral 3 name in text_config only what differs from these.
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {"tie_word_embeddings": True},
+    "starcoder2": {"tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True},
+    "gpt_bigcode": {"tie_word_embeddings": True},
+}
+
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "model_max_length", "max_seq_len", "n_positions")
+_LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
+
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
+# The text model's own layers, by the names that checkpoints give them: no vision tower, no layer of anything else.
+_TEXT_LAYER = re.compile(
+    r"(?:model\.(?:language_model\.|decoder\.)?layers|language_model\.model\.layers|gpt_neox\.layers"
+    r"|(?:transformer\.)?h|transformer\.blocks)\.(\d+)\."
+)
+
+
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """A JSON object from a model folder; empty where an optional file is not there.
+
+    Raises:
+        DamagedModelError: the file is missing (and required), unreadable, or not a JSON object.
+    """
+    if not path.exists():
+        if required:
+            raise DamagedModelError(f"{path} is missing", "download the model again, all its JSON files included")
+        return {}
+    require_regular(path)
+    try:
+        # Windows' editors put a byte order mark first.
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DamagedModelError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
+    except RecursionError as error:
+        raise DamagedModelError(f"{path} is nested too deeply", "download the file again") from error
+    except ValueError as error:
+        raise DamagedModelError(f"{path} is not valid JSON: {error}", "download the file again") from error
+    if not isinstance(value, dict):
+        raise DamagedModelError(f"{path} is not a JSON object", "download the file again")
+    return value
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is there but is no file: reading a pipe or a device may never end.
+
+    Raises:
+        DamagedModelError: so it is.
+    """
+    if not path.is_file():
+        raise DamagedModelError(f"{path} is not a regular file", "download the file again")
+
+
+def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """A value of config.json, also where a multimodal model nests it under `text_config`, or its class's default."""
+    if key in config:
+        return config[key]
+    text = _text(config)
+    if key in text:
+        return text[key]
+    return _DEFAULTS.get(str(text.get("model_type", config.get("model_type"))), {}).get(key, default)
+
+
+def context_length_of(config: Mapping[str, Any]) -> int:
+    """The longest context that a config.json says the model was made for, in tokens."""
+    # What is written anywhere counts before what a class takes for granted.
+    found = [source.get(key) for source in (config, _text(config)) for key in _CONTEXT_KEYS]
+    found.append(value_of(config, _CONTEXT_KEYS[0]))
+    # exllamav2's own default for a config that does not say is 2,048.
+    return next((value for value in found if isinstance(value, int) and value > 0), 2048)
+
+
+def check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse dimensions that no text model has. A list, one number per layer, is left to the engine, and so is null.
+
+    Raises:
+        DamagedModelError: with the field and what it holds.
+    """
+    file = path / "config.json"
+    if not isinstance(config.get("text_config", {}), (dict, NoneType)):
+        raise DamagedModelError(f"{file}: text_config must be an object", "download the file again")
+    for source, place in ((config, ""), (_text(config), "text_config.")):
+        if isinstance(value := source.get("sliding_window"), str):
+            raise DamagedModelError(
+                f"{file}: {place}sliding_window must be a whole number or null, got {_brief(value)}",
+                "download the file again",
+            )
+        for key in _COUNTS:
+            value = source.get(key)
+            if value is None or isinstance(value, list):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise DamagedModelError(
+                    f"{file}: {place}{key} must be a whole number, at least 1, got {_brief(value)}",
+                    "download the file again",
+                )
+
+
+def check_layers(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse weights of fewer or more layers than config.json counts; layers that only predict further tokens are fine.
+
+    Raises:
+        DamagedModelError: with both numbers.
+    """
+    wanted = next((value for key in _LAYER_KEYS if isinstance(value := value_of(config, key), int)), 0)
+    there = max((1 + int(match[1]) for name in names if (match := _TEXT_LAYER.match(name))), default=0)
+    if not wanted or not there or config.get("is_encoder_decoder"):
+        return
+    # DeepSeek V3, GLM 4.5 and others store layers for multi-token prediction behind the last one.
+    sources = (config, _text(config))
+    extra = sum(v for s in sources for k, v in s.items() if ("nextn" in k or "mtp" in k) and isinstance(v, int))
+    if there < wanted or there > wanted + max(0, extra):
+        raise DamagedModelError(
+            f"{path}: the weights have {there:,} layers, config.json counts {wanted:,}",
+            "download the model again, or take config.json from its repository",
+        )
+
+
+def in_layer(name: str) -> bool:
+    """Whether a tensor belongs to one of a model's layers rather than to its embeddings, last norm or head."""
+    return _IN_LAYER.search(name) is not None
+
+
+def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else {}
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:39] + "…"

@@ -1,0 +1,31 @@
+"""Flags about the GPU where the CPU was asked for: a note, as one script may run on both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tinymodels
+from helpers import Recorder
+
+from exl_cli import loader
+from exl_cli.engines.options import LoadOptions
+from exl_cli.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        (LoadOptions(engine="cpu"), []),
+        (LoadOptions(engine="cpu", cache="q4"), ["--cache: no effect on the CPU"]),
+        (
+            LoadOptions(engine="cpu", cache="q8", gpu_split=(20.0,), low_mem=True),
+            ["--cache, --gpu-split, --low-mem: no effect on the CPU"],
+        ),
+    ],
+)
+def test_what_has_no_effect_on_the_cpu_is_said(tmp_path: Path, options: LoadOptions, notes: list[str]) -> None:
+    tinymodels.write(tmp_path / "model", tinymodels.Variant("float"))
+    info, recorder = loader.resolve(str(tmp_path / "model")), Recorder()
+    loader.load(info, Tokenizer(info.path), options, recorder).close()
+    assert recorder.notes == notes

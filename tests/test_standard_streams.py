@@ -1,0 +1,75 @@
+"""stdout and stderr that are full or closed, and Ctrl-C before anything has begun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import python
+from hubtools import model_files
+
+from exl_cli.errors import ExitCode
+
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+RUN = "run -p Once -n 3"
+
+
+def shell(arguments: str, redirection: str, **more: str) -> subprocess.CompletedProcess[str]:
+    line = f'exec "$0" -m exl_cli {arguments} {redirection}'
+    command = ["sh", "-c", line, sys.executable]
+    return subprocess.run(command, input="", capture_output=True, text=True, timeout=60, env={**os.environ, **more})
+
+
+@needs_full
+@pytest.mark.parametrize("arguments", ["--version", "run --help", "list", f"{RUN} --show-prompt", f"{RUN} -q"])
+def test_a_full_disk_under_stdout(arguments: str) -> None:
+    done = shell(arguments, ">/dev/full")
+    assert done.stderr.splitlines() == [
+        "error: cannot write the output: No space left on device; make room, or write it elsewhere"
+    ]
+    assert done.returncode == ExitCode.DISK
+
+
+@pytest.mark.parametrize("arguments", ["--version", f"{RUN} --show-prompt -q"])
+def test_a_closed_stdout_is_an_output_that_cannot_be_written(arguments: str) -> None:
+    done = shell(arguments, ">&-")
+    assert done.stderr.startswith("error: cannot write the output: Bad file descriptor; stdout is closed")
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == ExitCode.DISK
+
+
+@pytest.mark.parametrize("redirection", [pytest.param("2>/dev/full", marks=needs_full), "2>&-", "2>&- <&-"])
+def test_the_answer_comes_where_stderr_cannot_be_written(tmp_path: Path, redirection: str) -> None:
+    folder = tmp_path / "acme_tiny"
+    folder.mkdir()
+    for name, content in model_files().items():
+        (folder / name).write_bytes(content)
+    assert "put there by hand" in shell("download acme/tiny", "", EXL_MODELS_DIR=str(tmp_path)).stderr
+    done = shell("download acme/tiny", redirection, EXL_MODELS_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{folder}\n", "")
+
+
+# Sends itself the signal when a module is first asked for, while the command's own are being imported.
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+module = sys.argv[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.argv[1:] = ["list"]
+runpy.run_module("exl_cli", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["exl_cli.cli", "exl_cli.commands", "exl_cli.loader"])
+def test_ctrl_c_while_the_command_itself_is_imported_ends_it_silently(module: str) -> None:
+    done = python(INTERRUPTED, module)
+    assert (done.returncode, done.stdout, done.stderr) == (ExitCode.INTERRUPTED, "", "")
