@@ -304,7 +304,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def test_the_built_in_model_for_real(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time there was a fox. " * 20)
-    args = ("--quick", "-r", "2", "-o", "json", "--engine", "cpu", "--perplexity", str(tmp_path / "story.txt"))
+    args = ("--quick", "-r", "1", "-o", "json", "--engine", "cpu", "--perplexity", str(tmp_path / "story.txt"))
     result = exl("bench", *args, env=ONE_THREAD)
     assert result.returncode == 0, result.stderr
     value = json.loads(result.stdout)

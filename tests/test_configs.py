@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from exl_cli import loader, memory
 from exl_cli.chat_template import load_chat_template
 from exl_cli.configs import context_length_of
-from exl_cli.doctor import child, model
 from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import DamagedModelError, ModelNotFoundError, UsageError
 from exl_cli.modelinfo import ModelInfo, inspect
@@ -239,11 +238,3 @@ def test_a_folder_that_is_no_model_is_not_called_damaged(whole: Path, tmp_path: 
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(DamagedModelError, match=r"config\.json is missing"):
         loader.resolve(str(tmp_path / "a"))
-
-
-def test_the_doctor_says_the_next_step_of_a_model_that_cannot_be_built(whole: Path, tmp_path: Path) -> None:
-    folder = altered(whole, tmp_path / "model", hidden_act="bogus")
-    found = list(model.check(str(folder), None, [], gpu=False, ask=child.ask, seconds=100))[-1]
-    assert (found.status, found.check) == ("fail", "On the CPU")
-    assert "bogus" in found.found
-    assert found.fix.startswith("download the file again")

@@ -21,7 +21,7 @@ from helpers import python
 
 from exl_cli import load
 from exl_cli.errors import PromptError
-from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2
+from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2, registry
 
 ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu", "seed": 1, "max_new_tokens": 8}
 LOADED, CLOSED = "loaded fable-7m (EXL2 5.0 bpw) with engine cpu", "closing fable-7m"
@@ -167,40 +167,34 @@ def test_an_abandoned_stream_may_be_collected_in_the_engines_own_thread() -> Non
     assert (done.stdout, done.stderr) == ("False 1 True\n", "")
 
 
-LOADING = """
-import asyncio, threading
-from exl_cli.langchain import ExLlamaV2, registry
+def test_the_event_loop_runs_while_another_thread_loads_a_model(log) -> None:
+    llm = ExLlamaV2(**ENGINE)
+    loading, loaded = threading.Event(), threading.Event()
 
-async def main():
-    llm = ExLlamaV2(model="fable-7m", engine="cpu")
-    loading, loaded, begun = threading.Event(), threading.Event(), asyncio.Event()
-
-    async def read():
-        async for _ in llm.astream("Hello", max_new_tokens=20):
-            begun.set()
-
-    def load():
+    def load() -> None:
         with registry.lock:
             loading.set()
-            loaded.wait(40)
+            loaded.wait(30)
 
-    task = asyncio.create_task(read())
-    await begun.wait()
-    threading.Thread(target=load).start()
-    loading.wait(40)
-    print(await asyncio.wait([task], timeout=0.5) == (set(), {task}))
-    loaded.set()
-    await task
+    async def main() -> bool:
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in llm.astream("Hello"):
+                begun.set()
+
+        task = asyncio.create_task(read())
+        await begun.wait()
+        threading.Thread(target=load).start()
+        loading.wait(30)
+        waited = await asyncio.wait([task], timeout=0.3) == (set(), {task})
+        loaded.set()
+        await task
+        return waited
+
+    assert asyncio.run(main())
     llm.release()
-
-asyncio.run(main())
-print(threading.active_count())
-"""
-
-
-def test_the_event_loop_runs_while_another_thread_loads_a_model() -> None:
-    done = python(LOADING, timeout=35)
-    assert (done.stdout, done.stderr) == ("True\n1\n", "")
+    assert log() == [LOADED, CLOSED]
 
 
 def test_a_task_that_is_cancelled_while_its_model_is_loaded_holds_nothing(log) -> None:

@@ -24,7 +24,7 @@ def shell(arguments: str, redirection: str, **more: str) -> subprocess.Completed
 
 
 @needs_full
-@pytest.mark.parametrize("arguments", ["--version", "run --help", "list", f"{RUN} --show-prompt", f"{RUN} -q"])
+@pytest.mark.parametrize("arguments", ["--version", "run --help", "list", f"{RUN} --show-prompt"])
 def test_a_full_disk_under_stdout(arguments: str) -> None:
     done = shell(arguments, ">/dev/full")
     assert done.stderr.splitlines() == [
