@@ -17,9 +17,10 @@ import pytest
 
 pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
 
-from helpers import python
+from test_turns import EndlessEngine, with_engine
 
 from exl_cli import load
+from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import PromptError
 from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2, registry
 
@@ -131,40 +132,29 @@ def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
     assert log() == [LOADED, CLOSED]
 
 
-ABANDONED = """
-import gc, sys, threading
-from exl_cli.langchain import ExLlamaV2
+def test_a_generation_may_be_ended_in_an_engines_own_thread() -> None:
+    """As the garbage collector does with one that was abandoned, while others wait for that thread under the lock."""
+    model, engine = with_engine(EndlessEngine)
+    loaded = registry.acquire(model.info, LoadOptions(engine="cpu"))
+    released, went_on = threading.Event(), threading.Event()
 
-gc.disable()
-wanted = threading.Event()
+    def end() -> None:
+        if released.is_set():
+            went_on.set()
+            return
+        released.set()
+        registry.release(loaded)
 
-def profile(frame, event, arg):
-    if wanted.is_set() and threading.current_thread().name == "exl-engine":
-        wanted.clear()
-        gc.collect()
-
-threading.setprofile(profile)
-llm = ExLlamaV2(model="fable-7m", engine="cpu", seed=1)
-
-def abandon():
-    pieces = llm.stream("Once upon a time", max_new_tokens=900)
-    next(pieces)
-    cycle = [pieces]
-    cycle.append(cycle)
-
-abandon()
-llm.release()
-wanted.set()
-for thread in threading.enumerate():
-    if thread is not threading.current_thread():
-        thread.join(40)
-print(wanted.is_set(), threading.active_count(), len(llm.invoke("Hello", max_new_tokens=3)) > 0)
-"""
-
-
-def test_an_abandoned_stream_may_be_collected_in_the_engines_own_thread() -> None:
-    done = python(ABANDONED)
-    assert (done.stdout, done.stderr) == ("False 1 True\n", "")
+    with model.stream("Once upon a time", max_new_tokens=10**9):
+        with registry.lock:
+            engine.between = end
+            assert went_on.wait(30)
+            assert not loaded.model.closed
+        for thread in threading.enumerate():
+            if thread.name == "exl-release":
+                thread.join(30)
+        assert loaded.model.closed
+    model.close()
 
 
 def test_the_event_loop_runs_while_another_thread_loads_a_model(log) -> None:

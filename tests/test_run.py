@@ -286,9 +286,11 @@ def test_the_first_command_of_readme_on_the_real_model() -> None:
     assert report["engine"]["name"] in ("cpu", "exllamav2")
 
 
-def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+def test_a_reader_that_goes_away_ends_it_quietly(tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("A story. " * 50_000)  # more than any pipe holds
     with subprocess.Popen(
-        [sys.executable, "-m", "exl_cli", "run", "-p", "A story", "-n", "600", "--ignore-eos"],
+        [sys.executable, "-m", "exl_cli", "run", "--file", str(long), "--show-prompt"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -14,6 +14,24 @@ from exl_cli.engines.exllamav2.kernels import compiler
 COMPILER = shutil.which("g++")
 
 
+_SHIM = Path(__file__).with_name("emulate.h")
+
+
+def _compile(*arguments: str) -> None:
+    command = [COMPILER or "g++", "-std=c++20", "-O1", "-mf16c", "-w", "-fPIC", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+def _shim(folder: Path) -> Path:
+    """The shim, compiled once: it takes most of the time of a kernel."""
+    shim, compiled = folder / _SHIM.name, folder / f"{_SHIM.name}.gch"
+    if not compiled.exists():
+        shim.write_text(_SHIM.read_text())
+        _compile("-x", "c++-header", str(shim), "-o", str(compiled))
+    return shim
+
+
 class _Dim(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint) for name in "xyz")
 
@@ -28,22 +46,19 @@ class Emulated:
     """
 
     def __init__(self, folder: Path, file: str, name: str, argument: str, defines: Mapping[str, int]) -> None:
-        shim = Path(__file__).with_name("emulate.h")
-        lines = [f"#define {key} {value}" for key, value in defines.items()]
-        lines += [f'#include "{shim}"', compiler.source(file)]
+        lines = [f'#include "{_shim(folder)}"', *(f"#define {key} {value}" for key, value in defines.items())]
+        lines.append(compiler.source(file))
         lines += [
             f'extern "C" void run(const {argument}* a, Dim grid, unsigned threads, unsigned seed)',
             f"{{ launch<{argument}>({name}, *a, grid, threads, seed); }}",
         ]
         text = "\n".join(lines)
-        stem = hashlib.sha256((text + shim.read_text()).encode()).hexdigest()[:16]
+        stem = hashlib.sha256((text + _SHIM.read_text()).encode()).hexdigest()[:16]
         library = folder / f"{stem}.so"
         if not library.exists():
             cpp = folder / f"{stem}.cpp"
             cpp.write_text(text)
-            command = [COMPILER or "g++", "-std=c++20", "-O1", "-mf16c", "-w", "-shared", "-fPIC", str(cpp), "-o"]
-            done = subprocess.run([*command, str(library)], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[:4000]
+            _compile("-shared", str(cpp), "-o", str(library))
         self._run = ctypes.CDLL(str(library)).run
 
     def __call__(self, argument: ctypes.Structure, grid: tuple[int, ...], threads: int, seed: int = 0) -> None:
