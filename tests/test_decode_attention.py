@@ -42,7 +42,7 @@ def attend(folder: Path, step: Step, *, warps: int = 4, shares: int = 1, least: 
 )
 def test_random_steps(folder: Path, head_dim: int, page_size: int, tiles: int, warps: int) -> None:
     rng = random.Random(head_dim + tiles)
-    for _ in range(7):
+    for _ in range(5):
         step = random_step(rng, head_dim, tiles, page_size, 700)
         shares, least = rng.choice([(1, 1), (4, 1), (6, 3), (18, 2)])
         memory = attend(folder, step, warps=warps, shares=shares, least=least, order=rng.randint(0, 99))

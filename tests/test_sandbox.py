@@ -151,7 +151,7 @@ TEMPLATES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(TEMPLATES)
 def test_any_template_renders_as_in_transformers(template):
     template = "{% set ns = namespace(v=1) %}{% macro m(x) %}<{{ x }}>{% endmacro %}\n" + template
