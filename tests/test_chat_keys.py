@@ -124,17 +124,6 @@ def test_a_terminal_that_can_do_little_gets_plain_lines(start: Start, tmp_path: 
     assert contents(tmp_path) == ["Hi", "ok", "one\ntwo", "And then."]
 
 
-def test_ctrl_c_at_a_plain_prompt_hints_and_twice_leaves(start: Start) -> None:
-    child = start(["ok"], TERM="dumb")
-    type_in(child, "ctrl-c")
-    child.expect_exact("Ctrl-C again leaves")
-    child.expect_exact(PROMPT)
-    type_in(child, "ctrl-c")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
 def test_bytes_that_are_not_utf8_are_refused_when_typed_too(start: Start, tmp_path: Path) -> None:
     child = start(["ok"])
     os.write(child.child_fd, b"a\xffb\r")

@@ -155,8 +155,9 @@ def test_typing_a_slash_lists_what_can_follow(start: Start) -> None:
     leave(child)
 
 
-def test_ctrl_c_at_an_empty_prompt_hints_and_twice_leaves(start: Start) -> None:
-    child = start(["ok"])
+@pytest.mark.parametrize("terminal", [{}, {"TERM": "dumb"}], ids=["editor", "plain"])
+def test_ctrl_c_at_an_empty_prompt_hints_and_twice_leaves(start: Start, terminal: dict[str, str]) -> None:
+    child = start(["ok"], **terminal)
     type_in(child, "ctrl-c")
     child.expect_exact("Ctrl-C again leaves")
     child.expect_exact(PROMPT)
