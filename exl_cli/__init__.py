@@ -1,15 +1,15 @@
 """exl: run GPTQ and EXL2 language models on your own GPU, or on any CPU.
 
-From Python: `from exl_cli import download, load, Sampling`; see `exl_cli.api`. With LangChain: see `exl_cli.langchain`.
+From Python: `from exl_cli import download, load, Sampling`; see `exl_cli.api`. With LangChain: `exl_cli.langchain`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exl_cli.api import Model, download, load
+    from exl_cli.api.model import Model, download, load
+    from exl_cli.api.streams import AsyncStream, Generation, Stream
     from exl_cli.errors import ExlError
     from exl_cli.sampling import Sampling
-    from exl_cli.streams import AsyncStream, Generation, Stream
 
     __version__: str
 
@@ -27,14 +27,14 @@ __all__ = [
 
 # Imported on first use, so that `import exl_cli`, and with it `exl --help`, stays light.
 _HOMES = {
-    "AsyncStream": "streams",
+    "AsyncStream": "api.streams",
     "ExlError": "errors",
-    "Generation": "streams",
-    "Model": "api",
+    "Generation": "api.streams",
+    "Model": "api.model",
     "Sampling": "sampling",
-    "Stream": "streams",
-    "download": "api",
-    "load": "api",
+    "Stream": "api.streams",
+    "download": "api.model",
+    "load": "api.model",
 }
 
 

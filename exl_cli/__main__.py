@@ -16,7 +16,7 @@ def main() -> None:
     waiting = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if waiting:
         signal.signal(signal.SIGINT, _end)
-    from exl_cli.cli import main as command
+    from exl_cli.cli.app import main as command
 
     try:
         if waiting:

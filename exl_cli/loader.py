@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from exl_cli import headstart
-from exl_cli.building import build
 from exl_cli.engines.base import Engine
-from exl_cli.engines.options import LoadOptions
+from exl_cli.engines.exllamav2 import headstart
+from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
-from exl_cli.hub import names, store
-from exl_cli.interrupts import hold_interrupt
-from exl_cli.modelinfo import ModelInfo, inspect
-from exl_cli.storage import user_data
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.hub import names, store
+from exl_cli.models.info import ModelInfo, inspect
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.files import user_data
+from exl_cli.system.interrupts import hold_interrupt
 
 BUILTIN = "fable-7m"
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parent / "models" / "builtin"
 _MIN_ALLOCATION = 4096
 
 
@@ -193,16 +193,18 @@ def load(
         with hold_interrupt(), headstart.collector_paused():
             chosen = _choose(info, options, observer.note)
             if chosen == "exllamav2":
-                from exl_cli.engines.exllamav2 import door
                 from exl_cli.engines.exllamav2 import engine as exllamav2
+                from exl_cli.engines.exllamav2 import import_exllamav2
             else:
-                from exl_cli.engines import cpu
+                from exl_cli.engines.cpu import engine
         if chosen == "exllamav2":
             draft = _draft(info, tokenizer, options)
-            door.import_exllamav2(observer if isinstance(observer, build.Observer) else build.Notes(observer.note))
+            import_exllamav2.import_exllamav2(
+                observer if isinstance(observer, build.Observer) else build.Notes(observer.note)
+            )
     if chosen == "exllamav2":
         return exllamav2.load(info, tokenizer, context, options, observer.progress, draft)
-    return cpu.load(info, tokenizer, context, observer.progress)
+    return engine.load(info, tokenizer, context, observer.progress)
 
 
 def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> ModelInfo | None:

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner, Result
 
 from exl_cli.cli import app
+from exl_cli.cli.state import State
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
-from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import OutOfMemoryError
 from exl_cli.loader import Observer
-from exl_cli.modelinfo import ModelInfo
-from exl_cli.state import State
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 PAUSE = "⏸"  # in an answer: call the script's `pause`, then wait here until the generation is cancelled
 FAIL = "💥"  # run out of memory here

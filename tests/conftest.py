@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session")
 def exl2_dir() -> Path:
-    return ROOT / "exl_cli" / "assets" / "fable-7m"
+    return ROOT / "exl_cli" / "models" / "builtin" / "fable-7m"
 
 
 @pytest.fixture(scope="session")

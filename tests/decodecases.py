@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl_cli.engines.exllamav2.kernels import attending, small
+from exl_cli.engines.exllamav2.kernels import attending, norm_rope
 
 TOLERANCE = 2e-3
 LENGTHS = (0, 1, 15, 16, 17, 255, 256, 257, 600)
@@ -152,11 +152,11 @@ class Memory:
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             self.expected[index] = torch.einsum("hqk,khd->qhd", weights, values)
 
-    def rope(self) -> small.RopeArgument:
+    def rope(self) -> norm_rope.RopeArgument:
         """The kernel's argument but for attention."""
         step = self.step
         weights = [None if weight is None else weight.data_ptr() for weight in (self.q_weight, self.k_weight)]
-        return small.RopeArgument(
+        return norm_rope.RopeArgument(
             qkv=self.qkv.data_ptr(), sine=self.sine.data_ptr(), cosine=self.cosine.data_ptr(),
             lengths=self.lengths.data_ptr(), table=self.table.data_ptr(), keys=self.cache[0].data_ptr(),
             values=self.cache[1].data_ptr(), q_weight=weights[0], k_weight=weights[1], epsilon=_EPSILON,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.exllamav2.passes import Row
-from exl_cli.engines.sampler import Sampler
+from exl_cli.engines.exllamav2.forward_pass import Row
+from exl_cli.engines.sampling.sampler import Sampler
 
 _MASK = (1 << 61) - 1
 

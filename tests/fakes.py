@@ -8,10 +8,10 @@ from typing import Any
 
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
-from exl_cli.engines.options import LoadOptions
 from exl_cli.loader import Observer
-from exl_cli.modelinfo import ModelInfo
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 
 class ScriptedEngine:

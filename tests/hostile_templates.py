@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from exl_cli.chat_template import ChatTemplate
 from exl_cli.errors import PromptError
+from exl_cli.models.chat_template import ChatTemplate
 
 MEMORY = 512 << 20
 PYTHON = {

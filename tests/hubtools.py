@@ -12,11 +12,11 @@ from typing import Any
 
 from fakehub import FakeHub
 
-from exl_cli.hub import names
-from exl_cli.hub.client import Hub
-from exl_cli.hub.download import download
-from exl_cli.hub.failures import Retry
-from exl_cli.hub.plan import Outcome, Plan, Wanted
+from exl_cli.models.hub import names
+from exl_cli.models.hub.client import Hub
+from exl_cli.models.hub.download import download
+from exl_cli.models.hub.failures import Retry
+from exl_cli.models.hub.plan import Outcome, Plan, Wanted
 
 WEIGHTS = "model.safetensors"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exl_cli.engines.exllamav2.paged_attention import attend_paged
+from exl_cli.engines.exllamav2.attention.paged import attend_paged
 
 PAGE = 256
 TOLERANCE = 2e-3

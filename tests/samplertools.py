@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from exl_cli.engines.sampler import Sampler
+from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.sampling import Sampling
 
 SEEDS_AND_SIZES = [(0, 5), (1, 32), (2, 300), (3, 4096), (4, 4096)]

@@ -19,8 +19,8 @@ from fakes import ScriptedEngine
 import exl_cli
 from exl_cli import Generation, Model, Sampling, download, load, loader
 from exl_cli.errors import DownloadError, EngineError, ExlError, ModelNotFoundError, PromptError, UsageError
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import PRESETS
-from exl_cli.tokenizer import Tokenizer
 
 STORY = "Once upon a time"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exl_cli.engines.exllamav2.attention import causal_attention
+from exl_cli.engines.exllamav2.attention.causal import causal_attention
 
 
 def by_definition(

@@ -14,7 +14,7 @@ import torch
 from paged_in_interpreter import CASES
 from pagedcases import TOLERANCE, Built, Case, attention
 
-from exl_cli.engines.exllamav2 import paged_attention
+from exl_cli.engines.exllamav2.attention import paged
 from exl_cli.errors import EngineError
 
 HERE = Path(__file__).parent
@@ -22,13 +22,13 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("name", CASES)
 def test_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(paged_attention.VARIABLE, "torch")
+    monkeypatch.setenv(paged.VARIABLE, "torch")
     built = Built(CASES[name])
     assert built.check(built.run()) <= TOLERANCE
 
 
 def test_a_sequence_without_keys_gets_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(paged_attention.VARIABLE, "torch")
+    monkeypatch.setenv(paged.VARIABLE, "torch")
     built = Built(Case((1, 5), fresh=False))
     built.lengths[0] = 0
     out = built.run()
@@ -61,7 +61,7 @@ def errors() -> dict[str, float]:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("this Triton's interpreter does not run on NumPy 2.4")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", paged_attention.VARIABLE: "triton"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", paged.VARIABLE: "triton"}
     done = subprocess.run(
         [sys.executable, str(HERE / "paged_in_interpreter.py")],
         env={**environment, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])},
@@ -79,8 +79,8 @@ def test_triton(name: str, errors: dict[str, float]) -> None:
 
 
 def test_what_is_in_use_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(paged_attention.VARIABLE, raising=False)
-    chosen = paged_attention.backend(torch.device("cpu"))
+    monkeypatch.delenv(paged.VARIABLE, raising=False)
+    chosen = paged.backend(torch.device("cpu"))
     assert str(chosen) == "torch"
     assert not chosen.captures
     assert list(chosen.why_not) == ["flash-attn", "torch-varlen", "triton"]
@@ -95,9 +95,9 @@ def test_what_is_in_use_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_wish_that_cannot_be_granted(wanted: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(paged_attention.VARIABLE, wanted)
+    monkeypatch.setenv(paged.VARIABLE, wanted)
     with pytest.raises(EngineError) as raised:
-        paged_attention.backend(torch.device("cpu"))
+        paged.backend(torch.device("cpu"))
     assert str(raised.value) == message
 
 
@@ -116,7 +116,7 @@ def test_a_flash_attn_that_cannot_be_used_is_a_reason(
     (tmp_path / "flash_attn.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    monkeypatch.setenv(paged_attention.VARIABLE, "flash-attn")
+    monkeypatch.setenv(paged.VARIABLE, "flash-attn")
     with pytest.raises(EngineError, match=f"EXL_ATTENTION=flash-attn cannot be had: {reason}"):
-        paged_attention.backend(torch.device("cpu"))
+        paged.backend(torch.device("cpu"))
     sys.modules.pop("flash_attn", None)

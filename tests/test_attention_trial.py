@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from helpers import python
 
-from exl_cli.engines.exllamav2 import paged_attention
+from exl_cli.engines.exllamav2.attention import paged
 from exl_cli.errors import EngineError
 
 # The choice is left to the machine, and that is a CPU.
-ENVIRONMENT = {paged_attention.VARIABLE: "", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {paged.VARIABLE: "", "CUDA_VISIBLE_DEVICES": ""}
 BEGIN = """
 import builtins, json, sys, threading
 from exl_cli.engines.exllamav2 import paged_attention
@@ -76,17 +76,17 @@ print(json.dumps([why_not(), why_not()]))
 
 
 def test_a_name_that_is_wrong_is_said_before_anything_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(paged_attention.VARIABLE, "flash")
+    monkeypatch.setenv(paged.VARIABLE, "flash")
     with pytest.raises(EngineError, match="EXL_ATTENTION=flash is not known"):
-        paged_attention.try_ahead()
+        paged.try_ahead()
 
 
 def test_heads_of_another_size_are_tried_for_themselves_and_decoding_when_it_is_wanted() -> None:
     code = """
 import dataclasses, json, torch
 from exl_cli.engines.exllamav2 import paged_attention
-from exl_cli.engines.exllamav2.attention_trial import Heads
-from exl_cli.engines.exllamav2.paged_backends import IMPLEMENTATIONS, Implementation
+from exl_cli.engines.exllamav2.attention.smoke_test import Heads
+from exl_cli.engines.exllamav2.attention.backends import IMPLEMENTATIONS, Implementation
 
 asked = []
 

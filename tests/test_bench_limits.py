@@ -20,13 +20,13 @@ from safetensors import safe_open
 
 from exl_cli import loader
 from exl_cli.bench import limits, perplexity
-from exl_cli.bench.nvml import Watch
+from exl_cli.bench.gpus import Watch
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Probe
 from exl_cli.engines import probe, scoring
-from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import PromptError
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 
 def test_the_bytes_of_a_step_on_the_cpu(exl2_dir: Path) -> None:

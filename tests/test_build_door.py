@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not HAS_COMPILERS, reason="there is no C++ compi
 
 CALL = """
 import json, os, sys
-from exl_cli.building.build import Notes
+from exl_cli.engines.exllamav2.extension.build import Notes
 from exl_cli.engines.exllamav2 import door
 from exl_cli.errors import ExlError
 notes = []

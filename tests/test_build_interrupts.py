@@ -16,7 +16,7 @@ import pexpect
 import pytest
 from fakecuda import HAS_COMPILERS, Machine
 
-from exl_cli.building import lock
+from exl_cli.engines.exllamav2.extension import lock
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILERS, reason="there is no C++ compiler here")
 SECONDS = 20.0
@@ -163,7 +163,7 @@ def abandoned(folder: Path) -> None:
     """A lock of exl's whose process was killed."""
     code = f"""
 import os, pathlib, signal
-from exl_cli.building import lock
+from exl_cli.engines.exllamav2.extension import lock
 with lock.torchs(pathlib.Path({str(folder)!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from fakecuda import HAS_COMPILERS, compile_module, module_source
 
-from exl_cli.building import extension, failures, jobs
-from exl_cli.building.extension import Facts
-from exl_cli.building.here import Torch, python_tag
+from exl_cli.engines.exllamav2.extension import compiled, failures, jobs
+from exl_cli.engines.exllamav2.extension.compiled import Facts
+from exl_cli.engines.exllamav2.extension.environment import Torch, python_tag
 
 TORCH = Torch("2.11.0+cu130", "13.0", None, Path("/nowhere/torch"))
 
@@ -29,13 +29,13 @@ TORCH = Torch("2.11.0+cu130", "13.0", None, Path("/nowhere/torch"))
     ],
 )
 def test_architectures_are_read_as_people_write_them(text: str, archs: tuple[str, ...]) -> None:
-    assert extension.parse_archs(text) == archs
+    assert compiled.parse_archs(text) == archs
 
 
 @pytest.mark.parametrize("text", ["hopper", "9", "9.0.0", "sm_", "8.6x"])
 def test_what_is_no_architecture(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        extension.parse_archs(text)
+        compiled.parse_archs(text)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_is_no_architecture(text: str) -> None:
     ],
 )
 def test_which_gpus_code_runs_on(archs: tuple[str, ...], gpu: tuple[int, int], runs: bool) -> None:
-    assert (extension.uncovered(archs, [gpu]) == []) is runs
+    assert (compiled.uncovered(archs, [gpu]) == []) is runs
 
 
 @pytest.mark.parametrize(

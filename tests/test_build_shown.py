@@ -9,9 +9,9 @@ import sys
 import pexpect
 
 LOADING = """
-from exl_cli.building.build import Observer
-from exl_cli.building.jobs import Progress
-from exl_cli.console import Console
+from exl_cli.engines.exllamav2.extension.build import Observer
+from exl_cli.engines.exllamav2.extension.jobs import Progress
+from exl_cli.ui.console import Console
 with Console().loading("a model") as shown:
     assert isinstance(shown, Observer)
     shown.note("compiling: about 3 minutes")
@@ -23,9 +23,9 @@ with Console().loading("a model") as shown:
 
 LINES = """
 import sys
-from exl_cli.building.jobs import Progress
-from exl_cli.console import Console
-from exl_cli.console_build import Bar
+from exl_cli.engines.exllamav2.extension.jobs import Progress
+from exl_cli.ui.console import Console
+from exl_cli.ui.build import Bar
 times = iter(map(float, sys.argv[1].split(",")))
 bar = Bar(Console(), lambda: next(times))
 for done in range(21):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from chatting import FAIL, Script, chat, isolate, prompts, saved, turns
 
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
 
 LOADING = "Loading model: fable-7m (EXL2 5.0 bpw)\n"
 

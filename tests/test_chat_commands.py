@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from chatting import FAIL, Script, chat, isolate, prompts, saved, turns
 
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

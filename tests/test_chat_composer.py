@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exl_cli.chat.composer import Composer, Encoded
-from exl_cli.chat.format import PlainFormat
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.chat_format import PlainFormat
+from exl_cli.models.tokenizer import Tokenizer
 
 
 def sentencepiece(folder: Path, normalizer: dict[str, object], pre_tokenizer: dict[str, object] | None) -> Path:

@@ -15,10 +15,10 @@ from exl_cli.chat.loop import Chat, Event, Line, Phase, Signal, converse
 from exl_cli.chat.partner import Host
 from exl_cli.chat.settings import Settings
 from exl_cli.chat.store import SessionStore
-from exl_cli.console_chat import ChatConsole
-from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import ExitCode
+from exl_cli.models.load_options import LoadOptions
 from exl_cli.session import Session
+from exl_cli.ui.chat import ChatConsole
 
 Begin = Callable[..., Chat]
 

@@ -17,10 +17,10 @@ from helpers import Recorder, collect, exl
 
 from exl_cli import loader
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.kvcache import KvCache
-from exl_cli.engines.options import LoadOptions
+from exl_cli.engines.cpu.kv_cache import KvCache
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling, build
-from exl_cli.tokenizer import Tokenizer
 
 GREEDY = build({}, "greedy")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from exl_cli.chat_template import ChatTemplate, load_chat_template
 from exl_cli.errors import PromptError
+from exl_cli.models.chat_template import ChatTemplate, load_chat_template
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = sorted(path.stem for path in (DATA / "chat_templates").glob("*.jinja"))

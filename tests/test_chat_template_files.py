@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from exl_cli.chat_template import load_chat_template
 from exl_cli.errors import DamagedModelError, PromptError
+from exl_cli.models.chat_template import load_chat_template
 
 TURN = [{"role": "user", "content": "a"}]
 

@@ -14,13 +14,14 @@ import torch
 from helpers import Recorder
 from safetensors.torch import save_file
 
-from exl_cli import loader, memory
-from exl_cli.chat_template import load_chat_template
-from exl_cli.configs import context_length_of
-from exl_cli.engines.options import LoadOptions
+from exl_cli import loader
 from exl_cli.errors import DamagedModelError, ModelNotFoundError, UsageError
-from exl_cli.modelinfo import ModelInfo, inspect
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models import memory
+from exl_cli.models.chat_template import load_chat_template
+from exl_cli.models.config import context_length_of
+from exl_cli.models.info import ModelInfo, inspect
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

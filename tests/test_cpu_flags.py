@@ -9,8 +9,8 @@ import tinymodels
 from helpers import Recorder
 
 from exl_cli import loader
-from exl_cli.engines.options import LoadOptions
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from exl_cli.building.here import Torch
 from exl_cli.doctor import child, compiled, gpu, kernels, model
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding, verdict
+from exl_cli.engines.exllamav2.extension.environment import Torch
 
 TORCH = Torch("2.11.0+cu130", "13.0", None, Path("/nowhere/torch"))
 GIB = 2**30

@@ -13,8 +13,8 @@ from hubtools import Fetcher, config, contents, model_files, safetensors, shell
 
 from exl_cli import loader
 from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError
-from exl_cli.hub import names
-from exl_cli.hub.listing import Choice
+from exl_cli.models.hub import names
+from exl_cli.models.hub.listing import Choice
 
 
 def test_a_model_arrives_byte_for_byte_and_can_be_resolved(hub: FakeHub, fetch: Fetcher) -> None:

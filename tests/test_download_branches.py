@@ -11,8 +11,8 @@ from fakehub import FakeHub, Repository
 from helpers import exl
 from hubtools import Fetcher, config, shell
 
-from exl_cli.hub.branches import Branch, describe
-from exl_cli.memory import GIB
+from exl_cli.models.hub.branches import Branch, describe
+from exl_cli.models.memory import GIB
 
 # Mistral 7B's dimensions, and the sizes of real quantizations of it.
 MISTRAL: dict[str, Any] = {

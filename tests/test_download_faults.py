@@ -13,8 +13,8 @@ from hubtools import WEIGHTS, Fetcher, contents, model_files
 
 from exl_cli import loader
 from exl_cli.errors import DiskError, DownloadError, ExlError, UsageError
-from exl_cli.hub import store
-from exl_cli.hub.listing import Choice
+from exl_cli.models.hub import store
+from exl_cli.models.hub.listing import Choice
 
 SIZE = len(model_files()[WEIGHTS])
 

@@ -8,9 +8,9 @@ from hubtools import WEIGHTS, Fetcher, config, contents, model_files
 
 from exl_cli import loader
 from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError
-from exl_cli.hub import store
-from exl_cli.hub.listing import Choice
-from exl_cli.hub.plan import prepare
+from exl_cli.models.hub import store
+from exl_cli.models.hub.listing import Choice
+from exl_cli.models.hub.plan import prepare
 
 
 def test_what_is_here_and_whole_is_not_asked_for_again(hub: FakeHub, fetch: Fetcher) -> None:

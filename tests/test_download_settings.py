@@ -10,7 +10,7 @@ from helpers import exl
 from hubtools import model_files, shell
 
 from exl_cli.errors import ExitCode, UsageError
-from exl_cli.hub.client import Hub
+from exl_cli.models.hub.client import Hub
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from fakehub import FakeHub
 from hubtools import WEIGHTS, Fetcher, contents, model_files
 
-from exl_cli.hub import store
+from exl_cli.models.hub import store
 
 hf_xet = pytest.importorskip("hf_xet")
 

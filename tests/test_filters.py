@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from samplertools import SEEDS_AND_SIZES, by_top_k, dense, kept, make, of, plain, ranked, softmax, some_logits
 
-from exl_cli.engines.sampler import Sampler
+from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.sampling import Sampling
 
 # --- each filter against its definition

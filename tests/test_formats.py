@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exl_cli.errors import DamagedModelError
-from exl_cli.formats import exl2, gptq
+from exl_cli.models.formats import exl2, gptq
 
 ROOT = Path(__file__).parent.parent
 LAYER = "model.layers.0.mlp.up_proj"
@@ -270,7 +270,7 @@ def test_logits_are_those_of_exllamav2_on_a_gpu(model: str, golden_path: Path, r
 MEMORY_SCRIPT = """
 import re, torch
 from pathlib import Path
-from exl_cli.formats import exl2, gptq
+from exl_cli.models.formats import exl2, gptq
 
 def memory(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

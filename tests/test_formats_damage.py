@@ -12,7 +12,7 @@ from test_formats import Unpack, a_gptq_layer, an_exl2_layer
 from torch import Tensor
 
 from exl_cli.errors import DamagedModelError
-from exl_cli.formats import gptq
+from exl_cli.models.formats import gptq
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fakecuda import HAS_COMPILERS, Machine
 
-from exl_cli import headstart
+from exl_cli.engines.exllamav2 import headstart
 
 DRIVER = """
 #include <stdio.h>

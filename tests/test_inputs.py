@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl_cli.engines.exllamav2.embeddings import Embeddings
+from exl_cli.engines.exllamav2.forward_pass import Row
 from exl_cli.engines.exllamav2.inputs import Inputs
-from exl_cli.engines.exllamav2.passes import Row
 
 VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE = 50, 8, 4, 8, 6, 99
 

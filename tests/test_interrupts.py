@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import python
 
-from exl_cli.interrupts import cancel_on_interrupt, hold_interrupt, insist_on_interrupt
+from exl_cli.system.interrupts import cancel_on_interrupt, hold_interrupt, insist_on_interrupt
 
 
 def interrupt() -> None:
@@ -94,7 +94,7 @@ def test_an_interrupt_at_the_very_end_shows_nothing() -> None:
     """While Python waits for threads that are still at something, as those that compile."""
     code = """
 import os, signal, sys, threading
-from exl_cli.cli import main
+from exl_cli.cli.app import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

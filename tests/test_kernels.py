@@ -14,7 +14,7 @@ from kernels.shuffled import as_loaded_exl2, as_loaded_gptq
 from quantize import random_exl2, random_gptq
 from torch import Tensor
 
-from exl_cli.engines.exllamav2.kernels import products, small
+from exl_cli.engines.exllamav2.kernels import norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
@@ -67,8 +67,8 @@ def multiply(
 ) -> list[Tensor]:
     """All products by one launch; outputs and what lies around them are NaN before."""
     rows = len(xs[0])
-    product = products.Product(tuple(matrices), paired)
-    argument = products.argument(product, rows, activation)
+    product = quantized_linear.Product(tuple(matrices), paired)
+    argument = quantized_linear.argument(product, rows, activation)
     # A single row is put in order by the kernel itself.
     inputs = [x if rows == 1 else ordered(matrix, x) for matrix, x in zip(matrices, xs, strict=True)]
     outs, kept = [], []
@@ -83,10 +83,10 @@ def multiply(
         if scatter is not None:
             target.scatter = scatter.data_ptr()
         outs.append(out)
-    products.connect(argument, inputs, outs)
-    layout = products.Layout(warps, stages, strips)
-    variant = products.variant(product, rows, layout)
-    kernel = Emulated(folder, products.FILE, products.NAME, "Products", variant.defines)
+    quantized_linear.connect(argument, inputs, outs)
+    layout = quantized_linear.Layout(warps, stages, strips)
+    variant = quantized_linear.variant(product, rows, layout)
+    kernel = Emulated(folder, quantized_linear.FILE, quantized_linear.NAME, "Products", variant.defines)
     kernel(argument, (product.blocks(layout), 1), 32 * warps)
     for out, matrix in zip(outs, matrices, strict=True):
         assert out[rows:].isnan().all()
@@ -254,11 +254,11 @@ def test_rms_norm_in_several_orders(folder: Path, dim: int) -> None:
     x, weight = inputs(rng, 3, dim), inputs(rng, 1, dim)[0]
     perm = torch.from_numpy(rng.permutation(dim)).to(torch.int16)
     outs = [torch.full((3, dim), float("nan"), dtype=torch.float16) for _ in range(2)]
-    argument = small.NormArgument(x=x.data_ptr(), weight=weight.data_ptr(), epsilon=1e-5, dim=dim, outs=2)
+    argument = norm_rope.NormArgument(x=x.data_ptr(), weight=weight.data_ptr(), epsilon=1e-5, dim=dim, outs=2)
     for index, (out, order) in enumerate(zip(outs, (None, perm), strict=True)):
         argument.out[index] = out.data_ptr()
         argument.perm[index] = None if order is None else order.data_ptr()
-    Emulated(folder, small.FILE, "rms_norm", "Norm", {})(argument, (3, 1), small.norm_threads(dim))
+    Emulated(folder, norm_rope.FILE, "rms_norm", "Norm", {})(argument, (3, 1), norm_rope.norm_threads(dim))
     wide = x.double()
     expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
     assert error(outs[0].double(), expected) < 5e-4
@@ -278,7 +278,7 @@ def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int
     q_weight, k_weight = inputs(rng, heads, head_dim), inputs(rng, kv_heads, head_dim)
     keys, values = (torch.full((6, page_size, kv_heads, head_dim), float("nan"), dtype=torch.float16) for _ in "kv")
     before = qkv.view(2, tokens, heads + 2 * kv_heads, head_dim).double().clone()
-    argument = small.RopeArgument(
+    argument = norm_rope.RopeArgument(
         qkv=qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
         table=table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
         q_weight=q_weight.data_ptr() if normed else None, k_weight=k_weight.data_ptr() if normed else None,
@@ -286,7 +286,7 @@ def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int
         stride=qkv.stride(0), table_stride=3, page_size=page_size,
     )  # fmt: skip
     threads = -(-head_dim // 2 // 32) * 32
-    Emulated(folder, small.FILE, "rotate", "Rope", {})(argument, (2 * tokens, heads + 2 * kv_heads), threads)
+    Emulated(folder, norm_rope.FILE, "rotate", "Rope", {})(argument, (2 * tokens, heads + 2 * kv_heads), threads)
 
     q, k, v = before.split([heads, kv_heads, kv_heads], 2)
     if normed:
@@ -316,14 +316,16 @@ def test_some_layout_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, 
     """A block has 99 KB at most on compute capabilities 8.6 and 8.9, 227 KB on 9.0 (CUDA programming guide)."""
     rng = np.random.default_rng(0)
     matrix, _ = exl2(rng, 32, (bits,), (32,))
-    product = products.Product((dataclasses.replace(matrix, k=k),), reorders=False)
-    *usual, small = products.layouts(rows)
+    product = quantized_linear.Product((dataclasses.replace(matrix, k=k),), reorders=False)
+    *usual, norm_rope = quantized_linear.layouts(rows)
     of_32_columns = [layout for layout in usual if layout.strips == 1]
-    needed = {layout: products.variant(product, rows, layout).shared_bytes for layout in (*of_32_columns, small)}
+    needed = {
+        layout: quantized_linear.variant(product, rows, layout).shared_bytes for layout in (*of_32_columns, norm_rope)
+    }
     for limit in (99 * 1024, 227 * 1024):
         fitting = [layout for layout in of_32_columns if needed[layout] <= limit]
-        chosen = products.builds(product, rows, limit)
+        chosen = quantized_linear.builds(product, rows, limit)
         # The last one only where it must be.
-        assert list(chosen) == (fitting or [small])
+        assert list(chosen) == (fitting or [norm_rope])
         assert max(build.shared_bytes for build in chosen.values()) <= limit
-    assert products.builds(product, rows, min(needed.values()) - 1) == {}
+    assert quantized_linear.builds(product, rows, min(needed.values()) - 1) == {}

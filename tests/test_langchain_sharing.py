@@ -20,9 +20,9 @@ pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
 from test_turns import EndlessEngine, with_engine
 
 from exl_cli import load
-from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import PromptError
 from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2, registry
+from exl_cli.models.load_options import LoadOptions
 
 ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu", "seed": 1, "max_new_tokens": 8}
 LOADED, CLOSED = "loaded fable-7m (EXL2 5.0 bpw) with engine cpu", "closing fable-7m"

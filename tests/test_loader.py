@@ -10,11 +10,11 @@ import tinymodels
 import torch
 
 from exl_cli import loader
+from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2, legacy_config
 from exl_cli.engines.exllamav2.support import why_not
-from exl_cli.engines.exllamav2.view import folder_for_exllamav2, legacy_config
-from exl_cli.engines.options import LoadOptions, parse_gpu_split
 from exl_cli.errors import DamagedModelError, UnsupportedModelError, UsageError
-from exl_cli.modelinfo import ModelInfo, inspect
+from exl_cli.models.info import ModelInfo, inspect
+from exl_cli.models.load_options import LoadOptions, parse_gpu_split
 
 
 def make(folder: Path, variant: tinymodels.Variant) -> ModelInfo:

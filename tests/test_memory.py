@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from exl_cli import memory
-from exl_cli.engines.options import CacheType
 from exl_cli.errors import OutOfMemoryError
-from exl_cli.memory import GIB, PAGE
-from exl_cli.modelinfo import Format, ModelInfo, inspect
+from exl_cli.models import memory
+from exl_cli.models.info import Format, ModelInfo, inspect
+from exl_cli.models.load_options import CacheType
+from exl_cli.models.memory import GIB, PAGE
 
 MISTRAL_7B = {
     "hidden_size": 4096,

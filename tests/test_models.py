@@ -17,10 +17,11 @@ from helpers import exl
 from hubtools import Fetcher, config, shell
 from typer.testing import CliRunner
 
-from exl_cli import inventory, loader, memory
+from exl_cli import loader
 from exl_cli.cli import app
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
-from exl_cli.hub import locking, store
+from exl_cli.models import inventory, memory
+from exl_cli.models.hub import locking, store
 
 
 @pytest.fixture

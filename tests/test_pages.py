@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exl_cli.engines.exllamav2.pages import Lease, Pages
+from exl_cli.engines.exllamav2.block_manager import Lease, Pages
 
 SIZE = 4
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samplertools import plain
 
-from exl_cli.engines.dry import apply_dry, dry_breakers, token_mask
-from exl_cli.engines.filters import penalize
-from exl_cli.engines.sampler import Sampler, xtc_protected
+from exl_cli.engines.sampling.dry import apply_dry, dry_breakers, token_mask
+from exl_cli.engines.sampling.filters import penalize
+from exl_cli.engines.sampling.sampler import Sampler, xtc_protected
 
 # --- penalties
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exl_cli.errors import ExlError, PromptError, UsageError
-from exl_cli.prompt import ChatTemplate, Prompt, fill, load_chat_template, parse_variables, render_prompt
+from exl_cli.models.prompt import ChatTemplate, Prompt, fill, load_chat_template, parse_variables, render_prompt
 
 STEP_BY_STEP = "问题: {question}\n回答: 让我们逐步思考。"
 CHAT = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
@@ -181,5 +181,5 @@ def test_what_does_not_go_together_is_said(options, kind, message):
 
 
 def test_jinja_is_imported_only_to_render():
-    code = "import sys, exl_cli.prompt; sys.exit('jinja2' in sys.modules or 'exl_cli.sandbox' in sys.modules)"
+    code = "import sys, exl_cli.prompt; sys.exit('jinja2' in sys.modules or 'exl_cli.models.sandbox' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,9 +15,9 @@ from helpers import exl
 from typer.testing import CliRunner, Result
 
 from exl_cli.cli import app
+from exl_cli.cli.state import State
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import PRESETS, Sampling
-from exl_cli.state import State
-from exl_cli.tokenizer import Tokenizer
 
 ANSWER = "Once there was a fox.\nIt slept."
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samplertools import make
 
-from exl_cli.engines.filters import draw
-from exl_cli.engines.sampler import Sampler
+from exl_cli.engines.sampling.filters import draw
+from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.errors import EngineError
 from exl_cli.sampling import Sampling
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from exl_cli.chat_template import ChatTemplate
 from exl_cli.errors import PromptError
+from exl_cli.models.chat_template import ChatTemplate
 
 SECONDS = 4.0  # of processor time; it takes one on an idle machine
 

@@ -13,10 +13,10 @@ from exl_cli.engines.base import Request
 from exl_cli.engines.driver import Step
 from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.scheduler import Scheduler
-from exl_cli.engines.sampler import Samplers
+from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.errors import PromptError
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
-from exl_cli.tokenizer import Tokenizer
 
 
 def test_a_conversation_is_computed_once() -> None:

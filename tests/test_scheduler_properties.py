@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from exl_cli.engines.base import Request
 from exl_cli.engines.driver import Step
 from exl_cli.engines.exllamav2.batching import Batch
-from exl_cli.engines.exllamav2.drafting import DraftModel
-from exl_cli.engines.exllamav2.ngrams import Ngrams
+from exl_cli.engines.exllamav2.draft_model import DraftModel
+from exl_cli.engines.exllamav2.prompt_lookup import Ngrams
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.errors import EngineError
 from exl_cli.sampling import build

@@ -10,9 +10,9 @@ from fakeforward import FakeClock, FakeForward, sampler_for
 from exl_cli.engines import driver
 from exl_cli.engines.base import Request, Summary
 from exl_cli.engines.exllamav2.batching import Batch
-from exl_cli.engines.exllamav2.drafting import DraftModel
-from exl_cli.engines.exllamav2.ngrams import Ngrams
-from exl_cli.engines.exllamav2.pace import Account, Outlook, Pace, Rate
+from exl_cli.engines.exllamav2.draft_length import Account, Outlook, Pace, Rate
+from exl_cli.engines.exllamav2.draft_model import DraftModel
+from exl_cli.engines.exllamav2.prompt_lookup import Ngrams
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter, Wanted
 from exl_cli.sampling import Sampling, build

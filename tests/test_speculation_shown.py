@@ -17,16 +17,18 @@ from helpers import Recorder, collect, request_for
 from typer.testing import CliRunner, Result
 
 import exl_cli
-from exl_cli import loader, memory, report
+from exl_cli import loader
+from exl_cli.api import records
 from exl_cli.bench import files, outputs
 from exl_cli.bench.plan import Case
 from exl_cli.cli import app
+from exl_cli.cli.state import State
 from exl_cli.engines import driver
 from exl_cli.engines.base import Engine
-from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import ExitCode, ModelNotFoundError, OutOfMemoryError, UsageError
-from exl_cli.state import State
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models import memory
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 NOTE = "--draft made this 5% slower: 4 of 9 proposed tokens were right"
 
@@ -170,7 +172,7 @@ def test_the_summary_adds_the_passes_up(exl2_dir: Path) -> None:
     assert (summary.drafted_tokens, summary.accepted_tokens) == (4 * passes, summary.new_tokens - passes)
     plain = collect(ScriptedEngine(Tokenizer(exl2_dir), "Once", 4096).stream(request_for([1, 2], "greedy", 100)))[2]
     assert (plain.drafted_tokens, plain.accepted_tokens, plain.note) == (0, 0, "")
-    assert not {"drafted_tokens", "accepted_tokens", "note"} & report.summarized(plain).keys()
+    assert not {"drafted_tokens", "accepted_tokens", "note"} & records.summarized(plain).keys()
 
 
 def test_run_shows_how_it_did() -> None:

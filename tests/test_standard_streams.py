@@ -69,7 +69,7 @@ runpy.run_module("exl_cli", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("module", ["exl_cli.cli", "exl_cli.commands", "exl_cli.loader"])
+@pytest.mark.parametrize("module", ["exl_cli.cli.app", "exl_cli.loader"])
 def test_ctrl_c_while_the_command_itself_is_imported_ends_it_silently(module: str) -> None:
     done = python(INTERRUPTED, module)
     assert (done.returncode, done.stdout, done.stderr) == (ExitCode.INTERRUPTED, "", "")

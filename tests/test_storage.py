@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exl_cli.storage import write_atomically
+from exl_cli.system.files import write_atomically
 
 
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl_cli.errors import DamagedModelError
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
 
-FABLE = Path(__file__).parent.parent / "exl_cli" / "assets" / "fable-7m"
+FABLE = Path(__file__).parent.parent / "exl_cli" / "models" / "builtin" / "fable-7m"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 

@@ -18,7 +18,7 @@ from exl_cli import Model, load, loader
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, Request
 from exl_cli.errors import EngineError
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
 
 STORY = "Once upon a time"
 PATIENCE = 30.0

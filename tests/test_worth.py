@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exl_cli.engines.exllamav2 import worth
+from exl_cli.engines.exllamav2 import kernel_choice
 
 
 class Times:
@@ -43,6 +43,6 @@ def groups(*kinds: str) -> list[Any]:
 )
 def test_the_sum_over_all_layers_decides(times: dict[str, tuple[float | None, float]], reason: str) -> None:
     tuner: Any = Times(times)
-    assert worth.why_not(tuner, groups("layer", "layer", "head"), lambda: None) == reason
+    assert kernel_choice.why_not(tuner, groups("layer", "layer", "head"), lambda: None) == reason
     measured = {kind: count for kind, count in (("layer", 2), ("head", 1)) if times[kind][0] is not None}
     assert dict(tuner.asked) == measured

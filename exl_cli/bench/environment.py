@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import exl_cli
-from exl_cli.bench.nvml import Watch
+from exl_cli.bench.gpus import Watch
 from exl_cli.engines.base import Engine
 
 _PACKAGES = ("torch", "exllamav2", "transformers", "flash-attn", "triton")

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from exl_cli.bench.plan import Settings
-from exl_cli.engines.options import LoadOptions
+from exl_cli.models.load_options import LoadOptions
 from exl_cli.sampling import Sampling
 
 

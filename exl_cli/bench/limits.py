@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exl_cli import memory
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Measured, Run
-from exl_cli.modelinfo import ModelInfo
+from exl_cli.models import memory
+from exl_cli.models.info import ModelInfo
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from exl_cli.bench.result import Perplexity, deviation, mean
 from exl_cli.engines.base import CachedScoring, Engine
 from exl_cli.errors import PromptError
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
 
 WINDOW = 1024
 # Few enough rows for the kernels that generation uses, and whole blocks of a quantized cache.

@@ -13,7 +13,7 @@ from exl_cli.bench import outputs
 from exl_cli.bench.files import expanded
 from exl_cli.bench.result import Result
 from exl_cli.errors import DiskError, ExlError, UsageError
-from exl_cli.storage import write_atomically
+from exl_cli.system.files import write_atomically
 
 
 def require_writable(path: Path, flag: str) -> None:

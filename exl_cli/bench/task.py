@@ -16,9 +16,9 @@ from exl_cli.bench.perplexity import read
 from exl_cli.bench.plan import QUICK, Settings
 from exl_cli.bench.result import Result
 from exl_cli.engines.base import Engine
-from exl_cli.engines.options import CacheType, LoadOptions
 from exl_cli.errors import ExlError, UsageError
-from exl_cli.memory import CACHE_TYPES
+from exl_cli.models.load_options import CacheType, LoadOptions
+from exl_cli.models.memory import CACHE_TYPES
 from exl_cli.sampling import Sampling
 
 

@@ -20,18 +20,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from exl_cli import loader, report, stats
-from exl_cli.bench import environment, limits, nvml, plan
+from exl_cli import loader
+from exl_cli.api import records
+from exl_cli.bench import environment, gpus, limits, plan
 from exl_cli.bench.job import Job
 from exl_cli.bench.measure import Sample, measure
 from exl_cli.bench.plan import Case, Settings
 from exl_cli.bench.result import Memory, Probe
 from exl_cli.engines.base import BatchingEngine, Engine, Request
 from exl_cli.errors import ExitCode, ExlError
-from exl_cli.hub.store import read_marker
-from exl_cli.modelinfo import ModelInfo
-from exl_cli.nvml import open_driver
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.hub.store import read_marker
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system import readings
+from exl_cli.system.nvml import open_driver
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
@@ -62,7 +64,7 @@ class _Observer:
 class _Bench:
     """A loaded engine and what it is given."""
 
-    def __init__(self, job: Job, info: ModelInfo, tokenizer: Tokenizer, engine: Engine, watch: nvml.Watch) -> None:
+    def __init__(self, job: Job, info: ModelInfo, tokenizer: Tokenizer, engine: Engine, watch: gpus.Watch) -> None:
         self.job, self.engine, self.watch = job, engine, watch
         vocabulary = min(tokenizer.vocab_size, int(info.text_config("vocab_size", tokenizer.vocab_size)))
         special = tokenizer.special_ids()
@@ -96,7 +98,7 @@ class _Bench:
         """What is in use now, and the peaks of this process."""
         cards = self.engine.memory()
         allocator = sum(card.peak_bytes for card in cards) if cards else None
-        return Memory(stats.read_host().peak_bytes, allocator, self.watch.used_bytes())
+        return Memory(readings.read_host().peak_bytes, allocator, self.watch.used_bytes())
 
     def _request(self, test: Case) -> Request:
         self._given += 1
@@ -119,7 +121,7 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
     context = job.loading.max_seq_len or info.context_length
     tests, skipped = plan.fitting(plan.grid(job.settings), context, info.name)
     tokenizer = Tokenizer(info.path)
-    watch = nvml.Watch(open_driver())
+    watch = gpus.Watch(open_driver())
     others = environment.OthersClock()
     observer = _Observer(emit)
     begin = time.monotonic()
@@ -138,7 +140,7 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
         emit(
             {
                 "event": "loaded",
-                "model": {**report.model(info), "commit": marker and marker.commit},
+                "model": {**records.model(info), "commit": marker and marker.commit},
                 "engine": {"name": engine.name, "context_length": engine.context_length, **facts},
                 "load_seconds": ready - begin,
                 "cold": cold,

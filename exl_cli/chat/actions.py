@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exl_cli import stats as readings
 from exl_cli.chat import tools
 from exl_cli.chat.export import export as export_session
 from exl_cli.chat.lines import unquote
@@ -14,6 +13,7 @@ from exl_cli.chat.settings import resolve
 from exl_cli.errors import PromptError, UsageError
 from exl_cli.sampling import PRESETS
 from exl_cli.session import Session, excerpt
+from exl_cli.system import readings
 
 if TYPE_CHECKING:
     from exl_cli.chat.loop import Chat

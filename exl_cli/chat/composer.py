@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from exl_cli.chat.reasoning import TAGS
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.structured.reasoning import TAGS
 
 
 @dataclass(frozen=True)

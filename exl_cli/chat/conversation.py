@@ -9,19 +9,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
-from exl_cli import report
+from exl_cli.api import records
 from exl_cli.chat.composer import Encoded
-from exl_cli.chat.keys import unseen
 from exl_cli.chat.partner import Partner
 from exl_cli.chat.prompting import compose
-from exl_cli.chat.reasoning import Splitter, split
 from exl_cli.chat.settings import Settings
 from exl_cli.chat.tools import Attachment, with_attachments
-from exl_cli.console_chat import ChatConsole
 from exl_cli.engines.base import Request, Summary
 from exl_cli.errors import PromptError, UsageError
-from exl_cli.interrupts import cancel_on_interrupt
 from exl_cli.session import Session, Turn
+from exl_cli.structured.reasoning import Splitter, split
+from exl_cli.system.interrupts import cancel_on_interrupt
+from exl_cli.ui.chat import ChatConsole
+from exl_cli.ui.keys import unseen
 
 
 class Conversation:
@@ -222,7 +222,7 @@ class Conversation:
         turn.raw = "" if turn.content == text else text
         turn.model = self.partner.model.info.name
         turn.finish_reason = "cancelled" if summary is None else summary.finish_reason
-        numbers = {} if summary is None else report.summarized(summary)
+        numbers = {} if summary is None else records.summarized(summary)
         turn.timings = {name: value for name, value in numbers.items() if not isinstance(value, str)}
         if self.session.last is not turn:
             self.session.turns.append(turn)

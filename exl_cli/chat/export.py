@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.session import Session, Turn, dumps
-from exl_cli.storage import write_atomically
+from exl_cli.system.files import write_atomically
 
 
 def export(session: Session, path: str, *, replace: bool = False) -> Path:

@@ -19,9 +19,9 @@ from exl_cli.chat.lines import unquote
 from exl_cli.chat.partner import Host, Partner
 from exl_cli.chat.settings import Settings, from_dict
 from exl_cli.chat.store import SessionStore
-from exl_cli.console_chat import ChatConsole
 from exl_cli.errors import DiskError, ExitCode, ExlError
 from exl_cli.session import Session
+from exl_cli.ui.chat import ChatConsole
 
 
 class Phase(Enum):

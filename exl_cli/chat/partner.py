@@ -8,13 +8,13 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.chat.composer import Composer
-from exl_cli.chat.format import Format, load_format
-from exl_cli.console import Console
 from exl_cli.engines.base import Engine
-from exl_cli.engines.options import LoadOptions
-from exl_cli.interrupts import insist_on_interrupt
-from exl_cli.modelinfo import ModelInfo
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.chat_format import Format, load_format
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.interrupts import insist_on_interrupt
+from exl_cli.ui.console import Console
 
 # What a conversation is given where the model allows it and nothing else is asked for.
 CONTEXT = 8192

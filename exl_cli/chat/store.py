@@ -15,7 +15,7 @@ from exl_cli import session as sessions
 from exl_cli.chat.settings import from_dict
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.session import Session
-from exl_cli.storage import user_data, write_atomically
+from exl_cli.system.files import user_data, write_atomically
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 _ADVICE = "free some space or check the permissions; /export PATH writes it elsewhere"

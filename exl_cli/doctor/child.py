@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exl_cli.building import children, failures
+from exl_cli.engines.exllamav2.extension import failures
+from exl_cli.system import processes
 
 _asked: set[subprocess.Popen[bytes]] = set()
 
@@ -58,7 +59,7 @@ def ask(
         module: where the probes are.
     """
     process = subprocess.Popen(  # noqa: S603
-        children.command(module, probe, json.dumps(dict(arguments or {}))),
+        processes.command(module, probe, json.dumps(dict(arguments or {}))),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

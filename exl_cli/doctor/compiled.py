@@ -6,23 +6,23 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl_cli.building import extension, failures, here, jobs, lock, remedies
-from exl_cli.building.build import ago
-from exl_cli.building.extension import Capability, Extension
-from exl_cli.building.toolchain import Tool, Toolchain
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
+from exl_cli.engines.exllamav2.extension import compiled, environment, failures, install_hints, jobs, lock
+from exl_cli.engines.exllamav2.extension.build import ago
+from exl_cli.engines.exllamav2.extension.compiled import Capability, Extension
+from exl_cli.engines.exllamav2.extension.toolchain import Tool, Toolchain
 
 _WANTED = "0.3.2"
 
 
 def exllamav2() -> Finding:
     """The package."""
-    version = here.exllamav2_version()
+    version = environment.exllamav2_version()
     if version is None:
-        return Finding("exllamav2", "fail", "not installed", remedies.pip(f"exllamav2=={_WANTED}"), "gpu")
+        return Finding("exllamav2", "fail", "not installed", install_hints.pip(f"exllamav2=={_WANTED}"), "gpu")
     if version.partition("+")[0] != _WANTED:
-        fix = remedies.pip(f"exllamav2=={_WANTED}")
+        fix = install_hints.pip(f"exllamav2=={_WANTED}")
         return Finding("exllamav2", "warn", f"{version}; exl is made for {_WANTED}, the last release", fix)
     kind = "prebuilt wheel" if "+" in version else "sources, compiled where they run"
     return Finding("exllamav2", "ok", f"{version} ({kind})", details={"version": version})
@@ -45,7 +45,7 @@ class State:
     tried: Answer | None
     lock: lock.Lock
     tools: Toolchain | None
-    torch: here.Torch
+    torch: environment.Torch
     capabilities: list[Capability]
 
     @property
@@ -77,15 +77,15 @@ def finding(state: State) -> Finding:
     if state.buildable:
         # `exl run` does it by itself, so that it is no obstacle.
         return Finding("Extension", "warn", f"{problem}; exl run compiles it first", _build(state), "", details)
-    missing = remedies.joined([tool.fix for tool in state.tools.problems]) if state.tools else ""
-    fix = remedies.joined([missing, failures.BUILD])
+    missing = install_hints.joined([tool.fix for tool in state.tools.problems]) if state.tools else ""
+    fix = install_hints.joined([missing, failures.BUILD])
     return Finding("Extension", "fail", problem, fix, "gpu", details)
 
 
 def _what(found: Extension) -> str:
     if found.kind == "compiled" and found.facts:
-        return f"compiled here on {found.facts.built[:10]} for {extension.spoken(found.facts.archs)}"
-    made = f" for {extension.spoken(found.facts.archs)}" if found.facts and found.facts.archs else ""
+        return f"compiled here on {found.facts.built[:10]} for {compiled.spoken(found.facts.archs)}"
+    made = f" for {compiled.spoken(found.facts.archs)}" if found.facts and found.facts.archs else ""
     return f"prebuilt{made} ({found.path})"
 
 

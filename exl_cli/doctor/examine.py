@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exl_cli.building import extension, here, jobs, lock, toolchain
-from exl_cli.console import Console
 from exl_cli.doctor import child, compiled, gpu, kernels, machine, model
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding, Verdict, verdict
+from exl_cli.engines.exllamav2.extension import compiled as extension
+from exl_cli.engines.exllamav2.extension import environment, jobs, lock, toolchain
 from exl_cli.errors import ExitCode
+from exl_cli.ui.console import Console
 
 # A model is read from disk, and may be gigabytes.
 _MODEL_TIMES = 5
@@ -56,7 +57,7 @@ class Examination:
             child.stop()
 
     def _run(self, pool: ThreadPoolExecutor, lane: ThreadPoolExecutor) -> Iterator[Finding]:
-        torch = here.torch_here()
+        torch = environment.torch_here()
 
         def ask(probe: str, arguments: Mapping[str, Any] | None = None) -> Future[Answer]:
             return pool.submit(child.ask, probe, self.seconds, arguments)
@@ -98,9 +99,14 @@ class Examination:
             yield from self._model(cards)
 
     def _extension(
-        self, torch: here.Torch, capabilities: list[extension.Capability], lane: ThreadPoolExecutor, *, compute: bool
+        self,
+        torch: environment.Torch,
+        capabilities: list[extension.Capability],
+        lane: ThreadPoolExecutor,
+        *,
+        compute: bool,
     ) -> Iterator[Finding]:
-        folder = here.build_folder(torch)
+        folder = environment.build_folder(torch)
         found = extension.find(torch, capabilities, folder)
         tried = None
         if found.usable and found.path:
@@ -113,7 +119,7 @@ class Examination:
         if capabilities and not self.state.ready and (problem := compiled.folder_finding(folder)):
             yield problem
 
-    def _tools(self, torch: here.Torch | None) -> Iterator[Finding]:
+    def _tools(self, torch: environment.Torch | None) -> Iterator[Finding]:
         needed = self.state is not None and bool(self.state.capabilities) and not self.state.ready
         if self.state is not None and self.state.tools is not None:
             tools = self.state.tools.tools
@@ -171,4 +177,4 @@ class Examination:
 
     def _would_take_the_gpu(self) -> bool:
         """Whether `--engine auto` would choose the GPU, and fail there."""
-        return any(f.check.startswith("GPU ") for f in self.found) and here.exllamav2_version() is not None
+        return any(f.check.startswith("GPU ") for f in self.found) and environment.exllamav2_version() is not None

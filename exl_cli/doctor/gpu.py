@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from exl_cli.building import failures, here, remedies
-from exl_cli.building.extension import parse_archs, sm, uncovered
-from exl_cli.console_models import gib
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
-from exl_cli.nvml import open_driver
+from exl_cli.engines.exllamav2.extension import environment, failures, install_hints
+from exl_cli.engines.exllamav2.extension.compiled import parse_archs, sm, uncovered
+from exl_cli.system.nvml import open_driver
+from exl_cli.ui.models import gib
 
 # NVIDIA's "CUDA Compatibility", the oldest driver on Linux for each major version.
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -23,17 +23,17 @@ _CROWDED = 0.5
 _NVIDIA, _DISPLAY = "0x10de", "0x03"
 
 
-def torch(installed: here.Torch | None, answer: Answer) -> Finding:
+def torch(installed: environment.Torch | None, answer: Answer) -> Finding:
     """Torch itself."""
     if installed is None:
-        return Finding("torch", "fail", "not installed", remedies.pip("torch"), "all")
+        return Finding("torch", "fail", "not installed", install_hints.pip("torch"), "all")
     if answer.value is None:
         known = failures.explain(answer.problem, installed)
         what = known.what if known and answer.kind == "error" else answer.problem
         fix = (
             known.fix
             if known and not known.rebuild
-            else remedies.pip("--force-reinstall", f"torch=={_public(installed)}")
+            else install_hints.pip("--force-reinstall", f"torch=={_public(installed)}")
         )
         return Finding("torch", "fail", f"{installed.version}, importing it: {what}", answer.fix(fix), "all")
     details = {key: answer.value[key] for key in ("version", "cuda", "archs")}
@@ -41,17 +41,17 @@ def torch(installed: here.Torch | None, answer: Answer) -> Finding:
         if installed.hip:
             return Finding("torch", "warn", f"{installed.version}, for ROCm: exl does not use it", "", "gpu", details)
         if has_nvidia_card():
-            fix = remedies.torch_with_cuda(installed)
+            fix = install_hints.torch_with_cuda(installed)
             return Finding("torch", "fail", f"{installed.version}, built without CUDA", fix, "gpu", details)
         return Finding("torch", "ok", f"{installed.version}, built without CUDA", "", "gpu", details)
     return Finding("torch", "ok", f"{installed.version}, CUDA {installed.cuda}", details=details)
 
 
-def _public(installed: here.Torch) -> str:
+def _public(installed: environment.Torch) -> str:
     return installed.version.partition("+")[0]
 
 
-def driver(installed: here.Torch | None) -> Finding:
+def driver(installed: environment.Torch | None) -> Finding:
     """The NVIDIA driver."""
     nvml = open_driver()
     if nvml is None:
@@ -107,7 +107,7 @@ def in_container() -> bool:
     return any(Path(marker).exists() for marker in ("/.dockerenv", "/run/.containerenv")) or "container" in os.environ
 
 
-def gpus(answer: Answer, installed: here.Torch | None) -> list[Finding]:
+def gpus(answer: Answer, installed: environment.Torch | None) -> list[Finding]:
     """Each GPU that torch sees."""
     if answer.value is None or installed is None or installed.cuda is None:
         return [Finding("GPU", "skip", "not looked at: torch cannot use one", blocks="gpu")]
@@ -124,7 +124,7 @@ def gpus(answer: Answer, installed: here.Torch | None) -> list[Finding]:
     return findings
 
 
-def _none(why: str, installed: here.Torch) -> Finding:
+def _none(why: str, installed: environment.Torch) -> Finding:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and has_nvidia_card():
         what = f"hidden: CUDA_VISIBLE_DEVICES={hidden}" if hidden else "hidden: CUDA_VISIBLE_DEVICES is empty"
@@ -137,7 +137,7 @@ def _none(why: str, installed: here.Torch) -> Finding:
     )
 
 
-def _gpu(gpu: dict[str, Any], archs: list[str], installed: here.Torch) -> Finding:
+def _gpu(gpu: dict[str, Any], archs: list[str], installed: environment.Torch) -> Finding:
     check = f"GPU {gpu['index']}"
     capability = (int(gpu["capability"][0]), int(gpu["capability"][1]))
     found = f"{gpu['name']}, {sm(capability)}"
@@ -147,7 +147,7 @@ def _gpu(gpu: dict[str, Any], archs: list[str], installed: here.Torch) -> Findin
         what = f"{found}: torch {installed.version} holds code for {', '.join(archs)} only"
         older = capability < min((int(a.split(".")[0]), int(a.split(".")[1][0])) for a in codes)
         fix = "an older CUDA build of torch knows it, cu126 for instance: see pytorch.org, Get Started" if older else ""
-        return Finding(check, "fail", what, fix or remedies.pip("--upgrade", "torch"), "gpu", gpu)
+        return Finding(check, "fail", what, fix or install_hints.pip("--upgrade", "torch"), "gpu", gpu)
     if gpu["free"] is None:
         return Finding(check, "ok", f"{found}, {gib(gpu['total'])}", details=gpu)
     found += f", {gib(gpu['free'])} of {gib(gpu['total'])} free"

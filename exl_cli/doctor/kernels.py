@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 
-from exl_cli.building import remedies
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
+from exl_cli.engines.exllamav2.extension import install_hints
 
 _NAMES = {"flash-attn": "flash-attn", "torch-varlen": "torch's paged attention", "triton": "exl's Triton kernels"}
 _MEANING = {
@@ -30,7 +30,7 @@ def attention(answer: Answer | None) -> Finding:
     if answer.value is None:
         if answer.kind == "error":
             return Finding("Attention", "fail", answer.said, "", "gpu")
-        fix = remedies.pip("flash-attn", verb="uninstall") if has_flash_attn() else "exl --debug run shows where"
+        fix = install_hints.pip("flash-attn", verb="uninstall") if has_flash_attn() else "exl --debug run shows where"
         return Finding("Attention", "fail", f"choosing it {answer.problem}", fix, "gpu")
     decode, prefill = answer.value["decode"], answer.value["prefill"]
     why_not = [f"{name}: {reason}" for name, reason in answer.value["why_not"].items()]
@@ -69,7 +69,7 @@ def flash_attn(answer: Answer | None) -> Finding:
     here = installed("flash-attn") or "of unknown version"
     if answer is None:
         return Finding("flash-attn", "skip", f"{here}, not tried: there is no GPU")
-    remove = remedies.pip("flash-attn", verb="uninstall")
+    remove = install_hints.pip("flash-attn", verb="uninstall")
     if answer.value is None:
         fails = "importing it " + (f"fails: {answer.said}" if answer.kind == "error" else answer.problem)
         # An exception is caught on the way to a model; a crash or a hang is not.
@@ -88,9 +88,9 @@ def triton(answer: Answer | None, chosen: Answer | None) -> Finding:
     if answer is None:
         return Finding("Triton", "skip", f"{here}, not tried: there is no GPU")
     if answer.value is None:
-        fix = remedies.pip("--force-reinstall", "triton")
+        fix = install_hints.pip("--force-reinstall", "triton")
         return Finding("Triton", "warn", f"{here} cannot be imported: {answer.said}", fix)
     reason = (chosen.value or {}).get("why_not", {}).get("triton", "") if chosen else ""
     if reason:
-        return Finding("Triton", "warn", f"{here}: exl's kernels do not run: {reason}", remedies.compiler())
+        return Finding("Triton", "warn", f"{here}: exl's kernels do not run: {reason}", install_hints.compiler())
     return Finding("Triton", "ok", here)

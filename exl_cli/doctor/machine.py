@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from exl_cli import loader
-from exl_cli.building import jobs, remedies
-from exl_cli.console import Console
-from exl_cli.console_models import size
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
+from exl_cli.engines.exllamav2.extension import install_hints, jobs
+from exl_cli.ui.console import Console
+from exl_cli.ui.models import size
 
 _NEWEST_TRIED = (3, 13)
 _GIB = 2**30
@@ -104,6 +104,6 @@ def terminal(console: Console) -> Finding:
 def cpu_engine(answer: Answer) -> Finding:
     """Whether the engine that every machine has can be imported."""
     if answer.value is None:
-        mended = remedies.pip("--upgrade", "transformers", "torch")
+        mended = install_hints.pip("--upgrade", "transformers", "torch")
         return Finding("CPU engine", "fail", f"importing it: {answer.said}", answer.fix(mended), "all")
     return Finding("CPU engine", "ok", f"transformers {answer.value['transformers']}", details=answer.value)

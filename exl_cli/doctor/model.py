@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from exl_cli import loader, memory
-from exl_cli.building import jobs
-from exl_cli.console_models import gib, parameters
+from exl_cli import loader
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
 from exl_cli.engines.exllamav2 import support
-from exl_cli.engines.options import LoadOptions
+from exl_cli.engines.exllamav2.extension import jobs
 from exl_cli.errors import ExlError
-from exl_cli.modelinfo import ModelInfo
+from exl_cli.models import memory
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.ui.models import gib, parameters
 
 Ask = Callable[[str, float, dict[str, Any]], Answer]
 

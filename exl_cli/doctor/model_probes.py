@@ -10,10 +10,10 @@ from exl_cli import loader
 from exl_cli.engines import soundness
 from exl_cli.engines.base import Engine, Summary
 from exl_cli.engines.base import Request as _Request
-from exl_cli.engines.options import LoadOptions
-from exl_cli.modelinfo import ModelInfo
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
-from exl_cli.tokenizer import Tokenizer
 
 # Children's English, which every language model has read.
 _TEXT = (

@@ -56,7 +56,7 @@ def _gpu(index: int, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _readings() -> dict[str, dict[str, Any]]:
     """Memory and processes of each GPU, by its UUID, as the driver tells them."""
-    from exl_cli.nvml import open_driver
+    from exl_cli.system.nvml import open_driver
 
     nvml = open_driver()
     found: dict[str, dict[str, Any]] = {}
@@ -96,7 +96,7 @@ def kernels() -> dict[str, Any]:
 
 def cpu() -> dict[str, Any]:
     """The CPU engine, imported."""
-    importlib.import_module("exl_cli.engines.cpu")
+    importlib.import_module("exl_cli.engines.cpu.engine")
     import transformers
 
     return {"transformers": transformers.__version__}
@@ -106,15 +106,15 @@ def extension(library: str, compute: bool) -> dict[str, Any]:
     """exllamav2's compiled extension, loaded and, where a GPU has room, made to compute."""
     from pathlib import Path
 
-    from exl_cli.building import trial
+    from exl_cli.engines.exllamav2.extension import smoke_test
 
-    module = trial.load(Path(library))
-    return {"gpus": trial.compute(module) if compute else []}
+    module = smoke_test.load(Path(library))
+    return {"gpus": smoke_test.compute(module) if compute else []}
 
 
 def flash_attn() -> dict[str, Any]:
     """flash-attn, imported as exllamav2 imports it."""
-    from exl_cli.engines.exllamav2.door import flash_attn_problem
+    from exl_cli.engines.exllamav2.import_exllamav2 import flash_attn_problem
 
     return {"problem": flash_attn_problem()}
 
@@ -128,7 +128,7 @@ def triton() -> dict[str, Any]:
 
 def attention() -> dict[str, Any]:
     """What will compute attention, each candidate tried on a small case."""
-    from exl_cli.engines.exllamav2.paged_attention import backend
+    from exl_cli.engines.exllamav2.attention.paged import backend
 
     chosen = backend()
     return {"decode": chosen.decode[0], "prefill": chosen.prefill[0], "why_not": chosen.why_not}
@@ -138,7 +138,7 @@ def hub(timeout: float) -> dict[str, Any]:
     """Whether the Hub answers, and who it takes the user for."""
     from huggingface_hub import HfApi, get_session, get_token
 
-    from exl_cli.hub.client import Hub
+    from exl_cli.models.hub.client import Hub
 
     hub = Hub(timeout=timeout)
     answer = get_session().get(f"{hub.endpoint}/api/models?limit=1", timeout=timeout)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from exl_cli.engines.base import Chunk, FinishReason, Request, Summary
 from exl_cli.errors import PromptError
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, conv
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from exl_cli.api.streams import Generation as Response
 from exl_cli.errors import PromptError
 from exl_cli.langchain.local import Call, LocalModel
-from exl_cli.streams import Generation as Response
 
 
 class ChatExLlamaV2(LocalModel, BaseChatModel):

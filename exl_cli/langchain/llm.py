@@ -10,10 +10,10 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import LLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from exl_cli.console_notebook import NotebookConsole
+from exl_cli.api.notebook import NotebookConsole
+from exl_cli.api.streams import Generation as Response
 from exl_cli.langchain.local import Call, LocalModel
 from exl_cli.sampling import Sampling
-from exl_cli.streams import Generation as Response
 
 
 class ExLlamaV2(LocalModel, LLM):

@@ -13,14 +13,16 @@ from typing import Any
 from langchain_core.runnables.config import run_in_executor
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from exl_cli import api, loader, report
-from exl_cli.engines.options import CacheType, EngineChoice, LoadOptions, Speculation
+from exl_cli import loader
+from exl_cli.api import model as api
+from exl_cli.api import records
+from exl_cli.api.settings import choose
+from exl_cli.api.streams import AsyncStream, Generation, Stream
 from exl_cli.errors import UsageError
 from exl_cli.langchain import registry
-from exl_cli.modelinfo import ModelInfo
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
 from exl_cli.sampling import Sampling
-from exl_cli.settings import choose
-from exl_cli.streams import AsyncStream, Generation, Stream
 
 # Arguments of langchain_community's class that handed it parts of exllamav2, and what to use here.
 _REFUSED = {
@@ -65,7 +67,7 @@ class Call:
         return {
             "model_name": self.model_name,
             "model_provider": "exllamav2",
-            **report.summarized(summary),
+            **records.summarized(summary),
             "prompt_tokens_per_second": summary.prompt_rate,
             "generation_tokens_per_second": summary.generation_rate,
             "seed": generation.seed,

@@ -7,10 +7,10 @@ import threading
 import weakref
 from pathlib import Path
 
-from exl_cli import api
-from exl_cli.engines.options import LoadOptions
-from exl_cli.modelinfo import ModelInfo
-from exl_cli.turns import in_engine_thread
+from exl_cli.api import model as api
+from exl_cli.api.engine_thread import in_engine_thread
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
 
 _Key = tuple[Path, LoadOptions]
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from exl_cli.engines.exllamav2.paged_attention import VARIABLE, attend_paged, backend
+from exl_cli.engines.exllamav2.attention.paged import VARIABLE, attend_paged, backend
 from exl_cli.errors import EngineError
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256

@@ -19,9 +19,9 @@ from exl_cli import loader
 from exl_cli.bench.measure import measure
 from exl_cli.bench.plan import Case
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.options import LoadOptions
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
-from exl_cli.tokenizer import Tokenizer
 
 LIMIT = 0.03
 

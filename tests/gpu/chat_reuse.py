@@ -21,11 +21,11 @@ from collections.abc import Sequence
 
 from exl_cli import loader
 from exl_cli.chat.composer import Composer
-from exl_cli.chat.format import load_format
 from exl_cli.engines.base import Engine, Request, Summary
-from exl_cli.engines.options import LoadOptions
+from exl_cli.models.chat_format import load_format
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
-from exl_cli.tokenizer import Tokenizer
 
 _ANSWER = 32
 _COMPARED = 16

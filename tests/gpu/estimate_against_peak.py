@@ -20,11 +20,12 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from exl_cli import loader, memory
+from exl_cli import loader
 from exl_cli.engines.base import Request
-from exl_cli.engines.options import CacheType, LoadOptions
+from exl_cli.models import memory
+from exl_cli.models.load_options import CacheType, LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
-from exl_cli.tokenizer import Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
 

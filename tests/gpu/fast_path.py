@@ -29,9 +29,9 @@ def worker(args: argparse.Namespace) -> None:
 
     from exl_cli import loader
     from exl_cli.engines.base import Request
-    from exl_cli.engines.options import LoadOptions
+    from exl_cli.models.load_options import LoadOptions
+    from exl_cli.models.tokenizer import Tokenizer
     from exl_cli.sampling import Sampling
-    from exl_cli.tokenizer import Tokenizer
 
     class Quiet:
         def note(self, message: str) -> None:

@@ -15,8 +15,8 @@ from exl_cli import loader
 from exl_cli.engines.base import CachedScoring
 from exl_cli.engines.exllamav2.kernels.attending import FILE, NAME, Attending, Plan
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
-from exl_cli.engines.options import LoadOptions
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 

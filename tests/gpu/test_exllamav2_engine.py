@@ -14,10 +14,10 @@ from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.options import LoadOptions
 from exl_cli.errors import OutOfMemoryError, PromptError, UnsupportedModelError, UsageError
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
-from exl_cli.tokenizer import Tokenizer
 
 GOLDEN = [(key, prompt) for key in ("fable-7m-exl2", "fable-7m-gptq") for prompt in (0, 1)]
 IDS = [1, 40, 300, 4000, 17, 250, 999, 31, 2048, 5, 77, 640]

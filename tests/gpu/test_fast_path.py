@@ -14,8 +14,8 @@ from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
 from exl_cli.engines.base import Engine
-from exl_cli.engines.options import LoadOptions
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 NEAR_TIE = 0.05  # of logits, between two kernels' rounding
 

@@ -16,11 +16,11 @@ from quantize import random_exl2, random_gptq
 
 from exl_cli import loader
 from exl_cli.engines.base import CachedScoring
-from exl_cli.engines.exllamav2.kernels import products
+from exl_cli.engines.exllamav2.kernels import quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
-from exl_cli.engines.options import LoadOptions
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 
 def random_matrix(rng: np.random.Generator, kind: str, columns: int) -> tuple[QuantizedMatrix, torch.Tensor]:
@@ -44,17 +44,17 @@ def random_matrix(rng: np.random.Generator, kind: str, columns: int) -> tuple[Qu
     return matrix, torch.from_numpy(weight).cuda()
 
 
-def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: products.Layout) -> torch.Tensor:
+def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: quantized_linear.Layout) -> torch.Tensor:
     """Into poisoned memory; what lies around the result stays as it was."""
     rows = len(x)
-    one = products.Product((matrix,))
-    variant = products.variant(one, rows, layout)
-    kernel = Kernel(products.FILE, products.NAME, variant.defines, x.device, variant.shared_bytes)
+    one = quantized_linear.Product((matrix,))
+    variant = quantized_linear.variant(one, rows, layout)
+    kernel = Kernel(quantized_linear.FILE, quantized_linear.NAME, variant.defines, x.device, variant.shared_bytes)
     # A single row is put in order by the kernel itself.
     ordered = x if matrix.perm is None or rows == 1 else x[:, matrix.perm.long() & 0xFFFF].contiguous()
     out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
-    argument = products.argument(one, rows)
-    products.connect(argument, [ordered], [out])
+    argument = quantized_linear.argument(one, rows)
+    quantized_linear.connect(argument, [ordered], [out])
     launch = kernel.bind((one.blocks(layout),), 32 * layout.warps, argument)
     launch(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
@@ -71,9 +71,9 @@ def test_products_of_random_matrices(kind: str, rows: int) -> None:
         matrix, weight = random_matrix(rng, kind, 32 * int(rng.choice([1, 2, 3, 4, 5, 8, 12])))
         x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
         expected = x.double() @ weight.T
-        for layout in products.layouts(rows):
-            one = products.Product((matrix,))
-            if not one.blocks(layout) or products.variant(one, rows, layout).shared_bytes > 160 * 1024:
+        for layout in quantized_linear.layouts(rows):
+            one = quantized_linear.Product((matrix,))
+            if not one.blocks(layout) or quantized_linear.variant(one, rows, layout).shared_bytes > 160 * 1024:
                 continue
             first, second = (product(matrix, x, layout) for _ in range(2))
             assert float((first - expected).norm() / expected.norm()) < 2e-3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pagedcases import PAGE, TOLERANCE, Built, Case
 
-from exl_cli.engines.exllamav2 import paged_attention
+from exl_cli.engines.exllamav2.attention import paged
 from exl_cli.errors import EngineError
 
 NAMES = ("flash-attn", "torch-varlen", "triton", "torch")
@@ -20,9 +20,9 @@ HEADS = [(8, 2), (32, 8), (28, 4), (8, 1), (4, 4)]
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(paged_attention.VARIABLE, request.param)
+    monkeypatch.setenv(paged.VARIABLE, request.param)
     try:
-        paged_attention.backend()
+        paged.backend()
     except EngineError as error:
         pytest.skip(str(error))
     return str(request.param)
@@ -154,10 +154,10 @@ def test_exllamav2_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(attn, attribute, getattr(attn, attribute))
     monkeypatch.setattr(attn, "flash_attn_with_kvcache", None, raising=False)
-    paged_attention.install_paged()
+    paged.install_paged()
     attn.assert_paged_attn()
     built = Built(Case((700,), 3, window=100, softcap=30.0), "cuda")
-    with paged_attention.at_most(700):
+    with paged.at_most(700):
         out = attn.flash_attn_with_kvcache(
             q=built.q,
             k=built.k,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exl_cli.engines.dry import dry_breakers
-from exl_cli.engines.sampler import Sampler, xtc_protected
+from exl_cli.engines.sampling.dry import dry_breakers
+from exl_cli.engines.sampling.sampler import Sampler, xtc_protected
 from exl_cli.sampling import Sampling
 
 pytestmark = pytest.mark.gpu

@@ -11,14 +11,14 @@ import pytest
 import tinymodels
 import torch
 
-from exl_cli.engines.exllamav2 import door, weights
-from exl_cli.engines.exllamav2.view import folder_for_exllamav2
-from exl_cli.modelinfo import inspect
+from exl_cli.engines.exllamav2 import import_exllamav2, weights
+from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
+from exl_cli.models.info import inspect
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _exllamav2() -> None:
-    door.import_exllamav2()
+    import_exllamav2.import_exllamav2()
 
 
 def tensors(folder: Path, monkeypatch: pytest.MonkeyPatch, *, ahead: bool) -> tuple[dict[str, torch.Tensor], int]:

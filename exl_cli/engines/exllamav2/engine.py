@@ -17,26 +17,27 @@ from typing import Any
 
 import torch
 
-from exl_cli import headstart, memory
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, DeviceMemory, Request
-from exl_cli.engines.exllamav2 import attention, paged_attention, weights
-from exl_cli.engines.exllamav2.attention_trial import Heads
+from exl_cli.engines.exllamav2 import headstart, weights
+from exl_cli.engines.exllamav2.attention import causal, paged
+from exl_cli.engines.exllamav2.attention.backends import unusual
+from exl_cli.engines.exllamav2.attention.smoke_test import Heads
 from exl_cli.engines.exllamav2.batching import Batch
-from exl_cli.engines.exllamav2.drafting import DraftModel
-from exl_cli.engines.exllamav2.faults import free_bytes, translated
+from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
+from exl_cli.engines.exllamav2.cuda_errors import free_bytes, translated
+from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
+from exl_cli.engines.exllamav2.forward_pass import Row
 from exl_cli.engines.exllamav2.kernels import attending
-from exl_cli.engines.exllamav2.ngrams import Ngrams
-from exl_cli.engines.exllamav2.paged_backends import unusual
-from exl_cli.engines.exllamav2.passes import Row
+from exl_cli.engines.exllamav2.prompt_lookup import Ngrams
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
-from exl_cli.engines.exllamav2.view import folder_for_exllamav2
-from exl_cli.engines.options import LoadOptions
-from exl_cli.engines.sampler import Samplers
-from exl_cli.modelinfo import ModelInfo
-from exl_cli.tokenizer import Tokenizer
+from exl_cli.engines.sampling.sampler import Samplers
+from exl_cli.models import memory
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
@@ -189,7 +190,7 @@ def load(
     if options.gpu_split is None:
         tokens = context_length * options.sequences
         memory.check(info, tokens, options.cache, free_bytes(), low_mem=options.low_mem, draft=draft)
-    attention.install()
+    causal.install()
     loaded = _load(info, context_length, options, progress)
     drafter: Drafter | None = Ngrams() if options.speculate == "ngram" else None
     others = []
@@ -227,7 +228,7 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
     heads = _heads(info)
     # As a rule; what is loaded tells more.
     ours = not attending.why_not(*heads, memory.PAGE, quantized_cache=options.cache != "fp16")
-    paged_attention.try_ahead(heads, decodes=not ours)
+    paged.try_ahead(heads, decodes=not ours)
     # exllamav2 prints to stdout, which belongs to the model's text.
     with (
         contextlib.redirect_stdout(sys.stderr),
@@ -236,8 +237,8 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
     ):
         model, cache = _build(folder, context_length, options, progress)
 
-        def backend(decodes: bool) -> paged_attention.Backend:
-            return paged_attention.install_paged(heads, decodes=decodes)
+        def backend(decodes: bool) -> paged.Backend:
+            return paged.install_paged(heads, decodes=decodes)
 
         return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
 

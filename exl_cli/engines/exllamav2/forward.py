@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from exl_cli.engines.exllamav2 import fused, layers
+from exl_cli.engines.exllamav2 import fused_forward, layers
+from exl_cli.engines.exllamav2.attention.paged import Backend
 from exl_cli.engines.exllamav2.embeddings import Embeddings
+from exl_cli.engines.exllamav2.forward_pass import Row
 from exl_cli.engines.exllamav2.graphs import Graphs
 from exl_cli.engines.exllamav2.inputs import Inputs
-from exl_cli.engines.exllamav2.kernels import products
-from exl_cli.engines.exllamav2.modules import ModulesPass
-from exl_cli.engines.exllamav2.paged_attention import Backend
-from exl_cli.engines.exllamav2.passes import Row
+from exl_cli.engines.exllamav2.kernels import quantized_linear
+from exl_cli.engines.exllamav2.modules_forward import ModulesPass
 from exl_cli.errors import EngineError
 
 _LEAST_KEYS = 1024
@@ -42,8 +42,8 @@ class GpuForward:
         backend: what computes attention.
     """
 
-    max_batch = products.MOST_ROWS
-    max_tokens = products.MOST_ROWS
+    max_batch = quantized_linear.MOST_ROWS
+    max_tokens = quantized_linear.MOST_ROWS
 
     def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[bool], Backend]) -> None:
         from exllamav2.device import set_device_streams
@@ -101,12 +101,12 @@ class GpuForward:
                         for table in tables
                     ]
 
-    def _choose(self) -> tuple[ModulesPass | fused.FusedPass, str]:
+    def _choose(self) -> tuple[ModulesPass | fused_forward.FusedPass, str]:
         reason = layers.why_not(self._model)
         if not reason:
             inputs = self._inputs
             try:
-                small = fused.FusedPass(
+                small = fused_forward.FusedPass(
                     self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.table
                 )
                 if not (reason := small.why_not(lambda: self._large.prepare(1))):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.faults import cause
+from exl_cli.engines.exllamav2.cuda_errors import cause
 from exl_cli.errors import EngineError
 
 _log = logging.getLogger(__name__)

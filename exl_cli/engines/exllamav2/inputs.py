@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from exl_cli.engines.exllamav2.embeddings import plain_weights
-from exl_cli.engines.exllamav2.passes import Row
+from exl_cli.engines.exllamav2.forward_pass import Row
 
 # Bytes: no kernel asks for more.
 _ALIGNMENT = 256

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import compiler, products
+from exl_cli.engines.exllamav2.kernels import compiler, quantized_linear
 from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
-from exl_cli.engines.exllamav2.kernels.products import Product
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product
 from exl_cli.errors import EngineError
 
 VARIABLE = "EXL_KERNELS"
@@ -71,7 +71,7 @@ def _attention_why_not(attention: Any, params: Any) -> str:
 
 
 def _mlp_why_not(mlp: Any, params: Any) -> str:
-    if mlp.gate_proj is None or params.mlp_act_func not in products.ACTIVATIONS:
+    if mlp.gate_proj is None or params.mlp_act_func not in quantized_linear.ACTIVATIONS:
         return "its MLP has no gate"
     return _linears_why_not([mlp.gate_proj, mlp.up_proj, mlp.down_proj])
 

@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 from exl_cli.engines.base import Request
 from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.pace import Rate
-from exl_cli.engines.exllamav2.pages import Pages
-from exl_cli.engines.exllamav2.passes import Forward, Row
+from exl_cli.engines.exllamav2.block_manager import Pages
+from exl_cli.engines.exllamav2.draft_length import Rate
+from exl_cli.engines.exllamav2.forward_pass import Forward, Row
 from exl_cli.engines.exllamav2.sequence import Sequence
 from exl_cli.engines.exllamav2.speculation import Drafter, Guess, Speculation
-from exl_cli.engines.sampler import Sampler
+from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.errors import EngineError, PromptError
 
 # Prompt tokens evaluated between two passes of the sequences that are generating.

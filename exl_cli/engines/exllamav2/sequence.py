@@ -8,9 +8,9 @@ from typing import Any
 
 from exl_cli.engines.base import Request
 from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.pace import Account
-from exl_cli.engines.exllamav2.pages import Lease
-from exl_cli.engines.sampler import Sampler
+from exl_cli.engines.exllamav2.block_manager import Lease
+from exl_cli.engines.exllamav2.draft_length import Account
+from exl_cli.engines.sampling.sampler import Sampler
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.pace import Outlook, Pace, Rate
+from exl_cli.engines.exllamav2.draft_length import Outlook, Pace, Rate
 from exl_cli.engines.exllamav2.sequence import Sequence as TokenSequence
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from exl_cli.modelinfo import ModelInfo
+from exl_cli.models.info import ModelInfo
 
 if TYPE_CHECKING:
     import torch

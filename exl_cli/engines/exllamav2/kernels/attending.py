@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from exl_cli.engines.exllamav2.attention.paged import VARIABLE
 from exl_cli.engines.exllamav2.kernels import compiler
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
-from exl_cli.engines.exllamav2.kernels.products import MOST_ROWS
-from exl_cli.engines.exllamav2.kernels.small import RopeArgument
-from exl_cli.engines.exllamav2.paged_attention import VARIABLE
+from exl_cli.engines.exllamav2.kernels.norm_rope import RopeArgument
+from exl_cli.engines.exllamav2.kernels.quantized_linear import MOST_ROWS
 
 FILE, NAME = "attention.cu", "attend"
 HEAD_DIMS = (64, 96, 128)

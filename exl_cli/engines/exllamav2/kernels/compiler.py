@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from exl_cli.building import jobs
+from exl_cli.engines.exllamav2.extension import jobs
 from exl_cli.engines.exllamav2.kernels.ahead import Ahead
 from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
-from exl_cli.storage import user_cache, write_atomically
+from exl_cli.system.files import user_cache, write_atomically
 
 _HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.graphs import captured
-from exl_cli.engines.exllamav2.kernels import compiler, products
+from exl_cli.engines.exllamav2.kernels import compiler, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
-from exl_cli.engines.exllamav2.kernels.products import Product
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product
 from exl_cli.errors import EngineError
-from exl_cli.storage import user_cache, write_atomically
+from exl_cli.system.files import user_cache, write_atomically
 
 # Enough matrices, one after the other, that none is still in the second-level cache when its turn comes again.
 _MORE_THAN_CACHED = 200 << 20
@@ -51,11 +51,11 @@ class Tuner:
         # Stands for this one where a reference to it would keep the model's memory.
         self._owner = object()
         # By kind and most rows.
-        self._chosen: dict[tuple[tuple[object, ...], int], products.Layout] = {}
+        self._chosen: dict[tuple[tuple[object, ...], int], quantized_linear.Layout] = {}
 
     def microseconds(self, product: Product, rows: int) -> float | None:
         """Of a launch in the layout that `layout` chose; None where it measured nothing."""
-        found = self._read().get(_key(product, products.most_rows(rows)), {})
+        found = self._read().get(_key(product, quantized_linear.most_rows(rows)), {})
         times = found.get("microseconds") if isinstance(found, dict) else None
         return min(times.values()) if times else None
 
@@ -77,20 +77,20 @@ class Tuner:
     def begin(self, *rows: int) -> None:
         """Have everything compiled in the background that the products of so many rows want, in this order."""
         known = self._read()
-        wanted: list[products.Variant] = []
-        for most in map(products.most_rows, rows):
+        wanted: list[quantized_linear.Variant] = []
+        for most in map(quantized_linear.most_rows, rows):
             for kind, (product, *_) in self._alike.items():
                 if (kind, most) not in self._chosen:
-                    builds = products.builds(product, most, self._shared_bytes)
+                    builds = quantized_linear.builds(product, most, self._shared_bytes)
                     layout = _settled(product, most, builds, known)
                     wanted += builds.values() if layout is None else [builds[layout]]
-        compiler.begin(products.FILE, [build.defines for build in wanted], self._device, self._owner)
+        compiler.begin(quantized_linear.FILE, [build.defines for build in wanted], self._device, self._owner)
 
     def close(self) -> None:
         """Leave undone what was begun and is not wanted yet."""
         compiler.forget(self._owner)
 
-    def layout(self, product: Product, rows: int) -> products.Layout:
+    def layout(self, product: Product, rows: int) -> quantized_linear.Layout:
         """The fastest layout for a product and all those of its kind; begin what it needs before.
 
         Args:
@@ -100,13 +100,13 @@ class Tuner:
         Raises:
             EngineError: no layout can be built or run here.
         """
-        key = (product.kind, products.most_rows(rows))
+        key = (product.kind, quantized_linear.most_rows(rows))
         if key not in self._chosen:
             self._chosen[key] = self._choose(self._alike[product.kind], key[1])
         return self._chosen[key]
 
-    def _choose(self, alike: Sequence[Product], rows: int) -> products.Layout:
-        builds = products.builds(alike[0], rows, self._shared_bytes)
+    def _choose(self, alike: Sequence[Product], rows: int) -> quantized_linear.Layout:
+        builds = quantized_linear.builds(alike[0], rows, self._shared_bytes)
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
         known = self._read()
@@ -133,13 +133,15 @@ class Tuner:
         return found if isinstance(found, dict) else {}
 
     def _measure(
-        self, alike: Sequence[Product], rows: int, builds: dict[products.Layout, products.Variant]
-    ) -> dict[products.Layout, float]:
+        self, alike: Sequence[Product], rows: int, builds: dict[quantized_linear.Layout, quantized_linear.Variant]
+    ) -> dict[quantized_linear.Layout, float]:
         """Microseconds of a launch, for every layout."""
         # All first: a GPU that had to wait for one would not be as fast with it. From the last on: threads come to the
         # others meanwhile.
         kernels = {
-            layout: Kernel(products.FILE, products.NAME, build.defines, self._device, build.shared_bytes)
+            layout: Kernel(
+                quantized_linear.FILE, quantized_linear.NAME, build.defines, self._device, build.shared_bytes
+            )
             for layout, build in reversed(builds.items())
         }
         matrices = alike[0].matrices
@@ -152,8 +154,8 @@ class Tuner:
             kernel = kernels[layout]
             launches = []
             for product in used:
-                argument = products.argument(product, rows)
-                products.connect(argument, [x] * len(outs), outs)
+                argument = quantized_linear.argument(product, rows)
+                quantized_linear.connect(argument, [x] * len(outs), outs)
                 launches.append(_on_current_stream(kernel.bind((product.blocks(layout),), 32 * layout.warps, argument)))
             times[layout] = _microseconds(launches) / len(used)
         return times
@@ -164,8 +166,11 @@ def _on_current_stream(launch: Launch) -> Callable[[], None]:
 
 
 def _settled(
-    product: Product, rows: int, builds: Mapping[products.Layout, products.Variant], known: Mapping[str, Any]
-) -> products.Layout | None:
+    product: Product,
+    rows: int,
+    builds: Mapping[quantized_linear.Layout, quantized_linear.Variant],
+    known: Mapping[str, Any],
+) -> quantized_linear.Layout | None:
     """The layout to take where it need not be measured: it hardly matters, or it was; otherwise None.
 
     Args:
@@ -176,7 +181,7 @@ def _settled(
     if product.bytes < _WORTH_MEASURING:
         return next(iter(builds), None)
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        layout = products.Layout(*(int(size) for size in known[_key(product, rows)]["layout"]))
+        layout = quantized_linear.Layout(*(int(size) for size in known[_key(product, rows)]["layout"]))
         return layout if layout in builds else None
     return None
 
@@ -187,7 +192,7 @@ def _key(product: Product, rows: int) -> str:
 
 @lru_cache
 def _source_key() -> str:
-    return hashlib.sha256(compiler.source(products.FILE).encode()).hexdigest()[:12]
+    return hashlib.sha256(compiler.source(quantized_linear.FILE).encode()).hexdigest()[:12]
 
 
 def _microseconds(works: Sequence[Callable[[], None]]) -> float:

@@ -1,0 +1,298 @@
+"""The Python API: `from exl_cli import download, load, Sampling`.
+
+    with load("fable-7m") as model:
+        print(model.generate("Once upon a time", seed=1))
+
+What the command line would say on the way (which engine, and why) goes to the logger "exl_cli" instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exl_cli import loader
+from exl_cli.api.engine_thread import Turns
+from exl_cli.api.settings import choose
+from exl_cli.api.streams import AsyncStream, Generation, Stream
+from exl_cli.engines.base import Engine, Request
+from exl_cli.engines.driver import check_fits
+from exl_cli.errors import UsageError
+from exl_cli.models.chat_format import Format, load_format
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.sampling import Sampling
+from exl_cli.system import readings
+
+Messages = Sequence[Mapping[str, Any]]
+
+_log = logging.getLogger("exl_cli")
+
+
+class _LogObserver:
+    """A `loader.Observer` that writes to the log."""
+
+    def note(self, message: str) -> None:
+        _log.info(message)
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+
+def load(
+    model: str | Path,
+    *,
+    engine: EngineChoice = "auto",
+    max_seq_len: int | None = None,
+    cache: CacheType = "fp16",
+    gpu_split: Sequence[float] | None = None,
+    low_mem: bool = False,
+    speculate: Speculation = "off",
+    draft: str | Path | None = None,
+    models_dir: str | Path | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+        model: a folder, a downloaded "owner/name[:revision]", or "fable-7m", the built-in model.
+        engine: "exllamav2", "cpu", or "auto", which takes exllamav2 where a GPU and the model allow it.
+        max_seq_len: context to allocate, in tokens; None for 4,096 or, if that is less, what the model was made for.
+        cache: type of the KV cache on the GPU: "fp16", "q8", "q6" or "q4".
+        gpu_split: GiB of weights per GPU; None to fill the GPUs one after the other.
+        low_mem: evaluate prompts in smaller pieces, for less scratch memory.
+        speculate: "ngram" to guess tokens from what was said before and to verify several in one pass, on exllamav2.
+        draft: a smaller model of the same vocabulary to guess them, given as `model` is; None for none.
+        models_dir: the folder of downloaded models; None for `EXL_MODELS_DIR`, else the user's data folder.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, DamagedModelError: see `loader.resolve`.
+        EngineError, OutOfMemoryError, UsageError: see `loader.load`.
+    """
+    options = LoadOptions(
+        engine=engine,
+        max_seq_len=max_seq_len,
+        cache=cache,
+        gpu_split=None if gpu_split is None else tuple(gpu_split),
+        low_mem=low_mem,
+        speculate=speculate,
+        draft=None if draft is None else str(draft),
+    )
+    models = None if models_dir is None else Path(models_dir)
+    return load_resolved(loader.resolve(str(model), models), loader.with_draft(options, models))
+
+
+def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:
+    """`load` for a model that `loader.resolve` has found."""
+    tokenizer = Tokenizer(info.path)
+    model = Model(info, tokenizer, loader.load(info, tokenizer, options, _LogObserver()))
+    _log.info("loaded %s (%s) with engine %s", info.name, info.format_name, model.facts["engine"])
+    return model
+
+
+class Model:
+    """A loaded model; close it, or use it in a `with` block, to have its memory back.
+
+    It may be used from any number of threads. How many generations run at a time is the engine's: see `turns`.
+
+    Args:
+        info: what the model is.
+        tokenizer: its tokenizer.
+        engine: the loaded engine, which belongs to this object from now on.
+
+    Attributes:
+        info: what the model is.
+        context_length: the most tokens that prompt and response may have together.
+    """
+
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.info = info
+        self.context_length = engine.context_length
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._turns = Turns(engine)
+        self._format: Format | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The engine's name, device, attention, cache and the like, in words, as things stand."""
+        return {"engine": self._engine.name, **self._engine.facts}
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        max_new_tokens: int = 150,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """The whole response at once. Arguments and errors are those of `stream`, and of iterating over it."""
+        with self.stream(
+            prompt,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            timeout=timeout,
+            **settings,
+        ) as stream:
+            return stream.result()
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        *,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        max_new_tokens: int = 150,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> Stream:
+        """The response piece by piece; `Stream.result` has the whole of it and its timings.
+
+        Args:
+            prompt: text, to be continued as it is; or messages, each with "role" and "content", which go through the
+                model's chat template, or where it has none are written as plain turns (`chat.format.PlainFormat`).
+            sampling: how tokens are chosen: a `Sampling`, some of its fields by name, or exllamav2's own settings
+                object. The rest comes from the model's generation_config.json, else from the defaults of `Sampling`.
+            max_new_tokens: the most tokens to generate.
+            stop: text, or several, that ends the response and is not part of it; upper and lower case matter.
+            seed: the same seed gives the same text (see `engines.base.Request`); None for a random one.
+            timeout: seconds until the whole response must be there, waiting for a turn included; None for no limit.
+            **settings: fields of `Sampling`, on top of `sampling`.
+
+        Raises:
+            PromptError: the prompt is empty, does not fit the context, or the chat template does not take it.
+            UsageError: an unknown setting or an illegal value.
+            EngineError: the model is closed.
+        """
+        return Stream(self._turns, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
+
+    def astream(
+        self,
+        prompt: str | Messages,
+        *,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        max_new_tokens: int = 150,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> AsyncStream:
+        """`stream` for asyncio: `async for` over it, or `await` its `result()`."""
+        return AsyncStream(self._turns, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
+
+    def encode(self, prompt: str | Messages) -> list[int]:
+        """The token ids that a prompt comes to, those that the model expects around it included.
+
+        Raises:
+            PromptError: the chat template does not take the messages.
+        """
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt, add_special_tokens=True)
+        format_ = self._chat_format()
+        return self._tokenizer.encode(format_.render(prompt), add_special_tokens=format_.add_special_tokens)
+
+    def memory(self) -> list[readings.GpuReading]:
+        """Readings of the GPUs in use; empty where there is none."""
+        return [] if self.closed else readings.read_gpus(self._engine.memory())
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._turns.closed
+
+    def close(self, *, wait: bool = True) -> None:
+        """Cancel what is being generated and give the memory back; closing twice is fine.
+
+        Args:
+            wait: return only once the memory is free.
+        """
+        if not self.closed:
+            _log.info("closing %s", self.info.name)
+        self._turns.close(wait=wait)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _chat_format(self) -> Format:
+        if self._format is None:
+            self._format = load_format(self.info.path)
+        return self._format
+
+    def _request(
+        self,
+        prompt: str | Messages,
+        sampling: Any,
+        max_new_tokens: int,
+        stop: str | Sequence[str],
+        seed: int | None,
+        settings: Mapping[str, Any],
+    ) -> Request:
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
+        stops = [stop] if isinstance(stop, str) else [*stop] if isinstance(stop, Iterable) else [stop]
+        if not all(isinstance(text, str) for text in stops):
+            raise UsageError(f"stop must be a text or a list of texts, got {stop!r}")
+        if not isinstance(prompt, str):
+            stops += self._chat_format().stops
+        ids = self.encode(prompt)
+        check_fits(len(ids), self.context_length)
+        return Request(
+            ids=ids,
+            sampling=choose(self.info.generation_config, sampling, settings),
+            max_new_tokens=max_new_tokens,
+            seed=secrets.randbits(31) if seed is None else seed,
+            stop_strings=tuple(stops),
+            stop_ids=self._tokenizer.eos_ids,
+        )
+
+
+def download(
+    model_name: str,
+    models_dir: str | Path = "./models/",
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Download a model unless it is there. "owner/name" is in `models_dir/owner_name`, as in LangChain's notebook.
+
+    Says on stdout when the model is there already, and then touches no network; shows on stderr how a download goes.
+
+    Args:
+        model_name: "owner/name" or "owner/name:revision".
+        models_dir: where downloaded models are; made if need be.
+        revision: a branch, tag or commit, as the quantizations of EXL2 repositories; anything but main has a folder of
+            its own, `owner_name@revision`.
+        token: for gated models; None for the one that huggingface_hub is logged in with.
+
+    Returns:
+        The model's folder, to be given to `load`.
+
+    Raises:
+        UsageError: not the name of a repository.
+        DownloadError, DiskError: see `hub.download`.
+    """
+    from exl_cli.api.notebook import NotebookConsole
+    from exl_cli.cli import fetching
+    from exl_cli.models.hub import names, plan
+    from exl_cli.ui.console import Console
+
+    repository = names.require(model_name, revision)
+    wanted = plan.Wanted(repository, Path(models_dir))
+    if plan.already(wanted):
+        NotebookConsole().already_there(model_name)
+    else:
+        fetching.fetch(wanted, Console(), token)
+    return f"{str(models_dir).rstrip('/')}/{repository.folder}"

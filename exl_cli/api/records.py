@@ -1,0 +1,88 @@
+"""The JSON that commands print: plain dictionaries with the same names everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import exl_cli
+from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.prompt import Prompt
+from exl_cli.system.readings import GpuReading, HostReading
+
+_SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
+
+
+def model(info: ModelInfo) -> dict[str, Any]:
+    """Facts of a model, sizes in bytes and tokens."""
+    return {
+        "name": info.name,
+        "path": str(info.path),
+        "format": info.format,
+        "format_name": info.format_name,
+        "architecture": info.architecture,
+        "parameters": info.parameters,
+        "bits_per_weight": round(info.bits_per_weight, 3),
+        "context_length": info.context_length,
+        "size_bytes": info.size_bytes,
+        "chat_template": info.has_chat_template,
+    }
+
+
+def summarized(summary: Summary) -> dict[str, Any]:
+    """A summary's fields; those about speculation only where there was some."""
+    left_out = () if summary.drafted_tokens else _SPECULATION
+    return {name: value for name, value in asdict(summary).items() if name not in left_out}
+
+
+def limit(summary: Summary, context_length: int) -> Literal["context", "max_new_tokens"] | None:
+    """What cut a response off; None where nothing did. Where both would have, it is the context, which more tokens
+    asked for cannot change."""
+    if summary.finish_reason != "length":
+        return None
+    return "context" if summary.prompt_tokens + summary.new_tokens >= context_length else "max_new_tokens"
+
+
+def prompt(rendered: Prompt, ids: Sequence[int]) -> dict[str, Any]:
+    """A prompt as the model would be given it, with the names of `generation`."""
+    return {**rendered.variables, "prompt": rendered.text, "prompt_tokens": len(ids), "prompt_ids": list(ids)}
+
+
+def generation(
+    info: ModelInfo,
+    engine: Engine,
+    request: Request,
+    variables: Mapping[str, str],
+    text: str,
+    summary: Summary,
+    load_seconds: float,
+    gpus: Sequence[GpuReading],
+    host: HostReading,
+) -> dict[str, Any]:
+    """One response: the template's variables, the text and every number; seconds, tokens and bytes throughout."""
+    return {
+        **variables,
+        "text": text,
+        "finish_reason": summary.finish_reason,
+        "limit": limit(summary, engine.context_length),
+        "prompt_tokens": summary.prompt_tokens,
+        "reused_tokens": summary.reused_tokens,
+        "new_tokens": summary.new_tokens,
+        **{name: value for name, value in summarized(summary).items() if name in _SPECULATION},
+        "load_seconds": round(load_seconds, 6),
+        "prompt_seconds": round(summary.prompt_seconds, 6),
+        "generation_seconds": round(summary.generation_seconds, 6),
+        "first_token_seconds": round(summary.first_token_seconds, 6),
+        "prompt_tokens_per_second": round(summary.prompt_rate, 3),
+        "generation_tokens_per_second": round(summary.generation_rate, 3),
+        "seed": request.seed,
+        "max_new_tokens": request.max_new_tokens,
+        "stop": list(request.stop_strings),
+        "sampling": request.sampling.to_dict(),
+        "model": model(info),
+        "engine": {"name": engine.name, "context_length": engine.context_length, **engine.facts},
+        "memory": {"host": host.to_dict(), "gpus": [gpu.to_dict() for gpu in gpus]},
+        "exl_version": exl_cli.__version__,
+    }

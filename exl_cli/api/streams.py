@@ -1,0 +1,198 @@
+"""A response as it comes, to be read by a thread or by an event loop, and the whole of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+from exl_cli.api.engine_thread import Job, Turns
+from exl_cli.engines.base import Chunk, Request, Summary
+from exl_cli.errors import EngineError
+
+# None wakes whoever waits for the next one: the stream was closed.
+Item = Chunk | BaseException | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A response.
+
+    Attributes:
+        text: all of it, stop strings and special tokens left out.
+        token_ids: its tokens, an end-of-sequence token included.
+        seed: what to give as `seed` to get it again.
+        summary: why it ended and how long its parts took; see `engines.base.Summary`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    seed: int
+    summary: Summary
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Reader:
+    """What both kinds of stream do alike: collect the response, keep the time, cancel the job."""
+
+    def __init__(self, turns: Turns, request: Request, deliver: Callable[[Item], None], timeout: float | None) -> None:
+        self._closed = False
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._generation: Generation | None = None
+        self._deliver = deliver
+        self._job = Job(request, deliver)
+        turns.submit(self._job)
+
+    def close(self) -> None:
+        """Cancel what has not come yet; nothing happens after the end. May be called from any thread."""
+        self._closed = True
+        self._job.cancel()
+        self._deliver(None)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_job"):
+            self.close()
+
+    def _is_open(self) -> bool:
+        return self._generation is None and not self._closed
+
+    def _add(self, item: Item) -> str:
+        """Collect what was delivered; the text that it brought."""
+        if item is None:
+            return ""
+        if isinstance(item, BaseException):
+            raise item
+        self._text.append(item.text)
+        self._ids += item.token_ids
+        if item.summary is not None and not self._closed:
+            if item.summary.finish_reason == "cancelled":
+                # Not by whoever reads this: a part must not pass for the whole.
+                raise EngineError("the model was closed before the response was complete", "keep it open until then")
+            self._generation = Generation("".join(self._text), tuple(self._ids), self._job.request.seed, item.summary)
+        return item.text
+
+    def _remaining(self) -> float | None:
+        """Seconds left, at least 0; None without a limit."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def _too_late(self) -> TimeoutError:
+        return TimeoutError(f"no complete response within {self._timeout:g} seconds")
+
+    def _complete(self) -> Generation:
+        if self._generation is None:
+            raise EngineError("the stream was closed before the response was complete", "read it to its end")
+        return self._generation
+
+
+class Stream(_Reader, Iterator[str]):
+    """The text of one response, piece by piece, never an empty one.
+
+    It is generated in the background from the moment that this object exists. Leaving the loop early and dropping the
+    object, closing it, or leaving its `with` block cancels what is left.
+
+    Raises, on iterating:
+        EngineError: the model was closed meanwhile, or the engine failed.
+        UsageError: the engine has no such sampler setting.
+        OutOfMemoryError: the device ran out of memory.
+        TimeoutError: the time given was not enough.
+    """
+
+    def __init__(self, turns: Turns, request: Request, timeout: float | None = None) -> None:
+        self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        super().__init__(turns, request, self._inbox.put, timeout)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        self._job.consumer = threading.current_thread()
+        while self._is_open():
+            if text := self._receive():
+                return text
+        raise StopIteration
+
+    def result(self) -> Generation:
+        """The whole response, once all of it has come; what was iterated over already is part of it.
+
+        Raises:
+            EngineError: the stream was closed before its end. And all that iterating raises.
+        """
+        for _ in self:
+            pass
+        return self._complete()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self) -> str:
+        try:
+            return self._add(self._inbox.get(timeout=self._remaining()))
+        except queue.Empty:
+            self.close()
+            raise self._too_late() from None
+        except BaseException:
+            self.close()
+            raise
+
+
+class AsyncStream(_Reader, AsyncIterator[str]):
+    """`Stream` for an event loop: no thread waits while the model works. To be made and read on the loop's thread."""
+
+    def __init__(self, turns: Turns, request: Request, timeout: float | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Item] = asyncio.Queue()
+
+        def deliver(item: Item) -> None:
+            try:
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+            except RuntimeError:  # the loop is closed: nobody will read this
+                request.cancel.set()
+
+        self._inbox = inbox
+        super().__init__(turns, request, deliver, timeout)
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> str:
+        while self._is_open():
+            if text := await self._receive():
+                return text
+        raise StopAsyncIteration
+
+    async def result(self) -> Generation:
+        """See `Stream.result`."""
+        async for _ in self:
+            pass
+        return self._complete()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    async def _receive(self) -> str:
+        try:
+            if self._remaining() == 0:
+                await asyncio.sleep(0)  # what came while the loop was busy is in time
+            if self._inbox.empty():
+                return self._add(await asyncio.wait_for(self._inbox.get(), self._remaining()))
+            return self._add(self._inbox.get_nowait())
+        except asyncio.TimeoutError:  # not the built-in one yet in Python 3.10
+            self.close()
+            raise self._too_late() from None
+        except BaseException:  # a cancelled task among them
+            self.close()
+            raise

@@ -1,0 +1,153 @@
+"""The Typer app and its one error boundary."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+import exl_cli
+from exl_cli.cli import (
+    bench,
+    build,
+    chat,
+    doctor,
+    download,
+    list_models,
+    remove,
+    run,
+    show,
+    standard_streams,
+    usage,
+)
+from exl_cli.cli.state import State
+from exl_cli.errors import ExitCode, ExlError
+from exl_cli.ui.console import Console, abandon_stdout
+
+
+class _Command(typer.core.TyperCommand):
+    """Shows its switches without a type."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain_switches(super().get_params(ctx))
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns what a command raises into a line on stderr and an exit code."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain_switches(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise usage.unknown_command(args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+    def main(  # type: ignore[override]
+        self, args: Any = None, prog_name: Any = None, *, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
+        """As ever, but for what goes wrong before a command is reached: it ends in a line on stderr too."""
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except usage.RawUsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # how newer Typers show the help of a bare `exl`
+                typer.echo(str(error), err=True)
+                sys.exit(ExitCode.USAGE)
+            code = _say(usage.explain(error, None))
+        except ExlError as error:
+            code = _say(error)
+        except BrokenPipeError:
+            abandon_stdout()
+            code = ExitCode.BROKEN_PIPE
+        except typer.Abort:
+            code = _say(ExlError("stopped: the input ended"))
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        state: State = ctx.ensure_object(State)
+        try:
+            return super().invoke(ctx)
+        except usage.RawUsageError as error:
+            raise typer.Exit(_say(usage.explain(error, ctx.invoked_subcommand))) from error
+        except ExlError as error:
+            if state.debug:
+                Console().traceback(error)
+            raise typer.Exit(_say(error)) from error
+        except BrokenPipeError as error:
+            abandon_stdout()
+            raise typer.Exit(ExitCode.BROKEN_PIPE) from error
+        except (typer.Exit, typer.Abort, KeyboardInterrupt, EOFError):
+            raise
+        except Exception as error:
+            if state.debug or type(error).__module__.partition(".")[0] in ("typer", "click"):
+                raise
+            Console().bug(error)
+            raise typer.Exit(ExitCode.INTERNAL) from error
+
+
+def _say(error: ExlError) -> int:
+    """Show an error; the exit code that it stands for."""
+    Console().error(error)
+    return error.exit_code
+
+
+def _plain_switches(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+app = typer.Typer(
+    name="exl",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"exl {exl_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", envvar="EXL_DEBUG", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Run GPTQ and EXL2 language models on your own GPU, or on any CPU."""
+    ctx.ensure_object(State).debug = debug
+
+
+app.command("run", cls=_Command)(run.run)
+app.command("bench", cls=_Command)(bench.bench)
+app.command("chat", cls=_Command)(chat.chat)
+app.command("download", cls=_Command)(download.download)
+app.command("list", cls=_Command)(list_models.list_models)
+app.command("show", cls=_Command)(show.show)
+app.command("rm", cls=_Command)(remove.remove)
+app.command("doctor", cls=_Command)(doctor.doctor)
+app.command("build", cls=_Command)(build.build)
+
+
+def main() -> None:
+    """The `exl` command."""
+    standard_streams.prepare()
+    try:
+        app()
+    finally:
+        # Python waits for threads that are at something yet, a second at most; interrupted, it would show frames.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        standard_streams.finish()

@@ -1,0 +1,99 @@
+"""`exl build`: compile exllamav2's extension on purpose and in the open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl_cli.cli.options import Json, Quiet
+from exl_cli.engines.exllamav2.extension import build as building
+from exl_cli.engines.exllamav2.extension import compiled, environment
+from exl_cli.engines.exllamav2.extension import wheel as carry
+from exl_cli.errors import DiskError, UsageError
+from exl_cli.system.interrupts import insist_on_interrupt
+from exl_cli.ui.build import Build, clock_time
+from exl_cli.ui.console import Console
+
+
+def build(
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch", metavar="LIST", help="Compile for these GPUs, as 8.6 or sm_86,sm_90 [dim]\\[those here][/dim]."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Also write it there as a wheel: on another machine with the same Python, torch and kind of GPU, "
+            "pip install FOLDER/exllamav2_ext-….whl.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Compilers at once [dim]\\[as cores and memory allow][/dim]."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile everything again.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compile exllamav2's CUDA extension for this machine's GPU; once, a few minutes."""
+    console = Console(quiet=quiet)
+    archs = _archs(arch)
+    torch = building.torch_for_cuda()
+    gpus = environment.capabilities()
+    folder = environment.build_folder(torch)
+    if archs and (missing := compiled.uncovered(archs, gpus)):
+        if out is None:
+            raise UsageError(
+                f"--arch {arch} leaves out the GPU that is here ({compiled.sm(missing[0])})",
+                f"add --out FOLDER to carry the result to another machine, or {compiled.sm(missing[0])} to the list",
+            )
+        # What this machine has stays as it is.
+        folder = folder.parent / f"for-{'-'.join(archs)}" / compiled.MODULE
+        gpus = []
+    found = compiled.compiled(folder, torch, gpus)
+    if found.usable and found.facts and found.path and not force and set(archs) <= set(found.facts.archs):
+        library, facts = found.path, found.facts
+        building.remove_stale_lock(folder, console.note)
+        console.note(
+            f"already compiled for {compiled.spoken(facts.archs)}, on {facts.built[:10]} (--force does it again)"
+        )
+    else:
+        with Build(console) as shown, insist_on_interrupt():
+            result = building.build(building.Order(archs, jobs, force, folder), shown)
+        library, facts = result.path, result.facts
+        where = f", tried on {', '.join(result.gpus)}" if result.gpus else ""
+        console.note(
+            f"compiled exllamav2's extension for {compiled.spoken(facts.archs)} in {clock_time(facts.seconds)}: "
+            f"{result.compiled} files{where}; log: {result.log}"
+        )
+    wheel = _carry(library, facts, out) if out is not None else None
+    if wheel:
+        console.note(f"on the other machine: pip install {wheel.name}")
+    if as_json:
+        console.data({"library": str(library), "wheel": str(wheel) if wheel else None, **facts.to_dict()})
+    else:
+        console.text(f"{wheel or library}\n")
+
+
+def _archs(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    try:
+        return compiled.parse_archs(text)
+    except ValueError as error:
+        raise UsageError(f"--arch {str(error)!r} is no GPU architecture", "write it as 8.6 or sm_86") from error
+
+
+def _carry(library: Path, facts: compiled.Facts, folder: Path) -> Path:
+    try:
+        return carry.write_wheel(library, facts, folder)
+    except OSError as error:
+        raise DiskError(
+            f"cannot write the wheel to {folder}: {error.strerror or error}", "give another --out"
+        ) from error

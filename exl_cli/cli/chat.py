@@ -1,0 +1,195 @@
+"""`exl chat`: a conversation."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from exl_cli import loader
+from exl_cli.chat.loop import Chat, Source, converse
+from exl_cli.chat.partner import Host, Model
+from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
+from exl_cli.chat.store import SessionStore, data_dir
+from exl_cli.cli.inputs import check_text
+from exl_cli.cli.options import Model as ModelArgument
+from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, with_loading, with_sampling
+from exl_cli.cli.state import State
+from exl_cli.errors import ModelNotFoundError, UsageError
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.session import Session
+from exl_cli.ui.chat import ChatConsole
+from exl_cli.ui.source import PlainSource
+
+_PANEL = "Conversation"
+
+
+@with_sampling
+@with_loading
+def chat(
+    ctx: typer.Context,
+    loading: LoadOptions,
+    sampling: SamplingFlags,
+    model: ModelArgument = None,
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", help="System message.", rich_help_panel=_PANEL)
+    ] = None,
+    session: Annotated[
+        str | None,
+        typer.Option("--session", metavar="NAME", help="Go on with this session, or begin it.", rich_help_panel=_PANEL),
+    ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", "-c", help="Go on with the last session.", rich_help_panel=_PANEL)
+    ] = False,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Write nothing to disk.", rich_help_panel=_PANEL)] = False,
+    on_overflow: Annotated[
+        Overflow | None,
+        typer.Option(
+            "--on-overflow",
+            help="When the context is full: drop the oldest turns, or say so and stop. \\[trim]",
+            rich_help_panel=_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            help=f"Most tokens of one answer. \\[{DEFAULT_NEW_TOKENS}]",
+            show_default=False,
+        ),
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer at this text; repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Same seed, same conversation; random when not given.")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Render answers as Markdown, on a terminal.", rich_help_panel=_PANEL)
+    ] = False,
+    hide_thinking: Annotated[
+        bool, typer.Option("--hide-thinking", help="Do not show the model's reasoning.", rich_help_panel=_PANEL)
+    ] = False,
+    models_dir: ModelsDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Talk with a model; /help there lists what can be done.
+
+    Lines come from the terminal, or from a pipe: one line is one message or command, and \"\"\" begins and ends a
+    message of several lines. Answers go to stdout, everything else to stderr. Sessions are kept in EXL_DATA_DIR, or in
+    the user's data folder.
+    """
+    state: State = ctx.obj
+    check_text(("--system", system), ("--stop", stop))
+    console = ChatConsole(quiet=quiet)
+    store = SessionStore(data_dir() / "sessions")
+    found = _session(store, session, go_on=go_on)
+    if system is not None:
+        found.system = system
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+        "on_overflow": on_overflow,
+        "thinking": False if hide_thinking else None,
+        "markdown": markdown or None,
+    }
+    settings = _settings(found, sampling, {name: value for name, value in given.items() if value is not None})
+    host = Host(state.load, loader.with_draft(loading, models_dir), models_dir, console)
+    opened = _find(host, model, found)
+    if found.system is not None:
+        opened.format.render([*found.messages(0, 0), {"role": "user", "content": "Hello"}])
+    partner = host.load(opened)
+    interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+    talk = Chat(
+        host,
+        partner,
+        found,
+        settings,
+        console,
+        store,
+        saving=not no_save,
+        interactive=interactive,
+        debug=state.debug,
+    )
+    try:
+        if found.turns:
+            console.resumed(found)
+        elif interactive:
+            console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
+        with _leaving_in_order():
+            converse(talk, _source(talk, interactive=interactive, keep_history=not no_save))
+    finally:
+        talk.talk.partner.engine.close()
+    if talk.exit_code:
+        raise typer.Exit(talk.exit_code)
+
+
+def _session(store: SessionStore, name: str | None, *, go_on: bool) -> Session:
+    if name is not None and go_on:
+        raise UsageError("--session and --continue both choose the session", "use one of them")
+    if go_on:
+        names = store.names()
+        if not names:
+            raise UsageError(f"there is no saved session in {store.folder}", "begin one without --continue")
+        return store.load(names[0])
+    if name is None:
+        return Session()
+    return store.load(name) if store.exists(name) else Session(name=name)
+
+
+def _find(host: Host, name: str | None, session: Session) -> Model:
+    """The model asked for, else the one that the session was with, else the built-in one."""
+    try:
+        return host.find(name or session.model or None)
+    except loader.SentenceError as error:
+        if name is None:
+            raise
+        hint = "if that is a message, start exl chat without it and type it there"
+        raise ModelNotFoundError(error.message, hint) from error
+    except ModelNotFoundError as error:
+        if name is not None:
+            raise
+        hint = f"exl chat MODEL --session {session.name} goes on with another"
+        raise ModelNotFoundError(f"{error.message}, which {session.name} was with", hint) from error
+
+
+def _settings(session: Session, flags: SamplingFlags, given: dict[str, object]) -> Settings:
+    """What the session was set to, with the flags on top."""
+    settings = from_dict(session.settings)
+    if flags.preset is not None:
+        settings = settings.with_preset(flags.preset)
+    before = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
+    return Settings(**{**before, "given": {**settings.given, **flags.given}, **given})
+
+
+def _source(talk: Chat, *, interactive: bool, keep_history: bool) -> Source:
+    if not (interactive and sys.stderr.isatty()):
+        return PlainSource()
+    if talk.console.err.is_dumb_terminal:
+        return PlainSource(talk.console.ask)
+    from exl_cli.ui.terminal import TerminalSource
+
+    return TerminalSource(talk, data_dir() / "chat_history" if keep_history else None)
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Within it, a closed terminal or a polite kill leaves through every `finally`: what came of an answer is kept."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

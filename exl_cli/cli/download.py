@@ -1,0 +1,171 @@
+"""`exl download`: a model from the Hub, or a look at what there is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from exl_cli import loader
+from exl_cli.cli import fetching
+from exl_cli.cli.options import Json, ModelsDir, Quiet
+from exl_cli.errors import UsageError
+from exl_cli.models import memory
+from exl_cli.models.hub import names
+from exl_cli.models.hub.listing import Choice
+from exl_cli.models.hub.plan import Outcome, Plan, Wanted
+from exl_cli.models.load_options import CacheType, parse_gpu_split
+from exl_cli.ui import models, transfers
+from exl_cli.ui.console import Console
+
+_FILES = "Files"
+_BRANCHES = "With --branches"
+
+
+def download(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="owner/name or owner/name:revision.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include", help="Files that match, instead of exl's choice; repeatable.", rich_help_panel=_FILES
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="Leave out files that match; repeatable.", rich_help_panel=_FILES),
+    ] = None,
+    token: Annotated[str | None, typer.Option("--token", help="Access token, instead of hf auth login's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch everything anew, from the newest commit.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read what is here again and compare hashes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and what of them is here.")] = False,
+    branches: Annotated[
+        bool, typer.Option("--branches", help="Show the branches: bits, bytes, GPU memory.", rich_help_panel=_BRANCHES)
+    ] = False,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Tokens to estimate GPU memory for.", rich_help_panel=_BRANCHES)
+    ] = 4096,
+    cache: Annotated[
+        CacheType, typer.Option("--cache", help="KV cache to estimate GPU memory for.", rich_help_panel=_BRANCHES)
+    ] = "fp16",
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            "--vram",
+            metavar="GIB",
+            help="GPU memory to fit, as 24 or 24,24 [the GPUs here].",
+            rich_help_panel=_BRANCHES,
+        ),
+    ] = None,
+    models_dir: ModelsDir = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Download a model from the Hub: the files that inference needs, resumed wherever it stopped.
+
+    Prints the folder on stdout.
+    """
+    console = Console(quiet=quiet)
+    repository = names.require(model, revision)
+    if branches:
+        _branches(console, repository, token, context, cache, vram, as_json)
+        return
+    choice = Choice(tuple(include or ()), tuple(exclude or ()))
+    wanted = Wanted(repository, loader.models_dir(models_dir), choice, force, verify)
+    if dry_run:
+        _dry_run(console, wanted, token, as_json)
+        return
+    outcome = fetching.fetch(wanted, console, token)
+    transfers.finished(console, outcome)
+    if as_json:
+        console.data(_outcome(outcome))
+    else:
+        console.text(f"{outcome.wanted.folder}\n")
+
+
+def _branches(
+    console: Console,
+    repository: names.Repository,
+    token: str | None,
+    context: int,
+    cache: CacheType,
+    vram: str | None,
+    as_json: bool,
+) -> None:
+    from exl_cli.models.hub.branches import describe
+    from exl_cli.models.hub.client import Hub
+
+    if vram is None:
+        gpus = memory.gpus()
+        cards = [gpu.total for gpu in gpus]
+        where = " + ".join(f"{gpu.name}, {models.gib(gpu.total)}" for gpu in gpus)
+        note = f"fits: on {where}" if gpus else "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB"
+    else:
+        cards = _cards(vram)
+        note = f"fits: in {' + '.join(models.gib(card) for card in cards)}"
+    found = describe(Hub(token, console.note), repository, context, cache, cards)
+    if as_json:
+        console.data([asdict(branch) for branch in found])
+        return
+    models.show(console, models.branches_table(found, context, cache))
+    console.note(note)
+
+
+def _cards(text: str) -> list[int]:
+    try:
+        sizes = parse_gpu_split(text)
+    except UsageError:
+        sizes = None
+    if sizes is None:
+        raise UsageError(f"--vram {text!r} is not a number of GiB", "write it as 24, or 24,24 for two GPUs")
+    return [round(gib * memory.GIB) for gib in sizes]
+
+
+def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool) -> None:
+    from exl_cli.models.hub.client import Hub
+    from exl_cli.models.hub.plan import prepare
+
+    plan = prepare(Hub(token, console.note), wanted, console.note)
+    if as_json:
+        console.data(_plan(plan))
+        return
+    models.show(console, models.files_table(plan))
+    remaining, total = models.size(plan.remaining), models.size(plan.total)
+    console.note(f"{len(plan.items)} files, {total}; {remaining} to download to {wanted.folder}")
+    if plan.left_out:
+        console.note(plan.left_out)
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    return {
+        **_place(plan.wanted, plan.listing.commit),
+        "total_bytes": plan.total,
+        "remaining_bytes": plan.remaining,
+        "left_out": list(plan.pickles),
+        "files": [
+            {"name": item.file.name, "bytes": item.file.size, "bytes_here": item.bytes_here, "state": item.state}
+            for item in plan.items
+        ],
+    }
+
+
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    return {
+        **_place(outcome.wanted, outcome.commit),
+        "total_bytes": outcome.total,
+        "downloaded_bytes": outcome.fetched_bytes,
+        "seconds": round(outcome.seconds, 3),
+        "files": [{"name": file.name, "bytes": file.size, "sha256": file.sha256 or None} for file in outcome.files],
+    }
+
+
+def _place(wanted: Wanted, commit: str) -> dict[str, Any]:
+    repository = wanted.repository
+    return {
+        "repository": repository.id,
+        "revision": repository.revision,
+        "commit": commit or None,
+        "path": str(Path(wanted.folder)),
+    }

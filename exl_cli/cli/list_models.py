@@ -1,0 +1,18 @@
+"""`exl list`: the models that are here."""
+
+from __future__ import annotations
+
+from exl_cli.cli.options import Json, ModelsDir
+from exl_cli.models import inventory
+from exl_cli.ui import models
+from exl_cli.ui.console import Console
+
+
+def list_models(models_dir: ModelsDir = None, as_json: Json = False) -> None:
+    """Show the models that are here, the built-in one included."""
+    console = Console()
+    found = inventory.entries(models_dir)
+    if as_json:
+        console.data([entry.to_dict() for entry in found])
+    else:
+        models.show(console, models.models_table(found))

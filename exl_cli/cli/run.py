@@ -1,0 +1,176 @@
+"""`exl run`: one prompt, one response, honest numbers."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl_cli import loader
+from exl_cli import sampling as samplings
+from exl_cli.api import records
+from exl_cli.cli import inputs
+from exl_cli.cli.fetching import ensure
+from exl_cli.cli.options import (
+    LOADING_PANEL,
+    Json,
+    Model,
+    ModelsDir,
+    Quiet,
+    SamplingFlags,
+    Verbose,
+    with_loading,
+    with_sampling,
+)
+from exl_cli.cli.state import State
+from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.engines.driver import check_fits
+from exl_cli.errors import ExitCode, ModelNotFoundError
+from exl_cli.models import prompt as prompts
+from exl_cli.models.chat_template import load_chat_template
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system import readings
+from exl_cli.system.interrupts import cancel_on_interrupt, insist_on_interrupt
+from exl_cli.ui.console import Console
+
+_PANEL = "Prompt"
+
+
+@with_sampling
+@with_loading
+def run(
+    ctx: typer.Context,
+    loading: LoadOptions,
+    sampling: SamplingFlags,
+    model: Model = None,
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt, instead of --prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=_PANEL)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read it from a file; - is stdin.", rich_help_panel=_PANEL)
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System turn.", rich_help_panel=_PANEL)] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: continue the text.", rich_help_panel=_PANEL)
+    ] = False,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template", metavar="NAME", help="Which of the model's chat templates.", rich_help_panel=_PANEL
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="A prompt with {name} variables.", rich_help_panel=_PANEL)
+    ] = None,
+    var: Annotated[
+        list[str] | None, typer.Option("--var", help="name=value for --template; repeatable.", rich_help_panel=_PANEL)
+    ] = None,
+    show_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--show-prompt", help="Print the exact prompt and its tokens; do not run.", rich_help_panel=_PANEL
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
+    ] = 512,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end of response.")] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Same seed, same text; random when not given.")
+    ] = None,
+    models_dir: ModelsDir = None,
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Download the model first if it is not here.", rich_help_panel=LOADING_PANEL),
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Generate a response to one prompt."""
+    state: State = ctx.obj
+    console = Console(quiet=quiet)
+    inputs.check_text(("--system", system), ("--template", template), ("--var", var), ("--stop", stop))
+    variables = prompts.parse_variables(var or [])
+    try:
+        info = ensure(model, models_dir, allow=download, console=console)
+    except loader.SentenceError as error:
+        raise ModelNotFoundError(error.message, "if that is a prompt, give it with -p") from error
+    if loading.draft is not None:
+        ensure(loading.draft, models_dir, allow=download, console=console)
+        loading = loader.with_draft(loading, models_dir)
+    settings = samplings.build(sampling.given, sampling.preset, info.generation_config)
+    tokenizer = Tokenizer(info.path)
+    rendered = prompts.render_prompt(
+        inputs.gather(prompt, text, file, console.note),
+        system=system,
+        raw=raw,
+        template=template,
+        variables=variables,
+        chat=None if raw or template is not None else load_chat_template(info.path, variant),
+    )
+    ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
+    if show_prompt and as_json:
+        console.data(records.prompt(rendered, ids))
+        return
+    if show_prompt:
+        console.text(rendered.text)
+        console.end_text()
+        console.note(f"{len(ids):,} tokens")
+        return
+    check_fits(len(ids), loading.max_seq_len or info.context_length)
+    request = Request(
+        ids=ids,
+        sampling=settings,
+        max_new_tokens=max_new_tokens,
+        seed=secrets.randbits(31) if seed is None else seed,
+        stop_strings=tuple(stop or ()),
+        stop_ids=frozenset() if ignore_eos else tokenizer.eos_ids,
+    )
+    if verbose:
+        console.note(str(settings.brief()))
+    start = time.perf_counter()
+    with insist_on_interrupt(), console.loading(f"{info.name} ({info.format_name})") as progress:
+        engine = state.load(info, tokenizer, loading, progress, needed=len(ids) + max_new_tokens)
+    load_seconds = time.perf_counter() - start
+    try:
+        if verbose:
+            console.note(f"stop_sequences {list(request.stop_strings)}")
+            console.note(f"seed {request.seed}")
+        response, summary = _stream(engine, request, console, live=not as_json)
+        gpus, host = readings.read_gpus(engine.memory()), readings.read_host()
+        if as_json:
+            console.data(
+                records.generation(
+                    info, engine, request, rendered.variables, response, summary, load_seconds, gpus, host
+                )
+            )
+        else:
+            console.summary(summary)
+            console.memory(gpus, host)
+            console.cut_off(summary, engine.context_length, info.context_length)
+    finally:
+        engine.close()
+    if summary.finish_reason == "cancelled":
+        raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+def _stream(engine: Engine, request: Request, console: Console, *, live: bool) -> tuple[str, Summary]:
+    """The whole response and how it went; each piece is shown as it comes where `live`."""
+    pieces: list[str] = []
+    summary: Summary | None = None
+    with cancel_on_interrupt(request.cancel):
+        for chunk in engine.stream(request):
+            pieces.append(chunk.text)
+            if live:
+                console.text(chunk.text)
+            summary = chunk.summary or summary
+    if live:
+        console.end_text()
+    if summary is None:
+        raise RuntimeError("the engine ended without a summary")
+    return "".join(pieces), summary

@@ -1,0 +1,66 @@
+"""`exl show`: everything known of a model, without loading it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exl_cli import loader
+from exl_cli.cli.options import Json, Model, ModelsDir
+from exl_cli.engines.exllamav2 import support
+from exl_cli.models import inventory, memory
+from exl_cli.models.chat_template import load_chat_template
+from exl_cli.models.hub import store
+from exl_cli.models.info import ModelInfo
+from exl_cli.ui import models
+from exl_cli.ui.console import Console
+
+_CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = False) -> None:
+    """Show everything known of a model: format, size, licence, chat template, GPU memory by context and cache."""
+    console = Console()
+    info = loader.resolve(model, models_dir)
+    marker = store.read_marker(info.path)
+    entry = inventory.Entry(info.name, info.path, inventory.folder_bytes(info.path, linked=True), info, marker=marker)
+    template = load_chat_template(info.path)
+    source = template.source if template else ""
+    licence = inventory.licence(info.path, marker)
+    why_not = support.why_not(info)
+    estimates = {} if why_not else _estimates(info)
+    if as_json:
+        details: dict[str, Any] = {
+            **entry.to_dict(),
+            "licence": licence or None,
+            "head_bits": info.head_bits,
+            "group_size": info.group_size,
+            "desc_act": info.desc_act if info.format == "gptq" else None,
+            "why_not_exllamav2": why_not or None,
+            "chat_template": source or None,
+            "generation_config": info.generation_config,
+            "config": info.config,
+            "vram_bytes": {
+                str(context): {cache: needed.total for cache, needed in row.items()}
+                for context, row in estimates.items()
+            },
+        }
+        console.data(details)
+        return
+    models.show(console, models.facts_table(entry, licence, why_not))
+    if estimates:
+        models.show(console, models.estimates_table(estimates, memory.gpus()))
+    if source:
+        models.preview(console, "Chat template", source)
+
+
+def _estimates(info: ModelInfo) -> dict[int, dict[str, memory.Estimate]]:
+    """Estimates by context and cache type, up to the model's own context."""
+    contexts = sorted({*(context for context in _CONTEXTS if context < info.context_length), info.context_length})
+    found = {
+        context: {cache: memory.estimate(info, context, cache) for cache in memory.CACHE_TYPES} for context in contexts
+    }
+    return {
+        context: {cache: needed for cache, needed in row.items() if needed}
+        for context, row in found.items()
+        if any(row.values())
+    }

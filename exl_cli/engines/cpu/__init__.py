@@ -1,0 +1,1 @@
+"""The CPU engine: transformers' own model classes in float32."""

@@ -1,0 +1,211 @@
+"""The reference engine: any GPTQ, EXL2 or float model on the CPU, through transformers' own model classes.
+
+Quantized weights are unpacked to floats when the model is loaded, so this engine computes what the format means without
+any low-bit kernel: slow for large models, right for all, and the yardstick of the others.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from exl_cli.engines import driver
+from exl_cli.engines.base import Chunk, DeviceMemory, Request
+from exl_cli.engines.cpu import transformers_model
+from exl_cli.engines.cpu.kv_cache import KvCache
+from exl_cli.engines.sampling.sampler import Samplers
+from exl_cli.errors import DamagedModelError, OutOfMemoryError
+from exl_cli.models.formats import exl2, gptq
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.tokenizer import Tokenizer
+
+# Tokens of prompt evaluated between two looks at the cancel flag.
+_PREFILL_CHUNK = 128
+
+Progress = Callable[[int, int], None]
+
+
+class _Cancelled(Exception):  # noqa: N818 - a signal between our own frames, not an error
+    pass
+
+
+class CpuEngine:
+    """A model on the CPU. See `engines.base.Engine`; one generation at a time."""
+
+    name = "cpu"
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, context_length: int) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._rows: int = model.get_input_embeddings().num_embeddings
+        self._samplers = Samplers(tokenizer, model.config.get_text_config().vocab_size)
+        self._kv: KvCache | None = None
+        self.context_length = context_length
+        self.facts = {
+            "device": "cpu",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": str(model.config._attn_implementation),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+        }
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        """See `engines.base.Engine.stream`."""
+        driver.check_fits(len(request.ids), self.context_length)
+        driver.check_known(request.ids, self._rows, self._tokenizer)
+        decoder = self._tokenizer.decode_stream(request.ids)
+        return driver.run(request, decoder, self.context_length, self._steps(request))
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Float32 logits of every position: shape (len(ids), vocabulary)."""
+        driver.check_known(ids, self._rows, self._tokenizer)
+        with torch.inference_mode():
+            out = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+            logits: torch.Tensor = out.logits[0].float()
+        return logits
+
+    def memory(self) -> list[DeviceMemory]:
+        """See `engines.base.Engine.memory`."""
+        return []
+
+    def close(self) -> None:
+        """See `engines.base.Engine.close`."""
+        self._model = self._kv = None
+        gc.collect()
+
+    def _steps(self, request: Request) -> Generator[driver.Step, None, None]:
+        sampler = self._samplers.make(request)
+        # Whoever generates has the cache to himself: a second generation at the same time makes its own.
+        cache, self._kv = self._kv or KvCache(self._model.config), None
+        hooks = self._watch(request)
+        ids = list(request.ids)
+        start = time.perf_counter()
+        try:
+            reused = cache.rewind(ids)
+            for begin in range(reused, len(ids) - 1, _PREFILL_CHUNK):
+                self._forward(ids[begin : min(begin + _PREFILL_CHUNK, len(ids) - 1)], cache)
+                yield driver.Step()
+            yield driver.Step(prompt_seconds=time.perf_counter() - start, reused_tokens=reused)
+            while True:
+                logits = self._forward(ids[-1:], cache)
+                token = sampler.sample(logits.numpy(), ids)
+                ids.append(token)
+                yield driver.Step((token,))
+        except _Cancelled:
+            yield driver.Step()
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._kv = None if self._model is None else cache
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int], cache: KvCache) -> torch.Tensor:
+        """Float32 logits of the last of these tokens, which follow those in the cache: shape (vocabulary,)."""
+
+        def compute(states: Any) -> Any:
+            tokens = torch.tensor([ids])
+            return self._model(input_ids=tokens, past_key_values=states, use_cache=True, logits_to_keep=1)
+
+        logits: torch.Tensor = cache.extend(ids, compute).logits[0, -1].float()
+        return logits
+
+    def _watch(self, request: Request) -> list[Any]:
+        """Look at the cancel flag before each layer: a single pass of a large model can take many seconds here."""
+
+        def check(*_: object) -> None:
+            if request.cancel.is_set():
+                raise _Cancelled
+
+        layers = [m for m in self._model.modules() if type(m).__name__.endswith("DecoderLayer")]
+        return [layer.register_forward_pre_hook(check) for layer in layers]
+
+
+def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: Progress) -> CpuEngine:
+    """Unpack a model's weights into a transformers model.
+
+    Args:
+        info: the model.
+        tokenizer: its tokenizer.
+        context_length: most tokens to hold; memory for them is taken as they come.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        UnsupportedModelError: transformers has no class for the architecture, or not one of a text model.
+        OutOfMemoryError: the unpacked weights would not fit this machine's memory.
+        DamagedModelError: a tensor is missing, of the wrong shape, or cannot be read; or config.json makes no sense.
+    """
+    config, model_class = transformers_model.choose_class(info)
+    dtype = _choose_dtype(info)
+    state = _state_dict(info, dtype, progress)
+    if "lm_head.weight" in state:
+        # EXL2 quantizes a tied head on its own, so it is no longer the embedding matrix, and pads it to 32 rows.
+        config.tie_word_embeddings = False
+        state["lm_head.weight"] = state["lm_head.weight"][: config.get_text_config().vocab_size]
+    model = transformers_model.build(info, config, model_class, state, dtype)
+    return CpuEngine(model, tokenizer, context_length)
+
+
+def _choose_dtype(info: ModelInfo) -> torch.dtype:
+    """float32 where the unpacked weights fit the free memory, bfloat16 where only that does."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _meminfo():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        # A twentieth on top for activations and the cache.
+        if info.parameters * size * 1.05 < free:
+            return dtype
+    raise OutOfMemoryError(
+        f"{info.name} unpacks to {info.parameters * 2 / 2**30:.1f} GiB on the CPU, {free / 2**30:.1f} GiB are free",
+        "run it on a GPU, or choose a smaller model",
+    )
+
+
+def _meminfo() -> list[str]:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as stream:  # noqa: PTH123 - a kernel file, not a path of ours
+            return stream.readlines()
+    except OSError:
+        return []
+
+
+def _state_dict(info: ModelInfo, dtype: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
+    """Every parameter as a float tensor under its transformers name."""
+    from safetensors import SafetensorError, safe_open
+
+    groups: dict[str, list[str]] = {}
+    for name in sorted(info.tensors):
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    state: dict[str, torch.Tensor] = {}
+    try:
+        files = {file: safe_open(file, framework="pt") for file in {t.file for t in info.tensors.values()}}
+        for done, (layer, names) in enumerate(groups.items()):
+            progress(done, len(groups))
+            parts = {name.rpartition(".")[2]: files[info.tensors[name].file].get_tensor(name) for name in names}
+            if "q_weight" in parts or "qweight" in parts:
+                _unpack(layer, parts, info, dtype, state)
+            else:
+                for part, tensor in parts.items():
+                    state[f"{layer}.{part}"] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    except (SafetensorError, OSError) as error:
+        raise DamagedModelError(f"{info.path}: cannot read the weights: {error}", "download it again") from error
+    progress(len(groups), len(groups))
+    return state
+
+
+def _unpack(
+    layer: str, parts: dict[str, torch.Tensor], info: ModelInfo, dtype: torch.dtype, state: dict[str, torch.Tensor]
+) -> None:
+    if "q_weight" in parts:
+        state[f"{layer}.weight"] = exl2.unpack(parts, dtype=dtype, name=layer)
+    else:
+        state[f"{layer}.weight"] = gptq.unpack(
+            parts, zero_offset=info.zero_offset, group_size=info.group_size, dtype=dtype, name=layer
+        )
+    if "bias" in parts:
+        state[f"{layer}.bias"] = parts["bias"].to(dtype)

@@ -1,0 +1,161 @@
+"""How the kernels of `attention_kernels` are launched: tile sizes, splits, workspace. Needs Triton."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from exl_cli.engines.exllamav2.attention import triton_kernels as kernels
+from exl_cli.engines.exllamav2.attention.backends import DECODE_QUERIES, Call
+
+# Said although it is the default: Triton 3.9 warns that it will not be.
+_FUSED = {"enable_fp_fusion": True}
+_LOG2_E = math.log2(math.e)
+# More splits of one sequence than this cost more in merging than they bring.
+_MOST_SPLITS = 64
+# Counters of arrived programs; calls that need more of them merge in a kernel of its own.
+_COUNTERS = 16384
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+class Plan(NamedTuple):
+    """How one call is laid out.
+
+    Attributes:
+        block_m: query rows of a tile.
+        block_n: keys of a block; divides 256.
+        warps, stages: Triton's options.
+        tiles: tiles of a KV head.
+        splits: the most programs that share one tile's keys.
+        merges: whether the last of them merges their results, rather than another kernel.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    tiles: int
+    splits: int
+    merges: bool
+
+
+def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys: int, processors: int) -> Plan:
+    """Lay a call out.
+
+    Args:
+        batch, q_len, heads, kv_heads, head_dim: its shape.
+        keys: the most keys that a tile can see.
+        processors: multiprocessors of the GPU.
+    """
+    rows = q_len * (heads // kv_heads)
+    wide = head_dim > 128
+    if q_len > DECODE_QUERIES:
+        block_m, block_n, warps = (64, 32, 8) if wide else (128, 64, 8)
+        # A share worth the trip of its float32 results through memory.
+        least, target = 8, processors
+    else:
+        block_m = 16 if rows <= 16 else 64
+        block_n, warps = (32 if wide else 64), (8 if wide and block_m > 16 else 4)
+        least, target = 1, 2 * processors
+    tiles = -(-rows // block_m)
+    programs = batch * kv_heads * tiles
+    blocks = -(-keys // block_n)
+    # Decoding rather has a few programs too many, a prompt rather none of the trips.
+    wanted = -(-target // programs) if q_len <= DECODE_QUERIES else target // programs
+    splits = max(1, min(wanted, blocks // least, _MOST_SPLITS))
+    padded = 1 << (head_dim - 1).bit_length()
+    # One program merges two steps' worth of rows faster than a second kernel starts.
+    merges = block_m == 16 and rows * padded <= 2 * kernels.MERGED_VALUES and programs <= _COUNTERS
+    return Plan(block_m, block_n, warps, 2 if wide and block_m > 16 else 3, tiles, splits, merges)
+
+
+def attend(call: Call) -> torch.Tensor:
+    """Compute a call: `paged_attention.attend_paged`."""
+    q, k_cache, v_cache, k, v, window = call.q, call.k_cache, call.v_cache, call.k, call.v, call.window
+    batch, q_len, heads, head_dim = q.shape
+    page_size, kv_heads = k_cache.shape[1:3]
+    groups = heads // kv_heads
+    keys = min(call.max_len, window + q_len + 64) if window else call.max_len
+    layout = plan(batch, q_len, heads, kv_heads, head_dim, keys, _processors(q.device))
+    added = 0 if k is None else q_len
+    appends = k is not None and q_len <= DECODE_QUERIES
+    if k is not None and v is not None and not appends:
+        _append(call, k, v)
+    late_k, late_v = (k, v) if k is not None and v is not None and appends else (q, q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    counters = _arrivals(q.device)
+    if layout.splits > 1:
+        shares = batch * heads * layout.splits * q_len
+        parts = torch.empty((shares, head_dim), dtype=torch.float32, device=q.device)
+        lses = torch.empty((shares,), dtype=torch.float32, device=q.device)
+    else:
+        parts = lses = counters.view(torch.float32)
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    common = {
+        "head_dim": head_dim,
+        "block_d": block_d,
+        "block_m": layout.block_m,
+        "block_n": layout.block_n,
+        "windowed": window > 0,
+        "appends": appends,
+        "merged_splits": kernels.MERGED_SPLITS,
+        "merged_rows": min(layout.block_m, kernels.MERGED_VALUES // block_d),
+    }
+    kernels.attend_kernel[(layout.tiles * layout.splits, kv_heads, batch)](
+        q, k_cache, v_cache, late_k, late_v, out, parts, lses, counters, call.block_table, call.cache_seqlens,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *late_k.stride()[:3], *late_v.stride()[:3],
+        *out.stride()[:3], call.block_table.stride(0), q_len, added, layout.splits, window,
+        *_factors(call.scale, call.softcap), groups, kv_heads,
+        page_size=page_size, softcapped=call.softcap > 0, merges=layout.merges,
+        num_warps=layout.warps, num_stages=layout.stages, **_FUSED, **common,
+    )  # fmt: skip
+    if layout.splits > 1 and not layout.merges:
+        grid = (-(-q_len * groups // common["merged_rows"]), kv_heads, batch)
+        kernels.merge_kernel[grid](
+            out, parts, lses, call.cache_seqlens, *out.stride()[:3], q_len, added, layout.splits, window,
+            groups, kv_heads, num_warps=4, **_FUSED, **common,
+        )  # fmt: skip
+    return out
+
+
+def _append(call: Call, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write a call's new keys and values behind the `cache_seqlens` ones in the pages."""
+    batch, new, kv_heads, head_dim = k.shape
+    k_cache, v_cache, table = call.k_cache, call.v_cache, call.block_table
+    kernels.append_kernel[(new, batch)](
+        k_cache, v_cache, k, v, table, call.cache_seqlens,
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *k.stride()[:3], *v.stride()[:3], table.stride(0),
+        new, kv_heads,
+        head_dim=head_dim, block_d=1 << (head_dim - 1).bit_length(), block_h=1 << (kv_heads - 1).bit_length(),
+        page_size=k_cache.shape[1], num_warps=4, **_FUSED,
+    )  # fmt: skip
+
+
+def _factors(scale: float, softcap: float) -> tuple[float, float]:
+    """What the kernels' `scale` and `softcap` are: see `attention_kernels`."""
+    return (scale / softcap * 2 * _LOG2_E, softcap * _LOG2_E) if softcap else (scale * _LOG2_E, 1.0)
+
+
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """Counters at zero. Every call leaves them so, and those of one stream come after one another: each has its own."""
+    if device.type != "cuda":
+        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    counters = _counters.get(key)
+    if counters is None:
+        counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        # What a graph allocates while it is captured is the graph's own, and set to zero by every replay.
+        if not torch.cuda.is_current_stream_capturing():
+            _counters[key] = counters
+    return counters
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 16
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

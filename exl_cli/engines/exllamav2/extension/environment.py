@@ -1,0 +1,109 @@
+"""What decides whether a compiled extension fits: this Python, this torch and its CUDA. torch is not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sysconfig
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from exl_cli.system.nvml import open_driver
+
+EXLLAMAV2 = "exllamav2"
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch that is installed.
+
+    Attributes:
+        version: as it says, e.g. "2.11.0+cu130".
+        cuda: the CUDA version it was built with, e.g. "13.0"; None for a build without.
+        hip: likewise for ROCm.
+        folder: the package's folder.
+    """
+
+    version: str
+    cuda: str | None
+    hip: str | None
+    folder: Path
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor: torch's C++ interface holds within them, and only there."""
+        return major_minor(self.version)
+
+    @property
+    def cuda_major(self) -> int:
+        """0 for a build without CUDA."""
+        return int(self.cuda.split(".")[0]) if self.cuda else 0
+
+
+def major_minor(text: str) -> tuple[int, int]:
+    """ "2.11.0+cu130" to (2, 11); what is no number counts as 0."""
+    parts = [int(part) if part.isdigit() else 0 for part in text.partition("+")[0].split(".")[:2]]
+    return (parts[0], parts[1] if len(parts) > 1 else 0)
+
+
+def torch_here() -> Torch | None:
+    """The installed torch, read from its `version.py`; None where there is none, or none that is whole."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    try:
+        found = runpy.run_path(str(folder / "version.py"))
+        return Torch(str(found["__version__"]), found.get("cuda"), found.get("hip"), folder)
+    except Exception:  # half an installation can hold anything
+        return None
+
+
+def python_tag() -> str:
+    """This Python's binary interface, e.g. "cpython-312-x86_64-linux-gnu"."""
+    return str(sysconfig.get_config_var("SOABI") or "")
+
+
+def exllamav2_version() -> str | None:
+    """The installed exllamav2's version, a prebuilt wheel's "+cu128.torch2.8.0" included; None where there is none."""
+    if importlib.util.find_spec(EXLLAMAV2) is None:
+        return None
+    try:
+        return version(EXLLAMAV2)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of this machine's GPUs as the driver tells them, hidden ones included; empty without one."""
+    nvml = open_driver()
+    if nvml is None:
+        return []
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        found = [nvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
+        return [(int(major), int(minor)) for major, minor in found]
+    except Exception:  # a driver may withhold any single answer
+        return []
+    finally:
+        nvml.nvmlShutdown()
+
+
+def build_folder(torch: Torch) -> Path:
+    """Where `torch.utils.cpp_extension.load` builds exllamav2's extension; see its `_get_build_directory`.
+
+    Linux only: a cache folder of the user by Python and CUDA version, or TORCH_EXTENSIONS_DIR.
+    """
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen) / "exllamav2_ext"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - no error without HOME
+    if torch.hip:
+        accelerator = "rocm" + torch.hip.replace(".", "")
+    else:
+        accelerator = "cu" + torch.cuda.replace(".", "") if torch.cuda else "cpu"
+    nodot = sysconfig.get_config_var("py_version_nodot") or ""
+    abiflags = sysconfig.get_config_var("abiflags") or ""
+    root = Path(os.path.realpath(Path(cache) / "torch_extensions"))
+    return root / f"py{nodot}{abiflags}_{accelerator}" / "exllamav2_ext"

@@ -1,0 +1,309 @@
+"""A pass of few tokens through kernels of our own, seven a layer besides attention, for models built like Llama.
+
+It reads exllamav2's modules and weights where they are, and adds to the same stream of float16 hidden states. A layer
+is: norm; query, key and value in one product; head norms, rotary embedding and the cache; attention; output product
+added to the stream; norm; gate and up with the activation in one product; down product added to the stream. Sums are
+float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from exl_cli.engines.exllamav2 import kernel_choice
+from exl_cli.engines.exllamav2.attention.paged import attend_paged
+from exl_cli.engines.exllamav2.kernels import attending, norm_rope, quantized_linear
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
+from exl_cli.engines.exllamav2.kernels.matrices import Products
+from exl_cli.engines.exllamav2.kernels.tuning import Tuner
+from exl_cli.engines.exllamav2.layers import Group, Layer
+from exl_cli.errors import EngineError
+
+_log = logging.getLogger(__name__)
+
+# A piece of a pass: runs on a stream, by its handle, with a bound of the keys of any row.
+Work = Callable[[int, int], None]
+
+
+class FusedPass:
+    """Runs passes of up to `products.MOST_ROWS` tokens.
+
+    Args:
+        model, cache: exllamav2's; `layers.why_not` of the model is empty.
+        page_size: positions in a page.
+        hidden: the stream, float16, shape (most tokens, hidden), as `Inputs` has it.
+        lengths, table: as `Inputs` has them, of all rows.
+
+    Raises:
+        EngineError: the kernels cannot be compiled here.
+    """
+
+    name = "kernels of exl's own"
+
+    def __init__(
+        self, model: Any, cache: Any, page_size: int, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor
+    ) -> None:
+        self._model, self._cache, self._page_size = model, cache, page_size
+        self._hidden, self._lengths, self._table = hidden, lengths, table
+        self._device = hidden.device
+        config = model.config
+        self._layers = [
+            Layer(attention, mlp) for attention, mlp in zip(model.modules[1:-2:2], model.modules[2:-2:2], strict=True)
+        ]
+        head = model.modules[-1]
+        self._head = Group([head]) if head.q_tensors else None
+        self._groups = [group for layer in self._layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        if self._head is not None:
+            self._groups.append(self._head)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._widths = (heads, kv_heads, config.head_dim)
+        rows = len(hidden)
+
+        def buffer(width: int) -> torch.Tensor:
+            return torch.empty((rows, width), dtype=torch.half, device=self._device)
+
+        self._normed = [buffer(hidden.shape[1]) for _ in range(3)]
+        self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
+        self._attended = buffer(heads * config.head_dim)
+        self._inner = buffer(max(layer.down.product.matrices[0].k for layer in self._layers))
+        self._after = torch.empty_like(lengths)
+        self._logits = buffer(head.out_features)
+        self._tuner = Tuner(self._device, (group.product for group in self._groups))
+        self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        try:
+            self._tuner.begin(1)
+            self._attending = self._choose_attention()
+            # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
+            self._programs = {(1, 1): self._program(1, 1)}
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
+    ) -> torch.Tensor:
+        """See `ModulesPass.run`; the tensors are the first rows of those of `__init__`."""
+        key = (len(lengths), tokens)
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._program(*key)
+        if not self._attends(tokens):
+            torch.add(lengths, tokens, out=self._after[: len(lengths)])
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        for work in program:
+            work(stream, most_keys)
+        if self._head is None:
+            logits: torch.Tensor = self._model.modules[-1].forward(self._normed[0][: len(hidden)])
+            return logits
+        return self._logits[: len(hidden)]
+
+    def why_not(self, prepare: Callable[[], None]) -> str:
+        """Why exllamav2's kernels are the better choice, see `worth.why_not`; empty where they are not."""
+        return kernel_choice.why_not(self._tuner, self._groups, prepare)
+
+    def compile_ahead(self) -> None:
+        """Begin to compile what passes of several tokens will want, in the background."""
+        # Short messages, the ends of long ones, and what is between.
+        self._tuner.begin(8, quantized_linear.MOST_ROWS, 16)
+
+    def prepare(self, rows: int) -> None:
+        """Nothing to do: see `ModulesPass.prepare`."""
+
+    def close(self) -> None:
+        """Compile no further what is not wanted yet; passes are still possible."""
+        self._tuner.close()
+
+    # --- the parts of a pass --------------------------------------------------------------------------------------
+
+    def _program(self, batch: int, tokens: int) -> list[Work]:
+        rows = batch * tokens
+        self._tuner.begin(rows)
+        program: list[Work] = []
+
+        def add(launch: Launch) -> None:
+            program.append(lambda stream, _: launch(stream))
+
+        for layer in self._layers:
+            normed, norm = self._norm(layer.attention.pre_layernorm, layer.qkv, rows, add)
+            starts = itertools.accumulate((matrix.n for matrix in layer.qkv.product.matrices), initial=0)
+            add(self._product(layer.qkv, rows, normed, [self._qkv[:, start:] for start in starts], norm=norm))
+            output = self._product(layer.o, rows, [self._attended], [self._hidden], residual=True)
+            program.append(self._attention(layer, batch, tokens, output))
+            add(output)
+            normed, norm = self._norm(layer.mlp.pre_layernorm, layer.gate_up, rows, add)
+            add(self._gated(layer, rows, normed, norm))
+            add(self._product(layer.down, rows, [self._inner], [self._hidden], residual=True))
+        normed, norm = self._norm(self._model.modules[-2], self._head, rows, add)
+        if self._head is not None:
+            add(self._product(self._head, rows, normed, [self._logits], norm=norm))
+        return program
+
+    def _norm(
+        self, module: Any, group: Group | None, rows: int, add: Callable[[Launch], None]
+    ) -> tuple[list[torch.Tensor], Any]:
+        """Norm the stream in the order of each matrix of a group; where the normed rows are, for each.
+
+        A product of one row norms it itself: then the stream as it is, and the norm's module.
+        """
+        if rows == 1 and group is not None:
+            return [self._hidden] * len(group.places), module
+        dim = self._hidden.shape[1]
+        kernel = self._kernel(("norm", dim), lambda: norm_rope.norm_kernel(self._device, dim))
+        outs = list(zip(self._normed, group.orders if group else [None], strict=False))
+        add(norm_rope.norm(kernel, rows, self._hidden, module.weight, module.variance_epsilon, outs))
+        return ([self._normed[place] for place in group.places] if group else []), None
+
+    def _norm_first(self, argument: Products, group: Group, module: Any) -> None:
+        """Have a product of one row norm it, as this module does; nothing where there is none."""
+        if module is None:
+            return
+        for target, place in zip(argument.matrix, group.places, strict=False):
+            key, order = (id(module), place), group.orders[place]
+            if key not in self._norm_weights:
+                weight = module.weight
+                self._norm_weights[key] = weight if order is None else weight[order.long() & 0xFFFF].contiguous()
+            target.norm, target.epsilon = self._norm_weights[key].data_ptr(), module.variance_epsilon
+
+    def _product(
+        self,
+        group: Group,
+        rows: int,
+        xs: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor],
+        *,
+        norm: Any = None,
+        residual: bool = False,
+    ) -> Launch:
+        argument = quantized_linear.argument(group.product, rows)
+        self._norm_first(argument, group, norm)
+        quantized_linear.connect(argument, xs, outs)
+        if residual:
+            for target, out in zip(argument.matrix, outs, strict=False):
+                target.add = out.data_ptr()
+        return self._bind(group.product, rows, argument)
+
+    def _gated(self, layer: Layer, rows: int, xs: Sequence[torch.Tensor], norm: Any) -> Launch:
+        """Gate and up, with the activation; in the order in which the down matrix wants them."""
+        product, (down,) = layer.gate_up.product, layer.down.product.matrices
+        argument = quantized_linear.argument(product, rows, self._model.config.arch.lm.mlp_act_func)
+        self._norm_first(argument, layer.gate_up, norm)
+        quantized_linear.connect(argument, xs, [self._inner] * len(product.matrices))
+        # Both halves of a block write one output, and take its order from the first.
+        argument.matrix[0].scatter = None if down.inverse is None else down.inverse.data_ptr()
+        return self._bind(product, rows, argument)
+
+    def _bind(self, product: quantized_linear.Product, rows: int, argument: Products) -> Launch:
+        """A launch in the layout that suits the product and all that are like it."""
+        layout = self._tuner.layout(product, rows)
+        variant = quantized_linear.variant(product, rows, layout)
+
+        def make() -> Kernel:
+            return Kernel(
+                quantized_linear.FILE, quantized_linear.NAME, variant.defines, self._device, variant.shared_bytes
+            )
+
+        build = (tuple(sorted(variant.defines.items())), variant.shared_bytes)
+        return self._kernel(build, make).bind((product.blocks(layout),), 32 * layout.warps, argument)
+
+    def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
+        """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""
+        heads, kv_heads, head_dim = self._widths
+        module, cache, index = layer.attention, self._cache, layer.attention.layer_idx
+        rows, page_size = batch * tokens, self._page_size
+        lengths, table = self._lengths[:batch], self._table[:batch]
+        constants = self._model.get_device_context(self._device.index)
+        sine, cosine = constants.sin[module.rope_index], constants.cos[module.rope_index]
+        keys, values = cache.get_kv_state(index, batch, 0, 0, page_size, lengths, table)
+        argument = norm_rope.RopeArgument(
+            qkv=self._qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
+            table=table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
+            q_weight=None if module.q_norm is None else module.q_norm.weight.data_ptr(),
+            k_weight=None if module.k_norm is None else module.k_norm.weight.data_ptr(),
+            epsilon=0.0 if module.q_norm is None else module.q_norm.variance_epsilon,
+            heads=heads, kv_heads=kv_heads, head_dim=head_dim, turned=sine.shape[-1], tokens=tokens,
+            stride=self._qkv.stride(0), table_stride=table.stride(0), page_size=page_size,
+        )  # fmt: skip
+        attended = self._attended[:rows]
+        receiver: Any = output.argument.matrix[0]
+        reorder: Launch | None = None
+        (perm,) = layer.o.orders
+        # A single row is put into the order of the output's matrix by its product.
+        if perm is not None and rows > 1:
+            width = heads * head_dim
+            gather = self._kernel(("norm", width), lambda: norm_rope.norm_kernel(self._device, width))
+            reorder = norm_rope.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
+            receiver = reorder.argument
+        softcap = self._model.config.attn_logit_softcapping or 0.0
+        if self._attending is not None and self._attends(tokens):
+            attend = self._attending.bind(
+                argument, attended, batch, scale=module.scaling, window=module.sliding_window or 0, softcap=softcap
+            )
+        else:
+            attend = self._attend_paged(layer, batch, tokens, argument, softcap, receiver)
+        if reorder is None:
+            return attend
+        reordering = reorder
+
+        def work(stream: int, most_keys: int) -> None:
+            attend(stream, most_keys)
+            reordering(stream)
+
+        return work
+
+    def _attend_paged(
+        self, layer: Layer, batch: int, tokens: int, argument: norm_rope.RopeArgument, softcap: float, receiver: Any
+    ) -> Work:
+        """What `Attending` does, in two steps and by any backend; the result becomes the receiver's `x`."""
+        heads, kv_heads, head_dim = self._widths
+        module, cache, index, page_size = layer.attention, self._cache, layer.attention.layer_idx, self._page_size
+        rows, lengths, table, after = batch * tokens, self._lengths[:batch], self._table[:batch], self._after[:batch]
+        kernel = self._kernel(("rotate",), lambda: norm_rope.rotate_kernel(self._device))
+        rotate = kernel.bind((rows, heads + 2 * kv_heads), -(-head_dim // 2 // 32) * 32, argument)
+        q = self._qkv[:rows, : heads * head_dim].view(batch, tokens, heads, head_dim)
+        pages = (-1, page_size, kv_heads, head_dim)
+        keys, values = (t.view(pages) for t in cache.get_kv_state(index, batch, 0, 0, page_size, lengths, table))
+
+        def work(stream: int, most_keys: int) -> None:
+            if cache.has_scales:
+                cache.get_kv_state(index, batch, 0, most_keys, page_size, lengths, table)
+            rotate(stream)
+            out = attend_paged(
+                q, keys, values, cache_seqlens=after, block_table=table, scale=module.scaling,
+                window=module.sliding_window or 0, softcap=softcap, max_len=most_keys,
+            )  # fmt: skip
+            if cache.has_scales:
+                cache.store_kv_state(index, batch, 0, tokens, page_size, lengths, table)
+            receiver.x = out.data_ptr()
+
+        return work
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention of decoding is by a kernel of our own, too."""
+        return self._attends(1)
+
+    def _attends(self, tokens: int) -> bool:
+        return self._attending is not None and self._attending.takes(tokens)
+
+    def _choose_attention(self) -> attending.Attending | None:
+        heads, kv_heads, head_dim = self._widths
+        page_size, quantized = self._page_size, self._cache.has_scales
+        reason = attending.why_not(heads, kv_heads, head_dim, page_size, quantized_cache=quantized)
+        if not reason:
+            try:
+                return attending.Attending(self._device, heads, kv_heads, head_dim, page_size)
+            except EngineError as error:
+                reason = error.message
+        _log.info("attention from few tokens is left to the backend: %s", reason)
+        return None
+
+    def _kernel(self, key: tuple[Any, ...], make: Callable[[], Kernel]) -> Kernel:
+        if key not in self._kernels:
+            self._kernels[key] = make()
+        return self._kernels[key]

@@ -1,0 +1,274 @@
+"""The reference sampler: from one position's logits to the next token, on the CPU, in NumPy.
+
+It does what exllamav2 0.3.2's sampler does: the same steps in the same order, candidates kept in the same order, one
+`random.Random(seed).random()` per token. Given the same float32 logits, history and seed it picks the same token, but
+for rounding and but for what is wrong there. Those differences, each toward the published algorithm:
+
+- Top-p: exllamav2 leaves out the token that reaches the threshold, then fills the room with less likely ones: of
+  (0.5, 0.35, 0.1, 0.05) at 0.8 it keeps the first, third and fourth. Here: the fewest likeliest tokens whose sum is at
+  least p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+- Min-p and top-a: when the last candidate it looks at is kept, exllamav2 keeps one too many, and when all are kept that
+  one comes from beyond the candidates. Its min-p of 1 is off; here that keeps the likeliest token. Its top-a can rule
+  out every token when it is above 1; here never.
+- Typical: exllamav2 takes p + log p for the log-probability, and leaves out the token that reaches the threshold. Here:
+  Meister et al. 2023, https://arxiv.org/abs/2202.00666.
+- Tail-free: where only two tokens have any weight exllamav2 keeps one; here both.
+- Last and dynamic temperature: near 0 exllamav2's powers underflow to 0 / 0; here they are relative to the likeliest
+  token. A temperature below 0.01 is greedy with `temperature_last` too.
+- XTC: exllamav2 looks at the probability of the next candidate instead of this one, which goes wrong unless they are
+  sorted. Here: text-generation-webui pull request 6335, with two refinements of exllamav2's: no coin is flipped, the
+  probabilities are those of the mixture of both outcomes; and protected tokens take no part rather than call it off.
+- Skew: exllamav2 keeps tokens of a probability below 1e-8 behind the sorted ones; here they are dropped.
+- Mirostat: mu starts at 2 tau, once; exllamav2 starts it again whenever it happens to be 0.
+- The draw: a random number of 0 cannot pick a token of probability 0. Of more than 4,096 candidates sums of blocks are
+  searched, which are closer to the true ones than float32 sums from the first on.
+- DRY: see `exl_cli.engines.dry`.
+- Logits that are NaN or infinite are refused; exllamav2 picks some token.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exl_cli.engines.base import Request
+from exl_cli.engines.sampling.dry import FloatArray, IntArray, apply_dry, dry_breakers, token_mask
+from exl_cli.engines.sampling.filters import (
+    Candidates,
+    best,
+    descending,
+    draw,
+    dynamic_temperature,
+    lowered,
+    min_p,
+    penalize,
+    retemper,
+    shortlist,
+    softmax,
+    surprise_limit,
+    tail_free,
+    top_a,
+    top_k,
+    top_p,
+    typical,
+    xtc,
+)
+from exl_cli.engines.sampling.history import History
+from exl_cli.errors import EngineError
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.sampling import Sampling
+
+AnyFloats = npt.NDArray[np.floating[Any]]
+
+# From so many logits on, and up to such a `top_k`, it is quicker to look at the highest ones only.
+_LARGE = 2048
+_MOST_SHORT = 512
+
+
+def xtc_protected(pieces: Sequence[str], special: Collection[int]) -> frozenset[int]:
+    """The tokens that XTC must not exclude, by exllamav2's rule: those with a newline, and the special ones.
+
+    Args:
+        pieces: the decoded text of every token, at the index of its id.
+        special: ids of the special tokens, such as the end of sequence.
+    """
+    return frozenset(special).union(i for i, piece in enumerate(pieces) if "\n" in piece)
+
+
+class Sampler:
+    """Chooses the tokens of one generation, one after the other. Holds that generation's state: make one for each.
+
+    Args:
+        settings: how to choose.
+        seed: fixes the random numbers.
+        vocab_size: how many tokens the tokenizer knows; logits beyond them (padding of the output layer) are ignored.
+        banned: ids that are never chosen.
+        breakers: gives the ids that DRY does not match across; called at most once, only when DRY is on.
+        protected: gives the ids that XTC does not exclude; called at most once, only when XTC is on.
+
+    Raises:
+        ValueError: no token is left to choose from.
+    """
+
+    def __init__(
+        self,
+        settings: Sampling,
+        seed: int,
+        *,
+        vocab_size: int,
+        banned: Collection[int] = (),
+        breakers: Callable[[], Collection[int]] = frozenset,
+        protected: Callable[[], Collection[int]] = frozenset,
+    ) -> None:
+        self._settings = settings
+        self._random = random.Random(seed)
+        self._vocab_size = vocab_size
+        self._banned = np.flatnonzero(token_mask(banned, vocab_size))
+        if len(self._banned) >= vocab_size:
+            raise ValueError("every token is banned")
+        self._all_ids = np.arange(vocab_size)
+        self._mu = 2.0 * settings.mirostat_tau
+        self._penalties = (
+            settings.token_repetition_penalty != 1.0
+            or settings.token_frequency_penalty != 0.0
+            or settings.token_presence_penalty != 0.0
+        )
+        self._dry = settings.dry_multiplier > 0.0
+        self._history = History(vocab_size)
+        self._short = self._few_matter()
+        self._breakers = token_mask(breakers() if self._dry else (), vocab_size)
+        self._protected = token_mask(protected() if settings.xtc_probability > 0.0 else (), vocab_size)
+        self._steps = self._filters()
+
+    def sample(self, logits: AnyFloats, history: Sequence[int]) -> int:
+        """Choose the next token. Draws one random number, whether it is needed or not.
+
+        Args:
+            logits: shape [n] with n at least 1, of any float type, not modified.
+            history: all tokens so far, prompt included. Between calls it may only grow at its end; a shorter one is
+                read afresh.
+
+        Raises:
+            EngineError: a logit is NaN or infinite.
+            ValueError: logits of another shape.
+        """
+        point = self._random.random()
+        ids, probs = self.distribution(logits, history)
+        chosen = 0 if len(ids) == 1 else draw(probs, self._skewed(point))
+        if self._settings.mirostat:
+            surprise = -math.log2(probs[chosen])
+            self._mu += self._settings.mirostat_eta * (self._settings.mirostat_tau - surprise)
+        return int(ids[chosen])
+
+    def distribution(self, logits: AnyFloats, history: Sequence[int]) -> Candidates:
+        """What the next token is drawn from. Arguments and errors are those of `sample`; it draws nothing."""
+        if logits.ndim != 1 or not len(logits):
+            raise ValueError(f"logits must have the shape [n], got {logits.shape}")
+        scores = np.asarray(logits[: self._vocab_size], dtype=np.float32)
+        settings = self._settings
+        found = self._highest(scores, history) if self._short and len(scores) >= _LARGE else None
+        if found is not None:
+            ids, scores = found
+            highest = scores[0]
+        else:
+            _check(scores)
+            scores = self._adjusted(scores, history)
+            if settings.greedy:
+                return Candidates(np.array([scores.argmax()]), np.ones(1, dtype=np.float32))
+            ids, highest = self._all_ids[: len(scores)], np.maximum.reduce(scores)
+            if 0 < settings.top_k < len(scores):
+                ids = top_k(scores, settings.top_k)
+                scores = scores[ids]
+        temperature = 1.0 if settings.temperature_last else settings.temperature
+        candidates = Candidates(ids, softmax(scores, highest, temperature, settings.smoothing_factor))
+        for step in self._steps:
+            if len(candidates.ids) > 1:
+                candidates = step(candidates)
+        return candidates
+
+    def _few_matter(self) -> bool:
+        """Whether the candidates can be told from the highest logits alone: penalties only lower a token's logit, and
+        by what depends on nothing but whether it was seen."""
+        s = self._settings
+        plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
+        lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
+        penalties = not self._penalties or (plain and lowers)
+        return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not self._dry and not len(self._banned) and penalties
+
+    def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
+        """The ids of the `top_k` highest logits after penalties, highest first, and these logits; what is not among the
+        highest before is not looked at. None where that does not do, because too many of those were lowered."""
+        k = self._settings.top_k
+        if not math.isfinite(np.minimum.reduce(scores)):
+            _check(scores)
+        ids, bound = shortlist(scores, 2 * k if self._penalties else k)
+        values = scores[ids]
+        if self._penalties:
+            values = lowered(values, bound, self._history.seen(history)[ids], self._settings)
+        order = best(values, k)
+        values = values[order]
+        if not math.isfinite(values[0]):
+            _check(scores)
+        # All others were below the bound, and still are.
+        return (ids[order], values) if values[-1] >= bound else None
+
+    def _adjusted(self, scores: FloatArray, history: Sequence[int]) -> FloatArray:
+        """The logits after penalties, bans and DRY; a copy where anything changes."""
+        if not (self._penalties or self._dry or len(self._banned)):
+            return scores
+        scores = scores.copy()
+        if self._penalties or self._dry:
+            past = self._history.read(history)
+        if self._penalties:
+            penalize(scores, past, self._settings)
+        scores[self._banned[self._banned < len(scores)]] = -np.inf
+        if self._dry:
+            apply_dry(scores, past, self._breakers, self._settings)
+        return scores
+
+    def _filters(self) -> list[Callable[[Candidates], Candidates]]:
+        """The steps after the softmax, in exllamav2's order, those that are off left out."""
+        s = self._settings
+        dynamic = s.max_temp > s.min_temp
+        steps: list[tuple[bool, Callable[[Candidates], Candidates]]] = [
+            (0 < s.top_p < 1, lambda c: top_p(c, s.top_p)),
+            (s.top_a > 0, lambda c: top_a(c, s.top_a)),
+            (s.min_p > 0, lambda c: min_p(c, s.min_p)),
+            (0 < s.tfs < 1, lambda c: tail_free(c, s.tfs)),
+            (0 < s.typical < 1, lambda c: typical(c, s.typical)),
+            (s.mirostat, lambda c: surprise_limit(c, self._mu)),
+            (dynamic, lambda c: dynamic_temperature(c, s.min_temp, s.max_temp, s.temp_exponent)),
+            (s.temperature_last and not dynamic, lambda c: retemper(c, s.temperature)),
+            (s.xtc_probability > 0, lambda c: xtc(c, s.xtc_probability, s.xtc_threshold, self._protected)),
+            (s.skew != 0, descending),
+        ]
+        return [step for on, step in steps if on]
+
+    def _skewed(self, point: float) -> float:
+        """Skew: a power of the random number, so that it falls nearer one end of the candidates, likeliest first."""
+        return point ** math.exp(-self._settings.skew) if self._settings.skew else point
+
+
+def _check(scores: FloatArray) -> None:
+    if not np.isfinite(scores).all():
+        nans = int(np.isnan(scores).sum())
+        what = f"NaN: {nans} of {len(scores)} logits are not numbers" if nans else "infinite logits"
+        raise EngineError(
+            f"the model computed {what}",
+            "download it again, its files may be damaged; or try another engine, its numbers may exceed float16",
+        )
+
+
+class Samplers:
+    """Makes the sampler of each generation for one model; what it derives from the tokenizer is computed
+    once, when needed.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: rows of the model's output layer; what the tokenizer does not know of them is never chosen.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = min(tokenizer.vocab_size, vocab_size)
+        self._pieces: list[str] | None = None
+
+    def make(self, request: Request) -> Sampler:
+        """The sampler for one request."""
+        return Sampler(
+            request.sampling,
+            request.seed,
+            vocab_size=self._vocab_size,
+            breakers=lambda: dry_breakers(self._all_pieces(), self._tokenizer.special_ids()),
+            protected=lambda: xtc_protected(self._all_pieces(), self._tokenizer.special_ids()),
+        )
+
+    def _all_pieces(self) -> list[str]:
+        if self._pieces is None:
+            self._pieces = self._tokenizer.pieces()
+        return self._pieces

@@ -1,0 +1,1 @@
+"""What a model folder is, and everything known of a model before an engine loads it."""

@@ -1,0 +1,268 @@
+"""Chat templates: found in a model's folder in the order transformers looks, rendered as transformers renders them.
+
+Rendering happens in `sandbox`; this module knows the files, the special tokens and the shape of a conversation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exl_cli.errors import DamagedModelError, ExlError, PromptError
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_WITHOUT = "use --raw or --template to write the prompt yourself"
+_MAX_REPORT = 300
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's chat template.
+
+    Args:
+        source: the Jinja text.
+        origin: the file it came from, for messages.
+        special_tokens: `bos_token`, `eos_token` and so on, as the template sees them.
+        name: which of the model's templates this is.
+    """
+
+    source: str
+    origin: str = "chat_template.jinja"
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    name: str = "default"
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Write a conversation as the model was trained to read it.
+
+        Args:
+            messages: the turns, each with at least `role` and `content`.
+            add_generation_prompt: end with the header of an assistant turn; not done when `continue_final` is set.
+            continue_final: leave the last turn open, so that the model goes on writing it.
+            extra: more variables for the template, such as `tools` or `enable_thinking`.
+
+        Raises:
+            PromptError: the template refuses the conversation, is broken, or does what the sandbox does not allow.
+        """
+        if not messages:
+            raise PromptError("there is no message to send to the model", "give a prompt")
+        turns = [_plain_turn(message) for message in messages]
+        final = self._open_final_turn(turns) if continue_final else None
+        variables = {
+            "tools": None,
+            "documents": None,
+            **self.special_tokens,
+            **_plain(extra or {}),
+            "messages": turns,
+            "add_generation_prompt": add_generation_prompt and not continue_final,
+        }
+        text = self._run(variables)
+        return text if final is None else _cut_after(text, final)
+
+    def _run(self, variables: dict[str, Any]) -> str:
+        from exl_cli.models.sandbox.environment import render
+        from exl_cli.models.sandbox.meter import tree_size
+        from exl_cli.models.sandbox.operations import Operations
+
+        turns = variables["messages"]
+        try:
+            return render(self.source, variables, Operations(tree_size(variables)[1], len(turns)))
+        except Exception as error:
+            # The template is a stranger's program: whatever it ran into, it is the template that failed.
+            raise self._explain(error, turns) from None
+
+    def _explain(self, error: Exception, turns: list[dict[str, Any]]) -> PromptError:
+        from jinja2 import TemplateSyntaxError
+
+        from exl_cli.models.sandbox.environment import TemplateRefusedError
+        from exl_cli.models.sandbox.meter import SandboxError
+
+        reason = _one_line(error) or type(error).__name__
+        if isinstance(error, TemplateRefusedError):
+            message = f"the model's chat template refuses this conversation: {reason}"
+            return PromptError(message, _refusal_hint(reason, turns))
+        verb, line = "failed", _line_of(error)
+        if isinstance(error, TemplateSyntaxError):
+            verb, line, reason = "is broken", error.lineno, _one_line(error.message)
+        elif isinstance(error, SandboxError):
+            verb = "was stopped"
+        elif isinstance(error, RecursionError):
+            reason = "it nests too deep"
+        place = f"{self.origin}, line {line}" if line else self.origin
+        return PromptError(f"the model's chat template {verb}: {reason} ({place})", _WITHOUT)
+
+    def _open_final_turn(self, turns: list[dict[str, Any]]) -> str:
+        """Mark the end of the last turn's text, so that what the template writes after it can be cut off."""
+        content = turns[-1].get("content")
+        if isinstance(content, list):
+            block = next((block for block in reversed(content) if isinstance(block, dict) and "text" in block), {})
+        else:
+            block = turns[-1]
+        key = "text" if isinstance(content, list) else "content"
+        text = block.get(key)
+        if not isinstance(text, str) or "content" not in self.source:
+            raise PromptError("the last message has no text to continue", "end with an assistant message")
+        block[key] = text + _CONTINUE_TAG
+        return text
+
+
+def _cut_after(text: str, final: str) -> str:
+    if final.strip() not in text or _CONTINUE_TAG.strip() not in text:
+        raise PromptError("the model's chat template leaves out the message to continue", _WITHOUT)
+    end = text.rindex(_CONTINUE_TAG.strip())
+    # A template that trims its messages has trimmed the tag; then the text before it is trimmed too.
+    return text[:end] if text[end:].startswith(_CONTINUE_TAG) else text[:end].rstrip()
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON's own types, so that a template meets no method of anything else."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    raise TypeError(f"a chat template takes text, numbers, lists and dicts, not {type(value).__name__}")
+
+
+def _plain_turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    """One turn, without empty fields, and with its reasoning under each name that templates read it by."""
+    turn = {key: _plain(value) for key, value in message.items() if value is not None}
+    reasoning = next((turn[name] for name in _REASONING_FIELDS if name in turn), None)
+    return turn if reasoning is None else {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+
+
+def _one_line(error: object) -> str:
+    """What a template says, fit for one line of a terminal: it may hold anything."""
+    text = "".join(char if char.isprintable() else " " for char in str(error)[: 4 * _MAX_REPORT])
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_REPORT else text[: _MAX_REPORT - 1] + "…"
+
+
+def _refusal_hint(message: str, turns: list[dict[str, Any]]) -> str:
+    if turns[0].get("role") == "system" and "system" in message.lower():
+        return "drop --system, or say it in the prompt"
+    if "alternate" in message.lower():
+        has_system = any(turn.get("role") == "system" for turn in turns)
+        return "drop --system, or say it in the prompt" if has_system else "let user and assistant take turns"
+    return _WITHOUT
+
+
+def _line_of(error: BaseException) -> int:
+    """The template's line, from the traceback that Jinja rewrote to point there; 0 where it does not."""
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate | None:
+    """Find a model's chat template.
+
+    Args:
+        model_dir: the model's folder.
+        name: one of several templates; without it, the default one.
+
+    Returns:
+        The template, or None where the model has none.
+
+    Raises:
+        PromptError: there is no template of that name, or several and none is the default.
+        DamagedModelError: a file that cannot be read as what its name says.
+    """
+    config = _read_json(model_dir / "tokenizer_config.json")
+    found = _from_jinja_files(model_dir) or _from_legacy_file(model_dir) or _from_config(model_dir, config)
+    if not found:
+        if name is not None:
+            raise PromptError(f"the model has no chat template, so none called {name!r}", _WITHOUT)
+        return None
+    wanted = "default" if name is None else name
+    if wanted not in found:
+        names = ", ".join(sorted(found))
+        what = "several chat templates and none is the default" if name is None else f"no chat template {name!r}"
+        raise PromptError(f"the model has {what}", f"it has: {names}")
+    origin, source = found[wanted]
+    return ChatTemplate(source, origin, _special_tokens(model_dir, config), wanted)
+
+
+_Found = dict[str, tuple[str, str]]  # name to file and text
+
+
+def _from_jinja_files(model_dir: Path) -> _Found:
+    files = {path.stem: path for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))}
+    if (model_dir / "chat_template.jinja").is_file():
+        files = {"default": model_dir / "chat_template.jinja", **files}
+    return {name: (path.relative_to(model_dir).as_posix(), _read_text(path)) for name, path in files.items()}
+
+
+def _from_legacy_file(model_dir: Path) -> _Found:
+    return _named(model_dir / "chat_template.json", _read_json(model_dir / "chat_template.json").get("chat_template"))
+
+
+def _from_config(model_dir: Path, config: dict[str, Any]) -> _Found:
+    return _named(model_dir / "tokenizer_config.json", config.get("chat_template"))
+
+
+def _named(path: Path, value: Any) -> _Found:
+    """Templates as JSON files hold them: nothing, one text, or a list of names and texts."""
+    if value is None:
+        return {}
+    try:
+        pairs = {"default": value} if isinstance(value, str) else {item["name"]: item["template"] for item in value}
+    except (TypeError, KeyError):
+        pairs = {}
+    if not pairs or not all(isinstance(text, str) for pair in pairs.items() for text in pair):
+        raise DamagedModelError(f"the chat template in {path.name} is neither text nor a list of named texts", _WITHOUT)
+    return {name: (path.name, text) for name, text in pairs.items()}
+
+
+def _special_tokens(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens by name. `special_tokens_map.json` counts, and wins, only beside an older configuration."""
+    values = dict(config)
+    if "added_tokens_decoder" not in config:
+        values |= _read_json(model_dir / "special_tokens_map.json")
+    named = [(key, value) for key, value in values.items() if key in _NAMED_TOKENS or key.endswith("_token")]
+    for group in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(values.get(group), dict):
+            named += values[group].items()
+    contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in named}
+    return {key: content for key, content in contents.items() if isinstance(content, str)}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path).removeprefix("\ufeff"))  # which Windows' editors put first
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(value, dict):
+        raise _unreadable(path, "it is not a JSON object")
+    return value
+
+
+def _unreadable(path: Path, reason: object) -> ExlError:
+    return DamagedModelError(f"{path.name} cannot be read: {_one_line(reason)}", "download the model again")

@@ -1,0 +1,184 @@
+"""The quantizations that a repository offers in its branches, told from small JSON files and lists of files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from exl_cli.errors import ExlError
+from exl_cli.models import memory
+from exl_cli.models.config import context_length_of
+from exl_cli.models.hub import listing as listings
+from exl_cli.models.hub.client import Hub, Listing
+from exl_cli.models.hub.listing import Choice
+from exl_cli.models.hub.names import Repository
+from exl_cli.models.hub.plan import Plan
+from exl_cli.models.info import Format, ModelInfo
+from exl_cli.models.load_options import CacheType
+
+_AT_ONCE = 4
+_USUAL_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch.
+
+    Attributes:
+        name, commit: of the branch.
+        format_name: format and bits in words; empty where there is a problem.
+        bits: bits per weight, None where unknown.
+        head_bits, group_size, desc_act: of the quantization, None where it has none.
+        context_length: the model's, in tokens; None where unknown.
+        download_bytes: what `exl download` would fetch.
+        vram_bytes: estimated, None where it cannot be.
+        fits: whether that fits; None where no GPU is known.
+        problem: why exl would not run it; empty where it would.
+    """
+
+    name: str
+    commit: str
+    format_name: str
+    bits: float | None
+    head_bits: int | None
+    group_size: int | None
+    desc_act: bool | None
+    context_length: int | None
+    download_bytes: int
+    vram_bytes: int | None
+    fits: bool | None
+    problem: str = ""
+
+
+def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, cards: Sequence[int]) -> list[Branch]:
+    """All branches, main first.
+
+    Args:
+        hub: whom to ask.
+        repository: the model; its own revision does not matter.
+        context: tokens to estimate memory for; less where a model was made for less.
+        cache: type of the KV cache to estimate for.
+        cards: bytes of memory of each GPU; empty where none is known.
+
+    Raises:
+        ExlError: see `failures.explain`.
+    """
+    with hub.explained(repository):
+        found = hub.branches(repository)
+
+        def one(branch: tuple[str, str]) -> Branch:
+            place = Repository(repository.owner, repository.name, branch[0])
+            try:
+                return _describe(hub, hub.tree(place, branch[1]), context, cache, cards)
+            except ExlError as error:  # one bad branch is no reason to hide the others
+                return _unusable(*branch, 0, error.message.replace(f" of {place}", ""))
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(one, found))
+
+
+def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards: Sequence[int]) -> Branch:
+    name = listing.repository.revision
+    chosen = listings.select(listing.files, Choice())
+    weights = listings.weight_bytes(chosen)
+    config = listings.read_config(hub, listing)
+    total = sum(file.size for file in chosen)
+    problem = _problem(listing, chosen, config)
+    if problem:
+        return _unusable(name, listing.commit, total if weights else 0, problem)
+    try:
+        info = from_config(listing, config, weights)
+        needed = memory.estimate(info, min(context, info.context_length), cache)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return _unusable(name, listing.commit, total, "config.json does not describe a model")
+    vram_bytes = needed.total if needed else None
+    return Branch(
+        name=name,
+        commit=listing.commit,
+        format_name=info.format_name,
+        bits=info.bits_per_weight or None,
+        head_bits=info.head_bits,
+        group_size=info.group_size,
+        desc_act=info.desc_act if info.format == "gptq" else None,
+        context_length=info.context_length,
+        download_bytes=total,
+        vram_bytes=vram_bytes,
+        fits=memory.fits(needed, cards) if needed and cards else None,
+    )
+
+
+def _unusable(name: str, commit: str, download_bytes: int, problem: str) -> Branch:
+    return Branch(name, commit, "", None, None, None, None, None, download_bytes, None, None, problem)
+
+
+def _problem(listing: Listing, chosen: Sequence[Any], config: dict[str, Any]) -> str:
+    try:
+        listings.check_runnable(listing, chosen, Choice(), config)
+    except ExlError as error:
+        return error.message.removeprefix(f"{listing.repository} ")
+    return ""
+
+
+def from_config(listing: Listing, config: dict[str, Any], weight_bytes: int) -> ModelInfo:
+    """What config.json and the size of the weights tell of a model whose weights are not here."""
+    quantization = config.get("quantization_config") or {}
+    method = str(quantization.get("quant_method", "")).lower()
+    format_: Format = "gptq" if method == "gptq" else "float"
+    if method == "exl2" or (not method and _looks_like_exl2(listing)):
+        format_ = "exl2"
+    stored = 32.0 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 16.0
+    bits = quantization.get("bits", stored if format_ == "float" else None)
+    group = quantization.get("group_size")
+    head = quantization.get("head_bits")
+    architectures = config.get("architectures")
+    info = ModelInfo(
+        name=str(listing.repository),
+        path=Path(listing.repository.folder),
+        format=format_,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        parameters=0,
+        bits_per_weight=float(bits) if isinstance(bits, (int, float)) else 0.0,
+        context_length=context_length_of(config),
+        size_bytes=weight_bytes,
+        tensors={},
+        group_size=group if isinstance(group, int) else None,
+        desc_act=bool(quantization.get("desc_act", False)),
+        head_bits=head if isinstance(head, int) else None,
+        config=config,
+    )
+    return info if info.bits_per_weight else replace(info, bits_per_weight=_bits_from_size(info))
+
+
+def _looks_like_exl2(listing: Listing) -> bool:
+    """Files made before exllamav2 0.0.12 say nothing in config.json; its converter calls its output so."""
+    return any(file.name.startswith("output") and file.name.endswith(".safetensors") for file in listing.files)
+
+
+def _bits_from_size(info: ModelInfo) -> float:
+    """Bits per weight of the layers, told from the size of the files; 0 where the dimensions are unknown."""
+    shape = memory.shape_of(info)
+    if shape is None:
+        return 0.0
+    embeddings = shape.vocabulary * shape.hidden
+    layer = shape.hidden * (2 * shape.queries + 2 * shape.keys + 3 * shape.inner)
+    # The embeddings are float16, the head has 6 bits unless someone chose otherwise.
+    return max(0.0, 8 * info.size_bytes - 22 * embeddings) / (shape.layers * layer)
+
+
+def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
+    """What to say, before the download, of a model that will not fit the GPUs here; empty where nothing is amiss."""
+    if not gpus or not plan.config:
+        return ""
+    info = from_config(plan.listing, plan.config, listings.weight_bytes([item.file for item in plan.items]))
+    needed = memory.estimate(info, min(_USUAL_CONTEXT, info.context_length))
+    if needed is None or memory.fits(needed, [gpu.total for gpu in gpus]):
+        return ""
+    need = f"{needed.total / memory.GIB:.1f}"
+    have = " + ".join(f"{gpu.total / memory.GIB:.0f}" for gpu in gpus)
+    return (
+        f"{plan.wanted.repository} will need about {need} GiB of GPU memory, and here are {have} GiB; "
+        f"exl download {plan.wanted.repository.id} --branches shows what fits"
+    )

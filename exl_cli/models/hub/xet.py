@@ -1,0 +1,90 @@
+"""Bytes from xet storage through hf-xet, from any offset on.
+
+huggingface_hub downloads whole files with it (`file_download.xet_get`, 2.4); its stream of a byte range does the same
+work and lets a file go on where it stopped. Which file it is and where its access tokens come from, the Hub says in
+the headers of the file's own address.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+from exl_cli.models.hub.failures import BrokenTransferError
+
+_FAILURES = 2
+# Its own patience lasts minutes and says nothing meanwhile; a network that blocks xet storage would look like a hang.
+_CONFIG = {
+    "client.retry_max_attempts": 1,
+    "client.retry_base_delay": timedelta(seconds=1),
+    "client.connect_timeout": timedelta(seconds=10),
+    "client.read_timeout": timedelta(seconds=30),
+}
+
+
+def is_here() -> bool:
+    """Whether hf-xet is installed, recent enough to stream, and not switched off with HF_HUB_DISABLE_XET."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
+        return False
+    return hasattr(importlib.import_module("hf_xet"), "XetDownloadStreamGroup")
+
+
+class Xet:
+    """hf-xet's session of one run; after two failures it steps aside for plain HTTP, which serves the same files.
+
+    Args:
+        headers: what to send to the Hub when asking for access.
+        note: is told when it steps aside.
+    """
+
+    def __init__(self, headers: dict[str, str], note: Callable[[str], None]) -> None:
+        self._headers, self._note = headers, note
+        self._lock = threading.Lock()
+        self._session: Any = None
+        self._failures = 0
+
+    def find(self, url: str, endpoint: str, timeout: float) -> Any:
+        """huggingface_hub's `XetFileData` of the file at `url`; None where it is not in xet storage."""
+        from huggingface_hub import get_hf_file_metadata
+
+        if self._failures >= _FAILURES:
+            return None
+        return get_hf_file_metadata(url, headers=self._headers, endpoint=endpoint, timeout=timeout).xet_file_data
+
+    def chunks(self, source: Any, size: int, offset: int) -> Iterator[bytes]:
+        """The bytes of a file of `size` bytes, from `offset` on.
+
+        Raises:
+            BrokenTransferError: hf-xet failed.
+        """
+        hf_xet = importlib.import_module("hf_xet")
+        try:
+            with self._lock:
+                self._session = self._session or hf_xet.XetSession(hf_xet.XetConfig().with_config(_CONFIG))
+            group = self._session.new_download_stream_group(
+                token_refresh_url=source.refresh_route, token_refresh_headers=self._headers
+            )
+            for chunk in group.download_stream(hf_xet.XetFileInfo(source.file_hash, size), start=offset):
+                offset += len(chunk)
+                yield chunk
+            if offset < size:  # how some of its failures show
+                raise EOFError(f"ended at {offset:,} of {size:,} bytes")
+        except Exception as error:  # its errors have no common base
+            with self._lock:
+                self._failures += 1
+                if self._failures == _FAILURES:
+                    self._note("hf-xet keeps failing: going on over plain HTTP")
+            raise BrokenTransferError(f"hf-xet: {str(error).strip().partition(chr(10))[0]}") from error
+
+    def close(self) -> None:
+        """Abandon what is still being received."""
+        with self._lock:
+            if self._session is not None:
+                self._session.sigint_abort()
+                self._session = None

@@ -1,0 +1,151 @@
+"""Text to token ids and back, with the tokenizers library alone, so that neither torch nor transformers is needed."""
+
+from __future__ import annotations
+
+from codecs import BOM_UTF8
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exl_cli.errors import DamagedModelError, UnsupportedModelError
+from exl_cli.models.config import read_json, require_regular
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Tokenizer:
+    """A model's tokenizer, read from `tokenizer.json`.
+
+    Attributes:
+        eos_ids: the token ids that end a response: those of generation_config.json, else of config.json, and the
+            tokenizer's own `eos_token`.
+        vocab_size: one more than the largest token id.
+
+    Raises:
+        UnsupportedModelError: the folder has only a SentencePiece `tokenizer.model`.
+        DamagedModelError: no tokenizer, or an unreadable one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        file = path / "tokenizer.json"
+        if not file.exists():
+            if (path / "tokenizer.model").exists():
+                raise UnsupportedModelError(
+                    f"{path} has tokenizer.model but no tokenizer.json, which exllamav2 needs since 0.3.1",
+                    "copy tokenizer.json from the original model's repository into the folder",
+                )
+            raise DamagedModelError(f"{file} is missing", "download the model again, tokenizer.json included")
+        require_regular(file)
+        try:
+            self._backend: tokenizers.Tokenizer = Backend.from_buffer(file.read_bytes().removeprefix(BOM_UTF8))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise DamagedModelError(f"{file} cannot be read: {error}", "download the file again") from error
+        # Settings of training time that would cut or pad prompts.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._config = read_json(path / "tokenizer_config.json")
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)
+        self.eos_ids = self._find_eos_ids(path)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised.
+
+        Args:
+            text: the text.
+            add_special_tokens: put what the model expects around a plain text, as a rule a beginning-of-sequence
+                token; False for a text that a chat template has already completed.
+        """
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens:
+            ids = self._apply_bos_setting(ids)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def decode_stream(self, prompt_ids: Sequence[int]) -> DecodeStream:
+        """A decoder for tokens that follow a prompt."""
+        return DecodeStream(self._backend, prompt_ids)
+
+    def pieces(self) -> list[str]:
+        """The text of every token on its own, by id; empty for ids that are special or not in use."""
+        return self._backend.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
+
+    def special_ids(self) -> set[int]:
+        """Ids of the special tokens."""
+        return {id_ for id_, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact name; None where there is none."""
+        id_: int | None = self._backend.token_to_id(token)
+        return id_
+
+    def token(self, id_: int) -> str:
+        """The token of an id by its exact name; empty where there is none."""
+        return self._backend.id_to_token(id_) or ""
+
+    def difference(self, other: Tokenizer) -> str:
+        """How another tokenizer's token ids differ from these, in words; empty where all mean the same.
+
+        Special tokens are compared as well; how a text is cut into tokens is not, nor what the models pad their
+        vocabularies with.
+        """
+        mine, theirs = ({id_: token for token, id_ in t._backend.get_vocab(True).items()} for t in (self, other))
+        different = [id_ for id_ in mine.keys() | theirs.keys() if mine.get(id_) != theirs.get(id_)]
+        if not different:
+            return ""
+        first = min(different)
+        here, there = (repr(ids[first]) if first in ids else "nothing" for ids in (mine, theirs))
+        return f"token {first} is {here} in one and {there} in the other, and {len(different)} tokens differ in all"
+
+    def _find_eos_ids(self, path: Path) -> frozenset[int]:
+        found: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            value = read_json(path / name).get("eos_token_id")
+            values = value if isinstance(value, list) else [value]
+            found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
+            if found:
+                break
+        own = self.token_id(_token_text(self._config.get("eos_token")))
+        return frozenset(found if own is None else found | {own})
+
+    def _apply_bos_setting(self, ids: list[int]) -> list[int]:
+        # transformers lets tokenizer_config.json overrule what tokenizer.json's post-processor does.
+        setting, bos = self._config.get("add_bos_token"), self.token_id(_token_text(self._config.get("bos_token")))
+        if bos is None or not isinstance(setting, bool):
+            return ids
+        has_bos = ids[:1] == [bos]
+        if setting and not has_bos:
+            return [bos, *ids]
+        return ids[1:] if has_bos and not setting else ids
+
+
+class DecodeStream:
+    """Decodes token by token: a piece of text comes out only once its last character is whole.
+
+    The prompt's last tokens are given to the decoder first, so that a leading space of the response is kept or
+    dropped as it would be in the whole text.
+    """
+
+    _CONTEXT = 8
+
+    def __init__(self, backend: tokenizers.Tokenizer, prompt_ids: Sequence[int]) -> None:
+        from tokenizers.decoders import DecodeStream as Backend
+
+        self._tokenizer = backend
+        self._stream: Any = Backend(ids=list(prompt_ids)[-self._CONTEXT :], skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character is still incomplete."""
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+def _token_text(token: Any) -> str:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""

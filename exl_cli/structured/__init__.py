@@ -1,0 +1,1 @@
+"""The structure of an answer: reasoning, text and tool calls told apart."""

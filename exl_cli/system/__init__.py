@@ -1,0 +1,1 @@
+"""What every layer may use of the machine: files, processes, memory, NVML, units, interrupts."""

@@ -1,0 +1,1 @@
+"""Everything shown to a person: console, progress, tables, live text."""

@@ -1,0 +1,227 @@
+"""What `exl bench` shows: how far it is, the figures of a result. See `console_compare` for two of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from exl_cli.bench import files, limits, outputs
+from exl_cli.bench.result import Measured, Result, Run, mean
+from exl_cli.ui.console import Console, harmless
+from exl_cli.ui.models import cells, show, table
+
+if TYPE_CHECKING:
+    from exl_cli.bench.runner import Progress
+
+_LINE_EVERY_SECONDS = 30.0
+_NAME_WIDTH = 12
+
+
+class Live:
+    """Tells how a benchmark is going; see `bench.runner.Observer`. A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._bar: Any = None
+        self._task: Any = None
+        self._last_line = float("-inf")
+        self._model = ""
+
+    def start(self) -> None:
+        """Show the bar."""
+        if self._console.quiet or not self._console.err.is_terminal:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        what = TextColumn(
+            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)
+        )
+        bar = BarColumn(table_column=Column(ratio=1))
+        left = TextColumn("{task.fields[left]}", markup=False)
+        self._bar = Progress(
+            what, bar, MofNCompleteColumn(), left, console=self._console.err, expand=True, transient=True
+        )
+        self._task = self._bar.add_task("starting", total=None, left="")
+        self._bar.start()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def note(self, message: str) -> None:
+        """See `bench.runner.Observer.note`."""
+        self._console.note(message)
+
+    def update(self, progress: Progress) -> None:
+        """See `bench.runner.Observer.update`."""
+        left = "" if progress.eta_seconds is None else f"{_duration(progress.eta_seconds)} left"
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                description=harmless(progress.what),
+                total=progress.total,
+                completed=progress.done,
+                left=left,
+            )
+            return
+        now, model = self._clock(), progress.what.rpartition(": ")[0]
+        if model != self._model or now - self._last_line >= _LINE_EVERY_SECONDS:
+            self._model, self._last_line = model, now
+            self._console.note(f"{progress.done}/{progress.total} {progress.what}{left and ', ' + left}")
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Live]:
+    """A `Live` whose bar is gone when it is left, however that happens."""
+    live = Live(console)
+    live.start()
+    try:
+        yield live
+    finally:
+        live.stop()
+
+
+def tables(console: Console, result: Result) -> None:
+    """The whole result, on stdout."""
+    for run in result.runs:
+        _heading(console, run)
+        rows = _tests(run)
+        if rows.row_count:
+            show(console, rows)
+        for name, text in _lines(run):
+            fact(console, name, text)
+        console.text("\n")
+    fact(console, "machine", outputs.machine(result))
+    settings = result.settings
+    spread = ", mean ± deviation" if settings.repetitions > 1 else ""
+    fact(
+        console,
+        "method",
+        f"{outputs.repetitions_text(settings.repetitions)} in random order, seed {settings.seed}{spread}; sampling and "
+        "decoding are timed, loading and tokenizing are not",
+    )
+
+
+def doubts(console: Console, result: Result) -> None:
+    """What to know before trusting the figures, on stderr beside any format."""
+    for warning in result.warnings:
+        console.note(f"note: {warning}")
+    if result.partial:
+        console.note(f"partial: {result.partial}")
+
+
+def _heading(console: Console, run: Run) -> None:
+    from rich.text import Text
+
+    facts = [outputs.size_text(run.model["size_bytes"]), outputs.parameters_text(run.model["parameters"])]
+    facts += [str(run.engine["name"]), f"cache {run.cache}"]
+    console.out.print(Text.assemble((harmless(run.label), "bold"), harmless(f"  {', '.join(facts)}")), soft_wrap=True)
+
+
+def _tests(run: Run) -> Any:
+    energy = any(entry.joules_per_token is not None for entry in run.tests)
+    guessed = any(entry.acceptance is not None for entry in run.tests)
+    titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"]
+    titles += ["J/token"] * energy + ["accepted"] * guessed
+    made = table(*titles, right=titles[1:])
+    for entry in run.tests:
+        if not entry.samples:
+            continue
+        limit = limits.limit(run, entry)
+        row = [entry.test.name, _rate(entry)]
+        row += ["-" if limit is None else f"{limit.share:.0%}", _latencies(entry), _ms(mean(entry.first_token_ns))]
+        if energy:
+            row.append("-" if entry.joules_per_token is None else f"{entry.joules_per_token:.3g}")
+        if guessed:
+            row.append("-" if entry.acceptance is None else f"{entry.acceptance:.0%}")
+        made.add_row(*cells(*row))
+    return made
+
+
+def _rate(entry: Measured) -> str:
+    digits = 0 if entry.avg_ts >= 1000 else 1 if entry.avg_ts >= 10 else 2
+    deviation = f" ± {entry.stddev_ts:,.{digits}f}" if len(entry.samples) > 1 else ""
+    return f"{entry.avg_ts:,.{digits}f}{deviation}"
+
+
+def _latencies(entry: Measured) -> str:
+    found = files.latency(entry)
+    if found["median"] is None:
+        return "-"
+    return " · ".join(outputs.three_digits((found[name] or 0) / 1e6) for name in ("p5", "median", "p95"))
+
+
+def _lines(run: Run) -> list[tuple[str, str]]:
+    found = []
+    if run.cold is not None:
+        cold = run.cold
+        found.append(
+            (
+                "cold",
+                f"import {cold.import_seconds:.1f} s, load {cold.load_seconds:.1f} s, first token "
+                f"{_ms(cold.sample.ttft_ns)}, then {cold.generation_rate:,.1f} tokens/s",
+            )
+        )
+        if warm := run.find("answer"):
+            rates = [1e9 * len(s.itl_ns) / sum(s.itl_ns) for s in warm[0].samples if s.itl_ns]
+            found.append(("warm", f"first token {_ms(mean(warm[0].first_token_ns))}, then {mean(rates):,.1f} tokens/s"))
+    found.append(("memory", _memory(run)))
+    if run.perplexity is not None:
+        value = run.perplexity
+        passes = f", {value.step} tokens a pass" if value.step else ""
+        found.append(
+            (
+                "perplexity",
+                f"{value.value:.4f} ± {value.error:.4f} over {value.tokens:,} tokens, window {value.window:,}, "
+                f"stride {value.stride:,}{passes}",
+            )
+        )
+    if run.probe is not None:
+        found.append(
+            (
+                "limits",
+                f"memory {run.probe.bytes_per_second / 1e9:,.0f} GB/s, {run.probe.dtype} matrix product "
+                f"{run.probe.flops / 1e12:,.3g} TFLOP/s",
+            )
+        )
+    found += [(entry.test.name, text) for entry in run.tests if (text := limits.verdict(run, entry))]
+    return found
+
+
+def _memory(run: Run) -> str:
+    parts = [f"{(run.memory.host or 0) / 2**20:,.0f} MiB resident"]
+    if run.memory.allocator is not None:
+        parts.insert(0, f"GPU {run.memory.allocator / 2**20:,.0f} MiB allocated")
+    if run.memory.device is not None:
+        parts.insert(1, f"{run.memory.device / 2**20:,.0f} MiB in use on the card")
+    return f"{', '.join(parts)} (peaks)"
+
+
+def fact(console: Console, name: str, text: str) -> None:
+    """A line of the form "name  text", wrapped under its text on a terminal."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    if not console.out.is_terminal:
+        console.text(harmless(f"  {name:<{_NAME_WIDTH}} {text}").rstrip() + "\n")
+        return
+    made = Table.grid(padding=(0, 1))
+    made.add_column(min_width=_NAME_WIDTH, no_wrap=True)
+    made.add_column(overflow="fold")
+    made.add_row(Text(harmless(name), style="bold"), Text(harmless(text)))
+    console.out.print(Padding(made, (0, 0, 0, 2)))
+
+
+def _ms(nanoseconds: float) -> str:
+    return f"{outputs.three_digits(nanoseconds / 1e6)} ms"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"

@@ -1,0 +1,214 @@
+"""What is seen of a chat: answers as they come, the line of numbers after each, and what commands show.
+
+Answers go to stdout, all the rest to stderr. What a command was asked for is shown even where `quiet` keeps notes away.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from exl_cli.api import records
+from exl_cli.engines.base import Engine, Summary
+from exl_cli.session import Session, Turn, excerpt
+from exl_cli.system.readings import GpuReading, HostReading
+from exl_cli.ui.answers import Answer, MarkdownAnswer
+from exl_cli.ui.console import Console, accepted, harmless
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from exl_cli.chat.commands import Command
+    from exl_cli.chat.partner import Model
+    from exl_cli.chat.store import Overview
+
+# What stands before a line that the user types, and before those that go on with it.
+PROMPT = ">>> "
+CONTINUATION = "... "
+
+
+class ChatConsole(Console):
+    """See `console.Console`."""
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def answering(self, *, thinking: bool, markdown: bool) -> Answer:
+        """A context to show one answer in."""
+        kind = MarkdownAnswer if markdown and sys.stdout.isatty() else Answer
+        return kind(self, thinking=thinking)
+
+    def dim_text(self, text: str) -> None:
+        """Model text that is not the answer: dim on a terminal, like any other in a pipe."""
+        if sys.stdout.isatty() and text:
+            self.out.out(harmless(text), end="", highlight=False, style="dim")
+            self.out.file.flush()
+            self._at_line_start = text.endswith("\n")
+        else:
+            self.text(text)
+
+    def end_line(self) -> None:
+        """End a line of stdout that was begun, also in a pipe: the next answer is not to stick to this one."""
+        if not self._at_line_start:
+            self.text("\n")
+
+    def turn(self, summary: Summary, context_length: int, *, answered: bool) -> None:
+        """The line after an answer."""
+        used = summary.prompt_tokens + summary.new_tokens
+        parts = [
+            f"prompt {summary.prompt_tokens:,} tokens ({summary.reused_tokens:,} reused)",
+            f"{summary.new_tokens:,} new, {summary.generation_rate:.1f} tokens/s",
+            f"context {used:,}/{context_length:,}",
+        ]
+        if summary.drafted_tokens:
+            parts.insert(2, accepted(summary.accepted_tokens, summary.drafted_tokens))
+        if not answered:
+            parts = ["stopped before the answer began: the message is not part of the conversation"]
+        elif summary.finish_reason == "cancelled":
+            parts.append("stopped: /continue")
+        elif summary.finish_reason == "length":
+            full = records.limit(summary, context_length) == "context"
+            parts.append("the context is full" if full else "cut off: /continue")
+        elif summary.new_tokens <= 1:
+            parts.append("an empty answer: /retry")
+        self.note(" · ".join(parts))
+        if summary.note:
+            self.note(f"note: {summary.note}")
+
+    def dropped(self, turns: Sequence[Turn], tokens: int) -> None:
+        """What the model no longer sees."""
+        first = [turn for turn in turns if turn.role == "user"]
+        what = f"the oldest {len(first)} exchanges" if len(first) > 1 else "the oldest exchange"
+        quoted = f"“{excerpt(first[0].content)}”" if first else ""
+        if len(first) > 1:
+            quoted += f" to “{excerpt(first[-1].content)}”"
+        self.note(f"the context is nearly full: dropped {what} ({quoted}), {tokens:,} tokens; the session keeps them")
+
+    # --- what commands show ---------------------------------------------------------------------------------------
+
+    def say(self, message: str) -> None:
+        """The outcome of a command."""
+        self.err.print(harmless(message), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def block(self, text: str) -> None:
+        """A text as it is."""
+        self.err.out(harmless(text), highlight=False)
+
+    def commands(self, commands: Iterable[Command]) -> None:
+        """What commands there are."""
+        table = _plain_table()
+        for command in commands:
+            also = f" (also {', '.join('/' + name for name in command.aliases)})" if command.aliases else ""
+            table.add_row(f"/{command.name} {command.arguments}".rstrip(), command.help + also)
+        self.err.print(table, markup=False, highlight=False)
+        self.say('Anything else is a message. """ begins and ends one of several lines; Alt-Enter breaks a line.')
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """Settings and their values."""
+        table = _plain_table()
+        for name, value in values.items():
+            table.add_row(name, _shown(value))
+        self.err.print(table, markup=False, highlight=False)
+
+    def changes(self, changed: Mapping[str, tuple[Any, Any]], unchanged: str) -> None:
+        """Settings with their old and new values; `unchanged` names what stayed where nothing else changed."""
+        for name, (old, new) in changed.items():
+            self.say(f"{name}: {_shown(old)} → {_shown(new)}")
+        if not changed:
+            self.say(f"{unchanged} is as it was")
+
+    def model(self, model: Model, engine: Engine) -> None:
+        """A loaded model."""
+        info = model.info
+        facts = {
+            "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} weights)",
+            "engine": f"{engine.name} ({', '.join(f'{name} {value}' for name, value in engine.facts.items())})",
+            "context": f"{engine.context_length:,} tokens of the model's {info.context_length:,}",
+            "format": model.format.name,
+        }
+        self.settings(facts)
+
+    def totals(self, session: Session) -> None:
+        """What a conversation took."""
+        totals = session.totals
+        evaluated = totals.prompt_tokens - totals.reused_tokens
+        share = totals.reused_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
+        facts = {
+            "turns": f"{len(session.turns)}, of which the model sees {len(session.turns) - session.dropped}",
+            "answers": f"{totals.answers}, retried and stopped ones included",
+            "prompts": f"{totals.prompt_tokens:,} tokens, {totals.reused_tokens:,} of them reused ({share:.0%})",
+            "evaluated": _timed(evaluated, totals.prompt_seconds),
+            "generated": _timed(totals.new_tokens, totals.generation_seconds),
+        }
+        if totals.drafted_tokens:
+            facts["speculation"] = accepted(totals.accepted_tokens, totals.drafted_tokens)
+        self.settings(facts)
+
+    def memory_now(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
+        """The memory table, asked for."""
+        Console().memory(gpus, host)
+
+    def sessions(self, overviews: Iterable[Overview], current: str) -> None:
+        """The saved sessions."""
+        table = _plain_table(("session", "last change", "turns", "model", "begins"))
+        for one in overviews:
+            name = f"{one.name} *" if one.name == current else one.name
+            when = f"{one.updated:%Y-%m-%d %H:%M}"
+            if one.session is None:
+                table.add_row(name, when, "-", "-", harmless(one.problem))
+            else:
+                found = one.session
+                table.add_row(name, when, str(len(found.turns)), harmless(found.model), harmless(found.title))
+        self.err.print(table, markup=False, highlight=False)
+
+    def resumed(self, session: Session) -> None:
+        """Where a saved conversation stands."""
+        last = f": “{excerpt(session.turns[-1].content, 100)}”" if session.turns else ""
+        self.note(f"going on with {session.name}, {len(session.turns)} turns{last}")
+
+    def ask(self, prompt: str) -> None:
+        """Begin a line for the user to go on with, on a terminal that can do no more."""
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+
+    def message(self, text: str) -> None:
+        """A message that was not typed here, as if it had been."""
+        self.block(PROMPT + text.replace("\n", "\n" + CONTINUATION))
+
+    def copy(self, text: str) -> bool:
+        """Put a text into the clipboard of the terminal that stderr is (OSC 52); whether it is one."""
+        if not sys.stderr.isatty() or self.err.is_dumb_terminal:
+            return False
+        encoded = base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
+        sys.stderr.write(f"\x1b]52;c;{encoded}\x07")
+        sys.stderr.flush()
+        return True
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(repr(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else harmless(str(value))
+
+
+def _timed(tokens: int, seconds: float) -> str:
+    rate = f" ({tokens / seconds:,.1f} tokens/s)" if seconds > 0 else ""
+    return f"{tokens:,} tokens in {seconds:.2f} s{rate}"
+
+
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def _plain_table(headers: Sequence[str] = ()) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(headers), header_style="dim")
+    for header in headers or ("", ""):
+        table.add_column(header, overflow="fold")
+    return table

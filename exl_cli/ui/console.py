@@ -1,0 +1,297 @@
+"""Everything a person or a pipe sees. stdout carries model text or the data asked for; all the rest is on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from exl_cli.api import records
+from exl_cli.engines.base import Summary
+from exl_cli.errors import ExlError
+from exl_cli.system.readings import GpuReading, HostReading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    from exl_cli.engines.exllamav2.extension.jobs import Progress as BuildProgress
+    from exl_cli.ui.build import Bar
+
+_MIB = 2**20
+
+# Control characters that would act on a terminal, shown as the pictures Unicode has for them. Line feed and tab stay.
+_HARMLESS = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    127: 0x2421,
+    **dict.fromkeys(range(128, 160), 0xFFFD),
+}
+
+
+def harmless(text: str) -> str:
+    """Text that cannot move the cursor, recolour, retitle or otherwise command a terminal."""
+    return text.translate(_HARMLESS)
+
+
+class Console:
+    """Where a command writes.
+
+    Args:
+        quiet: keep stderr for errors alone.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._out: RichConsole | None = None
+        self._err: RichConsole | None = None
+        self._at_line_start = True
+
+    @property
+    def out(self) -> RichConsole:
+        """Rich's console on stdout."""
+        if self._out is None:
+            self._out = _rich(sys.stdout)
+        return self._out
+
+    @property
+    def err(self) -> RichConsole:
+        """Rich's console on stderr."""
+        if self._err is None:
+            self._err = _rich(sys.stderr)
+        return self._err
+
+    # --- stdout ---------------------------------------------------------------------------------------------------
+
+    def text(self, text: str) -> None:
+        """Model text, as it comes: byte for byte into a pipe or file, harmless on a terminal."""
+        if not text:
+            return
+        if sys.stdout.isatty():
+            self.out.out(harmless(text), end="", highlight=False)
+            self.out.file.flush()
+        else:
+            _write(sys.stdout, text)
+        self._at_line_start = text.endswith("\n")
+
+    def end_text(self) -> None:
+        """Put the cursor of a terminal at the start of a line after model text; a pipe gets nothing added."""
+        if not self._at_line_start and sys.stdout.isatty():
+            self.out.out("")
+        self._at_line_start = True
+
+    def data(self, value: Any) -> None:
+        """One JSON value on a line of its own."""
+        _write(sys.stdout, json.dumps(value, ensure_ascii=False) + "\n")
+
+    # --- stderr ---------------------------------------------------------------------------------------------------
+
+    def note(self, message: str) -> None:
+        """A dim line about what is going on."""
+        if not self.quiet:
+            self.err.print(harmless(message), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def summary(self, summary: Summary) -> None:
+        """The notebook's two lines, and those about speculation where there was some."""
+        computed = summary.prompt_tokens - summary.reused_tokens
+        self.note(_timed("Prompt processed", summary.prompt_seconds, computed, summary.prompt_rate))
+        self.note(_timed("Response generated", summary.generation_seconds, summary.new_tokens, summary.generation_rate))
+        if summary.drafted_tokens:
+            self.note(accepted(summary.accepted_tokens, summary.drafted_tokens))
+        if summary.note:
+            self.note(f"note: {summary.note}")
+
+    def cut_off(self, summary: Summary, context_length: int, most: int) -> None:
+        """What cut a response off, and what to do for more of it; nothing where it came to its own end.
+
+        Args:
+            summary: of the response.
+            context_length: the context that the model was loaded with, in tokens.
+            most: the context that it was made for.
+        """
+        limit = records.limit(summary, context_length)
+        if limit == "max_new_tokens":
+            self.note(f"stopped after {summary.new_tokens:,} tokens; raise --max-new-tokens for more")
+        elif limit == "context":
+            more = f"raise --max-seq-len, up to {most:,}," if context_length < most else "shorten the prompt"
+            self.note(
+                f"stopped after {summary.new_tokens:,} tokens: the context of {context_length:,} tokens is full; "
+                f"{more} for more"
+            )
+
+    def memory(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
+        """The memory table: one row for each GPU in use, or this process's memory where none is."""
+        if self.quiet:
+            return
+        if gpus:
+            self.err.print(_gpu_table(gpus))
+        else:
+            self.note(f"Memory: {_mib(host.resident_bytes)} resident, {_mib(host.peak_bytes)} peak")
+
+    @contextmanager
+    def loading(self, what: str) -> Iterator[Loading]:
+        """One line while a model loads: live on a terminal, plain elsewhere."""
+        loading = Loading(self, what)
+        loading.start()
+        try:
+            yield loading
+        except BaseException:
+            loading.stop(done=False)
+            raise
+        loading.stop(done=True)
+
+    def error(self, error: ExlError) -> None:
+        """What is wrong and the next step."""
+        self._error_lines(error.message, error.hint)
+
+    def bug(self, error: BaseException) -> None:
+        """A failure that no one foresaw."""
+        text = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        self._error_lines(f"unexpected {what}", "run again with --debug for the traceback, and please report it")
+
+    def traceback(self, error: BaseException) -> None:
+        """Where a failure came from, for --debug."""
+        import traceback
+
+        self.err.out(harmless("".join(traceback.format_exception(error)).rstrip("\n")), highlight=False)
+
+    def _error_lines(self, message: str, hint: str) -> None:
+        from rich.text import Text
+
+        line = Text.assemble(("error: ", "bold red"), harmless(message))
+        if hint:
+            line.append("; " + harmless(hint), "dim")
+        self.err.print(line, highlight=False, soft_wrap=True)
+
+
+class Loading:
+    """Tells how a load is going; see `loader.Observer`."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console = console
+        self._what = what
+        self._status: Any = None
+        self._bar: Bar | None = None
+
+    def start(self) -> None:
+        """Show the line."""
+        err = self._console.err
+        if not self._console.quiet and err.is_terminal:
+            self._status = err.status(f"[dim]Loading model: {_plain(self._what)}[/dim]", spinner="dots")
+            self._status.start()
+        else:
+            self._console.note(f"Loading model: {self._what}")
+
+    def stop(self, *, done: bool) -> None:
+        """Take the spinner away; leave the line where the load is done."""
+        self._end_build()
+        if self._status is None:
+            return
+        self._status.stop()
+        self._status = None
+        if done:
+            self._console.note(f"Loading model: {self._what}")
+
+    def note(self, message: str) -> None:
+        """See `loader.Observer.note`."""
+        self._console.note(message)
+
+    def progress(self, done: int, total: int) -> None:
+        """See `loader.Observer.progress`."""
+        self._end_build()
+        if self._status is not None:
+            self._status.update(f"[dim]Loading model: {_plain(self._what)} {100 * done // max(total, 1)} %[/dim]")
+
+    def building(self, progress: BuildProgress) -> None:
+        """See `building.build.Observer.building`: its bar takes the spinner's place while something is compiled."""
+        if self._bar is None:
+            from exl_cli.ui.build import Bar
+
+            if self._status is not None:
+                self._status.stop()
+            self._bar = Bar(self._console)
+        self._bar.update(progress)
+
+    def _end_build(self) -> None:
+        if self._bar is not None:
+            self._bar.end()
+            self._bar = None
+            if self._status is not None:
+                self._status.start()
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(harmless(text))
+
+
+def accepted(right: int, proposed: int) -> str:
+    """How speculation did."""
+    return f"{right:,} of {proposed:,} proposed tokens accepted ({right / proposed:.0%})"
+
+
+def _timed(what: str, seconds: float, tokens: int, rate: float) -> str:
+    return f"{what} in {seconds:.2f} seconds, {tokens} tokens, {rate:.2f} tokens/second"
+
+
+def _mib(count: int) -> str:
+    return f"{count / _MIB:,.0f} MiB"
+
+
+def _gpu_table(gpus: Sequence[GpuReading]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SQUARE, header_style="dim", style="dim")
+    table.add_column("GPU", min_width=13)
+    for title in ("Temp", "Power", "Memory MiB\nused / total", "Util", "Process\nMiB", "Peak\nMiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for gpu in gpus:
+        table.add_row(
+            f"{gpu.device.removeprefix('cuda:')} {gpu.name or 'unknown'}",
+            "-" if gpu.temperature is None else f"{gpu.temperature} C",
+            _pair(gpu.power, gpu.power_limit, " W"),
+            _pair(_in_mib(gpu.used_bytes), _in_mib(gpu.total_bytes)),
+            "-" if gpu.utilisation is None else f"{gpu.utilisation} %",
+            f"{gpu.process_bytes / _MIB:.0f}",
+            f"{gpu.process_peak_bytes / _MIB:.0f}",
+        )
+    return table
+
+
+def _pair(used: float | None, total: float | None, unit: str = "") -> str:
+    if used is None and total is None:
+        return "-"
+    left, right = ("-" if value is None else f"{value:.0f}" for value in (used, total))
+    return f"{left} / {right}{unit}"
+
+
+def _in_mib(count: int | None) -> float | None:
+    return None if count is None else count / _MIB
+
+
+def _rich(file: TextIO) -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(file=file)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write at once and as UTF-8, whatever the locale says: a pipe carries bytes, not a terminal's encoding."""
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:
+        stream.write(text)
+    else:
+        buffer.write(text.encode("utf-8"))
+    stream.flush()
+
+
+def abandon_stdout() -> None:
+    """After a closed pipe: let nothing more be written, so that the interpreter ends without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

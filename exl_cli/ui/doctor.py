@@ -1,0 +1,90 @@
+"""How the doctor's checklist is shown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from exl_cli.doctor.finding import Finding
+from exl_cli.ui.console import Console, harmless
+
+_TITLE = 15
+_MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("-", "dim")}
+_PLAIN = {"✓": "+", "✗": "x", "→": "->"}
+
+
+class Checklist:
+    """Findings, a line each, on stdout; what mends one stands below it, unbroken, so that it can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Any = None
+
+    def telling(self, what: str) -> None:
+        """Say what is being waited for, on a terminal, while it lasts."""
+        if self._status is not None:
+            self._status.update(f"[dim]checking {_escaped(what)}[/dim]")
+
+    def show(self, finding: Finding) -> None:
+        """One finding."""
+        from rich.text import Text
+
+        mark, style = _MARKS[finding.status]
+        indent = 2 + _TITLE + 1
+        lines = self._wrapped(harmless(finding.found), indent)
+        head = Text.assemble(
+            (self._shown(mark), f"bold {style}" if finding.status in ("warn", "fail") else style),
+            " ",
+            f"{finding.check:<{_TITLE}} ",
+        )
+        for number, line in enumerate(lines):
+            text = head if number == 0 else Text(" " * indent)
+            text.append(line, "dim" if finding.status == "skip" else "")
+            self._print(text)
+        if finding.fix:
+            self._print(Text.assemble(" " * indent, self._shown("→") + " ", (harmless(finding.fix), "bold")))
+
+    def conclude(self, summary: str) -> None:
+        """The verdict."""
+        from rich.text import Text
+
+        self._print(Text(""))
+        self._print(Text(harmless(summary), "bold"))
+
+    def _print(self, text: Any) -> None:
+        self._console.out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _shown(self, mark: str) -> str:
+        """The mark, or what stands for it where it cannot be written."""
+        try:
+            mark.encode(self._console.out.encoding)
+        except (UnicodeEncodeError, LookupError):
+            return _PLAIN.get(mark, mark)
+        return mark
+
+    def _wrapped(self, text: str, indent: int) -> list[str]:
+        if not self._console.out.is_terminal:
+            return [text]
+        width = max(30, self._console.out.width - indent)
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this lasts, a terminal shows that something is going on."""
+        err = self._console.err
+        if err.is_terminal and self._console.out.is_terminal:
+            # On stdout's console, so that the findings are printed above it.
+            self._status = self._console.out.status("[dim]checking[/dim]", spinner="dots")
+        if self._status is None:
+            yield
+            return
+        with self._status:
+            yield
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(harmless(text))

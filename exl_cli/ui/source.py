@@ -1,0 +1,49 @@
+"""Lines from a pipe or file, or from a terminal that cannot do more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from exl_cli.chat.lines import is_open
+from exl_cli.chat.loop import Event, Line, Signal
+from exl_cli.cli.inputs import not_utf8
+from exl_cli.ui.chat import CONTINUATION, PROMPT
+
+
+class PlainSource:
+    """Reads standard input line by line, a block between quotation marks as one. See `loop.Source`.
+
+    Args:
+        ask: shows what stands before a line, where a person types it.
+    """
+
+    def __init__(self, ask: Callable[[str], object] = lambda prompt: None) -> None:
+        self._ask = ask
+
+    def read(self, draft: str) -> Event:
+        """See `loop.Source.read`; there is nobody to show a draft to."""
+        text = self._line(PROMPT)
+        if text is None:
+            return Signal.END
+        while is_open(text):
+            more = self._line(CONTINUATION)
+            if more is None:
+                break
+            text += "\n" + more
+        return Line(text)
+
+    def _line(self, prompt: str) -> str | None:
+        """The next line without its end; None at the end of input."""
+        if sys.stdin is None or sys.stdin.closed:
+            return None
+        self._ask(prompt)
+        buffer = getattr(sys.stdin, "buffer", None)
+        data = sys.stdin.readline().encode("utf-8", "replace") if buffer is None else buffer.readline()
+        if not data:
+            return None
+        try:
+            return str(data.decode("utf-8-sig")).rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            hint = "it is left out; convert it with iconv -t UTF-8"
+            raise not_utf8("a line on standard input", error.start, data[error.start], hint) from error
