@@ -13,15 +13,13 @@ from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import headstart
 from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
+from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, known_models, models_dir
 from exl_cli.models.hub import names, store
 from exl_cli.models.info import ModelInfo, inspect
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
-from exl_cli.system.files import user_data
 from exl_cli.system.interrupts import hold_interrupt
 
-BUILTIN = "fable-7m"
-_ASSETS = Path(__file__).parent / "models" / "builtin"
 _MIN_ALLOCATION = 4096
 
 
@@ -41,15 +39,6 @@ class Observer(Protocol):
         ...
 
 
-def models_dir(given: Path | None = None) -> Path:
-    """The folder of downloaded models: the one given, else `EXL_MODELS_DIR`, else the user's data folder."""
-    if given is not None:
-        return given
-    if env := os.environ.get("EXL_MODELS_DIR"):
-        return Path(env)
-    return user_data() / "models"
-
-
 def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
     """Find a model and read what it is.
 
@@ -66,7 +55,7 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
     if model is not None and not model.strip():
         raise UsageError("the name of the model is empty", f"give a name or a folder, or {BUILTIN}")
     if model is None or model == BUILTIN:
-        return inspect(_ASSETS / BUILTIN, BUILTIN)
+        return inspect(BUILTIN_FOLDER, BUILTIN)
     path = Path(model).expanduser()
     if path.is_dir():
         return _open(path, model)
@@ -87,34 +76,6 @@ def _open(path: Path, name: str) -> ModelInfo:
         whole = f"exl download {unfinished.name}" if unfinished else "downloading it again"
         raise ModelNotFoundError(f"{name} is only partly downloaded", f"{whole} goes on where it stopped")
     return inspect(path, name)
-
-
-def known_models(models: Path | None = None) -> list[str]:
-    """Names of the models that can be given without a path: the built-in one and the downloaded folders."""
-    return [BUILTIN, *(path.name for path in model_folders(models) if store.state(path) != "partial")]
-
-
-def model_folders(models: Path | None = None) -> list[Path]:
-    """The folders of models, those half downloaded among them, sorted."""
-    folder = models_dir(models)
-    if not folder.is_dir():
-        return []
-    entries = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in entries if (path / "config.json").exists() or (path / store.STAGING).exists())
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Names for the shell to complete: what was downloaded, as owner/name[:revision], else the folder's own name.
-
-    Some shells take a colon for the end of a word, so that a folder with a revision can be completed by both.
-    """
-    found = [BUILTIN]
-    for path in model_folders():
-        marker = store.read_marker(path)
-        found += [marker.name] if marker else []
-        if store.state(path) != "partial" and (marker is None or ":" in marker.name):
-            found.append(path.name)
-    return [name for name in found if name.startswith(incomplete)]
 
 
 def _not_found(model: str, folder: Path) -> ModelNotFoundError:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from typer.testing import CliRunner, Result
 
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 from exl_cli.cli.state import State
 from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
+from exl_cli.engines.base import Chunk, Engine, Request
 from exl_cli.errors import EngineError
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.readings import DeviceMemory
 
 
 class SilentDecoder:

@@ -16,15 +16,16 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner, Result
 
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 from exl_cli.cli.state import State
 from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
+from exl_cli.engines.base import Chunk, Engine, Request
 from exl_cli.errors import OutOfMemoryError
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.readings import DeviceMemory
 
 PAUSE = "⏸"  # in an answer: call the script's `pause`, then wait here until the generation is cancelled
 FAIL = "💥"  # run out of memory here

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
+from exl_cli.engines.base import Chunk, Engine, Request
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.readings import DeviceMemory
 
 
 class ScriptedEngine:

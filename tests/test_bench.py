@@ -24,10 +24,11 @@ from typer.testing import CliRunner
 
 import exl_cli
 from exl_cli.bench import outputs
-from exl_cli.cli import app
-from exl_cli.engines.base import Chunk, DeviceMemory, Engine, Request
+from exl_cli.cli.app import app
+from exl_cli.engines.base import Chunk, Engine, Request
 from exl_cli.errors import ExitCode
 from exl_cli.sampling import Sampling
+from exl_cli.system.readings import DeviceMemory
 
 SCHEMA = json.loads((Path(exl_cli.__file__).parent / "bench" / "schema.json").read_text())
 
@@ -291,7 +292,7 @@ def test_every_chart_has_words_and_figures_beside_it(saved: Path) -> None:
 
 
 def test_without_matplotlib_the_report_says_what_to_install(saved: Path) -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; from exl_cli.cli import app; app(sys.argv[1:])"
+    code = "import sys; sys.modules['matplotlib'] = None; from exl_cli.cli.app import app; app(sys.argv[1:])"
     args = ["bench", str(saved), "--report", str(saved.with_suffix(".html"))]
     result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert result.returncode == ExitCode.USAGE

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from exl_cli.bench import outputs
 from exl_cli.bench.compare import compare, judge, p_value
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 from exl_cli.errors import ExitCode
 
 

@@ -11,7 +11,7 @@ import pytest
 from chatting import FAIL, Script, chat, isolate, turns
 from typer.testing import CliRunner
 
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 from exl_cli.cli.state import State
 
 TESTS = Path(__file__).parent

@@ -13,11 +13,11 @@ from chatting import FAIL, PAUSE, Script
 
 from exl_cli.chat.loop import Chat, Event, Line, Phase, Signal, converse
 from exl_cli.chat.partner import Host
+from exl_cli.chat.session import Session
 from exl_cli.chat.settings import Settings
 from exl_cli.chat.store import SessionStore
 from exl_cli.errors import ExitCode
 from exl_cli.models.load_options import LoadOptions
-from exl_cli.session import Session
 from exl_cli.ui.chat import ChatConsole
 
 Begin = Callable[..., Chat]

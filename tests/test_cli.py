@@ -21,7 +21,7 @@ HEAVY = ("torch", "transformers", "exllamav2", "huggingface_hub", "tokenizers", 
 def test_help_imports_nothing_heavy() -> None:
     code = f"""
 import sys
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 try:
     app(["--help"])
 except SystemExit:

@@ -61,7 +61,7 @@ def test_nothing_heavy_is_imported_by_the_one_who_asks() -> None:
     heavy = ("torch", "transformers", "exllamav2", "huggingface_hub", "triton", "tokenizers")
     code = f"""
 import sys
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 try:
     app(["doctor", "--timeout", "0.1"])
 except SystemExit:

@@ -13,6 +13,7 @@ from hubtools import Fetcher, config, contents, model_files, safetensors, shell
 
 from exl_cli import loader
 from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError
+from exl_cli.models import folders
 from exl_cli.models.hub import names
 from exl_cli.models.hub.listing import Choice
 
@@ -92,7 +93,7 @@ def test_two_quantizations_live_side_by_side(hub: FakeHub, fetch: Fetcher) -> No
     for seed, folder in ((1, "acme_exl2"), (2, "acme_exl2@4.0bpw"), (3, "acme_exl2@wip_b")):
         assert contents(fetch.models / folder) == model_files(seed=seed)
     assert loader.resolve("acme/exl2:4.0bpw", fetch.models).path.name == "acme_exl2@4.0bpw"
-    assert loader.known_models(fetch.models)[1:] == ["acme_exl2", "acme_exl2@4.0bpw", "acme_exl2@wip_b"]
+    assert folders.known_models(fetch.models)[1:] == ["acme_exl2", "acme_exl2@4.0bpw", "acme_exl2@wip_b"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hubtools import WEIGHTS, Fetcher, config, contents, model_files
 
 from exl_cli import loader
 from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError
+from exl_cli.models import folders
 from exl_cli.models.hub import store
 from exl_cli.models.hub.listing import Choice
 from exl_cli.models.hub.plan import prepare
@@ -154,7 +155,7 @@ def test_half_a_model_is_never_taken_for_one(hub: FakeHub, fetch: Fetcher) -> No
         with pytest.raises(ModelNotFoundError, match="only partly downloaded") as caught:
             loader.resolve(name, fetch.models)
         assert "exl download acme/tiny" in caught.value.hint
-    assert loader.known_models(fetch.models) == [loader.BUILTIN]
+    assert folders.known_models(fetch.models) == [folders.BUILTIN]
     hub.seen.clear()
     assert fetch("acme/tiny").fetched_bytes == 0, "what moved already is recognised by its hash"
     assert hub.sent("/cdn/*") == 0

@@ -18,7 +18,7 @@ from hubtools import Fetcher, config, shell
 from typer.testing import CliRunner
 
 from exl_cli import loader
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
 from exl_cli.models import inventory, memory
 from exl_cli.models.hub import locking, store
@@ -299,7 +299,7 @@ def test_rm_asks_and_takes_nothing_for_a_no(hub: FakeHub, models: Path, tmp_path
 def test_the_shell_completes_names_of_models_that_can_be_run(hub: FakeHub, models: Path, tmp_path: Path) -> None:
     def complete(text: str) -> list[str]:
         asked = {"_EXL_COMPLETE": "complete_bash", "COMP_WORDS": f"exl run {text}", "COMP_CWORD": "2"}
-        script = "import sys; sys.argv[0] = 'exl'; from exl_cli.cli import app; app(prog_name='exl')"
+        script = "import sys; sys.argv[0] = 'exl'; from exl_cli.cli.app import app; app(prog_name='exl')"
         env = shell(hub, tmp_path, **asked)
         return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout.split()
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exl_cli.chat.session import Session, Totals, Turn, dumps, loads
 from exl_cli.chat.store import SessionStore
 from exl_cli.engines.base import Summary
 from exl_cli.errors import DiskError, UsageError
-from exl_cli.session import Session, Totals, Turn, dumps, loads
 
 
 def talk(*texts: str) -> Session:

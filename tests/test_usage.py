@@ -8,7 +8,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from exl_cli.cli import app
+from exl_cli.cli.app import app
 from exl_cli.errors import ExitCode
 from exl_cli.sampling import FIELDS, Sampling
 

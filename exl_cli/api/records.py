@@ -6,29 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-import exl_cli
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.prompt import Prompt
 from exl_cli.system.readings import GpuReading, HostReading
+from exl_cli.system.version import installed_version
 
 _SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
-
-
-def model(info: ModelInfo) -> dict[str, Any]:
-    """Facts of a model, sizes in bytes and tokens."""
-    return {
-        "name": info.name,
-        "path": str(info.path),
-        "format": info.format,
-        "format_name": info.format_name,
-        "architecture": info.architecture,
-        "parameters": info.parameters,
-        "bits_per_weight": round(info.bits_per_weight, 3),
-        "context_length": info.context_length,
-        "size_bytes": info.size_bytes,
-        "chat_template": info.has_chat_template,
-    }
 
 
 def summarized(summary: Summary) -> dict[str, Any]:
@@ -81,8 +65,8 @@ def generation(
         "max_new_tokens": request.max_new_tokens,
         "stop": list(request.stop_strings),
         "sampling": request.sampling.to_dict(),
-        "model": model(info),
+        "model": info.to_dict(),
         "engine": {"name": engine.name, "context_length": engine.context_length, **engine.facts},
         "memory": {"host": host.to_dict(), "gpus": [gpu.to_dict() for gpu in gpus]},
-        "exl_version": exl_cli.__version__,
+        "exl_version": installed_version(),
     }

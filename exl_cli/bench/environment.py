@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import exl_cli
 from exl_cli.bench.gpus import Watch
 from exl_cli.engines.base import Engine
+from exl_cli.system.machine import usable_cores
+from exl_cli.system.version import installed_version
 
 _PACKAGES = ("torch", "exllamav2", "transformers", "flash-attn", "triton")
 
@@ -21,11 +22,11 @@ def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
     packages = {name: _version(name) for name in _PACKAGES}
     gpus = [card.name for card in engine.memory()]
     return {
-        "exl": exl_cli.__version__,
+        "exl": installed_version(),
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": _cpu(),
-        "cpu_cores": cores(),
+        "cpu_cores": usable_cores(),
         "gpu": ", ".join(gpus) or None,
         "driver": watch.driver,
         "cuda": engine.facts.get("cuda"),
@@ -33,11 +34,6 @@ def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
         # The engine knows its torch's build as well, "+cpu" or "+cu130".
         "torch": engine.facts.get("torch") or packages["torch"],
     }
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

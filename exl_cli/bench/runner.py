@@ -23,6 +23,7 @@ from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Resu
 from exl_cli.bench.worker import Event
 from exl_cli.engines.base import Engine
 from exl_cli.errors import EngineError, ExitCode, ExlError
+from exl_cli.models import folders
 
 # The child finds modules where its parent does, wherever it was started.
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from exl_cli.bench.worker import main; main()"
@@ -148,7 +149,7 @@ def _raised(event: Event) -> ExlError:
 
 def _crashed(job: Job, code: int, noise: str) -> EngineError:
     lines = [line.strip() for line in noise.splitlines() if line.strip()]
-    name = job.model or loader.BUILTIN
+    name = job.model or folders.BUILTIN
     if code < 0:
         hint = "the system may have run out of memory" if -code == signal.SIGKILL else "see --debug"
         return EngineError(f"the process that measured {name} was ended by {signal.Signals(-code).name}", hint)
@@ -180,7 +181,7 @@ class _Collector:
             return False
         self._jobs_left -= 1
         self._total -= self._tests * self._repetitions
-        cache = f"cache {job.loading.cache} left out for {job.model or loader.BUILTIN}"
+        cache = f"cache {job.loading.cache} left out for {job.model or folders.BUILTIN}"
         self._skip(f"{cache}: the {runs[-1].engine['name']} engine keeps its KV cache in {runs[-1].cache}")
         return True
 
@@ -188,7 +189,7 @@ class _Collector:
         """The next job."""
         self._job = job
         self._jobs_left -= 1
-        self._label = job.model or loader.BUILTIN
+        self._label = job.model or folders.BUILTIN
         self._seconds, self._left = {}, {}
 
     def receive(self, event: Event) -> None:

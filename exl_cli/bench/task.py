@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import exl_cli
 from exl_cli import loader
 from exl_cli.bench import plan, runner
 from exl_cli.bench.files import expanded
@@ -20,6 +19,7 @@ from exl_cli.errors import ExlError, UsageError
 from exl_cli.models.load_options import CacheType, LoadOptions
 from exl_cli.models.memory import CACHE_TYPES
 from exl_cli.sampling import Sampling
+from exl_cli.system.version import installed_version
 
 
 def saved_result(names: Sequence[str]) -> Path | None:
@@ -104,5 +104,5 @@ def measure(
 ) -> tuple[Result, ExlError | None]:
     """Do the jobs; see `runner.run`."""
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result = Result(exl_cli.__version__, jobs[0].settings, jobs[0].sampling.to_dict(), started)
+    result = Result(installed_version(), jobs[0].settings, jobs[0].sampling.to_dict(), started)
     return result, runner.run(jobs, load, result, observer, debug=debug)

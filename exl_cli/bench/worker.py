@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli import loader
-from exl_cli.api import records
 from exl_cli.bench import environment, gpus, limits, plan
 from exl_cli.bench.job import Job
 from exl_cli.bench.measure import Sample, measure
@@ -140,7 +139,7 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
         emit(
             {
                 "event": "loaded",
-                "model": {**records.model(info), "commit": marker and marker.commit},
+                "model": {**info.to_dict(), "commit": marker and marker.commit},
                 "engine": {"name": engine.name, "context_length": engine.context_length, **facts},
                 "load_seconds": ready - begin,
                 "cold": cold,

@@ -9,10 +9,10 @@ from exl_cli.chat import tools
 from exl_cli.chat.export import export as export_session
 from exl_cli.chat.lines import unquote
 from exl_cli.chat.prompting import LEAST_ROOM
+from exl_cli.chat.session import Session, excerpt
 from exl_cli.chat.settings import resolve
 from exl_cli.errors import PromptError, UsageError
 from exl_cli.sampling import PRESETS
-from exl_cli.session import Session, excerpt
 from exl_cli.system import readings
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from exl_cli.api import records
 from exl_cli.chat.composer import Encoded
 from exl_cli.chat.partner import Partner
 from exl_cli.chat.prompting import compose
+from exl_cli.chat.session import Session, Turn
 from exl_cli.chat.settings import Settings
 from exl_cli.chat.tools import Attachment, with_attachments
 from exl_cli.engines.base import Request, Summary
 from exl_cli.errors import PromptError, UsageError
-from exl_cli.session import Session, Turn
 from exl_cli.structured.reasoning import Splitter, split
 from exl_cli.system.interrupts import cancel_on_interrupt
 from exl_cli.ui.chat import ChatConsole

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exl_cli.chat.session import Session, Turn, dumps
 from exl_cli.errors import DiskError, UsageError
-from exl_cli.session import Session, Turn, dumps
 from exl_cli.system.files import write_atomically
 
 

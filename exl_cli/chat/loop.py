@@ -17,10 +17,10 @@ from exl_cli.chat import commands
 from exl_cli.chat.conversation import Conversation
 from exl_cli.chat.lines import unquote
 from exl_cli.chat.partner import Host, Partner
+from exl_cli.chat.session import Session
 from exl_cli.chat.settings import Settings, from_dict
 from exl_cli.chat.store import SessionStore
 from exl_cli.errors import DiskError, ExitCode, ExlError
-from exl_cli.session import Session
 from exl_cli.ui.chat import ChatConsole
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from exl_cli import loader
 from exl_cli.chat.composer import Composer
 from exl_cli.engines.base import Engine
+from exl_cli.models import folders
 from exl_cli.models.chat_format import Format, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
@@ -98,4 +99,4 @@ class Host:
 
     def names(self) -> list[str]:
         """The models that can be named without a path."""
-        return loader.known_models(self._models_dir)
+        return folders.known_models(self._models_dir)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from exl_cli.chat.composer import Encoded
 from exl_cli.chat.partner import Partner
+from exl_cli.chat.session import Session, Turn
 from exl_cli.chat.settings import Settings
 from exl_cli.errors import PromptError
-from exl_cli.session import Session, Turn
 
 # An answer is not begun with less room than this, in tokens.
 LEAST_ROOM = 16

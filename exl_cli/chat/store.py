@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from exl_cli import session as sessions
+from exl_cli.chat import session as sessions
+from exl_cli.chat.session import Session
 from exl_cli.chat.settings import from_dict
 from exl_cli.errors import DiskError, UsageError
-from exl_cli.session import Session
 from exl_cli.system.files import user_data, write_atomically
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")

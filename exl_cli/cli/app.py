@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-import exl_cli
 from exl_cli.cli import (
     bench,
     build,
@@ -25,6 +24,7 @@ from exl_cli.cli import (
 )
 from exl_cli.cli.state import State
 from exl_cli.errors import ExitCode, ExlError
+from exl_cli.system.version import installed_version
 from exl_cli.ui.console import Console, abandon_stdout
 
 
@@ -115,7 +115,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"exl {exl_cli.__version__}")
+        typer.echo(f"exl {installed_version()}")
         raise typer.Exit
 
 

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from exl_cli import loader
 from exl_cli import sampling as samplings
 from exl_cli.cli.options import OUTPUT_PANEL, ModelsDir, Quiet, SamplingFlags, with_loading, with_sampling
 from exl_cli.cli.state import State
 from exl_cli.errors import ExitCode, UsageError
+from exl_cli.models import folders
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.ui.console import Console
 
@@ -33,7 +33,7 @@ def bench(
             metavar="MODEL",
             help="Models as in exl run, fable-7m when none is named; or one saved result (.json), to look at it.",
             show_default=False,
-            autocompletion=loader.complete_model,
+            autocompletion=folders.complete_model,
         ),
     ] = None,
     prompt_tokens: Annotated[

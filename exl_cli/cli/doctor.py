@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-import exl_cli
-from exl_cli import loader
 from exl_cli.cli.options import Json, ModelsDir
 from exl_cli.doctor.examine import Examination
+from exl_cli.models import folders
+from exl_cli.system.version import installed_version
 from exl_cli.ui.console import Console
 from exl_cli.ui.doctor import Checklist
 
@@ -20,7 +20,7 @@ def doctor(
         typer.Argument(
             metavar="MODEL",
             help="Also check this model: a folder, a downloaded owner/name[:revision], or fable-7m.",
-            autocompletion=loader.complete_model,
+            autocompletion=folders.complete_model,
         ),
     ] = None,
     timeout: Annotated[
@@ -50,7 +50,7 @@ def doctor(
                 "exit_code": int(visit.exit_code),
                 "summary": visit.summary(),
                 "findings": found,
-                "exl_version": exl_cli.__version__,
+                "exl_version": installed_version(),
             }
         )
     else:

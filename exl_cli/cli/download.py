@@ -8,15 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from exl_cli import loader
 from exl_cli.cli import fetching
 from exl_cli.cli.options import Json, ModelsDir, Quiet
 from exl_cli.errors import UsageError
-from exl_cli.models import memory
+from exl_cli.models import folders, memory
 from exl_cli.models.hub import names
 from exl_cli.models.hub.listing import Choice
 from exl_cli.models.hub.plan import Outcome, Plan, Wanted
 from exl_cli.models.load_options import CacheType, parse_gpu_split
+from exl_cli.system import units
 from exl_cli.ui import models, transfers
 from exl_cli.ui.console import Console
 
@@ -73,7 +73,7 @@ def download(
         _branches(console, repository, token, context, cache, vram, as_json)
         return
     choice = Choice(tuple(include or ()), tuple(exclude or ()))
-    wanted = Wanted(repository, loader.models_dir(models_dir), choice, force, verify)
+    wanted = Wanted(repository, folders.models_dir(models_dir), choice, force, verify)
     if dry_run:
         _dry_run(console, wanted, token, as_json)
         return
@@ -100,11 +100,11 @@ def _branches(
     if vram is None:
         gpus = memory.gpus()
         cards = [gpu.total for gpu in gpus]
-        where = " + ".join(f"{gpu.name}, {models.gib(gpu.total)}" for gpu in gpus)
+        where = " + ".join(f"{gpu.name}, {units.gib(gpu.total)}" for gpu in gpus)
         note = f"fits: on {where}" if gpus else "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB"
     else:
         cards = _cards(vram)
-        note = f"fits: in {' + '.join(models.gib(card) for card in cards)}"
+        note = f"fits: in {' + '.join(units.gib(card) for card in cards)}"
     found = describe(Hub(token, console.note), repository, context, cache, cards)
     if as_json:
         console.data([asdict(branch) for branch in found])
@@ -132,7 +132,7 @@ def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool)
         console.data(_plan(plan))
         return
     models.show(console, models.files_table(plan))
-    remaining, total = models.size(plan.remaining), models.size(plan.total)
+    remaining, total = units.size(plan.remaining), units.size(plan.total)
     console.note(f"{len(plan.items)} files, {total}; {remaining} to download to {wanted.folder}")
     if plan.left_out:
         console.note(plan.left_out)

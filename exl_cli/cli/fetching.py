@@ -7,9 +7,11 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.errors import ModelNotFoundError
+from exl_cli.models import folders
 from exl_cli.models.hub import names
 from exl_cli.models.hub.plan import Outcome, Plan, Wanted, already
 from exl_cli.models.info import ModelInfo
+from exl_cli.system import units
 from exl_cli.ui import models as console_models
 from exl_cli.ui import transfers
 from exl_cli.ui.console import Console
@@ -59,14 +61,14 @@ def ensure(model: str | None, models: Path | None, *, allow: bool, console: Cons
         repository = names.parse(model or "")
         if repository is None or not (allow or (sys.stdin.isatty() and console.err.is_terminal)):
             raise
-        wanted = Wanted(repository, loader.models_dir(models))
+        wanted = Wanted(repository, folders.models_dir(models))
         plan = None
         if not allow:
             from exl_cli.models.hub.client import Hub
             from exl_cli.models.hub.plan import prepare
 
             plan = prepare(Hub(note=console.note), wanted, console.note)
-            question = f"{repository} is not here. Download {console_models.size(plan.remaining)} to {wanted.folder}?"
+            question = f"{repository} is not here. Download {units.size(plan.remaining)} to {wanted.folder}?"
             if not console_models.confirm(console, question):
                 raise
     transfers.finished(console, fetch(wanted, console, plan=plan))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from exl_cli import loader
+from exl_cli.models import folders
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation, parse_gpu_split
 from exl_cli.sampling import FIELDS, PRESETS, Sampling
 
@@ -24,7 +24,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A folder, a downloaded owner/name[:revision], or fable-7m, the built-in model (the default).",
-        autocompletion=loader.complete_model,
+        autocompletion=folders.complete_model,
     ),
 ]
 ModelsDir = Annotated[
@@ -123,7 +123,7 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="MODEL",
                 help="Let a smaller model of the same vocabulary guess them.",
                 rich_help_panel=LOADING_PANEL,
-                autocompletion=loader.complete_model,
+                autocompletion=folders.complete_model,
             ),
         ),
     ]

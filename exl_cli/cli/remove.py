@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from exl_cli import loader
 from exl_cli.cli.options import ModelsDir, Quiet
 from exl_cli.errors import UsageError
-from exl_cli.models import inventory
+from exl_cli.models import folders, inventory
+from exl_cli.system import units
 from exl_cli.ui import models
 from exl_cli.ui.console import Console
 
@@ -21,7 +21,7 @@ def remove(
         typer.Argument(
             metavar="MODEL",
             help="A downloaded owner/name[:revision], or its folder in the models folder.",
-            autocompletion=loader.complete_model,
+            autocompletion=folders.complete_model,
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -34,7 +34,7 @@ def remove(
     if path.is_symlink():
         what = f"the link {path} (the model that it leads to stays)"
     else:
-        what = f"{path} ({models.size(inventory.folder_bytes(path))})"
+        what = f"{path} ({units.size(inventory.folder_bytes(path))})"
     if not yes:
         if not (sys.stdin.isatty() and console.err.is_terminal):
             raise UsageError("exl rm asks first, and no one is there to answer", "say --yes")

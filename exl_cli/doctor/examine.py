@@ -12,8 +12,9 @@ from exl_cli.doctor import child, compiled, gpu, kernels, machine, model
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding, Verdict, verdict
 from exl_cli.engines.exllamav2.extension import compiled as extension
-from exl_cli.engines.exllamav2.extension import environment, jobs, lock, toolchain
+from exl_cli.engines.exllamav2.extension import environment, lock, toolchain
 from exl_cli.errors import ExitCode
+from exl_cli.system.machine import usable_cores
 from exl_cli.ui.console import Console
 
 # A model is read from disk, and may be gigabytes.
@@ -44,7 +45,7 @@ class Examination:
 
     def findings(self) -> Iterator[Finding]:
         """Every finding as soon as it and those before it are there."""
-        pool = ThreadPoolExecutor(min(_MOST_AT_ONCE, jobs.cores_here() + 1))
+        pool = ThreadPoolExecutor(min(_MOST_AT_ONCE, usable_cores() + 1))
         # What computes on the GPU takes turns where that is all but full: each holds half a GiB for CUDA itself.
         lane = ThreadPoolExecutor(1)
         try:

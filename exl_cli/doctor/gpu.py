@@ -13,7 +13,7 @@ from exl_cli.doctor.finding import Finding
 from exl_cli.engines.exllamav2.extension import environment, failures, install_hints
 from exl_cli.engines.exllamav2.extension.compiled import parse_archs, sm, uncovered
 from exl_cli.system.nvml import open_driver
-from exl_cli.ui.models import gib
+from exl_cli.system.units import gib
 
 # NVIDIA's "CUDA Compatibility", the oldest driver on Linux for each major version.
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}

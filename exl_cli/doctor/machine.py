@@ -8,12 +8,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from exl_cli import loader
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
-from exl_cli.engines.exllamav2.extension import install_hints, jobs
+from exl_cli.engines.exllamav2.extension import install_hints
+from exl_cli.models import folders
+from exl_cli.system.machine import available_memory, usable_cores
+from exl_cli.system.units import size
 from exl_cli.ui.console import Console
-from exl_cli.ui.models import size
 
 _NEWEST_TRIED = (3, 13)
 _GIB = 2**30
@@ -35,7 +36,7 @@ def python() -> Finding:
 
 def processor() -> Finding:
     """Cores and memory, of which the CPU engine and compilers live."""
-    cores, free = jobs.cores_here(), jobs.memory_here()
+    cores, free = usable_cores(), available_memory()
     details = {"cores": cores, "memory_free_bytes": free}
     found = f"{cores} core{'s' if cores > 1 else ''}"
     if free is None:
@@ -48,8 +49,8 @@ def processor() -> Finding:
 
 def models(folder: Path | None) -> Finding:
     """The models folder and the disk it is on."""
-    path = loader.models_dir(folder)
-    names = loader.known_models(folder)[1:]
+    path = folders.models_dir(folder)
+    names = folders.known_models(folder)[1:]
     standing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(standing).free
     count = f"{len(names)} model{'' if len(names) == 1 else 's'}" if path.exists() else "not made yet"

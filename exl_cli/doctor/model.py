@@ -10,12 +10,12 @@ from exl_cli import loader
 from exl_cli.doctor.child import Answer
 from exl_cli.doctor.finding import Finding
 from exl_cli.engines.exllamav2 import support
-from exl_cli.engines.exllamav2.extension import jobs
 from exl_cli.errors import ExlError
 from exl_cli.models import memory
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
-from exl_cli.ui.models import gib, parameters
+from exl_cli.system.machine import available_memory
+from exl_cli.system.units import gib, parameters
 
 Ask = Callable[[str, float, dict[str, Any]], Answer]
 
@@ -89,7 +89,7 @@ def _fits(info: ModelInfo, free: Sequence[int]) -> Finding:
 def _too_large_for_cpu(info: ModelInfo) -> str:
     if info.parameters > _LARGEST_ON_CPU:
         return f"not tried: {parameters(info.parameters)} parameters take minutes there"
-    room = jobs.memory_here()
+    room = available_memory()
     if room is not None and info.parameters * _BYTES_ON_CPU > room:
         return f"not tried: it takes {gib(info.parameters * _BYTES_ON_CPU)} of memory, {gib(room)} are free"
     return ""

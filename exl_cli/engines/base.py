@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from exl_cli.sampling import Sampling
+from exl_cli.system.readings import DeviceMemory
 
 if TYPE_CHECKING:
     import torch
@@ -105,24 +106,6 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...] = ()
     summary: Summary | None = None
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """What an engine's allocator holds on one GPU.
-
-    Attributes:
-        device: torch's name for it, e.g. "cuda:0".
-        name: the card's name.
-        uuid: NVML's identifier of the card; empty where unknown.
-        current_bytes, peak_bytes: reserved by this process, now and at most since it started.
-    """
-
-    device: str
-    name: str
-    uuid: str
-    current_bytes: int
-    peak_bytes: int
 
 
 @runtime_checkable

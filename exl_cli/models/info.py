@@ -71,6 +71,21 @@ class ModelInfo:
         """A value of config.json; see `configs.value_of`."""
         return value_of(self.config, key, default)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; sizes in bytes and tokens."""
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "format": self.format,
+            "format_name": self.format_name,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            "context_length": self.context_length,
+            "size_bytes": self.size_bytes,
+            "chat_template": self.has_chat_template,
+        }
+
 
 def inspect(path: Path, name: str | None = None) -> ModelInfo:
     """Everything about the model in a folder.

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl_cli import loader
-from exl_cli.api import records
 from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError
+from exl_cli.models import folders
 from exl_cli.models.hub import locking, names, store
 from exl_cli.models.hub.store import Marker, Origin
 from exl_cli.models.info import ModelInfo, inspect
@@ -40,7 +39,7 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; sizes in bytes."""
-        known: dict[str, Any] = records.model(self.info) if self.info else {}
+        known: dict[str, Any] = self.info.to_dict() if self.info else {}
         source = self.marker
         return {
             **known,
@@ -61,8 +60,8 @@ def entries(models: Path | None = None) -> list[Entry]:
     Raises:
         DiskError: the models folder cannot be read.
     """
-    builtin = loader.resolve(None)
-    home = loader.models_dir(models)
+    builtin = inspect(folders.BUILTIN_FOLDER, folders.BUILTIN)
+    home = folders.models_dir(models)
     try:
         found = sorted(home.iterdir()) if home.is_dir() else []
     except OSError as error:
@@ -112,7 +111,7 @@ def _described(path: Path, size: int) -> Entry:
     name = marker.name if marker else path.name
     try:
         info = inspect(path, name)
-        records.model(info)  # what is shown of it comes from the same files
+        info.to_dict()  # what is shown of it comes from the same files
         return Entry(name, path, size, info, marker=marker)
     except ExlError as error:
         return Entry(name, path, size, problem=error.message, marker=marker)
@@ -168,15 +167,15 @@ def find_to_remove(model: str, models: Path | None = None) -> Path:
 
     Args:
         model: owner/name[:revision], a folder's name, or a path to it.
-        models: see `loader.models_dir`.
+        models: see `folders.models_dir`.
 
     Raises:
         UsageError: the built-in model, or a place outside the models folder.
         ModelNotFoundError: nothing of that name is there, or it is no model.
     """
-    if model == loader.BUILTIN:
+    if model == folders.BUILTIN:
         raise UsageError(f"{model} comes with exl and is not removed", "uninstall exl-cli to be rid of it")
-    home = loader.models_dir(models)
+    home = folders.models_dir(models)
     repository = names.parse(model)
     given = Path(model).expanduser()
     if repository is not None and not os.path.lexists(given):

@@ -9,8 +9,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exl_cli.engines.base import DeviceMemory
 from exl_cli.system.nvml import open_driver
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What an engine's allocator holds on one GPU.
+
+    Attributes:
+        device: torch's name for it, e.g. "cuda:0".
+        name: the card's name.
+        uuid: NVML's identifier of the card; empty where unknown.
+        current_bytes, peak_bytes: reserved by this process, now and at most since it started.
+    """
+
+    device: str
+    name: str
+    uuid: str
+    current_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True)

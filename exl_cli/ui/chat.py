@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.api import records
+from exl_cli.chat.session import Session, Turn, excerpt
 from exl_cli.engines.base import Engine, Summary
-from exl_cli.session import Session, Turn, excerpt
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.ui.answers import Answer, MarkdownAnswer
 from exl_cli.ui.console import Console, accepted, harmless

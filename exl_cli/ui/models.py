@@ -6,8 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exl_cli.loader import BUILTIN
-from exl_cli.models.memory import GIB, Estimate, Gpu, fits, shape_of
+from exl_cli.models.folders import BUILTIN
+from exl_cli.models.memory import Estimate, Gpu, fits, shape_of
+from exl_cli.system.units import gib, parameters, size
 from exl_cli.ui.console import Console, harmless
 
 if TYPE_CHECKING:
@@ -20,28 +21,6 @@ if TYPE_CHECKING:
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _WIDEST = 100_000
 _PREVIEW_LINES, _PREVIEW_WIDTH = 12, 160
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def size(count: float) -> str:
-    """Bytes as the Hub writes them, in powers of 1,000: "4.16 GB"."""
-    unit = 0
-    while abs(count) >= 999.5 and unit < len(_UNITS) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 or abs(count) >= 99.95 else f"{count:.3g} {_UNITS[unit]}"
-
-
-def gib(count: float) -> str:
-    """GPU memory, in GiB as cards are sold: "5.7 GiB"."""
-    return f"{count / GIB:.1f} GiB"
-
-
-def parameters(count: int) -> str:
-    """Weights in the usual short form: "7.24B", "7.3M"."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.3g}{name}"
-    return str(count)
 
 
 def table(*titles: str, right: Sequence[str] = ()) -> Table:

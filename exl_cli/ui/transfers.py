@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.models.hub.store import staged_bytes
+from exl_cli.system.units import size
 from exl_cli.ui.console import Console, harmless
-from exl_cli.ui.models import size
 
 if TYPE_CHECKING:
     from exl_cli.models.hub.plan import Outcome, Plan

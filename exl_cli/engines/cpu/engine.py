@@ -7,7 +7,6 @@ any low-bit kernel: slow for large models, right for all, and the yardstick of t
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, DeviceMemory, Request
+from exl_cli.engines.base import Chunk, Request
 from exl_cli.engines.cpu import transformers_model
 from exl_cli.engines.cpu.kv_cache import KvCache
 from exl_cli.engines.sampling.sampler import Samplers
@@ -23,6 +22,8 @@ from exl_cli.errors import DamagedModelError, OutOfMemoryError
 from exl_cli.models.formats import exl2, gptq
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.machine import available_memory
+from exl_cli.system.readings import DeviceMemory
 
 # Tokens of prompt evaluated between two looks at the cancel flag.
 _PREFILL_CHUNK = 128
@@ -152,10 +153,9 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
 
 def _choose_dtype(info: ModelInfo) -> torch.dtype:
     """float32 where the unpacked weights fit the free memory, bfloat16 where only that does."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _meminfo():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
+    free = available_memory()
+    if free is None:
+        return torch.float32
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         # A twentieth on top for activations and the cache.
         if info.parameters * size * 1.05 < free:
@@ -164,14 +164,6 @@ def _choose_dtype(info: ModelInfo) -> torch.dtype:
         f"{info.name} unpacks to {info.parameters * 2 / 2**30:.1f} GiB on the CPU, {free / 2**30:.1f} GiB are free",
         "run it on a GPU, or choose a smaller model",
     )
-
-
-def _meminfo() -> list[str]:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as stream:  # noqa: PTH123 - a kernel file, not a path of ours
-            return stream.readlines()
-    except OSError:
-        return []
 
 
 def _state_dict(info: ModelInfo, dtype: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:

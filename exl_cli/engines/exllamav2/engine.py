@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, DeviceMemory, Request
+from exl_cli.engines.base import Chunk, Request
 from exl_cli.engines.exllamav2 import headstart, weights
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.attention.backends import unusual
@@ -38,6 +38,7 @@ from exl_cli.models import memory
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.readings import DeviceMemory
 
 Progress = Callable[[int, int], None]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from exl_cli.engines.exllamav2.extension import environment
+from exl_cli.system.machine import available_memory
 
 _CHUNK = 8 << 20
 _DRIVER = "libcuda.so.1"
@@ -84,7 +85,7 @@ def files_being_read(paths: Iterable[Path]) -> Iterator[None]:
     """
     stopped = threading.Event()
     files = sorted(set(paths))
-    if hasattr(os, "RWF_NOWAIT") and 0 < 2 * _size(files) < _available():
+    if hasattr(os, "RWF_NOWAIT") and 0 < 2 * _size(files) < (available_memory() or 0):
         threading.Thread(target=_read, args=(files, stopped), name="read files", daemon=True).start()
     try:
         yield
@@ -97,18 +98,6 @@ def _size(files: Iterable[Path]) -> int:
         return sum(file.stat().st_size for file in files)
     except OSError:
         return 0
-
-
-def _available() -> int:
-    """Bytes of memory that can be had without swapping; 0 where that is not known."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - a Path would be no shorter
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
 
 
 def _read(files: list[Path], stopped: threading.Event) -> None:

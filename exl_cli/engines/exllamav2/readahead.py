@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from exl_cli.system.machine import usable_cores
+
 BLOCK = 4 << 20
 # 64 MiB: more than is read while a layer is prepared, and little beside what torch itself takes.
 BUFFERS = 16
@@ -75,7 +77,7 @@ class ReadAhead:
         # Each with the event of its last copy. First in, first out: that copy is over by the time.
         self._free: deque[tuple[torch.Tensor, Any]] = deque()
         self._closed = False
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         self._threads = [
             threading.Thread(target=self._work, name="read ahead", daemon=True)
             for _ in range(min(THREADS, max(2, cores), len(self._blocks)))

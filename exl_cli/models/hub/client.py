@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import exl_cli
 from exl_cli.models.hub import environment, failures, xet
 from exl_cli.models.hub.failures import Patience, Retry
 from exl_cli.models.hub.names import Repository, check_file_names
 from exl_cli.models.hub.store import File
 from exl_cli.models.hub.xet import Xet
+from exl_cli.system.version import installed_version
 
 T = TypeVar("T")
 _LARGEST_SMALL_FILE = 2**24
@@ -73,7 +73,7 @@ class Hub:
         self.timeout: float = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
         self._token = token
         self._reached = False
-        self._headers = build_hf_headers(token=token, library_name="exl", library_version=exl_cli.__version__)
+        self._headers = build_hf_headers(token=token, library_name="exl", library_version=installed_version())
         self._xet = Xet(self._headers, note) if xet.is_here() else None
         # Some of huggingface_hub's calls take no timeout, and its session has none.
         get_session().timeout = self.timeout
@@ -221,7 +221,7 @@ class Hub:
     def _api(self) -> Any:
         from huggingface_hub import HfApi
 
-        return HfApi(self.endpoint, token=self._token, library_name="exl", library_version=exl_cli.__version__)
+        return HfApi(self.endpoint, token=self._token, library_name="exl", library_version=installed_version())
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         patience = self.patience(what)

@@ -7,14 +7,12 @@ November 2026): 48 files, 645 seconds of CPU time. A C++ file that includes torc
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from exl_cli.bench import environment
+from exl_cli.system.machine import available_memory, usable_cores
 
 _GIB = 2**30
 PER_JOB_BYTES = round(1.7 * _GIB)
@@ -24,7 +22,6 @@ _KEPT_FREE = _GIB
 SMALLEST_SECONDS = 1.0
 # Cores that share their parts, as most do, are together slower than so many times one.
 _SHARED = 1.4
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -50,40 +47,11 @@ def plan(asked: int | None = None) -> Plan:
         return Plan(asked, "as asked")
     if (variable := os.environ.get("MAX_JOBS", "")).isdigit() and int(variable):
         return Plan(int(variable), "MAX_JOBS")
-    cores, free = cores_here(), memory_here()
+    cores, free = usable_cores(), available_memory()
     by_memory = cores if free is None else max(1, (free - _KEPT_FREE) // PER_JOB_BYTES)
     if by_memory < cores:
         return Plan(int(by_memory), f"{(free or 0) / _GIB:.1f} GiB of memory are free")
     return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
-
-
-def cores_here() -> int:
-    """Processor cores that this process may use, a container's share counted."""
-    count = environment.cores()
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
-def memory_here() -> int | None:
-    """Bytes of memory that can still be used, a container's limit counted; None where the kernel does not tell."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    # The kernel's two generations of control groups; what files take up there is given back under pressure.
-    for limit, used, stat, cached in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            allowed, current = (int((_CGROUP / name).read_text(encoding="ascii")) for name in (limit, used))
-            lines = (_CGROUP / stat).read_text(encoding="ascii").splitlines()
-            files = next((int(line.split()[1]) for line in lines if line.split()[0] == cached), 0)
-            found.append(allowed - current + files)
-    return min(found) if found else None
 
 
 def weight(name: str, architectures: int = 1) -> float:

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.extension import jobs
 from exl_cli.engines.exllamav2.kernels.ahead import Ahead
 from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
 from exl_cli.system.files import user_cache, write_atomically
+from exl_cli.system.machine import usable_cores
 
 _HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
@@ -238,4 +238,4 @@ def _compile(library: Any, text: str, file: str, options: list[str]) -> bytes:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-_binaries = Ahead(_binary, max(1, min(_MOST_THREADS, jobs.cores_here() - _LEFT_FREE)))
+_binaries = Ahead(_binary, max(1, min(_MOST_THREADS, usable_cores() - _LEFT_FREE)))
