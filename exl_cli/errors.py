@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from enum import IntEnum
+
+# A parameter's name inside a message, between two code points that no text of ours or of a model uses.
+_MARK = re.compile("\ufdd0([a-z_]+)\ufdd1")
+
+
+def param(name: str) -> str:
+    """A parameter, for use in the text of an error or a note: the CLI shows `--max-seq-len`, Python `max_seq_len`."""
+    return f"\ufdd0{name}\ufdd1"
+
+
+def spell(text: str, spelling: Callable[[str], str] = str) -> str:
+    """Text with each `param` in it written out, by its name unless `spelling` says otherwise."""
+    return _MARK.sub(lambda match: spelling(match[1]), text)
 
 
 class ExitCode(IntEnum):
@@ -32,6 +47,8 @@ class ExlError(Exception):
     Args:
         message: one sentence, lower case, without a final stop: what is wrong, with the numbers or names involved.
         hint: the next step, an imperative or a command; empty when there is none.
+
+    Both may hold a `param`. `str()` writes parameters by name; whoever shows an error to a user of the CLI asks `spell`.
     """
 
     exit_code = ExitCode.INTERNAL
@@ -42,7 +59,7 @@ class ExlError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}; {self.hint}" if self.hint else self.message
+        return spell(f"{self.message}; {self.hint}" if self.hint else self.message)
 
 
 class UsageError(ExlError):

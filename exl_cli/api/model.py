@@ -20,7 +20,7 @@ from exl_cli.api.settings import choose
 from exl_cli.api.streams import AsyncStream, Generation, Stream
 from exl_cli.engines.base import Engine, Request
 from exl_cli.engines.driver import check_fits
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, spell
 from exl_cli.models.chat_format import Format, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
@@ -37,7 +37,7 @@ class _LogObserver:
     """A `loader.Observer` that writes to the log."""
 
     def note(self, message: str) -> None:
-        _log.info(message)
+        _log.info(spell(message))
 
     def progress(self, done: int, total: int) -> None:
         pass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from exl_cli.engines.base import Chunk, FinishReason, Request, Summary
-from exl_cli.errors import PromptError
+from exl_cli.errors import PromptError, param
 from exl_cli.models.tokenizer import Tokenizer
 
 
@@ -84,11 +84,11 @@ def check_fits(prompt_tokens: int, context_length: int) -> None:
         PromptError: with both numbers.
     """
     if prompt_tokens == 0:
-        raise PromptError("the prompt has no tokens", "give some text with --prompt")
+        raise PromptError("the prompt has no tokens", f"give some text with {param('prompt')}")
     if prompt_tokens >= context_length:
         raise PromptError(
             f"the prompt has {prompt_tokens:,} tokens, the context holds {context_length:,}, the response included",
-            "shorten the prompt, or raise --max-seq-len if the model allows it",
+            f"shorten the prompt, or raise {param('max_seq_len')} if the model allows it",
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from exl_cli.api import records
 from exl_cli.engines.base import Summary
-from exl_cli.errors import ExlError
+from exl_cli.errors import ExlError, spell
 from exl_cli.system.readings import GpuReading, HostReading
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ _HARMLESS = {
 def harmless(text: str) -> str:
     """Text that cannot move the cursor, recolour, retitle or otherwise command a terminal."""
     return text.translate(_HARMLESS)
+
+
+def flags(text: str) -> str:
+    """Text with its parameters written as flags: `--max-seq-len`."""
+    return spell(text, lambda name: "--" + name.replace("_", "-"))
 
 
 class Console:
@@ -93,7 +98,7 @@ class Console:
     def note(self, message: str) -> None:
         """A dim line about what is going on."""
         if not self.quiet:
-            self.err.print(harmless(message), style="dim", markup=False, highlight=False, soft_wrap=True)
+            self.err.print(harmless(flags(message)), style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, summary: Summary) -> None:
         """The notebook's two lines, and those about speculation where there was some."""
@@ -146,7 +151,7 @@ class Console:
 
     def error(self, error: ExlError) -> None:
         """What is wrong and the next step."""
-        self._error_lines(error.message, error.hint)
+        self._error_lines(flags(error.message), flags(error.hint))
 
     def bug(self, error: BaseException) -> None:
         """A failure that no one foresaw."""
