@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.exllamav2.forward_pass import Row
+from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.sampling.sampler import Sampler
 
 _MASK = (1 << 61) - 1
@@ -50,7 +50,7 @@ class FakeClock:
 
 
 class FakeForward:
-    """A `passes.Forward`.
+    """A `ModelRunner`.
 
     Args:
         memory: logits are a function of only the last so many tokens, so that texts repeat; 0 for all of them.
@@ -91,7 +91,7 @@ class FakeForward:
         self.computed = self.reached = 0
         self.copies = 0
 
-    def prefill(self, row: Row) -> None:
+    def prefill(self, row: ScheduledTokens) -> None:
         assert self._outstanding is None, "prefill between submit and collect"
         self.calls.append("prefill")
         self.fail("prefill")
@@ -106,7 +106,7 @@ class FakeForward:
         self._behind = 0.0
         self._outstanding = None
 
-    def submit(self, rows: Sequence[Row]) -> None:
+    def submit(self, rows: Sequence[ScheduledTokens]) -> None:
         assert self._outstanding is None, "submit before collect"
         longest = max(len(row.ids) for row in rows)
         assert 0 < len(rows) <= self.max_batch
@@ -116,7 +116,7 @@ class FakeForward:
             self._returned.fill_(float("nan"))
         self.calls.append("submit")
         self.rows.append([len(row.ids) for row in rows])
-        owners = [row.table[at // self.page_size] for row in rows for at in self._pages_written(row)]
+        owners = [row.block_table[at // self.page_size] for row in rows for at in self._pages_written(row)]
         assert len(owners) == len(set(owners)), "two rows write into one page"
         for row in rows:
             self._write(row)
@@ -143,30 +143,34 @@ class FakeForward:
         self.copies += 1
         self._cache[target] = [*self._cache[source]]
 
-    def _pages_written(self, row: Row) -> list[int]:
+    def _pages_written(self, row: ScheduledTokens) -> list[int]:
         end = row.start + len(row.ids)
         return [*range(row.start - row.start % self.page_size, end, self.page_size)]
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: ScheduledTokens) -> None:
         assert row.ids
         assert row.start >= 0
         end = row.start + len(row.ids)
-        assert len(row.table) * self.page_size >= end
-        assert len(set(row.table)) == len(row.table)
+        assert len(row.block_table) * self.page_size >= end
+        assert len(set(row.block_table)) == len(row.block_table)
         self.computed += len(row.ids)
         self.reached = max(self.reached, end)
         state = self._at(row, row.start - 1)[2] if row.start else 0
         for at, token in enumerate(row.ids, row.start):
             state = _mixed(state, token)
-            self._cache[row.table[at // self.page_size]][at % self.page_size] = (token, at, state)
+            self._cache[row.block_table[at // self.page_size]][at % self.page_size] = (token, at, state)
         while end % self.page_size:
-            self._cache[row.table[end // self.page_size]][end % self.page_size] = (self._garbage.randrange(97), -1, -1)
+            self._cache[row.block_table[end // self.page_size]][end % self.page_size] = (
+                self._garbage.randrange(97),
+                -1,
+                -1,
+            )
             end += 1
 
-    def _at(self, row: Row, at: int) -> tuple[int, int, int]:
-        return self._cache[row.table[at // self.page_size]][at % self.page_size]
+    def _at(self, row: ScheduledTokens, at: int) -> tuple[int, int, int]:
+        return self._cache[row.block_table[at // self.page_size]][at % self.page_size]
 
-    def _read(self, row: Row) -> list[int]:
+    def _read(self, row: ScheduledTokens) -> list[int]:
         """The state after each of the row's tokens, from nothing but the cache."""
         tokens, state = [], 0
         for at in range(row.start + len(row.ids)):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exl_cli.engines.exllamav2.embeddings import Embeddings
-from exl_cli.engines.exllamav2.forward_pass import Row
+from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.inputs import Inputs
 
 VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE = 50, 8, 4, 8, 6, 99
@@ -37,7 +37,7 @@ def make(embedding: Any, scaled: bool) -> Inputs:
 
 
 ROW = st.builds(
-    Row,
+    ScheduledTokens,
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=2).map(tuple),
     st.integers(0, 20),
     st.lists(st.integers(0, 3), min_size=1, max_size=WIDTH - 1),
@@ -47,7 +47,7 @@ ROW = st.builds(
 @pytest.mark.parametrize("scaled", [False, True])
 @given(passes=st.lists(st.lists(ROW, min_size=1, max_size=ROWS), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: list[list[Row]]) -> None:
+def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: list[list[ScheduledTokens]]) -> None:
     embedding = Embedding(scaled)
     inputs = make(embedding, scaled)
     for rows in passes:
@@ -56,9 +56,9 @@ def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: l
         inputs.send(batch, tokens)
         states = inputs.hidden[: batch * tokens].view(batch, tokens, HIDDEN)
         for index in range(batch):
-            row = rows[index] if index < len(rows) else Row((), 0, [])
+            row = rows[index] if index < len(rows) else ScheduledTokens((), 0, [])
             assert inputs.lengths[index] == row.start
-            assert inputs.table[index].tolist() == [*row.table, *[SPARE] * (WIDTH - len(row.table))]
+            assert inputs.table[index].tolist() == [*row.block_table, *[SPARE] * (WIDTH - len(row.block_table))]
             expected = embedding.forward(torch.tensor(row.ids, dtype=torch.long))
             assert torch.equal(states[index, : len(row.ids)], expected.to(states.dtype))
 
@@ -67,17 +67,17 @@ def test_a_table_that_changes_in_place_is_written_again() -> None:
     inputs, table = make(Embedding(False), False), [3, 4]
     for change in (lambda: None, lambda: table.append(7), lambda: table.__setitem__(0, 5)):
         change()
-        inputs.fill([Row((1,), 0, table)], 1, 1)
+        inputs.fill([ScheduledTokens((1,), 0, table)], 1, 1)
         inputs.send(1, 1)
         assert inputs.table[0, : len(table)].tolist() == table
 
 
 def test_a_write_that_broke_off_is_done_again() -> None:
     inputs = make(Embedding(False), False)
-    inputs.fill([Row((1,), 0, [1, 2])], 1, 1)
+    inputs.fill([ScheduledTokens((1,), 0, [1, 2])], 1, 1)
     with pytest.raises(ValueError, match="shape"):
-        inputs.fill([Row((1,), 0, [8] * (WIDTH + 1))], 1, 1)
-    inputs.fill([Row((1,), 0, [1, 2])], 1, 1)
+        inputs.fill([ScheduledTokens((1,), 0, [8] * (WIDTH + 1))], 1, 1)
+    inputs.fill([ScheduledTokens((1,), 0, [1, 2])], 1, 1)
     inputs.send(1, 1)
     assert inputs.table[0].tolist() == [1, 2, *[SPARE] * (WIDTH - 2)]
 

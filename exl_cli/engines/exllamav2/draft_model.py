@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from exl_cli.engines.exllamav2.block_manager import Lease, Pages
 from exl_cli.engines.exllamav2.draft_length import Outlook, Rate, Timing
-from exl_cli.engines.exllamav2.forward_pass import Forward, Row
+from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.speculation import Choose, Guess, Wanted
 
 # What to think of a draft model of which nothing is known yet.
@@ -56,7 +56,7 @@ class DraftModel:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelRunner,
         vocab_size: int,
         context_length: int,
         *,
@@ -167,7 +167,7 @@ class DraftModel:
             count = min(self._chunk, end - draft.cached)
             self._pages.grow(draft.lease, draft.cached + count)
             ids = tuple(draft.ids[draft.cached : draft.cached + count])
-            self._forward.prefill(Row(ids, draft.cached, draft.lease.table))
+            self._forward.prefill(ScheduledTokens(ids, draft.cached, draft.lease.table))
             draft.cached += count
 
     def _propose(self, drafts: list[tuple[_Draft, int]]) -> None:
@@ -188,11 +188,11 @@ class DraftModel:
         seconds = (self._clock() - start) / passes
         self._pass.note(seconds, seconds)
 
-    def _row(self, draft: _Draft) -> Row:
+    def _row(self, draft: _Draft) -> ScheduledTokens:
         """What it has not computed yet: tokens of the sequence, or else its own last proposal."""
         if draft.proposed:
             ids, begin = draft.proposed[-1:], len(draft.ids) + len(draft.proposed) - 1
         else:
             ids, begin = tuple(draft.ids[draft.cached :]), draft.cached
         self._pages.grow(draft.lease, begin + len(ids))
-        return Row(ids, begin, draft.lease.table)
+        return ScheduledTokens(ids, begin, draft.lease.table)

@@ -28,7 +28,7 @@ from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
 from exl_cli.engines.exllamav2.cuda_errors import free_bytes, translated
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
-from exl_cli.engines.exllamav2.forward_pass import Row
+from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.kernels import attending
 from exl_cli.engines.exllamav2.prompt_lookup import Ngrams
 from exl_cli.engines.exllamav2.scheduler import Scheduler
@@ -129,7 +129,7 @@ class ExLlamaV2Engine:
             scheduler.close("the model was asked for logits")
             table = list(range(memory.round_up(len(ids)) // memory.PAGE))
             for at in range(0, len(ids), step):
-                forward.submit([Row(tuple(ids[at : at + step]), at, table)])
+                forward.submit([ScheduledTokens(tuple(ids[at : at + step]), at, table)])
                 parts.append(forward.collect()[0].clone())
         return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""The model on the GPU as the scheduler sees it: see `passes.Forward`."""
+"""The model on the GPU as the scheduler sees it: see `ModelRunner`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
 from exl_cli.engines.exllamav2.embeddings import Embeddings
-from exl_cli.engines.exllamav2.forward_pass import Row
+from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
 from exl_cli.engines.exllamav2.inputs import Inputs
 from exl_cli.engines.exllamav2.kernels import quantized_linear
-from exl_cli.engines.exllamav2.modules_forward import ModulesPass
+from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.errors import EngineError
 
 _LEAST_KEYS = 1024
@@ -65,7 +65,7 @@ class GpuForward:
         )  # fmt: skip
         self._embeddings = Embeddings(model.modules[0], self._device)
         self._extend_rotary_tables()
-        self._large = ModulesPass(model, cache, page_size)
+        self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
         try:
             self.backend = backend(not self.small.attends)
@@ -101,12 +101,12 @@ class GpuForward:
                         for table in tables
                     ]
 
-    def _choose(self) -> tuple[ModulesPass | fused_forward.FusedPass, str]:
+    def _choose(self) -> tuple[ModulesForward | fused_forward.FusedForward, str]:
         reason = layers.why_not(self._model)
         if not reason:
             inputs = self._inputs
             try:
-                small = fused_forward.FusedPass(
+                small = fused_forward.FusedForward(
                     self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.table
                 )
                 if not (reason := small.why_not(lambda: self._large.prepare(1))):
@@ -118,16 +118,16 @@ class GpuForward:
         return self._large, reason
 
     @torch.inference_mode()
-    def prefill(self, row: Row) -> None:
-        """See `Forward.prefill`."""
+    def prefill(self, row: ScheduledTokens) -> None:
+        """See `ModelRunner.prefill`."""
         self._enter()
         most = self.max_tokens
         if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
             for first in range(0, len(row.ids), most):
-                self._pass([Row(row.ids[first : first + most], row.start + first, row.table)])
+                self._pass([ScheduledTokens(row.ids[first : first + most], row.start + first, row.block_table)])
             return
         self._await_inputs()
-        table = torch.tensor([row.table[:]], dtype=torch.int32, device=self._device)
+        table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
         ids, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
         for first in range(0, len(ids), most):
             states, start = self._embeddings.of(ids[first : first + most]), row.start + first
@@ -136,17 +136,17 @@ class GpuForward:
 
     @torch.inference_mode()
     def synchronize(self) -> None:
-        """See `Forward.synchronize`."""
+        """See `ModelRunner.synchronize`."""
         for device in {self._device, self._last}:
             torch.cuda.synchronize(device)
         self._pending = False
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """See `Forward.submit`."""
+    def submit(self, rows: Sequence[ScheduledTokens]) -> None:
+        """See `ModelRunner.submit`."""
         self._asked = (len(rows), *self._pass(rows))
 
     def collect(self) -> torch.Tensor:
-        """See `Forward.collect`."""
+        """See `ModelRunner.collect`."""
         self._done.synchronize()
         self._pending = False
         part = self._parts.get(self._asked)
@@ -158,7 +158,7 @@ class GpuForward:
 
     @torch.inference_mode()
     def copy_page(self, source: int, target: int) -> None:
-        """See `Forward.copy_page`."""
+        """See `ModelRunner.copy_page`."""
         self._enter()
         for tensor in _cache_tensors(self.cache):
             pages = tensor.view(-1, self.page_size, *tensor.shape[2:])
@@ -183,7 +183,7 @@ class GpuForward:
             self._done.synchronize()
             self._pending = False
 
-    def _pass(self, rows: Sequence[Row]) -> tuple[int, int]:
+    def _pass(self, rows: Sequence[ScheduledTokens]) -> tuple[int, int]:
         """Run rows as one small pass; returns the tokens of the longest row and how many it computes of each.
 
         The GPU is idle meanwhile. So where there is a graph, as in all passes but the first ones, nothing is asked of

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 Work = Callable[[int, int], None]
 
 
-class FusedPass:
+class FusedForward:
     """Runs passes of up to `products.MOST_ROWS` tokens.
 
     Args:
@@ -88,7 +88,7 @@ class FusedPass:
     def run(
         self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
     ) -> torch.Tensor:
-        """See `ModulesPass.run`; the tensors are the first rows of those of `__init__`."""
+        """See `ModulesForward.run`; the tensors are the first rows of those of `__init__`."""
         key = (len(lengths), tokens)
         program = self._programs.get(key)
         if program is None:
@@ -113,7 +113,7 @@ class FusedPass:
         self._tuner.begin(8, quantized_linear.MOST_ROWS, 16)
 
     def prepare(self, rows: int) -> None:
-        """Nothing to do: see `ModulesPass.prepare`."""
+        """Nothing to do: see `ModulesForward.prepare`."""
 
     def close(self) -> None:
         """Compile no further what is not wanted yet; passes are still possible."""

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from exl_cli.engines.exllamav2.embeddings import plain_weights
-from exl_cli.engines.exllamav2.forward_pass import Row
+from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 
 # Bytes: no kernel asks for more.
 _ALIGNMENT = 256
-_NOBODY = Row((), 0, [])
+_NOBODY = ScheduledTokens((), 0, [])
 
 
 class Inputs:
@@ -68,7 +68,7 @@ class Inputs:
         self._written: list[list[int] | None] = [None] * most_rows
         self.lengths, self.table, self.hidden = parts(self._there)
 
-    def fill(self, rows: Sequence[Row], batch: int, tokens: int) -> None:
+    def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int) -> None:
         """Write rows where `send` will find them.
 
         Args:
@@ -84,11 +84,11 @@ class Inputs:
             ids[begin : begin + len(row.ids)] = row.ids
             self._lengths[index] = row.start
             # As a rule it is what it was for the pass before.
-            if self._written[index] != row.table:
+            if self._written[index] != row.block_table:
                 self._written[index] = None  # until it is whole: an interruption may come
                 self._table[index] = self._spare_page
-                self._table[index, : len(row.table)] = row.table
-                self._written[index] = [*row.table]
+                self._table[index, : len(row.block_table)] = row.block_table
+                self._written[index] = [*row.block_table]
         if self._plain is not None:
             weights, states = self._plain
             weights.take(ids, axis=0, out=states[:count], mode="clip")

@@ -46,7 +46,7 @@ def _params_class() -> type[Any]:
     return StaticParams
 
 
-class ModulesPass:
+class ModulesForward:
     """Runs passes.
 
     Args:
@@ -125,7 +125,7 @@ class ModulesPass:
             self._timed.add(shape)
 
     def close(self) -> None:
-        """Nothing to do: see `FusedPass.close`."""
+        """Nothing to do: see `FusedForward.close`."""
 
 
 def _all(modules: Any) -> Any:

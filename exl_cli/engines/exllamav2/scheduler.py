@@ -24,7 +24,7 @@ from exl_cli.engines.base import Request
 from exl_cli.engines.driver import Step
 from exl_cli.engines.exllamav2.block_manager import Pages
 from exl_cli.engines.exllamav2.draft_length import Rate
-from exl_cli.engines.exllamav2.forward_pass import Forward, Row
+from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.sequence import Sequence
 from exl_cli.engines.exllamav2.speculation import Drafter, Guess, Speculation
 from exl_cli.engines.sampling.sampler import Sampler
@@ -42,7 +42,7 @@ class _Flown(NamedTuple):
     """A sequence's part of a pass."""
 
     sequence: Sequence
-    row: Row
+    row: ScheduledTokens
     guess: Guess
 
 
@@ -60,7 +60,7 @@ class Scheduler:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: ModelRunner,
         sampler: Callable[[Request], Sampler],
         *,
         drafter: Drafter | None = None,
@@ -198,7 +198,7 @@ class Scheduler:
             if count:
                 self._pages.grow(sequence.pages, begin + count)
                 ids = tuple(sequence.ids[begin : begin + count])
-                self._forward.prefill(Row(ids, begin, sequence.pages.table))
+                self._forward.prefill(ScheduledTokens(ids, begin, sequence.pages.table))
                 sequence.cached += count
                 room -= count
             if count and self._running and (sequence.unfilled or room <= 0 or not self._waiting):
@@ -248,7 +248,7 @@ class Scheduler:
         flight = []
         for sequence, guess in zip(self._running, guesses, strict=False):
             lease, start = sequence.pages, sequence.cached
-            row = Row((sequence.ids[start], *guess.tokens[: guess.used]), start, lease.table)
+            row = ScheduledTokens((sequence.ids[start], *guess.tokens[: guess.used]), start, lease.table)
             self._pages.grow(lease, start + len(row.ids))
             flight.append(_Flown(sequence, row, guess))
         self._forward.submit([flown.row for flown in flight])

@@ -89,7 +89,7 @@ class Speculation:
 
     Args:
         drafter: proposes the tokens.
-        max_batch, max_tokens: see `passes.Forward`.
+        max_batch, max_tokens: see `ModelRunner`.
         clock: seconds that pass.
     """
 
