@@ -7,6 +7,7 @@ any low-bit kernel: slow for large models, right for all, and the yardstick of t
 from __future__ import annotations
 
 import gc
+import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -46,6 +47,7 @@ class CpuEngine:
         self._rows: int = model.get_input_embeddings().num_embeddings
         self._samplers = Samplers(tokenizer, model.config.get_text_config().vocab_size)
         self._kv: KvCache | None = None
+        self._kv_name = _kv_parameter(model)
         self.context_length = context_length
         self.facts = {
             "device": "cpu",
@@ -109,8 +111,8 @@ class CpuEngine:
         """Float32 logits of the last of these tokens, which follow those in the cache: shape (vocabulary,)."""
 
         def compute(states: Any) -> Any:
-            tokens = torch.tensor([ids])
-            return self._model(input_ids=tokens, past_key_values=states, use_cache=True, logits_to_keep=1)
+            tokens = {"input_ids": torch.tensor([ids]), self._kv_name: states}
+            return self._model(**tokens, use_cache=True, logits_to_keep=1)
 
         logits: torch.Tensor = cache.extend(ids, compute).logits[0, -1].float()
         return logits
@@ -124,6 +126,12 @@ class CpuEngine:
 
         layers = [m for m in self._model.modules() if type(m).__name__.endswith("DecoderLayer")]
         return [layer.register_forward_pre_hook(check) for layer in layers]
+
+
+def _kv_parameter(model: Any) -> str:
+    """What a model's forward calls its KV cache: `cache` since transformers 5.24, by other names before."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in parameters), "past_key_values")
 
 
 def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: Progress) -> CpuEngine:

@@ -27,7 +27,7 @@ class KvCache:
 
     Attributes:
         ids: the tokens whose keys and values are held, in order.
-        states: what the model takes as `past_key_values`.
+        states: what the model's forward takes as its cache.
     """
 
     def __init__(self, config: Any) -> None:
