@@ -76,7 +76,9 @@ def build(info: ModelInfo, config: Any, model_class: Any, state: dict[str, torch
     Raises:
         DamagedModelError: config.json describes no model that could be made, or the weights are not those of it.
     """
-    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+    # Before 5.24 Gemma 2 claims torch's SDPA, which knows no soft cap and leaves it out.
+    soft_cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) and not soft_cap else "eager"
     try:
         _check_sizes(info, config, model_class, state)
         model, report = model_class.from_pretrained(
