@@ -48,7 +48,7 @@ class ExlError(Exception):
         message: one sentence, lower case, without a final stop: what is wrong, with the numbers or names involved.
         hint: the next step, an imperative or a command; empty when there is none.
 
-    Both may hold a `param`. `str()` writes parameters by name; whoever shows an error to a user of the CLI asks `spell`.
+    Both may hold a `param`. `str()` writes parameters by name; the CLI shows an error through `spell`.
     """
 
     exit_code = ExitCode.INTERNAL

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from exl_cli.errors import PromptError, UsageError
+from exl_cli.models.prompt import check_text, not_utf8
 
 # How long a silent pipe beside a given prompt may stay unexplained.
 _PATIENCE_SECONDS = 2.0
@@ -48,29 +49,6 @@ def gather(prompt: str | None, positional: str | None, file: Path | None, note: 
     if not piped:
         return text
     return piped if text is None else f"{piped}\n\n{text}"
-
-
-def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
-    """See that what the user typed is text: a byte that is not UTF-8 comes through the shell as half a character.
-
-    Args:
-        arguments: each a flag's name and its value, or values; None where it was not given.
-
-    Raises:
-        PromptError: the first that is not.
-    """
-    for name, values in arguments:
-        for value in (values,) if isinstance(values, str) else values or ():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                position = len(value[: error.start].encode("utf-8"))
-                raise not_utf8(name, position, ord(value[error.start]) & 0xFF) from error
-
-
-def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
-    """The error for text that is none, with the place and the value of its first byte that cannot be."""
-    return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)
 
 
 def _explain_silence(note: Callable[[str], None]) -> None:

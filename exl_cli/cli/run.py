@@ -94,7 +94,7 @@ def run(
     """Generate a response to one prompt."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
-    inputs.check_text(("--system", system), ("--template", template), ("--var", var), ("--stop", stop))
+    prompts.check_text(("--system", system), ("--template", template), ("--var", var), ("--stop", stop))
     variables = prompts.parse_variables(var or [])
     try:
         info = ensure(model, models_dir, allow=download, console=console)

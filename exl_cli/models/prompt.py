@@ -110,6 +110,29 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in fields]
 
 
+def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
+    """Refuse text that is not UTF-8: a bad byte of a command line arrives as a lone surrogate.
+
+    Args:
+        arguments: each a name and its value, or values; None where it was not given.
+
+    Raises:
+        PromptError: for the first that is not.
+    """
+    for name, values in arguments:
+        for value in (values,) if isinstance(values, str) else values or ():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                position = len(value[: error.start].encode("utf-8"))
+                raise not_utf8(name, position, ord(value[error.start]) & 0xFF) from error
+
+
+def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
+    """The error for bytes that are not UTF-8, which names the first bad byte and its position."""
+    return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)
+
+
 def render_prompt(
     text: str | None,
     *,
@@ -138,8 +161,8 @@ def render_prompt(
     _check_options(system=system, raw=raw, template=template, variables=variables, chat=chat)
     if template is not None:
         values = _template_variables(text, template, dict(variables or {}))
-        return Prompt(_check_text(fill(template, values)), add_special_tokens=True, variables=values, kind="template")
-    text = _check_text(text)
+        return Prompt(_not_empty(fill(template, values)), add_special_tokens=True, variables=values, kind="template")
+    text = _not_empty(text)
     if raw or chat is None:
         return Prompt(text, add_special_tokens=True, kind="raw")
     messages = [{"role": "user", "content": text}]
@@ -183,7 +206,7 @@ def _template_variables(text: str | None, template: str, variables: dict[str, st
     return {**variables, "prompt": text}
 
 
-def _check_text(text: str | None) -> str:
+def _not_empty(text: str | None) -> str:
     if text is None or not text.strip():
         raise PromptError("the prompt is empty", "give it with -p, as a file, or on standard input")
     return text

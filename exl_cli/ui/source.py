@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from exl_cli.chat.lines import is_open
 from exl_cli.chat.loop import Event, Line, Signal
-from exl_cli.cli.inputs import not_utf8
+from exl_cli.models.prompt import not_utf8
 from exl_cli.ui.chat import CONTINUATION, PROMPT
 
 

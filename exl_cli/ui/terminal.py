@@ -19,7 +19,7 @@ from prompt_toolkit.output import create_output
 from exl_cli.chat import commands
 from exl_cli.chat.lines import is_open
 from exl_cli.chat.loop import Chat, Event, Line, Signal
-from exl_cli.cli.inputs import check_text
+from exl_cli.models.prompt import check_text
 from exl_cli.ui.chat import CONTINUATION, PROMPT
 
 # The history file is cut to its last half when it exceeds this (bytes).
