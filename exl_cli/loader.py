@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from exl_cli.engines.base import Engine
-from exl_cli.engines.exllamav2 import headstart
+from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, known_models, models_dir
@@ -150,20 +150,18 @@ def load(
     context = context_to_allocate(info, options, needed)
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with headstart.files_being_read(tensor.file for tensor in info.tensors.values()):
-        with hold_interrupt(), headstart.collector_paused():
-            chosen = _choose(info, options, observer.note)
-            if chosen == "exllamav2":
-                from exl_cli.engines.exllamav2 import engine as exllamav2
-                from exl_cli.engines.exllamav2 import import_exllamav2
-            else:
-                from exl_cli.engines.cpu import engine
+    with hold_interrupt(), startup.collector_paused():
+        chosen = _choose(info, options, observer.note)
         if chosen == "exllamav2":
-            draft = _draft(info, tokenizer, options)
-            import_exllamav2.import_exllamav2(
-                observer if isinstance(observer, build.Observer) else build.Notes(observer.note)
-            )
+            from exl_cli.engines.exllamav2 import engine as exllamav2
+            from exl_cli.engines.exllamav2 import import_exllamav2
+        else:
+            from exl_cli.engines.cpu import engine
     if chosen == "exllamav2":
+        draft = _draft(info, tokenizer, options)
+        import_exllamav2.import_exllamav2(
+            observer if isinstance(observer, build.Observer) else build.Notes(observer.note)
+        )
         return exllamav2.load(info, tokenizer, context, options, observer.progress, draft)
     return engine.load(info, tokenizer, context, observer.progress)
 
@@ -194,7 +192,7 @@ def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) 
 
     model = support.why_not(info)
     if not model:
-        headstart.wake_gpu()
+        startup.wake_gpu()
     machine = support.why_not_here()
     if options.engine == "exllamav2":
         if machine:

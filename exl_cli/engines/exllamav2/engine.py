@@ -19,7 +19,7 @@ import torch
 
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, Request
-from exl_cli.engines.exllamav2 import headstart, weights
+from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.attention.backends import unusual
 from exl_cli.engines.exllamav2.attention.smoke_test import Heads
@@ -271,7 +271,7 @@ def _build(folder: Any, context_length: int, options: LoadOptions, progress: Pro
         "q4": caches.ExLlamaV2Cache_Q4,
     }[options.cache]
     tokens = (_pages(context_length, options) + 1) * memory.PAGE
-    with weights.read_ahead(model), weights.nothing_drawn(), headstart.old_objects_set_aside():
+    with startup.nothing_drawn():
         if options.gpu_split:
             model.load(list(options.gpu_split), callback=progress)
             cache = cache_class(model, max_seq_len=tokens)

@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from exl_cli.engines.exllamav2 import headstart, light_import
+from exl_cli.engines.exllamav2 import light_import, startup
 from exl_cli.engines.exllamav2.extension import build, compiled, environment, failures, install_hints, smoke_test
 from exl_cli.engines.exllamav2.extension.compiled import Capability, Extension
 from exl_cli.engines.exllamav2.extension.failures import Failure
@@ -49,7 +49,7 @@ def import_exllamav2(observer: build.Observer | None = None) -> None:
             try:
                 sys.modules[compiled.MODULE] = _extension(observer)
                 _leave_out_what_is_broken(observer.note if observer else _ignore)
-                with headstart.collector_paused():
+                with startup.collector_paused():
                     light_import.import_model()
             except Exception as error:  # it imports much: anything can come out
                 raise _told(error, "exllamav2 cannot be imported") from error
