@@ -12,7 +12,7 @@ from typing import Protocol
 from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
-from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError
+from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, param
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, known_models, models_dir
 from exl_cli.models.hub import names, store
 from exl_cli.models.info import ModelInfo, inspect
@@ -122,7 +122,7 @@ def context_to_allocate(info: ModelInfo, options: LoadOptions, needed: int | Non
     if options.max_seq_len is not None:
         if options.max_seq_len > info.context_length:
             raise UsageError(
-                f"--max-seq-len {options.max_seq_len:,} is more than the {info.context_length:,} tokens "
+                f"{param('max_seq_len')} {options.max_seq_len:,} is more than the {info.context_length:,} tokens "
                 f"that {info.name} was made for",
                 f"use at most {info.context_length}",
             )
@@ -178,15 +178,15 @@ def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> Model
     if difference := tokenizer.difference(Tokenizer(draft.path)):
         raise UsageError(
             f"the vocabulary of the draft model {draft.name} is not that of {info.name}: {difference}",
-            "take a smaller model of the same family, or leave --draft away",
+            f"take a smaller model of the same family, or leave {param('draft')} away",
         )
     return draft
 
 
 def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) -> str:
     if options.engine == "cpu":
-        if flags := options.for_the_gpu():
-            note(f"{', '.join(flags)}: no effect on the CPU")
+        if ignored := options.for_the_gpu():
+            note(f"{', '.join(ignored)}: no effect on the CPU")
         return "cpu"
     from exl_cli.engines.exllamav2 import support
 
@@ -195,12 +195,13 @@ def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) 
         startup.wake_gpu()
     machine = support.why_not_here()
     if options.engine == "exllamav2":
+        engine = param("engine")
         if machine:
             raise EngineError(
-                f"--engine exllamav2 cannot run here: {machine}", "use --engine cpu, or a machine with an NVIDIA GPU"
+                f"{engine} exllamav2 cannot run here: {machine}", f"use {engine} cpu, or a machine with an NVIDIA GPU"
             )
         if model:
-            raise UnsupportedModelError(f"--engine exllamav2 cannot run {info.name}: {model}", "use --engine cpu")
+            raise UnsupportedModelError(f"{engine} exllamav2 cannot run {info.name}: {model}", f"use {engine} cpu")
         return "exllamav2"
     if machine or model:
         options.refuse_speculation(machine or model)

@@ -148,7 +148,7 @@ def test_what_names_no_repository_is_refused(text: str) -> None:
 
 
 def test_two_revisions_at_once_are_refused() -> None:
-    with pytest.raises(UsageError, match="names revision a, --revision says b"):
+    with pytest.raises(UsageError, match="names revision a, revision says b"):
         names.require("acme/tiny:a", "b")
 
 

@@ -7,7 +7,7 @@ from fakehub import FakeHub
 from hubtools import WEIGHTS, Fetcher, config, contents, model_files
 
 from exl_cli import loader
-from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError
+from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError, spell
 from exl_cli.models import folders
 from exl_cli.models.hub import store
 from exl_cli.models.hub.listing import Choice
@@ -98,7 +98,7 @@ def test_a_folder_put_there_by_hand_is_used_and_never_overwritten_unasked(hub: F
     assert hub.seen == []
     with pytest.raises(DownloadError, match=r"put there by hand, and its config.json differs") as caught:
         fetch("acme/tiny", verify=True)
-    assert caught.value.hint == "--force replaces them"
+    assert spell(caught.value.hint) == "force replaces them"
     assert (folder / "config.json").read_bytes() == config(my="own")
     fetch("acme/tiny", force=True)
     assert contents(folder) == files

@@ -40,7 +40,7 @@ def test_a_wrong_address_is_refused(endpoint: str) -> None:
 
 @pytest.mark.parametrize("token", ["a\nb", "hf_s\u00fcss", "hf secret"])
 def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(hub: FakeHub, token: str) -> None:
-    with pytest.raises(UsageError, match="--token holds characters") as caught:
+    with pytest.raises(UsageError, match="token holds characters") as caught:
         Hub(token, endpoint=hub.url)
     assert token not in str(caught.value)
 

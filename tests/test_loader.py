@@ -140,7 +140,7 @@ def test_gpu_split(text: str, expected: tuple[float, ...] | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "-1", "nan", "inf", "0", "1;2"])
 def test_gpu_splits_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="--gpu-split"):
+    with pytest.raises(UsageError, match="gpu_split"):
         parse_gpu_split(text)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from exl_cli.errors import OutOfMemoryError
+from exl_cli.errors import OutOfMemoryError, spell
 from exl_cli.models import memory
 from exl_cli.models.info import Format, ModelInfo, inspect
 from exl_cli.models.load_options import CacheType
@@ -121,8 +121,8 @@ def test_the_refusal_has_need_free_and_what_would_fit() -> None:
         f"seven needs about {needed:.1f} GiB of GPU memory for a context of 32,768 tokens with fp16 cache, "
         "and 6.0 GiB are free"
     )
-    assert caught.value.hint.startswith(
-        f"--max-seq-len {memory.largest_context(model, free)} is the largest context that fits; --cache q4 fits "
+    assert spell(caught.value.hint).startswith(
+        f"max_seq_len {memory.largest_context(model, free)} is the largest context that fits; cache q4 fits "
     )
     with pytest.raises(OutOfMemoryError, match=r"3\.0 GiB are free") as caught:
         memory.check(model, 4096, "fp16", [3 * GIB])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from exl_cli.cli.options import Json, ModelsDir
 from exl_cli.doctor.examine import Examination
 from exl_cli.models import folders
 from exl_cli.system.version import installed_version
-from exl_cli.ui.console import Console
+from exl_cli.ui.console import Console, flags
 from exl_cli.ui.doctor import Checklist
 
 
@@ -43,7 +44,10 @@ def doctor(
     checklist = Checklist(console)
     visit = Examination(model, models_dir, timeout, console, checklist.telling)
     if as_json:
-        found = [finding.to_dict() for finding in visit.findings()]
+        found = [
+            replace(finding, found=flags(finding.found), fix=flags(finding.fix)).to_dict()
+            for finding in visit.findings()
+        ]
         console.data(
             {
                 "verdict": visit.verdict,

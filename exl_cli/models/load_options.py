@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, param
 
 EngineChoice = Literal["auto", "exllamav2", "cpu"]
 CacheType = Literal["fp16", "q8", "q6", "q4"]
@@ -46,20 +46,20 @@ class LoadOptions:
         if self.cache not in get_args(CacheType):
             raise UsageError(f"no cache type named {self.cache!r}", f"cache types: {', '.join(get_args(CacheType))}")
         if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise UsageError(f"--max-seq-len must be at least 1 token, got {self.max_seq_len}")
+            raise UsageError(f"{param('max_seq_len')} must be at least 1 token, got {self.max_seq_len}")
         if self.speculate not in get_args(Speculation):
             raise UsageError(
                 f"no kind of speculation named {self.speculate!r}", f"kinds: {', '.join(get_args(Speculation))}"
             )
         if self.speculate != "off" and self.draft is not None:
-            raise UsageError("--draft and --speculate both propose tokens", "use one of them")
+            raise UsageError(f"{param('draft')} and {param('speculate')} both propose tokens", "use one of them")
         if self.engine == "cpu":
-            self.refuse_speculation("--engine cpu")
+            self.refuse_speculation(f"{param('engine')} cpu")
 
     def for_the_gpu(self) -> list[str]:
-        """The flags given that say something about the GPU alone, and that the CPU engine passes over."""
-        given = {"--cache": self.cache != "fp16", "--gpu-split": self.gpu_split is not None, "--low-mem": self.low_mem}
-        return [flag for flag, said in given.items() if said]
+        """The parameters given that the CPU engine ignores, for use in a text; see `param`."""
+        given = {"cache": self.cache != "fp16", "gpu_split": self.gpu_split is not None, "low_mem": self.low_mem}
+        return [param(name) for name, said in given.items() if said]
 
     def refuse_speculation(self, reason: str) -> None:
         """For an engine that computes one token at a time, and `reason` why it was chosen.
@@ -68,10 +68,10 @@ class LoadOptions:
             UsageError: there is to be speculation.
         """
         if self.speculate != "off" or self.draft is not None:
-            flag = "--speculate" if self.draft is None else "--draft"
+            name = param("speculate" if self.draft is None else "draft")
             raise UsageError(
-                f"{flag} is for the exllamav2 engine, the CPU engine does not speculate ({reason})",
-                f"leave {flag} away",
+                f"{name} is for the exllamav2 engine, the CPU engine does not speculate ({reason})",
+                f"leave {name} away",
             )
 
 
@@ -88,5 +88,5 @@ def parse_gpu_split(text: str) -> tuple[float, ...] | None:
     except ValueError:
         values = ()
     if not values or any(not 0 <= value < 10_000 for value in values) or not any(values):
-        raise UsageError(f"--gpu-split {text!r} is not a list of GiB per GPU", "write it as 20,24 or auto")
+        raise UsageError(f"{param('gpu_split')} {text!r} is not a list of GiB per GPU", "write it as 20,24 or auto")
     return values

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exl_cli.errors import OutOfMemoryError
+from exl_cli.errors import OutOfMemoryError, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType
 from exl_cli.system.nvml import open_driver
@@ -282,9 +282,9 @@ def _advice(info: ModelInfo, context: int, cache: CacheType, free: Sequence[int]
     fitting = {kind: largest_context(info, free, kind, low_mem=low_mem) for kind in (cache, "q4")}
     ways = []
     if fitting[cache]:
-        ways.append(f"--max-seq-len {fitting[cache]} is the largest context that fits")
+        ways.append(f"{param('max_seq_len')} {fitting[cache]} is the largest context that fits")
     if fitting["q4"] > fitting[cache]:
-        ways.append(f"--cache q4 fits {min(fitting['q4'], max(context, fitting[cache])):,} tokens")
+        ways.append(f"{param('cache')} q4 fits {min(fitting['q4'], max(context, fitting[cache])):,} tokens")
     if not ways:
         ways.append("no context fits: take a smaller quantization (exl download owner/name --branches)")
     return "; ".join([*ways, "nvidia-smi shows who uses the GPU"])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from exl_cli.doctor.finding import Finding
-from exl_cli.ui.console import Console, harmless
+from exl_cli.ui.console import Console, flags, harmless
 
 _TITLE = 15
 _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("-", "dim")}
@@ -33,7 +33,7 @@ class Checklist:
 
         mark, style = _MARKS[finding.status]
         indent = 2 + _TITLE + 1
-        lines = self._wrapped(harmless(finding.found), indent)
+        lines = self._wrapped(harmless(flags(finding.found)), indent)
         head = Text.assemble(
             (self._shown(mark), f"bold {style}" if finding.status in ("warn", "fail") else style),
             " ",
@@ -44,7 +44,7 @@ class Checklist:
             text.append(line, "dim" if finding.status == "skip" else "")
             self._print(text)
         if finding.fix:
-            self._print(Text.assemble(" " * indent, self._shown("→") + " ", (harmless(finding.fix), "bold")))
+            self._print(Text.assemble(" " * indent, self._shown("→") + " ", (harmless(flags(finding.fix)), "bold")))
 
     def conclude(self, summary: str) -> None:
         """The verdict."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from exl_cli.errors import DiskError
+from exl_cli.errors import DiskError, param
 from exl_cli.models.hub import locking, store
 from exl_cli.models.hub.branches import fit_warning
 from exl_cli.models.hub.client import Hub
@@ -98,7 +98,7 @@ def check_disk(plan: Plan) -> None:
         need, have = f"{plan.remaining / 1e9:,.2f} GB more", f"{free / 1e9:,.2f} GB free"
         raise DiskError(
             f"{plan.wanted.repository} needs {need}, and {place} has {have}",
-            "make room, or use another --models-dir",
+            f"make room, or use another {param('models_dir')}",
         )
 
 

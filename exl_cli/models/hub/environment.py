@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, param
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _SECONDS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
@@ -64,7 +64,7 @@ def find_token(given: str | None) -> str | None:
             f"the token in {constants.HF_TOKEN_PATH} cannot be read: {reason}", "check HF_HOME and HF_TOKEN_PATH"
         ) from error
     if token and not (token.isascii() and token.isprintable() and " " not in token):
-        names = ["--token"] if given else [name for name in _TOKENS if os.environ.get(name)]
+        names = [param("token")] if given else [name for name in _TOKENS if os.environ.get(name)]
         where = names[0] if names else f"the token in {constants.HF_TOKEN_PATH}"
         raise UsageError(f"{where} holds characters that no token has", "copy it again, without blanks and line breaks")
     return token

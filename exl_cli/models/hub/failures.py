@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from exl_cli.errors import DownloadError, ExlError, UsageError
+from exl_cli.errors import DownloadError, ExlError, UsageError, param
 from exl_cli.models.hub.names import Repository
 
 _PASSING = {408: "timed out", 429: "limits requests", 500: "failed", 502: "failed", 503: "is busy", 504: "timed out"}
@@ -159,7 +159,7 @@ def explain(
 
     http = http_library()
     page = f"{endpoint}/{repository.id}"
-    log_in = "log in with hf auth login, or give --token"
+    log_in = f"log in with hf auth login, or give {param('token')}"
     if isinstance(error, ExlError):
         return error
     if isinstance(error, errors.GatedRepoError):
@@ -193,7 +193,9 @@ def explain(
             f"{endpoint} does not answer like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
         )
     reason = _reason(error) or type(error).__name__
-    return DownloadError(f"{repository} could not be downloaded: {reason}", "run again with --debug to see where")
+    return DownloadError(
+        f"{repository} could not be downloaded: {reason}", f"run again with {param('debug')} to see where"
+    )
 
 
 def _by_status(error: Exception, status: int, repository: Repository, page: str, log_in: str) -> DownloadError:

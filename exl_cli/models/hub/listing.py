@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError
+from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError, param
 from exl_cli.models.hub.client import Hub, Listing
 from exl_cli.models.hub.store import File
 from exl_cli.models.info import refuse_method
@@ -125,7 +125,9 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
     """
     where = str(listing.repository)
     if not chosen:
-        raise UsageError(f"no file of {where} matches", "look at its files with --include '*' --dry-run")
+        raise UsageError(
+            f"no file of {where} matches", f"look at its files with {param('include')} '*' {param('dry_run')}"
+        )
     if choice.include:
         return
     refuse_method(Path(where), config.get("quantization_config") or {})
@@ -133,7 +135,7 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         if not config:
             raise DownloadError(
                 f"{where} holds no config.json, without which its weights cannot be run",
-                "--include '*' downloads it all the same",
+                f"{param('include')} '*' downloads it all the same",
             )
         return
     names = [file.name.lower() for file in listing.files]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from exl_cli.errors import DownloadError, UsageError
+from exl_cli.errors import DownloadError, UsageError, param
 
 # The Hub's own rule for both halves of a name. A revision is a branch, a tag, a commit or refs/pr/N.
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
@@ -65,7 +65,7 @@ def parse(text: str, revision: str | None = None) -> Repository | None:
         return None
     inside = match["revision"]
     if inside and revision and inside != revision:
-        raise UsageError(f"{text} names revision {inside}, --revision says {revision}", "give one of them")
+        raise UsageError(f"{text} names revision {inside}, {param('revision')} says {revision}", "give one of them")
     chosen = revision or inside or "main"
     if not re.fullmatch(_REVISION, chosen, re.ASCII) or ".." in chosen:
         raise UsageError(f"{chosen!r} is not a revision", "give a branch, a tag or a commit of the repository")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.errors import DamagedModelError, DownloadError, ModelNotFoundError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, DownloadError, ModelNotFoundError, UnsupportedModelError, param
 from exl_cli.models.hub import listing as listings
 from exl_cli.models.hub import store
 from exl_cli.models.hub.client import Hub, Listing
@@ -126,7 +126,7 @@ def already(wanted: Wanted) -> Outcome | None:
     folder = wanted.folder
     if other := store.holds_another(folder, wanted.repository):
         raise DownloadError(
-            f"{folder} holds {other}, not {wanted.repository}", "move it away, or use another --models-dir"
+            f"{folder} holds {other}, not {wanted.repository}", f"move it away, or use another {param('models_dir')}"
         )
     if wanted.force or wanted.verify:
         return None
@@ -203,7 +203,7 @@ def survey(
             foreign.append(file.name)
     if foreign:
         differ = f"{', '.join(foreign)} {'differ' if len(foreign) > 1 else 'differs'} from the Hub's"
-        raise DownloadError(f"{folder} was put there by hand, and its {differ}", "--force replaces them")
+        raise DownloadError(f"{folder} was put there by hand, and its {differ}", f"{param('force')} replaces them")
     return tuple(items)
 
 

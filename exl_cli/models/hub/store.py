@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.errors import DiskError, DownloadError
+from exl_cli.errors import DiskError, DownloadError, param
 from exl_cli.models.hub.names import Repository, is_safe
 from exl_cli.system.files import write_atomically
 
@@ -267,4 +267,4 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where, why = error.filename or path, error.strerror or error
-        raise DiskError(f"cannot write {where}: {why}", "check it, or use another --models-dir") from error
+        raise DiskError(f"cannot write {where}: {why}", f"check it, or use another {param('models_dir')}") from error
