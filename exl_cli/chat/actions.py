@@ -30,7 +30,7 @@ def system(chat: Chat, text: str) -> None:
     """Show or set the system message; a template that refuses one says so now."""
     session = chat.talk.session
     if not text:
-        chat.console.block(session.system if session.system is not None else "there is no system message")
+        chat.view.block(session.system if session.system is not None else "there is no system message")
         return
     old, session.system = session.system, None if text == "none" else unquote(text)
     try:
@@ -39,28 +39,28 @@ def system(chat: Chat, text: str) -> None:
         session.system = old
         raise
     chat.save()
-    chat.console.say("the system message is taken away" if session.system is None else "the system message is set")
+    chat.view.say("the system message is taken away" if session.system is None else "the system message is set")
 
 
 def change(chat: Chat, text: str) -> None:
     """Show or change settings."""
     name, _, value = text.partition(" ")
     if not name:
-        chat.console.settings(chat.talk.settings.values(chat.generation_config))
+        chat.view.settings(chat.talk.settings.values(chat.generation_config))
     elif not value:
         key = resolve(name)
-        chat.console.settings({key: chat.talk.settings.values(chat.generation_config)[key]})
+        chat.view.settings({key: chat.talk.settings.values(chat.generation_config)[key]})
     else:
         changed = chat.change(chat.talk.settings.with_value(name, value.strip()))
-        chat.console.changes(changed, unchanged=resolve(name))
+        chat.view.changes(changed, unchanged=resolve(name))
 
 
 def preset(chat: Chat, text: str) -> None:
     """Use named sampler settings, or list the names."""
     if not text:
-        chat.console.block("\n".join(f"{name}: {values}" for name, values in PRESETS.items()))
+        chat.view.block("\n".join(f"{name}: {values}" for name, values in PRESETS.items()))
         return
-    chat.console.changes(chat.change(chat.talk.settings.with_value("preset", text)), unchanged="preset")
+    chat.view.changes(chat.change(chat.talk.settings.with_value("preset", text)), unchanged="preset")
 
 
 def show(chat: Chat, text: str) -> None:
@@ -69,30 +69,30 @@ def show(chat: Chat, text: str) -> None:
     if text not in ("", *TOPICS):
         raise UsageError(f"/show does not know {text!r}", f"it shows {', '.join(TOPICS)}")
     if text in ("", "model"):
-        chat.console.model(talk.partner.model, talk.partner.engine)
+        chat.view.model(talk.partner)
     if text == "settings":
-        chat.console.settings(talk.settings.values(chat.generation_config))
+        chat.view.settings(talk.settings.values(chat.generation_config))
     if text == "prompt":
         messages = talk.session.messages()
         if not messages:
             raise UsageError("there is no prompt yet", "say something first")
         prompt = talk.partner.model.format.render(messages, answer=False)
-        chat.console.block(prompt)
-        chat.console.say(f"{talk.partner.composer.count(prompt):,} tokens")
+        chat.view.block(prompt)
+        chat.view.say(f"{talk.partner.composer.count(prompt):,} tokens")
     if text == "template":
-        chat.console.block(talk.partner.model.format.source)
+        chat.view.block(talk.partner.model.format.source)
     if not text:
         rest = [f"sampling: {talk.settings.sampling(chat.generation_config).brief()}"]
         rest += [f"session: {talk.session.name or 'not saved yet'}, {len(talk.session.turns)} turns"]
         rest += [f"goes with the next message: {file.name}" for file in talk.attachments]
-        chat.console.block("\n".join(rest))
+        chat.view.block("\n".join(rest))
 
 
 def stats(chat: Chat, text: str) -> None:
     """What this conversation took, and the memory in use."""
-    chat.console.totals(chat.talk.session)
+    chat.view.totals(chat.talk.session)
     memory = chat.talk.partner.engine.memory()
-    chat.console.memory_now(readings.read_gpus(memory), readings.read_host())
+    chat.view.memory_now(readings.read_gpus(memory), readings.read_host())
 
 
 def retry(chat: Chat, text: str) -> None:
@@ -103,9 +103,9 @@ def retry(chat: Chat, text: str) -> None:
 def undo(chat: Chat, text: str) -> None:
     """Take back what was done last."""
     if chat.talk.attachments:
-        chat.console.say(f"{chat.talk.attachments.pop().name} no longer goes with the next message")
+        chat.view.say(f"{chat.talk.attachments.pop().name} no longer goes with the next message")
     else:
-        chat.console.say(f"took back “{excerpt(chat.talk.undo())}”")
+        chat.view.say(f"took back “{excerpt(chat.talk.undo())}”")
 
 
 def edit(chat: Chat, text: str) -> None:
@@ -113,9 +113,9 @@ def edit(chat: Chat, text: str) -> None:
     before = chat.talk.last_message()
     after = tools.edit(before)
     if after == before or not after.strip():
-        chat.console.say("the message is as it was")
+        chat.view.say("the message is as it was")
         return
-    chat.console.message(after)
+    chat.view.message(after)
     chat.talk.revise(after)
 
 
@@ -129,7 +129,7 @@ def clear(chat: Chat, text: str) -> None:
     old = chat.talk.session
     chat.adopt(Session(system=old.system))
     kept = f"; the old one is saved as {old.name}" if chat.saving and old.name else ""
-    chat.console.say(f"a new conversation{kept}")
+    chat.view.say(f"a new conversation{kept}")
 
 
 def save(chat: Chat, text: str) -> None:
@@ -144,7 +144,7 @@ def save(chat: Chat, text: str) -> None:
             raise UsageError(f"there is a session named {text} already", "choose another name")
         chat.rename(text)
     chat.save_or_fail()
-    chat.console.say(f"saved as {session.name} ({chat.store.path(session.name)})")
+    chat.view.say(f"saved as {session.name} ({chat.store.path(session.name)})")
 
 
 def load(chat: Chat, text: str) -> None:
@@ -153,18 +153,18 @@ def load(chat: Chat, text: str) -> None:
         raise UsageError("/load needs a name", "/sessions lists them")
     chat.adopt(chat.store.load(text))
     session = chat.talk.session
-    chat.console.resumed(session)
+    chat.view.resumed(session)
     if session.model != chat.talk.partner.model.name:
-        chat.console.say(f"it was with {session.model}; /model {session.model} goes back to that")
+        chat.view.say(f"it was with {session.model}; /model {session.model} goes back to that")
 
 
 def list_sessions(chat: Chat, text: str) -> None:
     """List the saved conversations."""
     found = list(chat.store.overviews())
     if not found:
-        chat.console.say(f"there are no saved sessions in {chat.store.folder}")
+        chat.view.say(f"there are no saved sessions in {chat.store.folder}")
         return
-    chat.console.sessions(found, chat.talk.session.name)
+    chat.view.sessions(found, chat.talk.session.name)
 
 
 def export(chat: Chat, text: str) -> None:
@@ -175,17 +175,17 @@ def export(chat: Chat, text: str) -> None:
         raise UsageError("there is nothing to export yet", "say something first")
     file = export_session(chat.talk.session, text, replace=str(Path(text).expanduser()) in chat.exported)
     chat.exported.add(str(file))
-    chat.console.say(f"written to {file}")
+    chat.view.say(f"written to {file}")
 
 
 def model(chat: Chat, text: str) -> None:
     """Go on with another model, or show this one and the others."""
     if not text:
-        chat.console.model(chat.talk.partner.model, chat.talk.partner.engine)
-        chat.console.say(f"models here: {', '.join(chat.host.names())}")
+        chat.view.model(chat.talk.partner)
+        chat.view.say(f"models here: {', '.join(chat.host.names())}")
         return
     chat.switch(text)
-    chat.console.model(chat.talk.partner.model, chat.talk.partner.engine)
+    chat.view.model(chat.talk.partner)
 
 
 def attach(chat: Chat, text: str) -> None:
@@ -200,7 +200,7 @@ def attach(chat: Chat, text: str) -> None:
             "take a part of it, or start exl with a larger --max-seq-len if the model allows it",
         )
     chat.talk.attachments.append(file)
-    chat.console.say(f"{file.name} ({size:,} tokens) goes with the next message; /undo takes it out")
+    chat.view.say(f"{file.name} ({size:,} tokens) goes with the next message; /undo takes it out")
 
 
 def copy(chat: Chat, text: str) -> None:
@@ -209,6 +209,6 @@ def copy(chat: Chat, text: str) -> None:
     command = tools.clipboard_command()
     if command is not None:
         tools.fill_clipboard(command, answer)
-    elif not chat.console.copy(answer):
+    elif not chat.view.copy(answer):
         raise UsageError("there is no clipboard: neither a terminal nor a program for it", "/export PATH writes a file")
-    chat.console.say(f"copied {len(answer):,} characters")
+    chat.view.say(f"copied {len(answer):,} characters")

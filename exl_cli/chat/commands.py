@@ -82,7 +82,7 @@ def _paths(chat: Chat, text: str) -> Iterable[str]:
 
 def _help(chat: Chat, text: str) -> None:
     """List the commands, or explain one."""
-    chat.console.commands([find(text)] if text else list(_TABLE))
+    chat.view.commands([find(text)] if text else list(_TABLE))
 
 
 _TABLE = (

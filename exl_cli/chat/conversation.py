@@ -16,12 +16,11 @@ from exl_cli.chat.prompting import compose
 from exl_cli.chat.session import Session, Turn
 from exl_cli.chat.settings import Settings
 from exl_cli.chat.tools import Attachment, with_attachments
+from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Request, Summary
 from exl_cli.errors import PromptError, UsageError
 from exl_cli.structured.reasoning import Splitter, split
 from exl_cli.system.interrupts import cancel_on_interrupt
-from exl_cli.ui.chat import ChatConsole
-from exl_cli.ui.keys import unseen
 
 
 class Conversation:
@@ -31,7 +30,7 @@ class Conversation:
         partner: the model.
         session: the turns so far.
         settings: what is set.
-        console: what is seen.
+        view: what is seen.
         save: saves the session; called before and after whatever changes it.
 
     Attributes:
@@ -42,7 +41,7 @@ class Conversation:
     """
 
     def __init__(
-        self, partner: Partner, session: Session, settings: Settings, console: ChatConsole, save: Callable[[], object]
+        self, partner: Partner, session: Session, settings: Settings, view: ChatView, save: Callable[[], object]
     ) -> None:
         self.partner = partner
         self.session = session
@@ -50,7 +49,7 @@ class Conversation:
         self.draft = ""
         self.attachments: list[Attachment] = []
         self.answering = False
-        self._console = console
+        self._view = view
         self._save = save
         self._redoing = False
 
@@ -164,7 +163,7 @@ class Conversation:
         """Get an answer to the last message, or more of the unfinished one, and keep it, whatever happens."""
         prompt = compose(self.session, self.partner, self.settings, unfinished)
         if prompt.dropped:
-            self._console.dropped(prompt.dropped, prompt.freed)
+            self._view.dropped(prompt.dropped, prompt.freed)
         if not self._redoing:  # the file still holds what is to be replaced
             self._save()
         turn = unfinished or Turn("assistant", "")
@@ -173,7 +172,7 @@ class Conversation:
             summary = self._generate(prompt.encoded, turn)
         finally:
             self.answering = False
-        self._console.turn(summary, self.partner.engine.context_length, answered=self.session.last is turn)
+        self._view.turn(summary, self.partner.engine.context_length, answered=self.session.last is turn)
 
     def _generate(self, prompt: Encoded, turn: Turn) -> Summary:
         before = turn.generated
@@ -183,16 +182,16 @@ class Conversation:
         splitter = Splitter(opening)
         splitter.push(before)
         request = self._request(prompt)
-        shown = self._console.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
+        answering = self._view.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
         try:
-            with cancel_on_interrupt(request.cancel), unseen(), shown as answer:
+            with cancel_on_interrupt(request.cancel), answering as show:
                 for chunk in self.partner.engine.stream(request):
                     piece = chunk.text + "".join(tags.get(id_, "") for id_ in chunk.token_ids)
                     text += piece
                     ids += chunk.token_ids
                     summary = chunk.summary or summary
-                    answer.show(splitter.push(piece))
-                answer.show(splitter.flush())
+                    show(splitter.push(piece))
+                show(splitter.flush())
         finally:
             self.partner.composer.computed(prompt, ids, text)
             self._keep(turn, before + text, opening, summary)

@@ -20,8 +20,8 @@ from exl_cli.chat.partner import Host, Partner
 from exl_cli.chat.session import Session
 from exl_cli.chat.settings import Settings, from_dict
 from exl_cli.chat.store import SessionStore
+from exl_cli.chat.view import ChatView
 from exl_cli.errors import DiskError, ExitCode, ExlError
-from exl_cli.ui.chat import ChatConsole
 
 
 class Phase(Enum):
@@ -72,14 +72,14 @@ class Chat:
         partner: the model to begin with.
         session: the conversation to go on with.
         settings: what is set at the beginning.
-        console: what is seen.
+        view: what is seen.
         store: the saved sessions.
         saving: write this conversation to the store.
         interactive: a person is there, who can answer to a hint; else the first error decides `exit_code`.
         debug: show where errors come from.
 
     Attributes:
-        host, console, store, saving: these.
+        host, view, store, saving: these.
         talk: the conversation.
         exit_code: what the command returns once this is over.
         exported: files that this chat has written, and may write again.
@@ -91,7 +91,7 @@ class Chat:
         partner: Partner,
         session: Session,
         settings: Settings,
-        console: ChatConsole,
+        view: ChatView,
         store: SessionStore,
         *,
         saving: bool = True,
@@ -99,10 +99,10 @@ class Chat:
         debug: bool = False,
     ) -> None:
         self.host = host
-        self.console = console
+        self.view = view
         self.store = store
         self.saving = saving
-        self.talk = Conversation(partner, session, settings, console, self.save)
+        self.talk = Conversation(partner, session, settings, view, self.save)
         self.talk.withdraw()
         self.exit_code = ExitCode.OK
         self._debug = debug
@@ -140,11 +140,11 @@ class Chat:
     def failed(self, error: Exception) -> None:
         """Say that something went wrong; a bug of ours too is no reason to lose a conversation."""
         if self._debug:
-            self.console.traceback(error)
+            self.view.traceback(error)
         elif isinstance(error, ExlError):
-            self.console.error(error)
+            self.view.error(error)
         else:
-            self.console.bug(error)
+            self.view.bug(error)
         if not self._interactive or self._over:
             self.exit_code = self.exit_code or (error.exit_code if isinstance(error, ExlError) else ExitCode.INTERNAL)
 
@@ -153,12 +153,12 @@ class Chat:
         saved, session = self.save(), self.talk.session
         if not saved and self._interactive and self._warned_before != "unsaved":
             self._warned = "unsaved"
-            self.console.note("not saved yet: /export PATH writes it elsewhere, leaving once more gives it up")
+            self.view.note("not saved yet: /export PATH writes it elsewhere, leaving once more gives it up")
             return
         if not saved:
             self.exit_code = self.exit_code or ExitCode.DISK
         elif self.saving and session.turns:
-            self.console.note(f"saved as {session.name}; exl chat --continue goes on with it")
+            self.view.note(f"saved as {session.name}; exl chat --continue goes on with it")
         self._over = True
 
     def _interrupted(self) -> None:
@@ -169,7 +169,7 @@ class Chat:
             self.leave()
         else:
             self._warned = "interrupt"
-            self.console.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
+            self.view.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
 
     def _enter(self, text: str) -> None:
         if commands.is_command(text):
@@ -184,7 +184,7 @@ class Chat:
         try:
             self.save_or_fail()
         except DiskError as error:
-            self.console.error(error)
+            self.view.error(error)
             return False
         return True
 
@@ -205,7 +205,7 @@ class Chat:
         session.model = model.name
         session.settings = self.talk.settings.to_dict(model.info.generation_config)
         if before := self.store.save(session):
-            self.console.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
+            self.view.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
         if unnamed:
             self._named_by_us = session.name
 
@@ -262,7 +262,7 @@ class Chat:
         try:
             self.talk.partner = self.host.load(model)
         except BaseException as error:
-            self.console.note(f"going back to {old.model.info.name}")
+            self.view.note(f"going back to {old.model.info.name}")
             try:
                 self.talk.partner = self.host.load(old.model)
             except BaseException:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.chat.composer import Composer
+from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Engine
 from exl_cli.models import folders
 from exl_cli.models.chat_format import Format, load_format
@@ -15,7 +16,6 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.interrupts import insist_on_interrupt
-from exl_cli.ui.console import Console
 
 # What a conversation is given where the model allows it and nothing else is asked for.
 CONTEXT = 8192
@@ -64,16 +64,16 @@ class Host:
         load: see `state.State.load`.
         options: the load flags, for every model of this chat.
         models_dir: the folder of downloaded models, or None for the usual one.
-        console: shows the loading.
+        view: shows the loading.
     """
 
     def __init__(
-        self, load: Callable[..., Engine], options: LoadOptions, models_dir: Path | None, console: Console
+        self, load: Callable[..., Engine], options: LoadOptions, models_dir: Path | None, view: ChatView
     ) -> None:
         self._load = load
         self._options = options
         self._models_dir = models_dir
-        self._console = console
+        self._view = view
 
     def find(self, name: str | None) -> Model:
         """A model by name; all that can be wrong with its files comes out here, before any weight is read.
@@ -93,7 +93,7 @@ class Host:
             EngineError, OutOfMemoryError, UnsupportedModelError, DamagedModelError: see `loader.load`.
         """
         info = model.info
-        with insist_on_interrupt(), self._console.loading(f"{info.name} ({info.format_name})") as progress:
+        with insist_on_interrupt(), self._view.loading(f"{info.name} ({info.format_name})") as progress:
             engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
         return Partner(model, engine, Composer(model.tokenizer, add_special_tokens=model.format.add_special_tokens))
 

@@ -125,7 +125,7 @@ def chat(
         elif interactive:
             console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
         with _leaving_in_order():
-            converse(talk, _source(talk, interactive=interactive, keep_history=not no_save))
+            converse(talk, _source(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
         talk.talk.partner.engine.close()
     if talk.exit_code:
@@ -170,11 +170,11 @@ def _settings(session: Session, flags: SamplingFlags, given: dict[str, object]) 
     return Settings(**{**before, "given": {**settings.given, **flags.given}, **given})
 
 
-def _source(talk: Chat, *, interactive: bool, keep_history: bool) -> Source:
+def _source(talk: Chat, console: ChatConsole, *, interactive: bool, keep_history: bool) -> Source:
     if not (interactive and sys.stderr.isatty()):
         return PlainSource()
-    if talk.console.err.is_dumb_terminal:
-        return PlainSource(talk.console.ask)
+    if console.err.is_dumb_terminal:
+        return PlainSource(console.ask)
     from exl_cli.ui.terminal import TerminalSource
 
     return TerminalSource(talk, data_dir() / "chat_history" if keep_history else None)

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.api import records
 from exl_cli.chat.session import Session, Turn, excerpt
-from exl_cli.engines.base import Engine, Summary
+from exl_cli.engines.base import Summary
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.ui.answers import Answer, MarkdownAnswer
 from exl_cli.ui.console import Console, accepted, harmless
+from exl_cli.ui.keys import unseen
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from exl_cli.chat.commands import Command
-    from exl_cli.chat.partner import Model
+    from exl_cli.chat.partner import Partner
     from exl_cli.chat.store import Overview
+    from exl_cli.structured.reasoning import Piece
 
 # What stands before a line that the user types, and before those that go on with it.
 PROMPT = ">>> "
@@ -30,14 +33,16 @@ CONTINUATION = "... "
 
 
 class ChatConsole(Console):
-    """See `console.Console`."""
+    """A `ChatView` on the terminal or in pipes; see `Console`."""
 
     # --- answers --------------------------------------------------------------------------------------------------
 
-    def answering(self, *, thinking: bool, markdown: bool) -> Answer:
-        """A context to show one answer in."""
+    @contextmanager
+    def answering(self, *, thinking: bool, markdown: bool) -> Iterator[Callable[[Iterable[Piece]], None]]:
+        """See `ChatView.answering`."""
         kind = MarkdownAnswer if markdown and sys.stdout.isatty() else Answer
-        return kind(self, thinking=thinking)
+        with unseen(), kind(self, thinking=thinking) as answer:
+            yield answer.show
 
     def dim_text(self, text: str) -> None:
         """Model text that is not the answer: dim on a terminal, like any other in a pipe."""
@@ -118,14 +123,14 @@ class ChatConsole(Console):
         if not changed:
             self.say(f"{unchanged} is as it was")
 
-    def model(self, model: Model, engine: Engine) -> None:
+    def model(self, partner: Partner) -> None:
         """A loaded model."""
-        info = model.info
+        info, engine = partner.model.info, partner.engine
         facts = {
             "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} weights)",
             "engine": f"{engine.name} ({', '.join(f'{name} {value}' for name, value in engine.facts.items())})",
             "context": f"{engine.context_length:,} tokens of the model's {info.context_length:,}",
-            "format": model.format.name,
+            "format": partner.model.format.name,
         }
         self.settings(facts)
 
