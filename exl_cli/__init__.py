@@ -3,10 +3,13 @@
 From Python: `from exl_cli import download, load, Sampling`; see `exl_cli.api`. With LangChain: `exl_cli.langchain`.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exl_cli.api.model import Model, download, load
+    from exl_cli.api.model import Model, load
     from exl_cli.api.streams import AsyncStream, Generation, Stream
     from exl_cli.errors import ExlError
     from exl_cli.sampling import Sampling
@@ -33,9 +36,40 @@ _HOMES = {
     "Model": "api.model",
     "Sampling": "sampling",
     "Stream": "api.streams",
-    "download": "api.model",
     "load": "api.model",
 }
+
+
+def download(
+    model_name: str,
+    models_dir: str | Path = "./models/",
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Download a model unless it is there. "owner/name" is in `models_dir/owner_name`, as in LangChain's notebook.
+
+    Says on stdout when the model is there already, and then touches no network; shows on stderr how a download goes.
+
+    Args:
+        model_name: "owner/name" or "owner/name:revision".
+        models_dir: where downloaded models are; made if need be.
+        revision: a branch, tag or commit, as the quantizations of EXL2 repositories; anything but main has a folder of
+            its own, `owner_name@revision`.
+        token: for gated models; None for the one that huggingface_hub is logged in with.
+
+    Returns:
+        The model's folder, to be given to `load`.
+
+    Raises:
+        UsageError: not the name of a repository.
+        DownloadError, DiskError: see `hub.download`.
+    """
+    from exl_cli.api import download as api
+    from exl_cli.ui import transfers
+    from exl_cli.ui.console import Console
+
+    return api.download(model_name, models_dir, revision, token, transfers.observer(Console()))
 
 
 def __getattr__(name: str) -> Any:

@@ -21,11 +21,11 @@ from helpers import exl
 from hubtools import WEIGHTS, Fetcher, contents, model_files, shell
 
 from exl_cli import loader
+from exl_cli.api.download import Lines
 from exl_cli.cli.fetching import ensure
 from exl_cli.errors import ModelNotFoundError
 from exl_cli.models.hub.plan import prepare
 from exl_cli.ui.console import Console
-from exl_cli.ui.transfers import Transfers
 
 FILES = model_files(3_000_000)
 SIZE = len(FILES[WEIGHTS])
@@ -172,7 +172,7 @@ def test_plain_lines_come_with_each_tenth_but_in_no_flood(
     fetch = Fetcher(hub, tmp_path)
     plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
     now = 100.0
-    shown = Transfers(Console(), clock=lambda: now)
+    shown = Lines(Console().note, clock=lambda: now)
     shown.begin(plan)
     for seconds, count in ((0.5, 900_000), (2.0, 100_000), (5.0, 10_000), (90.0, 10_000), (0.1, 1_000_000)):
         now += seconds

@@ -1,40 +1,33 @@
-"""What the LangChain notebook prints, on the stream where it prints it: stdout, between the model's own words."""
+"""The lines of the LangChain notebook. There they go to stdout, between the model's own words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from exl_cli.ui.console import Console
-
-if TYPE_CHECKING:
-    from rich.console import Console as RichConsole
-
-    from exl_cli.engines.base import Summary
-    from exl_cli.sampling import Sampling
+from exl_cli.engines.base import Summary
 
 
-class NotebookConsole(Console):
-    """A console whose notes are on stdout."""
+def say(text: str) -> None:
+    """A line on stdout."""
+    print(text, flush=True)
 
-    @property
-    def err(self) -> RichConsole:
-        """Rich's console on stdout."""
-        return self.out
 
-    def already_there(self, model_name: str) -> None:
-        """`download` found the model in its place."""
-        self.note(f"{model_name} already exists in the models directory")
+def timings(summary: Summary) -> list[str]:
+    """The two lines after a response, and those about speculation where there was some."""
+    computed = summary.prompt_tokens - summary.reused_tokens
+    lines = [
+        _timed("Prompt processed", summary.prompt_seconds, computed, summary.prompt_rate),
+        _timed("Response generated", summary.generation_seconds, summary.new_tokens, summary.generation_rate),
+    ]
+    if summary.drafted_tokens:
+        lines.append(accepted(summary.accepted_tokens, summary.drafted_tokens))
+    if summary.note:
+        lines.append(f"note: {summary.note}")
+    return lines
 
-    def loading_model(self, sampling: Sampling, model_path: str) -> None:
-        """The two lines before a model is loaded."""
-        self.note(str(sampling.brief()))
-        self.note(f"Loading model: {model_path}")
 
-    def loaded(self, stop_sequences: list[str]) -> None:
-        """The line after that."""
-        self.note(f"stop_sequences {stop_sequences}")
+def accepted(right: int, proposed: int) -> str:
+    """How speculation did."""
+    return f"{right:,} of {proposed:,} proposed tokens accepted ({right / proposed:.0%})"
 
-    def generated(self, summary: Summary) -> None:
-        """The two lines after a response, and the empty one that sets them off from its text."""
-        self.note("\n")
-        self.summary(summary)
+
+def _timed(what: str, seconds: float, tokens: int, rate: float) -> str:
+    return f"{what} in {seconds:.2f} seconds, {tokens} tokens, {rate:.2f} tokens/second"

@@ -9,6 +9,7 @@ import typer
 
 from exl_cli.cli.options import Json, ModelsDir
 from exl_cli.doctor.examine import Examination
+from exl_cli.doctor.machine import Terminal
 from exl_cli.models import folders
 from exl_cli.system.version import installed_version
 from exl_cli.ui.console import Console, flags
@@ -42,7 +43,9 @@ def doctor(
     """
     console = Console()
     checklist = Checklist(console)
-    visit = Examination(model, models_dir, timeout, console, checklist.telling)
+    err = console.err
+    terminal = Terminal(console.out.encoding, err.is_terminal, err.width, err.color_system)
+    visit = Examination(model, models_dir, timeout, terminal, checklist.telling)
     if as_json:
         found = [
             replace(finding, found=flags(finding.found), fix=flags(finding.fix)).to_dict()

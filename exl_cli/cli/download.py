@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from exl_cli.cli import fetching
+from exl_cli.api.download import fetch
 from exl_cli.cli.options import Json, ModelsDir, Quiet
 from exl_cli.errors import UsageError
 from exl_cli.models import folders, memory
@@ -77,7 +77,7 @@ def download(
     if dry_run:
         _dry_run(console, wanted, token, as_json)
         return
-    outcome = fetching.fetch(wanted, console, token)
+    outcome = fetch(wanted, transfers.observer(console), token)
     transfers.finished(console, outcome)
     if as_json:
         console.data(_outcome(outcome))

@@ -15,12 +15,12 @@ from exl_cli.engines.exllamav2.extension import compiled as extension
 from exl_cli.engines.exllamav2.extension import environment, lock, toolchain
 from exl_cli.errors import ExitCode
 from exl_cli.system.machine import usable_cores
-from exl_cli.ui.console import Console
+from exl_cli.system.units import GIB
 
 # A model is read from disk, and may be gigabytes.
 _MODEL_TIMES = 5
 _MOST_AT_ONCE = 4
-_ROOMY = 4 * 2**30
+_ROOMY = 4 * GIB
 
 
 @dataclass
@@ -31,14 +31,14 @@ class Examination:
         model: what to check besides the machine, as `loader.resolve` takes it; None for nothing.
         models_dir: likewise.
         seconds: the time limit of each question; loading a model has five times as long.
-        console: whose terminal is looked at.
+        terminal: the one that this runs on.
         telling: is told what is being waited for.
     """
 
     model: str | None
     models_dir: Path | None
     seconds: float
-    console: Console
+    terminal: machine.Terminal
     telling: Callable[[str], None]
     found: list[Finding] = field(default_factory=list)
     state: compiled.State | None = None
@@ -95,7 +95,7 @@ class Examination:
         yield machine.cpu_engine(self._wait("the CPU engine", asked["cpu"]))
         yield machine.models(self.models_dir)
         yield machine.hub(self._wait("the Hub", asked["hub"]))
-        yield machine.terminal(self.console)
+        yield machine.terminal(self.terminal)
         if self.model is not None and verdict(self.found) != "none":
             yield from self._model(cards)
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from exl_cli.doctor.child import Answer
@@ -13,11 +14,9 @@ from exl_cli.doctor.finding import Finding
 from exl_cli.engines.exllamav2.extension import install_hints
 from exl_cli.models import folders
 from exl_cli.system.machine import available_memory, usable_cores
-from exl_cli.system.units import size
-from exl_cli.ui.console import Console
+from exl_cli.system.units import GIB, gib, size
 
 _NEWEST_TRIED = (3, 13)
-_GIB = 2**30
 # A 7B model at 4 bits takes 4 to 5 GB.
 _ROOM_FOR_A_MODEL = 6 * 10**9
 
@@ -41,8 +40,8 @@ def processor() -> Finding:
     found = f"{cores} core{'s' if cores > 1 else ''}"
     if free is None:
         return Finding("Processor", "ok", found, details=details)
-    found += f", {free / _GIB:.1f} GiB of memory free"
-    if free < _GIB:
+    found += f", {gib(free)} of memory free"
+    if free < GIB:
         return Finding("Processor", "warn", found, "end programs that take memory", "", details)
     return Finding("Processor", "ok", found, details=details)
 
@@ -86,15 +85,30 @@ def hub(answer: Answer) -> Finding:
     return Finding("Hub", "ok", f"{where} answers, {login}", details=value)
 
 
-def terminal(console: Console) -> Finding:
+@dataclass(frozen=True)
+class Terminal:
+    """A terminal's properties, as rich reads them.
+
+    Attributes:
+        encoding: of stdout.
+        is_terminal, width, colors: of stderr: whether it is one at all, its columns, rich's name for its colours.
+    """
+
+    encoding: str
+    is_terminal: bool
+    width: int
+    colors: str | None
+
+
+def terminal(here: Terminal) -> Finding:
     """What the terminal can show."""
-    encoding = console.out.encoding.lower().replace("-", "")
-    details = {"terminal": console.err.is_terminal, "encoding": encoding, "width": console.err.width}
-    if not console.err.is_terminal:
+    encoding = here.encoding.lower().replace("-", "")
+    details = {"terminal": here.is_terminal, "encoding": encoding, "width": here.width}
+    if not here.is_terminal:
         return Finding("Terminal", "skip", "none here: output is plain", details=details)
     colours = {None: "no colours", "standard": "16 colours", "256": "256 colours", "truecolor": "all colours"}
     name = os.environ.get("TERM", "unknown")
-    found = f"{name}, {colours.get(console.err.color_system, 'colours')}, {console.err.width} columns"
+    found = f"{name}, {colours.get(here.colors, 'colours')}, {here.width} columns"
     if encoding != "utf8":
         return Finding(
             "Terminal", "warn", f"{found}, {encoding}: other letters are lost", "export LANG=C.UTF-8", "", details

@@ -10,7 +10,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import LLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
-from exl_cli.api.notebook import NotebookConsole
+from exl_cli.api import notebook
 from exl_cli.api.streams import Generation as Response
 from exl_cli.langchain.local import Call, LocalModel
 from exl_cli.sampling import Sampling
@@ -113,15 +113,15 @@ class ExLlamaV2(LocalModel, LLM):
 
     def _before_loading(self, sampling: Sampling) -> None:
         if self.verbose:
-            NotebookConsole().loading_model(sampling, self.model)
+            notebook.say(f"{sampling.brief()}\nLoading model: {self.model}")
 
     def _after_loading(self) -> None:
         if self.verbose:
-            NotebookConsole().loaded(self.stop_sequences)
+            notebook.say(f"stop_sequences {self.stop_sequences}")
 
     def _report(self, response: Response) -> Response:
         if self.verbose:
-            NotebookConsole().generated(response.summary)
+            notebook.say("\n\n" + "\n".join(notebook.timings(response.summary)))
         return response
 
 

@@ -1,8 +1,10 @@
-"""Bytes and counts as people write them."""
+"""Bytes, counts and times as people write them, and when progress is worth a line."""
 
 from __future__ import annotations
 
-GIB = 2**30
+from collections.abc import Callable
+
+MIB, GIB = 2**20, 2**30
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -25,3 +27,33 @@ def parameters(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return str(count)
+
+
+def clock_time(seconds: float) -> str:
+    """95 seconds as "1:35"."""
+    whole = round(max(0.0, seconds))
+    return f"{whole // 60}:{whole % 60:02}"
+
+
+class Milestones:
+    """Picks the moments for a line of progress: every tenth of the whole, but no flood of them, and one a minute.
+
+    Args:
+        clock: in seconds.
+        done, total: how far it is at the start.
+    """
+
+    _TENTHS, _SOONEST, _LATEST = 10, 2.0, 60.0
+
+    def __init__(self, clock: Callable[[], float], done: int = 0, total: int = 1) -> None:
+        self._clock = clock
+        self._tenth, self._last = self._TENTHS * done // max(total, 1), clock()
+
+    def reached(self, done: int, total: int) -> bool:
+        """Whether this is one of those moments."""
+        now, tenth = self._clock(), self._TENTHS * done // max(total, 1)
+        since = now - self._last
+        if since >= self._LATEST or (tenth > self._tenth and since >= self._SOONEST):
+            self._tenth, self._last = tenth, now
+            return True
+        return False

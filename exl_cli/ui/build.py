@@ -7,10 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from exl_cli.engines.exllamav2.extension.jobs import Progress
+from exl_cli.system.units import Milestones, clock_time
 from exl_cli.ui.console import Console, harmless
-
-_STEPS = 10
-_SOONEST_LINE, _LATEST_LINE = 2.0, 60.0
 
 
 class Bar:
@@ -22,11 +20,10 @@ class Bar:
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._clock = console, clock
+        self._console = console
         self._bar: Any = None
         self._task: Any = None
-        self._shown = 0
-        self._last_line = clock()
+        self._milestones = Milestones(clock)
 
     def update(self, progress: Progress) -> None:
         """Show how far it is."""
@@ -54,11 +51,8 @@ class Bar:
         )
 
     def _say(self, progress: Progress) -> None:
-        """A line for every tenth of the files, but no flood of them, and one a minute at least."""
-        step, since = _STEPS * progress.done // max(progress.total, 1), self._clock() - self._last_line
-        if not progress.done or not (since >= _LATEST_LINE or (step > self._shown and since >= _SOONEST_LINE)):
+        if not progress.done or not self._milestones.reached(progress.done, progress.total):
             return
-        self._shown, self._last_line = step, self._clock()
         left = "" if progress.left is None or progress.done >= progress.total else clock_time(progress.left)
         self._console.note(
             f"compiled {progress.done} of {progress.total} files in {clock_time(progress.seconds)}"
@@ -91,12 +85,6 @@ class Build:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             kept = f"{self._last.done} of {self._last.total} files are kept" if self._last else "nothing was compiled"
             self.note(f"stopped: {kept}; exl build goes on from there")
-
-
-def clock_time(seconds: float) -> str:
-    """95 seconds as "1:35"."""
-    whole = round(max(0.0, seconds))
-    return f"{whole // 60}:{whole % 60:02}"
 
 
 def _left(task: Any) -> str:

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.api import records
+from exl_cli.api.notebook import accepted
 from exl_cli.chat.session import Session, Turn, excerpt
 from exl_cli.engines.base import Summary
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.ui.answers import Answer, MarkdownAnswer
-from exl_cli.ui.console import Console, accepted, harmless
+from exl_cli.ui.console import Console, harmless
 from exl_cli.ui.keys import unseen
 
 if TYPE_CHECKING:

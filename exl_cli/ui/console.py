@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from exl_cli.api import records
+from exl_cli.api import notebook, records
 from exl_cli.engines.base import Summary
 from exl_cli.errors import ExlError, spell
 from exl_cli.system.readings import GpuReading, HostReading
@@ -70,6 +70,11 @@ class Console:
             self._err = _rich(sys.stderr)
         return self._err
 
+    @property
+    def is_live(self) -> bool:
+        """Whether progress is shown by bars and spinners on stderr rather than by lines."""
+        return not self.quiet and self.err.is_terminal
+
     # --- stdout ---------------------------------------------------------------------------------------------------
 
     def text(self, text: str) -> None:
@@ -102,13 +107,8 @@ class Console:
 
     def summary(self, summary: Summary) -> None:
         """The notebook's two lines, and those about speculation where there was some."""
-        computed = summary.prompt_tokens - summary.reused_tokens
-        self.note(_timed("Prompt processed", summary.prompt_seconds, computed, summary.prompt_rate))
-        self.note(_timed("Response generated", summary.generation_seconds, summary.new_tokens, summary.generation_rate))
-        if summary.drafted_tokens:
-            self.note(accepted(summary.accepted_tokens, summary.drafted_tokens))
-        if summary.note:
-            self.note(f"note: {summary.note}")
+        for line in notebook.timings(summary):
+            self.note(line)
 
     def cut_off(self, summary: Summary, context_length: int, most: int) -> None:
         """What cut a response off, and what to do for more of it; nothing where it came to its own end.
@@ -185,9 +185,8 @@ class Loading:
 
     def start(self) -> None:
         """Show the line."""
-        err = self._console.err
-        if not self._console.quiet and err.is_terminal:
-            self._status = err.status(f"[dim]Loading model: {_plain(self._what)}[/dim]", spinner="dots")
+        if self._console.is_live:
+            self._status = self._console.err.status(f"[dim]Loading model: {_plain(self._what)}[/dim]", spinner="dots")
             self._status.start()
         else:
             self._console.note(f"Loading model: {self._what}")
@@ -234,15 +233,6 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(harmless(text))
-
-
-def accepted(right: int, proposed: int) -> str:
-    """How speculation did."""
-    return f"{right:,} of {proposed:,} proposed tokens accepted ({right / proposed:.0%})"
-
-
-def _timed(what: str, seconds: float, tokens: int, rate: float) -> str:
-    return f"{what} in {seconds:.2f} seconds, {tokens} tokens, {rate:.2f} tokens/second"
 
 
 def _mib(count: int) -> str:

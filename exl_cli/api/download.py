@@ -1,0 +1,110 @@
+"""Bringing a model here from Python, and the plain lines that say how a download goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from exl_cli.api import notebook
+from exl_cli.models.hub import names
+from exl_cli.models.hub.plan import Outcome, Plan, Wanted, already
+from exl_cli.models.hub.store import staged_bytes
+from exl_cli.system.units import Milestones, size
+
+
+class Lines:
+    """A download in plain lines; a `hub.download.Observer`.
+
+    Args:
+        note: shows a line.
+        clock: in seconds.
+    """
+
+    def __init__(self, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._note, self._clock = note, clock
+        self._lock = threading.Lock()
+        self._plan: Plan | None = None
+        self._here = self._done = 0
+
+    def note(self, message: str) -> None:
+        """See `Observer.note`."""
+        self._note(message)
+
+    def begin(self, plan: Plan) -> None:
+        """See `Observer.begin`."""
+        self._plan = plan
+        self._here = self._done = sum(item.bytes_here for item in plan.items)
+        resumed = f", {size(self._here)} of it are here" if self._here else ""
+        self.note(
+            f"Downloading {plan.wanted.repository} (commit {plan.listing.commit[:8]}) to {plan.wanted.folder}: "
+            f"{len(plan.items)} files, {size(plan.total)}{resumed}"
+        )
+        self._begun = self._clock()
+        self._milestones = Milestones(self._clock, self._here, plan.total)
+
+    def advance(self, name: str, count: int) -> None:
+        """See `Observer.advance`."""
+        with self._lock:
+            self._done += count
+            self._show(name, count)
+
+    def _show(self, name: str, count: int) -> None:
+        done, total = self._done, self._plan.total if self._plan else 0
+        if done >= total or not self._milestones.reached(done, total):
+            return
+        rate = (done - self._here) / max(self._clock() - self._begun, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0.0
+        self.note(f"{100 * done // total} %: {size(done)} of {size(total)}, {size(rate)}/s, {left:,.0f} s left")
+
+    def end(self) -> None:
+        """Take away whatever is not a line."""
+
+    def stopped(self) -> None:
+        """Say, after Ctrl-C, how much is kept. The disk knows best: the last bytes may not have been told."""
+        self.end()
+        if self._plan is None:
+            self.note("stopped before anything was fetched")
+            return
+        here = sum(item.file.size for item in self._plan.items if item.state == "here")
+        kept = here + staged_bytes(self._plan.wanted.folder)
+        self.note(f"stopped: {size(kept)} of {size(self._plan.total)} are kept; the same command goes on from there")
+
+
+def fetch(wanted: Wanted, shown: Lines, token: str | None = None, plan: Plan | None = None) -> Outcome:
+    """Bring a model here unless it is.
+
+    Args:
+        wanted: the model and its place.
+        shown: shows how it goes.
+        token: see `hub.client.Hub`.
+        plan: where one has been made.
+
+    Raises:
+        ExlError: see `hub.download.download`.
+        KeyboardInterrupt: Ctrl-C, after a line that says how much is kept.
+    """
+    if done := already(wanted):  # before anything that talks to the Hub is imported
+        return done
+    from exl_cli.models.hub.client import Hub
+    from exl_cli.models.hub.download import download
+
+    try:
+        return download(Hub(token, shown.note), wanted, shown, plan)
+    except KeyboardInterrupt:
+        shown.stopped()
+        raise
+    finally:
+        shown.end()
+
+
+def download(model_name: str, models_dir: str | Path, revision: str | None, token: str | None, shown: Lines) -> str:
+    """See `exl_cli.download`, which decides how a download is shown."""
+    repository = names.require(model_name, revision)
+    wanted = Wanted(repository, Path(models_dir))
+    if already(wanted):
+        notebook.say(f"{model_name} already exists in the models directory")
+    else:
+        fetch(wanted, shown, token)
+    return f"{str(models_dir).rstrip('/')}/{repository.folder}"
