@@ -17,9 +17,9 @@ from fakecuda import HAS_COMPILERS, Machine, compile_module, module_source
 from fakehub import FakeHub
 from helpers import exl
 
-from exl_cli.doctor import child, model
-from exl_cli.doctor import machine as checks
-from exl_cli.doctor.finding import Finding
+from exl_cli.doctor import machine as machine_checks
+from exl_cli.doctor import model, probes
+from exl_cli.doctor.check_result import CheckResult
 from exl_cli.errors import ExitCode
 
 no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
@@ -127,31 +127,35 @@ def test_the_checklist_on_a_terminal() -> None:
     ("token", "words", "status"),
     [("", "answers, not logged in", "ok"), ("hf_bad", "does not accept the token", "warn")],
 )
-def test_the_hub_and_the_login(hub: FakeHub, tmp_path: Path, token: str, words: str, status: str) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token}
-    answer = child.ask("hub", 30, {"timeout": 10}, environment)
+def test_the_hub_and_the_login(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, words: str, status: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", token)
+    answer = probes.ask("hub", 30, {"timeout": 10})
     assert answer.value is not None, answer.problem
-    finding = checks.hub(answer)
-    assert words in finding.found
-    assert finding.status == status
+    result = machine_checks.hub(answer)
+    assert words in result.message
+    assert result.status == status
 
 
 # --- with a model -----------------------------------------------------------------------------------------------------
 
 
-def look_at(path: Path | str) -> dict[str, Finding]:
+def look_at(path: Path | str) -> dict[str, CheckResult]:
     """What is found about a model, for real, in child processes."""
-    found = model.check(str(path), None, [], gpu=False, ask=child.ask, seconds=60)
-    return {finding.check: finding for finding in found}
+    results = model.check(str(path), None, [], gpu=False, ask=probes.ask, seconds=60)
+    return {result.check: result for result in results}
 
 
 def test_a_sound_model() -> None:
-    found = look_at("fable-7m")
-    assert "EXL2 5.0 bpw" in found["Model"].found
-    assert found["On the CPU"].status == "ok"
+    results = look_at("fable-7m")
+    assert "EXL2 5.0 bpw" in results["Model"].message
+    assert results["On the CPU"].status == "ok"
     # The perplexity of children's English in a model of children's stories.
-    assert 5 < found["On the CPU"].details["perplexity"] < 60
-    assert len(found["On the CPU"].details["tokens"]) == model.NEW_TOKENS
+    assert 5 < results["On the CPU"].details["perplexity"] < 60
+    assert len(results["On the CPU"].details["tokens"]) == model.NEW_TOKENS
 
 
 def test_a_model_whose_weights_are_noise(gptq_dir: Path, tmp_path: Path) -> None:
@@ -166,16 +170,16 @@ def test_a_model_whose_weights_are_noise(gptq_dir: Path, tmp_path: Path) -> None
         if name.endswith(".qweight"):
             tensors[name] = torch.randint(-(2**31), 2**31, tensor.shape, generator=random).to(torch.int32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    found = look_at(folder)["On the CPU"]
-    assert (found.status, found.blocks) == ("fail", "all")
-    assert "nonsense: it hesitates between" in found.found
+    result = look_at(folder)["On the CPU"]
+    assert (result.status, result.blocks) == ("fail", "all")
+    assert "nonsense: it hesitates between" in result.message
 
 
 def test_a_model_that_is_not_here() -> None:
-    found = look_at("fabel-7m")["Model"]
-    assert (found.status, found.blocks) == ("fail", "all")
-    assert found.found == "no model named 'fabel-7m'"
-    assert found.fix == "did you mean fable-7m?"
+    result = look_at("fabel-7m")["Model"]
+    assert (result.status, result.blocks) == ("fail", "all")
+    assert result.message == "no model named 'fabel-7m'"
+    assert result.fix == "did you mean fable-7m?"
 
 
 # --- a GPU machine that is not ready ----------------------------------------------------------------------------------
@@ -206,13 +210,13 @@ def test_before_the_build_and_after(machine: Machine) -> None:
 
 @compilers
 def test_no_nvcc(tmp_path: Path) -> None:
-    found = look(Machine(tmp_path, cuda="77.1", nvcc="12.4", gpus="9.0"))
-    assert found["nvcc"]["status"] == "fail"
-    assert "is of CUDA 12.4, and torch 2.11.0+cu771 needs CUDA 77" in found["nvcc"]["found"]
-    assert found["nvcc"]["fix"].endswith("pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==77.1.*'")
-    assert found["Extension"]["status"] == "fail"
-    assert found["Extension"]["fix"].endswith(" && exl build")
-    assert found["Extension"]["blocks"] == "gpu"
+    results = look(Machine(tmp_path, cuda="77.1", nvcc="12.4", gpus="9.0"))
+    assert results["nvcc"]["status"] == "fail"
+    assert "is of CUDA 12.4, and torch 2.11.0+cu771 needs CUDA 77" in results["nvcc"]["found"]
+    assert results["nvcc"]["fix"].endswith("pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==77.1.*'")
+    assert results["Extension"]["status"] == "fail"
+    assert results["Extension"]["fix"].endswith(" && exl build")
+    assert results["Extension"]["blocks"] == "gpu"
 
 
 @compilers
@@ -224,25 +228,25 @@ def test_an_extension_of_another_abi_a_stale_lock_and_a_broken_flash_attn(machin
     os.utime(machine.lock, (0, 0))
     machine.write("flash_attn/__init__.py", "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105E')")
     machine.write("flash_attn-2.8.3.dist-info/METADATA", "Name: flash-attn\nVersion: 2.8.3\n")
-    found = look(machine)
+    results = look(machine)
     assert (
-        "built for another torch (here: 2.11.0+cu130): undefined symbol _ZN3c104goneEi" in found["Extension"]["found"]
+        "built for another torch (here: 2.11.0+cu130): undefined symbol _ZN3c104goneEi" in results["Extension"]["found"]
     )
-    assert str(library) in found["Extension"]["found"]
-    assert found["Extension"]["fix"].startswith("exl build")
-    assert found["Build lock"]["status"] == "warn"
-    assert "a stale one that no process holds" in found["Build lock"]["found"]
-    assert found["Build lock"]["fix"].startswith(f"rm {machine.lock}")
-    assert found["flash-attn"]["status"] == "warn"
-    assert "2.8.3 does not load (flash_attn_2_cuda.so: undefined symbol" in found["flash-attn"]["found"]
-    assert found["flash-attn"]["fix"].endswith("-m pip uninstall -y flash-attn")
+    assert str(library) in results["Extension"]["found"]
+    assert results["Extension"]["fix"].startswith("exl build")
+    assert results["Build lock"]["status"] == "warn"
+    assert "a stale one that no process holds" in results["Build lock"]["found"]
+    assert results["Build lock"]["fix"].startswith(f"rm {machine.lock}")
+    assert results["flash-attn"]["status"] == "warn"
+    assert "2.8.3 does not load (flash_attn_2_cuda.so: undefined symbol" in results["flash-attn"]["found"]
+    assert results["flash-attn"]["fix"].endswith("-m pip uninstall -y flash-attn")
 
 
 @compilers
 def test_an_extension_and_a_flash_attn_that_crash(machine: Machine) -> None:
     compile_module(module_source("#include <cstdlib>", init="abort();"), machine.site / "exllamav2_ext.so")
     machine.write("flash_attn/__init__.py", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
-    found = look(machine)
-    assert "loading it crashed (SIGABRT)" in found["Extension"]["found"]
-    assert found["flash-attn"]["status"] == "fail"
-    assert "importing it crashed (SIGSEGV)" in found["flash-attn"]["found"]
+    results = look(machine)
+    assert "loading it crashed (SIGABRT)" in results["Extension"]["found"]
+    assert results["flash-attn"]["status"] == "fail"
+    assert "importing it crashed (SIGSEGV)" in results["flash-attn"]["found"]

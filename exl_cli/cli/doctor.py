@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from exl_cli.cli.options import Json, ModelsDir
-from exl_cli.doctor.examine import Examination
+from exl_cli.doctor.doctor import Doctor
 from exl_cli.doctor.machine import Terminal
 from exl_cli.models import folders
 from exl_cli.system.version import installed_version
 from exl_cli.ui.console import Console, flags
-from exl_cli.ui.doctor import Checklist
+from exl_cli.ui.doctor import Checklist, spelled
 
 
 def doctor(
@@ -45,25 +44,22 @@ def doctor(
     checklist = Checklist(console)
     err = console.err
     terminal = Terminal(console.out.encoding, err.is_terminal, err.width, err.color_system)
-    visit = Examination(model, models_dir, timeout, terminal, checklist.telling)
+    examination = Doctor(model, models_dir, timeout, terminal, checklist.waiting_for)
     if as_json:
-        found = [
-            replace(finding, found=flags(finding.found), fix=flags(finding.fix)).to_dict()
-            for finding in visit.findings()
-        ]
+        results = [spelled(result).to_dict() for result in examination.results()]
         console.data(
             {
-                "verdict": visit.verdict,
-                "exit_code": int(visit.exit_code),
-                "summary": visit.summary(),
-                "findings": found,
+                "verdict": examination.verdict,
+                "exit_code": int(examination.exit_code),
+                "summary": flags(examination.summary()),
+                "findings": results,
                 "exl_version": installed_version(),
             }
         )
     else:
         with checklist.waiting():
-            for finding in visit.findings():
-                checklist.show(finding)
-        checklist.conclude(visit.summary())
-    if visit.exit_code:
-        raise typer.Exit(visit.exit_code)
+            for result in examination.results():
+                checklist.show(result)
+        checklist.conclude(examination.summary())
+    if examination.exit_code:
+        raise typer.Exit(examination.exit_code)

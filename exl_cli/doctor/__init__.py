@@ -1,6 +1,6 @@
-"""`exl doctor`: what of this machine stands between a user and the first token.
+"""`exl doctor`: checks of everything between a user and the first token.
 
-Nothing heavy is imported in the process that asks: each risky question is a probe (`probes`) in a child process with a
-time limit (`child`), so that a crash or a hang is a finding like any other. The checks (`machine`, `gpu`, `compiled`,
-`kernels`, `model`) turn answers into findings; `examine` puts them in order and draws the conclusion.
+The checks (`machine`, `gpu`, `extension`, `model`) import nothing heavy: each risky question is a function of `probes`
+that runs in a child process with a time limit, so that a crash or a hang is a result like any other. `doctor` puts the
+checks in order and draws the conclusion.
 """

@@ -1,57 +1,53 @@
-"""Checks of torch, the driver and the GPUs."""
+"""Checks of torch, the driver, the GPUs, and the kernels that compute there."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from exl_cli.doctor.child import Answer
-from exl_cli.doctor.finding import Finding
+from exl_cli.doctor.check_result import CheckResult
+from exl_cli.doctor.probes import Answer
 from exl_cli.engines.exllamav2.extension import environment, failures, install_hints
-from exl_cli.engines.exllamav2.extension.compiled import parse_archs, sm, uncovered
+from exl_cli.engines.exllamav2.extension.compiled import capability_of, parse_archs, sm, uncovered
+from exl_cli.errors import param
 from exl_cli.system.nvml import open_driver
 from exl_cli.system.units import gib
 
-# NVIDIA's "CUDA Compatibility", the oldest driver on Linux for each major version.
+# NVIDIA's "CUDA Compatibility": the oldest driver on Linux for each major version.
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-# What CUDA and the smallest model take.
+# CUDA and the smallest model.
 _LEAST_FREE = 1_200 * 2**20
 _CROWDED = 0.5
 _NVIDIA, _DISPLAY = "0x10de", "0x03"
 
 
-def torch(installed: environment.Torch | None, answer: Answer) -> Finding:
+def torch(installed: environment.Torch | None, answer: Answer) -> CheckResult:
     """Torch itself."""
     if installed is None:
-        return Finding("torch", "fail", "not installed", install_hints.pip("torch"), "all")
+        return CheckResult("torch", "fail", "not installed", install_hints.pip("torch"), "all")
     if answer.value is None:
         known = failures.explain(answer.problem, installed)
         what = known.what if known and answer.kind == "error" else answer.problem
-        fix = (
-            known.fix
-            if known and not known.rebuild
-            else install_hints.pip("--force-reinstall", f"torch=={_public(installed)}")
-        )
-        return Finding("torch", "fail", f"{installed.version}, importing it: {what}", answer.fix(fix), "all")
+        again = install_hints.pip("--force-reinstall", f"torch=={installed.version.partition('+')[0]}")
+        fix = answer.fix(known.fix if known and not known.rebuild else again)
+        return CheckResult("torch", "fail", f"{installed.version}, importing it: {what}", fix, "all")
     details = {key: answer.value[key] for key in ("version", "cuda", "archs")}
-    if installed.cuda is None:
-        if installed.hip:
-            return Finding("torch", "warn", f"{installed.version}, for ROCm: exl does not use it", "", "gpu", details)
-        if has_nvidia_card():
-            fix = install_hints.torch_with_cuda(installed)
-            return Finding("torch", "fail", f"{installed.version}, built without CUDA", fix, "gpu", details)
-        return Finding("torch", "ok", f"{installed.version}, built without CUDA", "", "gpu", details)
-    return Finding("torch", "ok", f"{installed.version}, CUDA {installed.cuda}", details=details)
+    if installed.cuda:
+        return CheckResult("torch", "ok", f"{installed.version}, CUDA {installed.cuda}", details=details)
+    if installed.hip:
+        return CheckResult("torch", "warn", f"{installed.version}, for ROCm: exl does not use it", "", "gpu", details)
+    message = f"{installed.version}, built without CUDA"
+    if has_nvidia_card():
+        return CheckResult("torch", "fail", message, install_hints.torch_with_cuda(installed), "gpu", details)
+    return CheckResult("torch", "ok", message, "", "gpu", details)
 
 
-def _public(installed: environment.Torch) -> str:
-    return installed.version.partition("+")[0]
-
-
-def driver(installed: environment.Torch | None) -> Finding:
+def driver(installed: environment.Torch | None) -> CheckResult:
     """The NVIDIA driver."""
     nvml = open_driver()
     if nvml is None:
@@ -65,18 +61,20 @@ def driver(installed: environment.Torch | None) -> Finding:
     major = int(match[1]) if (match := re.match(r"(\d+)", version)) else 0
     oldest = _OLDEST_DRIVER.get(installed.cuda_major, 0) if installed else 0
     if major and major < oldest and installed:
-        found = f"{version}, too old for CUDA {installed.cuda}, which needs {oldest} or later"
-        return Finding("Driver", "fail", found, _driver_fix(str(oldest)), "gpu", {"version": version})
-    return Finding("Driver", "ok", version, details={"version": version})
+        message = f"{version}, too old for CUDA {installed.cuda}, which needs {oldest} or later"
+        return CheckResult("Driver", "fail", message, _driver_fix(str(oldest)), "gpu", {"version": version})
+    return CheckResult("Driver", "ok", version, details={"version": version})
 
 
-def _no_driver() -> Finding:
+def _no_driver() -> CheckResult:
     if not has_nvidia_card():
-        return Finding("Driver", "skip", "no NVIDIA GPU here", blocks="gpu")
+        return CheckResult("Driver", "skip", "no NVIDIA GPU here", blocks="gpu")
     if in_container():
         fix = "start the container with the GPU: docker run --gpus all … (needs nvidia-container-toolkit on the host)"
-        return Finding("Driver", "fail", "an NVIDIA GPU is there, but this container does not get it", fix, "gpu")
-    return Finding("Driver", "fail", "an NVIDIA GPU is there, but its driver is not loaded", _driver_fix(""), "gpu")
+        message = "an NVIDIA GPU is there, but this container does not get it"
+        return CheckResult("Driver", "fail", message, fix, "gpu")
+    message = "an NVIDIA GPU is there, but its driver is not loaded"
+    return CheckResult("Driver", "fail", message, _driver_fix(""), "gpu")
 
 
 def _driver_fix(version: str) -> str:
@@ -88,17 +86,16 @@ def _driver_fix(version: str) -> str:
 
 
 def has_nvidia_card() -> bool:
-    """Whether a display controller of NVIDIA is on the PCI bus, or its driver is there: in WSL that is all there is."""
+    """Whether a display controller of NVIDIA is on the PCI bus, or its driver is there: WSL has no more than that."""
     if Path("/dev/nvidiactl").exists() or open_driver() is not None:
         return True
     for device in Path("/sys/bus/pci/devices").glob("*"):
         try:
-            if (device / "vendor").read_text().strip() == _NVIDIA and (device / "class").read_text().startswith(
-                _DISPLAY
-            ):
-                return True
+            vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
         except OSError:
             continue
+        if vendor.strip() == _NVIDIA and kind.startswith(_DISPLAY):
+            return True
     return False
 
 
@@ -107,60 +104,60 @@ def in_container() -> bool:
     return any(Path(marker).exists() for marker in ("/.dockerenv", "/run/.containerenv")) or "container" in os.environ
 
 
-def gpus(answer: Answer, installed: environment.Torch | None) -> list[Finding]:
+# --- the GPUs ---------------------------------------------------------------------------------------------------------
+
+
+def gpus(answer: Answer, installed: environment.Torch | None) -> list[CheckResult]:
     """Each GPU that torch sees."""
     if answer.value is None or installed is None or installed.cuda is None:
-        return [Finding("GPU", "skip", "not looked at: torch cannot use one", blocks="gpu")]
-    found = answer.value["gpus"]
-    if not found:
-        return [_none(str(answer.value["why_not"]), installed)]
-    findings = [_gpu(gpu, answer.value["archs"], installed) for gpu in found]
-    if any(not finding.blocks for finding in findings):
-        # One that works is enough.
-        return [
-            Finding(f.check, "warn" if f.status == "fail" else f.status, f.found, f.fix, "", f.details)
-            for f in findings
-        ]
-    return findings
+        return [CheckResult("GPU", "skip", "not looked at: torch cannot use one", blocks="gpu")]
+    if not answer.value["gpus"]:
+        return [_no_gpu(str(answer.value["why_not"]), installed)]
+    results = [_gpu(gpu, answer.value["archs"], installed) for gpu in answer.value["gpus"]]
+    if all(result.blocks for result in results):
+        return results
+    # A single good GPU is enough.
+    return [
+        CheckResult(r.check, "warn" if r.status == "fail" else r.status, r.message, r.fix, "", r.details)
+        for r in results
+    ]
 
 
-def _none(why: str, installed: environment.Torch) -> Finding:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and has_nvidia_card():
-        what = f"hidden: CUDA_VISIBLE_DEVICES={hidden}" if hidden else "hidden: CUDA_VISIBLE_DEVICES is empty"
-        return Finding("GPU", "fail", what, "unset CUDA_VISIBLE_DEVICES", "gpu")
+def _no_gpu(why: str, installed: environment.Torch) -> CheckResult:
     if not has_nvidia_card():
-        return Finding("GPU", "skip", "none: models run on the CPU", blocks="gpu")
+        return CheckResult("GPU", "skip", "none: models run on the CPU", blocks="gpu")
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        message = f"hidden: CUDA_VISIBLE_DEVICES{'=' + hidden if hidden else ' is empty'}"
+        return CheckResult("GPU", "fail", message, "unset CUDA_VISIBLE_DEVICES", "gpu")
     known = failures.explain(why, installed)
-    return Finding(
-        "GPU", "fail", known.what if known else why or "torch finds none", known.fix if known else "nvidia-smi", "gpu"
-    )
+    message, fix = (known.what, known.fix) if known else (why or "torch finds none", "nvidia-smi")
+    return CheckResult("GPU", "fail", message, fix, "gpu")
 
 
-def _gpu(gpu: dict[str, Any], archs: list[str], installed: environment.Torch) -> Finding:
+def _gpu(gpu: dict[str, Any], archs: list[str], installed: environment.Torch) -> CheckResult:
     check = f"GPU {gpu['index']}"
     capability = (int(gpu["capability"][0]), int(gpu["capability"][1]))
-    found = f"{gpu['name']}, {sm(capability)}"
+    message = f"{gpu['name']}, {sm(capability)}"
     # torch lists "sm_90" for machine code and "compute_90" for PTX, which later GPUs can use.
     codes = parse_archs(" ".join(arch + "+PTX" if arch.startswith("compute_") else arch for arch in archs))
     if codes and uncovered(codes, [capability]):
-        what = f"{found}: torch {installed.version} holds code for {', '.join(archs)} only"
-        older = capability < min((int(a.split(".")[0]), int(a.split(".")[1][0])) for a in codes)
+        message += f": torch {installed.version} holds code for {', '.join(archs)} only"
+        older = capability < min(map(capability_of, codes))
         fix = "an older CUDA build of torch knows it, cu126 for instance: see pytorch.org, Get Started" if older else ""
-        return Finding(check, "fail", what, fix or install_hints.pip("--upgrade", "torch"), "gpu", gpu)
+        return CheckResult(check, "fail", message, fix or install_hints.pip("--upgrade", "torch"), "gpu", gpu)
     if gpu["free"] is None:
-        return Finding(check, "ok", f"{found}, {gib(gpu['total'])}", details=gpu)
-    found += f", {gib(gpu['free'])} of {gib(gpu['total'])} free"
+        return CheckResult(check, "ok", f"{message}, {gib(gpu['total'])}", details=gpu)
+    message += f", {gib(gpu['free'])} of {gib(gpu['total'])} free"
     others = _others(gpu["processes"])
     if gpu["free"] < _LEAST_FREE:
-        return Finding(check, "fail", f"{found}: full{others}", _free_it(gpu["processes"]), "gpu", gpu)
+        return CheckResult(check, "fail", f"{message}: full{others}", _free_it(gpu["processes"]), "gpu", gpu)
     if gpu["free"] < _CROWDED * gpu["total"]:
-        return Finding(check, "warn", found + others, _free_it(gpu["processes"]), "", gpu)
-    return Finding(check, "ok", found + others, details=gpu)
+        return CheckResult(check, "warn", message + others, _free_it(gpu["processes"]), "", gpu)
+    return CheckResult(check, "ok", message + others, details=gpu)
 
 
 def _others(processes: list[dict[str, Any]]) -> str:
-    """Who else uses it, the largest first."""
+    """The other users, the largest first."""
     named = [
         f"{process['name'] or 'a process'} ({process['pid']}"
         + (f", {gib(process['bytes'])})" if process["bytes"] else ")")
@@ -177,3 +174,86 @@ def _free_it(processes: list[dict[str, Any]]) -> str:
         return f"nvidia-smi shows who uses it; {other}"
     largest = max(mine, key=lambda process: process["bytes"] or 0)
     return f"end what uses it (kill {largest['pid']}), {other}"
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+_NAMES = {"flash-attn": "flash-attn", "torch-varlen": "torch's paged attention", "triton": "exl's Triton kernels"}
+
+
+def installed_version(distribution: str, module: str) -> str | None:
+    """A package's version; None where it is not installed."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def attention(answer: Answer | None) -> CheckResult:
+    """The back ends of attention, and what they mean for the user."""
+    if answer is None:
+        return CheckResult("Attention", "ok", "torch, causal (on the CPU)")
+    if answer.value is None:
+        if answer.kind == "error":
+            return CheckResult("Attention", "fail", answer.said, "", "gpu")
+        fix = f"exl {param('debug')} run shows where"
+        if installed_version("flash-attn", "flash_attn"):
+            fix = install_hints.pip("flash-attn", verb="uninstall")
+        return CheckResult("Attention", "fail", f"choosing it {answer.problem}", fix, "gpu")
+    decode, prefill, why_not = (answer.value[key] for key in ("decode", "prefill", "why_not"))
+    if decode == "torch":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
+        message = "plain torch: right, but slow on long contexts, and a step cannot be one CUDA graph"
+        return CheckResult("Attention", "warn", message + (f" ({reasons})" if reasons else ""), "", "", answer.value)
+    message = f"{_NAMES.get(decode, decode)}, paged"
+    message += f"; prompts by {_NAMES.get(prefill, prefill)}" if prefill != decode else ""
+    return CheckResult("Attention", "ok", message, details=answer.value)
+
+
+def decoding(answer: Answer | None) -> CheckResult:
+    """exl's own kernels for EXL2 and GPTQ matrices; without them exllamav2's do the work."""
+    if answer is None:
+        return CheckResult("Kernels", "skip", "not tried: there is no GPU")
+    if answer.value is None:
+        # A crash or a hang would come on the way to a model, too; this leaves them out.
+        fix = answer.fix("EXL_KERNELS=exllamav2 in the environment")
+        return CheckResult("Kernels", "fail", f"compiling exl's own: {answer.said}", fix, "gpu")
+    if reason := answer.value["why_not"]:
+        return CheckResult("Kernels", "warn", f"exllamav2's own, at most half as fast: {reason}")
+    return CheckResult("Kernels", "ok", "exl's own, compiled for this GPU by the NVRTC of torch")
+
+
+def triton(answer: Answer | None, chosen: Answer | None) -> CheckResult:
+    """Triton, in which exl's attention kernels are written."""
+    here = installed_version("triton", "triton")
+    if here is None:
+        return CheckResult("Triton", "skip", "not installed")
+    if answer is None:
+        return CheckResult("Triton", "skip", f"{here}, not tried: there is no GPU")
+    if answer.value is None:
+        fix = install_hints.pip("--force-reinstall", "triton")
+        return CheckResult("Triton", "warn", f"{here} cannot be imported: {answer.said}", fix)
+    if reason := (chosen.value or {}).get("why_not", {}).get("triton", "") if chosen else "":
+        fix = install_hints.compiler()
+        return CheckResult("Triton", "warn", f"{here}: exl's kernels do not run: {reason}", fix)
+    return CheckResult("Triton", "ok", here)
+
+
+def flash_attn(answer: Answer | None) -> CheckResult:
+    """flash-attn, which exl does well without."""
+    here = installed_version("flash-attn", "flash_attn")
+    if here is None:
+        return CheckResult("flash-attn", "skip", "not installed; exl does without")
+    if answer is None:
+        return CheckResult("flash-attn", "skip", f"{here}, not tried: there is no GPU")
+    remove = install_hints.pip("flash-attn", verb="uninstall")
+    if answer.value is None:
+        message = f"{here}: importing it {answer.failure}"
+        if answer.kind == "error":  # caught on the way to a model; a crash or a hang is not
+            return CheckResult("flash-attn", "warn", message, remove)
+        return CheckResult("flash-attn", "fail", message, remove, "gpu")
+    if problem := answer.value["problem"]:
+        return CheckResult("flash-attn", "warn", f"{here} {problem}: exl goes on without it", remove)
+    return CheckResult("flash-attn", "ok", f"{here} loads")

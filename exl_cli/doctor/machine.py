@@ -1,4 +1,4 @@
-"""Checks of what is around exl: Python, memory, disk, the models folder, the Hub, the terminal."""
+"""Checks of everything around exl: Python, memory, the CPU engine, disk, the Hub, the terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl_cli.doctor.child import Answer
-from exl_cli.doctor.finding import Finding
+from exl_cli.doctor.check_result import CheckResult
+from exl_cli.doctor.probes import Answer
 from exl_cli.engines.exllamav2.extension import install_hints
 from exl_cli.models import folders
 from exl_cli.system.machine import available_memory, usable_cores
@@ -21,68 +21,76 @@ _NEWEST_TRIED = (3, 13)
 _ROOM_FOR_A_MODEL = 6 * 10**9
 
 
-def python() -> Finding:
+def python() -> CheckResult:
     """This Python."""
     version = platform.python_version()
     kind = "virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
-    found = f"{version}, {sys.executable} ({kind})"
+    message = f"{version}, {sys.executable} ({kind})"
     details = {"version": version, "executable": sys.executable, "prefix": sys.prefix}
     if sys.version_info[:2] > _NEWEST_TRIED:
         newest = f"{_NEWEST_TRIED[0]}.{_NEWEST_TRIED[1]}"
-        return Finding("Python", "warn", f"{found}; exl is tried up to {newest}", f"use Python {newest}", "", details)
-    return Finding("Python", "ok", found, details=details)
+        return CheckResult(
+            "Python", "warn", f"{message}; exl is tried up to {newest}", f"use Python {newest}", "", details
+        )
+    return CheckResult("Python", "ok", message, details=details)
 
 
-def processor() -> Finding:
-    """Cores and memory, of which the CPU engine and compilers live."""
+def processor() -> CheckResult:
+    """Cores and free memory, for the CPU engine and for compilers."""
     cores, free = usable_cores(), available_memory()
+    message = f"{cores} core{'s' if cores > 1 else ''}"
+    message += "" if free is None else f", {gib(free)} of memory free"
+    short = free is not None and free < GIB
+    fix = "end programs that take memory" if short else ""
     details = {"cores": cores, "memory_free_bytes": free}
-    found = f"{cores} core{'s' if cores > 1 else ''}"
-    if free is None:
-        return Finding("Processor", "ok", found, details=details)
-    found += f", {gib(free)} of memory free"
-    if free < GIB:
-        return Finding("Processor", "warn", found, "end programs that take memory", "", details)
-    return Finding("Processor", "ok", found, details=details)
+    return CheckResult("Processor", "warn" if short else "ok", message, fix, "", details)
 
 
-def models(folder: Path | None) -> Finding:
-    """The models folder and the disk it is on."""
+def cpu_engine(answer: Answer) -> CheckResult:
+    """Whether the engine that every machine has can be imported."""
+    if answer.value is None:
+        fix = answer.fix(install_hints.pip("--upgrade", "transformers", "torch"))
+        return CheckResult("CPU engine", "fail", f"importing it: {answer.said}", fix, "all")
+    return CheckResult("CPU engine", "ok", f"transformers {answer.value['transformers']}", details=answer.value)
+
+
+def models(folder: Path | None) -> CheckResult:
+    """The models folder and its disk."""
     path = folders.models_dir(folder)
     names = folders.known_models(folder)[1:]
     standing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(standing).free
     count = f"{len(names)} model{'' if len(names) == 1 else 's'}" if path.exists() else "not made yet"
-    found = f"{path} ({count}), {size(free)} free"
+    message = f"{path} ({count}), {size(free)} free"
     details = {"path": str(path), "models": names, "free_bytes": free}
     if not os.access(standing, os.W_OK | os.X_OK) or not standing.is_dir():
         fix = "choose one that can be written: export EXL_MODELS_DIR=FOLDER"
-        return Finding("Models folder", "warn", f"{path} cannot be written", fix, "", details)
+        return CheckResult("Models folder", "warn", f"{path} cannot be written", fix, "", details)
     if free < _ROOM_FOR_A_MODEL:
         fix = "free some space (exl rm MODEL), or move it: export EXL_MODELS_DIR=FOLDER"
-        return Finding("Models folder", "warn", f"{found}: too little for a 7B model", fix, "", details)
-    return Finding("Models folder", "ok", found, details=details)
+        return CheckResult("Models folder", "warn", f"{message}: too little for a 7B model", fix, "", details)
+    return CheckResult("Models folder", "ok", message, details=details)
 
 
-def hub(answer: Answer) -> Finding:
+def hub(answer: Answer) -> CheckResult:
     """Whether the Hub can be reached, and as whom."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Finding("Hub", "warn", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE")
+        return CheckResult("Hub", "warn", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE")
     where = os.environ.get("HF_ENDPOINT") or "the Hub"
     if answer.value is None:
         fix = "check the network, HTTPS_PROXY and HF_ENDPOINT; models that are here run without it"
-        return Finding("Hub", "warn", f"{where} cannot be reached ({answer.said})", fix)
-    value = answer.value
-    if value["status"] >= 400:
-        return Finding(
-            "Hub", "warn", f"{where} answers with {value['status']}", "check HF_ENDPOINT and proxies", "", value
-        )
-    if "refused" in value:
-        return Finding(
-            "Hub", "warn", f"{where} does not accept the token: {value['refused']}", "hf auth login", "", value
-        )
-    login = f"logged in as {value['user']}" if value["token"] else "not logged in (hf auth login, for gated models)"
-    return Finding("Hub", "ok", f"{where} answers, {login}", details=value)
+        return CheckResult("Hub", "warn", f"{where} cannot be reached ({answer.said})", fix)
+    facts = answer.value
+    message, fix = "", ""
+    if facts["status"] >= 400:
+        message, fix = f"answers with {facts['status']}", "check HF_ENDPOINT and proxies"
+    elif "refused" in facts:
+        message, fix = f"does not accept the token: {facts['refused']}", "hf auth login"
+    elif facts["token"]:
+        message = f"answers, logged in as {facts['user']}"
+    else:
+        message = "answers, not logged in (hf auth login, for gated models)"
+    return CheckResult("Hub", "warn" if fix else "ok", f"{where} {message}", fix, "", facts)
 
 
 @dataclass(frozen=True)
@@ -100,25 +108,16 @@ class Terminal:
     colors: str | None
 
 
-def terminal(here: Terminal) -> Finding:
+def terminal(here: Terminal) -> CheckResult:
     """What the terminal can show."""
     encoding = here.encoding.lower().replace("-", "")
     details = {"terminal": here.is_terminal, "encoding": encoding, "width": here.width}
     if not here.is_terminal:
-        return Finding("Terminal", "skip", "none here: output is plain", details=details)
+        return CheckResult("Terminal", "skip", "none here: output is plain", details=details)
     colours = {None: "no colours", "standard": "16 colours", "256": "256 colours", "truecolor": "all colours"}
     name = os.environ.get("TERM", "unknown")
-    found = f"{name}, {colours.get(here.colors, 'colours')}, {here.width} columns"
+    message = f"{name}, {colours.get(here.colors, 'colours')}, {here.width} columns"
     if encoding != "utf8":
-        return Finding(
-            "Terminal", "warn", f"{found}, {encoding}: other letters are lost", "export LANG=C.UTF-8", "", details
-        )
-    return Finding("Terminal", "ok", f"{found}, UTF-8", details=details)
-
-
-def cpu_engine(answer: Answer) -> Finding:
-    """Whether the engine that every machine has can be imported."""
-    if answer.value is None:
-        mended = install_hints.pip("--upgrade", "transformers", "torch")
-        return Finding("CPU engine", "fail", f"importing it: {answer.said}", answer.fix(mended), "all")
-    return Finding("CPU engine", "ok", f"transformers {answer.value['transformers']}", details=answer.value)
+        message += f", {encoding}: other letters are lost"
+        return CheckResult("Terminal", "warn", message, "export LANG=C.UTF-8", "", details)
+    return CheckResult("Terminal", "ok", f"{message}, UTF-8", details=details)

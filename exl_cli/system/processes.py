@@ -51,3 +51,11 @@ def _session(session: int) -> list[int]:
             if int(fields[3]) == session and fields[0] not in "ZX":
                 found.append(int(entry.parent.name))
     return found
+
+
+def signal_name(number: int) -> str:
+    """ "SIGSEGV"; "signal 35" where it has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from exl_cli.doctor.finding import Finding
+from exl_cli.doctor.check_result import CheckResult
 from exl_cli.ui.console import Console, flags, harmless
 
 _TITLE = 15
@@ -15,43 +16,49 @@ _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"
 _PLAIN = {"✓": "+", "✗": "x", "→": "->"}
 
 
+def spelled(result: CheckResult) -> CheckResult:
+    """With its parameters as flags."""
+    return replace(result, message=flags(result.message), fix=flags(result.fix))
+
+
 class Checklist:
-    """Findings, a line each, on stdout; what mends one stands below it, unbroken, so that it can be copied."""
+    """Results on stdout, a line each; the fix stands below, unbroken, to be copied."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Any = None
 
-    def telling(self, what: str) -> None:
-        """Say what is being waited for, on a terminal, while it lasts."""
+    def waiting_for(self, what: str) -> None:
+        """Say on a terminal what is being checked."""
         if self._status is not None:
             self._status.update(f"[dim]checking {_escaped(what)}[/dim]")
 
-    def show(self, finding: Finding) -> None:
-        """One finding."""
+    def show(self, result: CheckResult) -> None:
+        """One result."""
+        result = spelled(result)
         from rich.text import Text
 
-        mark, style = _MARKS[finding.status]
+        mark, style = _MARKS[result.status]
         indent = 2 + _TITLE + 1
-        lines = self._wrapped(harmless(flags(finding.found)), indent)
+        lines = self._wrapped(harmless(result.message), indent)
         head = Text.assemble(
-            (self._shown(mark), f"bold {style}" if finding.status in ("warn", "fail") else style),
+            (self._shown(mark), f"bold {style}" if result.status in ("warn", "fail") else style),
             " ",
-            f"{finding.check:<{_TITLE}} ",
+            f"{result.check:<{_TITLE}} ",
         )
         for number, line in enumerate(lines):
             text = head if number == 0 else Text(" " * indent)
-            text.append(line, "dim" if finding.status == "skip" else "")
+            text.append(line, "dim" if result.status == "skip" else "")
             self._print(text)
-        if finding.fix:
-            self._print(Text.assemble(" " * indent, self._shown("→") + " ", (harmless(flags(finding.fix)), "bold")))
+        if result.fix:
+            self._print(Text.assemble(" " * indent, self._shown("→") + " ", (harmless(result.fix), "bold")))
 
     def conclude(self, summary: str) -> None:
         """The verdict."""
         from rich.text import Text
 
         self._print(Text(""))
-        self._print(Text(harmless(summary), "bold"))
+        self._print(Text(harmless(flags(summary)), "bold"))
 
     def _print(self, text: Any) -> None:
         self._console.out.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -75,7 +82,7 @@ class Checklist:
         """While this lasts, a terminal shows that something is going on."""
         err = self._console.err
         if err.is_terminal and self._console.out.is_terminal:
-            # On stdout's console, so that the findings are printed above it.
+            # On stdout's console, so that the results are printed above it.
             self._status = self._console.out.status("[dim]checking[/dim]", spinner="dots")
         if self._status is None:
             yield

@@ -1,0 +1,164 @@
+"""Checks of exllamav2, its compiled extension, and the tools to compile it with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from exl_cli.doctor.check_result import CheckResult
+from exl_cli.doctor.probes import Answer
+from exl_cli.engines.exllamav2.extension import compiled, environment, failures, install_hints, jobs, lock
+from exl_cli.engines.exllamav2.extension.build import ago
+from exl_cli.engines.exllamav2.extension.compiled import Capability, Extension
+from exl_cli.engines.exllamav2.extension.toolchain import Tool, Toolchain
+
+_WANTED = "0.3.2"
+
+# The files of exllamav2 0.3.2's extension by the kinds that `jobs.weight` knows; the build itself counts the real ones.
+_TYPICAL = (
+    *["ext_bindings.o"] * 14,
+    "quantize_func.o",
+    *["sampling.o"] * 4,
+    *["rope.cuda.o"] * 22,
+    *["unit_exl2_1a.cuda.o"] * 3,
+    *["unit_exl2_1b.cuda.o"] * 3,
+    "exllamav2_ext.so",
+)
+
+
+def exllamav2() -> CheckResult:
+    """The package."""
+    version = environment.exllamav2_version()
+    fix = install_hints.pip(f"exllamav2=={_WANTED}")
+    if version is None:
+        return CheckResult("exllamav2", "fail", "not installed", fix, "gpu")
+    if version.partition("+")[0] != _WANTED:
+        return CheckResult("exllamav2", "warn", f"{version}; exl is made for {_WANTED}, the last release", fix)
+    kind = "prebuilt wheel" if "+" in version else "sources, compiled where they run"
+    return CheckResult("exllamav2", "ok", f"{version} ({kind})", details={"version": version})
+
+
+@dataclass(frozen=True)
+class State:
+    """The extension, and what it takes to compile it.
+
+    Attributes:
+        extension: what is there.
+        tried: how loading it in another process ended; None where that was not asked.
+        lock: torch's lock on the build folder.
+        tools: None where torch has no CUDA.
+        torch: the installed torch.
+        capabilities: of the GPUs.
+    """
+
+    extension: Extension
+    tried: Answer | None
+    lock: lock.Lock
+    tools: Toolchain | None
+    torch: environment.Torch
+    capabilities: list[Capability]
+
+    @property
+    def ready(self) -> bool:
+        """Whether `exl run` can load it as it is."""
+        return self.extension.usable and self.tried is not None and self.tried.value is not None
+
+    @property
+    def buildable(self) -> bool:
+        """Whether `exl run` and `exl build` can compile it."""
+        return self.tools is not None and not self.tools.problems and self.lock.state in ("free", "stale", "held")
+
+
+def extension(state: State) -> CheckResult:
+    """The extension."""
+    here = state.extension
+    made_for = here.facts.to_dict() if here.facts else None
+    details = {"kind": here.kind, "path": str(here.path) if here.path else None, "made_for": made_for}
+    if state.ready:
+        computes = bool(state.tried and state.tried.value and state.tried.value["gpus"])
+        message = _origin(here) + (", loads and computes" if computes else ", loads")
+        return CheckResult("Extension", "ok", message, details=details)
+    problem = _problem(state)
+    if not state.capabilities:
+        return CheckResult("Extension", "skip", f"{problem}; without a GPU it is not needed", "", "gpu", details)
+    if state.buildable:
+        # No obstacle: `exl run` does it by itself.
+        return CheckResult("Extension", "warn", f"{problem}; exl run compiles it first", _build(state), "", details)
+    missing = install_hints.joined([tool.fix for tool in state.tools.problems]) if state.tools else ""
+    fix = install_hints.joined([missing, failures.BUILD])
+    return CheckResult("Extension", "fail", problem, fix, "gpu", details)
+
+
+def _origin(here: Extension) -> str:
+    archs = compiled.spoken(here.facts.archs) if here.facts and here.facts.archs else ""
+    if here.kind == "compiled" and here.facts:
+        return f"compiled here on {here.facts.built[:10]} for {archs}"
+    return f"prebuilt{' for ' + archs if archs else ''} ({here.path})"
+
+
+def _problem(state: State) -> str:
+    here, tried = state.extension, state.tried
+    if here.kind == "missing":
+        return "not compiled yet" + (f" ({here.problem})" if here.problem else "")
+    if here.kind == "unproven":
+        return f"compiled by exllamav2 itself, to be checked by a build ({here.path})"
+    if here.problem:
+        return f"{here.path} was {here.problem}"
+    if tried is None:
+        return f"{here.path} was not tried"
+    known = failures.explain(tried.problem, state.torch) if tried.kind == "error" else None
+    return f"{known.what} ({here.path})" if known else f"{here.path}: loading it {tried.failure}"
+
+
+def _build(state: State) -> str:
+    plan = jobs.plan()
+    seconds = jobs.expected_seconds(_TYPICAL, plan.jobs, len(set(state.capabilities)))
+    return f"{failures.BUILD} (about {max(1, round(seconds / 60))} min with {plan.jobs} jobs)"
+
+
+def build_lock(state: State) -> CheckResult | None:
+    """The build folder's lock, where it is worth a line."""
+    lock = state.lock
+    details = {"path": str(lock.path), "state": lock.state, "holder": lock.holder, "age_seconds": round(lock.age)}
+    if lock.state == "held":
+        message = f"{lock.holder} is compiling the extension since {ago(lock.age)}"
+        return CheckResult("Build lock", "warn", message, "wait for it", "", details)
+    if lock.state == "stale":
+        whose = f"of {lock.holder}" if lock.holder else "that no process holds"
+        message = f"a stale one {whose}, made {ago(lock.age)}: a plain import of exllamav2 would wait for ever"
+        return CheckResult("Build lock", "warn", message, f"rm {lock.path} (exl build does it too)", "", details)
+    if lock.state == "unclear":
+        message = f"made {ago(lock.age)} by no process that can be seen here"
+        fix = f"if nothing elsewhere is compiling: rm {lock.path}"
+        if state.ready:
+            return CheckResult("Build lock", "warn", message, fix, "", details)
+        return CheckResult("Build lock", "fail", message, fix, "gpu", details)
+    return None
+
+
+def tool(tool: Tool, *, needed: bool) -> CheckResult:
+    """One of the tools to compile with.
+
+    Args:
+        tool: as `toolchain` returns it.
+        needed: whether there is anything to compile here.
+    """
+    details = {"path": str(tool.path) if tool.path else None, "version": tool.version or None}
+    if not tool.problem:
+        version = f"{tool.version}, " if tool.version else ""
+        return CheckResult(tool.name, "ok", f"{version}{tool.path}", details=details)
+    if not needed:
+        message = f"{tool.problem}; nothing has to be compiled here"
+        return CheckResult(tool.name, "skip", message, details=details)
+    where = f" ({tool.path})" if tool.path and tool.name != "Python headers" else ""
+    return CheckResult(tool.name, "fail", tool.problem + where, tool.fix, "gpu", details)
+
+
+def build_folder(folder: Path) -> CheckResult | None:
+    """The folder to compile in, where it cannot be written."""
+    standing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if os.access(standing, os.W_OK | os.X_OK):
+        return None
+    fix = "export TORCH_EXTENSIONS_DIR=FOLDER, one that can be written"
+    return CheckResult("Build folder", "fail", f"{folder} cannot be written", fix, "gpu")
