@@ -9,9 +9,7 @@ import torch
 from exl_cli.engines.exllamav2.attention.causal import causal_attention
 
 
-def by_definition(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int, softcap: float, causal: bool
-) -> np.ndarray:
+def by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int, softcap: float) -> np.ndarray:
     """Softmax attention in float64. Shapes [batch, len, heads, dim]; keys and values may have fewer heads."""
     batch, q_len, heads, _ = q.shape
     k_len, groups = k.shape[1], heads // k.shape[2]
@@ -25,9 +23,7 @@ def by_definition(
                 if softcap:
                     scores = np.tanh(scores / softcap) * softcap
                 position = np.arange(k_len)
-                hidden = np.zeros(k_len, bool)
-                if causal:
-                    hidden |= position > at
+                hidden = position > at
                 if window:
                     hidden |= position <= at - window
                 weights = np.exp(np.where(hidden, -np.inf, scores - scores[~hidden].max()))
@@ -36,44 +32,32 @@ def by_definition(
 
 
 CASES = [
-    # q_len, k_len, heads, kv_heads, dim, window, softcap, causal
-    (9, 9, 4, 4, 64, 0, 0.0, True),
-    (9, 9, 4, 2, 64, 0, 0.0, True),
-    (1, 13, 8, 1, 80, 0, 0.0, True),
-    (5, 17, 4, 2, 128, 0, 0.0, True),
-    (12, 12, 2, 2, 64, 4, 0.0, True),
-    (6, 20, 4, 2, 64, 5, 0.0, True),
-    (1, 20, 4, 2, 64, 5, 0.0, True),
-    (8, 8, 4, 2, 256, 64, 0.0, True),
-    (7, 11, 4, 2, 64, 0, 30.0, True),
-    (1, 11, 4, 2, 64, 0, 30.0, True),
-    (7, 20, 4, 2, 96, 6, 30.0, True),
-    (6, 6, 4, 4, 64, 0, 0.0, False),
-    (1, 1, 4, 2, 64, 0, 0.0, True),
+    # q_len, k_len, heads, kv_heads, dim, window, softcap
+    (9, 9, 4, 4, 64, 0, 0.0),
+    (9, 9, 4, 2, 64, 0, 0.0),
+    (1, 13, 8, 1, 80, 0, 0.0),
+    (5, 17, 4, 2, 128, 0, 0.0),
+    (12, 12, 2, 2, 64, 4, 0.0),
+    (6, 20, 4, 2, 64, 5, 0.0),
+    (1, 20, 4, 2, 64, 5, 0.0),
+    (8, 8, 4, 2, 256, 64, 0.0),
+    (7, 11, 4, 2, 64, 0, 30.0),
+    (1, 11, 4, 2, 64, 0, 30.0),
+    (7, 20, 4, 2, 96, 6, 30.0),
+    (1, 1, 4, 2, 64, 0, 0.0),
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_is_attention(case: tuple[int, int, int, int, int, int, float, bool], batch: int) -> None:
-    q_len, k_len, heads, kv_heads, dim, window, softcap, causal = case
+def test_it_is_attention(case: tuple[int, int, int, int, int, int, float], batch: int) -> None:
+    q_len, k_len, heads, kv_heads, dim, window, softcap = case
     rng = np.random.default_rng(abs(hash(case)) % 2**32)
     q = rng.normal(size=(batch, q_len, heads, dim)) * 2
     k, v = (rng.normal(size=(batch, k_len, kv_heads, dim)) for _ in range(2))
     actual = causal_attention(
-        *(torch.from_numpy(x).float() for x in (q, k, v)), dim**-0.5, window=window, softcap=softcap, causal=causal
+        *(torch.from_numpy(x).float() for x in (q, k, v)), dim**-0.5, window=window, softcap=softcap
     )
-    expected = by_definition(q, k, v, dim**-0.5, window, softcap, causal)
+    expected = by_definition(q, k, v, dim**-0.5, window, softcap)
     assert actual.shape == q.shape
     np.testing.assert_allclose(actual.numpy(), expected, rtol=2e-4, atol=2e-5)
-
-
-def test_a_bias_hides_padding_and_stays_causal() -> None:
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 6, 2, 64)) for _ in range(3))
-    bias = torch.zeros(2, 1, 6, 6)
-    bias[1, :, :, :2] = torch.finfo(torch.float32).min
-    out = causal_attention(*(torch.from_numpy(x).float() for x in (q, k, v)), 0.125, bias=bias)
-    np.testing.assert_allclose(out[0].numpy(), by_definition(q, k, v, 0.125, 0, 0.0, True)[0], rtol=2e-4, atol=2e-5)
-    unpadded = by_definition(q[:, 2:], k[:, 2:], v[:, 2:], 0.125, 0, 0.0, True)[1]
-    np.testing.assert_allclose(out[1, 2:].numpy(), unpadded, rtol=2e-4, atol=2e-5)

@@ -1,16 +1,21 @@
-"""What a trial of an attention implementation finds, and what it does not bring along."""
+"""What the smoke test of an attention implementation finds, and when it runs."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 from helpers import python
 
-# An implementation of its own: float32, in which nothing is spared, with mistakes on demand.
+from exl_cli.engines.exllamav2.attention import paged
+from exl_cli.errors import EngineError
+
+# An implementation of its own: float64, in which nothing is spared, with mistakes on demand.
 TRIAL = """
 import json, sys
 import torch
-from exl_cli.engines.exllamav2 import attention_trial, paged_backends as backends
+from exl_cli.engines.exllamav2.attention.paged import Heads, failure
 
 def attend(call):
     seen.append(call.q.shape[1])
@@ -36,11 +41,10 @@ def attend(call):
             out[0, i, head] = scores.softmax(0) @ v[: last + 1, head // groups]
     return out * float("nan") if mistake == "not a number" else out
 
-backends.IMPLEMENTATIONS["mine"] = backends.Implementation(attend, lambda device: "", lambda call: "")
 found = []
 for mistake, heads, decodes in json.loads(sys.argv[1]):
     seen = []
-    said = attention_trial.failure("mine", torch.device("cpu"), attention_trial.Heads(*heads), decodes=decodes)
+    said = failure(attend, torch.device("cpu"), Heads(*heads), decodes=decodes)
     found.append([said, seen])
 print(json.dumps([found, [name for name in ("torch._dynamo", "sympy") if name in sys.modules]]))
 """
@@ -57,7 +61,47 @@ CASES = (
 )
 
 
-def test_trials_find_what_is_wrong_and_do_not_import_torchs_compiler() -> None:
+def test_it_finds_what_is_wrong_and_does_not_import_torchs_compiler() -> None:
     done = python(TRIAL, json.dumps([case[:3] for case in CASES]))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[list(case[3:]) for case in CASES], []]
+
+
+# A Triton that cannot be imported, and says how often that was tried; the first time it waits until it may go on.
+TRITON = """
+import builtins
+builtins.imports = getattr(builtins, "imports", 0) + 1
+if builtins.imports == 1:
+    builtins.may_go_on.wait()
+raise RuntimeError(f"CUDA out of memory ({builtins.imports})")
+"""
+
+
+def test_who_needs_the_choice_waits_for_a_trial_whose_failure_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text(TRITON)
+    code = """
+import builtins, json, threading
+from exl_cli.engines.exllamav2.attention import paged
+builtins.may_go_on = threading.Event()
+paged.try_ahead()
+while not hasattr(builtins, "imports"):
+    pass
+said = []
+waiting = threading.Thread(target=lambda: said.extend([paged.backend(), paged.backend()]))
+waiting.start()
+waiting.join(0.1)
+assert said == []
+builtins.may_go_on.set()
+waiting.join()
+print(json.dumps([[chosen.name, chosen.why_not] for chosen in said]))
+"""
+    environment = {paged.VARIABLE: "", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    done = python(code, path=[tmp_path], env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [["torch", "fails: CUDA out of memory (2)"]] * 2
+
+
+def test_a_name_that_is_wrong_is_said_before_anything_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(paged.VARIABLE, "flash")
+    with pytest.raises(EngineError, match="EXL_ATTENTION=flash is not known; choose one of triton, torch"):
+        paged.try_ahead()

@@ -178,8 +178,6 @@ def _free_it(processes: list[dict[str, Any]]) -> str:
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
-_NAMES = {"flash-attn": "flash-attn", "torch-varlen": "torch's paged attention", "triton": "exl's Triton kernels"}
-
 
 def installed_version(distribution: str, module: str) -> str | None:
     """A package's version; None where it is not installed."""
@@ -199,17 +197,12 @@ def attention(answer: Answer | None) -> CheckResult:
         if answer.kind == "error":
             return CheckResult("Attention", "fail", answer.said, "", "gpu")
         fix = f"exl {param('debug')} run shows where"
-        if installed_version("flash-attn", "flash_attn"):
-            fix = install_hints.pip("flash-attn", verb="uninstall")
         return CheckResult("Attention", "fail", f"choosing it {answer.problem}", fix, "gpu")
-    decode, prefill, why_not = (answer.value[key] for key in ("decode", "prefill", "why_not"))
-    if decode == "torch":
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in why_not.items())
+    if answer.value["decode"] == "torch":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in answer.value["why_not"].items())
         message = "plain torch: right, but slow on long contexts, and a step cannot be one CUDA graph"
         return CheckResult("Attention", "warn", message + (f" ({reasons})" if reasons else ""), "", "", answer.value)
-    message = f"{_NAMES.get(decode, decode)}, paged"
-    message += f"; prompts by {_NAMES.get(prefill, prefill)}" if prefill != decode else ""
-    return CheckResult("Attention", "ok", message, details=answer.value)
+    return CheckResult("Attention", "ok", "exl's Triton kernels, paged", details=answer.value)
 
 
 def decoding(answer: Answer | None) -> CheckResult:

@@ -213,11 +213,12 @@ def triton() -> dict[str, Any]:
 
 
 def attention() -> dict[str, Any]:
-    """The back ends chosen for attention, each candidate tried on a small case."""
+    """What will compute attention; Triton is tried on a small case."""
     from exl_cli.engines.exllamav2.attention.paged import backend
 
     chosen = backend()
-    return {"decode": chosen.decode[0], "prefill": chosen.prefill[0], "why_not": chosen.why_not}
+    why_not = {"triton": chosen.why_not} if chosen.why_not else {}
+    return {"decode": chosen.name, "prefill": chosen.name, "why_not": why_not}
 
 
 def hub(timeout: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from exl_cli.engines.exllamav2.attention.paged import VARIABLE, attend_paged, backend
+from exl_cli.engines.exllamav2.attention.paged import NAMES, VARIABLE, attend_paged, backend
 from exl_cli.errors import EngineError
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 256
@@ -89,7 +89,7 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 def available() -> list[str]:
     names = []
-    for name in ("flash-attn", "torch-varlen", "triton", "torch"):
+    for name in NAMES:
         os.environ[VARIABLE] = name
         try:
             backend()

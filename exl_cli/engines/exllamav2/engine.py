@@ -21,8 +21,7 @@ from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, Request
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.attention import causal, paged
-from exl_cli.engines.exllamav2.attention.backends import unusual
-from exl_cli.engines.exllamav2.attention.smoke_test import Heads
+from exl_cli.engines.exllamav2.attention.paged import Heads, unusual
 from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
 from exl_cli.engines.exllamav2.cuda_errors import free_bytes, translated

@@ -1,16 +1,18 @@
-"""How the kernels of `attention_kernels` are launched: tile sizes, splits, workspace. Needs Triton."""
+"""Launches of the kernels in `triton_kernels`: tile sizes, splits, workspace. Needs Triton."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from exl_cli.engines.exllamav2.attention import triton_kernels as kernels
-from exl_cli.engines.exllamav2.attention.backends import DECODE_QUERIES, Call
+from exl_cli.engines.exllamav2.attention.paged import Call
 
+# Up to here a call is decoding, or the check of a few draft tokens: bound by reading the cache.
+_DECODE_QUERIES = 16
 # Said although it is the default: Triton 3.9 warns that it will not be.
 _FUSED = {"enable_fp_fusion": True}
 _LOG2_E = math.log2(math.e)
@@ -44,16 +46,10 @@ class Plan(NamedTuple):
 
 
 def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys: int, processors: int) -> Plan:
-    """Lay a call out.
-
-    Args:
-        batch, q_len, heads, kv_heads, head_dim: its shape.
-        keys: the most keys that a tile can see.
-        processors: multiprocessors of the GPU.
-    """
+    """Lay out a call of this shape, with at most `keys` keys for a tile, for a GPU of so many multiprocessors."""
     rows = q_len * (heads // kv_heads)
     wide = head_dim > 128
-    if q_len > DECODE_QUERIES:
+    if q_len > _DECODE_QUERIES:
         block_m, block_n, warps = (64, 32, 8) if wide else (128, 64, 8)
         # A share worth the trip of its float32 results through memory.
         least, target = 8, processors
@@ -65,7 +61,7 @@ def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys:
     programs = batch * kv_heads * tiles
     blocks = -(-keys // block_n)
     # Decoding rather has a few programs too many, a prompt rather none of the trips.
-    wanted = -(-target // programs) if q_len <= DECODE_QUERIES else target // programs
+    wanted = -(-target // programs) if q_len <= _DECODE_QUERIES else target // programs
     splits = max(1, min(wanted, blocks // least, _MOST_SPLITS))
     padded = 1 << (head_dim - 1).bit_length()
     # One program merges two steps' worth of rows faster than a second kernel starts.
@@ -74,7 +70,7 @@ def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys:
 
 
 def attend(call: Call) -> torch.Tensor:
-    """Compute a call: `paged_attention.attend_paged`."""
+    """Compute a call of `paged.attend_paged`."""
     q, k_cache, v_cache, k, v, window = call.q, call.k_cache, call.v_cache, call.k, call.v, call.window
     batch, q_len, heads, head_dim = q.shape
     page_size, kv_heads = k_cache.shape[1:3]
@@ -82,7 +78,7 @@ def attend(call: Call) -> torch.Tensor:
     keys = min(call.max_len, window + q_len + 64) if window else call.max_len
     layout = plan(batch, q_len, heads, kv_heads, head_dim, keys, _processors(q.device))
     added = 0 if k is None else q_len
-    appends = k is not None and q_len <= DECODE_QUERIES
+    appends = k is not None and q_len <= _DECODE_QUERIES
     if k is not None and v is not None and not appends:
         _append(call, k, v)
     late_k, late_v = (k, v) if k is not None and v is not None and appends else (q, q)
@@ -95,16 +91,11 @@ def attend(call: Call) -> torch.Tensor:
     else:
         parts = lses = counters.view(torch.float32)
     block_d = max(16, 1 << (head_dim - 1).bit_length())
+    merged_rows = min(layout.block_m, kernels.MERGED_VALUES // block_d)
     common = {
-        "head_dim": head_dim,
-        "block_d": block_d,
-        "block_m": layout.block_m,
-        "block_n": layout.block_n,
-        "windowed": window > 0,
-        "appends": appends,
-        "merged_splits": kernels.MERGED_SPLITS,
-        "merged_rows": min(layout.block_m, kernels.MERGED_VALUES // block_d),
-    }
+        "head_dim": head_dim, "block_d": block_d, "block_m": layout.block_m, "block_n": layout.block_n,
+        "windowed": window > 0, "appends": appends, "merged_splits": kernels.MERGED_SPLITS, "merged_rows": merged_rows,
+    }  # fmt: skip
     kernels.attend_kernel[(layout.tiles * layout.splits, kv_heads, batch)](
         q, k_cache, v_cache, late_k, late_v, out, parts, lses, counters, call.block_table, call.cache_seqlens,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *late_k.stride()[:3], *late_v.stride()[:3],
@@ -114,7 +105,7 @@ def attend(call: Call) -> torch.Tensor:
         num_warps=layout.warps, num_stages=layout.stages, **_FUSED, **common,
     )  # fmt: skip
     if layout.splits > 1 and not layout.merges:
-        grid = (-(-q_len * groups // common["merged_rows"]), kv_heads, batch)
+        grid = (-(-q_len * groups // merged_rows), kv_heads, batch)
         kernels.merge_kernel[grid](
             out, parts, lses, call.cache_seqlens, *out.stride()[:3], q_len, added, layout.splits, window,
             groups, kv_heads, num_warps=4, **_FUSED, **common,
@@ -136,12 +127,12 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def _factors(scale: float, softcap: float) -> tuple[float, float]:
-    """What the kernels' `scale` and `softcap` are: see `attention_kernels`."""
+    """The kernels' `scale` and `softcap`: see `triton_kernels`."""
     return (scale / softcap * 2 * _LOG2_E, softcap * _LOG2_E) if softcap else (scale * _LOG2_E, 1.0)
 
 
 def _arrivals(device: torch.device) -> torch.Tensor:
-    """Counters at zero. Every call leaves them so, and those of one stream come after one another: each has its own."""
+    """A stream's counters, at zero: every call leaves them so, and calls of one stream come after one another."""
     if device.type != "cuda":
         return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
     key = device.index, torch.cuda.current_stream(device).cuda_stream
@@ -154,8 +145,6 @@ def _arrivals(device: torch.device) -> torch.Tensor:
     return counters
 
 
-@lru_cache
+@cache
 def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 16
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

@@ -1,44 +1,66 @@
-"""Attention over a KV cache in pages: one function, on whichever implementation this machine has.
+"""Attention over a KV cache in pages.
 
-exllamav2 0.3.2 pages its cache only where flash-attn is installed, which few machines have. `install_paged` puts
-`attend_paged` in the place of flash-attn's function there. The order of preference:
+exllamav2 0.3.2 pages its cache only with flash-attn. `install_paged` puts `attend_paged` in the place of flash-attn's
+function. It runs either of
 
-1. `flash-attn`, where it is installed and works;
-2. `torch-varlen`, torch's own flash attention over pages: for prompts only, as with few queries it has too few
-   programs to fill a GPU;
-3. `triton`, our kernels: see `attention_kernels`;
-4. `torch`: pages gathered, `causal_attention` on one sequence after the other. It reads the lengths back from the
-   device, so that it cannot be captured in a CUDA graph.
+- `triton`, our kernels (`triton_kernels`), on GPUs from compute capability 8.0 on where a small case comes out right;
+- `torch`: pages gathered, `causal_attention` on one sequence after the other. It reads lengths back from the device,
+  so that no CUDA graph can capture it.
 
-An implementation works if it computes a small case correctly on this GPU. The environment variable EXL_ATTENTION
-names the one to use instead. Where it is not set, models that run through kernels of our own attend from few tokens by
-one of these, too (`kernels/attending.py`): in one launch with the rotary embedding it is faster than any of the above.
+EXL_ATTENTION names the one to use instead. Where it is not set, models that run through kernels of our own attend from
+few tokens by one of these, too (`kernels/attending.py`): in one launch with the rotary embedding it is faster.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from exl_cli.engines.exllamav2.attention.backends import DECODE_QUERIES, IMPLEMENTATIONS, Call, on
-from exl_cli.engines.exllamav2.attention.smoke_test import Heads, failure
+from exl_cli.engines.exllamav2.attention.causal import causal_attention
+from exl_cli.engines.exllamav2.cuda_errors import cause
+from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
 
 VARIABLE = "EXL_ATTENTION"
+NAMES = ("triton", "torch")
+
+# Of the smoke test: tokens of a prompt's end, behind so many that large GPUs divide their keys among programs.
+_TRIED, _BEFORE, _PAGE = 40, 1000, 256
+_TOLERANCE = 0.01
 
 _bound: ContextVar[int] = ContextVar("_bound", default=0)
-_USUAL = Heads()
-# How torch and cuBLAS say that there is no memory.
-_NO_MEMORY = ("out of memory", "ALLOC_FAILED")
-# Held while candidates are tried, so that whoever needs the choice waits for it.
-_trying = threading.Lock()
+
+
+class Heads(NamedTuple):
+    """A model's heads: of queries, of keys and values, and the size of each."""
+
+    queries: int = 8
+    keys: int = 2
+    dim: int = 128
+
+
+class Call(NamedTuple):
+    """The arguments of `attend_paged`, described there."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    cache_seqlens: torch.Tensor
+    block_table: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    scale: float
+    window: int
+    softcap: float
+    max_len: int
 
 
 @dataclass(frozen=True)
@@ -46,117 +68,93 @@ class Backend:
     """What computes paged attention on a device.
 
     Attributes:
-        decode: implementations for few queries a sequence, best first.
-        prefill: implementations for prompts, best first.
-        why_not: the better ones that cannot be had, each with the reason.
+        name: one of `NAMES`.
+        why_not: what speaks against Triton, where that is not used though nobody chose torch.
+        decodes: whether decoding was part of the smoke test.
     """
 
-    decode: tuple[str, ...]
-    prefill: tuple[str, ...]
-    why_not: dict[str, str]
+    name: str
+    why_not: str = ""
+    decodes: bool = True
 
     @property
     def captures(self) -> bool:
         """Whether decoding can be captured in a CUDA graph."""
-        return self.decode[0] != "torch"
+        return self.name != "torch"
 
     def __str__(self) -> str:
-        """In words: `triton`, or `triton, prompts torch-varlen`."""
-        decode, prefill = self.decode[0], self.prefill[0]
-        return decode if decode == prefill else f"{decode}, prompts {prefill}"
+        return self.name
 
 
-class _Choice(NamedTuple):
-    """What was chosen, and whether it was tried for decoding, too."""
+_USUAL = Heads()
+# By device, what EXL_ATTENTION says, and the size of the heads tried: what can do some may fail with others.
+_chosen: dict[tuple[torch.device, str, int], Backend] = {}
+_trying = threading.Lock()
 
-    backend: Backend
-    decodes: bool
 
-
-# By device, what EXL_ATTENTION says, and the size of the heads it was tried on: what can do some may fail with others.
-_chosen: dict[tuple[torch.device, str, int], _Choice] = {}
+def unusual(head_dim: int) -> bool:
+    """Whether only plain torch can do heads of this size."""
+    return head_dim > 256 or head_dim % 8 > 0
 
 
 def backend(device: torch.device | None = None, heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
     """What will be used on a device, by default the current GPU or, without one, the CPU.
 
-    The first call for a device and a size of heads tries the candidates on them: milliseconds, or some seconds where
-    Triton has to compile.
+    The first call for a device and a size of heads runs the smoke test: milliseconds, or some seconds where Triton has
+    to compile.
 
     Args:
         device: where.
         heads: of the model that is going to be computed.
-        decodes: whether decoding is to be tried as well as prompts; it need not where something else does it.
+        decodes: whether decoding is to be tried as well as a prompt.
 
     Raises:
-        EngineError: EXL_ATTENTION names something unknown, or something that cannot be had.
+        EngineError: EXL_ATTENTION names something unknown, or something that does not work here.
     """
+    device, wanted = device or _current(), os.environ.get(VARIABLE, "")
+    key = (device, wanted, heads.dim)
     with _trying:
-        return _choose(device or _current(), os.environ.get(VARIABLE, ""), heads, decodes=decodes)
+        if key not in _chosen or (decodes and not _chosen[key].decodes):
+            _chosen[key] = _choose(device, wanted, heads, decodes=decodes)
+        return _chosen[key]
+
+
+def _choose(device: torch.device, wanted: str, heads: Heads, *, decodes: bool) -> Backend:
+    if wanted and wanted not in NAMES:
+        raise EngineError(f"{VARIABLE}={wanted} is not known", f"choose one of {', '.join(NAMES)}")
+    if wanted == "torch":
+        return Backend("torch")
+    if not (reason := _why_not_triton(device) or failure(_triton, device, heads, decodes=decodes)):
+        return Backend("triton", decodes=decodes)
+    if wanted:
+        raise EngineError(f"{VARIABLE}={wanted} cannot be had: {reason}", f"unset {VARIABLE}")
+    return Backend("torch", reason)
 
 
 def try_ahead(heads: Heads = _USUAL, *, decodes: bool = True) -> None:
-    """Begin to try the candidates on the current GPU, in a thread of its own; `backend` waits for the end of that.
+    """Start the smoke test on the current GPU in a thread; `backend` waits for its end.
 
-    What EXL_ATTENTION names is tried at once, so that a wrong name is said before anything is waited for.
-
-    Args:
-        heads, decodes: as for `backend`.
+    A failure there does not count: a model that is being loaded may hold more memory than it does afterwards.
 
     Raises:
-        EngineError: see `backend`.
+        EngineError: see `backend`; at once where EXL_ATTENTION is set.
     """
     device = _current()
     if os.environ.get(VARIABLE):
         backend(device, heads, decodes=decodes)
-    else:
-        threading.Thread(target=_try, args=(device, heads, decodes), name="attention trial", daemon=True).start()
+        return
 
+    def trial() -> None:
+        with _trying:
+            if (chosen := _choose(device, "", heads, decodes=decodes)).name == "triton":
+                _chosen.setdefault((device, "", heads.dim), chosen)
 
-def _try(device: torch.device, heads: Heads, decodes: bool) -> None:
-    with _trying, contextlib.suppress(Exception):  # what goes wrong does so again for whoever needs the choice
-        chosen = _choose(device, "", heads, decodes=decodes)
-        # A model that is being loaded holds more memory than it does afterwards: no reason to do without Triton.
-        if any(said in reason for reason in chosen.why_not.values() for said in _NO_MEMORY):
-            _chosen.clear()
+    threading.Thread(target=trial, name="attention smoke test", daemon=True).start()
 
 
 def _current() -> torch.device:
     """The current GPU or, without one, the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _choose(device: torch.device, wanted: str, heads: Heads, *, decodes: bool) -> Backend:
-    """What was chosen before, or now."""
-    key = (device, wanted, heads.dim)
-    if key not in _chosen or (decodes and not _chosen[key].decodes):
-        _chosen[key] = _Choice(_chosen_now(device, wanted, heads, decodes=decodes), decodes)
-    return _chosen[key].backend
-
-
-def _chosen_now(device: torch.device, wanted: str, heads: Heads, *, decodes: bool) -> Backend:
-    def missing(name: str) -> str:
-        reason = IMPLEMENTATIONS[name].missing(device)
-        return reason if reason or name == "torch" else failure(name, device, heads, decodes=decodes)
-
-    if wanted:
-        if wanted not in IMPLEMENTATIONS:
-            raise EngineError(f"{VARIABLE}={wanted} is not known", f"choose one of {', '.join(IMPLEMENTATIONS)}")
-        if reason := missing(wanted):
-            raise EngineError(f"{VARIABLE}={wanted} cannot be had: {reason}", f"unset {VARIABLE}")
-        return Backend((wanted,), (wanted,), {})
-    usable: list[str] = []
-    why_not: dict[str, str] = {}
-    for name, implementation in IMPLEMENTATIONS.items():
-        found = any(other != "torch-varlen" for other in usable)
-        # What comes after the one in use is for the calls that that one cannot do: not worth a trial in advance.
-        if reason := implementation.missing(device) if found else missing(name):
-            if not found:
-                why_not[name] = reason
-        else:
-            usable.append(name)
-    decode = tuple(name for name in usable if name != "torch-varlen")
-    return Backend(decode, tuple(usable), why_not)
 
 
 def attend_paged(
@@ -174,8 +172,6 @@ def attend_paged(
     max_len: int,
 ) -> torch.Tensor:
     """Causal attention of the last `q_len` positions of each sequence to all of its positions.
-
-    Nothing is read back from the device, unless `torch` is all there is: then calls cannot be captured.
 
     Args:
         q: queries, float16, shape (batch, q_len, heads, head_dim).
@@ -198,22 +194,128 @@ def attend_paged(
         Shape (batch, q_len, heads, head_dim), contiguous, the dtype of q. A query that sees no key gets zeros.
 
     Raises:
-        EngineError: EXL_ATTENTION names an implementation that cannot be had, or cannot do this.
+        EngineError: EXL_ATTENTION names what does not work here, or cannot do this.
     """
     if q.stride(-1) != 1:
         q = q.contiguous()
     call = Call(q, k_cache, v_cache, cache_seqlens, block_table, k, v, scale, window, softcap, max_len)
+    wanted, head_dim = os.environ.get(VARIABLE, ""), q.shape[-1]
     # Heads that no model was loaded for are computed by what can do the usual ones.
-    choice = _chosen.get((q.device, os.environ.get(VARIABLE, ""), q.shape[-1]))
-    chosen = choice.backend if choice else backend(q.device)
-    names = chosen.decode if q.shape[1] <= DECODE_QUERIES else chosen.prefill
-    unable = ""
-    for name in names:
-        unable = IMPLEMENTATIONS[name].unable(call)
-        if not unable:
-            with on(q.device):
-                return IMPLEMENTATIONS[name].attend(call)
-    raise EngineError(f"{VARIABLE}={names[0]} cannot run this model: {unable}", f"unset {VARIABLE}")
+    chosen = _chosen.get((q.device, wanted, head_dim)) or backend(q.device)
+    if chosen.name == "torch":
+        return attend_in_torch(call)
+    if unusual(head_dim):
+        if wanted:
+            raise EngineError(
+                f"{VARIABLE}={wanted} cannot run this model: heads of {head_dim} values", f"unset {VARIABLE}"
+            )
+        return attend_in_torch(call)
+    return _triton(call)
+
+
+def _why_not_triton(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    # Triton's own interpreter runs kernels on the CPU, in the tests.
+    return "" if os.environ.get("TRITON_INTERPRET") == "1" else too_old(device)
+
+
+def _triton(call: Call) -> torch.Tensor:
+    from exl_cli.engines.exllamav2.attention import launch
+
+    device = call.q.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return launch.attend(call)
+    with torch.cuda.device(device):  # kernels start on the current device, wherever their tensors are
+        return launch.attend(call)
+
+
+def attend_in_torch(call: Call) -> torch.Tensor:
+    """Compute a call of `attend_paged` in plain torch."""
+    q, page_size = call.q, call.k_cache.shape[1]
+    q_len, lengths = q.shape[1], call.cache_seqlens
+    if call.k is not None and call.v is not None:
+        positions = lengths.long()[:, None] + torch.arange(q_len, device=q.device)
+        pages = call.block_table.long().gather(1, positions // page_size)
+        call.k_cache[pages, positions % page_size] = call.k
+        call.v_cache[pages, positions % page_size] = call.v
+        lengths = lengths + q_len
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    for row, length in enumerate(lengths.tolist()):
+        new = min(q_len, length)
+        if not new:
+            continue
+        before = max(length - new - call.window + 1, 0) // page_size if call.window else 0
+        pages = call.block_table[row, before : -(-length // page_size)]
+        keys, values = (
+            cache[pages].flatten(0, 1)[None, : length - before * page_size] for cache in (call.k_cache, call.v_cache)
+        )
+        out[row : row + 1, q_len - new :] = causal_attention(
+            q[row : row + 1, q_len - new :], keys, values, call.scale, window=call.window, softcap=call.softcap
+        )
+    return out
+
+
+def failure(attend: Callable[[Call], torch.Tensor], device: torch.device, heads: Heads, *, decodes: bool) -> str:
+    """Smoke test: what goes wrong when small cases are computed on a device; empty where all is right.
+
+    Args:
+        attend: computes a call.
+        device: where.
+        heads: of the model that will be computed, so that what is compiled here serves again.
+        decodes: whether to try a case of one token as well as one of a prompt.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.float16)
+
+    def number(value: int) -> torch.Tensor:
+        return torch.tensor([value], dtype=torch.int32, device=device)
+
+    total = _BEFORE + _TRIED
+    pages, scale = -(-total // _PAGE), heads.dim**-0.5
+    keys, values = (normal(pages, _PAGE, heads.keys, heads.dim) for _ in range(2))
+    new_keys, new_values = (normal(1, _TRIED, heads.keys, heads.dim) for _ in range(2))
+    table = torch.arange(pages, dtype=torch.int32, device=device).flip(0)[None]
+    prompt, token = normal(1, _TRIED, heads.queries, heads.dim), normal(1, 1, heads.queries, heads.dim)
+    cases = [Call(prompt, keys, values, number(_BEFORE), table, new_keys, new_values, scale, 0, 0.0, total)]
+    if decodes:
+        cases.append(Call(token, keys, values, number(total), table, None, None, scale, 0, 0.0, total))
+    try:
+        for call in cases:
+            actual, expected = attend(call), _expected(call)
+            error = float((actual.float() - expected).norm() / expected.norm())
+            if not error < _TOLERANCE:
+                return "computes wrong results"
+        stored = torch.stack([_in_order(cache, table)[_BEFORE:total] for cache in (keys, values)])
+        if not torch.equal(stored, torch.cat([new_keys, new_values])):
+            return "stores keys and values in wrong places"
+    except Exception as problem:  # compilers and drivers raise what they like
+        return f"fails: {cause(problem)}"
+    return ""
+
+
+def _in_order(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The keys or values of the sequence, by position: shape (positions, heads, head_dim)."""
+    return cache[table[0].long()].flatten(0, 1)
+
+
+def _expected(call: Call) -> torch.Tensor:
+    """A case's result, in float32. Not by `causal_attention`, which would import torch's compiler for it."""
+    q_len, heads = call.q.shape[1:3]
+
+    def seen(cache: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
+        known = _in_order(cache, call.block_table)[: call.max_len].float()
+        if new is not None:
+            known[-q_len:] = new[0].float()
+        return known.repeat_interleave(heads // cache.shape[2], 1).transpose(0, 1)
+
+    keys, values = seen(call.k_cache, call.k), seen(call.v_cache, call.v)
+    scores = call.q[0].transpose(0, 1).float() @ keys.transpose(1, 2) * call.scale
+    key = torch.arange(call.max_len, device=call.q.device)
+    scores = scores.masked_fill(key[None, :] > key[-q_len:, None], float("-inf"))
+    return (scores.softmax(-1) @ values).transpose(0, 1)[None]
 
 
 @contextlib.contextmanager
@@ -229,11 +331,6 @@ def at_most(keys: int) -> Iterator[None]:
 def install_paged(heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
     """Let exllamav2 attend to pages through `attend_paged`. Returns what that uses.
 
-    Its attention without pages stays as it is: `attention.install` mends that.
-
-    Args:
-        heads, decodes: as for `backend`.
-
     Raises:
         EngineError: see `backend`.
     """
@@ -241,12 +338,7 @@ def install_paged(heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
 
     chosen = backend(heads=heads, decodes=decodes)
     attn.flash_attn_with_kvcache = _with_kvcache
-    if not (attn.has_flash_attn_with_window and attn.has_flash_attn_with_softcap):
-        # They are asked about pages from here on. A flash-attn without them must not be used elsewhere, then.
-        attn.has_flash_attn = False
-    attn.has_flash_attn_with_paged = True
-    attn.has_flash_attn_with_window = True
-    attn.has_flash_attn_with_softcap = True
+    attn.has_flash_attn_with_paged = attn.has_flash_attn_with_window = attn.has_flash_attn_with_softcap = True
     return chosen
 
 
@@ -268,15 +360,6 @@ def _with_kvcache(
     if not causal:
         raise EngineError("paged attention is causal")
     return attend_paged(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens=cache_seqlens,
-        block_table=block_table,
-        k=k,
-        v=v,
-        scale=softmax_scale,
-        window=window_size[0],
-        softcap=softcap,
-        max_len=_bound.get() or block_table.shape[1] * k_cache.shape[1],
-    )
+        q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table, k=k, v=v, scale=softmax_scale,
+        window=window_size[0], softcap=softcap, max_len=_bound.get() or block_table.shape[1] * k_cache.shape[1],
+    )  # fmt: skip
