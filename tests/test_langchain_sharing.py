@@ -21,7 +21,7 @@ from test_turns import EndlessEngine, with_engine
 
 from exl_cli import load
 from exl_cli.errors import PromptError
-from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2, registry
+from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2, local
 from exl_cli.models.load_options import LoadOptions
 
 ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu", "seed": 1, "max_new_tokens": 8}
@@ -135,7 +135,7 @@ def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
 def test_a_generation_may_be_ended_in_an_engines_own_thread() -> None:
     """As the garbage collector does with one that was abandoned, while others wait for that thread under the lock."""
     model, engine = with_engine(EndlessEngine)
-    loaded = registry.acquire(model.info, LoadOptions(engine="cpu"))
+    loaded = local.acquire(model.info, LoadOptions(engine="cpu"))
     released, went_on = threading.Event(), threading.Event()
 
     def end() -> None:
@@ -143,10 +143,10 @@ def test_a_generation_may_be_ended_in_an_engines_own_thread() -> None:
             went_on.set()
             return
         released.set()
-        registry.release(loaded)
+        local.release(loaded)
 
     with model.stream("Once upon a time", max_new_tokens=10**9):
-        with registry.lock:
+        with local.lock:
             engine.between = end
             assert went_on.wait(30)
             assert not loaded.model.closed
@@ -162,7 +162,7 @@ def test_the_event_loop_runs_while_another_thread_loads_a_model(log) -> None:
     loading, loaded = threading.Event(), threading.Event()
 
     def load() -> None:
-        with registry.lock:
+        with local.lock:
             loading.set()
             loaded.wait(30)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +12,6 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from exl_cli.api import notebook
 from exl_cli.api.streams import Generation as Response
 from exl_cli.langchain.local import Call, LocalModel
-from exl_cli.sampling import Sampling
 
 
 class ExLlamaV2(LocalModel, LLM):
@@ -81,47 +79,18 @@ class ExLlamaV2(LocalModel, LLM):
                     done.append(self._report(await stream.result()))
         return _result(call, done)
 
-    def _stream(
-        self,
-        prompt: str,
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> Iterator[GenerationChunk]:
-        with self._calling(stop, kwargs) as call, call.stream(prompt) as stream:
-            for text in stream:
-                chunk = GenerationChunk(text=text)
-                if run_manager:
-                    run_manager.on_llm_new_token(text, chunk=chunk)
-                yield chunk
-            yield GenerationChunk(text="", generation_info=call.facts(self._report(stream.result())))
+    def _chunk(self, text: str) -> GenerationChunk:
+        return GenerationChunk(text=text)
 
-    async def _astream(
-        self,
-        prompt: str,
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[GenerationChunk]:
-        async with self._acalling(stop, kwargs) as call, call.astream(prompt) as stream:
-            async for text in stream:
-                chunk = GenerationChunk(text=text)
-                if run_manager:
-                    await run_manager.on_llm_new_token(text, chunk=chunk)
-                yield chunk
-            yield GenerationChunk(text="", generation_info=call.facts(self._report(await stream.result())))
+    def _last_chunk(self, call: Call, response: Response) -> GenerationChunk:
+        return GenerationChunk(text="", generation_info=call.facts(self._report(response)))
 
-    def _before_loading(self, sampling: Sampling) -> None:
+    def _say(self, text: str) -> None:
         if self.verbose:
-            notebook.say(f"{sampling.brief()}\nLoading model: {self.model}")
-
-    def _after_loading(self) -> None:
-        if self.verbose:
-            notebook.say(f"stop_sequences {self.stop_sequences}")
+            notebook.say(text)
 
     def _report(self, response: Response) -> Response:
-        if self.verbose:
-            notebook.say("\n\n" + "\n".join(notebook.timings(response.summary)))
+        self._say("\n\n" + "\n".join(notebook.timings(response.summary)))
         return response
 
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.messages import BaseMessage, convert_to_openai_messages
 from langchain_core.runnables.config import run_in_executor
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from exl_cli import loader
 from exl_cli.api import model as api
 from exl_cli.api import records
-from exl_cli.api.settings import choose
+from exl_cli.api.engine_thread import in_engine_thread
 from exl_cli.api.streams import AsyncStream, Generation, Stream
-from exl_cli.errors import UsageError
-from exl_cli.langchain import registry
+from exl_cli.errors import PromptError, UsageError
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
-from exl_cli.sampling import Sampling
 
 # Arguments of langchain_community's class that handed it parts of exllamav2, and what to use here.
 _REFUSED = {
@@ -35,8 +38,36 @@ _REFUSED = {
     "tokenizer": "exl reads the model's tokenizer itself",
 }
 
+# The fields that decide how a model is loaded; what is `kv_cache` here is `cache` in `LoadOptions`.
+_LOADING = ("engine", "max_seq_len", "kv_cache", "gpu_split", "low_mem", "speculate", "draft")
+
 # Arguments that LangChain gives hosted models to call tools with.
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "response_format")
+
+
+def as_prompt(prompt: str | list[BaseMessage]) -> str | list[dict[str, Any]]:
+    """A text, or LangChain's messages as chat templates know them: OpenAI's format with a call's arguments parsed.
+
+    Raises:
+        PromptError: a message holds something else than text.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    turns = convert_to_openai_messages(prompt, text_format="block")
+    return [_turn(turn) for turn in (turns if isinstance(turns, list) else [turns])]
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    blocks = turn.get("content") or []
+    if isinstance(blocks, str):
+        blocks = [{"type": "text", "text": blocks}]
+    if other := sorted({str(block["type"]) for block in blocks} - {"text"}):
+        raise PromptError(f"a message holds {', '.join(other)}, and models in exl read text only", "send text")
+    turn = {**turn, "content": "".join(block["text"] for block in blocks)}
+    if calls := turn.get("tool_calls"):
+        functions = [{**call["function"], "arguments": json.loads(call["function"]["arguments"])} for call in calls]
+        turn["tool_calls"] = [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]
+    return turn
 
 
 @dataclass(frozen=True)
@@ -53,13 +84,13 @@ class Call:
     model: api.Model
     options: dict[str, Any]
 
-    def stream(self, prompt: str | api.Messages) -> Stream:
-        """Begin to generate."""
-        return self.model.stream(prompt, **self.options)
+    def stream(self, prompt: Any) -> Stream:
+        """Begin to generate, from a text or from LangChain's messages."""
+        return self.model.stream(as_prompt(prompt), **self.options)
 
-    def astream(self, prompt: str | api.Messages) -> AsyncStream:
+    def astream(self, prompt: Any) -> AsyncStream:
         """Begin to generate, for the running event loop."""
-        return self.model.astream(prompt, **self.options)
+        return self.model.astream(as_prompt(prompt), **self.options)
 
     def facts(self, generation: Generation) -> dict[str, Any]:
         """What is worth knowing of a response besides its text: why it ended, tokens, seconds, the seed."""
@@ -74,10 +105,71 @@ class Call:
         }
 
 
-def _release_unused(acquiring: asyncio.Future[registry.Loaded]) -> None:
+class Loaded:
+    """A loaded model and how many use it. Closed when that number falls to 0, or when the last reference goes.
+
+    Attributes:
+        model: the model.
+        users: how often it was acquired and not yet released.
+    """
+
+    def __init__(self, model: api.Model) -> None:
+        self.model = model
+        self.users = 0
+        # Not at exit: the process gives everything back by itself.
+        weakref.finalize(self, model.close, wait=False).atexit = False
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A pickled or deep-copied user has none, and acquires its own.
+        return type(None), ()
+
+
+# Re-entrant, since the garbage collector may end an abandoned generation, and so call `release`, at any moment.
+lock = threading.RLock()
+_loaded: weakref.WeakValueDictionary[tuple[Path, LoadOptions], Loaded] = weakref.WeakValueDictionary()
+
+
+def acquire(info: ModelInfo, options: LoadOptions) -> Loaded:
+    """The loaded model, loaded now if need be; one load at a time. Release it after use.
+
+    Raises:
+        ExlError: see `api.load`.
+    """
+    key = (info.path.resolve(), options)
+    with lock:
+        while True:
+            loaded = _loaded.get(key)
+            if loaded is None or loaded.model.closed:
+                loaded = _loaded[key] = Loaded(api.load_resolved(info, options))
+            loaded.users += 1
+            if not loaded.model.closed:
+                return loaded
+
+
+def release(loaded: Loaded) -> None:
+    """One user less. After the last one, returns only once the memory is free.
+
+    An engine's thread does not wait for that: the garbage collector may have it end somebody's abandoned generation
+    while others wait, under the lock, for that very thread.
+    """
+    if not in_engine_thread():
+        _release(loaded)
+        return
+    with contextlib.suppress(RuntimeError):  # the process is ending, and gives everything back by itself
+        threading.Thread(target=_release, args=(loaded,), name="exl-release").start()
+
+
+def _release(loaded: Loaded) -> None:
+    with lock:
+        loaded.users -= 1
+        if loaded.users == 0:
+            loaded.model.close()
+
+
+def _release_unused(acquiring: asyncio.Future[Loaded]) -> None:
     """Release what a task waited for that was cancelled meanwhile."""
     if not acquiring.cancelled() and acquiring.exception() is None:
-        threading.Thread(target=registry.release, args=(acquiring.result(),), name="exl-release").start()
+        threading.Thread(target=release, args=(acquiring.result(),), name="exl-release").start()
 
 
 class LocalModel(BaseModel):
@@ -129,7 +221,7 @@ class LocalModel(BaseModel):
 
     _info: ModelInfo = PrivateAttr()
     _options: LoadOptions = PrivateAttr()
-    _claim: registry.Loaded | None = PrivateAttr(default=None)
+    _claim: Loaded | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -145,11 +237,14 @@ class LocalModel(BaseModel):
     @model_validator(mode="after")
     def _load(self) -> LocalModel:
         self._info = self._resolve(self.model)
-        self._options = loader.with_draft(self._load_options(), self._models)
-        sampling = choose(self._info.generation_config, *self._layers())
-        self._before_loading(sampling)
-        self._claim = registry.acquire(self._info, self._options)
-        self._after_loading()
+        given = {name.removeprefix("kv_"): getattr(self, name) for name in _LOADING}
+        given["gpu_split"] = None if self.gpu_split is None else tuple(self.gpu_split)
+        given["draft"] = None if self.draft is None else str(self.draft)
+        self._options = loader.with_draft(LoadOptions(**given), self._models)
+        sampling = api.choose(self._info.generation_config, *self._layers())
+        self._say(f"{sampling.brief()}\nLoading model: {self.model}")
+        self._claim = acquire(self._info, self._options)
+        self._say(f"stop_sequences {self.stop_sequences}")
         return self
 
     @property
@@ -170,10 +265,10 @@ class LocalModel(BaseModel):
     def release(self) -> None:
         """Have the engine's memory back, unless another object uses the same engine or a response is being generated:
         then the last of them gives it back. Using this object again loads the model again."""
-        with registry.lock:
+        with lock:
             claim, self._claim = self._claim, None
             if claim is not None:
-                registry.release(claim)
+                release(claim)
 
     def get_token_ids(self, text: str) -> list[int]:
         """The token ids of a text as the model sees it, a beginning-of-sequence token included if it expects one."""
@@ -183,29 +278,57 @@ class LocalModel(BaseModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that the response depends on besides the prompt."""
-        options = self._options
         return {
             "model_name": self.model,
             "model_path": str(self._info.path),
             "format": self._info.format_name,
-            "settings": choose(self._info.generation_config, *self._layers()).to_dict(),
+            "settings": api.choose(self._info.generation_config, *self._layers()).to_dict(),
             "max_new_tokens": self.max_new_tokens,
             "stop_sequences": list(self.stop_sequences),
             "seed": self.seed,
-            "engine": options.engine,
-            "max_seq_len": options.max_seq_len,
-            "kv_cache": options.cache,
-            "gpu_split": options.gpu_split,
-            "low_mem": options.low_mem,
-            "speculate": options.speculate,
-            "draft": options.draft,
+            **{name: getattr(self._options, name.removeprefix("kv_")) for name in _LOADING},
         }
 
-    def _before_loading(self, sampling: Sampling) -> None:
-        """Called when all is checked and the model is about to be loaded."""
+    def _say(self, text: str) -> None:
+        """Print a line of LangChain's notebook; a chat model has none."""
 
-    def _after_loading(self) -> None:
-        """Called when it is."""
+    def _chunk(self, text: str) -> Any:
+        """A part of a response, as LangChain wants it streamed."""
+        raise NotImplementedError
+
+    def _last_chunk(self, call: Call, response: Generation) -> Any:
+        """What comes after the text: numbers, which add up over chunks, so that they must come once."""
+        raise NotImplementedError
+
+    def _stream(
+        self,
+        prompt: Any,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        with self._calling(stop, kwargs) as call, call.stream(prompt) as stream:
+            for text in stream:
+                chunk = self._chunk(text)
+                if run_manager:
+                    run_manager.on_llm_new_token(text, chunk=chunk)
+                yield chunk
+            yield self._last_chunk(call, stream.result())
+
+    async def _astream(
+        self,
+        prompt: Any,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[Any]:
+        async with self._acalling(stop, kwargs) as call, call.astream(prompt) as stream:
+            async for text in stream:
+                chunk = self._chunk(text)
+                if run_manager:
+                    await run_manager.on_llm_new_token(text, chunk=chunk)
+                yield chunk
+            yield self._last_chunk(call, await stream.result())
 
     def _resolve(self, model: str) -> ModelInfo:
         return loader.resolve(model, self._models)
@@ -213,17 +336,6 @@ class LocalModel(BaseModel):
     @property
     def _models(self) -> Path | None:
         return None if self.models_dir is None else Path(self.models_dir)
-
-    def _load_options(self) -> LoadOptions:
-        return LoadOptions(
-            engine=self.engine,
-            max_seq_len=self.max_seq_len,
-            cache=self.kv_cache,
-            gpu_split=None if self.gpu_split is None else tuple(self.gpu_split),
-            low_mem=self.low_mem,
-            speculate=self.speculate,
-            draft=None if self.draft is None else str(self.draft),
-        )
 
     def _layers(self) -> tuple[Any, ...]:
         return self.settings, {"temperature": self.temperature}
@@ -236,7 +348,7 @@ class LocalModel(BaseModel):
         try:
             yield Call(name, loaded.model, options)
         finally:
-            registry.release(loaded)
+            release(loaded)
 
     @asynccontextmanager
     async def _acalling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> AsyncIterator[Call]:
@@ -252,16 +364,15 @@ class LocalModel(BaseModel):
             yield Call(name, loaded.model, options)
         finally:
             # Done to its end even if this task is cancelled once more.
-            await asyncio.shield(run_in_executor(None, registry.release, loaded))
+            await asyncio.shield(run_in_executor(None, release, loaded))
 
-    def _acquire(self, name: str) -> registry.Loaded:
-        options = self._options
+    def _acquire(self, name: str) -> Loaded:
         if name != self.model:
-            return registry.acquire(self._resolve(name), options)
-        with registry.lock:
+            return acquire(self._resolve(name), self._options)
+        with lock:
             if self._claim is None or self._claim.model.closed:
-                self._claim = registry.acquire(self._info, options)
-            return registry.acquire(self._info, options)
+                self._claim = acquire(self._info, self._options)
+            return acquire(self._info, self._options)
 
     def _call_options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """The model's name and the arguments of `Model.stream`: the object's own, and over them the call's."""
@@ -278,4 +389,4 @@ class LocalModel(BaseModel):
             "timeout": given.pop("timeout", self.timeout),
         }
         info = self._info if name == self.model else self._resolve(name)
-        return name, {**options, "sampling": choose(info.generation_config, *settings, given)}
+        return name, {**options, "sampling": api.choose(info.generation_config, *settings, given)}
