@@ -220,14 +220,12 @@ def test_no_nvcc(tmp_path: Path) -> None:
 
 
 @compilers
-def test_an_extension_of_another_abi_a_stale_lock_and_a_broken_flash_attn(machine: Machine) -> None:
+def test_an_extension_of_another_abi_and_a_stale_lock(machine: Machine) -> None:
     source = module_source("namespace c10 { int gone(int); }", init="c10::gone(1);")
     library = compile_module(source, machine.site / "exllamav2_ext.so")
     machine.folder.mkdir(parents=True)
     machine.lock.touch()
     os.utime(machine.lock, (0, 0))
-    machine.write("flash_attn/__init__.py", "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105E')")
-    machine.write("flash_attn-2.8.3.dist-info/METADATA", "Name: flash-attn\nVersion: 2.8.3\n")
     results = look(machine)
     assert (
         "built for another torch (here: 2.11.0+cu130): undefined symbol _ZN3c104goneEi" in results["Extension"]["found"]
@@ -237,16 +235,15 @@ def test_an_extension_of_another_abi_a_stale_lock_and_a_broken_flash_attn(machin
     assert results["Build lock"]["status"] == "warn"
     assert "a stale one that no process holds" in results["Build lock"]["found"]
     assert results["Build lock"]["fix"].startswith(f"rm {machine.lock}")
-    assert results["flash-attn"]["status"] == "warn"
-    assert "2.8.3 does not load (flash_attn_2_cuda.so: undefined symbol" in results["flash-attn"]["found"]
-    assert results["flash-attn"]["fix"].endswith("-m pip uninstall -y flash-attn")
 
 
 @compilers
-def test_an_extension_and_a_flash_attn_that_crash(machine: Machine) -> None:
+def test_an_extension_that_crashes_and_a_flash_attn_that_is_left_alone(machine: Machine) -> None:
     compile_module(module_source("#include <cstdlib>", init="abort();"), machine.site / "exllamav2_ext.so")
     machine.write("flash_attn/__init__.py", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
     results = look(machine)
     assert "loading it crashed (SIGABRT)" in results["Extension"]["found"]
-    assert results["flash-attn"]["status"] == "fail"
-    assert "importing it crashed (SIGSEGV)" in results["flash-attn"]["found"]
+    assert (results["flash-attn"]["status"], results["flash-attn"]["found"]) == (
+        "skip",
+        "of unknown version; exl does without",
+    )

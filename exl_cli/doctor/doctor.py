@@ -77,8 +77,6 @@ class Doctor:
         yield extension.exllamav2()
         if here_gpu:
             names = ["attention", "kernels", "triton"]
-            if gpu.installed_version("flash-attn", "flash_attn"):
-                names.append("flash_attn")
             asked |= {name: lane.submit(probes.ask, name, self.seconds) for name in names}
         capabilities = [(int(c.details["capability"][0]), int(c.details["capability"][1])) for c in usable]
         if torch is not None and torch.cuda is not None:
@@ -92,7 +90,7 @@ class Doctor:
         yield gpu.attention(chosen)
         yield gpu.decoding(answered("kernels", "the decoding kernels"))
         yield gpu.triton(answered("triton", "Triton"), chosen)
-        yield gpu.flash_attn(answered("flash_attn", "flash-attn"))
+        yield gpu.flash_attn()
         yield machine.cpu_engine(self._wait("the CPU engine", asked["cpu"]))
         yield machine.models(self.models_dir)
         yield machine.hub(self._wait("the Hub", asked["hub"]))

@@ -234,19 +234,7 @@ def triton(answer: Answer | None, chosen: Answer | None) -> CheckResult:
     return CheckResult("Triton", "ok", here)
 
 
-def flash_attn(answer: Answer | None) -> CheckResult:
-    """flash-attn, which exl does well without."""
+def flash_attn() -> CheckResult:
+    """flash-attn, which exl does without."""
     here = installed_version("flash-attn", "flash_attn")
-    if here is None:
-        return CheckResult("flash-attn", "skip", "not installed; exl does without")
-    if answer is None:
-        return CheckResult("flash-attn", "skip", f"{here}, not tried: there is no GPU")
-    remove = install_hints.pip("flash-attn", verb="uninstall")
-    if answer.value is None:
-        message = f"{here}: importing it {answer.failure}"
-        if answer.kind == "error":  # caught on the way to a model; a crash or a hang is not
-            return CheckResult("flash-attn", "warn", message, remove)
-        return CheckResult("flash-attn", "fail", message, remove, "gpu")
-    if problem := answer.value["problem"]:
-        return CheckResult("flash-attn", "warn", f"{here} {problem}: exl goes on without it", remove)
-    return CheckResult("flash-attn", "ok", f"{here} loads")
+    return CheckResult("flash-attn", "skip", f"{here or 'not installed'}; exl does without")

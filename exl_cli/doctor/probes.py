@@ -198,13 +198,6 @@ def extension(library: str, compute: bool) -> dict[str, Any]:
     return {"gpus": smoke_test.compute(module) if compute else []}
 
 
-def flash_attn() -> dict[str, Any]:
-    """flash-attn, imported as exllamav2 imports it."""
-    from exl_cli.engines.exllamav2.import_exllamav2 import flash_attn_problem
-
-    return {"problem": flash_attn_problem()}
-
-
 def triton() -> dict[str, Any]:
     """Triton, imported."""
     import triton

@@ -9,19 +9,15 @@ same becomes one line with the step that mends it.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import os
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from exl_cli.engines.exllamav2 import light_import, startup
-from exl_cli.engines.exllamav2.extension import build, compiled, environment, failures, install_hints, smoke_test
+from exl_cli.engines.exllamav2.extension import build, compiled, environment, failures, smoke_test
 from exl_cli.engines.exllamav2.extension.compiled import Capability, Extension
 from exl_cli.engines.exllamav2.extension.failures import Failure
 from exl_cli.errors import EngineError, ExlError, OutOfMemoryError
@@ -48,15 +44,10 @@ def import_exllamav2(observer: build.Observer | None = None) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             try:
                 sys.modules[compiled.MODULE] = _extension(observer)
-                _leave_out_what_is_broken(observer.note if observer else _ignore)
                 with startup.collector_paused():
                     light_import.import_model()
             except Exception as error:  # it imports much: anything can come out
                 raise _told(error, "exllamav2 cannot be imported") from error
-
-
-def _ignore(message: str) -> None:
-    return None
 
 
 def _extension(observer: build.Observer | None) -> ModuleType:
@@ -117,34 +108,6 @@ def _load(library: Path) -> ModuleType:
     module = smoke_test.load(library)
     smoke_test.compute(module)
     return module
-
-
-def _leave_out_what_is_broken(note: Callable[[str], None]) -> None:
-    """exllamav2 imports flash-attn and xformers where they are, and only a missing one does not end its own import.
-
-    xformers is not among the implementations of attention that exl uses.
-    """
-    os.environ.setdefault("EXLLAMA_NO_XFORMERS", "1")
-    if "EXLLAMA_NO_FLASH_ATTN" in os.environ or importlib.util.find_spec("flash_attn") is None:
-        return
-    problem = flash_attn_problem()
-    if problem:
-        os.environ["EXLLAMA_NO_FLASH_ATTN"] = "1"
-        fix = install_hints.pip("flash-attn", verb="uninstall")
-        note(f"flash-attn is installed but {problem}: going on without it ({fix} ends this message)")
-
-
-def flash_attn_problem() -> str:
-    """Why an installed flash-attn cannot be used, in a few words; empty where it can."""
-    if not any(torch.cuda.get_device_capability(index) >= (8, 0) for index in range(torch.cuda.device_count())):
-        return "does not know GPUs before sm_80"
-    try:
-        importlib.import_module("flash_attn")
-        importlib.import_module("flash_attn_2_cuda")
-    except Exception as error:  # a compiled extension: anything can come out
-        said = failures.last_line(str(error)) or type(error).__name__
-        return f"does not load ({said})"
-    return ""
 
 
 def _no_room() -> OutOfMemoryError:

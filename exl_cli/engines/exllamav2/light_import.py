@@ -1,4 +1,4 @@
-"""Imports exllamav2 without what takes most of the time and exl does not use.
+"""Imports exllamav2 without what exl does not use, which takes most of the time.
 
 Where files open slowly the whole import takes longer than loading a model: 7.8 s on one machine, 1.1 s on a fast one.
 Left out, with seconds of the fast one:
@@ -6,9 +6,10 @@ Left out, with seconds of the fast one:
 - `torch.nn.attention.bias`, 0.95 s: it brings in torch's compiler, and sympy with that. `attn.py` wants it for an
   attention that exl replaces (`attention/causal.py`), and asks EXLLAMA_NO_SDPA before it looks;
 - `torch.utils.cpp_extension`, 0.12 s: it brings in setuptools. `ext.py` would compile exllamav2's extension with it,
-  but finds that in `sys.modules`.
+  but finds that in `sys.modules`;
+- flash-attn and xformers, where they are installed: a broken one would end the import.
 
-Later imports of either in the same process get the real module.
+Later imports of any of these in the same process get the real module.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 _PACKAGE = "exllamav2"
 _COMPILING = "torch.utils.cpp_extension"
+_LEFT_OUT = ("EXLLAMA_NO_SDPA", "EXLLAMA_NO_FLASH_ATTN", "EXLLAMA_NO_XFORMERS")
 
 Value = TypeVar("Value")
 
@@ -40,7 +42,10 @@ def import_model() -> None:
     """
     stand_in: Any = ModuleType(_COMPILING)
     stand_in.load = _load
-    with _default(os.environ, "EXLLAMA_NO_SDPA", "1"), _default(sys.modules, _COMPILING, stand_in):
+    with contextlib.ExitStack() as stack:
+        for variable in _LEFT_OUT:
+            stack.enter_context(_default(os.environ, variable, "1"))
+        stack.enter_context(_default(sys.modules, _COMPILING, stand_in))
         importlib.import_module(_PACKAGE)
 
 
