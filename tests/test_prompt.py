@@ -181,5 +181,5 @@ def test_what_does_not_go_together_is_said(options, kind, message):
 
 
 def test_jinja_is_imported_only_to_render():
-    code = "import sys, exl_cli.prompt; sys.exit('jinja2' in sys.modules or 'exl_cli.models.sandbox' in sys.modules)"
+    code = "import sys, exl_cli.models.prompt; sys.exit('jinja2' in sys.modules or 'exl_cli.models.sandbox' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
