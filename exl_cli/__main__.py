@@ -4,26 +4,33 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-def main() -> None:
-    """Run the command; Ctrl-C ends it without a traceback from the very first moment on."""
-    # While the first modules are imported there is nothing to lose, nor to say, and no one yet who would catch it.
+def main() -> NoReturn:
+    """Run the command and end the process; Ctrl-C shows no traceback from the very first moment on."""
+    # While the first modules are imported there is nothing to lose or to say, and nobody to catch an exception.
     waiting = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if waiting:
         signal.signal(signal.SIGINT, _end)
     from exl_cli.cli.app import main as command
+    from exl_cli.cli.standard_streams import leave
 
+    code = 130
     try:
         if waiting:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        command()
+        code = command()
     except KeyboardInterrupt:
-        sys.exit(130)
+        pass
+    except Exception:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    leave(code)
 
 
 if __name__ == "__main__":

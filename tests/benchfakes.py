@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
-from exl_cli.cli.state import State
+from exl_cli.cli.options import State
 from exl_cli.engines import driver
 from exl_cli.engines.base import Chunk, Engine, Request
 from exl_cli.errors import EngineError

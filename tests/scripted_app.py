@@ -5,6 +5,6 @@ import sys
 from fakes import ScriptedLoader
 
 from exl_cli.cli.app import app
-from exl_cli.cli.state import State
+from exl_cli.cli.options import State
 
 app(sys.argv[2:], obj=State(load=ScriptedLoader(sys.argv[1])))

@@ -12,7 +12,7 @@ from chatting import FAIL, Script, chat, isolate, turns
 from typer.testing import CliRunner
 
 from exl_cli.cli.app import app
-from exl_cli.cli.state import State
+from exl_cli.cli.options import State
 
 TESTS = Path(__file__).parent
 

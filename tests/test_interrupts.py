@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import python
 
+from exl_cli.errors import ExitCode
 from exl_cli.system.interrupts import cancel_on_interrupt, hold_interrupt, insist_on_interrupt
 
 
@@ -90,23 +91,25 @@ def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not()
         interrupt()
 
 
-def test_an_interrupt_at_the_very_end_shows_nothing() -> None:
-    """While Python waits for threads that are still at something, as those that compile."""
+def test_the_end_waits_for_no_thread_and_an_interrupt_there_shows_nothing() -> None:
+    """The temporary folders of libraries go at exit; a thread that still compiles something is not waited for."""
     code = """
-import os, signal, sys, threading
-from exl_cli.cli.app import main
+import atexit, signal, sys, threading
+from exl_cli.__main__ import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-def work():
-    threading.main_thread().join()
-    os.kill(os.getpid(), signal.SIGINT)
-    print("done")
-
-threading.Thread(target=work).start()
-sys.argv = ["exl", "--version"]
+atexit.register(print, "removed")
+atexit.register(signal.raise_signal, signal.SIGINT)
+threading.Thread(target=threading.Event().wait).start()
+sys.argv = ["exl", *sys.argv[1:]]
 main()
 """
-    done = python(code, timeout=60)
+    done = python(code, "--version", timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[1:] == ["done"]
+    assert done.stdout.splitlines()[1:] == ["removed"]
+    done = python(code, "rm", timeout=60)
+    assert (done.returncode, done.stdout) == (ExitCode.USAGE, "removed\n")
+    assert done.stderr.startswith("error: MODEL is missing")
+    done = python(code, "--debug", "show", "no-such-model", timeout=60)
+    assert (done.returncode, done.stdout) == (ExitCode.MODEL_NOT_FOUND, "removed\n")
+    assert done.stderr.splitlines()[-1].startswith("error: no model named")

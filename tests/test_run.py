@@ -15,7 +15,7 @@ from helpers import exl
 from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
-from exl_cli.cli.state import State
+from exl_cli.cli.options import State
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import PRESETS, Sampling
 

@@ -22,7 +22,7 @@ from exl_cli.api import records
 from exl_cli.bench import files, outputs
 from exl_cli.bench.plan import Case
 from exl_cli.cli.app import app
-from exl_cli.cli.state import State
+from exl_cli.cli.options import State
 from exl_cli.engines import driver
 from exl_cli.engines.base import Engine
 from exl_cli.errors import ExitCode, ModelNotFoundError, OutOfMemoryError, UsageError

@@ -73,3 +73,60 @@ runpy.run_module("exl_cli", run_name="__main__")
 def test_ctrl_c_while_the_command_itself_is_imported_ends_it_silently(module: str) -> None:
     done = python(INTERRUPTED, module)
     assert (done.returncode, done.stdout, done.stderr) == (ExitCode.INTERRUPTED, "", "")
+
+
+# A library that says what users cannot act on, in each of the ways that libraries have; the real one takes its place.
+TALKATIVE = """
+import importlib, logging, sys, warnings
+
+warnings.simplefilter("always")
+warnings.warn("use cache instead", FutureWarning)
+log = logging.getLogger("tokenizers")
+log.addHandler(logging.StreamHandler())
+log.setLevel(logging.INFO)
+log.info("an info")
+log.warning("a warning")
+logging.getLogger("without.handlers").warning("another warning")
+sys.path.remove(__file__.rpartition("/")[0])
+del sys.modules["tokenizers"]
+importlib.import_module("tokenizers")
+"""
+SAID = ["use cache instead", "an info", "a warning", "another warning"]
+
+
+@pytest.mark.parametrize("arguments", [f"{RUN} --engine cpu", f"{RUN} --show-prompt", "chat --no-save -n 3"])
+def test_what_libraries_say_is_shown_with_debug_only(tmp_path: Path, arguments: str) -> None:
+    (tmp_path / "tokenizers.py").write_text(TALKATIVE)
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "exl_cli"]
+    for debug in (False, True):
+        done = subprocess.run(
+            [*command, *(["--debug"] if debug else []), *arguments.split()],
+            input="Hello\n" if arguments.startswith("chat") else "",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert done.returncode == 0
+        assert done.stdout
+        assert [words in done.stderr for words in SAID] == [debug] * len(SAID)
+        assert "tokens" in done.stderr  # exl's own notes
+
+
+def test_a_program_around_the_app_keeps_its_settings_and_goes_on() -> None:
+    code = """
+import logging, signal, sys, warnings
+from exl_cli.cli.app import app
+
+before = warnings.showwarning, list(warnings.filters), signal.getsignal(signal.SIGINT), sys.stdout
+try:
+    app(["list", "--json"])
+except SystemExit as stop:
+    print(stop.code or 0)
+print(app(["show", "no-such-model"], standalone_mode=False))
+print(before == (warnings.showwarning, list(warnings.filters), signal.getsignal(signal.SIGINT), sys.stdout))
+print(logging.getLogger("any").isEnabledFor(logging.WARNING))
+"""
+    done = python(code)
+    assert done.stdout.splitlines()[1:] == ["0", str(int(ExitCode.MODEL_NOT_FOUND)), "True", "True"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from exl_cli.cli import (
     standard_streams,
     usage,
 )
-from exl_cli.cli.state import State
+from exl_cli.cli.options import State
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.system.version import installed_version
 from exl_cli.ui.console import Console, abandon_stdout
@@ -128,7 +127,10 @@ def root(
     ] = False,
 ) -> None:
     """Run GPTQ and EXL2 language models on your own GPU, or on any CPU."""
-    ctx.ensure_object(State).debug = debug
+    state = ctx.ensure_object(State)
+    state.debug = debug
+    if state.owns_process and not debug:
+        standard_streams.silence_libraries()
 
 
 app.command("run", cls=_Command)(run.run)
@@ -142,12 +144,10 @@ app.command("doctor", cls=_Command)(doctor.doctor)
 app.command("build", cls=_Command)(build.build)
 
 
-def main() -> None:
-    """The `exl` command."""
+def main() -> int:
+    """The `exl` command, in a process of its own; returns its exit code."""
     standard_streams.prepare()
     try:
-        app()
-    finally:
-        # Python waits for threads that are at something yet, a second at most; interrupted, it would show frames.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        standard_streams.finish()
+        return app(obj=State(owns_process=True), standalone_mode=False) or 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else bool(stop.code)

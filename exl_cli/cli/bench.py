@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from exl_cli import sampling as samplings
-from exl_cli.cli.options import OUTPUT_PANEL, ModelsDir, Quiet, SamplingFlags, with_loading, with_sampling
-from exl_cli.cli.state import State
+from exl_cli.cli.options import OUTPUT_PANEL, ModelsDir, Quiet, SamplingFlags, State, with_loading, with_sampling
 from exl_cli.errors import ExitCode, UsageError
 from exl_cli.models import folders
 from exl_cli.models.load_options import LoadOptions

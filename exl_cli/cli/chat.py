@@ -19,8 +19,7 @@ from exl_cli.chat.session import Session
 from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
 from exl_cli.chat.store import SessionStore, data_dir
 from exl_cli.cli.options import Model as ModelArgument
-from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, with_loading, with_sampling
-from exl_cli.cli.state import State
+from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, State, with_loading, with_sampling
 from exl_cli.errors import ModelNotFoundError, UsageError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.prompt import check_text

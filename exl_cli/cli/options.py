@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from exl_cli import loader
+from exl_cli.engines.base import Engine
 from exl_cli.models import folders
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation, parse_gpu_split
 from exl_cli.sampling import FIELDS, PRESETS, Sampling
@@ -43,6 +45,21 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Also print settings, model and stop strings.", rich_help_panel=OUTPUT_PANEL),
 ]
+
+
+@dataclasses.dataclass
+class State:
+    """Typer's context object: what the commands of one call share.
+
+    Attributes:
+        debug: show tracebacks.
+        load: how a model is loaded; a program that embeds the app may have an engine of its own.
+        owns_process: this process runs the command and nothing else, so its settings may be changed.
+    """
+
+    debug: bool = False
+    load: Callable[..., Engine] = loader.load
+    owns_process: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,11 @@ from exl_cli.cli.options import (
     ModelsDir,
     Quiet,
     SamplingFlags,
+    State,
     Verbose,
     with_loading,
     with_sampling,
 )
-from exl_cli.cli.state import State
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.engines.driver import check_fits
 from exl_cli.errors import ExitCode, ModelNotFoundError

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import io
+import logging
 import os
+import signal
 import sys
-from typing import Any, TextIO
+import warnings
+from typing import Any, NoReturn, TextIO
 
 from exl_cli.errors import DiskError
-from exl_cli.ui.console import abandon_stdout
 
 
 def prepare() -> None:
@@ -32,12 +36,33 @@ def prepare() -> None:
         sys.stderr = _around(sys.stderr, _Messages)
 
 
-def finish() -> None:
-    """Write what has not been yet; after that the interpreter has nothing left to complain about."""
-    try:
+def silence_libraries() -> None:
+    """Keep the warnings of other people's code off stderr: of Python, of loggers, of torch's C++.
+
+    Warnings that the user asked Python for (-W, PYTHONWARNINGS) stay.
+    """
+    if not sys.warnoptions:
+        # Not a filter, which a library may change: transformers and torch do.
+        warnings.showwarning = lambda *_, **__: None
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, without the seconds that Python takes to free the modules of torch and transformers.
+
+    What has to be undone is undone before, in a `finally`. Python waits for no thread here: each computes what nobody
+    will read, and writes files in a way that can be cut off.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(Exception):
+        # Of libraries: matplotlib removes its temporary folder, say. exl itself registers none.
+        atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError, DiskError):
         sys.stdout.flush()
-    except (OSError, DiskError):
-        abandon_stdout()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 class _Output(io.FileIO):

@@ -219,26 +219,3 @@ def _not_empty(text: str | None) -> str:
     if text is None or not text.strip():
         raise PromptError("the prompt is empty", "give it with -p, as a file, or on standard input")
     return text
-
-
-def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
-    """See that what the user typed is text: a byte that is not UTF-8 comes through the shell as half a character.
-
-    Args:
-        arguments: each a flag's name and its value, or values; None where it was not given.
-
-    Raises:
-        PromptError: the first that is not.
-    """
-    for name, values in arguments:
-        for value in (values,) if isinstance(values, str) else values or ():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                position = len(value[: error.start].encode("utf-8"))
-                raise not_utf8(name, position, ord(value[error.start]) & 0xFF) from error
-
-
-def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
-    """The error for text that is none, with the place and the value of its first byte that cannot be."""
-    return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)
