@@ -72,7 +72,7 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
 
 def _open(path: Path, name: str) -> ModelInfo:
     if store.state(path) == "partial":
-        unfinished = store.read_origin(path)
+        unfinished = store.read_unfinished(path)
         whole = f"exl download {unfinished.name}" if unfinished else "downloading it again"
         raise ModelNotFoundError(f"{name} is only partly downloaded", f"{whole} goes on where it stopped")
     return inspect(path, name)

@@ -5,7 +5,6 @@ What it speaks, as read in huggingface_hub's source and its documentation of the
     GET  /api/models?search=…, ?author=…             near names
     GET  /api/models/{id}/revision/{rev}?blobs=True  commit, files with sizes and hashes, model card
     GET  /api/models/{id}/refs                       branches
-    GET  /api/models/{id}/tree/{rev}?recursive=True  files, in pages linked by Link headers
     GET  /api/models/{id}/xet-read-token/{rev}       where xet storage is
     HEAD, GET /{id}/resolve/{rev}/{file}             the file, or for LFS a redirect to
     GET  /cdn/{sha256}                               the storage behind, which must never see a token
@@ -24,8 +23,6 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from fakehub import Entry, FakeHub, Repository
-
-_PAGE = 3
 
 
 @dataclass
@@ -147,28 +144,10 @@ class Handler(BaseHTTPRequestHandler):
             ]
             body = {"_id": "0", "id": found.id, "sha": commit, "private": found.private, "siblings": siblings}
             self._json({**body, "gated": "manual" if found.gated else False, "cardData": found.card, "tags": []})
-        elif rest[0] == "tree":
-            self._tree(found, commit)
         elif rest[0] == "xet-read-token":
             self._json({"accessToken": "xet", "exp": 4102444800, "casUrl": self.fake.xet_endpoint})
         else:
             self._error(404, "", "no such path")
-
-    def _tree(self, found: Repository, commit: str) -> None:
-        entries = [
-            {
-                "type": "file",
-                "path": entry.name,
-                "size": entry.size,
-                "oid": entry.blob_id,
-                **({"lfs": {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}} if entry.lfs else {}),
-            }
-            for entry in found.commits[commit]
-        ]
-        begin = int(self.query.get("cursor", ["0"])[0])
-        more = f"{self.fake.url}/api/models/{found.id}/tree/{commit}?recursive=True&cursor={begin + _PAGE}"
-        headers = {"Link": f'<{more}>; rel="next"'} if begin + _PAGE < len(entries) else {}
-        self._json(entries[begin : begin + _PAGE], headers)
 
     def _resolve(self, found: Repository, rest: list[str], token: str) -> None:
         commit = self._commit(found, rest[0])

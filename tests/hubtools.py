@@ -12,11 +12,10 @@ from typing import Any
 
 from fakehub import FakeHub
 
-from exl_cli.models.hub import names
+from exl_cli.models.hub import names, store
 from exl_cli.models.hub.client import Hub
-from exl_cli.models.hub.download import download
-from exl_cli.models.hub.failures import Retry
-from exl_cli.models.hub.plan import Outcome, Plan, Wanted
+from exl_cli.models.hub.download import Outcome, Plan, Wanted, download
+from exl_cli.models.hub.files import File
 
 WEIGHTS = "model.safetensors"
 
@@ -74,8 +73,7 @@ class Fetcher:
         self.watcher = Watcher()
 
     def hub(self, token: str | None = None, timeout: float = 10.0, wait: Callable[[float], None] | None = None) -> Hub:
-        retry = Retry(wait=wait or self.waits.append)
-        return Hub(token, self.watcher.note, retry, endpoint=self.fake.url, timeout=timeout)
+        return Hub(token, self.watcher.note, endpoint=self.fake.url, timeout=timeout, wait=wait or self.waits.append)
 
     def wanted(self, model: str, **options: Any) -> Wanted:
         return Wanted(names.require(model), self.models, **options)
@@ -89,6 +87,12 @@ def shell(fake: FakeHub, home: Path, **more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "EXL_", "HUGGING"))}
     own = {"HF_ENDPOINT": fake.url, "HF_HOME": str(home / "hf"), "EXL_MODELS_DIR": str(home / "models")}
     return {**kept, **own, "HF_HUB_DISABLE_XET": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+def begin(folder: Path, repository: str, total: int, revision: str = "main") -> None:
+    """Leave what a download of so many bytes leaves that has fetched nothing yet."""
+    files = {WEIGHTS: File(WEIGHTS, total)}
+    store.prepare_staging(folder, store.Marker(repository, revision, "c" * 40, files))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from exl_cli import loader
 from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError
 from exl_cli.models import folders
 from exl_cli.models.hub import names
-from exl_cli.models.hub.listing import Choice
+from exl_cli.models.hub.files import Choice
 
 
 def test_a_model_arrives_byte_for_byte_and_can_be_resolved(hub: FakeHub, fetch: Fetcher) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from fakehub import FakeHub
-from hubtools import WEIGHTS, Fetcher, contents, model_files
+from hubtools import WEIGHTS, Fetcher, begin, contents, model_files
 
 from exl_cli import loader
 from exl_cli.errors import DiskError, DownloadError, ExlError, UsageError
 from exl_cli.models.hub import store
-from exl_cli.models.hub.listing import Choice
+from exl_cli.models.hub.files import Choice
 
 SIZE = len(model_files()[WEIGHTS])
 
@@ -135,7 +135,7 @@ def test_a_file_that_arrives_wrong_is_fetched_once_more(hub: FakeHub, fetch: Fet
 def test_a_damaged_part_does_not_survive_a_resume(hub: FakeHub, fetch: Fetcher) -> None:
     wanted = fetch.wanted("acme/tiny")
     file = next(file for file in fetch.hub().listing(wanted.repository).files if file.name == WEIGHTS)
-    store.prepare_staging(wanted.folder, store.Origin("acme/tiny", 1))
+    begin(wanted.folder, "acme/tiny", 1)
     store.part(wanted.folder, file).write_bytes(b"\0" * 90_000)
     fetch("acme/tiny")
     assert arrived(fetch)
@@ -144,7 +144,7 @@ def test_a_damaged_part_does_not_survive_a_resume(hub: FakeHub, fetch: Fetcher) 
 def test_a_part_longer_than_its_file_is_started_anew(hub: FakeHub, fetch: Fetcher) -> None:
     wanted = fetch.wanted("acme/tiny")
     file = next(file for file in fetch.hub().listing(wanted.repository).files if file.name == WEIGHTS)
-    store.prepare_staging(wanted.folder, store.Origin("acme/tiny", 1))
+    begin(wanted.folder, "acme/tiny", 1)
     store.part(wanted.folder, file).write_bytes(b"\0" * (SIZE + 1))
     fetch("acme/tiny")
     assert arrived(fetch)

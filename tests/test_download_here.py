@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 from fakehub import FakeHub
-from hubtools import WEIGHTS, Fetcher, config, contents, model_files
+from hubtools import WEIGHTS, Fetcher, begin, config, contents, model_files
 
 from exl_cli import loader
 from exl_cli.errors import DiskError, DownloadError, ModelNotFoundError, spell
 from exl_cli.models import folders
 from exl_cli.models.hub import store
-from exl_cli.models.hub.listing import Choice
-from exl_cli.models.hub.plan import prepare
+from exl_cli.models.hub.download import prepare
+from exl_cli.models.hub.files import Choice
 
 
 def test_what_is_here_and_whole_is_not_asked_for_again(hub: FakeHub, fetch: Fetcher) -> None:
@@ -136,7 +136,7 @@ def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetch
     assert not fetch.models.exists()
 
     file = next(item.file for item in plan.items if item.file.name == WEIGHTS)
-    store.prepare_staging(plan.wanted.folder, store.Origin("acme/tiny", plan.total))
+    begin(plan.wanted.folder, "acme/tiny", plan.total)
     store.part(plan.wanted.folder, file).write_bytes(b"x" * 1000)
     again = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
     assert again.remaining == plan.total - 1000
@@ -148,7 +148,7 @@ def test_half_a_model_is_never_taken_for_one(hub: FakeHub, fetch: Fetcher) -> No
     fetch("acme/tiny")
     folder = fetch.models / "acme_tiny"
     # As a kill leaves it between the first and the last file that move to their places.
-    store.prepare_staging(folder, store.Origin("acme/tiny", 1))
+    begin(folder, "acme/tiny", 1)
     (folder / ".exl.json").unlink()
 
     for name in ("acme/tiny", "acme_tiny", str(folder)):

@@ -24,7 +24,7 @@ from exl_cli import loader
 from exl_cli.api.download import Lines
 from exl_cli.cli.fetching import ensure
 from exl_cli.errors import ModelNotFoundError
-from exl_cli.models.hub.plan import prepare
+from exl_cli.models.hub.download import prepare
 from exl_cli.ui.console import Console
 
 FILES = model_files(3_000_000)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakehub import FakeHub
-from hubtools import WEIGHTS, Fetcher, contents, model_files
+from hubtools import WEIGHTS, Fetcher, begin, contents, model_files
 
 from exl_cli.models.hub import store
 
@@ -34,7 +34,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 def test_a_file_in_xet_storage_arrives_and_goes_on_where_it_stopped(hub: FakeHub, fetch: Fetcher) -> None:
     wanted = fetch.wanted("acme/tiny")
     file = next(file for file in fetch.hub().listing(wanted.repository).files if file.name == WEIGHTS)
-    store.prepare_staging(wanted.folder, store.Origin("acme/tiny", 1))
+    begin(wanted.folder, "acme/tiny", 1)
     store.part(wanted.folder, file).write_bytes(FILES[WEIGHTS][:1_234_567])
 
     fetch("acme/tiny")

@@ -14,14 +14,14 @@ import pexpect
 import pytest
 from fakehub import FakeHub
 from helpers import exl
-from hubtools import Fetcher, config, shell
+from hubtools import Fetcher, begin, config, shell
 from typer.testing import CliRunner
 
 from exl_cli import loader
 from exl_cli.cli.app import app
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
 from exl_cli.models import inventory, memory
-from exl_cli.models.hub import locking, store
+from exl_cli.models.hub import store
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def models(hub: FakeHub, gptq_dir: Path, tmp_path: Path) -> Path:
     fetch("acme/fable:b/2")
     shutil.copytree(gptq_dir, models / "mine")
     (models / "half").mkdir()
-    store.prepare_staging(models / "half", store.Origin("acme/half:4.0bpw", 2_000_000))
+    begin(models / "half", "acme/half", 2_000_000, "4.0bpw")
     (models / "half" / store.STAGING / "x.part").write_bytes(b"x" * 500_000)
     (models / "broken").mkdir()
     (models / "broken" / "config.json").write_bytes(config())
@@ -274,7 +274,7 @@ def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> No
 
 
 def test_rm_waits_for_no_download(models: Path) -> None:
-    with locking.lock(models / "mine", None), pytest.raises(DiskError, match="another exl is at work"):
+    with store.lock(models / "mine", None), pytest.raises(DiskError, match="another exl is at work"):
         inventory.remove(models / "mine")
     assert (models / "mine" / "config.json").exists()
 

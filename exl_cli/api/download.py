@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from exl_cli.api import notebook
 from exl_cli.models.hub import names
-from exl_cli.models.hub.plan import Outcome, Plan, Wanted, already
+from exl_cli.models.hub.download import Outcome, Plan, Wanted, already
+from exl_cli.models.hub.download import download as download_model
 from exl_cli.models.hub.store import staged_bytes
 from exl_cli.system.units import Milestones, size
 
@@ -24,7 +24,6 @@ class Lines:
 
     def __init__(self, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._note, self._clock = note, clock
-        self._lock = threading.Lock()
         self._plan: Plan | None = None
         self._here = self._done = 0
 
@@ -46,9 +45,8 @@ class Lines:
 
     def advance(self, name: str, count: int) -> None:
         """See `Observer.advance`."""
-        with self._lock:
-            self._done += count
-            self._show(name, count)
+        self._done += count
+        self._show(name, count)
 
     def _show(self, name: str, count: int) -> None:
         done, total = self._done, self._plan.total if self._plan else 0
@@ -88,10 +86,9 @@ def fetch(wanted: Wanted, shown: Lines, token: str | None = None, plan: Plan | N
     if done := already(wanted):  # before anything that talks to the Hub is imported
         return done
     from exl_cli.models.hub.client import Hub
-    from exl_cli.models.hub.download import download
 
     try:
-        return download(Hub(token, shown.note), wanted, shown, plan)
+        return download_model(Hub(token, shown.note), wanted, shown, plan)
     except KeyboardInterrupt:
         shown.stopped()
         raise

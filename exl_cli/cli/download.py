@@ -13,8 +13,8 @@ from exl_cli.cli.options import Json, ModelsDir, Quiet
 from exl_cli.errors import UsageError
 from exl_cli.models import folders, memory
 from exl_cli.models.hub import names
-from exl_cli.models.hub.listing import Choice
-from exl_cli.models.hub.plan import Outcome, Plan, Wanted
+from exl_cli.models.hub.download import Outcome, Plan, Wanted, prepare
+from exl_cli.models.hub.files import Choice
 from exl_cli.models.load_options import CacheType, parse_gpu_split
 from exl_cli.system import units
 from exl_cli.ui import models, transfers
@@ -125,7 +125,6 @@ def _cards(text: str) -> list[int]:
 
 def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool) -> None:
     from exl_cli.models.hub.client import Hub
-    from exl_cli.models.hub.plan import prepare
 
     plan = prepare(Hub(token, console.note), wanted, console.note)
     if as_json:

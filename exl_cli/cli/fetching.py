@@ -10,7 +10,7 @@ from exl_cli.api.download import fetch
 from exl_cli.errors import ModelNotFoundError
 from exl_cli.models import folders
 from exl_cli.models.hub import names
-from exl_cli.models.hub.plan import Wanted
+from exl_cli.models.hub.download import Wanted, prepare
 from exl_cli.models.info import ModelInfo
 from exl_cli.system import units
 from exl_cli.ui import models as console_models
@@ -40,7 +40,6 @@ def ensure(model: str | None, models: Path | None, *, allow: bool, console: Cons
         plan = None
         if not allow:
             from exl_cli.models.hub.client import Hub
-            from exl_cli.models.hub.plan import prepare
 
             plan = prepare(Hub(note=console.note), wanted, console.note)
             question = f"{repository} is not here. Download {units.size(plan.remaining)} to {wanted.folder}?"

@@ -10,8 +10,8 @@ from typing import Any
 
 from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError
 from exl_cli.models import folders
-from exl_cli.models.hub import locking, names, store
-from exl_cli.models.hub.store import Marker, Origin
+from exl_cli.models.hub import names, store
+from exl_cli.models.hub.store import Marker
 from exl_cli.models.info import ModelInfo, inspect
 
 
@@ -25,8 +25,8 @@ class Entry:
         size_bytes: bytes of all its files, those that links lead to included.
         info: what it is; None where it cannot be run.
         problem: why not; empty where it can.
-        marker: of a download by exl.
-        origin: of an unfinished one.
+        marker: of a download by exl, also of an unfinished one.
+        complete: false where a download is unfinished.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Entry:
     info: ModelInfo | None = None
     problem: str = ""
     marker: Marker | None = None
-    origin: Origin | None = None
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; sizes in bytes."""
         known: dict[str, Any] = self.info.to_dict() if self.info else {}
-        source = self.marker
+        source = self.marker if self.complete else None
         return {
             **known,
             "name": self.name,
@@ -49,7 +49,7 @@ class Entry:
             "repository": source.repository if source else None,
             "revision": source.revision if source else None,
             "commit": source.commit if source else None,
-            "complete": self.origin is None,
+            "complete": self.complete,
             "problem": self.problem or None,
         }
 
@@ -104,11 +104,11 @@ def describe(path: Path) -> Entry:
 
 
 def _described(path: Path, size: int) -> Entry:
-    marker = store.read_marker(path)
-    if store.state(path) == "partial":
-        origin = store.read_origin(path) or Origin(path.name, 0)
-        return Entry(origin.name, path, size, problem="only partly downloaded", origin=origin)
+    partial = store.state(path) == "partial"
+    marker = store.read_unfinished(path) if partial else store.read_marker(path)
     name = marker.name if marker else path.name
+    if partial:
+        return Entry(name, path, size, problem="only partly downloaded", marker=marker, complete=False)
     try:
         info = inspect(path, name)
         info.to_dict()  # what is shown of it comes from the same files
@@ -208,7 +208,7 @@ def remove(path: Path) -> None:
     Raises:
         DiskError: it cannot be removed, or is being downloaded just now.
     """
-    with locking.lock(path, None), store.explained(path):
+    with store.lock(path, None), store.explained(path):
         if path.is_symlink():
             path.unlink()
             return

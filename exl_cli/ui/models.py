@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from exl_cli.models.hub.branches import Branch
-    from exl_cli.models.hub.plan import Plan
+    from exl_cli.models.hub.download import Plan
     from exl_cli.models.inventory import Entry
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -82,8 +82,8 @@ def models_table(entries: Sequence[Entry]) -> Table:
         info = entry.info
         if info is None:
             here = size(entry.size_bytes)
-            if entry.origin and entry.origin.total:
-                here = f"{here} of {size(entry.origin.total)}"
+            if not entry.complete and entry.marker and entry.marker.total:
+                here = f"{here} of {size(entry.marker.total)}"
             made.add_row(*cells(entry.name, entry.problem, "", "", here, "", entry.path))
             continue
         bits, context = f"{info.bits_per_weight:.2f}", f"{info.context_length:,}"

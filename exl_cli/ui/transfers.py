@@ -9,7 +9,7 @@ from exl_cli.system.units import size
 from exl_cli.ui.console import Console, harmless
 
 if TYPE_CHECKING:
-    from exl_cli.models.hub.plan import Outcome, Plan
+    from exl_cli.models.hub.download import Outcome, Plan
 
 
 def observer(console: Console) -> Lines:

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exl_cli.errors import ExlError
 from exl_cli.models import memory
 from exl_cli.models.config import context_length_of
-from exl_cli.models.hub import listing as listings
-from exl_cli.models.hub.client import Hub, Listing
-from exl_cli.models.hub.listing import Choice
+from exl_cli.models.hub.client import Hub
+from exl_cli.models.hub.files import Choice, Listing, check_runnable, select, weight_bytes
 from exl_cli.models.hub.names import Repository
-from exl_cli.models.hub.plan import Plan
 from exl_cli.models.info import Format, ModelInfo
 from exl_cli.models.load_options import CacheType
+
+if TYPE_CHECKING:
+    from exl_cli.models.hub.download import Plan
 
 _AT_ONCE = 4
 _USUAL_CONTEXT = 4096
@@ -41,15 +42,15 @@ class Branch:
 
     name: str
     commit: str
-    format_name: str
-    bits: float | None
-    head_bits: int | None
-    group_size: int | None
-    desc_act: bool | None
-    context_length: int | None
-    download_bytes: int
-    vram_bytes: int | None
-    fits: bool | None
+    format_name: str = ""
+    bits: float | None = None
+    head_bits: int | None = None
+    group_size: int | None = None
+    desc_act: bool | None = None
+    context_length: int | None = None
+    download_bytes: int = 0
+    vram_bytes: int | None = None
+    fits: bool | None = None
     problem: str = ""
 
 
@@ -57,7 +58,7 @@ def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, c
     """All branches, main first.
 
     Args:
-        hub: whom to ask.
+        hub: where to ask.
         repository: the model; its own revision does not matter.
         context: tokens to estimate memory for; less where a model was made for less.
         cache: type of the KV cache to estimate for.
@@ -66,64 +67,49 @@ def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, c
     Raises:
         ExlError: see `failures.explain`.
     """
-    with hub.explained(repository):
-        found = hub.branches(repository)
 
-        def one(branch: tuple[str, str]) -> Branch:
-            place = Repository(repository.owner, repository.name, branch[0])
-            try:
-                return _describe(hub, hub.tree(place, branch[1]), context, cache, cards)
-            except ExlError as error:  # one bad branch is no reason to hide the others
-                return _unusable(*branch, 0, error.message.replace(f" of {place}", ""))
+    def describe_branch(branch: tuple[str, str]) -> Branch:
+        name, commit = branch
+        place = replace(repository, revision=name)
+        try:
+            return _describe(hub, hub.listing(place, commit), context, cache, cards)
+        except ExlError as error:  # one bad branch is no reason to hide the others
+            return Branch(name, commit, problem=error.message.replace(f" of {place}", ""))
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(one, found))
+    with hub.explained(repository), ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(describe_branch, hub.branches(repository)))
 
 
 def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards: Sequence[int]) -> Branch:
-    name = listing.repository.revision
-    chosen = listings.select(listing.files, Choice())
-    weights = listings.weight_bytes(chosen)
-    config = listings.read_config(hub, listing)
-    total = sum(file.size for file in chosen)
-    problem = _problem(listing, chosen, config)
-    if problem:
-        return _unusable(name, listing.commit, total if weights else 0, problem)
+    chosen = select(listing.files, Choice())
+    weights = weight_bytes(chosen)
+    config = hub.read_config(listing)
+    branch = Branch(
+        listing.repository.revision, listing.commit, download_bytes=sum(file.size for file in chosen) if weights else 0
+    )
     try:
+        check_runnable(listing, chosen, Choice(), config)
         info = from_config(listing, config, weights)
         needed = memory.estimate(info, min(context, info.context_length), cache)
+    except ExlError as error:
+        return replace(branch, problem=error.message.removeprefix(f"{listing.repository} "))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return _unusable(name, listing.commit, total, "config.json does not describe a model")
-    vram_bytes = needed.total if needed else None
-    return Branch(
-        name=name,
-        commit=listing.commit,
+        return replace(branch, problem="config.json does not describe a model")
+    return replace(
+        branch,
         format_name=info.format_name,
         bits=info.bits_per_weight or None,
         head_bits=info.head_bits,
         group_size=info.group_size,
         desc_act=info.desc_act if info.format == "gptq" else None,
         context_length=info.context_length,
-        download_bytes=total,
-        vram_bytes=vram_bytes,
+        vram_bytes=needed.total if needed else None,
         fits=memory.fits(needed, cards) if needed and cards else None,
     )
 
 
-def _unusable(name: str, commit: str, download_bytes: int, problem: str) -> Branch:
-    return Branch(name, commit, "", None, None, None, None, None, download_bytes, None, None, problem)
-
-
-def _problem(listing: Listing, chosen: Sequence[Any], config: dict[str, Any]) -> str:
-    try:
-        listings.check_runnable(listing, chosen, Choice(), config)
-    except ExlError as error:
-        return error.message.removeprefix(f"{listing.repository} ")
-    return ""
-
-
-def from_config(listing: Listing, config: dict[str, Any], weight_bytes: int) -> ModelInfo:
-    """What config.json and the size of the weights tell of a model whose weights are not here."""
+def from_config(listing: Listing, config: dict[str, Any], size_bytes: int) -> ModelInfo:
+    """A model whose weights are not here, from its config.json and the bytes of its weights."""
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method", "")).lower()
     format_: Format = "gptq" if method == "gptq" else "float"
@@ -131,8 +117,7 @@ def from_config(listing: Listing, config: dict[str, Any], weight_bytes: int) -> 
         format_ = "exl2"
     stored = 32.0 if "float32" in (config.get("torch_dtype"), config.get("dtype")) else 16.0
     bits = quantization.get("bits", stored if format_ == "float" else None)
-    group = quantization.get("group_size")
-    head = quantization.get("head_bits")
+    group, head = quantization.get("group_size"), quantization.get("head_bits")
     architectures = config.get("architectures")
     info = ModelInfo(
         name=str(listing.repository),
@@ -142,7 +127,7 @@ def from_config(listing: Listing, config: dict[str, Any], weight_bytes: int) -> 
         parameters=0,
         bits_per_weight=float(bits) if isinstance(bits, (int, float)) else 0.0,
         context_length=context_length_of(config),
-        size_bytes=weight_bytes,
+        size_bytes=size_bytes,
         tensors={},
         group_size=group if isinstance(group, int) else None,
         desc_act=bool(quantization.get("desc_act", False)),
@@ -169,10 +154,10 @@ def _bits_from_size(info: ModelInfo) -> float:
 
 
 def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
-    """What to say, before the download, of a model that will not fit the GPUs here; empty where nothing is amiss."""
+    """A line, before the download, about a model that will not fit the GPUs here; else empty."""
     if not gpus or not plan.config:
         return ""
-    info = from_config(plan.listing, plan.config, listings.weight_bytes([item.file for item in plan.items]))
+    info = from_config(plan.listing, plan.config, weight_bytes([item.file for item in plan.items]))
     needed = memory.estimate(info, min(_USUAL_CONTEXT, info.context_length))
     if needed is None or memory.fits(needed, [gpu.total for gpu in gpus]):
         return ""

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from exl_cli.models.hub import environment, failures, xet
-from exl_cli.models.hub.failures import Patience, Retry
-from exl_cli.models.hub.names import Repository, check_file_names
-from exl_cli.models.hub.store import File
+from exl_cli.errors import DownloadError, UsageError, param
+from exl_cli.models.hub import failures
+from exl_cli.models.hub.failures import BrokenTransferError, Patience
+from exl_cli.models.hub.files import File, Listing
+from exl_cli.models.hub.names import Repository, is_safe
 from exl_cli.models.hub.xet import Xet
 from exl_cli.system.version import installed_version
 
 T = TypeVar("T")
+_DEFAULT_ENDPOINT = "https://huggingface.co"
+_SECONDS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _LARGEST_SMALL_FILE = 2**24
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a repository at one commit.
-
-    Attributes:
-        repository: what was asked for.
-        commit: the commit that its revision stands for.
-        files: all of them.
-        license: the model card's licence, or empty.
-    """
-
-    repository: Repository
-    commit: str
-    files: tuple[File, ...]
-    license: str = ""
 
 
 def _ignore(message: str) -> None:
@@ -47,34 +36,38 @@ class Hub:
 
     Args:
         token: None for the one that huggingface_hub is logged in with, if any.
-        note: is told of retries.
-        retry: how patient to be.
+        note: takes a line about each retry.
         endpoint: the Hub's address; None for `HF_ENDPOINT`, else huggingface_hub's own.
         timeout: seconds without a byte before a request counts as failed; None for `HF_HUB_DOWNLOAD_TIMEOUT` or 10.
+        wait: lets so many seconds pass between tries.
+
+    Raises:
+        UsageError: a variable of the environment, or the token, cannot be used.
     """
 
     def __init__(
         self,
         token: str | None = None,
         note: Callable[[str], None] = _ignore,
-        retry: Retry | None = None,
         endpoint: str | None = None,
         timeout: float | None = None,
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        environment.check_variables()
-        from huggingface_hub import constants, get_session
+        _check_variables()
+        from huggingface_hub import HfApi, constants, get_session
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        self.endpoint = environment.check_endpoint(
-            endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or environment.DEFAULT_ENDPOINT
+        self.endpoint = _check_endpoint(
+            endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or _DEFAULT_ENDPOINT
         )
-        self.note, self.retry = note, retry or Retry()
-        self.logged_in = bool(environment.find_token(token))
+        self.note, self._wait = note, wait
+        self._logged_in = bool(_find_token(token))
         self.timeout: float = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
-        self._token = token
         self._reached = False
-        self._headers = build_hf_headers(token=token, library_name="exl", library_version=installed_version())
-        self._xet = Xet(self._headers, note) if xet.is_here() else None
+        library: dict[str, Any] = {"library_name": "exl", "library_version": installed_version()}
+        self._api = HfApi(self.endpoint, token=token, **library)
+        self._headers = build_hf_headers(token=token, **library)
+        self._xet = Xet(self._headers, note)
         # Some of huggingface_hub's calls take no timeout, and its session has none.
         get_session().timeout = self.timeout
 
@@ -88,61 +81,78 @@ class Hub:
                 error,
                 repository,
                 self.endpoint,
-                logged_in=self.logged_in,
+                logged_in=self._logged_in,
                 near=lambda: self._near(repository),
-                branches=lambda: self._branch_names(repository),
+                branches=lambda: [name for name, _ in self._branches(repository)],
             ) from error
 
-    def patience(self, what: str) -> Patience:
+    def patience(self, task: str) -> Patience:
         """A counter of failures for a task of that name."""
-        return Patience(self.retry, self.note, what)
+        return Patience(task, self.note, self._wait)
 
-    def listing(self, repository: Repository) -> Listing:
-        """The files of a revision."""
+    def listing(self, repository: Repository, commit: str | None = None) -> Listing:
+        """The files of a repository's revision, or of another commit.
+
+        Raises:
+            DownloadError: a file whose name could lead out of the model's folder. The Hub cannot store such a name, so
+                nothing is fetched from a server that sends one.
+        """
         info = self._ask(
             str(repository),
-            lambda: self._api().model_info(
-                repository.id, revision=repository.revision, files_metadata=True, timeout=self.timeout
+            lambda: self._api.model_info(
+                repository.id, revision=commit or repository.revision, files_metadata=True, timeout=self.timeout
             ),
         )
-        files = [_file(entry.rfilename, entry.size, entry.blob_id, entry.lfs) for entry in info.siblings or ()]
-        check_file_names((file.name for file in files), repository)
-        return Listing(repository, str(info.sha), tuple(files), _license(info))
+        files = tuple(map(_file, info.siblings or ()))
+        for file in files:
+            if not is_safe(file.name):
+                raise DownloadError(
+                    f"{repository} lists a file named {file.name!r}, which could be written outside its folder",
+                    "do not use this model",
+                )
+        return Listing(repository, str(info.sha), files, _license(info))
 
     def branches(self, repository: Repository) -> list[tuple[str, str]]:
         """Names and commits of the branches, main first."""
         return self._ask(str(repository), lambda: self._branches(repository))
 
-    def tree(self, repository: Repository, commit: str) -> Listing:
-        """The files of a commit, without the model card."""
+    def read_config(self, listing: Listing) -> dict[str, Any]:
+        """config.json of a revision; empty where it has none.
 
-        def ask() -> list[File]:
-            entries = self._api().list_repo_tree(repository.id, revision=commit, recursive=True)
-            return [_file(e.path, e.size, e.blob_id, e.lfs) for e in entries if hasattr(e, "size")]
-
-        files = self._ask(str(repository), ask)
-        check_file_names((file.name for file in files), repository)
-        return Listing(repository, commit, tuple(files))
-
-    def read(self, listing: Listing, file: File) -> bytes:
-        """A small file's content.
+        `quantization_config` is filled in from quantize_config.json where only that has it.
 
         Raises:
-            failures.BrokenTransferError: it is not what the listing says.
+            DownloadError: it is not a JSON object.
         """
+        config = self._read_json(listing, "config.json")
+        if config and not isinstance(config.get("quantization_config"), dict):
+            older = self._read_json(listing, "quantize_config.json")
+            if older:
+                config["quantization_config"] = {"quant_method": "gptq", **older}
+        return config
 
-        def ask() -> bytes:
-            if file.size > _LARGEST_SMALL_FILE:
-                raise failures.BrokenTransferError(f"{file.name} has {file.size:,} bytes")
-            with self._http(listing, file, 0) as (_, chunks):
-                content = b"".join(chunks)
-            digest = file.digest()
-            digest.update(content)
-            if len(content) != file.size or (file.identity and digest.hexdigest() != file.identity):
-                raise failures.BrokenTransferError(f"{file.name} arrived damaged")
-            return content
+    def _read_json(self, listing: Listing, name: str) -> dict[str, Any]:
+        file = next((file for file in listing.files if file.name == name), None)
+        if file is None:
+            return {}
+        content = self._ask(name, lambda: self._read(listing, file))
+        value = None
+        with contextlib.suppress(ValueError):
+            value = json.loads(content)
+        if not isinstance(value, dict):
+            raise DownloadError(f"{name} of {listing.repository} is not a JSON object", "do not use this revision")
+        return value
 
-        return self._ask(file.name, ask)
+    def _read(self, listing: Listing, file: File) -> bytes:
+        if file.size > _LARGEST_SMALL_FILE:
+            raise BrokenTransferError(f"{file.name} has {file.size:,} bytes")
+        with self._http(listing, file, 0) as (_, chunks):
+            content = b"".join(chunks)
+        digest = file.digest()
+        digest.update(content)
+        if len(content) != file.size or not file.is_right(digest):
+            raise BrokenTransferError(f"{file.name} arrived damaged")
+        return content
 
     @contextlib.contextmanager
     def stream(self, listing: Listing, file: File, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -154,19 +164,25 @@ class Hub:
             offset: where to begin.
 
         Yields:
-            Where the bytes really begin (0 where a server ignores the wish), and the bytes.
+            Where the bytes really begin (0 from a server that ignores the offset), and the bytes.
         """
         # Only large files are in xet storage, and asking costs a request.
-        if self._xet and file.sha256:
-            source = self._xet.find(self.url(listing, file), self.endpoint, self.timeout)
+        if self._xet.usable and file.sha256:
+            source = self._metadata(listing, file).xet_file_data
             if source is not None:
                 yield offset, self._xet.chunks(source, file.size, offset)
                 return
         with self._http(listing, file, offset) as (begin, chunks):
             yield begin, chunks
 
-    def url(self, listing: Listing, file: File) -> str:
-        """Where a file can be fetched."""
+    def _metadata(self, listing: Listing, file: File) -> Any:
+        """huggingface_hub's `HfFileMetadata`, from the headers of the file's own address."""
+        from huggingface_hub import get_hf_file_metadata
+
+        url = self._url(listing, file)
+        return get_hf_file_metadata(url, headers=self._headers, endpoint=self.endpoint, timeout=self.timeout)
+
+    def _url(self, listing: Listing, file: File) -> str:
         from huggingface_hub import hf_hub_url
 
         return str(hf_hub_url(listing.repository.id, file.name, revision=listing.commit, endpoint=self.endpoint))
@@ -179,52 +195,36 @@ class Hub:
         headers = {**self._headers, "Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-        session = get_session()
-        url = self.url(listing, file)
-        with session.stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
+        url = self._url(listing, file)
+        with get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
             hf_raise_for_status(response)
             if response.is_redirect or response.status_code not in (200, 206):
                 raise ValueError(f"{response.status_code} for {file.name}, without its content")
             self._reached = True
-            begin = _begin(response) if response.status_code == 206 else 0
+            sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            begin = int(sent[1]) if sent and response.status_code == 206 else 0
             if begin not in (0, offset):
-                raise failures.BrokenTransferError(f"the server sends bytes from {begin:,} on instead of {offset:,}")
+                raise BrokenTransferError(f"the server sends bytes from {begin:,} on instead of {offset:,}")
             yield begin, response.iter_bytes()
 
     def _branches(self, repository: Repository) -> list[tuple[str, str]]:
-        refs = self._api().list_repo_refs(repository.id)
-        found = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
-        return sorted(found, key=lambda branch: (branch[0] != "main", _natural(branch[0])))
-
-    def _branch_names(self, repository: Repository) -> list[str]:
-        """Empty if the Hub does not say."""
-        with contextlib.suppress(Exception):
-            return [name for name, _ in self._branches(repository)]
-        return []
+        refs = self._api.list_repo_refs(repository.id)
+        pairs = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
+        return sorted(pairs, key=lambda branch: (branch[0] != "main", _natural(branch[0])))
 
     def _near(self, repository: Repository) -> list[str]:
-        """Repositories with similar names, the nearest first; empty if the Hub does not say."""
-        found: dict[str, None] = {}
+        """Repositories with similar names, the nearest first."""
         first_word = re.split(r"[-_.]", repository.name)[0]
-        with contextlib.suppress(Exception):
-            searches = ({"search": repository.name}, {"author": repository.owner}, {"search": first_word})
-            for search in searches:
-                models = self._api().list_models(**search, limit=100)
-                found.update(dict.fromkeys(str(model.id) for model in models))
-        return difflib.get_close_matches(repository.id, found, 3, 0.6)
+        searches = ({"search": repository.name}, {"author": repository.owner}, {"search": first_word})
+        ids = [str(model.id) for search in searches for model in self._api.list_models(**search, limit=100)]
+        return difflib.get_close_matches(repository.id, dict.fromkeys(ids), 3, 0.6)
 
     def close(self) -> None:
         """Stop what is still being received."""
-        if self._xet:
-            self._xet.close()
+        self._xet.close()
 
-    def _api(self) -> Any:
-        from huggingface_hub import HfApi
-
-        return HfApi(self.endpoint, token=self._token, library_name="exl", library_version=installed_version())
-
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        patience = self.patience(what)
+    def _ask(self, task: str, call: Callable[[], T]) -> T:
+        patience = self.patience(task)
         while True:
             try:
                 answer = call()
@@ -236,11 +236,11 @@ class Hub:
                 return answer
 
 
-def _file(name: str, size: int | None, blob_id: str | None, lfs: Any) -> File:
-    count = int(lfs.size if lfs else size or 0)
-    if count < 0:
-        raise ValueError(f"{name} of {count} bytes")
-    return File(name, count, str(blob_id or ""), str(lfs.sha256) if lfs else "")
+def _file(entry: Any) -> File:
+    size = int(entry.lfs.size if entry.lfs else entry.size or 0)
+    if size < 0:
+        raise ValueError(f"{entry.rfilename} of {size} bytes")
+    return File(entry.rfilename, size, str(entry.blob_id or ""), str(entry.lfs.sha256) if entry.lfs else "")
 
 
 def _license(info: Any) -> str:
@@ -255,6 +255,62 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
     return [(0, float(part), "") if part[0].isdigit() else (1, 0.0, part) for part in parts]
 
 
-def _begin(response: Any) -> int:
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(match[1]) if match else 0
+# --- the user's settings that huggingface_hub and its HTTP library read, refused by name before they fail -------------
+
+
+def _check_variables() -> None:
+    """Check those without which huggingface_hub cannot even be imported, or a connection be opened.
+
+    Raises:
+        UsageError: naming the variable.
+    """
+    for name in _SECONDS:
+        value = os.environ.get(name, "0")
+        try:
+            int(value)
+        except ValueError:
+            raise UsageError(f"{name} is {value!r}, not a whole number of seconds", "correct or unset it") from None
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        _check_endpoint(endpoint)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = os.environ.get(name)
+        if path and not os.access(path, os.R_OK):
+            raise UsageError(f"{name} is {path!r}, which cannot be read", "correct or unset it")
+
+
+def _check_endpoint(endpoint: str) -> str:
+    """The Hub's address, without a slash at its end.
+
+    Raises:
+        UsageError: it is no address.
+    """
+    try:
+        parts = urlsplit(endpoint)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        right = False
+    if not right:
+        hint = f"write it as {_DEFAULT_ENDPOINT}, or unset it"
+        raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not an address", hint)
+    return endpoint.rstrip("/")
+
+
+def _find_token(given: str | None) -> str | None:
+    """The token to send: the one given, else the one that huggingface_hub is logged in with.
+
+    Raises:
+        UsageError: no request could carry it, or it cannot be read. The message never shows it.
+    """
+    from huggingface_hub import constants, get_token
+
+    stored = f"the token in {constants.HF_TOKEN_PATH}"
+    try:
+        token = given or get_token()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{stored} cannot be read: {reason}", "check HF_HOME and HF_TOKEN_PATH") from error
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        named = [param("token")] if given else [name for name in _TOKENS if os.environ.get(name)]
+        where = named[0] if named else stored
+        raise UsageError(f"{where} holds characters that no token has", "copy it again, without blanks and line breaks")
+    return token

@@ -1,35 +1,137 @@
-"""A whole model: the missing files fetched in parallel, and all of them put in place at once."""
+"""A whole model: what is wanted, what of it is here, and the rest fetched in parallel and put in place at once."""
 
 from __future__ import annotations
 
-import queue
 import shutil
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from exl_cli.errors import DiskError, param
-from exl_cli.models.hub import locking, store
+from exl_cli.errors import (
+    DamagedModelError,
+    DiskError,
+    DownloadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    param,
+)
+from exl_cli.models.hub import store
 from exl_cli.models.hub.branches import fit_warning
 from exl_cli.models.hub.client import Hub
-from exl_cli.models.hub.plan import Item, Outcome, Plan, Wanted, already, prepare, survey
-from exl_cli.models.hub.store import Marker, Origin
-from exl_cli.models.hub.transfer import StoppedError, fetch
+from exl_cli.models.hub.files import Choice, File, Listing, check_runnable, left_out_pickles, select
+from exl_cli.models.hub.names import Repository
+from exl_cli.models.hub.store import Marker
+from exl_cli.models.hub.transfer import Transfer, run_all
+from exl_cli.models.info import inspect
 from exl_cli.models.memory import gpus
 
-_WORKERS = 4
-_STOPPING_SECONDS = 0.5
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be downloaded, and where to.
+
+    Attributes:
+        repository: the model.
+        models: the folder of models.
+        choice: which files.
+        force: fetch everything again, of the newest commit, even if it is here.
+        verify: read everything that is here again and compare hashes.
+    """
+
+    repository: Repository
+    models: Path
+    choice: Choice = field(default_factory=Choice)
+    force: bool = False
+    verify: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder."""
+        return self.models / self.repository.folder
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to have, and how much of it is here.
+
+    Attributes:
+        file: the file.
+        state: "here" (in its place), "staged" (complete, waiting), "partial" or "missing".
+        bytes_here: how many of its bytes need no fetching.
+    """
+
+    file: File
+    state: Literal["here", "staged", "partial", "missing"]
+    bytes_here: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download will do.
+
+    Attributes:
+        wanted: the order.
+        listing: the commit to fetch.
+        items: the files.
+        config: config.json, empty where there is none.
+        pickles: files that the user asked for and will not get.
+    """
+
+    wanted: Wanted
+    listing: Listing
+    items: tuple[Item, ...]
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    pickles: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> str:
+        """Why files that the user asked for are not fetched; empty where none is missing."""
+        return f"left out {', '.join(self.pickles)}: a pickle can run code when it is opened" if self.pickles else ""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(item.file.size for item in self.items)
+
+    @property
+    def remaining(self) -> int:
+        """Bytes still to fetch."""
+        return sum(item.file.size - item.bytes_here for item in self.items)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a download went.
+
+    Attributes:
+        wanted: the order.
+        commit: the commit that is here; empty for a folder put there by hand.
+        files: what is here, by size and hash.
+        fetched_bytes, seconds: the work done; 0 where all was here.
+        by_hand: the folder was not made by exl.
+    """
+
+    wanted: Wanted
+    commit: str
+    files: tuple[File, ...]
+    fetched_bytes: int = 0
+    seconds: float = 0.0
+    by_hand: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
 
 
 class Observer(Protocol):
-    """Whoever wants to know how a download is going. Called from several threads."""
+    """Takes what a download has to tell."""
 
     def note(self, message: str) -> None:
-        """Something worth a line."""
+        """Something worth a line. Called from several threads."""
         ...
 
     def begin(self, plan: Plan) -> None:
@@ -41,47 +143,153 @@ class Observer(Protocol):
         ...
 
 
+def already(wanted: Wanted) -> Outcome | None:
+    """The model, if it is here and whole as far as the marker and the sizes tell; touches no network.
+
+    A folder that was put there by hand counts, if it can be run.
+
+    Raises:
+        DownloadError: the folder belongs to another model.
+    """
+    folder = wanted.folder
+    if other := store.holds_another(folder, wanted.repository):
+        raise DownloadError(
+            f"{folder} holds {other}, not {wanted.repository}",
+            f"move it away, or use another {param('models_dir')}",
+        )
+    if wanted.force or wanted.verify:
+        return None
+    marker = store.read_marker(folder)
+    if marker is not None:
+        same = (marker.include, marker.exclude) == (wanted.choice.include, wanted.choice.exclude)
+        return _here(wanted, marker) if same and not marker.damaged(folder) else None
+    if store.state(folder) == "manual" and not wanted.choice.include and _is_model(folder):
+        return Outcome(wanted, "", (), by_hand=True)
+    return None
+
+
+def _here(wanted: Wanted, marker: Marker) -> Outcome:
+    return Outcome(wanted, marker.commit, tuple(marker.files.values()))
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        inspect(folder)
+    except (DamagedModelError, ModelNotFoundError, UnsupportedModelError):
+        return False
+    return True
+
+
+def prepare(hub: Hub, wanted: Wanted, note: Callable[[str], None], whole: Collection[File] | None = None) -> Plan:
+    """Ask the Hub what there is, and look at what of it is here.
+
+    Args:
+        hub: where to ask.
+        wanted: the order.
+        note: takes a line about each file that changed.
+        whole: see `survey`.
+
+    Raises:
+        ExlError: see `failures.explain`, `files.check_runnable` and `survey`.
+    """
+    marker = store.read_marker(wanted.folder)
+    with hub.explained(wanted.repository):
+        # What is missing of a complete download comes from the same commit as the rest.
+        listing = hub.listing(wanted.repository, marker.commit if marker and not wanted.force else None)
+        chosen = select(listing.files, wanted.choice)
+        config = hub.read_config(listing)
+    check_runnable(listing, chosen, wanted.choice, config)
+    pickles = tuple(left_out_pickles(listing.files, wanted.choice))
+    return Plan(wanted, listing, survey(wanted, chosen, note, whole), config, pickles)
+
+
+def survey(
+    wanted: Wanted, files: Sequence[File], note: Callable[[str], None], whole: Collection[File] | None = None
+) -> tuple[Item, ...]:
+    """What of these files is here.
+
+    Args:
+        wanted: the order.
+        files: to look for.
+        note: takes a line about each file that changed.
+        whole: files in their places that need no reading; None for those that the marker vouches for.
+
+    Raises:
+        DownloadError: files put there by hand differ from the Hub's.
+    """
+    folder = wanted.folder
+    marker = store.read_marker(folder)
+    if whole is None:
+        damaged = marker.damaged(folder) if marker else []
+        trusted = marker.files.values() if marker and not (wanted.verify or wanted.force) else ()
+        whole = {file for file in trusted if file.name not in damaged}
+    items: list[Item] = []
+    foreign = []
+    for file in files:
+        item = Item(file, "here", file.size) if file in whole else _look(wanted, file)
+        items.append(item)
+        if item.state == "here" or wanted.force or not (folder / file.name).exists():
+            continue
+        if marker is not None:
+            note(f"{folder / file.name} is not as it was downloaded: fetching it again")
+        elif store.state(folder) == "manual":
+            foreign.append(file.name)
+    if foreign:
+        differ = f"{', '.join(foreign)} {'differ' if len(foreign) > 1 else 'differs'} from the Hub's"
+        raise DownloadError(f"{folder} was put there by hand, and its {differ}", f"{param('force')} replaces them")
+    return tuple(items)
+
+
+def _look(wanted: Wanted, file: File) -> Item:
+    folder = wanted.folder
+    if not wanted.force and file.matches(folder / file.name):
+        return Item(file, "here", file.size)
+    if store.size_of(store.staged(folder, file)) == file.size:
+        return Item(file, "staged", file.size)
+    part = min(store.size_of(store.part(folder, file)), file.size)
+    return Item(file, "partial", part) if part > 0 else Item(file, "missing", 0)
+
+
 def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = None) -> Outcome:
     """Have a model here, whole.
 
     Args:
         hub: where from.
         wanted: what, and where to.
-        observer: is told what happens.
+        observer: takes what there is to tell.
         plan: from `prepare`, where that has been done.
 
     Raises:
-        DownloadError: it cannot be had; see `failures.explain`.
+        DownloadError: see `failures.explain`.
         DiskError: the disk is full or cannot be written.
         KeyboardInterrupt: Ctrl-C; what has come stays, and the next call goes on from there.
     """
-    if done := already(wanted):
-        return done
     folder = wanted.folder
 
     def waiting() -> None:
         observer.note(f"another exl is downloading {wanted.repository}: waiting for it to finish")
 
-    with locking.lock(folder, waiting):
-        # Whoever was waited for may have done all of it.
+    with store.lock(folder, waiting):
+        # The other one may have done all of it.
         if done := already(wanted):
             return done
         if plan is not None:
             plan = replace(plan, items=survey(wanted, [item.file for item in plan.items], observer.note))
         else:
-            seen: dict[str, Item] = {}
-            marker = store.read_marker(folder)
+            marker, whole = store.read_marker(folder), None
             if marker is not None and wanted.verify and not wanted.force:
-                items = survey(wanted, tuple(marker.files.values()), observer.note)
-                if all(item.state == "here" for item in items):
-                    return Outcome(wanted, marker.commit, tuple(marker.files.values()))
-                seen = {item.file.name: item for item in items}
-            plan = prepare(hub, wanted, observer.note, seen)
+                whole = {file for file in marker.files.values() if file.matches(folder / file.name)}
+                if len(whole) == len(marker.files):
+                    return _here(wanted, marker)
+            plan = prepare(hub, wanted, observer.note, whole)
         for message in (plan.left_out, fit_warning(plan, gpus())):
             if message:
                 observer.note(message)
         check_disk(plan)
-        return _carry_out(hub, plan, observer)
+        begun = time.monotonic()
+        _carry_out(hub, plan, observer)
+        files = tuple(item.file for item in plan.items)
+        return Outcome(wanted, plan.listing.commit, files, plan.remaining, time.monotonic() - begun)
 
 
 def check_disk(plan: Plan) -> None:
@@ -102,27 +310,23 @@ def check_disk(plan: Plan) -> None:
         )
 
 
-def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> Outcome:
-    wanted, found = plan.wanted, plan.listing
-    begun = time.monotonic()
+def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
+    folder, listing = plan.wanted.folder, plan.listing
     to_install = [item.file for item in plan.items if item.state != "here"]
-    if to_install or store.read_marker(wanted.folder) is None:
-        for file in to_install:
-            store.check_destination(wanted.folder, file.name)
-        store.prepare_staging(wanted.folder, Origin(str(wanted.repository), plan.total))
-        observer.begin(plan)
-        stop = threading.Event()
-        # The largest first: a small one at the end keeps no one waiting.
-        rest = sorted((i for i in plan.items if i.state in ("partial", "missing")), key=lambda i: -i.file.size)
-        jobs = [
-            partial(fetch, hub, found, item.file, wanted.folder, partial(observer.advance, item.file.name), stop)
-            for item in rest
-        ]
-        with hub.explained(wanted.repository):
-            _in_threads(jobs, stop, hub.close)
-        store.install(wanted.folder, to_install, _marker(plan))
-    files = tuple(item.file for item in plan.items)
-    return Outcome(wanted, found.commit, files, plan.remaining, time.monotonic() - begun)
+    if not to_install and store.read_marker(folder) is not None:
+        return
+    for file in to_install:
+        store.check_destination(folder, file.name)
+    marker = _marker(plan)
+    store.prepare_staging(folder, marker)
+    observer.begin(plan)
+    stop = threading.Event()
+    # The largest first: a small one at the end keeps no one waiting.
+    rest = sorted((i for i in plan.items if i.state in ("partial", "missing")), key=lambda i: -i.file.size)
+    transfers = [Transfer(hub, listing, item.file, folder, item.bytes_here, stop) for item in rest]
+    with hub.explained(plan.wanted.repository):
+        run_all(transfers, stop, hub.close, observer.advance)
+    store.install(folder, to_install, marker)
 
 
 def _marker(plan: Plan) -> Marker:
@@ -130,44 +334,6 @@ def _marker(plan: Plan) -> Marker:
     old = store.read_marker(plan.wanted.folder)
     files = {file.name: file for file in plan.listing.files if old and old.files.get(file.name) == file}
     files |= {item.file.name: item.file for item in plan.items}
-    repository, choice, found = plan.wanted.repository, plan.wanted.choice, plan.listing
-    origin = (repository.id, repository.revision, found.commit)
-    return Marker(*origin, files, found.license, choice.include, choice.exclude)
-
-
-def _in_threads(jobs: Sequence[Callable[[], None]], stop: threading.Event, abort: Callable[[], None]) -> None:
-    """Run the jobs, a few at a time; the first failure, or Ctrl-C, stops them all.
-
-    The threads are daemons: one that hangs in a dead connection must not keep the program from ending.
-    """
-    waiting = deque(jobs)
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                job = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                job()
-            except BaseException as error:
-                ended.put(error)
-                return
-            ended.put(None)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_WORKERS, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in jobs:
-            error = ended.get()
-            if error is not None and not isinstance(error, StoppedError):
-                raise error
-    except BaseException:
-        stop.set()
-        abort()
-        deadline = time.monotonic() + _STOPPING_SECONDS
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        raise
+    repository, choice, listing = plan.wanted.repository, plan.wanted.choice, plan.listing
+    origin = (repository.id, repository.revision, listing.commit)
+    return Marker(*origin, files, listing.license, choice.include, choice.exclude)

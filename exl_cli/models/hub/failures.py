@@ -1,4 +1,4 @@
-"""Failures on the way to the Hub: which of them pass by themselves, and what to say of those that do not.
+"""Failures on the way to the Hub: which of them pass by themselves, and the next step after those that do not.
 
 Status codes and their meaning are the Hub's (huggingface_hub, `utils/_http.py`, `hf_raise_for_status`): 401 for a
 repository that is private or does not exist, `GatedRepo` in X-Error-Code for one whose licence must be accepted first.
@@ -6,80 +6,62 @@ repository that is private or does not exist, `GatedRepo` in X-Error-Code for on
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from exl_cli.errors import DownloadError, ExlError, UsageError, param
 from exl_cli.models.hub.names import Repository
 
+# Failures in a row, without a byte of progress, after which to give up; the wait doubles after each of them. A longer
+# Retry-After than the last is not obeyed: give up and say so.
+_TRIES = 5
+_FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 1.0, 30.0, 600.0
 _PASSING = {408: "timed out", 429: "limits requests", 500: "failed", 502: "failed", 503: "is busy", 504: "timed out"}
 
 _GOES_ON = "the same command goes on where it stopped"
 _HERE = "exl list shows the models that are here"
 
 
-@dataclass(frozen=True)
-class Retry:
-    """How patient to be.
-
-    Attributes:
-        tries: failures in a row, without a byte of progress, after which to give up.
-        first_wait, longest_wait: seconds; each wait is twice the last.
-        longest_asked: the most seconds that a Retry-After is obeyed for; beyond, give up and say so.
-        wait: how to let the seconds pass.
-    """
-
-    tries: int = 5
-    first_wait: float = 1.0
-    longest_wait: float = 30.0
-    longest_asked: float = 600.0
-    wait: Callable[[float], None] = time.sleep
+class BrokenTransferError(Exception):
+    """A transfer that ended early or whose content is wrong, though the connection did not fail."""
 
 
 class Patience:
     """Counts the failures of one task and waits after each.
 
     Args:
-        retry: the limits.
-        note: is told what failed and how long the wait is.
-        what: the task, in a few words.
+        task: its name, for notes.
+        note: takes a line about each failure and the wait after it.
+        wait: lets so many seconds pass.
     """
 
-    def __init__(self, retry: Retry, note: Callable[[str], None], what: str) -> None:
-        self._retry, self._note, self._what = retry, note, what
+    def __init__(self, task: str, note: Callable[[str], None], wait: Callable[[float], None] = time.sleep) -> None:
+        self._task, self._note, self._wait = task, note, wait
         self._failures = 0
 
     def progressed(self) -> None:
-        """Something came: start counting anew."""
+        """Something came: count from zero again."""
         self._failures = 0
 
     def failed(self, error: Exception, *, reconnect: bool = True) -> None:
         """Wait before the next try, or raise `error` if it will not pass or has come too often.
 
         Args:
-            error: what happened.
+            error: the failure.
             reconnect: also try again where no connection could be made at all.
         """
         reason = passing(error, reconnect=reconnect)
-        self._failures += 1
-        if not reason or self._failures > self._retry.tries:
-            raise error
-        seconds = min(self._retry.first_wait * 2 ** (self._failures - 1), self._retry.longest_wait)
         asked = asked_wait(error)
-        if asked > self._retry.longest_asked:
+        self._failures += 1
+        if not reason or self._failures > _TRIES or asked > _LONGEST_ASKED:
             raise error
-        seconds = max(seconds, asked)
-        self._note(f"{self._what}: {reason}; trying again in {seconds:g} s")
-        self._retry.wait(seconds)
-
-
-class BrokenTransferError(Exception):
-    """A transfer that ended early or whose content is wrong, though the connection did not fail."""
+        seconds = max(min(_FIRST_WAIT * 2 ** (self._failures - 1), _LONGEST_WAIT), asked)
+        self._note(f"{self._task}: {reason}; trying again in {seconds:g} s")
+        self._wait(seconds)
 
 
 def passing(error: Exception, *, reconnect: bool = True) -> str:
@@ -94,9 +76,7 @@ def passing(error: Exception, *, reconnect: bool = True) -> str:
         return "no answer in time"
     if isinstance(error, (http.ConnectError, http.ProxyError)):
         return f"no connection ({_reason(error)})" if reconnect else ""
-    if isinstance(error, http.TransportError):
-        return "the connection broke off"
-    return ""
+    return "the connection broke off" if isinstance(error, http.TransportError) else ""
 
 
 def asked_wait(error: Exception) -> float:
@@ -116,17 +96,13 @@ def http_library() -> ModuleType:
     return importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 
 
-def _response(error: Exception) -> Any:
-    return getattr(error, "response", None)
-
-
 def _status(error: Exception) -> int:
-    response = _response(error)
+    response = getattr(error, "response", None)
     return 0 if response is None else int(response.status_code)
 
 
 def _header(error: Exception, name: str) -> str:
-    response = _response(error)
+    response = getattr(error, "response", None)
     return "" if response is None else str(response.headers.get(name) or "")
 
 
@@ -146,35 +122,38 @@ def explain(
     near: Callable[[], list[str]],
     branches: Callable[[], list[str]],
 ) -> ExlError:
-    """What a person should read about a failure that did not pass.
+    """The error that a person should read about a failure that did not pass.
 
     Args:
         error: the failure.
-        repository: what was asked for.
+        repository: the one asked for.
         endpoint: the Hub's address.
         logged_in: whether a token was sent.
-        near, branches: ask the Hub for repositories of a similar name, or for this one's branches; empty if it is mute.
+        near, branches: ask the Hub for repositories of a similar name, or for this one's branches; may raise.
     """
     from huggingface_hub import errors
 
     http = http_library()
     page = f"{endpoint}/{repository.id}"
     log_in = f"log in with hf auth login, or give {param('token')}"
+    names: list[str] = []
     if isinstance(error, ExlError):
         return error
     if isinstance(error, errors.GatedRepoError):
         then = "then wait for its owner's approval" if logged_in else f"then {log_in}"
         return DownloadError(f"{repository.id} is gated: accept its licence first", f"do so at {page}, {then}")
     if isinstance(error, errors.RevisionNotFoundError):
-        names = branches()
+        with contextlib.suppress(Exception):
+            names = branches()
         listed = f"its branches: {', '.join(names)}" if names else f"see {page}/tree/main"
         return DownloadError(f"{repository.id} has no branch, tag or commit named {repository.revision!r}", listed)
     if isinstance(error, errors.RepositoryNotFoundError):
-        names = near()
-        missing = f"the Hub has no model {repository.id}, or it is private"
-        if names:
-            return DownloadError(missing, f"near names: {', '.join(names)}")
-        return DownloadError(missing, "check the name" if logged_in else f"check the name; if it is private, {log_in}")
+        with contextlib.suppress(Exception):
+            names = near()
+        check = f"near names: {', '.join(names)}" if names else "check the name"
+        if not names and not logged_in:
+            check += f"; if it is private, {log_in}"
+        return DownloadError(f"the Hub has no model {repository.id}, or it is private", check)
     if isinstance(error, errors.EntryNotFoundError):
         return DownloadError(f"a file of {repository} is no longer on the Hub", "run the command again")
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -185,7 +164,7 @@ def explain(
         reason = "no answer in time" if isinstance(error, http.TimeoutException) else _reason(error)
         return DownloadError(f"cannot reach {endpoint}: {reason}", f"check the network; {_HERE}")
     if status := _status(error):
-        return _by_status(error, status, repository, page, log_in)
+        return DownloadError(*_by_status(error, status, repository, page, log_in))
     if isinstance(error, (http.TransportError, BrokenTransferError)):
         return DownloadError(f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON)
     if isinstance(error, (ValueError, KeyError, TypeError, http.HTTPError)):
@@ -193,24 +172,22 @@ def explain(
             f"{endpoint} does not answer like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
         )
     reason = _reason(error) or type(error).__name__
-    return DownloadError(
-        f"{repository} could not be downloaded: {reason}", f"run again with {param('debug')} to see where"
-    )
+    hint = f"run again with {param('debug')} to see where"
+    return DownloadError(f"{repository} could not be downloaded: {reason}", hint)
 
 
-def _by_status(error: Exception, status: int, repository: Repository, page: str, log_in: str) -> DownloadError:
+def _by_status(error: Exception, status: int, repository: Repository, page: str, log_in: str) -> tuple[str, str]:
+    """Message and hint."""
     said = _header(error, "x-error-message")
     said = f": {said}" if said else ""
     if status == 401:
-        return DownloadError(f"the Hub does not accept the token{said}", log_in)
+        return f"the Hub does not accept the token{said}", log_in
     if status == 403:
-        return DownloadError(f"the Hub denies access to {repository.id}{said}", f"see {page}; {log_in}")
+        return f"the Hub denies access to {repository.id}{said}", f"see {page}; {log_in}"
     if status == 429:
         asked = asked_wait(error)
         when = f"in {asked:.0f} s" if asked else "later"
-        return DownloadError(
-            "the Hub limits requests (429)", f"try again {when}; logging in raises the limit: hf auth login"
-        )
+        return "the Hub limits requests (429)", f"try again {when}; logging in raises the limit: hf auth login"
     if status >= 500:
-        return DownloadError(f"the Hub fails ({status})", f"try again later: {_GOES_ON}")
-    return DownloadError(f"the Hub refuses {repository} ({status}){said}", f"see {page}")
+        return f"the Hub fails ({status})", f"try again later: {_GOES_ON}"
+    return f"the Hub refuses {repository} ({status}){said}", f"see {page}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from exl_cli.errors import DownloadError, UsageError, param
+from exl_cli.errors import UsageError, param
 
 # The Hub's own rule for both halves of a name. A revision is a branch, a tag, a commit or refs/pr/N.
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
@@ -78,10 +77,9 @@ def require(text: str, revision: str | None = None) -> Repository:
     Raises:
         UsageError: the text names no repository.
     """
-    found = parse(text, revision)
-    if found is None:
-        raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")
-    return found
+    if repository := parse(text, revision):
+        return repository
+    raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")
 
 
 def is_safe(name: str) -> bool:
@@ -92,19 +90,3 @@ def is_safe(name: str) -> bool:
         or re.match(r"[A-Za-z]:", name)
         or any(ord(character) < 32 or ord(character) == 127 for character in name)
     )
-
-
-def check_file_names(names: Iterable[str], repository: Repository) -> None:
-    """Refuse a listing with a name that could lead out of the model's folder.
-
-    The Hub itself cannot store such names; whoever sends one is up to no good, so that nothing of it is fetched.
-
-    Raises:
-        DownloadError: naming the file.
-    """
-    for name in names:
-        if not is_safe(name):
-            raise DownloadError(
-                f"{repository} lists a file named {name!r}, which could be written outside its folder",
-                "do not use this model",
-            )

@@ -2,90 +2,35 @@
 
 A download collects its files in `.exl-download/` inside the model's folder, under names made of their contents' hashes,
 so that a part is never continued with the bytes of another file or commit. Only when all are there and verified do
-they move to their places, `config.json` last, and only then is the marker `.exl.json` written. A folder with
-`.exl-download/` and no marker is half a model and never taken for one; a folder with neither was put there by hand.
+they move to their places, `config.json` last, and only then is the marker `.exl.json` written; until then the same
+marker lies in `.exl-download/` and says what is being fetched. A folder with `.exl-download/` and no marker of its own
+is half a model and never taken for one; a folder with neither was put there by hand.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from exl_cli.errors import DiskError, DownloadError, param
+from exl_cli.models.hub.files import File
 from exl_cli.models.hub.names import Repository, is_safe
 from exl_cli.system.files import write_atomically
 
 MARKER = ".exl.json"
 STAGING = ".exl-download"
-_ORIGIN = "origin.json"
+_LOCKS = ".exl-locks"
 _VERSION = 1
-_BLOCK = 2**20
-
-State = Literal["complete", "partial", "manual", "empty"]
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a repository.
-
-    Attributes:
-        name: its path in the repository.
-        size: bytes.
-        blob_id: git's SHA-1 of it (of the pointer, where it is an LFS file); empty where unknown.
-        sha256: of the content, for LFS files; empty for others.
-    """
-
-    name: str
-    size: int
-    blob_id: str = ""
-    sha256: str = ""
-
-    @property
-    def identity(self) -> str:
-        """What the content is known by: its SHA-256, else its git id, else empty."""
-        return self.sha256 or self.blob_id
-
-    @property
-    def stem(self) -> str:
-        """What its staged file is called: from its content and, since two names may share one, from its name."""
-        content = self.identity or hashlib.sha256(f"{self.name}:{self.size}".encode()).hexdigest()
-        return f"{content}.{zlib.crc32(self.name.encode()):08x}"
-
-    def digest(self) -> Any:
-        """A hashlib object to feed the content to, whose hexdigest is to equal `identity`.
-
-        git names a file by the SHA-1 of "blob", its length, a zero byte and its content.
-        """
-        if self.sha256 or not self.blob_id:
-            return hashlib.sha256()
-        return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
-
-    def matches(self, path: Path) -> bool:
-        """Whether the file at `path` has this content; where no hash is known, this size."""
-        try:
-            if not path.is_file() or path.stat().st_size != self.size:
-                return False
-            if not self.identity:
-                return True
-            digest = self.digest()
-            with path.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
-        except OSError as error:
-            raise DiskError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
-        return bool(digest.hexdigest() == self.identity)
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What `.exl.json` says of a complete download.
+    """What `.exl.json` says of a download.
 
     Attributes:
         repository, revision: where it came from.
@@ -93,6 +38,7 @@ class Marker:
         files: by name.
         license: the model card's, or empty.
         include, exclude: the patterns that chose the files; empty for exl's own choice.
+        by_hand: of an unfinished download: the folder was put there by hand, and is still as it was.
     """
 
     repository: str
@@ -102,57 +48,66 @@ class Marker:
     license: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    by_hand: bool = False
 
     @property
     def name(self) -> str:
-        """What the user calls it: owner/name or owner/name:revision."""
+        """As the user calls it: owner/name or owner/name:revision."""
         return self.repository if self.revision == "main" else f"{self.repository}:{self.revision}"
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
 
     def damaged(self, folder: Path) -> list[str]:
         """Names of the files that are missing or of another size."""
+        return [name for name, file in self.files.items() if size_of(folder / name) != file.size]
 
-        def size(name: str) -> int:
-            try:
-                return (folder / name).stat().st_size
-            except OSError:
-                return -1
 
-        return [name for name, file in self.files.items() if size(name) != file.size]
+def size_of(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The marker of a folder; None where there is none that can be understood."""
+    """The marker in a folder; None where there is none that can be understood."""
     try:
         value = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         files = {name: File(name=name, **entry) for name, entry in value["files"].items()}
-        text = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
-        found = Marker(**text, files=files, include=tuple(value["include"]), exclude=tuple(value["exclude"]))
+        known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
+        known |= {key: tuple(value[key]) for key in ("include", "exclude")}
+        marker = Marker(**known, files=files, by_hand=bool(value.get("by_hand")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return found if all(is_safe(name) for name in files) else None
+    return marker if all(is_safe(name) for name in files) else None
 
 
-def write_marker(folder: Path, marker: Marker) -> None:
-    """Declare a folder complete: all at once, or not at all."""
-    value = {"version": _VERSION, **asdict(marker)}
-    value["files"] = {
-        name: {"size": file.size, "blob_id": file.blob_id, "sha256": file.sha256} for name, file in marker.files.items()
-    }
-    _write_json(folder / MARKER, value)
+def read_unfinished(folder: Path) -> Marker | None:
+    """What is being downloaded into a folder; None where nothing says so."""
+    return read_marker(folder / STAGING)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=1))
+def _write_marker(folder: Path, marker: Marker) -> None:
+    value: dict[str, Any] = {"version": _VERSION, **asdict(marker)}
+    for file in value["files"].values():
+        del file["name"]
+    if not value["by_hand"]:
+        del value["by_hand"]
+    write_atomically(folder / MARKER, json.dumps(value, indent=1))
 
 
-def state(folder: Path) -> State:
-    """What a folder is: see the module's first lines."""
+def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
+    """Of a model's folder; see the module's first lines."""
     if not folder.is_dir():
         return "empty"
     if read_marker(folder) is not None:
         return "complete"
-    origin = read_origin(folder)
-    if origin is not None and origin.by_hand:
+    unfinished = read_unfinished(folder)
+    if unfinished is not None and unfinished.by_hand:
         return "manual"
     if (folder / STAGING).exists() or (folder / MARKER).exists():
         return "partial"
@@ -179,36 +134,12 @@ def part(folder: Path, file: File) -> Path:
 
 def staged_bytes(folder: Path) -> int:
     """Bytes that an unfinished download has collected."""
-    found = (folder / STAGING).glob("*.*") if (folder / STAGING).is_dir() else ()
-    return sum(path.stat().st_size for path in found if path.suffix in (".part", ".whole"))
+    place = folder / STAGING
+    return sum(path.stat().st_size for suffix in ("part", "whole") for path in place.glob(f"*.{suffix}"))
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What an unfinished download is of.
-
-    Attributes:
-        name: owner/name or owner/name:revision.
-        total: bytes of all its files.
-        by_hand: the folder was put there by hand, and is still as it was.
-    """
-
-    name: str
-    total: int
-    by_hand: bool = False
-
-
-def read_origin(folder: Path) -> Origin | None:
-    """What an unfinished download is of; None where nothing says so."""
-    try:
-        value = json.loads((folder / STAGING / _ORIGIN).read_text(encoding="utf-8"))
-        return Origin(str(value["name"]), int(value["total"]), bool(value["by_hand"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def prepare_staging(folder: Path, origin: Origin) -> None:
-    """Make the place where files are collected.
+def prepare_staging(folder: Path, marker: Marker) -> None:
+    """Make the place where the files of a download are collected.
 
     Raises:
         DiskError: it cannot be made, or a link stands in its place.
@@ -219,7 +150,7 @@ def prepare_staging(folder: Path, origin: Origin) -> None:
     by_hand = state(folder) == "manual"
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
-        _write_json(place / _ORIGIN, asdict(replace(origin, by_hand=by_hand)))
+        _write_marker(place, replace(marker, by_hand=by_hand))
 
 
 def check_destination(folder: Path, name: str) -> None:
@@ -241,7 +172,7 @@ def install(folder: Path, files: list[File], marker: Marker) -> None:
     """Move staged files to their places and declare the folder complete.
 
     Raises:
-        DiskError, DownloadError: see `destination`.
+        DiskError, DownloadError: see `check_destination`.
     """
     for file in files:
         check_destination(folder, file.name)
@@ -249,14 +180,14 @@ def install(folder: Path, files: list[File], marker: Marker) -> None:
     with explained(folder):
         # From here to the new marker this is half a model.
         (folder / MARKER).unlink(missing_ok=True)
-        _write_json(folder / STAGING / _ORIGIN, asdict(Origin(marker.name, 0)))
+        _write_marker(folder / STAGING, marker)
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             staged(folder, file).replace(folder / file.name)
         for name in old.files if old else ():
             if name not in marker.files and _is_inside(folder, folder / name):
                 (folder / name).unlink(missing_ok=True)
-        write_marker(folder, marker)
+        _write_marker(folder, marker)
         shutil.rmtree(folder / STAGING)
 
 
@@ -267,4 +198,33 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where, why = error.filename or path, error.strerror or error
-        raise DiskError(f"cannot write {where}: {why}", f"check it, or use another {param('models_dir')}") from error
+        hint = f"check it, or use another {param('models_dir')}"
+        raise DiskError(f"cannot write {where}: {why}", hint) from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+    """Be the only one at work on a model's folder.
+
+    Args:
+        folder: the model's; the lock lies beside it, so that the folder can be removed under it.
+        waiting: called once if another is at work, before waiting for it; None to give up instead.
+
+    Raises:
+        DiskError: another is at work and `waiting` is None, or the lock cannot be made.
+    """
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    path = folder.parent / _LOCKS / f"{folder.name}.lock"
+    with contextlib.ExitStack() as stack:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # The shortest wait that it accepts.
+                stack.enter_context(WeakFileLock(path, timeout=0.01))
+            except TimeoutError:  # an OSError
+                if waiting is None:
+                    raise DiskError(f"another exl is at work on {folder}", "let it finish, or stop it") from None
+                waiting()
+                stack.enter_context(WeakFileLock(path))
+        yield

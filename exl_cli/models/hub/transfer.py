@@ -1,126 +1,131 @@
-"""One file, from wherever it stopped to its verified end."""
+"""Files on their way: each from wherever it stopped to its verified end, several at a time."""
 
 from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from exl_cli.errors import DiskError, DownloadError
 from exl_cli.models.hub import store
-from exl_cli.models.hub.client import Hub, Listing
-from exl_cli.models.hub.failures import BrokenTransferError, Patience
-from exl_cli.models.hub.store import File
+from exl_cli.models.hub.client import Hub
+from exl_cli.models.hub.failures import BrokenTransferError
+from exl_cli.models.hub.files import File, Listing
 
 _BLOCK = 2**20
-_REPORT_BYTES, _REPORT_SECONDS = 2**18, 0.1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WORKERS = 4
+_REPORT_SECONDS = 0.1
+_STOPPING_SECONDS = 0.3
 
-Advance = Callable[[int], None]
 
-
-class StoppedError(Exception):
+class _StoppedError(Exception):
     """Another file failed, or the user asked to stop."""
 
 
-def fetch(hub: Hub, listing: Listing, file: File, folder: Path, advance: Advance, stop: threading.Event) -> None:
-    """Bring a file to its staged place, complete and verified.
+class Transfer:
+    """One file: its bytes so far, on disk, and their digest.
 
     Args:
         hub: where from.
         listing: the commit.
         file: one of its files.
         folder: the model's folder, prepared with `store.prepare_staging`.
-        advance: called with bytes gained, or lost where a part had to be given up.
+        size: bytes of it that are here. Read it from any thread: it grows, or falls where bytes had to be given up.
         stop: set it to end at the next piece.
-
-    Raises:
-        StoppedError: `stop` was set.
-        DownloadError: the content is wrong, twice.
-        DiskError: it cannot be written.
-        Exception: what the Hub's last failure was.
     """
-    patience = hub.patience(file.name)
-    part = _Part(store.part(folder, file), file)
-    try:
-        damaged = False
-        while True:
-            _receive(hub, listing, part, patience, advance, stop)
-            if part.is_right():
-                break
-            if damaged:
-                got, listed = part.hexdigest()[:16], file.identity[:16]
+
+    def __init__(self, hub: Hub, listing: Listing, file: File, folder: Path, size: int, stop: threading.Event) -> None:
+        self.file, self.size = file, size
+        self._hub, self._listing, self._stop = hub, listing, stop
+        self._part, self._staged = store.part(folder, file), store.staged(folder, file)
+        self._patience = hub.patience(file.name)
+
+    def run(self) -> None:
+        """Bring the file to its staged place, complete and verified.
+
+        Raises:
+            DownloadError: the content is wrong, twice.
+            DiskError: it cannot be written.
+            Exception: the Hub's last failure, or that `stop` was set.
+        """
+        with store.explained(self._part):
+            self._stream = os.open(self._part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            with store.explained(self._part):
+                self._read_part()
+            self._receive()
+            if not self.file.is_right(self._digest):
+                self._hub.note(f"{self.file.name} arrived damaged (wrong hash): fetching it again")
+                self._restart()
+                self._receive()
+            if not self.file.is_right(self._digest):
+                got, listed = self._digest.hexdigest()[:16], self.file.identity[:16]
                 raise DownloadError(
-                    f"{file.name} arrived damaged twice: its hash is {got}…, the Hub lists {listed}…",
+                    f"{self.file.name} arrived damaged twice: its hash is {got}…, the Hub lists {listed}…",
                     "try again later, or look at the repository's discussions",
                 )
-            damaged = True
-            hub.note(f"{file.name} arrived damaged (wrong hash): fetching it again")
-            advance(part.restart())
-        part.finish(store.staged(folder, file))
-    finally:
-        part.close()
-
-
-def _receive(
-    hub: Hub, listing: Listing, part: _Part, patience: Patience, advance: Advance, stop: threading.Event
-) -> None:
-    """Fill a part up to the file's size, going on after failures that pass."""
-    meter = _Meter(advance)
-    furthest = part.size
-    while part.size < part.file.size:
-        try:
-            with hub.stream(listing, part.file, part.size) as (begin, chunks):
-                if begin != part.size:
-                    hub.note(f"{part.file.name}: the server cannot go on in the middle: starting anew")
-                    meter.add(part.restart())
-                for chunk in chunks:
-                    if stop.is_set():
-                        raise StoppedError
-                    if part.size + len(chunk) > part.file.size:
-                        meter.add(part.restart())
-                        raise BrokenTransferError(f"more than the {part.file.size:,} bytes that the Hub lists")
-                    part.write(chunk)
-                    meter.add(len(chunk))
-                    # Bytes that were here before a restart are no progress: else a hopeless server is tried for ever.
-                    if part.size > furthest:
-                        furthest = part.size
-                        patience.progressed()
-            if part.size < part.file.size:
-                raise BrokenTransferError(f"only {part.size:,} of {part.file.size:,} bytes came")
-        except (StoppedError, DiskError):
-            raise
-        except Exception as error:
-            if stop.is_set():
-                raise StoppedError from error
-            if getattr(getattr(error, "response", None), "status_code", 0) == 416:
-                meter.add(part.restart())
-                error = BrokenTransferError("the server refuses to go on in the middle")
-            patience.failed(error)
+            with store.explained(self._staged):
+                os.fsync(self._stream)
+                self._part.replace(self._staged)
         finally:
-            meter.flush()
+            os.close(self._stream)
 
+    def _read_part(self) -> None:
+        """Hash the bytes that an earlier download left; too many of them are none."""
+        self._digest, size = self.file.digest(), 0
+        while block := os.read(self._stream, _BLOCK):
+            self._digest.update(block)
+            size += len(block)
+        self.size = size
+        if size > self.file.size:
+            self._restart()
 
-class _Part:
-    """The bytes of a file that are here, and their digest."""
+    def _restart(self) -> None:
+        """Throw the bytes away."""
+        os.ftruncate(self._stream, 0)
+        os.lseek(self._stream, 0, os.SEEK_SET)
+        self.size, self._digest = 0, self.file.digest()
 
-    def __init__(self, path: Path, file: File) -> None:
-        self.path, self.file = path, file
-        self.size = 0
-        self._digest: Any = file.digest()
-        with store.explained(path):
-            self._stream = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            while block := os.read(self._stream, _BLOCK):
-                self._digest.update(block)
-                self.size += len(block)
-        if self.size > file.size:
-            self.restart()
+    def _receive(self) -> None:
+        """Fill the part up to the file's size, going on after failures that pass."""
+        name, wanted, furthest = self.file.name, self.file.size, self.size
+        while self.size < wanted:
+            try:
+                with self._hub.stream(self._listing, self.file, self.size) as (begin, chunks):
+                    if begin != self.size:
+                        self._hub.note(f"{name}: the server cannot go on in the middle: starting anew")
+                        self._restart()
+                    for chunk in chunks:
+                        if self._stop.is_set():
+                            raise _StoppedError
+                        if self.size + len(chunk) > wanted:
+                            self._restart()
+                            raise BrokenTransferError(f"more than the {wanted:,} bytes that the Hub lists")
+                        self._write(chunk)
+                        # Bytes that were here before a restart are no progress: a hopeless server gets no more tries.
+                        if self.size > furthest:
+                            furthest = self.size
+                            self._patience.progressed()
+                if self.size < wanted:
+                    raise BrokenTransferError(f"only {self.size:,} of {wanted:,} bytes came")
+            except (_StoppedError, DiskError):
+                raise
+            except Exception as error:
+                if self._stop.is_set():
+                    raise _StoppedError from error
+                if getattr(getattr(error, "response", None), "status_code", 0) == 416:
+                    self._restart()
+                    error = BrokenTransferError("the server refuses to go on in the middle")
+                self._patience.failed(error)
 
-    def write(self, chunk: bytes) -> None:
+    def _write(self, chunk: bytes) -> None:
         """Append; what is written survives the end of the process at any moment."""
         rest = memoryview(chunk)
         try:
@@ -135,48 +140,58 @@ class _Part:
                     f"the disk is full: {self.file.name} stopped at {self.size:,} of {self.file.size:,} bytes",
                     "make room; the same command goes on where it stopped",
                 ) from error
-            raise DiskError(f"cannot write {self.path}: {error.strerror or error}", "check the disk") from error
-
-    def restart(self) -> int:
-        """Throw the bytes away; returns how many, negative."""
-        lost = self.size
-        os.ftruncate(self._stream, 0)
-        os.lseek(self._stream, 0, os.SEEK_SET)
-        self.size, self._digest = 0, self.file.digest()
-        return -lost
-
-    def hexdigest(self) -> str:
-        """Of the bytes so far, as `File.identity` counts it."""
-        return str(self._digest.hexdigest())
-
-    def is_right(self) -> bool:
-        """Whether the complete content is the one that the Hub lists."""
-        return not self.file.identity or self.hexdigest() == self.file.identity
-
-    def finish(self, staged: Path) -> None:
-        """Make sure of the bytes and give the file its staged name."""
-        with store.explained(staged):
-            os.fsync(self._stream)
-            self.path.replace(staged)
-
-    def close(self) -> None:
-        """Leave the part as it is."""
-        os.close(self._stream)
+            raise DiskError(f"cannot write {self._part}: {error.strerror or error}", "check the disk") from error
 
 
-class _Meter:
-    """Adds bytes up, so that whoever watches is not called for every packet."""
+def run_all(
+    transfers: Sequence[Transfer],
+    stop: threading.Event,
+    abort: Callable[[], None],
+    advance: Callable[[str, int], None],
+) -> None:
+    """Run transfers, a few at a time; the first failure, or Ctrl-C, stops them all.
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-        self._bytes, self._last = 0, time.monotonic()
+    The threads are daemons: one that hangs in a dead connection must not keep the program from ending.
 
-    def add(self, count: int) -> None:
-        self._bytes += count
-        if self._bytes >= _REPORT_BYTES or time.monotonic() - self._last > _REPORT_SECONDS:
-            self.flush()
+    Args:
+        transfers: in the order in which they begin.
+        stop: the event that they watch.
+        abort: ends what does not watch it.
+        advance: called, from this thread, with a file's name and the bytes that it gained; negative where it lost some.
+    """
+    waiting = deque(transfers)
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def flush(self) -> None:
-        if self._bytes:
-            self._advance(self._bytes)
-        self._bytes, self._last = 0, time.monotonic()
+    def work() -> None:
+        with suppress(IndexError):
+            while not stop.is_set():
+                transfer = waiting.popleft()
+                try:
+                    transfer.run()
+                    ended.put(None)
+                except BaseException as error:
+                    ended.put(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_WORKERS, len(transfers)))]
+    told = {transfer: transfer.size for transfer in transfers}
+    for thread in threads:
+        thread.start()
+    left = len(transfers)
+    try:
+        while left:
+            with suppress(queue.Empty):
+                error = ended.get(timeout=_REPORT_SECONDS)
+                if error is not None:
+                    raise error
+                left -= 1
+            for transfer, before in told.items():
+                told[transfer] = now = transfer.size
+                if now != before:
+                    advance(transfer.file.name, now - before)
+    except BaseException:
+        stop.set()
+        abort()
+        deadline = time.monotonic() + _STOPPING_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        raise

@@ -1,8 +1,7 @@
 """Bytes from xet storage through hf-xet, from any offset on.
 
 huggingface_hub downloads whole files with it (`file_download.xet_get`, 2.4); its stream of a byte range does the same
-work and lets a file go on where it stopped. Which file it is and where its access tokens come from, the Hub says in
-the headers of the file's own address.
+work and lets a file go on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,39 +25,32 @@ _CONFIG = {
 }
 
 
-def is_here() -> bool:
-    """Whether hf-xet is installed, recent enough to stream, and not switched off with HF_HUB_DISABLE_XET."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
-        return False
-    return hasattr(importlib.import_module("hf_xet"), "XetDownloadStreamGroup")
-
-
 class Xet:
     """hf-xet's session of one run; after two failures it steps aside for plain HTTP, which serves the same files.
 
     Args:
-        headers: what to send to the Hub when asking for access.
-        note: is told when it steps aside.
+        headers: sent to the Hub when asking for access.
+        note: takes a line when it steps aside.
     """
 
     def __init__(self, headers: dict[str, str], note: Callable[[str], None]) -> None:
         self._headers, self._note = headers, note
         self._lock = threading.Lock()
         self._session: Any = None
-        self._failures = 0
+        self._failures = 0 if _is_here() else _FAILURES
 
-    def find(self, url: str, endpoint: str, timeout: float) -> Any:
-        """huggingface_hub's `XetFileData` of the file at `url`; None where it is not in xet storage."""
-        from huggingface_hub import get_hf_file_metadata
-
-        if self._failures >= _FAILURES:
-            return None
-        return get_hf_file_metadata(url, headers=self._headers, endpoint=endpoint, timeout=timeout).xet_file_data
+    @property
+    def usable(self) -> bool:
+        """Whether to ask for files in xet storage."""
+        return self._failures < _FAILURES
 
     def chunks(self, source: Any, size: int, offset: int) -> Iterator[bytes]:
-        """The bytes of a file of `size` bytes, from `offset` on.
+        """The bytes of a file.
+
+        Args:
+            source: huggingface_hub's `XetFileData` of it.
+            size: of the whole file, in bytes.
+            offset: where to begin.
 
         Raises:
             BrokenTransferError: hf-xet failed.
@@ -88,3 +80,12 @@ class Xet:
             if self._session is not None:
                 self._session.sigint_abort()
                 self._session = None
+
+
+def _is_here() -> bool:
+    """Whether hf-xet is installed, recent enough to stream, and not switched off with HF_HUB_DISABLE_XET."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
+        return False
+    return hasattr(importlib.import_module("hf_xet"), "XetDownloadStreamGroup")

@@ -1,17 +1,17 @@
-"""Which files of a revision to fetch: by default what inference needs, and never a pickle."""
+"""The files of a repository, and which of them to fetch: by default what inference needs, and never a pickle."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError, param
-from exl_cli.models.hub.client import Hub, Listing
-from exl_cli.models.hub.store import File
+from exl_cli.errors import DiskError, DownloadError, UnsupportedModelError, UsageError, param
+from exl_cli.models.hub.names import Repository
 from exl_cli.models.info import refuse_method
 
 # Files in the repository's root; engines read no others.
@@ -33,6 +33,82 @@ _NEEDED = (
 )
 _NEEDED_BELOW = ("additional_chat_templates/*.jinja",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.dill")
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a repository.
+
+    Attributes:
+        name: its path in the repository.
+        size: bytes.
+        blob_id: git's SHA-1 of it (of the pointer, where it is an LFS file); empty where unknown.
+        sha256: of the content, for LFS files; empty for others.
+    """
+
+    name: str
+    size: int
+    blob_id: str = ""
+    sha256: str = ""
+
+    @property
+    def identity(self) -> str:
+        """The hash of the content: its SHA-256, else its git id, else empty."""
+        return self.sha256 or self.blob_id
+
+    @property
+    def stem(self) -> str:
+        """The name of its staged file: from its content and, since two files may share one, from its name."""
+        content = self.identity or hashlib.sha256(f"{self.name}:{self.size}".encode()).hexdigest()
+        return f"{content}.{zlib.crc32(self.name.encode()):08x}"
+
+    def digest(self) -> Any:
+        """A hashlib object to feed the content to, for `is_right`.
+
+        git names a file by the SHA-1 of "blob", its length, a zero byte and its content.
+        """
+        if self.sha256 or not self.blob_id:
+            return hashlib.sha256()
+        return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
+
+    def is_right(self, digest: Any) -> bool:
+        """Whether a digest of the whole content is this file's; true where no hash is known."""
+        return not self.identity or digest.hexdigest() == self.identity
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` has this content; where no hash is known, this size.
+
+        Raises:
+            DiskError: it cannot be read.
+        """
+        digest = self.digest()
+        try:
+            if not path.is_file() or path.stat().st_size != self.size:
+                return False
+            with path.open("rb") as stream:
+                while self.identity and (block := stream.read(_BLOCK)):
+                    digest.update(block)
+        except OSError as error:
+            raise DiskError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
+        return self.is_right(digest)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository at one commit.
+
+    Attributes:
+        repository: as it was asked for.
+        commit: the commit that its revision stands for.
+        files: all of them.
+        license: the model card's licence, or empty.
+    """
+
+    repository: Repository
+    commit: str
+    files: tuple[File, ...]
+    license: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,21 +134,16 @@ def is_pickle(name: str) -> bool:
 
 
 def select(files: Sequence[File], choice: Choice) -> list[File]:
-    """The files of a listing that are wanted, those pickled left out whatever the choice says."""
+    """The files of a listing that are wanted, without pickled ones, whatever the choice says."""
     safe = [file for file in files if not is_pickle(file.name) and not _matches(file.name, choice.exclude)]
     if choice.include:
         return [file for file in safe if _matches(file.name, choice.include)]
-    chosen = [file for file in safe if _is_needed(file.name)]
+    chosen = [file for file in safe if _matches(file.name.lower(), _NEEDED) and "/" not in file.name]
+    chosen += [file for file in safe if _matches(file.name, _NEEDED_BELOW)]
     # Mistral's repositories carry the same weights twice, once in its own naming.
     weights = [file for file in chosen if file.name.endswith(".safetensors")]
     twins = [file for file in weights if file.name.startswith("consolidated")]
     return [file for file in chosen if file not in twins] if len(twins) < len(weights) else chosen
-
-
-def _is_needed(name: str) -> bool:
-    if "/" in name:
-        return _matches(name, _NEEDED_BELOW)
-    return _matches(name.lower(), _NEEDED)
 
 
 def left_out_pickles(files: Sequence[File], choice: Choice) -> list[str]:
@@ -85,36 +156,6 @@ def weight_bytes(files: Sequence[File]) -> int:
     return sum(file.size for file in files if file.name.endswith(".safetensors"))
 
 
-def read_config(hub: Hub, listing: Listing) -> dict[str, Any]:
-    """config.json of a revision, with `quantization_config` filled in from quantize_config.json where only that has it.
-
-    Empty where the revision has no config.json.
-
-    Raises:
-        DownloadError: it is not a JSON object.
-    """
-    config = _read_json(hub, listing, "config.json")
-    if config and not isinstance(config.get("quantization_config"), dict):
-        older = _read_json(hub, listing, "quantize_config.json")
-        if older:
-            config["quantization_config"] = {"quant_method": "gptq", **older}
-    return config
-
-
-def _read_json(hub: Hub, listing: Listing, name: str) -> dict[str, Any]:
-    file = next((file for file in listing.files if file.name == name), None)
-    if file is None:
-        return {}
-    content = hub.read(listing, file)
-    try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise DownloadError(f"{name} of {listing.repository} is not a JSON object", "do not use this revision")
-    return value
-
-
 def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, config: dict[str, Any]) -> None:
     """Refuse, before anything large is fetched, what exl could not run afterwards.
 
@@ -124,10 +165,9 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         DownloadError: a revision without weights.
     """
     where = str(listing.repository)
+    include = param("include")
     if not chosen:
-        raise UsageError(
-            f"no file of {where} matches", f"look at its files with {param('include')} '*' {param('dry_run')}"
-        )
+        raise UsageError(f"no file of {where} matches", f"look at its files with {include} '*' {param('dry_run')}")
     if choice.include:
         return
     refuse_method(Path(where), config.get("quantization_config") or {})
@@ -135,7 +175,7 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         if not config:
             raise DownloadError(
                 f"{where} holds no config.json, without which its weights cannot be run",
-                f"{param('include')} '*' downloads it all the same",
+                f"{include} '*' downloads it all the same",
             )
         return
     names = [file.name.lower() for file in listing.files]
