@@ -1,18 +1,13 @@
-"""Work done ahead of being asked for: by whom, how often, and what errors, interrupts and the interpreter's end do."""
+"""Work done ahead of being asked for: by whom, how often, and what errors and the interpreter's end do."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import linecache
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import FrameType
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import python
@@ -193,59 +188,10 @@ def test_what_failed_is_done_again_for_who_asks_later() -> None:
         return 2 * key
 
     ahead = Ahead(work, threads=1)
-    ahead.begin([3])
     with pytest.raises(MemoryError, match="for now"):
         ahead.get(3)
     assert [ahead.get(3), ahead.get(3)] == [6, 6]
     assert tries == [3, 3]
-
-
-@pytest.mark.parametrize("at", range(30))
-def test_an_interrupt_anywhere_leaves_nobody_waiting(at: int) -> None:
-    """Raised at the so manieth line of the class's own code, whether the work succeeds or fails.
-
-    Not where a `with` ends: there is no moment between a block and its end at which Python looks for signals.
-    """
-    for fails in (False, True):
-        bad = {1} if fails else set()
-
-        def work(key: int, bad: set[int] = bad) -> int:
-            if key in bad:
-                raise ValueError("no")
-            return 2 * key
-
-        ahead = Ahead(work, threads=1)
-        lines = 0
-
-        def trace(frame: FrameType, event: str, argument: object) -> Any:
-            nonlocal lines
-            if not frame.f_code.co_filename.endswith("ahead.py"):
-                return None
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-            if event == "line" and not line.strip().startswith("with"):
-                lines += 1
-                if lines == at + 1:
-                    raise KeyboardInterrupt
-            return trace
-
-        with contextlib.suppress(KeyboardInterrupt, ValueError):
-            sys.settrace(trace)
-            try:
-                ahead.get(1)
-            finally:
-                sys.settrace(None)
-        bad.clear()
-        found: list[int] = []
-
-        def ask(ahead: Ahead[int, int] = ahead, found: list[int] = found) -> None:
-            with contextlib.suppress(ValueError):  # an error that the one who was interrupted has not been told
-                ahead.get(1)
-            found.append(ahead.get(1))
-
-        asker = threading.Thread(target=ask, daemon=True)
-        asker.start()
-        asker.join(LONG)
-        assert found == [2]
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -271,14 +217,13 @@ def test_an_error_keeps_nothing_alive(begun: bool) -> None:
         assert gone() is None
 
 
-def test_what_is_forgotten_is_left_undone_unless_someone_else_began_it() -> None:
+def test_what_is_forgotten_is_left_undone_and_can_be_begun_again() -> None:
     work = Work(1)
     ahead = Ahead(work, threads=1)
-    ahead.begin([1, 2, 3], owner="one")
+    ahead.begin([1, 2, 3, 4])
     work.await_begun(1)
-    ahead.begin([3, 4], owner="other")
-    ahead.begin([2, 4], owner="one")
-    ahead.forget("one")
+    ahead.forget([1, 2, 4, 5])
+    ahead.begin([4])
     work.release.set()
     work.await_begun(3)
     assert work.behind == [1, 4, 3]
@@ -286,67 +231,9 @@ def test_what_is_forgotten_is_left_undone_unless_someone_else_began_it() -> None
     assert work.here == [2]
 
 
-def test_what_is_forgotten_can_be_begun_again() -> None:
-    work = Work(1)
-    ahead = Ahead(work, threads=1)
-    ahead.begin([1, 2], owner="one")
-    work.await_begun(1)
-    ahead.forget("one")
-    ahead.begin([2], owner="one")
-    work.release.set()
-    work.await_begun(2)
-    assert work.behind == [1, 2]
-
-
-def test_others_take_over_from_who_is_interrupted(askers: ThreadPoolExecutor) -> None:
-    others: list[Future[int]] = []
-    all_here = threading.Barrier(5)
-
-    def ask() -> int:
-        all_here.wait(LONG)
-        return ahead.get(1)
-
-    def work(key: int) -> int:
-        if not others:
-            others.extend(askers.submit(ask) for _ in range(4))
-            all_here.wait(LONG)
-            raise KeyboardInterrupt
-        return 2 * key
-
-    ahead = Ahead(work, threads=1)
-    with pytest.raises(KeyboardInterrupt):
-        ahead.get(1)
-    assert [other.result(LONG) for other in others] == [2, 2, 2, 2]
-    assert ahead.get(1) == 2
-
-
 def run(script: str) -> subprocess.CompletedProcess[str]:
     start = "from exl_cli.engines.exllamav2.kernels.ahead import Ahead\nimport threading\n"
     return python(start + script, timeout=LONG)
-
-
-def test_an_interrupt_while_waiting_spoils_nothing() -> None:
-    done = run("""
-import os, signal
-begun, waiting, release = (threading.Event() for _ in range(3))
-def work(key):
-    begun.set()
-    waiting.wait()
-    os.kill(os.getpid(), signal.SIGINT)
-    release.wait()
-    return 2 * key
-ahead = Ahead(work, threads=1)
-ahead.begin([1])
-begun.wait()
-try:
-    waiting.set()
-    ahead.get(1)
-except KeyboardInterrupt:
-    print("interrupted")
-release.set()
-print(ahead.get(1))
-""")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n2\n", "")
 
 
 def test_the_end_of_the_interpreter_waits_for_what_threads_are_at_and_for_no_more() -> None:

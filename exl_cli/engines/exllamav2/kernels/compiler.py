@@ -35,7 +35,7 @@ _MOST_THREADS = 8
 _LEFT_FREE = 2  # cores, for the answer that is being generated meanwhile
 
 # A file, what is defined for it, and the compute capability.
-_Build = tuple[str, tuple[tuple[str, int], ...], tuple[int, int]]
+Build = tuple[str, tuple[tuple[str, int], ...], tuple[int, int]]
 
 
 class _Attribute(ctypes.Structure):
@@ -87,24 +87,27 @@ def why_not(device: torch.device) -> str:
     return ""
 
 
-def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device, owner: object = None) -> None:
-    """Have what `Kernel` would compile be compiled in the background, or read where that was done before.
+def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device) -> list[Build]:
+    """Compile in the background what `Kernel` will want, ahead of what is queued already.
 
-    What cannot be compiled is told by the `Kernel` that wants it.
+    Errors are raised by the `Kernel` that wants the build.
 
     Args:
         file, device: as of `Kernel`.
-        builds: the `defines` of each, in the order in which they will be wanted. They come before what was begun
-            earlier and has to wait yet.
-        owner: for `forget`.
+        builds: the `defines` of each, in the order in which they will be wanted.
+
+    Returns:
+        What to `forget`, should it not be wanted any more.
     """
     capability = torch.cuda.get_device_capability(device)
-    _binaries.begin([_build(file, defines, capability) for defines in builds], owner)
+    queued = [_build(file, defines, capability) for defines in builds]
+    _binaries.begin(queued)
+    return queued
 
 
-def forget(owner: object) -> None:
-    """Leave undone what has to wait yet and nobody else began."""
-    _binaries.forget(owner)
+def forget(builds: Iterable[Build]) -> None:
+    """Do not compile those that are still queued."""
+    _binaries.forget(builds)
 
 
 class Kernel:
@@ -196,11 +199,11 @@ class Launch:
             _check(code, "launching a kernel")
 
 
-def _build(file: str, defines: Mapping[str, int], capability: tuple[int, int]) -> _Build:
+def _build(file: str, defines: Mapping[str, int], capability: tuple[int, int]) -> Build:
     return file, tuple(sorted(defines.items())), capability
 
 
-def _binary(build: _Build) -> bytes:
+def _binary(build: Build) -> bytes:
     file, defines, capability = build
     library = _library()
     major, minor = ctypes.c_int(), ctypes.c_int()

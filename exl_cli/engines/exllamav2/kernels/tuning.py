@@ -48,8 +48,7 @@ class Tuner:
         self._alike: dict[tuple[object, ...], list[Product]] = {}
         for product in of:
             self._alike.setdefault(product.kind, []).append(product)
-        # Stands for this one where a reference to it would keep the model's memory.
-        self._owner = object()
+        self._begun: list[compiler.Build] = []
         # By kind and most rows.
         self._chosen: dict[tuple[tuple[object, ...], int], quantized_linear.Layout] = {}
 
@@ -84,11 +83,11 @@ class Tuner:
                     builds = quantized_linear.builds(product, most, self._shared_bytes)
                     layout = _settled(product, most, builds, known)
                     wanted += builds.values() if layout is None else [builds[layout]]
-        compiler.begin(quantized_linear.FILE, [build.defines for build in wanted], self._device, self._owner)
+        self._begun += compiler.begin(quantized_linear.FILE, [build.defines for build in wanted], self._device)
 
     def close(self) -> None:
-        """Leave undone what was begun and is not wanted yet."""
-        compiler.forget(self._owner)
+        """Compile no further in the background; what is asked for is still compiled."""
+        compiler.forget(self._begun)
 
     def layout(self, product: Product, rows: int) -> quantized_linear.Layout:
         """The fastest layout for a product and all those of its kind; begin what it needs before.
