@@ -7,9 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from exl_cli.bench.measure import Sample
 from exl_cli.bench.plan import Case, Settings
-from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Result, Run
+from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Result, Run, Sample
 
 GIB = 2**30
 

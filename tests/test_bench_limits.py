@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from exl_cli import loader
 from exl_cli.bench import limits, perplexity
-from exl_cli.bench.gpus import Watch
+from exl_cli.bench.machine import Watch
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Probe
 from exl_cli.engines import probe, scoring

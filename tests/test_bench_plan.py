@@ -12,7 +12,7 @@ from exl_cli.bench import plan
 from exl_cli.bench.measure import measure
 from exl_cli.bench.plan import Case, Prompts, Settings
 from exl_cli.engines.base import Request
-from exl_cli.errors import EngineError, UsageError
+from exl_cli.errors import EngineError, UsageError, spell
 from exl_cli.sampling import Sampling
 
 
@@ -35,13 +35,13 @@ def test_names_are_those_of_llama_bench(test: Case, name: str) -> None:
 
 
 def test_a_list_of_counts() -> None:
-    assert plan.parse_counts("512, 2048,512", "--prompt-tokens", 0) == (512, 2048)
+    assert plan.parse_counts("512, 2048,512", "prompt_tokens", 0) == (512, 2048)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,,2", "-1", "1.5", "99999999999"])
 def test_what_is_no_list_of_counts(text: str) -> None:
-    with pytest.raises(UsageError, match="--depth"):
-        plan.parse_counts(text, "--depth", 0)
+    with pytest.raises(UsageError, match=r"^depth "):
+        plan.parse_counts(text, "depth", 0)
 
 
 def test_the_grid_is_every_depth_with_every_batch() -> None:
@@ -66,8 +66,8 @@ def test_batches_are_refused_by_the_engines_name() -> None:
     tests = plan.grid(Settings(batches=(1, 4, 16)))
     kept, skipped = plan.batchable(tests, 1, "cpu")
     assert all(test.n_parallel == 1 for test in kept)
-    assert skipped == ["--batch 4,16 left out: the cpu engine computes one request at a time"]
-    with pytest.raises(UsageError, match="the cpu engine computes one request at a time, so it cannot run --batch 4"):
+    assert [spell(text) for text in skipped] == ["batch 4,16 left out: the cpu engine computes one request at a time"]
+    with pytest.raises(UsageError, match="the cpu engine computes one request at a time, so it cannot run batch 4"):
         plan.batchable(plan.grid(Settings(batches=(4,))), 1, "cpu")
     assert plan.batchable(tests, 16, "other") == (tests, [])
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import exl_cli
-from exl_cli.bench import files, outputs
+from exl_cli.bench import outputs
 from exl_cli.bench.plan import Case
 from exl_cli.errors import UsageError
 
@@ -71,7 +71,7 @@ def test_a_broken_file_is_not_what_the_schema_says(result: Any) -> None:
 
 
 def test_fields_of_llama_bench_have_its_types_and_units(result: Any) -> None:
-    for entry in files.tests_json(result):
+    for entry in outputs.tests_json(result):
         assert {name: isinstance(entry[name], kind) for name, kind in LLAMA_FIELDS.items()} == dict.fromkeys(
             LLAMA_FIELDS, True
         )
@@ -81,7 +81,7 @@ def test_fields_of_llama_bench_have_its_types_and_units(result: Any) -> None:
 
 
 def test_statistics_are_those_of_numpy(result: Any) -> None:
-    for entry in files.tests_json(result):
+    for entry in outputs.tests_json(result):
         assert entry["avg_ts"] == pytest.approx(np.mean(entry["samples_ts"]))
         assert entry["stddev_ts"] == pytest.approx(np.std(entry["samples_ts"], ddof=1))
         assert entry["avg_ns"] == pytest.approx(np.mean(entry["samples_ns"]), abs=1)
@@ -112,7 +112,7 @@ def test_energy_is_per_token_and_not_told_of_too_short_a_time() -> None:
 
 def test_what_was_written_is_read_back(result: Any, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(outputs.render(result, "json"))
-    read = files.load(tmp_path / "a.json")
+    read = outputs.load(tmp_path / "a.json")
     assert outputs.render(read, "json") == outputs.render(result, "json")
     assert (read.settings, read.runs[1].cold, read.runs[0].tests[0]) == (
         result.settings,
@@ -133,7 +133,7 @@ def test_what_was_written_is_read_back(result: Any, tmp_path: Path) -> None:
 def test_files_that_are_no_results(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UsageError, match=word):
-        files.load(tmp_path / "x.json")
+        outputs.load(tmp_path / "x.json")
 
 
 def parse_as_llama_bench(text: str) -> list[dict[str, str]]:

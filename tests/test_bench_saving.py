@@ -17,6 +17,7 @@ from benchfakes import FAILURE, SHORT, PacedEngine, PacedLoader, bench, stopping
 import exl_cli
 from exl_cli.bench import outputs
 from exl_cli.errors import ExitCode
+from exl_cli.ui.console import flags
 
 SCHEMA = json.loads((Path(exl_cli.__file__).parent / "bench" / "schema.json").read_text())
 
@@ -86,7 +87,7 @@ def test_a_save_that_fails_loses_nothing_of_what_is_printed(tmp_path: Path, outp
 
 def test_a_result_that_no_one_reads_is_saved_all_the_same(tmp_path: Path) -> None:
     file = tmp_path / "copy.json"
-    (tmp_path / "run.json").write_text(outputs.render(benchdata.result(benchdata.gpu_run()), "json"))
+    (tmp_path / "run.json").write_text(outputs.render(benchdata.result(benchdata.gpu_run()), "json", flags))
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "exl_cli", "bench", str(tmp_path / "run.json"), "-o", "json", "--save", str(file)]

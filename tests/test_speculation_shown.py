@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import exl_cli
 from exl_cli import loader
 from exl_cli.api import records
-from exl_cli.bench import files, outputs
+from exl_cli.bench import outputs
 from exl_cli.bench.plan import Case
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
@@ -218,6 +218,6 @@ def test_results_from_before_are_still_read() -> None:
     value = json.loads(outputs.render(result, "json"))
     for entry in value["tests"]:
         del entry["samples_drafted_tokens"], entry["samples_accepted_tokens"]
-    again = files.from_json(value, "old.json")
+    again = outputs.from_json(value, "old.json")
     assert [entry.acceptance for _, entry in again.measured()] == [None] * len(value["tests"])
     assert benchdata.measured(Case(0, 4), [1.0]).acceptance is None

@@ -2,19 +2,14 @@
 
 | module | holds |
 |---|---|
-| `task` | what the user asked for, checked, as jobs |
-| `plan` | the tests of a run, their order, their prompts |
-| `measure` | one repetition of one test, through the engine's stream |
-| `job`, `worker` | what a process is asked to do; a model with a cache type, from import to the last test |
-| `runner` | the run as a whole: workers started, their events collected, interruptions |
-| `result`, `files` | what a run found and its statistics; its JSON (`schema.json` is the published schema) |
-| `saving` | results in files |
-| `limits` | what the hardware allows, and what holds a test back |
-| `environment`, `nvml` | the machine; the GPUs while it runs |
-| `perplexity` | the quality beside the speed |
+| `plan` | settings, the tests of a run, their order and prompts; a worker's job |
+| `measure`, `perplexity` | one repetition of one test, through the engine's stream; the quality beside the speed |
+| `worker`, `runner` | a model with a cache type, from import to the last test; the run as a whole |
+| `machine` | the machine, and its GPUs while they work |
+| `result`, `limits` | the records and their statistics; what the hardware allows, and what holds a test back |
+| `outputs` | JSON and back (`schema.json` is the published schema), JSON lines, CSV, Markdown, files |
 | `compare` | two results side by side, with a test of significance |
-| `outputs` | Markdown, CSV, JSON lines |
-| `html`, `style`, `charts`, `bars`, `drawing` | the report |
+| `report`, `charts` | the HTML report |
 
 Nothing here sees a tensor: `engines.probe` and `engines.scoring` do.
 """

@@ -1,20 +1,96 @@
-"""The report's charts of generation: against depth, against batch, and its latencies. See `bars` for the others.
+"""The report's charts: SVG by matplotlib, coloured by the page's style sheet.
 
-Each function gives a chart and the figures that it shows, or None where the result has nothing to draw.
+Every colour is drawn as a number that stands for a CSS variable and is replaced by it afterwards: one drawing serves
+light, dark and paper. Text stays text. Charts are narrow enough for a phone to show them at full size.
+
+Each chart's function gives None where the result has nothing to draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import html
+import importlib.util
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from exl_cli.bench import files
-from exl_cli.bench.drawing import INK, MUTED, Chart, colour_of, label, svg_of
-from exl_cli.bench.outputs import three_digits
+from exl_cli.bench import limits
+from exl_cli.bench.outputs import latency, three_digits
 from exl_cli.bench.plan import Case
-from exl_cli.bench.result import Measured, Result, Run, percentile
+from exl_cli.bench.result import Measured, Result, Run, mean, percentile
+from exl_cli.errors import UsageError, param
+
+# Colours to draw with, and what they become.
+_INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
+_SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06")
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--rule", _PAPER: "--paper"}
+_VARIABLES |= {colour: f"--series-{number}" for number, colour in enumerate(_SERIES, 1)}
+
+_WIDTH = 4.7
+_STYLE: dict[str, Any] = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _MUTED,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+}
+
+# The parts of a first use, in the order in which they happen; the report's key names them alike.
+FIRST_USE = ("import", "load", "first token")
 
 _BINS = 60
+
+# A name, pieces of a length and a colour, and the text at their end.
+_Bar = tuple[str, Sequence[tuple[float, str]], str]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart and the figures in it."""
+
+    svg: str
+    titles: Sequence[str]  # this and the next are the same figures as a table, its first column in words
+    rows: Sequence[Sequence[str]]
+
+
+def require_matplotlib() -> None:
+    """Say in time that no chart can be drawn.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        problem = f"{param('report')} needs matplotlib, which is not installed"
+        raise UsageError(problem, "pip install 'exl-cli[report]'")
+
+
+def label(result: Result, run: Run) -> str:
+    """What to call a run beside the others: as little as tells them apart."""
+    runs = result.runs
+    parts = []
+    if len({other.label for other in runs}) > 1:
+        alone = len({other.short_name for other in runs}) == len({other.label for other in runs})
+        parts.append(run.short_name if alone else run.label)
+    if len({other.cache for other in runs}) > 1:
+        parts.append(f"cache {run.cache}")
+    return ", ".join(parts) or run.short_name
 
 
 def depths(result: Result) -> Chart | None:
@@ -49,8 +125,8 @@ def _lines(
     name, title, axis, short = words
     series: list[tuple[Run, dict[int, Measured]]] = []
     for run in result.runs:
-        found = run.find("generation")
-        at = {place(entry.test, found[0].test): entry for entry in reversed(found)}
+        entries = run.find("generation")
+        at = {place(entry.test, entries[0].test): entry for entry in reversed(entries)}
         points = {x: at[x] for x in sorted(x for x in at if x is not None)}
         if len(points) > 1:
             series.append((run, points))
@@ -61,7 +137,7 @@ def _lines(
     def draw(axes: Any) -> None:
         for run, points in series:
             rates, errors = ([getattr(e, part) for e in points.values()] for part in ("avg_ts", "stddev_ts"))
-            colour = colour_of(result, run)
+            colour = _colour(result, run)
             axes.errorbar(list(points), rates, errors, color=colour, marker="o", markersize=4, linewidth=1.6)
         if log:
             axes.set_xscale("log", base=2)
@@ -70,8 +146,15 @@ def _lines(
         axes.grid(visible=False, axis="x")
         axes.set_ylim(bottom=0)
         axes.set_xlabel(axis)
-        axes.set_title("tokens/s", loc="left", fontsize=9.5, color=MUTED)
-        _name_ends(axes, result, series)
+        axes.set_title("tokens/s", loc="left", fontsize=9.5, color=_MUTED)
+        if len(series) < 2:
+            return
+        # Each line's name at its end, moved up where it would lie on another.
+        least, height = axes.get_ylim()[1] / 14, float("-inf")
+        for run, points in sorted(series, key=lambda line: line[1][max(line[1])].avg_ts):
+            height = max(points[max(points)].avg_ts, height + least)
+            end, colour = (max(points), height), _colour(result, run)
+            _write(axes, label(result, run), end, (8, 0), color=colour, va="center")
 
     rows = [
         (f"{tick:,}", *(f"{points[tick].avg_ts:,.1f}" if tick in points else "–" for _, points in series))
@@ -82,45 +165,26 @@ def _lines(
         for run, points in series
     )
     titles = (short, *(label(result, run) for run, _ in series)) if len(series) > 1 else (short, "tokens/s")
-    return Chart(svg_of(name, title, described, 2.7, draw), titles, rows)
-
-
-def _name_ends(axes: Any, result: Result, series: list[tuple[Run, dict[int, Measured]]]) -> None:
-    """Write each line's name at its end, moved up where it would lie on another."""
-    if len(series) < 2:
-        return
-    least = axes.get_ylim()[1] / 14
-    height = float("-inf")
-    for run, points in sorted(series, key=lambda one: one[1][max(one[1])].avg_ts):
-        height = max(points[max(points)].avg_ts, height + least)
-        axes.annotate(
-            label(result, run),
-            (max(points), height),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=colour_of(result, run),
-            va="center",
-        )
+    return Chart(_svg(name, title, described, 2.7, draw), titles, rows)
 
 
 def latencies(result: Result) -> Chart | None:
     """How the time between tokens is distributed: a row for each generation, for the first of each of several runs."""
-    found = [(run, entry) for run in result.runs for entry in run.find("generation") if entry.latencies]
-    if len(result.runs) > 1:
-        found = [(run, entry) for run, entry in found if entry is run.find("generation")[0]]
-    if not found:
+    several = len(result.runs) > 1
+    entries = [(run, entry) for run in result.runs for entry in run.find("generation")[: 1 if several else None]]
+    if not entries:
         return None
-    names = [label(result, run) if len(result.runs) > 1 else entry.test.name for run, entry in found]
-    rows = []
-    for name, (_, entry) in zip(names, found, strict=True):
-        points = files.latency(entry)
-        rows.append((name, *(f"{three_digits((points[point] or 0) / 1e6)} ms" for point in ("p5", "median", "p95"))))
-    edge = max(percentile(entry.latencies, 99) for _, entry in found) / 1e6 * 1.05
+    names = [label(result, run) if several else entry.test.name for run, entry in entries]
+    rows = [
+        (name, *(f"{three_digits((latency(entry)[point] or 0) / 1e6)} ms" for point in ("p5", "median", "p95")))
+        for name, (_, entry) in zip(names, entries, strict=True)
+    ]
+    edge = max(percentile(entry.itl_ns, 99) for _, entry in entries) / 1e6 * 1.05
 
     def draw(axes: Any) -> None:
-        for place, (name, (run, entry)) in enumerate(reversed(list(zip(names, found, strict=True)))):
-            _ridge(axes, place, [step / 1e6 for step in entry.latencies], edge, colour_of(result, run), name)
-        axes.set_ylim(-0.05, len(found))
+        for place, (name, (run, entry)) in enumerate(reversed(list(zip(names, entries, strict=True)))):
+            _ridge(axes, place, [step / 1e6 for step in entry.itl_ns], edge, _colour(result, run), name)
+        axes.set_ylim(-0.05, len(entries))
         axes.set_xlim(0, edge)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -130,7 +194,7 @@ def latencies(result: Result) -> Chart | None:
     described = "; ".join(
         f"{name}: 5 % below {low}, median {middle}, 95 % below {high}" for name, low, middle, high in rows
     )
-    svg = svg_of("latency", "Time between tokens", described, 0.75 + 0.7 * len(found), draw)
+    svg = _svg("latency", "Time between tokens", described, 0.75 + 0.7 * len(entries), draw)
     return Chart(svg, ("", "5 %", "median", "95 %"), rows)
 
 
@@ -144,7 +208,150 @@ def _ridge(axes: Any, place: int, values: list[float], edge: float, colour: str,
     edges = [edge * number / _BINS for number in range(_BINS + 1)]
     axes.stairs(heights, edges, baseline=place, fill=True, color=colour, alpha=0.5, linewidth=0)
     middle = percentile(values, 50)
-    axes.plot([middle, middle], [place, place + 0.6], color=INK, linewidth=1.2)
+    axes.plot([middle, middle], [place, place + 0.6], color=_INK, linewidth=1.2)
     axes.annotate(f"{three_digits(middle)} ms", (middle, place + 0.62), ha="center", va="bottom", fontsize=9)
     right = middle < edge / 2
-    axes.annotate(name, (edge if right else 0, place + 0.25), ha="right" if right else "left", color=MUTED)
+    axes.annotate(name, (edge if right else 0, place + 0.25), ha="right" if right else "left", color=_MUTED)
+
+
+def first_use(result: Result) -> Chart | None:
+    """From the start of a process to the first token, beside the first token of a model that is loaded."""
+    bars: list[_Bar] = []
+    rows: list[tuple[str, ...]] = []
+    for run in result.runs:
+        if run.cold is None:
+            continue
+        cold, warm = run.cold, run.find("answer")[:1]
+        parts = (cold.import_seconds, cold.load_seconds, cold.first_token_seconds)
+        whole = f"{cold.start_to_token_seconds:.2f} s"
+        bars.append((_name(result, run, "fresh process"), list(zip(parts, _SERIES, strict=False)), whole))
+        first, then = "–", "–"
+        if warm:
+            seconds = mean(warm[0].ttft_ns) / 1e9
+            first, then = f"{seconds * 1e3:,.1f} ms", f"{mean([sample.rate for sample in warm[0].samples]):,.1f}"
+            bars.append((_name(result, run, "loaded and warm"), [(seconds, _SERIES[2])], first))
+        rows += [
+            (_name(result, run, "import"), f"{parts[0]:.2f} s", "–"),
+            (_name(result, run, "load"), f"{parts[1]:.2f} s", "–"),
+            (_name(result, run, "first token"), f"{parts[2] * 1e3:,.1f} ms", first),
+            (_name(result, run, "then, tokens/s"), f"{cold.generation_rate:,.1f}", then),
+        ]
+    described = "; ".join(f"{name}: {end}" for name, _, end in bars)
+    return _bars("first-use", "Time to the first token", described, bars, "seconds", ("", "cold", "warm"), rows)
+
+
+def memory(result: Result) -> Chart | None:
+    """Peaks of memory beside the size of the weight files."""
+    bars: list[_Bar] = []
+    for run in result.runs:
+        colour = _colour(result, run)
+        for name, count, paint in (
+            ("weight files", run.model["size_bytes"], _MUTED),
+            ("GPU, allocated by this process", run.memory.allocator, colour),
+            ("GPU, in use by everything", run.memory.device, colour),
+            ("host, resident", run.memory.host, colour),
+        ):
+            if count is not None:
+                bars.append((_name(result, run, name), [(count / 2**20, paint)], f"{count / 2**20:,.0f} MiB"))
+    rows = [(name, end.removesuffix(" MiB")) for name, _, end in bars]
+    described = "; ".join(f"{name} {end}" for name, _, end in bars)
+    return _bars("memory", "Peak memory", described, bars, "MiB", ("", "MiB"), rows)
+
+
+def shares(result: Result) -> Chart | None:
+    """How close each test comes to its limit."""
+    bars: list[_Bar] = []
+    rows = []
+    for run, entry in result.measured():
+        if (limit := limits.limit(run, entry)) is None:
+            continue
+        taken = entry.step_ns if entry.test.kind == "generation" else entry.avg_ns
+        times = (f"{three_digits(limit.ns / 1e6)} ms", f"{three_digits(taken / 1e6)} ms")
+        rows.append((_name(result, run, entry.test.name), f"{limit.share:.1%}", *times))
+        percent = 100 * limit.share
+        pieces = [(percent, _colour(result, run)), (max(0.0, 100 - percent), _GRID)]
+        name = _name(result, run, f"{entry.test.name}, {limit.what}")
+        bars.append((name, pieces, f"{percent:.0f} %" if percent >= 1 else f"{percent:.1f} %"))
+    described = "; ".join(f"{name}: {share} of its limit" for name, share, *_ in rows)
+    titles = ("", "share", "least", "measured")
+    return _bars("limit", "Share of the hardware's limit", described, bars, "", titles, rows)
+
+
+def _bars(
+    name: str,
+    title: str,
+    description: str,
+    bars: Sequence[_Bar],
+    unit: str,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> Chart | None:
+    """Horizontal bars, each under its name; without a scale where there is no unit."""
+    if not bars:
+        return None
+    longest = max(sum(length for length, _ in pieces) for _, pieces, _ in bars)
+
+    def draw(axes: Any) -> None:
+        for place, (text, pieces, end) in enumerate(reversed(bars)):
+            left = 0.0
+            for length, colour in pieces:
+                axes.barh(place, length, left=left, height=0.36, color=colour)
+                left += length
+            _write(axes, end, (left, place), (5, 0), va="center")
+            axes.annotate(text, (0, place + 0.22), va="bottom", color=_MUTED)
+        axes.set_ylim(-0.4, len(bars) - 0.3)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False, axis="y")
+        if unit:
+            axes.set_xlim(0, longest * 1.25 or 1)
+            axes.set_xlabel(unit)
+        else:
+            axes.set_xlim(0, longest)
+            axes.set_xticks([])
+            axes.spines["bottom"].set_visible(False)
+
+    height = (0.75 if unit else 0.3) + 0.5 * len(bars)
+    return Chart(_svg(name, title, description, height, draw), titles, rows)
+
+
+def _name(result: Result, run: Run, rest: str) -> str:
+    return f"{label(result, run)}: {rest}" if len(result.runs) > 1 else rest
+
+
+def _colour(result: Result, run: Run) -> str:
+    return _SERIES[result.runs.index(run) % len(_SERIES)]
+
+
+def _write(axes: Any, text: str, place: tuple[float, float], offset: tuple[int, int], **style: str) -> None:
+    """Text at so many points from a place."""
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", **style)
+
+
+def _svg(name: str, title: str, description: str, height: float, draw: Callable[[Any], None]) -> str:
+    """An SVG element with a title and a description for those who do not see it."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH, height))
+        FigureCanvasSVG(figure)
+        draw(figure.subplots())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    # matplotlib starts its numbers again in every drawing; on one page names have to differ.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0] if box else ""} '
+        f'role="img" aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{html.escape(title)}</title>'
+        f'<desc id="{name}-desc">{html.escape(description)}</desc>'
+    )
+    return head + svg[svg.index(">", svg.index("<svg")) + 1 :]

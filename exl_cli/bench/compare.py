@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,33 +24,25 @@ _EXACT_UP_TO = 50_000
 _RANDOM_DEALS = 20_000
 _QUALITY = 0.01
 
+# "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions to tell.
 Mark = Literal["faster", "slower", "same", "noise", "unclear"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A test that both results have.
-
-    Attributes:
-        model, cache, test: what was measured, in words; "a → b" where the two results differ in it.
-        before, after: mean tokens per second.
-        p: probability that chance alone sets the means so far apart.
-        mark: "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions
-            to tell.
-        by_chance: there are enough repetitions to tell, and they say that chance explains the difference.
-        paced_by_cpu: in one of the two the GPU waited for the CPU. How fast that is differs between processes of the
-            same thing, by more than the repetitions within one can show.
-    """
+    """A test that both results have. Model and cache are "a → b" where the two results differ in them."""
 
     model: str
     cache: str
     test: str
-    before: float
+    before: float  # mean tokens per second, as `after`
     after: float
-    p: float
+    p: float  # probability that chance alone sets the means so far apart
     mark: Mark
-    by_chance: bool
-    paced_by_cpu: bool = False
+    by_chance: bool  # there are enough repetitions to tell, and they say that chance explains the difference
+    # In one of the two the GPU waited for the CPU. How fast that is differs between processes of the same thing, by
+    # more than the repetitions within one can show.
+    paced_by_cpu: bool
 
     @property
     def ratio(self) -> float:
@@ -60,20 +52,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that was taken once on each side, so that no test can tell chance from change.
-
-    Attributes:
-        model, cache: as in `Row`.
-        name: what it is.
-        unit: "s", "MiB" or empty.
-        before, after: the two.
-        note: what is to be said of it.
-    """
+    """A figure that was taken once on each side: no test can tell chance from change."""
 
     model: str
     cache: str
     name: str
-    unit: str
+    unit: str  # "s", "MiB" or empty
     before: float
     after: float
     note: str = ""
@@ -81,20 +65,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two results have in common, and what is different about the machines.
+    """What two results have in common, and what is different about the machines."""
 
-    Attributes:
-        rows, figures: in the order of the second result.
-        changed: names of environment entries with both values.
-        disturbed: whether other programs used much of the processor during one of the two.
-        missing: names of tests that only one of them has.
-    """
-
-    rows: list[Row]
+    rows: list[Row]  # in the order of the second result, as the figures
     figures: list[Figure]
-    changed: list[tuple[str, Any, Any]]
-    missing: list[str]
-    disturbed: bool = False
+    changed: list[tuple[str, Any, Any]]  # names of environment entries with both values
+    missing: list[str]  # names of tests that only one of them has
+    disturbed: bool  # other programs used much of the processor during one of the two
 
     @property
     def differs(self) -> bool:
@@ -160,59 +137,36 @@ def compare(before: Result, after: Result) -> Comparison:
     Tests belong together by model, cache and shape. Where each result has one model only, or one cache type, the two
     need not be the same: that is then what is being compared.
     """
-    by_model, by_cache = _several(before, after, _model), _several(before, after, _cache)
+    results = (before, after)
+    by_model = any(len({run.label for run in result.runs}) > 1 for result in results)
+    by_cache = any(len({run.cache for run in result.runs}) > 1 for result in results)
 
     def key(run: Run) -> tuple[str, str]:
-        return _model(run) if by_model else "", _cache(run) if by_cache else ""
+        return run.label if by_model else "", run.cache if by_cache else ""
 
     old_runs = {key(run): run for run in reversed(before.runs)}
-    rows, figures, missing = [], [], []
-    seen: set[tuple[str, str]] = set()
+    rows: list[Row] = []
+    figures: list[Figure] = []
+    missing: list[str] = []
     for run in after.runs:
-        old = old_runs.get(key(run))
-        if old is None or key(run) in seen:
-            missing += [f"{run.label}, cache {run.cache}: {entry.test.name}" for entry in run.tests if entry.samples]
+        if (old := old_runs.pop(key(run), None)) is None:
+            missing += [f"{run.where}: {entry.test.name}" for entry in run.tests]
             continue
-        seen.add(key(run))
-        where = _arrow(old.label, run.label), _arrow(old.cache, run.cache)
-        found, unmatched = _rows(old, run, *where)
-        rows += found
-        missing += unmatched
-        figures += _figures(old, run, *where)
-    missing += [
-        f"{old.label}, cache {old.cache}: {entry.test.name}"
-        for name, old in old_runs.items()
-        if name not in seen
-        for entry in old.tests
-        if entry.samples
-    ]
-    disturbed = any(limits.disturbed(run) for run in [*before.runs, *after.runs])
-    return Comparison(rows, figures, _changed(before.environment, after.environment), missing, disturbed)
-
-
-def _model(run: Run) -> str:
-    return run.label
-
-
-def _cache(run: Run) -> str:
-    return run.cache
-
-
-def _several(before: Result, after: Result, part: Callable[[Run], str]) -> bool:
-    return any(len({part(run) for run in result.runs}) > 1 for result in (before, after))
+        model, cache = _arrow(old.label, run.label), _arrow(old.cache, run.cache)
+        known = {entry.test: entry for entry in old.tests}
+        unmatched = [entry for entry in run.tests if entry.test not in known]
+        rows += [_row(known.pop(e.test), e, model, cache) for e in run.tests if e.test in known]
+        missing += [f"{model}, cache {cache}: {entry.test.name}" for entry in [*unmatched, *known.values()]]
+        figures += [Figure(model, cache, *figure) for figure in _figures(old, run)]
+    missing += [f"{old.where}: {entry.test.name}" for old in old_runs.values() for entry in old.tests]
+    disturbed = any(limits.disturbed(run) for result in results for run in result.runs)
+    names = dict.fromkeys([*before.environment, *after.environment])
+    values = [(name, before.environment.get(name), after.environment.get(name)) for name in names]
+    return Comparison(rows, figures, [(n, old, new) for n, old, new in values if old != new], missing, disturbed)
 
 
 def _arrow(before: str, after: str) -> str:
     return before if before == after else f"{before} → {after}"
-
-
-def _rows(old: Run, run: Run, model: str, cache: str) -> tuple[list[Row], list[str]]:
-    known = {entry.test: entry for entry in old.tests if entry.samples}
-    measured = [entry for entry in run.tests if entry.samples]
-    rows = [_row(known[entry.test], entry, model, cache) for entry in measured if entry.test in known]
-    both = {entry.test for entry in measured} & set(known)
-    names = [entry.test.name for entry in [*measured, *known.values()] if entry.test not in both]
-    return rows, [f"{model}, cache {cache}: {name}" for name in names]
 
 
 def _row(old: Measured, new: Measured, model: str, cache: str) -> Row:
@@ -222,33 +176,22 @@ def _row(old: Measured, new: Measured, model: str, cache: str) -> Row:
     return Row(model, cache, new.test.name, old.avg_ts, new.avg_ts, p, mark, by_chance, paced)
 
 
-def _figures(old: Run, run: Run, model: str, cache: str) -> list[Figure]:
-    found = []
-
-    def add(name: str, unit: str, before: float | None, after: float | None, note: str = "") -> None:
-        if before is not None and after is not None:
-            found.append(Figure(model, cache, name, unit, before, after, note))
-
+def _figures(old: Run, run: Run) -> Iterator[tuple[str, str, float, float, str]]:
+    """The figures that both runs have: what follows model and cache in a `Figure`."""
     if old.cold and run.cold:
-        add("start to first token", "s", old.cold.start_to_token_seconds, run.cold.start_to_token_seconds)
-        add("load", "s", old.cold.load_seconds, run.cold.load_seconds)
-    memory = [("GPU memory, allocator", old.memory.allocator, run.memory.allocator)]
-    memory += [
-        ("GPU memory, device", old.memory.device, run.memory.device),
-        ("host memory", old.memory.host, run.memory.host),
-    ]
-    for name, before, after in memory:
-        add(f"{name} peak", "MiB", before and before / 2**20, after and after / 2**20)
+        for name, part in (("start to first token", "start_to_token_seconds"), ("load", "load_seconds")):
+            yield name, "s", getattr(old.cold, part), getattr(run.cold, part), ""
+    for name, part in (
+        ("GPU memory, allocator", "allocator"),
+        ("GPU memory, device", "device"),
+        ("host memory", "host"),
+    ):
+        peaks = getattr(old.memory, part), getattr(run.memory, part)
+        if None not in peaks:
+            yield f"{name} peak", "MiB", peaks[0] / 2**20, peaks[1] / 2**20, ""
     if old.perplexity and run.perplexity:
         a, b = old.perplexity, run.perplexity
+        note = "computes something else" if abs(b.value / a.value - 1) > _QUALITY else "same quality"
         if (a.sha256, a.tokens, a.window, a.stride) != (b.sha256, b.tokens, b.window, b.stride):
             note = "not comparable: another text, tokenizer or window"
-        else:
-            note = "computes something else" if abs(b.value / a.value - 1) > _QUALITY else "same quality"
-        add("perplexity", "", a.value, b.value, note)
-    return found
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    names = dict.fromkeys([*before, *after])
-    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
+        yield "perplexity", "", a.value, b.value, note

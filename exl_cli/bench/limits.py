@@ -8,6 +8,7 @@ bounds: a real step also reads activations, writes keys and values, samples and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Measured, Run
@@ -96,17 +97,11 @@ def _idle_share(info: ModelInfo) -> float | None:
 
 @dataclass(frozen=True)
 class Limit:
-    """A test beside its limit.
+    """A test beside its limit."""
 
-    Attributes:
-        what: "memory bandwidth" or "matrix product".
-        ns: the least time, of a step of generation or of the whole prompt.
-        share: of the time that it took.
-    """
-
-    what: str
-    ns: float
-    share: float
+    what: Literal["memory bandwidth", "matrix product"]
+    ns: float  # the least time, of a step of generation or of the whole prompt
+    share: float  # of the time that it took
 
 
 def limit(run: Run, entry: Measured) -> Limit | None:
@@ -123,20 +118,23 @@ def limit(run: Run, entry: Measured) -> Limit | None:
     return None
 
 
+def verdicts(run: Run) -> list[tuple[str, str]]:
+    """The names of a run's tests of which it is known what holds them back, with that."""
+    return [(entry.test.name, text) for entry in run.tests if (text := verdict(run, entry))]
+
+
 def verdict(run: Run, entry: Measured) -> str:
     """What holds a generation back, in one line, with the figures that say so; empty where there are none."""
-    found = limit(run, entry)
-    if found is None or entry.test.kind != "generation":
+    bound = limit(run, entry)
+    if bound is None or entry.test.kind != "generation":
         return ""
-    size, share = _bytes(entry.step_bytes or 0), f"{found.share:.0%} of a step's {_ms(entry.step_ns)}"
-    reads = f"reading its {size} at the measured bandwidth would take {_ms(found.ns)}, {share}"
-    if found.share >= _NEAR:
+    size, share = _bytes(entry.step_bytes or 0), f"{bound.share:.0%} of a step's {_ms(entry.step_ns)}"
+    reads = f"reading its {size} at the measured bandwidth would take {_ms(bound.ns)}, {share}"
+    if bound.share >= _NEAR:
         return f"memory-bound: {reads}"
     if entry.test.n_parallel > 1:
         return ""  # neither traced nor in need of it: such a step is meant to compute more than it reads
-    if run.on_gpu:
-        return _gpu_verdict(entry, reads)
-    return _cpu_verdict(run, entry, reads)
+    return _gpu_verdict(entry, reads) if run.on_gpu else _cpu_verdict(run, entry, reads)
 
 
 def _gpu_verdict(entry: Measured, reads: str) -> str:

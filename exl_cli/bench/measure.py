@@ -18,42 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from exl_cli.bench.plan import Case
+from exl_cli.bench.result import Sample
 from exl_cli.engines.base import Engine, Request, Summary
-from exl_cli.errors import EngineError
+from exl_cli.errors import EngineError, param
 
 Energy = Callable[[], "float | None"]
 
-
-@dataclass(frozen=True)
-class Sample:
-    """What one repetition gave.
-
-    Attributes:
-        ns: nanoseconds of the timed part, for `Case.tokens` tokens.
-        ttft_ns: from the call to the first new token, the slowest of several requests.
-        itl_ns: nanoseconds between each new token and the one before it, all requests' in turn; empty for a prompt.
-        reused_tokens: prompt tokens that the engine did not compute but found in its cache.
-        joules: energy that the GPUs took meanwhile; None where they do not tell.
-        cpu_share: processor time of this process over the time that passed: 2.0 is two cores at work.
-        drafted_tokens, accepted_tokens: see `engines.base.Summary`.
-    """
-
-    ns: int
-    ttft_ns: int
-    itl_ns: tuple[int, ...]
-    reused_tokens: int
-    joules: float | None
-    cpu_share: float
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-    @classmethod
-    def read(cls, value: dict[str, Any]) -> Sample:
-        """From a dictionary of its fields, as JSON has it."""
-        return cls(**{**value, "itl_ns": tuple(value["itl_ns"])})
+# Tokens whose kernels are traced.
+_TRACED = 16
 
 
 @dataclass(frozen=True)
@@ -137,11 +111,11 @@ def measure(engine: Engine, test: Case, requests: Sequence[Request], energy: Ene
         ns = round((end.at - begin.at) * test.tokens / _inside(traces, begin.at, end.at))
     if ns <= 0:
         raise EngineError(f"the engine gave no time for {test.name}", "report it: its numbers cannot be trusted")
-    steps = () if test.kind == "prompt" else tuple(step for trace in traces for step in _steps(trace.arrivals))
+    steps = (after - before for trace in traces for before, after in itertools.pairwise(trace.arrivals))
     return Sample(
         ns=ns,
         ttft_ns=max(trace.arrivals[0] for trace in traces) - start.at,
-        itl_ns=steps,
+        itl_ns=() if test.kind == "prompt" else tuple(steps),
         reused_tokens=sum(summary.reused_tokens for summary in summaries),
         joules=None if begin.joules is None or end.joules is None else end.joules - begin.joules,
         cpu_share=1e9 * (end.cpu - begin.cpu) / (end.at - begin.at) if end.at > begin.at else 0.0,
@@ -200,9 +174,24 @@ def _inside(traces: Sequence[_Trace], begin: int, end: int) -> int:
         bisect.bisect_right(trace.arrivals, end) - bisect.bisect_right(trace.arrivals, begin) for trace in traces
     )
     if count <= 0:
-        raise EngineError("the engine computed the requests one after the other, not at the same time", "use --batch 1")
+        problem = "the engine computed the requests one after the other, not at the same time"
+        raise EngineError(problem, f"use {param('batch')} 1")
     return count
 
 
-def _steps(arrivals: Sequence[int]) -> list[int]:
-    return [after - before for before, after in itertools.pairwise(arrivals)]
+def trace_kernels(engine: Engine, request: Request) -> tuple[float, float] | None:
+    """Nanoseconds that the GPU computes in a step of a generation, and kernels that it is sent; None if unknown."""
+    from exl_cli.engines.probe import KernelClock
+
+    clock, count = KernelClock(), 0
+    chunks = engine.stream(request)
+    for chunk in chunks:
+        if not count and chunk.token_ids:
+            clock.start()
+        count += len(chunk.token_ids)
+        if count > _TRACED:
+            break
+    traced = clock.stop()
+    if closing := getattr(chunks, "close", None):
+        closing()
+    return None if traced is None else (1e9 * traced[0] / (count - 1), traced[1] / (count - 1))

@@ -1,27 +1,297 @@
-"""A result as text for other programs: Markdown, CSV, JSON, JSON lines."""
+"""A result in files and for other programs: JSON and back, JSON lines, CSV, Markdown.
+
+The JSON is one object; `schema.json` describes it and `schema` in it is the version. Its `tests` carry llama-bench's
+field names where they mean the same (tools/llama-bench/README.md of llama.cpp), in llama-bench's units: nanoseconds,
+bytes, tokens per second, and deviations of a sample (n - 1). What is computed from samples is there for other readers;
+`exl` computes it again.
+
+Texts of a result may hold an `errors.param`: what prints or writes one takes a `spelling`, as `errors.spell` does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.bench import files, limits
-from exl_cli.bench.result import Measured, Result, Run
+from exl_cli.bench import limits
+from exl_cli.bench.result import Measured, Perplexity, Result, Run, deviation, mean, percentile, read
+from exl_cli.errors import DiskError, ExlError, UsageError, param, spell
+from exl_cli.system.files import write_atomically
 
 OutputFormat = Literal["md", "csv", "json", "jsonl"]
 
+SCHEMA = 1
 
-def render(result: Result, kind: OutputFormat) -> str:
+# What a reader of the figures must know; part of every report.
+METHOD = (
+    "Prompts are random tokens from the stated seed, no two with the same first token, so that nothing can be reused "
+    "from the KV cache. The end-of-sequence token does not end a generation.",
+    "ppN is the evaluation of N prompt tokens, up to the moment the device has finished. tgN is N new tokens, one "
+    "forward pass each, from the arrival of the first token (not counted) to the last; sampling and decoding to text "
+    "are in it. '@ dN' is tgN after N tokens of context, which are not timed; 'xN' is N requests at a time, all their "
+    "tokens counted. ppN+tgM is a whole answer, from the call to its last token. Loading, tokenizing and rendering a "
+    "prompt are in none of them.",
+    f"Where tokens were guessed and verified ({param('speculate')}, {param('draft')}), a forward pass gives one and "
+    "those guessed right. After random prompts there is little to guess, so such figures say nothing of real texts.",
+    "Time to first token is from the call to the arrival of the first new token, decoded.",
+    "Each test is run once before it is timed. A repetition goes through all tests in a random order of its own.",
+    "Cold is the first generation of a fresh process. Its import time runs from the start of the process to the "
+    "first weight that is read, its load time from there until the model can answer. The files are as the operating "
+    "system had them in its cache.",
+    "The limit of a generation is the time to read its weights and its KV cache once for each step, at the bandwidth "
+    "measured in the same run with a buffer of the same size (1 GiB at most). That of a prompt is its multiplications "
+    "and additions at the rate of a large matrix product.",
+    "Energy is the whole GPU's, idle power included, as its own counter tells; left out below one second.",
+)
+
+
+def render(result: Result, kind: OutputFormat, spelling: Callable[[str], str] = spell) -> str:
     """The result in one of the formats for programs, its last line break included."""
     if kind == "md":
-        return markdown(result)
+        return spelling(markdown(result))
     if kind == "csv":
         return comma_separated(result)
     if kind == "jsonl":
-        return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in files.tests_json(result))
-    return json.dumps(files.to_json(result), ensure_ascii=False, indent=1) + "\n"
+        return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in tests_json(result))
+    return spelling(json.dumps(to_json(result), ensure_ascii=False, indent=1) + "\n")
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """The whole result, as `schema.json` has it."""
+    return {
+        "schema": SCHEMA,
+        "exl_version": result.exl_version,
+        "partial": result.partial,
+        "started": result.started,
+        "seconds": round(result.seconds, 3),
+        "settings": asdict(result.settings),
+        "sampling": result.sampling,
+        "method": list(METHOD),
+        "environment": result.environment,
+        "runs": [_run(run) for run in result.runs],
+        "tests": tests_json(result),
+        "order": result.order,
+        "warnings": result.warnings,
+        "skipped": result.skipped,
+    }
+
+
+def tests_json(result: Result) -> list[dict[str, Any]]:
+    """The tests, each complete in itself: llama-bench's fields first, then ours."""
+    return [_test(result, at, run, entry) for at, run in enumerate(result.runs) for entry in run.tests]
+
+
+def _run(run: Run) -> dict[str, Any]:
+    value = asdict(run)
+    del value["tests"]
+    value["load_seconds"] = round(run.load_seconds, 6)
+    for name, computed in (
+        ("cold", ("first_token_seconds", "start_to_token_seconds", "generation_rate")),
+        ("perplexity", ("value", "error")),
+    ):
+        if record := getattr(run, name):
+            value[name] |= {part: getattr(record, part) for part in computed}
+    return value
+
+
+def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, Any]:
+    environment, test, samples = result.environment, entry.test, entry.samples
+    threads = run.engine.get("threads")
+    times = [sample.ns for sample in samples]
+    limit = limits.limit(run, entry)
+    return {
+        "cpu_info": environment.get("cpu") or "",
+        "gpu_info": environment.get("gpu") or "",
+        "backends": _backend(run),
+        "model_filename": run.model["path"],
+        "model_type": run.label,
+        "model_size": run.model["size_bytes"],
+        "model_n_params": run.model["parameters"],
+        "n_threads": None if threads is None else int(threads),
+        "type_k": run.cache,
+        "type_v": run.cache,
+        "n_prompt": test.n_prompt,
+        "n_gen": test.n_gen,
+        "n_depth": test.n_depth,
+        "test_time": entry.time,
+        "avg_ns": round(entry.avg_ns),
+        "stddev_ns": round(deviation(times)),
+        "avg_ts": entry.avg_ts,
+        "stddev_ts": entry.stddev_ts,
+        "samples_ns": times,
+        "samples_ts": entry.rates,
+        "run": index,
+        "test": test.name,
+        "n_parallel": test.n_parallel,
+        "ttft_ns": round(mean(entry.ttft_ns)),
+        "ttft_stddev_ns": round(deviation(entry.ttft_ns)),
+        "ttft_median_ns": round(percentile(entry.ttft_ns, 50)),
+        "samples_ttft_ns": entry.ttft_ns,
+        **{f"itl_{name}_ns": value for name, value in latency(entry).items()},
+        "samples_itl_ns": [list(sample.itl_ns) for sample in samples],
+        "joules_per_token": entry.joules_per_token,
+        "samples_joules": [sample.joules for sample in samples],
+        "samples_cpu_share": [round(sample.cpu_share, 3) for sample in samples],
+        "samples_reused_tokens": [sample.reused_tokens for sample in samples],
+        "samples_drafted_tokens": [sample.drafted_tokens for sample in samples],
+        "samples_accepted_tokens": [sample.accepted_tokens for sample in samples],
+        "step_bytes": entry.step_bytes,
+        "flops": entry.flops,
+        "kernel_ns": entry.kernel_ns,
+        "kernels": entry.kernels,
+        "limit": limit and limit.what,
+        "limit_ns": limit and limit.ns,
+        "share_of_limit": limit and limit.share,
+        "verdict": limits.verdict(run, entry),
+    }
+
+
+def latency(entry: Measured) -> dict[str, int | None]:
+    """Median, 5th and 95th percentile of the time between tokens; None of a prompt."""
+    steps = entry.itl_ns
+    percents = {"median": 50, "p5": 5, "p95": 95}
+    return {name: round(percentile(steps, percent)) if steps else None for name, percent in percents.items()}
+
+
+def from_json(value: Any, source: str) -> Result:
+    """A result from what `to_json` gave; `source` is what to call it in an error.
+
+    Raises:
+        UsageError: it is something else, or of a schema that this version does not know.
+    """
+    if not isinstance(value, dict) or "schema" not in value or "tests" not in value:
+        raise UsageError(f"{source} is not a result of exl bench", "give a file written by exl bench -o json")
+    if value["schema"] != SCHEMA:
+        problem = f"{source} is written in schema {value['schema']}, this exl reads schema {SCHEMA}"
+        raise UsageError(problem, "run the benchmark again")
+    try:
+        runs = [
+            {**run, "tests": [_measured(test) for test in value["tests"] if test["run"] == index]}
+            for index, run in enumerate(value["runs"])
+        ]
+        return read(Result, {**{field.name: value[field.name] for field in fields(Result)}, "runs": runs})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__} {error}"
+        if details := getattr(error, "errors", None):  # pydantic's, which takes a paragraph to say all of it
+            first = details()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UsageError(f"{source} is damaged: {problem}", "run the benchmark again") from error
+
+
+def _measured(test: dict[str, Any]) -> dict[str, Any]:
+    columns = ["ns", "ttft_ns", "itl_ns", "reused_tokens", "joules", "cpu_share"]
+    # Files written before there was speculation do not have these.
+    columns += [name for name in ("drafted_tokens", "accepted_tokens") if f"samples_{name}" in test]
+    rows = zip(*(test[f"samples_{column}"] for column in columns), strict=True)
+    samples = [dict(zip(columns, row, strict=True)) for row in rows]
+    return {**test, "test": test, "time": test["test_time"], "samples": samples}
+
+
+def load(path: Path) -> Result:
+    """A result from a file.
+
+    Raises:
+        UsageError: it cannot be read, or is not a result.
+    """
+    try:
+        value = json.loads(_expanded(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"{path} is not JSON: {problem}", "give a file written by exl bench -o json") from error
+    return from_json(value, str(path))
+
+
+def saved_result(names: Sequence[str]) -> Path | None:
+    """The saved result among names that may be models'; None where there is none.
+
+    Raises:
+        UsageError: it does not stand alone.
+    """
+    saved = [name for name in names if name.endswith(".json") and not _expanded(Path(name)).is_dir()]
+    if saved and len(names) > 1:
+        hint = f"compare two with {param('compare')} OLD.json NEW.json"
+        raise UsageError(f"{saved[0]} is a saved result and stands alone", hint)
+    return Path(saved[0]) if saved else None
+
+
+def require_writable(path: Path, name: str) -> None:
+    """Refuse a path that no file can be written to, the value of the parameter `name`. Nothing is left behind there.
+
+    Raises:
+        UsageError: it is a folder or a device.
+        DiskError: no file can be made there.
+    """
+    path = _expanded(path)
+    with _explained(path):
+        try:
+            kind = path.stat().st_mode
+        except FileNotFoundError:
+            kind = stat.S_IFREG
+        if not stat.S_ISREG(kind):
+            wrong, hint = ("a folder", "name a file in it") if stat.S_ISDIR(kind) else ("none", "name another")
+            raise UsageError(f"{param(name)} needs the name of a file, and {path} is {wrong}", hint)
+        # Permissions do not say whether a file can be made, least of all to root: only making one does.
+        nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+
+
+def keep(
+    result: Result, save: Path | None, report: Path | None, spelling: Callable[[str], str] = spell
+) -> list[ExlError]:
+    """Write a result's JSON to `save` and its HTML to `report`; if one cannot be written, the other still is.
+
+    Returns:
+        What went wrong; what was there before stays then.
+    """
+    failures: list[ExlError] = []
+    for path, kind in ((save, "json"), (report, "html")):
+        if path is None:
+            continue
+        if kind == "json":
+            text = render(result, "json", spelling)
+        else:
+            from exl_cli.bench.report import page
+
+            text = page(result, spelling)
+        path = _expanded(path)
+        try:
+            with _explained(path):
+                write_atomically(path, text)
+                # A report is for others as well: the permissions that any new file would have.
+                mask = os.umask(0)
+                os.umask(mask)
+                path.chmod(0o666 & ~mask)
+        except DiskError as error:
+            failures.append(error)
+    return failures
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error.strerror or error}", "check folder and disk space") from error
+
+
+def _expanded(path: Path) -> Path:
+    """The path, `~` at its start replaced by that user's folder; as it is where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def size_text(count: int) -> str:
@@ -44,6 +314,26 @@ def three_digits(value: float) -> str:
     return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def perplexity_text(value: Perplexity) -> str:
+    """A perplexity with what it depends on."""
+    spread = f"{value.value:.4f} ± {value.error:.4f} over {value.tokens:,} tokens"
+    return f"{spread}, window {value.window:,}, stride {value.stride:,}"
+
+
+def machine(result: Result) -> str:
+    """Hardware and versions in one line."""
+    known = result.environment
+    parts = [known.get("gpu"), known.get("cpu"), known.get("os")]
+    named = {"driver": "driver", "cuda": "CUDA", "torch": "torch", "exllamav2": "exllamav2"}
+    parts += [f"{name} {known[key]}" for key, name in named.items() if known.get(key)]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _backend(run: Run) -> str:
+    """As llama-bench's column has it."""
+    return "CUDA" if run.on_gpu else "CPU"
+
+
 def markdown(result: Result) -> str:
     """llama-bench's table; a column more for cache types and parallel requests, where there are several."""
     titles = ["model", "size", "params", "backend"]
@@ -60,57 +350,36 @@ def markdown(result: Result) -> str:
 
     rule = " | ".join("-" * (widths[t] - 1) + ("-" if t in left else ":") for t in titles)
     text = line({title: title for title in titles}) + f"| {rule} |\n" + "".join(line(row) for row in rows)
-    return f"{text}\nbuild: exl {result.exl_version}\n" + "".join(f"\n- {note}" for note in notes(result)) + "\n"
+    return f"{text}\nbuild: exl {result.exl_version}\n" + "".join(f"\n- {note}" for note in _notes(result)) + "\n"
 
 
 def _cells(run: Run, entry: Measured, caches: bool, parallel: bool) -> list[str]:
     name = run.label.replace("|", "\\|")
-    cells = [name, size_text(run.model["size_bytes"]), parameters_text(run.model["parameters"]), run.backend]
+    cells = [name, size_text(run.model["size_bytes"]), parameters_text(run.model["parameters"]), _backend(run)]
     cells += [run.cache, run.cache] * caches + [str(entry.test.n_parallel)] * parallel
     return [*cells, entry.test.llama_name, f"{entry.avg_ts:.2f} ± {entry.stddev_ts:.2f}"]
 
 
-def notes(result: Result) -> list[str]:
+def _notes(result: Result) -> list[str]:
     """What belongs beside the figures, a line each."""
-    found = [f"partial: {result.partial}"] if result.partial else []
-    found.append(machine(result))
+    notes = [f"partial: {result.partial}"] if result.partial else []
+    notes.append(machine(result))
     for run in result.runs:
-        where = f"{run.label}, cache {run.cache}"
-        if run.cold is not None:
-            cold = run.cold
-            found.append(
-                f"{where}, first generation of a process: import {cold.import_seconds:.2f} s, load "
+        if cold := run.cold:
+            notes.append(
+                f"{run.where}, first generation of a process: import {cold.import_seconds:.2f} s, load "
                 f"{cold.load_seconds:.2f} s, first token {cold.first_token_seconds:.3f} s, then "
                 f"{cold.generation_rate:.2f} t/s"
             )
         if run.perplexity is not None:
-            value = run.perplexity
-            found.append(
-                f"{where}: perplexity {value.value:.4f} ± {value.error:.4f} over {value.tokens:,} tokens, window "
-                f"{value.window:,}, stride {value.stride:,}"
-            )
-        found += [f"{where}, {entry.test.name}: {text}" for entry in run.tests if (text := limits.verdict(run, entry))]
-    return [*found, *result.warnings, *result.skipped]
-
-
-def machine(result: Result) -> str:
-    """Hardware and versions in one line."""
-    known = result.environment
-    parts = [known.get("gpu"), known.get("cpu"), known.get("os")]
-    parts += [
-        f"{name} {known[key]}"
-        for key, name in (("driver", "driver"), ("cuda", "CUDA"), ("torch", "torch"), ("exllamav2", "exllamav2"))
-        if known.get(key)
-    ]
-    return ", ".join(str(part) for part in parts if part)
+            notes.append(f"{run.where}: perplexity {perplexity_text(run.perplexity)}")
+        notes += [f"{run.where}, {name}: {text}" for name, text in limits.verdicts(run)]
+    return [*notes, *result.warnings, *result.skipped]
 
 
 def comma_separated(result: Result) -> str:
     """A row for each test, without the lists of samples."""
-    rows: list[dict[str, Any]] = [
-        {key: value for key, value in entry.items() if not isinstance(value, list)}
-        for entry in files.tests_json(result)
-    ]
+    rows = [{key: value for key, value in entry.items() if not isinstance(value, list)} for entry in tests_json(result)]
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from exl_cli.bench.result import Perplexity, deviation, mean
 from exl_cli.engines.base import CachedScoring, Engine
-from exl_cli.errors import PromptError
+from exl_cli.errors import PromptError, param
 from exl_cli.models.tokenizer import Tokenizer
 
 WINDOW = 1024
@@ -31,7 +31,7 @@ def read(file: Path) -> tuple[str, str]:
         data = file.expanduser().read_bytes()
         return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()
     except OSError as error:
-        raise PromptError(f"cannot read {file}: {error.strerror or error}", "check --perplexity") from error
+        raise PromptError(f"cannot read {file}: {error.strerror or error}", f"check {param('perplexity')}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is not UTF-8 text: byte {error.start}", "convert it with iconv -t UTF-8") from error
 
@@ -68,9 +68,9 @@ def perplexity(engine: Engine, tokenizer: Tokenizer, file: Path, progress: Calla
     window = min(WINDOW, engine.context_length)
     stride = max(window // 2, 1)
     step = STEP if isinstance(engine, CachedScoring) else 0
-    found: list[float] = []
+    losses: list[float] = []
     for begin, end, count in windows(len(ids), window, stride):
-        found += [-value for value in log_likelihoods(engine, ids[begin:end], count, STEP)]
-        progress(len(found), len(ids) - 1)
-    error = deviation(found) / len(found) ** 0.5
-    return Perplexity(str(file), digest, len(found), window, stride, step, mean(found), error)
+        losses += [-value for value in log_likelihoods(engine, ids[begin:end], count, STEP)]
+        progress(len(losses), len(ids) - 1)
+    error = deviation(losses) / len(losses) ** 0.5
+    return Perplexity(str(file), digest, len(losses), window, stride, step, mean(losses), error)

@@ -1,4 +1,4 @@
-"""What a benchmark measures: the grid of tests, the order of their repetitions and the prompts that they are given.
+"""What a benchmark measures: its settings, the grid of tests, the order of their repetitions, their prompts.
 
 The tests are llama-bench's, under its names: `pp512` evaluates a prompt of 512 tokens, `tg128` generates 128, `tg128 @
 d4096` does so after 4,096 tokens that are not timed, `pp512+tg128` is a whole answer. `tg128 x4` is four requests at a
@@ -7,29 +7,25 @@ time.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, param
+from exl_cli.models.load_options import CacheType, LoadOptions
+from exl_cli.models.memory import CACHE_TYPES
+from exl_cli.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Case:
-    """One test of the grid.
+    """One test of the grid."""
 
-    Attributes:
-        n_prompt: prompt tokens whose evaluation is timed.
-        n_gen: forward passes of one new token for each request that are timed.
-        n_depth: tokens in the KV cache before the timed part.
-        n_parallel: requests at a time.
-    """
-
-    n_prompt: int
-    n_gen: int
-    n_depth: int = 0
-    n_parallel: int = 1
+    n_prompt: int  # prompt tokens whose evaluation is timed
+    n_gen: int  # timed forward passes of one new token for each request
+    n_depth: int = 0  # tokens in the KV cache before the timed part
+    n_parallel: int = 1  # requests at a time
 
     @property
     def llama_name(self) -> str:
@@ -46,21 +42,19 @@ class Case:
     @property
     def kind(self) -> str:
         """ "prompt", "generation" or "answer" (both)."""
-        if not self.n_gen:
-            return "prompt"
-        return "answer" if self.n_prompt else "generation"
+        return "prompt" if not self.n_gen else "answer" if self.n_prompt else "generation"
 
     @property
     def tokens(self) -> int:
-        """Tokens whose time is taken, of all requests together."""
+        """Timed tokens, of all requests together."""
         return self.n_parallel * (self.n_prompt + self.n_gen)
 
     @property
     def prompt_ids(self) -> int:
-        """Tokens that each request's prompt has.
+        """Tokens of each request's prompt.
 
         An engine evaluates all of a prompt but its last token as prompt, so `pp512` needs one more. A generation
-        starts from one token at least.
+        starts from at least one token.
         """
         if self.kind == "answer":
             return self.n_prompt
@@ -79,53 +73,80 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for.
-
-    Attributes:
-        prompt_tokens, new_tokens, depths, batches: the grid; 0 prompt or new tokens leaves those tests out.
-        repetitions: of each test.
-        seed: of the prompts, the order and the sampler.
-    """
+    """What the user asked for. 0 prompt or new tokens leaves those tests out."""
 
     prompt_tokens: tuple[int, ...] = (512,)
     new_tokens: tuple[int, ...] = (128,)
     depths: tuple[int, ...] = (0,)
     batches: tuple[int, ...] = (1,)
     repetitions: int = 5
-    seed: int = 0
-
-    @classmethod
-    def read(cls, value: dict[str, Any]) -> Settings:
-        """From a dictionary of its fields, as JSON has it."""
-        fields: dict[str, Any] = {
-            name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()
-        }
-        return cls(**fields)
+    seed: int = 0  # of the prompts, the order and the sampler
 
 
-# What --quick takes where a flag is not given.
-QUICK = Settings(prompt_tokens=(128,), new_tokens=(32,))
+@dataclass(frozen=True)
+class Job:
+    """What one worker measures: a model with a type of KV cache."""
+
+    model: str | None  # this and the next as `loader.resolve` takes them
+    models_dir: str | None
+    loading: LoadOptions
+    settings: Settings  # this and the next are the same in all jobs of a benchmark
+    sampling: Sampling
+    perplexity: str | None = None  # the path of a text to evaluate
+    # When the worker's process was started, on the system's monotonic clock. None where it runs in a process that did
+    # other things before, whose first generation says nothing.
+    spawned: float | None = None
 
 
-def parse_counts(text: str, flag: str, least: int) -> tuple[int, ...]:
-    """ "512,2048" to (512, 2048), doubles left out.
+def settings(
+    quick: bool, prompt_tokens: str | None, new_tokens: str | None, depth: str, batch: str, repetitions: int, seed: int
+) -> Settings:
+    """The settings behind the command's parameters. `quick` shortens the lengths that are not given.
 
     Raises:
-        UsageError: anything that is not a whole number of at least `least`.
+        UsageError: a text that is not a list of counts.
     """
-    values: list[int] = []
-    for part in text.split(","):
-        try:
-            value = int(part)
-        except ValueError:
-            value = -1
-        if not least <= value <= 10_000_000:
-            raise UsageError(
-                f"{flag} {text!r} is not a list of whole numbers, {least} or more", f"write it as {flag} 1,2"
-            )
-        if value not in values:
-            values.append(value)
-    return tuple(values)
+    prompts, news = ("128", "32") if quick else ("512", "128")
+    return Settings(
+        parse_counts(prompts if prompt_tokens is None else prompt_tokens, "prompt_tokens", 0),
+        parse_counts(news if new_tokens is None else new_tokens, "new_tokens", 0),
+        parse_counts(depth, "depth", 0),
+        parse_counts(batch, "batch", 1),
+        repetitions,
+        seed,
+    )
+
+
+def parse_counts(text: str, name: str, least: int) -> tuple[int, ...]:
+    """ "512,2048" to (512, 2048), duplicates left out.
+
+    Raises:
+        UsageError: anything that is not a whole number of at least `least`; it names the parameter `name`.
+    """
+    try:
+        values = tuple(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        values = (-1,)
+    if not all(least <= value <= 10_000_000 for value in values):
+        problem = f"{param(name)} {text!r} is not a list of whole numbers, {least} or more"
+        raise UsageError(problem, f"write it as {param(name)} 1,2")
+    return values
+
+
+def loadings(loading: LoadOptions, caches: str | None) -> list[LoadOptions]:
+    """The load options with each of the listed cache types in turn; as they are for None.
+
+    Raises:
+        UsageError: no such type.
+    """
+    if caches is None:
+        return [loading]
+    known: dict[str, CacheType] = {kind: kind for kind in CACHE_TYPES}
+    names = list(dict.fromkeys(part.strip() for part in caches.split(",")))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no cache type named {name!r}", f"cache types: {', '.join(known)}")
+    return [dataclasses.replace(loading, cache=known[name]) for name in names]
 
 
 def grid(settings: Settings) -> list[Case]:
@@ -141,7 +162,8 @@ def grid(settings: Settings) -> list[Case]:
     if prompts and news:
         tests.append(Case(prompts[0], news[0]))
     if not tests:
-        raise UsageError("nothing is left to measure", "give --prompt-tokens or --new-tokens a number above 0")
+        hint = f"give {param('prompt_tokens')} or {param('new_tokens')} a number above 0"
+        raise UsageError("nothing is left to measure", hint)
     return tests
 
 
@@ -151,10 +173,10 @@ def answer(tests: Sequence[Case]) -> Case:
 
 
 def fitting(tests: Sequence[Case], context: int, name: str) -> tuple[list[Case], list[str]]:
-    """The tests that a model's context holds, and a sentence for each that it does not.
+    """The tests that fit into a model's context, and a sentence for each that does not.
 
     Raises:
-        UsageError: not one fits.
+        UsageError: none fits.
     """
     kept = [test for test in tests if test.context <= context]
     skipped = [
@@ -163,12 +185,10 @@ def fitting(tests: Sequence[Case], context: int, name: str) -> tuple[list[Case],
         if test.context > context
     ]
     if not kept:
-        smallest = min(tests, key=lambda test: test.context)
-        raise UsageError(
-            f"no test fits the context of {name}: {smallest.name} needs {smallest.context:,} tokens, "
-            f"there are {context:,}",
-            "ask for fewer --prompt-tokens and --new-tokens",
-        )
+        least = min(tests, key=lambda test: test.context)
+        problem = f"no test fits the context of {name}: {least.name} needs {least.context:,} tokens"
+        hint = f"ask for fewer {param('prompt_tokens')} and {param('new_tokens')}"
+        raise UsageError(f"{problem}, there are {context:,}", hint)
     return kept, skipped
 
 
@@ -183,17 +203,18 @@ def batchable(tests: Sequence[Case], max_batch: int, engine: str) -> tuple[list[
         return kept, []
     sizes = sorted({test.n_parallel for test in tests if test.n_parallel > max_batch})
     most = "one request at a time" if max_batch == 1 else f"at most {max_batch} requests at a time"
-    what = f"--batch {','.join(map(str, sizes))}"
+    batches = f"{param('batch')} {','.join(map(str, sizes))}"
     if not any(test.kind == "generation" for test in kept):
-        raise UsageError(f"the {engine} engine computes {most}, so it cannot run {what}", f"use --batch {max_batch}")
-    return kept, [f"{what} left out: the {engine} engine computes {most}"]
+        problem = f"the {engine} engine computes {most}, so it cannot run {batches}"
+        raise UsageError(problem, f"use {param('batch')} {max_batch}")
+    return kept, [f"{batches} left out: the {engine} engine computes {most}"]
 
 
 def schedule(tests: Sequence[Case], settings: Settings) -> Iterator[tuple[int, int]]:
     """Which test comes when: pairs of the repetition, from 0, and the test's index.
 
-    Every repetition goes through all tests in an order of its own, so that whatever changes while a run lasts (heat,
-    other programs) falls on all tests alike and shows in their deviations.
+    Each repetition goes through all tests in another random order: whatever changes during a run (heat, other
+    programs) falls on all tests alike and shows in their deviations.
     """
     order = random.Random(settings.seed)
     for repetition in range(settings.repetitions):
@@ -201,12 +222,7 @@ def schedule(tests: Sequence[Case], settings: Settings) -> Iterator[tuple[int, i
 
 
 class Prompts:
-    """Random token prompts, no two of which begin with the same token, so that no prefix of one is in the cache.
-
-    Args:
-        ids: the token ids to draw from.
-        seed: same seed, same prompts.
-    """
+    """Random prompts from a list of token ids, no two with the same first token: no prefix of one is in the cache."""
 
     def __init__(self, ids: Sequence[int], seed: int) -> None:
         self._ids = list(ids)

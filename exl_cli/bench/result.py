@@ -1,24 +1,36 @@
-"""What a benchmark found: its records, their statistics, and the JSON that they are kept in.
+"""What a benchmark measured: its records and their statistics. `outputs` has their JSON.
 
-The JSON is one object; `schema.json` describes it and `schema` in it is the version. Its `tests` carry llama-bench's
-field names where they mean the same (tools/llama-bench/README.md of llama.cpp), in llama-bench's units: nanoseconds,
-bytes, tokens per second, and deviations of a sample (n - 1). What is computed from samples is written for whoever reads
-the file, and computed again when `exl` does.
+Times are in nanoseconds where llama-bench has them so, elsewhere in seconds; deviations are of a sample (n - 1).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from exl_cli.bench.measure import Sample
 from exl_cli.bench.plan import Case, Settings
 
-SCHEMA = 1
+_Record = TypeVar("_Record")
+
+
+def read(record: type[_Record], value: Any) -> _Record:
+    """A record from what JSON gives for it; a record that is one already is returned as it is.
+
+    Raises:
+        ValueError: a field is missing or of another type.
+    """
+    return _adapter(record).validate_python(value)  # type: ignore[arg-type, no-any-return]
+
+
+@functools.cache
+def _adapter(record: type[Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(record)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -27,7 +39,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The standard deviation of a sample (n - 1), 0.0 of fewer than two, as llama-bench has it."""
+    """The standard deviation of a sample, 0.0 of fewer than two values, as llama-bench has it."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -39,20 +51,32 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One repetition of a test."""
+
+    ns: int  # the timed part, in which `Case.tokens` tokens were computed
+    ttft_ns: int  # from the call to the first new token, the slowest of several requests
+    itl_ns: tuple[int, ...]  # from each new token to the next, request after request; empty for a prompt
+    reused_tokens: int  # prompt tokens that the engine did not compute but had in its cache
+    joules: float | None  # energy that the GPUs took meanwhile; None where they do not say
+    cpu_share: float  # processor time of this process over wall time: 2.0 is two busy cores
+    drafted_tokens: int = 0  # see `engines.base.Summary`
+    accepted_tokens: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first; 0.0 where there is no other."""
+        return 1e9 * len(self.itl_ns) / sum(self.itl_ns) if any(self.itl_ns) else 0.0
+
+
+@dataclass(frozen=True)
 class Cold:
-    """The first generation of a fresh process.
+    """The first generation of a fresh process."""
 
-    Attributes:
-        import_seconds: from the start of the process until the first weight was read.
-        load_seconds: from there until the model could answer.
-        n_prompt, n_gen: tokens of the request.
-        sample: how it went.
-    """
-
-    import_seconds: float
-    load_seconds: float
-    n_prompt: int
-    n_gen: int
+    import_seconds: float  # from the start of the process until the first weight was read
+    load_seconds: float  # from there until the model could answer
+    n_prompt: int  # tokens of the prompt
+    n_gen: int  # new tokens
     sample: Sample
 
     @property
@@ -68,28 +92,16 @@ class Cold:
     @property
     def generation_rate(self) -> float:
         """Tokens per second after the first."""
-        return rate_of(self.sample)
-
-
-def rate_of(sample: Sample) -> float:
-    """Tokens per second after the first token of a sample; 0.0 where there is none."""
-    total = sum(sample.itl_ns)
-    return 1e9 * len(sample.itl_ns) / total if total else 0.0
+        return self.sample.rate
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The most memory in use, in bytes; None where it cannot be read.
+    """The most memory in use, in bytes; None where it cannot be read."""
 
-    Attributes:
-        host: resident memory of the process.
-        allocator: reserved on the GPUs by this process's torch.
-        device: in use on these GPUs, by everything, at the end of a repetition.
-    """
-
-    host: int
-    allocator: int | None = None
-    device: int | None = None
+    host: int  # resident memory of the process
+    allocator: int | None  # reserved on the GPUs by this process's torch
+    device: int | None  # in use on these GPUs by everything, at the end of a repetition
 
     def union(self, other: Memory) -> Memory:
         """The larger of each."""
@@ -97,48 +109,32 @@ class Memory:
         def larger(a: int | None, b: int | None) -> int | None:
             return max((value for value in (a, b) if value is not None), default=None)
 
-        return Memory(
-            max(self.host, other.host), larger(self.allocator, other.allocator), larger(self.device, other.device)
-        )
+        devices = larger(self.allocator, other.allocator), larger(self.device, other.device)
+        return Memory(max(self.host, other.host), *devices)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the device can do, measured in the same run.
+    """What the device can do, measured in the same run."""
 
-    Attributes:
-        bytes_per_second: reading memory.
-        buffer_bytes: size of what was read.
-        flops: multiplications and additions per second of a large matrix product.
-        dtype: of that product.
-    """
-
-    bytes_per_second: float
-    buffer_bytes: int
-    flops: float
-    dtype: str
+    bytes_per_second: float  # reading memory
+    buffer_bytes: int  # size of what was read
+    flops: float  # multiplications and additions per second of a large matrix product
+    dtype: str  # of that product
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well the model predicts a text; see `perplexity`.
-
-    Attributes:
-        file, sha256: the text.
-        tokens: predicted ones.
-        window, stride: tokens of context at most, and how far it moves at a time.
-        step: tokens of a forward pass; 0 for a window at once.
-        mean_nll, stderr: negative log-likelihood of a token in nats, and its standard error.
-    """
+    """How well the model predicts a text; see `bench.perplexity`."""
 
     file: str
     sha256: str
-    tokens: int
-    window: int
-    stride: int
-    step: int
-    mean_nll: float
-    stderr: float
+    tokens: int  # predicted
+    window: int  # tokens of context at most
+    stride: int  # tokens that the window moves at a time
+    step: int  # tokens of a forward pass; 0 for a window at once
+    mean_nll: float  # negative log-likelihood of a token, in nats
+    stderr: float  # of mean_nll
 
     @property
     def value(self) -> float:
@@ -153,25 +149,15 @@ class Perplexity:
 
 @dataclass
 class Measured:
-    """A test and its samples.
-
-    Attributes:
-        test: what was run.
-        samples: one for each repetition, in the order of time.
-        time: when the first was taken, in RFC 3339.
-        step_bytes: what a step of generation has to read at least; None where unknown.
-        flops: what the prompt's evaluation has to compute; None where unknown.
-        kernel_ns, kernels: time in which the GPU computes in a step, and how many kernels it is sent; None where
-            they cannot be traced.
-    """
+    """A test and its samples."""
 
     test: Case
-    samples: list[Sample] = field(default_factory=list)
-    time: str = ""
-    step_bytes: int | None = None
-    flops: int | None = None
-    kernel_ns: float | None = None
-    kernels: float | None = None
+    samples: list[Sample] = field(default_factory=list)  # one for each repetition, in the order of time
+    time: str = ""  # when the first was taken, in RFC 3339
+    step_bytes: int | None = None  # what a step of generation reads at least
+    flops: int | None = None  # what the prompt's evaluation computes
+    kernel_ns: float | None = None  # in which the GPU computes, of a step; None where it cannot be traced
+    kernels: float | None = None  # sent to the GPU in a step
 
     @property
     def rates(self) -> list[float]:
@@ -199,18 +185,18 @@ class Measured:
         return self.avg_ns / self.test.n_gen if self.test.n_gen else 0.0
 
     @property
-    def latencies(self) -> list[int]:
-        """Nanoseconds between tokens, of all samples."""
+    def itl_ns(self) -> list[int]:
+        """Nanoseconds between tokens, of all samples; none for a prompt."""
         return [step for sample in self.samples for step in sample.itl_ns]
 
     @property
-    def first_token_ns(self) -> list[int]:
+    def ttft_ns(self) -> list[int]:
         """Time to first token of each sample."""
         return [sample.ttft_ns for sample in self.samples]
 
     @property
     def acceptance(self) -> float | None:
-        """Which share of the tokens that speculation proposed was right; None where it proposed none."""
+        """Share of the draft tokens that were accepted; None without any."""
         drafted = sum(sample.drafted_tokens for sample in self.samples)
         return sum(sample.accepted_tokens for sample in self.samples) / drafted if drafted else None
 
@@ -225,26 +211,18 @@ class Measured:
 
 @dataclass
 class Run:
-    """A model with a type of KV cache.
+    """A model with a type of KV cache."""
 
-    Attributes:
-        model: facts of the model, as `report.model` gives them, and its `commit`.
-        engine: the engine's name, context_length and facts.
-        cache: type of the KV cache.
-        load_seconds: of the process that was measured.
-        others_cpu: how many cores other programs kept busy on average; None where it cannot be read.
-    """
-
-    model: dict[str, Any]
-    engine: dict[str, Any]
+    model: dict[str, Any]  # `ModelInfo.to_dict`, and its `commit`
+    engine: dict[str, Any]  # name, context_length and the engine's facts
     cache: str
     load_seconds: float
-    tests: list[Measured]
+    cold: Cold | None
     memory: Memory
-    cold: Cold | None = None
+    tests: list[Measured]
     probe: Probe | None = None
     perplexity: Perplexity | None = None
-    others_cpu: float | None = None
+    others_cpu: float | None = None  # cores that other programs kept busy on average; None where it cannot be read
 
     @property
     def label(self) -> str:
@@ -257,49 +235,36 @@ class Run:
         return str(self.model["name"]).rstrip("/").rpartition("/")[2] or str(self.model["name"])
 
     @property
+    def where(self) -> str:
+        """The label with the cache type."""
+        return f"{self.label}, cache {self.cache}"
+
+    @property
     def on_gpu(self) -> bool:
         """Whether a GPU does the work."""
         return self.memory.allocator is not None
 
-    @cached_property
-    def backend(self) -> str:
-        """As llama-bench's column has it."""
-        return "CUDA" if self.on_gpu else "CPU"
-
     def find(self, kind: str) -> list[Measured]:
-        """The tests of a kind that have samples."""
-        return [entry for entry in self.tests if entry.test.kind == kind and entry.samples]
+        """The tests of a kind."""
+        return [entry for entry in self.tests if entry.test.kind == kind]
 
 
 @dataclass
 class Result:
-    """A benchmark.
-
-    Attributes:
-        partial: why it is not complete; empty where it is.
-        started: in RFC 3339.
-        seconds: how long it took.
-        settings: what was asked for.
-        sampling: the sampler's settings.
-        environment: the machine and the versions.
-        runs: in the order in which they were made.
-        order: names of the tests in the order in which they were timed.
-        warnings: what a reader must know before trusting a figure.
-        skipped: what was left out, and why.
-    """
+    """A benchmark. Every test in it has samples, once the benchmark has ended."""
 
     exl_version: str
     settings: Settings
     sampling: dict[str, Any]
-    started: str
+    started: str  # in RFC 3339
     seconds: float = 0.0
-    partial: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
+    partial: str = ""  # why it is not complete; empty where it is
+    environment: dict[str, Any] = field(default_factory=dict)  # the machine and the versions
     runs: list[Run] = field(default_factory=list)
-    order: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)  # names of the tests in the order in which they were timed
+    warnings: list[str] = field(default_factory=list)  # what a reader must know before trusting a figure
+    skipped: list[str] = field(default_factory=list)  # what was left out, and why
 
     def measured(self) -> list[tuple[Run, Measured]]:
-        """Every test that has samples, with its run."""
-        return [(run, entry) for run in self.runs for entry in run.tests if entry.samples]
+        """Every test with its run."""
+        return [(run, entry) for run in self.runs for entry in run.tests]

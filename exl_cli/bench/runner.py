@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import pickle
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
 
 from exl_cli import loader
-from exl_cli.bench import limits, worker
-from exl_cli.bench.job import Job
-from exl_cli.bench.measure import Sample
-from exl_cli.bench.plan import Case, grid
-from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Result, Run
-from exl_cli.bench.worker import Event
+from exl_cli.bench import limits, perplexity, plan, worker
+from exl_cli.bench.plan import Job, Settings
+from exl_cli.bench.result import Memory, Perplexity, Probe, Result, Run, Sample, read
 from exl_cli.engines.base import Engine
-from exl_cli.errors import EngineError, ExitCode, ExlError
+from exl_cli.errors import EngineError, ExitCode, ExlError, param
 from exl_cli.models import folders
-
-# The child finds modules where its parent does, wherever it was started.
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from exl_cli.bench.worker import main; main()"
-_PATIENCE_SECONDS = 5.0
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.sampling import Sampling
+from exl_cli.system import processes
+from exl_cli.system.version import installed_version
 
 # A share of a limit that no noise in measuring the two explains.
 _IMPOSSIBLE = 1.05
@@ -35,22 +33,16 @@ _IMPOSSIBLE = 1.05
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a benchmark is.
+    """Where a benchmark is."""
 
-    Attributes:
-        what: what is running.
-        done, total: repetitions, the untimed ones included.
-        eta_seconds: until the last repetition, once all of a model's tests have been run; None where it is not known.
-    """
-
-    what: str
-    done: int
+    what: str  # what is running
+    done: int  # repetitions, the untimed ones included, as in `total`
     total: int
-    eta_seconds: float | None
+    eta_seconds: float | None  # until the last repetition; known once all tests of a model have been run
 
 
 class Observer(Protocol):
-    """Whoever wants to know how a benchmark is going."""
+    """Shows how a benchmark is going."""
 
     def note(self, message: str) -> None:
         """Something worth telling."""
@@ -61,23 +53,50 @@ class Observer(Protocol):
         ...
 
 
+def jobs(
+    models: Sequence[str | None],
+    models_dir: Path | None,
+    loadings: Sequence[LoadOptions],
+    settings: Settings,
+    sampling: Sampling,
+    text: Path | None,
+) -> list[Job]:
+    """A job for each model and cache type, checked before anything is measured.
+
+    Raises:
+        ExlError: a model that is not here or cannot be read, a context that no test fits into, an unreadable text.
+    """
+    tests = plan.grid(settings)
+    if text is not None:
+        perplexity.read(text)
+    for model in models:
+        info = loader.resolve(model, models_dir)
+        plan.fitting(tests, loadings[0].max_seq_len or info.context_length, info.name)
+    loadings = [loader.with_draft(loading, models_dir) for loading in loadings]
+    paths = [None if path is None else str(path) for path in (models_dir, text)]
+    return [Job(model, paths[0], loading, settings, sampling, paths[1]) for model in models for loading in loadings]
+
+
 def run(
-    jobs: Sequence[Job], load: Callable[..., Engine], result: Result, observer: Observer, *, debug: bool = False
-) -> ExlError | None:
-    """Do all jobs and put what they find into `result`, whose `partial` says why, if something is missing.
+    jobs: Sequence[Job], load: Callable[..., Engine], observer: Observer, *, debug: bool = False
+) -> tuple[Result, ExlError | None]:
+    """Do all jobs.
 
     Args:
         jobs: in the order in which they are done.
-        load: `loader.load`, which a worker of its own calls; another function is called here, without cold figures.
-        result: is filled.
-        observer: is told how it goes.
+        load: `loader.load`, which a worker process calls; another function is called here, without cold figures.
+        observer: shows how it goes.
         debug: let workers write to this process's stderr.
 
     Returns:
-        What ended it early; None also where it was interrupted.
+        What was measured, its `partial` saying why if something is missing; and the error that ended it early, None
+        where it was interrupted.
     """
+    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    result = Result(installed_version(), jobs[0].settings, jobs[0].sampling.to_dict(), started)
     begin = time.monotonic()
     collector = _Collector(jobs, result, observer)
+    failure = None
     try:
         for job in jobs:
             if collector.repeats(job):
@@ -85,94 +104,74 @@ def run(
             collector.start(job)
             if load is loader.load:
                 for event in _spawn(job, debug):
-                    collector.receive(event)
+                    collector.receive(**event)
             else:
                 worker.run(job, load, collector.receive)
     except KeyboardInterrupt:
         result.partial = "interrupted"
     except ExlError as error:
-        result.partial = error.message
-        return error
-    finally:
-        result.seconds = time.monotonic() - begin
-        result.runs = [run for run in result.runs if run.cold or any(entry.samples for entry in run.tests)]
-    return None
+        result.partial, failure = error.message, error
+    result.seconds = time.monotonic() - begin
+    for measured in result.runs:
+        measured.tests = [entry for entry in measured.tests if entry.samples]
+    result.runs = [measured for measured in result.runs if measured.cold or measured.tests]
+    return result, failure
 
 
-def _spawn(job: Job, debug: bool) -> Iterator[Event]:
-    """The events of a worker in a process of its own, which Ctrl-C at the terminal does not reach but through us."""
-    with tempfile.TemporaryFile() as noise:
-        command = [sys.executable, "-c", _CHILD, *sys.path]
-        spawned = time.monotonic()
+def _spawn(job: Job, debug: bool) -> Iterator[dict[str, Any]]:
+    """The events of a worker process, which Ctrl-C at the terminal does not reach but through us."""
+    with tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as noise:
+        pickle.dump(dataclasses.replace(job, spawned=time.monotonic()), order)
+        order.seek(0)
         process = subprocess.Popen(  # noqa: S603 - this interpreter, and this program's own code
-            command,
-            stdin=subprocess.PIPE,
+            processes.command("exl_cli.bench.worker"),
+            stdin=order,
             stdout=subprocess.PIPE,
             stderr=None if debug else noise,
             start_new_session=True,
             encoding="utf-8",
         )
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended already, and its exit status says more
-                process.stdin.write(dataclasses.replace(job, spawned=spawned).to_json())  # type: ignore[union-attr]
-                process.stdin.close()  # type: ignore[union-attr]
             for line in process.stdout or ():
                 event = json.loads(line)
                 if event["event"] == "error":
-                    raise _raised(event)
+                    error = ExlError(event["message"], event["hint"])
+                    error.exit_code = ExitCode(event["exit_code"])
+                    raise error
                 yield event
             if process.wait() != 0:
                 noise.seek(0)
                 raise _crashed(job, process.returncode, noise.read().decode("utf-8", "replace"))
         finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for stream in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):
-            stream.close()  # type: ignore[union-attr]
-
-
-def _raised(event: Event) -> ExlError:
-    error = ExlError(event["message"], event["hint"])
-    error.exit_code = ExitCode(event["exit_code"])
-    return error
+            processes.stop(process)
 
 
 def _crashed(job: Job, code: int, noise: str) -> EngineError:
     lines = [line.strip() for line in noise.splitlines() if line.strip()]
-    name = job.model or folders.BUILTIN
+    name, debug = job.model or folders.BUILTIN, param("debug")
     if code < 0:
-        hint = "the system may have run out of memory" if -code == signal.SIGKILL else "see --debug"
+        hint = "the system may have run out of memory" if -code == signal.SIGKILL else f"see {debug}"
         return EngineError(f"the process that measured {name} was ended by {signal.Signals(-code).name}", hint)
     last = f": {lines[-1]}" if lines else ""
-    return EngineError(f"the process that measured {name} failed{last}", "run again with --debug to see where")
+    return EngineError(f"the process that measured {name} failed{last}", f"run again with {debug} to see where")
 
 
 class _Collector:
-    """Makes runs of events, and estimates of the time that is left."""
+    """Makes runs of events, and estimates the time that is left. Its methods `_on_…` take `worker.run`'s events."""
 
     def __init__(self, jobs: Sequence[Job], result: Result, observer: Observer) -> None:
         self._result = result
         self._observer = observer
         self._repetitions = 1 + jobs[0].settings.repetitions
         self._jobs_left = len(jobs)
-        self._tests = len(grid(jobs[0].settings))
+        self._tests = len(plan.grid(jobs[0].settings))
         self._done = 0
         self._total = len(jobs) * self._tests * self._repetitions
         self._seconds: dict[str, float] = {}
         self._left: dict[str, int] = {}
         self._job: Job | None = None
         self._label = ""
-        self._environment_notes: set[str] = set()
+        self._notes: set[str] = set()
 
     def repeats(self, job: Job) -> bool:
         """Whether a job differs from the last one in the cache type only, which the last one's engine does not have."""
@@ -192,83 +191,66 @@ class _Collector:
         self._label = job.model or folders.BUILTIN
         self._seconds, self._left = {}, {}
 
-    def receive(self, event: Event) -> None:
-        """One event of the job that is under way; see `worker.run`."""
-        getattr(self, f"_on_{event['event']}")(event)
+    def receive(self, event: str, **fields: Any) -> None:
+        """An event of the job that is under way."""
+        getattr(self, f"_on_{event}")(**fields)
 
-    def _on_note(self, event: Event) -> None:
-        # Each worker says so anew.
-        if event["text"] not in self._environment_notes:
-            self._environment_notes.add(event["text"])
-            self._observer.note(event["text"])
+    def _on_note(self, text: str) -> None:
+        if text not in self._notes:  # each worker says it again
+            self._notes.add(text)
+            self._observer.note(text)
 
-    def _on_stage(self, event: Event) -> None:
-        share = f" {100 * event['done'] // event['total']} %" if event["total"] else ""
-        self._tell(f"{event['text']}{share}")
+    def _on_stage(self, text: str, done: int, total: int) -> None:
+        self._tell(f"{text} {100 * done // total} %" if total else text)
 
-    def _on_loaded(self, event: Event) -> None:
-        job = self._job
-        if job is None:
-            raise RuntimeError("an event of no job")
-        tests = [
-            Measured(Case(**{key: entry.pop(key) for key in ("n_prompt", "n_gen", "n_depth", "n_parallel")}), **entry)
-            for entry in (dict(entry) for entry in event["tests"])
-        ]
-        cold = event["cold"]
-        self._result.environment = self._result.environment or event["environment"]
-        self._result.runs.append(
-            Run(
-                model=event["model"],
-                engine=event["engine"],
-                cache=event["engine"].get("cache") or event["engine"].get("dtype", job.loading.cache),
-                load_seconds=event["load_seconds"],
-                tests=tests,
-                memory=Memory(**event["memory"]),
-                cold=None if cold is None else Cold(**{**cold, "sample": Sample.read(cold["sample"])}),
-            )
-        )
-        for reason in event["skipped"]:
+    def _on_loaded(self, run: Any, skipped: list[str], environment: dict[str, Any]) -> None:
+        run = read(Run, run)
+        self._result.environment = self._result.environment or environment
+        self._result.runs.append(run)
+        for reason in skipped:
             self._skip(reason)
-        self._total += (len(tests) - self._tests) * self._repetitions * (1 + self._jobs_left)
-        self._tests = len(tests)
-        self._left = {entry.test.name: self._repetitions - 1 for entry in tests}
-        if cold is not None:
+        self._total += (len(run.tests) - self._tests) * self._repetitions * (1 + self._jobs_left)
+        self._tests = len(run.tests)
+        self._left = {entry.test.name: self._repetitions - 1 for entry in run.tests}
+        if run.cold is not None:
             self._done += 1  # the first generation counts as the untimed one of its test
 
-    def _on_begin(self, event: Event) -> None:
-        name, repetition = event["test"], event["repetition"]
+    def _on_begin(self, test: str, repetition: int) -> None:
         part = f"{repetition} of {self._repetitions - 1}" if repetition else "warming up"
-        self._tell(f"{name}, {part}")
+        self._tell(f"{test}, {part}")
 
-    def _on_warmed(self, event: Event) -> None:
+    def _on_warmed(self, test: str, seconds: float) -> None:
         self._done += 1
-        self._seconds[event["test"]] = event["seconds"]
+        self._seconds[test] = seconds
 
-    def _on_sample(self, event: Event) -> None:
+    def _on_sample(self, test: str, sample: Any, time: str, seconds: float, memory: Any) -> None:
         run = self._result.runs[-1]
-        name = event["test"]
-        entry = next(entry for entry in run.tests if entry.test.name == name)
-        entry.samples.append(Sample.read(event["sample"]))
-        entry.time = entry.time or event["time"]
-        run.memory = run.memory.union(Memory(**event["memory"]))
-        self._result.order.append(name)
+        entry = next(entry for entry in run.tests if entry.test.name == test)
+        entry.samples.append(read(Sample, sample))
+        entry.time = entry.time or time
+        run.memory = run.memory.union(read(Memory, memory))
+        self._result.order.append(test)
         self._done += 1
-        self._left[name] -= 1
-        self._seconds[name] = event["seconds"]
+        self._left[test] -= 1
+        self._seconds[test] = seconds
 
-    def _on_finished(self, event: Event) -> None:
+    def _on_finished(
+        self,
+        memory: Any,
+        others_cpu: float | None,
+        traces: dict[str, Any],
+        perplexity: Any,
+        probe: Any,
+        warnings: list[str],
+    ) -> None:
         run = self._result.runs[-1]
-        run.memory = run.memory.union(Memory(**event["memory"]))
-        run.probe = None if event["probe"] is None else Probe(**event["probe"])
-        run.perplexity = None if event["perplexity"] is None else Perplexity(**event["perplexity"])
-        run.others_cpu = event["others_cpu"]
+        run.memory = run.memory.union(read(Memory, memory))
+        run.probe = probe and read(Probe, probe)
+        run.perplexity = perplexity and read(Perplexity, perplexity)
+        run.others_cpu = others_cpu
         for entry in run.tests:
-            if found := event["traces"].get(entry.test.name):
-                entry.kernel_ns, entry.kernels = found
-        warnings = [*event["warnings"], *_doubts(run)]
-        for warning in warnings:
-            text = f"{run.label}, cache {run.cache}: {warning}"
-            self._result.warnings.append(text)
+            entry.kernel_ns, entry.kernels = traces.get(entry.test.name) or (None, None)
+        self._result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
 
     def _skip(self, reason: str) -> None:
         if reason not in self._result.skipped:
@@ -286,13 +268,13 @@ class _Collector:
 
 def _doubts(run: Run) -> list[str]:
     """What the samples themselves give away."""
-    found = []
+    doubts = []
     for entry in run.tests:
         if reused := sum(sample.reused_tokens for sample in entry.samples):
-            found.append(f"{entry.test.name} is too fast: {reused} prompt tokens were not computed but reused")
+            doubts.append(f"{entry.test.name} is too fast: {reused} prompt tokens were not computed but reused")
         limit = limits.limit(run, entry)
         if limit is not None and limit.share > _IMPOSSIBLE:
-            found.append(f"{entry.test.name} beats its limit, which was measured too low: do not trust its share")
+            doubts.append(f"{entry.test.name} beats its limit, which was measured too low: do not trust its share")
     if limits.disturbed(run):
-        found.append(f"other programs kept {run.others_cpu:.1f} cores busy meanwhile")
-    return found
+        doubts.append(f"other programs kept {run.others_cpu:.1f} cores busy meanwhile")
+    return doubts

@@ -97,31 +97,33 @@ def bench(
 ) -> None:
     """Measure models: prompts, generation, first use, memory, distance from the hardware's limit."""
     # Its parts are imported only now: `exl --help` need not wait for them.
+    from exl_cli.bench import charts, outputs, plan, runner
     from exl_cli.bench import compare as comparing
-    from exl_cli.bench import drawing, files, outputs, saving, task
     from exl_cli.ui import bench
     from exl_cli.ui import compare as console_compare
+    from exl_cli.ui.console import flags
 
     state: State = ctx.obj
     console = Console(quiet=quiet)
     if fail_under is not None and compare is None:
         raise UsageError("--fail-under has nothing to measure against", "give a saved result with --compare")
-    before = None if compare is None else files.load(compare)
-    for path, flag in ((save, "--save"), (report, "--report")):
+    before = None if compare is None else outputs.load(compare)
+    for path, name in ((save, "save"), (report, "report")):
         if path is not None:
-            saving.require_writable(path, flag)
+            outputs.require_writable(path, name)
     if report is not None:
-        drawing.require()
+        charts.require_matplotlib()
     failure = None
-    saved = task.saved_result(models or [])
+    saved = outputs.saved_result(models or [])
     if saved is not None:
-        result = files.load(saved)
+        result = outputs.load(saved)
     else:
-        settings = task.settings(quick, prompt_tokens, new_tokens, depth, batch, repetitions, seed)
+        settings = plan.settings(quick, prompt_tokens, new_tokens, depth, batch, repetitions, seed)
         chosen = samplings.build(sampling.given, sampling.preset, {})
-        jobs = task.jobs(models or [None], models_dir, task.loadings(loading, caches), settings, chosen, perplexity)
+        loadings = plan.loadings(loading, caches)
+        jobs = runner.jobs(models or [None], models_dir, loadings, settings, chosen, perplexity)
         with bench.progress(console) as observer:
-            result, failure = task.measure(jobs, state.load, observer, debug=state.debug)
+            result, failure = runner.run(jobs, state.load, observer, debug=state.debug)
         if not result.runs:
             # Nothing was measured: there is nothing to print, and no good file to replace by an empty one.
             if failure is not None:
@@ -131,7 +133,7 @@ def bench(
     comparison = None if before is None else comparing.compare(before, result)
     try:
         if output != "table":
-            console.text(outputs.render(result, output))
+            console.text(outputs.render(result, output, flags))
         elif comparison is None:
             bench.tables(console, result)
         if comparison is not None:
@@ -139,7 +141,7 @@ def bench(
         bench.doubts(console, result)
     finally:
         # Last, so that what was measured is shown even if the disk is full; and even if no one reads it any more.
-        unsaved = saving.keep(result, save, report)
+        unsaved = outputs.keep(result, save, report, flags)
         for error in unsaved:
             console.error(error)
     if failure is not None:

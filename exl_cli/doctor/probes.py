@@ -253,7 +253,7 @@ class _Silent:
 def _load(model: str, models_dir: str | None, engine: EngineChoice) -> tuple[Any, list[int], dict[str, Any]]:
     """The engine, the text's ids, and the facts that both questions about a model have in common."""
     from exl_cli import loader
-    from exl_cli.engines import soundness
+    from exl_cli.engines import scoring
     from exl_cli.models.tokenizer import Tokenizer
 
     info = loader.resolve(model, Path(models_dir) if models_dir else None)
@@ -262,7 +262,7 @@ def _load(model: str, models_dir: str | None, engine: EngineChoice) -> tuple[Any
     loaded = loader.load(info, tokenizer, LoadOptions(engine=engine), _Silent(), needed=_LONGEST)
     seconds = time.perf_counter() - begun
     ids = tokenizer.encode(_TEXT, add_special_tokens=True)[:_LONGEST]
-    perplexity = soundness.perplexity(loaded, ids)
+    perplexity = scoring.perplexity(loaded, ids)
     nan = perplexity != perplexity
     return (
         loaded,
@@ -294,10 +294,10 @@ def generate(model: str, models_dir: str | None, engine: EngineChoice, new_token
 
 def compare(model: str, models_dir: str | None, prompt: list[int], tokens: list[int]) -> dict[str, Any]:
     """How the CPU engine ranks what another has generated."""
-    from exl_cli.engines import soundness
+    from exl_cli.engines import scoring
 
     loaded, _, facts = _load(model, models_dir, "cpu")
-    return {**facts, "shortfalls": soundness.shortfalls(loaded, [*prompt, *tokens], len(tokens))}
+    return {**facts, "shortfalls": scoring.shortfalls(loaded, [*prompt, *tokens], len(tokens))}
 
 
 def main() -> None:

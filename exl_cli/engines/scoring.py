@@ -1,7 +1,8 @@
-"""How likely a model finds a text: log-likelihoods of tokens from an engine's logits."""
+"""Whether an engine computes what its model means: log-likelihoods of a text, and how another engine's choices fare."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ from exl_cli.engines.base import CachedScoring, Engine
 
 # Rows whose log-softmax is taken at a time, so that no second copy of a window's logits is needed.
 _ROWS = 64
+# Tokens a pass.
+_STEP = 2048
 
 
 def log_likelihoods(engine: Engine, ids: Sequence[int], count: int, step: int) -> list[float]:
@@ -26,9 +29,38 @@ def log_likelihoods(engine: Engine, ids: Sequence[int], count: int, step: int) -
         `count` numbers, at most 0.
     """
     logits = engine.cached_logits(ids, step) if isinstance(engine, CachedScoring) else engine.logits(ids)
-    found: list[float] = []
+    values: list[float] = []
     for begin in range(len(ids) - 1 - count, len(ids) - 1, _ROWS):
         end = min(begin + _ROWS, len(ids) - 1)
         wanted = torch.tensor(list(ids[begin + 1 : end + 1]))[:, None]
-        found += torch.log_softmax(logits[begin:end].float(), -1).gather(1, wanted)[:, 0].tolist()
-    return found
+        values += torch.log_softmax(logits[begin:end].float(), -1).gather(1, wanted)[:, 0].tolist()
+    return values
+
+
+def perplexity(engine: Engine, ids: Sequence[int]) -> float:
+    """How many tokens the model hesitates between at each token of a text, on average; NaN where it computes none.
+
+    Args:
+        engine: a loaded model.
+        ids: the text's token ids, at least two.
+    """
+    values = log_likelihoods(engine, ids, len(ids) - 1, _STEP)
+    mean = sum(values) / len(values)
+    if not math.isfinite(mean):
+        return math.nan
+    return math.exp(min(-mean, 700.0))
+
+
+def shortfalls(engine: Engine, ids: Sequence[int], count: int) -> list[float]:
+    """How far below the engine's own first choice each of the last tokens is: 0 for its choice, else a difference of
+    logits.
+
+    Args:
+        engine: a loaded model.
+        ids: prompt and response.
+        count: the response's tokens, at the end of `ids`.
+    """
+    logits = engine.logits(ids)[len(ids) - 1 - count : len(ids) - 1].float()
+    chosen = torch.tensor(list(ids[len(ids) - count :]))[:, None]
+    differences: list[float] = (logits.max(-1).values - logits.gather(1, chosen)[:, 0]).tolist()
+    return differences

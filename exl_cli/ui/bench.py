@@ -1,4 +1,4 @@
-"""What `exl bench` shows: how far it is, the figures of a result. See `console_compare` for two of them."""
+"""What `exl bench` shows: how far it is, the figures of a result. See `ui.compare` for two of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from exl_cli.bench import files, limits, outputs
+from exl_cli.bench import limits, outputs
 from exl_cli.bench.result import Measured, Result, Run, mean
 from exl_cli.ui.console import Console, harmless
 from exl_cli.ui.models import cells, show, table
@@ -97,14 +97,9 @@ def tables(console: Console, result: Result) -> None:
             fact(console, name, text)
         console.text("\n")
     fact(console, "machine", outputs.machine(result))
-    settings = result.settings
-    spread = ", mean ± deviation" if settings.repetitions > 1 else ""
-    fact(
-        console,
-        "method",
-        f"{outputs.repetitions_text(settings.repetitions)} in random order, seed {settings.seed}{spread}; sampling and "
-        "decoding are timed, loading and tokenizing are not",
-    )
+    count, seed = result.settings.repetitions, result.settings.seed
+    order = f"{outputs.repetitions_text(count)} in random order, seed {seed}{', mean ± deviation' * (count > 1)}"
+    fact(console, "method", f"{order}; sampling and decoding are timed, loading and tokenizing are not")
 
 
 def doubts(console: Console, result: Result) -> None:
@@ -130,15 +125,11 @@ def _tests(run: Run) -> Any:
     titles += ["J/token"] * energy + ["accepted"] * guessed
     made = table(*titles, right=titles[1:])
     for entry in run.tests:
-        if not entry.samples:
-            continue
-        limit = limits.limit(run, entry)
-        row = [entry.test.name, _rate(entry)]
-        row += ["-" if limit is None else f"{limit.share:.0%}", _latencies(entry), _ms(mean(entry.first_token_ns))]
-        if energy:
-            row.append("-" if entry.joules_per_token is None else f"{entry.joules_per_token:.3g}")
-        if guessed:
-            row.append("-" if entry.acceptance is None else f"{entry.acceptance:.0%}")
+        limit, joules, accepted = limits.limit(run, entry), entry.joules_per_token, entry.acceptance
+        row = [entry.test.name, _rate(entry), "-" if limit is None else f"{limit.share:.0%}"]
+        row += [_latencies(entry), _ms(mean(entry.ttft_ns))]
+        row += ["-" if joules is None else f"{joules:.3g}"] * energy
+        row += ["-" if accepted is None else f"{accepted:.0%}"] * guessed
         made.add_row(*cells(*row))
     return made
 
@@ -150,47 +141,29 @@ def _rate(entry: Measured) -> str:
 
 
 def _latencies(entry: Measured) -> str:
-    found = files.latency(entry)
-    if found["median"] is None:
+    times = outputs.latency(entry)
+    if times["median"] is None:
         return "-"
-    return " · ".join(outputs.three_digits((found[name] or 0) / 1e6) for name in ("p5", "median", "p95"))
+    return " · ".join(outputs.three_digits((times[name] or 0) / 1e6) for name in ("p5", "median", "p95"))
 
 
 def _lines(run: Run) -> list[tuple[str, str]]:
-    found = []
-    if run.cold is not None:
-        cold = run.cold
-        found.append(
-            (
-                "cold",
-                f"import {cold.import_seconds:.1f} s, load {cold.load_seconds:.1f} s, first token "
-                f"{_ms(cold.sample.ttft_ns)}, then {cold.generation_rate:,.1f} tokens/s",
-            )
-        )
+    lines = []
+    if cold := run.cold:
+        started = f"import {cold.import_seconds:.1f} s, load {cold.load_seconds:.1f} s"
+        first = f"first token {_ms(cold.sample.ttft_ns)}, then {cold.generation_rate:,.1f} tokens/s"
+        lines.append(("cold", f"{started}, {first}"))
         if warm := run.find("answer"):
-            rates = [1e9 * len(s.itl_ns) / sum(s.itl_ns) for s in warm[0].samples if s.itl_ns]
-            found.append(("warm", f"first token {_ms(mean(warm[0].first_token_ns))}, then {mean(rates):,.1f} tokens/s"))
-    found.append(("memory", _memory(run)))
-    if run.perplexity is not None:
-        value = run.perplexity
+            rate = mean([sample.rate for sample in warm[0].samples])
+            lines.append(("warm", f"first token {_ms(mean(warm[0].ttft_ns))}, then {rate:,.1f} tokens/s"))
+    lines.append(("memory", _memory(run)))
+    if value := run.perplexity:
         passes = f", {value.step} tokens a pass" if value.step else ""
-        found.append(
-            (
-                "perplexity",
-                f"{value.value:.4f} ± {value.error:.4f} over {value.tokens:,} tokens, window {value.window:,}, "
-                f"stride {value.stride:,}{passes}",
-            )
-        )
-    if run.probe is not None:
-        found.append(
-            (
-                "limits",
-                f"memory {run.probe.bytes_per_second / 1e9:,.0f} GB/s, {run.probe.dtype} matrix product "
-                f"{run.probe.flops / 1e12:,.3g} TFLOP/s",
-            )
-        )
-    found += [(entry.test.name, text) for entry in run.tests if (text := limits.verdict(run, entry))]
-    return found
+        lines.append(("perplexity", f"{outputs.perplexity_text(value)}{passes}"))
+    if probe := run.probe:
+        product = f"{probe.dtype} matrix product {probe.flops / 1e12:,.3g} TFLOP/s"
+        lines.append(("limits", f"memory {probe.bytes_per_second / 1e9:,.0f} GB/s, {product}"))
+    return lines + limits.verdicts(run)
 
 
 def _memory(run: Run) -> str:

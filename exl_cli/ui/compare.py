@@ -19,42 +19,42 @@ _MARKS = {
 _STYLES = {"faster": "green", "slower": "bold red", "same": "dim", "noise": "dim", "unclear": "yellow"}
 
 
-def comparison(console: Console, found: Comparison, *, on_stdout: bool) -> None:
+def comparison(console: Console, result: Comparison, *, on_stdout: bool) -> None:
     """What differs between two results: on stdout as asked-for data, on stderr beside another format."""
     if not on_stdout:
-        for row in found.rows:
+        for row in result.rows:
             console.note(f"{row.test}: {_change(row.before, row.after)}, {_MARKS[row.mark]}")
         return
-    pairs = [(row.model, row.cache) for row in found.rows] + [(f.model, f.cache) for f in found.figures]
+    pairs = [(row.model, row.cache) for row in result.rows] + [(f.model, f.cache) for f in result.figures]
     for model, cache in dict.fromkeys(pairs):
         fact(console, "compared", f"{model}, cache {cache}")
-        rows = [row for row in found.rows if (row.model, row.cache) == (model, cache)]
+        rows = [row for row in result.rows if (row.model, row.cache) == (model, cache)]
         show(console, _differences(rows))
-        for figure in found.figures:
+        for figure in result.figures:
             if (figure.model, figure.cache) == (model, cache):
                 fact(console, figure.name, _figure(figure))
         console.text("\n")
-    for name, before, after in found.changed:
+    for name, before, after in result.changed:
         fact(console, "changed", f"{name}: {before} → {after}")
-    for name in found.missing:
+    for name in result.missing:
         console.note(f"only in one of the two: {name}")
-    if not found.rows:
+    if not result.rows:
         console.note("the two have no test in common")
         return
-    fact(console, "verdict", _verdict(found))
-    if found.disturbed:
+    fact(console, "verdict", _verdict(result))
+    if result.disturbed:
         console.note("other programs used the processor during one of the two: a difference may be theirs")
-    if found.doubtful:
-        tests = ", ".join(dict.fromkeys(found.doubtful))
+    if result.doubtful:
+        tests = ", ".join(dict.fromkeys(result.doubtful))
         console.note(
             f"{tests}: the GPU waits for the CPU there, whose pace differs from one process to the next; repeat both"
         )
 
 
-def fails(console: Console, found: Comparison, bound: float) -> bool:
+def fails(console: Console, result: Comparison, bound: float) -> bool:
     """Whether a test fell under a share of its old rate, said on stderr test by test."""
-    failing = found.failing(bound)
-    for row in found.rows:
+    failing = result.failing(bound)
+    for row in result.rows:
         if row in failing:
             console.note(f"{row.test} is at {row.ratio:.3f} of the saved result, under {bound:g}")
         elif row.ratio < bound:
@@ -62,16 +62,16 @@ def fails(console: Console, found: Comparison, bound: float) -> bool:
     return bool(failing)
 
 
-def _verdict(found: Comparison) -> str:
+def _verdict(result: Comparison) -> str:
     rule = f"p < {LEVEL:g} in a permutation test and at least {LEAST:.0%}"
-    if not found.differs:
-        if any(row.mark == "unclear" for row in found.rows):
+    if not result.differs:
+        if any(row.mark == "unclear" for row in result.rows):
             return "too few repetitions to tell; use -r 5 or more"
-        noise = any(row.mark == "noise" for row in found.rows)
+        noise = any(row.mark == "noise" for row in result.rows)
         return f"no difference{' that stands out from the noise' if noise else ''} ({rule})"
-    counts = {mark: sum(row.mark == mark for row in found.rows) for mark in ("faster", "slower")}
+    counts = {mark: sum(row.mark == mark for row in result.rows) for mark in ("faster", "slower")}
     parts = [f"{count} {mark}" for mark, count in counts.items() if count]
-    return f"{' and '.join(parts)} of {len(found.rows)} tests ({rule})"
+    return f"{' and '.join(parts)} of {len(result.rows)} tests ({rule})"
 
 
 def _differences(rows: list[Row]) -> Any:

@@ -1,0 +1,172 @@
+"""The machine that a benchmark runs on: what it is, its GPUs while they work, what else keeps it busy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from exl_cli.engines.base import Engine
+from exl_cli.system.machine import usable_cores
+from exl_cli.system.version import installed_version
+
+_PACKAGES = ("torch", "exllamav2", "transformers", "flash-attn", "triton")
+
+# Reasons for a lower clock that change a figure, by the names of NVML's constants, with what to call them.
+_REASONS = (
+    ("nvmlClocksEventReasonSwPowerCap", "power cap"),
+    ("nvmlClocksEventReasonSwThermalSlowdown", "heat"),
+    ("nvmlClocksThrottleReasonHwSlowdown", "hardware slowdown"),
+    ("nvmlClocksThrottleReasonHwThermalSlowdown", "heat (hardware)"),
+    ("nvmlClocksThrottleReasonHwPowerBrakeSlowdown", "power brake"),
+)
+
+
+class Watch:
+    """Looks at the GPUs that an engine uses. Everything that a card or driver withholds is None or empty.
+
+    To be made before the engine is loaded: processes that hold GPU memory then belong to others.
+
+    Args:
+        nvml: what `system.nvml.open_driver` gave.
+    """
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self._handles: dict[str, Any] = {}
+        every = [self._ask("nvmlDeviceGetHandleByIndex", at) for at in range(self._ask("nvmlDeviceGetCount") or 0)]
+        self._before = {str(self._ask("nvmlDeviceGetUUID", h)): self._processes(h) for h in every if h is not None}
+        self.driver: str | None = self._ask("nvmlSystemGetDriverVersion")
+        self.slowed: Counter[str] = Counter()
+        self.looks = 0
+
+    def attach(self, uuids: Sequence[str]) -> None:
+        """Look at these GPUs from now on."""
+        handles = {uuid: self._ask("nvmlDeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
+        self._handles = {uuid: handle for uuid, handle in handles.items() if handle is not None}
+
+    def joules(self) -> float | None:
+        """Energy that the GPUs have taken since their driver was loaded."""
+        readings = [self._ask("nvmlDeviceGetTotalEnergyConsumption", handle) for handle in self._handles.values()]
+        return sum(readings) / 1000 if readings and None not in readings else None
+
+    def used_bytes(self) -> int | None:
+        """GPU memory in use, by all processes."""
+        readings = [self._ask("nvmlDeviceGetMemoryInfo", handle) for handle in self._handles.values()]
+        return sum(int(reading.used) for reading in readings) if readings and None not in readings else None
+
+    def look(self) -> None:
+        """Note why the clocks are held back at this moment, if they are."""
+        reasons = 0
+        for handle in self._handles.values():
+            # Renamed with driver 535; an older driver knows the older name only.
+            answer = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
+            if answer is None:
+                answer = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+            reasons |= int(answer or 0)
+        self.looks += 1
+        self.slowed.update(name for constant, name in _REASONS if reasons & getattr(self._nvml, constant, 0))
+
+    def others(self) -> int:
+        """How many other processes hold memory of these GPUs.
+
+        In a container the driver may count in other process ids than ours, so it is not our own id that is left out,
+        but one process that was not there before.
+        """
+        count = 0
+        for uuid, handle in self._handles.items():
+            before, now = self._before.get(uuid, set()), self._processes(handle)
+            count += len(now & before) + max(0, len(now - before) - 1)
+        return count
+
+    def warnings(self) -> list[str]:
+        """What a reader must know of the GPUs."""
+        lines = []
+        if self.slowed:
+            reasons = ", ".join(f"{name} {count}" for name, count in self.slowed.most_common())
+            lines.append(f"the GPU's clock was held back at the end of some of {self.looks} repetitions: {reasons}")
+        if others := self.others():
+            processes = "process" if others == 1 else "processes"
+            lines.append(f"{others} other {processes} held memory of the GPU (nvidia-smi shows which)")
+        return lines
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        self._ask("nvmlShutdown")
+        self._nvml, self._handles = None, {}
+
+    def _processes(self, handle: Any) -> set[int]:
+        return {process.pid for process in self._ask("nvmlDeviceGetComputeRunningProcesses", handle) or []}
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        if self._nvml is None:
+            return None
+        try:
+            return getattr(self._nvml, name)(*arguments)
+        except Exception:  # a card, driver or container may withhold any single answer
+            return None
+
+
+class OthersClock:
+    """How many cores other programs keep busy from now on, by the kernel's counts."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def cores(self) -> float | None:
+        """On average so far; None where the kernel does not tell."""
+        if self._start is None or (now := self._read()) is None:
+            return None
+        busy, own, clock = (after - before for before, after in zip(self._start, now, strict=True))
+        return max(busy - own, 0.0) / clock if clock > 0 else None
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds that the processors were busy, those of them by this process, and the time."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        except (OSError, ValueError):
+            return None
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
+
+
+def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
+    """Hardware and versions. None where something is not there or cannot be read."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {
+        "exl": installed_version(),
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": _cpu(),
+        "cpu_cores": usable_cores(),
+        "gpu": ", ".join(card.name for card in engine.memory()) or None,
+        "driver": watch.driver,
+        "cuda": engine.facts.get("cuda"),
+        **packages,
+        # The engine knows its torch's build as well, "+cpu" or "+cu130".
+        "torch": engine.facts.get("torch") or packages["torch"],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
