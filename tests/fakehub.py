@@ -24,6 +24,7 @@ class Entry:
     lfs: bool
     claimed_size: int | None = None
     xet_hash: str = ""
+    claims: dict[str, Any] = field(default_factory=dict)  # put over what the listing says of the file
 
     @property
     def size(self) -> int:
@@ -62,6 +63,13 @@ class Repository:
         self.branches[branch] = commit
         self.commits[commit] = entries
         return commit
+
+    def claim(self, name: str, **claims: Any) -> None:
+        """Let listings say something else of a file, whatever its commit."""
+        for entries in self.commits.values():
+            for entry in entries:
+                if entry.name == name:
+                    entry.claims |= claims
 
 
 class _Server(ThreadingHTTPServer):

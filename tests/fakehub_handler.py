@@ -139,6 +139,7 @@ class Handler(BaseHTTPRequestHandler):
                     "size": entry.size,
                     "blobId": entry.blob_id,
                     **({"lfs": {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}} if entry.lfs else {}),
+                    **entry.claims,
                 }
                 for entry in found.commits[commit]
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import errno
+import json
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fakehub import FakeHub
 from hubtools import WEIGHTS, Fetcher, begin, contents, model_files
 
 from exl_cli import loader
-from exl_cli.errors import DiskError, DownloadError, ExlError, UsageError
+from exl_cli.errors import DiskError, DownloadError, ExlError, ModelNotFoundError, UsageError
 from exl_cli.models.hub import store
 from exl_cli.models.hub.files import Choice
 
@@ -265,6 +266,45 @@ def test_file_names_cannot_leave_the_folder(hub: FakeHub, fetch: Fetcher, tmp_pa
     assert "which could be written outside its folder" in error.message
     assert not list(tmp_path.rglob("*evil.json"))
     assert not list(tmp_path.parent.glob("evil.json"))
+
+
+@pytest.mark.parametrize("name", ["\ud800.json", "x" * 256 + ".json"])
+def test_a_name_that_no_disk_takes_is_refused_before_anything_is_fetched(
+    hub: FakeHub, fetch: Fetcher, name: str
+) -> None:
+    hub.repositories["acme/tiny"].claim("README.md", rfilename=name)
+    assert fails(fetch).message.startswith(f"{hub.url} does not answer like the Hub: ")
+    assert hub.requests("*/resolve/*") == []
+
+
+@pytest.mark.parametrize(
+    "path", ["../../../evil", "/evil/evil", "..", "0" * 63 + "/", "0" * 39, "G" * 64, "0" * 64 + "\n"]
+)
+def test_hashes_cannot_leave_the_folder_either(hub: FakeHub, fetch: Fetcher, tmp_path: Path, path: str) -> None:
+    """The Hub's hashes are 40 hexadecimal digits (git's SHA-1) and 64 (Git LFS: SHA-256), and nothing else is one."""
+    repository = hub.repositories["acme/tiny"]
+    for name, claim in (
+        (WEIGHTS, {"lfs": {"sha256": path, "size": SIZE, "pointerSize": 134}}),
+        ("config.json", {"blobId": path}),
+    ):
+        repository.claim(name, **claim)
+        error = fails(fetch)
+        assert error.message.startswith(f"{hub.url} does not answer like the Hub: {name} with ")
+        repository.commit(model_files())
+    assert hub.requests("*/resolve/*") == []
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
+
+
+def test_a_marker_with_such_a_hash_is_not_believed(fetch: Fetcher) -> None:
+    fetch("acme/tiny")
+    marker = fetch.models / "acme_tiny" / store.MARKER
+    value = json.loads(marker.read_text())
+    value["files"][WEIGHTS]["sha256"] = "../../../evil"
+    marker.write_text(json.dumps(value))
+    with pytest.raises(ModelNotFoundError, match="only partly downloaded"):
+        loader.resolve("acme/tiny", fetch.models)
+    assert fetch("acme/tiny").fetched_bytes == 0
+    assert json.loads(marker.read_text())["files"][WEIGHTS]["sha256"] != "../../../evil"
 
 
 def test_links_in_the_folder_are_not_followed_out_of_it(hub: FakeHub, fetch: Fetcher, tmp_path: Path) -> None:

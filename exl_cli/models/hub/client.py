@@ -103,14 +103,13 @@ class Hub:
                 repository.id, revision=commit or repository.revision, files_metadata=True, timeout=self.timeout
             ),
         )
-        files = tuple(map(_file, info.siblings or ()))
-        for file in files:
-            if not is_safe(file.name):
+        for entry in info.siblings or ():
+            if not is_safe(entry.rfilename):
                 raise DownloadError(
-                    f"{repository} lists a file named {file.name!r}, which could be written outside its folder",
+                    f"{repository} lists a file named {entry.rfilename!r}, which could be written outside its folder",
                     "do not use this model",
                 )
-        return Listing(repository, str(info.sha), files, _license(info))
+        return Listing(repository, str(info.sha), tuple(map(_file, info.siblings or ())), _license(info))
 
     def branches(self, repository: Repository) -> list[tuple[str, str]]:
         """Names and commits of the branches, main first."""
@@ -238,9 +237,7 @@ class Hub:
 
 def _file(entry: Any) -> File:
     size = int(entry.lfs.size if entry.lfs else entry.size or 0)
-    if size < 0:
-        raise ValueError(f"{entry.rfilename} of {size} bytes")
-    return File(entry.rfilename, size, str(entry.blob_id or ""), str(entry.lfs.sha256) if entry.lfs else "")
+    return File(entry.rfilename, size, str(entry.blob_id or ""), str(entry.lfs.sha256 or "") if entry.lfs else "")
 
 
 def _license(info: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli.errors import DiskError, DownloadError, UnsupportedModelError, UsageError, param
-from exl_cli.models.hub.names import Repository
+from exl_cli.models.hub.names import Repository, is_safe
 from exl_cli.models.info import refuse_method
 
 # Files in the repository's root; engines read no others.
@@ -45,12 +46,25 @@ class File:
         size: bytes.
         blob_id: git's SHA-1 of it (of the pointer, where it is an LFS file); empty where unknown.
         sha256: of the content, for LFS files; empty for others.
+
+    Raises:
+        ValueError: a name or hash that must not become part of a path, or a size that cannot be.
     """
 
     name: str
     size: int
     blob_id: str = ""
     sha256: str = ""
+
+    def __post_init__(self) -> None:
+        # Half a character (a lone surrogate) cannot be encoded, which is a ValueError too.
+        if not is_safe(self.name) or any(len(part) > 255 for part in self.name.encode().split(b"/")):
+            raise ValueError(f"a file named {self.name!r}")
+        if self.size < 0:
+            raise ValueError(f"{self.name} of {self.size} bytes")
+        for value, digits in ((self.blob_id, 40), (self.sha256, 64)):
+            if value and not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+                raise ValueError(f"{self.name} with {value!r} for a hash")
 
     @property
     def identity(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from exl_cli.errors import DiskError, DownloadError, param
 from exl_cli.models.hub.files import File
-from exl_cli.models.hub.names import Repository, is_safe
+from exl_cli.models.hub.names import Repository
 from exl_cli.system.files import write_atomically
 
 MARKER = ".exl.json"
@@ -80,10 +80,9 @@ def read_marker(folder: Path) -> Marker | None:
         files = {name: File(name=name, **entry) for name, entry in value["files"].items()}
         known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
         known |= {key: tuple(value[key]) for key in ("include", "exclude")}
-        marker = Marker(**known, files=files, by_hand=bool(value.get("by_hand")))
+        return Marker(**known, files=files, by_hand=bool(value.get("by_hand")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return marker if all(is_safe(name) for name in files) else None
 
 
 def read_unfinished(folder: Path) -> Marker | None:
