@@ -90,6 +90,7 @@ class FakeHub:
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.xet_endpoint = ""
+        self.hidden_headers: set[str] = set()  # not sent
         self.watch: Callable[[Seen], None] = lambda seen: None
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"fake": self}))

@@ -221,6 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         self.entry.status = status
         self.send_response(status)
         for name, value in headers.items():
+            if name in self.fake.hidden_headers:
+                continue
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

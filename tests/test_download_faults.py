@@ -151,6 +151,40 @@ def test_a_part_longer_than_its_file_is_started_anew(hub: FakeHub, fetch: Fetche
     assert arrived(fetch)
 
 
+def test_hashes_that_the_listing_lacks_come_from_the_files_own_headers(hub: FakeHub, fetch: Fetcher) -> None:
+    """X-Linked-Etag has the SHA-256 of a file in LFS, ETag git's id of any other; the fake Hub computes both."""
+    for name in model_files():
+        hub.repositories["acme/tiny"].claim(name, blobId=None, lfs=None)
+    damaged = [hub.fault("*/tokenizer.json", times=2, corrupt=True), hub.fault("/cdn/*", times=1, corrupt=True)]
+    fetch("acme/tiny")
+    assert arrived(fetch)
+    assert [fault.times for fault in damaged] == [0, 0]
+    assert sorted(fetch.watcher.notes) == [
+        f"{name} arrived damaged (wrong hash): fetching it again" for name in (WEIGHTS, "tokenizer.json")
+    ]
+    weights = fetch.models / "acme_tiny" / WEIGHTS
+    weights.write_bytes(b"\0" * SIZE)
+    fetch("acme/tiny", verify=True)
+    assert arrived(fetch), "the hash is remembered"
+
+
+def test_a_file_whose_hash_no_one_knows_is_said_to_be_unverified(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repositories["acme/tiny"].claim(WEIGHTS, blobId=None, lfs=None, size=None)
+    hub.hidden_headers = {"X-Linked-Etag", "ETag"}
+    fetch("acme/tiny")
+    assert arrived(fetch)
+    assert fetch.watcher.notes == [f"the Hub gives no hash of {WEIGHTS}: only the size is checked"]
+
+
+@pytest.mark.parametrize("etag", ['"5d8c72a5edda8d6a:3239"', 'W/"x"', '"../../evil"', f'"{"g" * 40}"'])
+def test_an_etag_that_is_no_hash_is_not_taken_for_one(hub: FakeHub, fetch: Fetcher, etag: str) -> None:
+    hub.repositories["acme/tiny"].claim("tokenizer.json", blobId=None)
+    hub.fault("*/tokenizer.json", times=1, status=200, headers={"ETag": etag})  # the answer to HEAD
+    fetch("acme/tiny")
+    assert arrived(fetch)
+    assert fetch.watcher.notes == ["the Hub gives no hash of tokenizer.json: only the size is checked"]
+
+
 # --- what does not --------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -114,6 +115,33 @@ class Hub:
     def branches(self, repository: Repository) -> list[tuple[str, str]]:
         """Names and commits of the branches, main first."""
         return self._ask(str(repository), lambda: self._branches(repository))
+
+    def identify(self, listing: Listing, chosen: Collection[File]) -> Listing:
+        """The listing with the hashes that the chosen files' own addresses give, where it has none itself.
+
+        A mirror may list no hashes, but serve files with the Hub's headers.
+        """
+        return replace(
+            listing,
+            files=tuple(
+                self._identified(listing, file) if file in chosen and not file.identity else file
+                for file in listing.files
+            ),
+        )
+
+    def _identified(self, listing: Listing, file: File) -> File:
+        try:
+            metadata = self._ask(file.name, lambda: self._metadata(listing, file))
+        except Exception as error:
+            if failures.status_of(error) in (405, 501):  # a server that answers no HEAD
+                return file
+            raise
+        # An ETag is the SHA-256 of a file in LFS and git's id of any other (huggingface_hub, `hf_hub_url`).
+        hashes = {40: "blob_id", 64: "sha256"}
+        etag = str(metadata.etag or "").lower()
+        with contextlib.suppress(KeyError, ValueError):  # some other server's ETag
+            return replace(file, size=file.size or metadata.size or 0, **{hashes[len(etag)]: etag})
+        return replace(file, size=file.size or metadata.size or 0)
 
     def read_config(self, listing: Listing) -> dict[str, Any]:
         """config.json of a revision; empty where it has none.

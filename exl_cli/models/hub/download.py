@@ -196,9 +196,12 @@ def prepare(hub: Hub, wanted: Wanted, note: Callable[[str], None], whole: Collec
     with hub.explained(wanted.repository):
         # What is missing of a complete download comes from the same commit as the rest.
         listing = hub.listing(wanted.repository, marker.commit if marker and not wanted.force else None)
+        listing = hub.identify(listing, select(listing.files, wanted.choice))
         chosen = select(listing.files, wanted.choice)
         config = hub.read_config(listing)
     check_runnable(listing, chosen, wanted.choice, config)
+    if unknown := [file.name for file in chosen if not file.identity]:
+        note(f"the Hub gives no hash of {', '.join(unknown)}: only the size is checked")
     pickles = tuple(left_out_pickles(listing.files, wanted.choice))
     return Plan(wanted, listing, survey(wanted, chosen, note, whole), config, pickles)
 

@@ -69,7 +69,7 @@ def passing(error: Exception, *, reconnect: bool = True) -> str:
     http = http_library()
     if isinstance(error, BrokenTransferError):
         return str(error)
-    status = _status(error)
+    status = status_of(error)
     if status in _PASSING:
         return f"the Hub {_PASSING[status]} ({status})"
     if isinstance(error, http.TimeoutException):
@@ -96,7 +96,8 @@ def http_library() -> ModuleType:
     return importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 
 
-def _status(error: Exception) -> int:
+def status_of(error: Exception) -> int:
+    """The HTTP status that the server answered with; 0 where it did not."""
     response = getattr(error, "response", None)
     return 0 if response is None else int(response.status_code)
 
@@ -163,7 +164,7 @@ def explain(
     if isinstance(error, http.ConnectError | http.ProxyError | http.TimeoutException):
         reason = "no answer in time" if isinstance(error, http.TimeoutException) else _reason(error)
         return DownloadError(f"cannot reach {endpoint}: {reason}", f"check the network; {_HERE}")
-    if status := _status(error):
+    if status := status_of(error):
         return DownloadError(*_by_status(error, status, repository, page, log_in))
     if isinstance(error, (http.TransportError, BrokenTransferError)):
         return DownloadError(f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON)

@@ -15,7 +15,7 @@ from pathlib import Path
 from exl_cli.errors import DiskError, DownloadError
 from exl_cli.models.hub import store
 from exl_cli.models.hub.client import Hub
-from exl_cli.models.hub.failures import BrokenTransferError
+from exl_cli.models.hub.failures import BrokenTransferError, status_of
 from exl_cli.models.hub.files import File, Listing
 
 _BLOCK = 2**20
@@ -120,7 +120,7 @@ class Transfer:
             except Exception as error:
                 if self._stop.is_set():
                     raise _StoppedError from error
-                if getattr(getattr(error, "response", None), "status_code", 0) == 416:
+                if status_of(error) == 416:
                     self._restart()
                     error = BrokenTransferError("the server refuses to go on in the middle")
                 self._patience.failed(error)
