@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl_cli.engines.exllamav2.embeddings import Embeddings
+from exl_cli.engines.exllamav2.forward import Embeddings, Inputs
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
-from exl_cli.engines.exllamav2.inputs import Inputs
 
 VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE = 50, 8, 4, 8, 6, 99
 
@@ -33,7 +32,8 @@ class Embedding:
 
 def make(embedding: Any, scaled: bool) -> Inputs:
     dtype = torch.float if scaled else torch.half
-    return Inputs(embedding, HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return Inputs(Embeddings(embedding, cpu), HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, cpu)
 
 
 ROW = st.builds(
@@ -58,7 +58,7 @@ def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: l
         for index in range(batch):
             row = rows[index] if index < len(rows) else ScheduledTokens((), 0, [])
             assert inputs.lengths[index] == row.start
-            assert inputs.table[index].tolist() == [*row.block_table, *[SPARE] * (WIDTH - len(row.block_table))]
+            assert inputs.block_table[index].tolist() == [*row.block_table, *[SPARE] * (WIDTH - len(row.block_table))]
             expected = embedding.forward(torch.tensor(row.ids, dtype=torch.long))
             assert torch.equal(states[index, : len(row.ids)], expected.to(states.dtype))
 
@@ -69,17 +69,7 @@ def test_a_table_that_changes_in_place_is_written_again() -> None:
         change()
         inputs.fill([ScheduledTokens((1,), 0, table)], 1, 1)
         inputs.send(1, 1)
-        assert inputs.table[0, : len(table)].tolist() == table
-
-
-def test_a_write_that_broke_off_is_done_again() -> None:
-    inputs = make(Embedding(False), False)
-    inputs.fill([ScheduledTokens((1,), 0, [1, 2])], 1, 1)
-    with pytest.raises(ValueError, match="shape"):
-        inputs.fill([ScheduledTokens((1,), 0, [8] * (WIDTH + 1))], 1, 1)
-    inputs.fill([ScheduledTokens((1,), 0, [1, 2])], 1, 1)
-    inputs.send(1, 1)
-    assert inputs.table[0].tolist() == [1, 2, *[SPARE] * (WIDTH - 2)]
+        assert inputs.block_table[0, : len(table)].tolist() == table
 
 
 def test_what_the_kernels_read_is_aligned() -> None:

@@ -10,7 +10,7 @@ The sum follows exllamav2 0.3.2 (file names are its own) at the moment when it h
   the context but on the prompt chunk of 2,048 tokens (1,024 with `low_mem`); only quantized modules need it;
 - working memory: while loading, `load_autosplit` holds back 448 MiB and sends a full chunk through every layer up to
   the logits. Running takes less: attention needs no memory that grows with the context, CUDA graphs some megabytes.
-  With it counts the one page of the cache that is nobody's (`engines/exllamav2/inputs.py`);
+  With it counts the one page of the cache that is nobody's (`engines/exllamav2/forward.py`);
 - the CUDA context and kernels of torch and exllamav2, and what torch's allocator loses by rounding.
 
 `tests/gpu/estimate_against_peak.py` compares it with measured peaks.

@@ -1,4 +1,4 @@
-"""The model on the GPU as the scheduler sees it: see `ModelRunner`."""
+"""Forward passes of a model on the GPU, as the scheduler asks for them: see `ModelRunner`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
-from exl_cli.engines.exllamav2.embeddings import Embeddings
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
-from exl_cli.engines.exllamav2.inputs import Inputs
 from exl_cli.engines.exllamav2.kernels import quantized_linear
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.errors import EngineError
@@ -22,24 +21,29 @@ from exl_cli.errors import EngineError
 _LEAST_KEYS = 1024
 # Through our own kernels so many small passes take less time than a large one, which unpacks all weights first.
 _FEW_PASSES = 3
+# Embeddings of a prompt that are looked up before they are copied: so few that they stay in the processor's cache.
+_LOOKED_UP = 256
+# Bytes: no kernel asks for more.
+_ALIGNMENT = 256
+_NO_TOKENS = ScheduledTokens((), 0, [])
 _log = logging.getLogger(__name__)
 
 
 class GpuForward:
-    """Passes of a loaded model.
+    """A loaded model with its cache: a `ModelRunner`.
 
     Args:
         model, cache: exllamav2's; the cache holds a page more than `pages`.
-        pages: what the scheduler may use.
+        pages: pages that the scheduler may use.
         page_size: positions in a page.
-        backend: gives what computes attention, asked whether decoding is part of that; called when the kernels for
-            everything else are there.
+        backend: gives the backend of attention, asked whether decoding will be part of that; called when the kernels
+            for everything else are there.
 
     Attributes:
         cache: exllamav2's.
-        small: what computes passes of few tokens.
+        small: computes passes of few tokens.
         why_not_fused: why that is not our own kernels; empty where it is.
-        backend: what computes attention.
+        backend: computes attention.
     """
 
     max_batch = quantized_linear.MOST_ROWS
@@ -57,25 +61,21 @@ class GpuForward:
         self._stream = model.get_device_context(self._device.index, scratch=False).stream
         # The longest sequence that the rotary tables know.
         self._most_keys = -(-model.config.max_seq_len // page_size) * page_size
-        params = model.config.arch.lm
-        dtype = torch.float if params.residual_stream_fp32 else torch.half
+        dtype = torch.float if model.config.arch.lm.residual_stream_fp32 else torch.half
+        self._embeddings = Embeddings(model.modules[0], self._device)
         self._inputs = Inputs(
-            model.modules[0], model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
+            self._embeddings, model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
             self._most_keys // page_size + 1, pages, self._device,
         )  # fmt: skip
-        self._embeddings = Embeddings(model.modules[0], self._device)
         self._extend_rotary_tables()
         self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
-        try:
-            self.backend = backend(not self.small.attends)
-        except BaseException:
-            self.small.close()
-            raise
+        self.backend = backend(not self.small.attends)
+        self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
-        # Parts of it, by how many rows were asked for, of how many tokens, and how many were computed of each.
-        self._parts: dict[tuple[int, int, int], torch.Tensor] = {}
+        # Views of it, by the rows asked for, the longest one's tokens, and the tokens computed of each.
+        self._views: dict[tuple[int, int, int], torch.Tensor] = {}
         self._asked = (0, 0, 0)
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending = False
@@ -92,8 +92,8 @@ class GpuForward:
 
     def _extend_rotary_tables(self) -> None:
         """Give tokens that only fill up a pass, behind the end of a full context, rows to read: they mean nothing."""
-        for index, found in enumerate(self._model.device_context):
-            if found is not None:
+        for index, used in enumerate(self._model.device_context):
+            if used is not None:
                 context = self._model.get_device_context(index, scratch=False)
                 for tables in (context.sin, context.cos):
                     tables[:] = [
@@ -107,13 +107,13 @@ class GpuForward:
             inputs = self._inputs
             try:
                 small = fused_forward.FusedForward(
-                    self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.table
+                    self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.block_table
                 )
-                if not (reason := small.why_not(lambda: self._large.prepare(1))):
-                    small.compile_ahead()
-                    return small, ""
+                reason = small.why_not(lambda: self._large.prepare(1))
             except EngineError as error:
                 reason = error.message
+            if not reason:
+                return small, ""
         _log.info("small passes through exllamav2's modules: %s", reason)
         return self._large, reason
 
@@ -127,12 +127,12 @@ class GpuForward:
                 self._pass([ScheduledTokens(row.ids[first : first + most], row.start + first, row.block_table)])
             return
         self._await_inputs()
-        table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
+        block_table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
         ids, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
         for first in range(0, len(ids), most):
             states, start = self._embeddings.of(ids[first : first + most]), row.start + first
             lengths = torch.tensor([start], dtype=torch.int32, device=self._device)
-            self._large.prefill(states, lengths, table, start + states.shape[1])
+            self._large.prefill(states, lengths, block_table, start + states.shape[1])
 
     @torch.inference_mode()
     def synchronize(self) -> None:
@@ -149,12 +149,12 @@ class GpuForward:
         """See `ModelRunner.collect`."""
         self._done.synchronize()
         self._pending = False
-        part = self._parts.get(self._asked)
-        if part is None:
+        view = self._views.get(self._asked)
+        if view is None:
             rows, longest, tokens = self._asked
-            part = self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
-            self._parts[self._asked] = part
-        return part
+            view = self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
+            self._views[self._asked] = view
+        return view
 
     @torch.inference_mode()
     def copy_page(self, source: int, target: int) -> None:
@@ -167,9 +167,9 @@ class GpuForward:
     def close(self) -> None:
         """Give the memory back; it cannot be used afterwards, closing twice is fine."""
         self._graphs.clear()
-        if "small" in self.__dict__:
-            self.small.close()
-        for name in ("small", "_large", "_inputs", "_embeddings", "_logits", "_parts", "_model", "cache"):
+        if small := self.__dict__.pop("small", None):
+            small.close()
+        for name in ("_large", "_inputs", "_embeddings", "_logits", "_views", "_model", "cache"):
             self.__dict__.pop(name, None)
 
     def _enter(self) -> None:
@@ -216,7 +216,7 @@ class GpuForward:
         if len(self._logits) < count:
             # A graph writes where the one before did: they go with it.
             self._graphs.clear()
-            self._parts.clear()
+            self._views.clear()
             size = 1 if count == 1 else self.max_tokens
             self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
         logits = self._logits
@@ -224,7 +224,9 @@ class GpuForward:
         def work() -> None:
             inputs = self._inputs
             inputs.send(batch, tokens)
-            out = self.small.run(inputs.hidden[:count], inputs.lengths[:batch], inputs.table[:batch], tokens, bound)
+            out = self.small.run(
+                inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound
+            )
             softcap = self._model.config.final_logit_softcapping
             real = out[:, : self.vocab_size].float()
             if softcap:
@@ -250,3 +252,150 @@ def _cache_tensors(cache: Any) -> list[torch.Tensor]:
     if cache.has_scales:
         lists += [cache.key_scales, cache.value_scales]
     return [tensor for states in lists for tensor in states]
+
+
+class Embeddings:
+    """Embeddings of tokens, looked up on the CPU, where exllamav2 leaves them.
+
+    exllamav2 0.3.2 looks up all of a prompt's, into memory that is new each time, and copies that through the driver's
+    own buffer: on an H100's host the first layer of 2,048 tokens began after six milliseconds, and begins after four
+    now. A lookup in NumPy takes two microseconds, in torch forty, and the GPU waits for it.
+
+    Args:
+        module: exllamav2's embedding module.
+        device: where embeddings of prompts are wanted.
+
+    Attributes:
+        rows: the table of embeddings, two bytes a number, shape (vocabulary, hidden); None where an embedding is more
+            than its row.
+    """
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self._module, self._device = module, device
+        params, weight = module.archparams, module.embedding.weight
+        plain = not (params.residual_stream_fp32 or params.normalize_embeddings) and weight.is_contiguous()
+        self.rows: npt.NDArray[np.int16] | None = None
+        if plain and weight.device.type == "cpu" and weight.dtype == torch.half:
+            self.rows = weight.detach().view(torch.int16).numpy()
+        # Two, each with the event of its last copy: while one is copied, the other is written.
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
+        on_gpu = device.type == "cuda"
+        for _ in range(0 if self.rows is None else 2):
+            buffer = torch.empty((_LOOKED_UP, weight.shape[1]), dtype=torch.half, pin_memory=on_gpu)
+            event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+            self._buffers.append((buffer, event))
+
+    def computed(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The embeddings of tokens, shape (batch, tokens), by exllamav2 on the CPU; they get a dimension more."""
+        embeddings: torch.Tensor = self._module.forward(torch.from_numpy(ids))
+        return embeddings
+
+    def of(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The embeddings of a prompt's tokens, in order with what the current stream does.
+
+        Args:
+            ids: shape (tokens,).
+
+        Returns:
+            Shape (1, tokens, hidden), on the device.
+        """
+        if self.rows is None:
+            return self.computed(ids[None]).to(self._device)
+        states = torch.empty((len(ids), self.rows.shape[1]), dtype=torch.half, device=self._device)
+        for index, target in enumerate(torch.split(states, _LOOKED_UP)):
+            buffer, copied = self._buffers[index % len(self._buffers)]
+            if copied is not None:
+                copied.synchronize()
+            source, some = buffer[: len(target)], ids[index * _LOOKED_UP : index * _LOOKED_UP + len(target)]
+            # In the default mode NumPy would write to memory of its own first.
+            self.rows.take(some, axis=0, out=source.view(torch.int16).numpy(), mode="clip")
+            target.copy_(source, non_blocking=True)
+            if copied is not None:
+                copied.record()
+        return states[None]
+
+
+class Inputs:
+    """Lengths, block tables and embeddings of a small pass, filled on the CPU and copied to the device in one go.
+
+    They lie at addresses that never change, for CUDA graphs.
+
+    Args:
+        embeddings: of the model.
+        hidden: numbers of an embedding.
+        dtype: of the stream of hidden states.
+        most_rows, most_tokens: sequences, and tokens of all of them together, of one pass.
+        table_width: pages of the longest sequence, and one more for tokens that only fill up a pass.
+        spare_page: a page that is nobody's.
+        device: where the pass runs.
+
+    Attributes:
+        hidden: on the device, shape (most_tokens, hidden).
+        lengths: int32 on the device, shape (most_rows,): positions in the cache before the pass.
+        block_table: int32 on the device, shape (most_rows, table_width).
+    """
+
+    def __init__(
+        self,
+        embeddings: Embeddings,
+        hidden: int,
+        dtype: torch.dtype,
+        most_rows: int,
+        most_tokens: int,
+        table_width: int,
+        spare_page: int,
+        device: torch.device,
+    ) -> None:
+        self._embeddings, self._spare_page = embeddings, spare_page
+        self._state_bytes = hidden * dtype.itemsize
+        # The numbers come first, all of them: a few bytes too many take less time than a second copy.
+        numbers = most_rows * (1 + table_width)
+        self._states_at = -(-4 * numbers // _ALIGNMENT) * _ALIGNMENT
+        size = self._states_at + most_tokens * self._state_bytes
+        self._here = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+        self._there = torch.empty(size, dtype=torch.uint8, device=device)
+
+        def parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            whole = memory[: 4 * numbers].view(torch.int32)
+            states = memory[self._states_at :].view(dtype).view(most_tokens, hidden)
+            return whole[:most_rows], whole[most_rows:].view(most_rows, table_width), states
+
+        lengths, table, self._states = parts(self._here)
+        self._lengths, self._table = lengths.numpy(), table.numpy()
+        self._state_halves = self._states.view(torch.int16).numpy()
+        # The block table that each row was written from.
+        self._written: list[list[int]] = [[] for _ in range(most_rows)]
+        self._table[:] = spare_page
+        self.lengths, self.block_table, self.hidden = parts(self._there)
+
+    def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int) -> None:
+        """Write rows where `send` will find them.
+
+        Args:
+            rows: at most `batch`.
+            batch: sequences of the pass; those that are not there have no past and live on the spare page.
+            tokens: of each; behind the end of a row's block table its tokens live on the spare page, too.
+        """
+        count = batch * tokens
+        ids = np.zeros(count, dtype=np.int64)
+        for index in range(batch):
+            row = rows[index] if index < len(rows) else _NO_TOKENS
+            begin = index * tokens
+            ids[begin : begin + len(row.ids)] = row.ids
+            self._lengths[index] = row.start
+            # As a rule it is what it was for the pass before.
+            if self._written[index] != row.block_table:
+                self._table[index] = self._spare_page
+                self._table[index, : len(row.block_table)] = row.block_table
+                self._written[index] = [*row.block_table]
+        if self._embeddings.rows is not None:
+            self._embeddings.rows.take(ids, axis=0, out=self._state_halves[:count], mode="clip")
+        else:
+            with torch.inference_mode():
+                embeddings = self._embeddings.computed(ids.reshape(batch, tokens))
+                self._states[:count].copy_(embeddings.view(count, -1))
+
+    def send(self, batch: int, tokens: int) -> None:
+        """Copy to the device what `fill` wrote, in order with what runs there. May be captured in a graph."""
+        used = self._states_at + batch * tokens * self._state_bytes
+        self._there[:used].copy_(self._here[:used], non_blocking=True)

@@ -1,4 +1,4 @@
-"""A pass of few tokens through kernels of our own, seven a layer besides attention, for models built like Llama.
+"""Forward passes of few tokens through kernels of our own, six a layer, for models built like Llama.
 
 It reads exllamav2's modules and weights where they are, and adds to the same stream of float16 hidden states. A layer
 is: norm; query, key and value in one product; head norms, rotary embedding and the cache; attention; output product
@@ -31,13 +31,13 @@ Work = Callable[[int, int], None]
 
 
 class FusedForward:
-    """Runs passes of up to `products.MOST_ROWS` tokens.
+    """Runs forward passes of up to `quantized_linear.MOST_ROWS` tokens.
 
     Args:
         model, cache: exllamav2's; `layers.why_not` of the model is empty.
         page_size: positions in a page.
         hidden: the stream, float16, shape (most tokens, hidden), as `Inputs` has it.
-        lengths, table: as `Inputs` has them, of all rows.
+        lengths, block_table: as `Inputs` has them, of all rows.
 
     Raises:
         EngineError: the kernels cannot be compiled here.
@@ -46,10 +46,16 @@ class FusedForward:
     name = "kernels of exl's own"
 
     def __init__(
-        self, model: Any, cache: Any, page_size: int, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor
+        self,
+        model: Any,
+        cache: Any,
+        page_size: int,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
     ) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
-        self._hidden, self._lengths, self._table = hidden, lengths, table
+        self._hidden, self._lengths, self._block_table = hidden, lengths, block_table
         self._device = hidden.device
         config = model.config
         self._layers = [
@@ -76,17 +82,13 @@ class FusedForward:
         self._tuner = Tuner(self._device, (group.product for group in self._groups))
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
-        try:
-            self._tuner.begin(1)
-            self._attending = self._choose_attention()
-            # Decoding one sequence, which everyone will want; and so it shows now whether the kernels can be had.
-            self._programs = {(1, 1): self._program(1, 1)}
-        except BaseException:
-            self.close()
-            raise
+        self._tuner.begin(1)
+        self._attending = self._choose_attention()
+        # Decoding one sequence, which everyone will want; and so it shows now whether the kernels work here.
+        self._programs = {(1, 1): self._program(1, 1)}
 
     def run(
-        self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
+        self, hidden: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, tokens: int, most_keys: int
     ) -> torch.Tensor:
         """See `ModulesForward.run`; the tensors are the first rows of those of `__init__`."""
         key = (len(lengths), tokens)
@@ -104,7 +106,7 @@ class FusedForward:
         return self._logits[: len(hidden)]
 
     def why_not(self, prepare: Callable[[], None]) -> str:
-        """Why exllamav2's kernels are the better choice, see `worth.why_not`; empty where they are not."""
+        """Why exllamav2's kernels are the better choice, see `kernel_choice.why_not`; empty where they are not."""
         return kernel_choice.why_not(self._tuner, self._groups, prepare)
 
     def compile_ahead(self) -> None:
@@ -116,7 +118,7 @@ class FusedForward:
         """Nothing to do: see `ModulesForward.prepare`."""
 
     def close(self) -> None:
-        """Compile no further what is not wanted yet; passes are still possible."""
+        """Compile no further in the background; passes are still possible."""
         self._tuner.close()
 
     # --- the parts of a pass --------------------------------------------------------------------------------------
@@ -216,18 +218,18 @@ class FusedForward:
         heads, kv_heads, head_dim = self._widths
         module, cache, index = layer.attention, self._cache, layer.attention.layer_idx
         rows, page_size = batch * tokens, self._page_size
-        lengths, table = self._lengths[:batch], self._table[:batch]
+        lengths, block_table = self._lengths[:batch], self._block_table[:batch]
         constants = self._model.get_device_context(self._device.index)
         sine, cosine = constants.sin[module.rope_index], constants.cos[module.rope_index]
-        keys, values = cache.get_kv_state(index, batch, 0, 0, page_size, lengths, table)
+        keys, values = cache.get_kv_state(index, batch, 0, 0, page_size, lengths, block_table)
         argument = norm_rope.RopeArgument(
             qkv=self._qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
-            table=table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
+            table=block_table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
             q_weight=None if module.q_norm is None else module.q_norm.weight.data_ptr(),
             k_weight=None if module.k_norm is None else module.k_norm.weight.data_ptr(),
             epsilon=0.0 if module.q_norm is None else module.q_norm.variance_epsilon,
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, turned=sine.shape[-1], tokens=tokens,
-            stride=self._qkv.stride(0), table_stride=table.stride(0), page_size=page_size,
+            stride=self._qkv.stride(0), table_stride=block_table.stride(0), page_size=page_size,
         )  # fmt: skip
         attended = self._attended[:rows]
         receiver: Any = output.argument.matrix[0]
@@ -262,23 +264,28 @@ class FusedForward:
         """What `Attending` does, in two steps and by any backend; the result becomes the receiver's `x`."""
         heads, kv_heads, head_dim = self._widths
         module, cache, index, page_size = layer.attention, self._cache, layer.attention.layer_idx, self._page_size
-        rows, lengths, table, after = batch * tokens, self._lengths[:batch], self._table[:batch], self._after[:batch]
+        rows, lengths, block_table, after = (
+            batch * tokens,
+            self._lengths[:batch],
+            self._block_table[:batch],
+            self._after[:batch],
+        )
         kernel = self._kernel(("rotate",), lambda: norm_rope.rotate_kernel(self._device))
         rotate = kernel.bind((rows, heads + 2 * kv_heads), -(-head_dim // 2 // 32) * 32, argument)
         q = self._qkv[:rows, : heads * head_dim].view(batch, tokens, heads, head_dim)
         pages = (-1, page_size, kv_heads, head_dim)
-        keys, values = (t.view(pages) for t in cache.get_kv_state(index, batch, 0, 0, page_size, lengths, table))
+        keys, values = (t.view(pages) for t in cache.get_kv_state(index, batch, 0, 0, page_size, lengths, block_table))
 
         def work(stream: int, most_keys: int) -> None:
             if cache.has_scales:
-                cache.get_kv_state(index, batch, 0, most_keys, page_size, lengths, table)
+                cache.get_kv_state(index, batch, 0, most_keys, page_size, lengths, block_table)
             rotate(stream)
             out = attend_paged(
-                q, keys, values, cache_seqlens=after, block_table=table, scale=module.scaling,
+                q, keys, values, cache_seqlens=after, block_table=block_table, scale=module.scaling,
                 window=module.sliding_window or 0, softcap=softcap, max_len=most_keys,
             )  # fmt: skip
             if cache.has_scales:
-                cache.store_kv_state(index, batch, 0, tokens, page_size, lengths, table)
+                cache.store_kv_state(index, batch, 0, tokens, page_size, lengths, block_table)
             receiver.x = out.data_ptr()
 
         return work

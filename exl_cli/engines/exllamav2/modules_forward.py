@@ -1,4 +1,4 @@
-"""A pass through exllamav2's own modules, over pages: for every model that it can load, on as many GPUs as it has."""
+"""Forward passes through exllamav2's own modules, over pages: of every model that it can load, on as many GPUs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _params_class() -> type[Any]:
         graph cannot.
         """
 
-        def __init__(self, lengths: torch.Tensor, table: torch.Tensor, most_keys: int, page_size: int) -> None:
+        def __init__(self, lengths: torch.Tensor, block_table: torch.Tensor, most_keys: int, page_size: int) -> None:
             Params.__init__(self, batch_size=len(lengths), paged=True)
-            self.block_index, self.cache_seqlens = table, lengths
+            self.block_index, self.cache_seqlens = block_table, lengths
             self.max_cache_seqlen, self.page_size = most_keys, page_size
             self.alt_rope_embed: dict[str, Any] = {}
             self.rope_offsets = None
@@ -47,12 +47,7 @@ def _params_class() -> type[Any]:
 
 
 class ModulesForward:
-    """Runs passes.
-
-    Args:
-        model, cache: exllamav2's.
-        page_size: positions in a page.
-    """
+    """Runs forward passes of exllamav2's model, with its cache in pages of `page_size` positions."""
 
     name = "exllamav2's modules"
     attends = False
@@ -63,39 +58,39 @@ class ModulesForward:
         self._page_size = page_size
         self._timed: set[tuple[int, int, int]] = set()
 
-    def prefill(self, states: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, most_keys: int) -> None:
+    def prefill(self, states: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, most_keys: int) -> None:
         """Put the keys and values of one sequence's next tokens into the cache.
 
         Args:
             states: embeddings on the first device, shape (1, tokens, hidden); overwritten.
             lengths: int32 on the device, shape (1,): positions before them.
-            table: int32 on the device, shape (1, pages).
+            block_table: int32 on the device, shape (1, pages).
             most_keys: positions with them.
         """
-        self._through(self._model.last_kv_layer_idx + 1, states, lengths, table, most_keys)
+        self._through(self._model.last_kv_layer_idx + 1, states, lengths, block_table, most_keys)
 
     def run(
-        self, hidden: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, tokens: int, most_keys: int
+        self, hidden: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, tokens: int, most_keys: int
     ) -> torch.Tensor:
         """All layers and the head.
 
         Args:
             hidden: embeddings on the first device, shape (batch * tokens, hidden); overwritten.
-            lengths, table: as of `Inputs`, of `batch` rows.
+            lengths, block_table: as of `Inputs`, of `batch` rows.
             tokens: of each row.
             most_keys: no row has more, the new ones included.
 
         Returns:
             Logits, shape (batch * tokens, padded vocabulary), on the last device.
         """
-        states = self._through(None, hidden.view(len(lengths), tokens, -1), lengths, table, most_keys)
+        states = self._through(None, hidden.view(len(lengths), tokens, -1), lengths, block_table, most_keys)
         return states.view(len(lengths) * tokens, -1)
 
     def _through(
-        self, end: int | None, states: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, most_keys: int
+        self, end: int | None, states: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, most_keys: int
     ) -> torch.Tensor:
         """What comes out of the modules behind the embeddings, up to an index."""
-        params = _params_class()(lengths, table, most_keys, self._page_size)
+        params = _params_class()(lengths, block_table, most_keys, self._page_size)
         with at_most(most_keys):
             for module in self._model.modules[1:end]:
                 index = module.device_idx
@@ -105,7 +100,7 @@ class ModulesForward:
         return states
 
     def prepare(self, rows: int) -> None:
-        """Make passes of so many tokens fit for capture: have EXL2's products choose their kernels now.
+        """Make passes of so many tokens fit for capture: have exllamav2 choose its kernels for EXL2 now.
 
         Stands for a defect of exllamav2 0.3.2: the choice is made by the clock, and ends any capture.
         """
@@ -123,6 +118,9 @@ class ModulesForward:
             for _ in range(_TIMED_CALLS + 1):
                 exllamav2_ext.gemm_half_q_half(x, linear.q_handle, out, False)
             self._timed.add(shape)
+
+    def compile_ahead(self) -> None:
+        """Nothing to do: see `FusedForward.compile_ahead`."""
 
     def close(self) -> None:
         """Nothing to do: see `FusedForward.close`."""
