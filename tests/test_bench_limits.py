@@ -27,6 +27,7 @@ from exl_cli.engines import probe, scoring
 from exl_cli.errors import PromptError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.nvml import Driver
 
 
 def test_the_bytes_of_a_step_on_the_cpu(exl2_dir: Path) -> None:
@@ -190,7 +191,7 @@ class FakeNvml:
 
 def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
     nvml = FakeNvml({100})
-    watch = Watch(nvml)
+    watch = Watch(Driver(nvml))
     watch.attach(["GPU-1"])
     assert (watch.driver, watch.joules()) == ("580.1", 1.0)
     assert watch.used_bytes() is None  # this card withholds it
@@ -211,7 +212,7 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
 
 
 def test_without_a_driver_nothing_is_known() -> None:
-    watch = Watch(None)
+    watch = Watch(Driver(None))
     watch.attach(["GPU-1"])
     watch.look()
     assert (watch.joules(), watch.used_bytes(), watch.driver, watch.warnings()) == (None, None, None, [])

@@ -67,6 +67,6 @@ def generation(
         "sampling": request.sampling.to_dict(),
         "model": info.to_dict(),
         "engine": {"name": engine.name, "context_length": engine.context_length, **engine.facts},
-        "memory": {"host": host.to_dict(), "gpus": [gpu.to_dict() for gpu in gpus]},
+        "memory": {"host": asdict(host), "gpus": [asdict(gpu) for gpu in gpus]},
         "exl_version": installed_version(),
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 from exl_cli.engines.base import Engine
 from exl_cli.system.machine import usable_cores
+from exl_cli.system.nvml import Driver
 from exl_cli.system.version import installed_version
 
 _PACKAGES = ("torch", "exllamav2", "transformers", "flash-attn", "triton")
@@ -33,31 +34,30 @@ class Watch:
     To be made before the engine is loaded: processes that hold GPU memory then belong to others.
 
     Args:
-        nvml: what `system.nvml.open_driver` gave.
+        driver: closed with this object.
     """
 
-    def __init__(self, nvml: Any) -> None:
-        self._nvml = nvml
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
         self._handles: dict[str, Any] = {}
-        every = [self._ask("nvmlDeviceGetHandleByIndex", at) for at in range(self._ask("nvmlDeviceGetCount") or 0)]
-        self._before = {str(self._ask("nvmlDeviceGetUUID", h)): self._processes(h) for h in every if h is not None}
-        self.driver: str | None = self._ask("nvmlSystemGetDriverVersion")
+        self._before = {str(driver.ask("DeviceGetUUID", gpu)): self._processes(gpu) for gpu in driver.gpus()}
+        self.driver: str | None = driver.ask("SystemGetDriverVersion")
         self.slowed: Counter[str] = Counter()
         self.looks = 0
 
     def attach(self, uuids: Sequence[str]) -> None:
         """Look at these GPUs from now on."""
-        handles = {uuid: self._ask("nvmlDeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
+        handles = {uuid: self._driver.ask("DeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
         self._handles = {uuid: handle for uuid, handle in handles.items() if handle is not None}
 
     def joules(self) -> float | None:
         """Energy that the GPUs have taken since their driver was loaded."""
-        readings = [self._ask("nvmlDeviceGetTotalEnergyConsumption", handle) for handle in self._handles.values()]
+        readings = [self._driver.ask("DeviceGetTotalEnergyConsumption", handle) for handle in self._handles.values()]
         return sum(readings) / 1000 if readings and None not in readings else None
 
     def used_bytes(self) -> int | None:
         """GPU memory in use, by all processes."""
-        readings = [self._ask("nvmlDeviceGetMemoryInfo", handle) for handle in self._handles.values()]
+        readings = [self._driver.ask("DeviceGetMemoryInfo", handle) for handle in self._handles.values()]
         return sum(int(reading.used) for reading in readings) if readings and None not in readings else None
 
     def look(self) -> None:
@@ -65,12 +65,12 @@ class Watch:
         reasons = 0
         for handle in self._handles.values():
             # Renamed with driver 535; an older driver knows the older name only.
-            answer = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
+            answer = self._driver.ask("DeviceGetCurrentClocksEventReasons", handle)
             if answer is None:
-                answer = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+                answer = self._driver.ask("DeviceGetCurrentClocksThrottleReasons", handle)
             reasons |= int(answer or 0)
         self.looks += 1
-        self.slowed.update(name for constant, name in _REASONS if reasons & getattr(self._nvml, constant, 0))
+        self.slowed.update(name for constant, name in _REASONS if reasons & getattr(self._driver.nvml, constant, 0))
 
     def others(self) -> int:
         """How many other processes hold memory of these GPUs.
@@ -97,19 +97,11 @@ class Watch:
 
     def close(self) -> None:
         """Let go of the driver."""
-        self._ask("nvmlShutdown")
-        self._nvml, self._handles = None, {}
+        self._driver.close()
+        self._handles = {}
 
     def _processes(self, handle: Any) -> set[int]:
-        return {process.pid for process in self._ask("nvmlDeviceGetComputeRunningProcesses", handle) or []}
-
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        if self._nvml is None:
-            return None
-        try:
-            return getattr(self._nvml, name)(*arguments)
-        except Exception:  # a card, driver or container may withhold any single answer
-            return None
+        return {process.pid for process in self._driver.ask("DeviceGetComputeRunningProcesses", handle) or []}
 
 
 class OthersClock:

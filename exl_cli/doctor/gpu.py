@@ -49,15 +49,10 @@ def torch(installed: environment.Torch | None, answer: Answer) -> CheckResult:
 
 def driver(installed: environment.Torch | None) -> CheckResult:
     """The NVIDIA driver."""
-    nvml = open_driver()
-    if nvml is None:
-        return _no_driver()
-    try:
-        version = str(nvml.nvmlSystemGetDriverVersion())
-    except Exception:  # a container may withhold it
-        version = "unknown"
-    finally:
-        nvml.nvmlShutdown()
+    with open_driver() as opened:
+        if not opened:
+            return _no_driver()
+        version = str(opened.ask("SystemGetDriverVersion") or "unknown")
     major = int(match[1]) if (match := re.match(r"(\d+)", version)) else 0
     oldest = _OLDEST_DRIVER.get(installed.cuda_major, 0) if installed else 0
     if major and major < oldest and installed:
@@ -87,7 +82,7 @@ def _driver_fix(version: str) -> str:
 
 def has_nvidia_card() -> bool:
     """Whether a display controller of NVIDIA is on the PCI bus, or its driver is there: WSL has no more than that."""
-    if Path("/dev/nvidiactl").exists() or open_driver() is not None:
+    if Path("/dev/nvidiactl").exists() or open_driver():
         return True
     for device in Path("/sys/bus/pci/devices").glob("*"):
         try:

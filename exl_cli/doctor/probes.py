@@ -22,6 +22,7 @@ from exl_cli.engines.exllamav2.extension import failures
 from exl_cli.errors import ExlError, param
 from exl_cli.models.load_options import EngineChoice, LoadOptions
 from exl_cli.system import processes
+from exl_cli.system.nvml import Driver, open_driver
 
 _asked: set[subprocess.Popen[bytes]] = set()
 
@@ -148,25 +149,21 @@ def torch() -> dict[str, Any]:
 
 def _readings() -> dict[str, dict[str, Any]]:
     """Memory and processes of each GPU by its UUID, from the driver."""
-    from exl_cli.system.nvml import open_driver
-
-    nvml = open_driver()
     readings: dict[str, dict[str, Any]] = {}
-    with contextlib.suppress(Exception):  # a driver or container may withhold any single answer
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            reading: dict[str, Any] = {"free": int(memory.free), "total": int(memory.total)}
-            readings[str(nvml.nvmlDeviceGetUUID(handle))] = reading
-            running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            reading["processes"] = [_process(nvml, process) for process in running]
+    with open_driver() as driver:
+        for handle in driver.gpus():
+            if memory := driver.ask("DeviceGetMemoryInfo", handle):
+                running = driver.ask("DeviceGetComputeRunningProcesses", handle) or []
+                readings[str(driver.ask("DeviceGetUUID", handle))] = {
+                    "free": int(memory.free),
+                    "total": int(memory.total),
+                    "processes": [_process(driver, process) for process in running],
+                }
     return readings
 
 
-def _process(nvml: Any, process: Any) -> dict[str, Any]:
-    name = ""
-    with contextlib.suppress(Exception):
-        name = str(nvml.nvmlSystemGetProcessName(process.pid)).rpartition("/")[2].split(" ")[0]
+def _process(driver: Driver, process: Any) -> dict[str, Any]:
+    name = str(driver.ask("SystemGetProcessName", process.pid) or "").rpartition("/")[2].split(" ")[0]
     # A container has numbers of its own for processes: there the driver's are of no use.
     here = Path(f"/proc/{process.pid}").exists()
     return {"pid": process.pid, "here": here, "name": name, "bytes": process.usedGpuMemory}

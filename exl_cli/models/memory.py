@@ -27,7 +27,7 @@ from typing import Any
 from exl_cli.errors import OutOfMemoryError, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType
-from exl_cli.system.nvml import open_driver
+from exl_cli.system.nvml import Driver, open_driver
 
 GIB = 2**30
 _MIB = 2**20
@@ -292,25 +292,15 @@ def _advice(info: ModelInfo, context: int, cache: CacheType, free: Sequence[int]
 
 def gpus() -> list[Gpu]:
     """The NVIDIA GPUs that a program started now would see; empty where there is none, or no driver to ask."""
-    nvml = open_driver()
-    if nvml is None:
-        return []
-    try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        return [_gpu(nvml, handle) for handle in _visible(nvml, handles)]
-    except Exception:  # a driver may withhold any single answer
-        return []
-    finally:
-        nvml.nvmlShutdown()
+    with open_driver() as driver:
+        handles = _visible(driver)
+        asked = [(driver.ask("DeviceGetName", handle), driver.ask("DeviceGetMemoryInfo", handle)) for handle in handles]
+    return [Gpu(str(name), int(memory.total), int(memory.free)) for name, memory in asked if memory is not None]
 
 
-def _gpu(nvml: Any, handle: Any) -> Gpu:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return Gpu(str(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free))
-
-
-def _visible(nvml: Any, handles: list[Any]) -> list[Any]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, by number or by the beginning of a UUID."""
+def _visible(driver: Driver) -> list[Any]:
+    """Handles of the GPUs that CUDA_VISIBLE_DEVICES leaves, by number or by the beginning of a UUID."""
+    handles = driver.gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return handles
@@ -320,5 +310,5 @@ def _visible(nvml: Any, handles: list[Any]) -> list[Any]:
         if entry.isdigit() and int(entry) < len(handles):
             found.append(handles[int(entry)])
         else:
-            found += [h for h in handles if entry and str(nvml.nvmlDeviceGetUUID(h)).startswith(entry)][:1]
+            found += [h for h in handles if entry and str(driver.ask("DeviceGetUUID", h)).startswith(entry)][:1]
     return found

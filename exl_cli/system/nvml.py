@@ -1,16 +1,53 @@
-"""The NVIDIA driver's own interface, where there is one."""
+"""NVML, the NVIDIA driver's own interface, where there is a driver."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def open_driver() -> Any:
-    """The `pynvml` module, initialised (`nvmlShutdown` ends that); None where there is no driver to ask."""
+class Driver:
+    """The driver's answers; None for each that it, a card or a container withholds, and for all without a driver.
+
+    Args:
+        nvml: the `pynvml` module, initialised; None where there is no driver.
+    """
+
+    def __init__(self, nvml: Any) -> None:
+        self.nvml = nvml
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """What one of NVML's functions answers, "DeviceGetName" for `nvmlDeviceGetName`."""
+        try:
+            return getattr(self.nvml, f"nvml{name}")(*arguments)
+        except Exception:
+            return None
+
+    def gpus(self) -> list[Any]:
+        """The handles of all GPUs, hidden ones included."""
+        handles = [self.ask("DeviceGetHandleByIndex", index) for index in range(self.ask("DeviceGetCount") or 0)]
+        return [handle for handle in handles if handle is not None]
+
+    def close(self) -> None:
+        """No more questions."""
+        self.ask("Shutdown")
+        self.nvml = None
+
+    def __bool__(self) -> bool:
+        return self.nvml is not None
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_driver() -> Driver:
+    """The driver of this machine; close it."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # no library, no driver, or a container without it
-        return None
-    return pynvml
+        return Driver(None)
+    return Driver(pynvml)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from exl_cli.system.nvml import open_driver
+from exl_cli.system.nvml import Driver, open_driver
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,6 @@ class GpuReading:
     process_bytes: int
     process_peak_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class HostReading:
@@ -70,10 +65,6 @@ class HostReading:
 
     resident_bytes: int
     peak_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def read_host() -> HostReading:
@@ -91,42 +82,26 @@ def read_gpus(memory: Sequence[DeviceMemory]) -> list[GpuReading]:
     """Readings of the GPUs that an engine uses; without a working NVML only the engine's own numbers are there."""
     if not memory:
         return []
-    nvml = open_driver()
-    try:
-        return [_reading(entry, nvml) for entry in memory]
-    finally:
-        if nvml is not None:
-            nvml.nvmlShutdown()
+    with open_driver() as driver:
+        return [_reading(entry, driver) for entry in memory]
 
 
-def _reading(memory: DeviceMemory, nvml: Any) -> GpuReading:
-    handle = None
-    if nvml is not None and memory.uuid:
-        handle = _ask(lambda: nvml.nvmlDeviceGetHandleByUUID(memory.uuid))
+def _reading(memory: DeviceMemory, driver: Driver) -> GpuReading:
+    handle = driver.ask("DeviceGetHandleByUUID", memory.uuid) if memory.uuid else None
     if handle is None:
-        return GpuReading(
-            memory.device, memory.name, None, None, None, None, None, None, memory.current_bytes, memory.peak_bytes
-        )
-    whole = _ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
-    power = _ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
-    limit = _ask(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle))
+        driver = Driver(None)
+    whole = driver.ask("DeviceGetMemoryInfo", handle)
+    power, limit = (driver.ask(f"DeviceGet{what}", handle) for what in ("PowerUsage", "EnforcedPowerLimit"))
+    load = driver.ask("DeviceGetUtilizationRates", handle)
     return GpuReading(
         device=memory.device,
         name=memory.name,
-        temperature=_ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        temperature=driver.ask("DeviceGetTemperature", handle, 0),  # NVML_TEMPERATURE_GPU, the only sensor
         power=None if power is None else power / 1000,
         power_limit=None if limit is None else limit / 1000,
-        used_bytes=None if whole is None else int(whole.used),
-        total_bytes=None if whole is None else int(whole.total),
-        utilisation=_ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        used_bytes=whole and int(whole.used),
+        total_bytes=whole and int(whole.total),
+        utilisation=load and load.gpu,
         process_bytes=memory.current_bytes,
         process_peak_bytes=memory.peak_bytes,
     )
-
-
-def _ask(question: Any) -> Any:
-    """NVML's answer, or None: a card, driver or container may withhold any single reading."""
-    try:
-        return question()
-    except Exception:
-        return None

@@ -78,17 +78,9 @@ def exllamav2_version() -> str | None:
 
 def capabilities() -> list[tuple[int, int]]:
     """Compute capabilities of this machine's GPUs as the driver tells them, hidden ones included; empty without one."""
-    nvml = open_driver()
-    if nvml is None:
-        return []
-    try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        found = [nvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
-        return [(int(major), int(minor)) for major, minor in found]
-    except Exception:  # a driver may withhold any single answer
-        return []
-    finally:
-        nvml.nvmlShutdown()
+    with open_driver() as driver:
+        answers = [driver.ask("DeviceGetCudaComputeCapability", handle) for handle in driver.gpus()]
+    return [(int(answer[0]), int(answer[1])) for answer in answers if answer]
 
 
 def build_folder(torch: Torch) -> Path:
