@@ -44,7 +44,7 @@ class Fault:
     Attributes:
         where: a pattern.
         times: how many requests it spoils.
-        status, headers: answer with this instead.
+        status, headers, body: answer with this instead.
         drop_at: close the connection after so many bytes of the body.
         hold_at: stop sending after so many bytes, until `release` is set; `held` tells that it has come to that.
         trickle: send single small pieces of so many bytes.
@@ -57,6 +57,7 @@ class Fault:
     times: int = 10**9
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
     drop_at: int | None = None
     hold_at: int | None = None
     trickle: int = 0
@@ -94,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.problem = self.fake.take_fault(self.entry.path)
         try:
             if self.problem and self.problem.status:
-                self._answer(self.problem.status, b"", self.problem.headers)
+                self._answer(self.problem.status, self.problem.body, self.problem.headers)
             else:
                 self._route(token)
         except (BrokenPipeError, ConnectionResetError):

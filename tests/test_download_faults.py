@@ -7,6 +7,7 @@ import errno
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakehub import FakeHub
@@ -264,6 +265,67 @@ def test_a_redirection_to_nowhere_is_not_tried_again(hub: FakeHub, fetch: Fetche
     error = fails(fetch)
     assert error.message.startswith(f"{hub.url} does not answer like the Hub: ")
     assert len(error.message) > len(f"{hub.url} does not answer like the Hub: ") + 5
+    assert fetch.waits == []
+
+
+# Each is JSON, and none is what the Hub's API documents for a model.
+ANSWERS = [
+    [],
+    "text",
+    5,
+    None,
+    {"siblings": 5},
+    {"siblings": [None]},
+    {"siblings": [{"rfilename": 5}]},
+    {"siblings": [{"rfilename": "config.json", "size": "x"}]},
+    {"siblings": [{"rfilename": "config.json", "size": 1e400}]},
+    {"siblings": [{"rfilename": "config.json", "lfs": 5}]},
+    {"siblings": [], "sha": None},
+    {"siblings": [], "sha": ["../evil"]},
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=json.dumps)
+def test_a_listing_of_another_shape_is_not_the_hubs(hub: FakeHub, fetch: Fetcher, answer: object) -> None:
+    body = {"id": "acme/tiny", "sha": "0" * 40, **answer} if isinstance(answer, dict) else answer
+    hub.fault("/api/models/acme/tiny/revision/*", status=200, body=json.dumps(body).encode())
+    error = fails(fetch)
+    assert error.message.startswith(f"{hub.url} does not answer like the Hub: ")
+    assert fetch.waits == []
+
+
+@pytest.mark.parametrize("card", [5, [1], {"license": {"a": 1}}, "text"])
+def test_an_odd_model_card_is_no_obstacle(hub: FakeHub, fetch: Fetcher, card: Any) -> None:
+    hub.repositories["acme/tiny"].card = card
+    fetch("acme/tiny")
+    assert arrived(fetch)
+
+
+@pytest.mark.parametrize("where", ["/api/models/*", "*config.json", "/cdn/*"])
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://host/x", "data:,x", "javascript:1"])
+def test_a_redirection_to_what_is_no_http_is_followed_by_nothing(
+    hub: FakeHub, fetch: Fetcher, where: str, address: str
+) -> None:
+    hub.fault(where, status=302, headers={"Location": address})
+    error = fails(fetch)
+    assert error.message.startswith(f"{hub.url} does not answer like the Hub: ")
+    assert fetch.waits == []
+
+
+@pytest.mark.parametrize(
+    "text", ["²", "٣", "1e3", "-5", "nan", "soon", "Mon, 99 Jan 2026 99:00:00 GMT", "Mon, 1 Jan 99999 00:00:00 GMT"]
+)
+def test_a_retry_after_of_another_form_is_passed_over(hub: FakeHub, fetch: Fetcher, text: str) -> None:
+    """RFC 9110, 10.2.3: a number of ASCII digits, or a date."""
+    hub.fault("/cdn/*", times=1, status=429, headers={"Retry-After": text.encode().decode("latin-1")})
+    fetch("acme/tiny")
+    assert arrived(fetch)
+    assert fetch.waits == [1.0]
+
+
+def test_an_endless_retry_after_is_not_waited_for(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.fault("/cdn/*", status=429, headers={"Retry-After": "9" * 400})
+    assert fails(fetch).hint == "try again later; logging in raises the limit: hf auth login"
     assert fetch.waits == []
 
 

@@ -39,6 +39,39 @@ def test_a_wider_choice_later_fetches_only_the_rest(hub: FakeHub, fetch: Fetcher
     assert fetch("acme/tiny").fetched_bytes == 0
 
 
+def test_a_narrower_choice_is_known_to_be_here(hub: FakeHub, fetch: Fetcher) -> None:
+    hub.repository("acme/tiny", {**model_files(), "training.py": b"print()"})
+    fetch("acme/tiny")
+    hub.seen.clear()
+
+    for choice, names in (
+        (Choice(exclude=("*.md",)), {"config.json", "tokenizer.json", WEIGHTS}),
+        (Choice(include=("*.json",)), {"config.json", "tokenizer.json"}),
+    ):
+        outcome = fetch("acme/tiny", choice=choice)
+        assert {file.name for file in outcome.files} == names
+        assert outcome.fetched_bytes == 0
+    assert hub.seen == []
+
+    (fetch.models / "acme_tiny" / "tokenizer.json").unlink()
+    fetch("acme/tiny", choice=Choice(include=("config.json",)))
+    assert hub.seen == [], "of what is not chosen nothing matters"
+    assert fetch("acme/tiny", choice=Choice(include=("*.json",))).fetched_bytes > 0
+    fetch("acme/tiny", choice=Choice(include=("*.py",)))
+    assert hub.sent("*/training.py") == 7
+
+
+def test_a_file_named_like_the_marker_is_left_where_it_is(hub: FakeHub, fetch: Fetcher) -> None:
+    theirs = {".exl.json": b"{}", ".EXL.json": b"[]", ".exl-download/x.json": b"{}"}
+    hub.repository("acme/tiny", {**model_files(), **theirs})
+    for choice in (Choice(), Choice(include=("*",))):
+        fetch("acme/tiny", choice=choice)
+        assert contents(fetch.models / "acme_tiny") == model_files()
+        hub.seen.clear()
+        assert fetch("acme/tiny", choice=choice).fetched_bytes == 0
+        assert hub.seen == []
+
+
 def test_a_branch_that_moved_is_followed_with_force_only(hub: FakeHub, fetch: Fetcher) -> None:
     repository = hub.repository("acme/tiny", {**model_files(seed=1), "old.json": b"{}"})
     fetch("acme/tiny")

@@ -98,19 +98,23 @@ class Hub:
             DownloadError: a file whose name could lead out of the model's folder. The Hub cannot store such a name, so
                 nothing is fetched from a server that sends one.
         """
-        info = self._ask(
-            str(repository),
-            lambda: self._api.model_info(
-                repository.id, revision=commit or repository.revision, files_metadata=True, timeout=self.timeout
-            ),
-        )
-        for entry in info.siblings or ():
-            if not is_safe(entry.rfilename):
-                raise DownloadError(
-                    f"{repository} lists a file named {entry.rfilename!r}, which could be written outside its folder",
-                    "do not use this model",
-                )
-        return Listing(repository, str(info.sha), tuple(map(_file, info.siblings or ())), _license(info))
+
+        def ask() -> Any:
+            revision = commit or repository.revision
+            return self._api.model_info(repository.id, revision=revision, files_metadata=True, timeout=self.timeout)
+
+        with _readable("its list of files"):
+            info = self._ask(str(repository), ask)
+            for entry in info.siblings or ():
+                if not is_safe(entry.rfilename):
+                    raise DownloadError(
+                        f"{repository} lists a file named {entry.rfilename!r}, "
+                        "which could be written outside its folder",
+                        "do not use this model",
+                    )
+            if not re.fullmatch("[0-9a-f]{40,64}", info.sha):
+                raise ValueError(f"{info.sha!r} for a commit")
+            return Listing(repository, info.sha, tuple(map(_file, info.siblings or ())), _license(info))
 
     def branches(self, repository: Repository) -> list[tuple[str, str]]:
         """Names and commits of the branches, main first."""
@@ -235,8 +239,9 @@ class Hub:
             yield begin, response.iter_bytes()
 
     def _branches(self, repository: Repository) -> list[tuple[str, str]]:
-        refs = self._api.list_repo_refs(repository.id)
-        pairs = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
+        with _readable("its list of branches"):
+            refs = self._api.list_repo_refs(repository.id)
+            pairs = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
         return sorted(pairs, key=lambda branch: (branch[0] != "main", _natural(branch[0])))
 
     def _near(self, repository: Repository) -> list[str]:
@@ -263,6 +268,15 @@ class Hub:
                 return answer
 
 
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what an answer of another shape than the Hub's raises into a ValueError."""
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from None
+
+
 def _file(entry: Any) -> File:
     size = int(entry.lfs.size if entry.lfs else entry.size or 0)
     return File(entry.rfilename, size, str(entry.blob_id or ""), str(entry.lfs.sha256 or "") if entry.lfs else "")
@@ -270,7 +284,7 @@ def _file(entry: Any) -> File:
 
 def _license(info: Any) -> str:
     card = getattr(info, "card_data", None)
-    value = (card.get("license_name") or card.get("license")) if card is not None else None
+    value = card.get("license_name") or card.get("license") if card and hasattr(card, "get") else None
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 

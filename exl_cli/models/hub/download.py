@@ -161,15 +161,24 @@ def already(wanted: Wanted) -> Outcome | None:
         return None
     marker = store.read_marker(folder)
     if marker is not None:
-        same = (marker.include, marker.exclude) == (wanted.choice.include, wanted.choice.exclude)
-        return _here(wanted, marker) if same and not marker.damaged(folder) else None
+        files = _chosen(marker, wanted.choice)
+        damaged = marker.damaged(folder)
+        whole = files and not any(file.name in damaged for file in files)
+        return Outcome(wanted, marker.commit, files) if whole else None
     if store.state(folder) == "manual" and not wanted.choice.include and _is_model(folder):
         return Outcome(wanted, "", (), by_hand=True)
     return None
 
 
-def _here(wanted: Wanted, marker: Marker) -> Outcome:
-    return Outcome(wanted, marker.commit, tuple(marker.files.values()))
+def _chosen(marker: Marker, choice: Choice) -> tuple[File, ...]:
+    """The files of a complete download that a choice takes; none where it takes any that are not among them."""
+    if (marker.include, marker.exclude) == (choice.include, choice.exclude):
+        return tuple(marker.files.values())
+    if marker.others is None:
+        return ()
+    listed = [*marker.files.values(), *(File(name, 0) for name in marker.others)]
+    files = tuple(select(listed, choice))
+    return files if all(file.name in marker.files for file in files) else ()
 
 
 def _is_model(folder: Path) -> bool:
@@ -283,7 +292,7 @@ def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = N
             if marker is not None and wanted.verify and not wanted.force:
                 whole = {file for file in marker.files.values() if file.matches(folder / file.name)}
                 if len(whole) == len(marker.files):
-                    return _here(wanted, marker)
+                    return Outcome(wanted, marker.commit, tuple(marker.files.values()))
             plan = prepare(hub, wanted, observer.note, whole)
         for message in (plan.left_out, fit_warning(plan, gpus())):
             if message:
@@ -339,4 +348,5 @@ def _marker(plan: Plan) -> Marker:
     files |= {item.file.name: item.file for item in plan.items}
     repository, choice, listing = plan.wanted.repository, plan.wanted.choice, plan.listing
     origin = (repository.id, repository.revision, listing.commit)
-    return Marker(*origin, files, listing.license, choice.include, choice.exclude)
+    others = tuple(file.name for file in listing.files if file.name not in files)
+    return Marker(*origin, files, listing.license, choice.include, choice.exclude, others)

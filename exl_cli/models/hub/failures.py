@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import importlib
+import re
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -76,17 +77,23 @@ def passing(error: Exception, *, reconnect: bool = True) -> str:
         return "no answer in time"
     if isinstance(error, (http.ConnectError, http.ProxyError)):
         return f"no connection ({_reason(error)})" if reconnect else ""
-    return "the connection broke off" if isinstance(error, http.TransportError) else ""
+    passes = isinstance(error, http.TransportError) and not _is_wrong_address(error)
+    return "the connection broke off" if passes else ""
+
+
+def _is_wrong_address(error: Exception) -> bool:
+    """Whether a server sent us to where no HTTP goes, as to file:// or to no address at all."""
+    return isinstance(error, http_library().UnsupportedProtocol) or "location header" in str(error)
 
 
 def asked_wait(error: Exception) -> float:
     """Seconds that the server asks to wait: its Retry-After, as a number or as a date; 0 where it does not."""
     text = _header(error, "retry-after").strip()
-    if text.isdigit():
+    if re.fullmatch(r"[0-9]+", text):
         return float(text)
-    if email.utils.parsedate(text) is None:
-        return 0.0
-    return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # neither, or no date of any calendar
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
 
 
 def http_library() -> ModuleType:
@@ -166,7 +173,7 @@ def explain(
         return DownloadError(f"cannot reach {endpoint}: {reason}", f"check the network; {_HERE}")
     if status := status_of(error):
         return DownloadError(*_by_status(error, status, repository, page, log_in))
-    if isinstance(error, (http.TransportError, BrokenTransferError)):
+    if isinstance(error, (http.TransportError, BrokenTransferError)) and not _is_wrong_address(error):
         return DownloadError(f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON)
     if isinstance(error, (ValueError, KeyError, TypeError, http.HTTPError)):
         return DownloadError(
@@ -187,7 +194,7 @@ def _by_status(error: Exception, status: int, repository: Repository, page: str,
         return f"the Hub denies access to {repository.id}{said}", f"see {page}; {log_in}"
     if status == 429:
         asked = asked_wait(error)
-        when = f"in {asked:.0f} s" if asked else "later"
+        when = f"in {asked:.0f} s" if 0 < asked < float("inf") else "later"
         return "the Hub limits requests (429)", f"try again {when}; logging in raises the limit: hf auth login"
     if status >= 500:
         return f"the Hub fails ({status})", f"try again later: {_GOES_ON}"

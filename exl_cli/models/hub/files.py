@@ -148,8 +148,14 @@ def is_pickle(name: str) -> bool:
 
 
 def select(files: Sequence[File], choice: Choice) -> list[File]:
-    """The files of a listing that are wanted, without pickled ones, whatever the choice says."""
-    safe = [file for file in files if not is_pickle(file.name) and not _matches(file.name, choice.exclude)]
+    """The files of a listing that are wanted; never a pickled one, nor one where exl keeps its own (`.exl.json`)."""
+    safe = [
+        file
+        for file in files
+        if not is_pickle(file.name)
+        and not file.name.lower().startswith(".exl")
+        and not _matches(file.name, choice.exclude)
+    ]
     if choice.include:
         return [file for file in safe if _matches(file.name, choice.include)]
     chosen = [file for file in safe if _matches(file.name.lower(), _NEEDED) and "/" not in file.name]

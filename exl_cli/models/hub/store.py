@@ -38,6 +38,7 @@ class Marker:
         files: by name.
         license: the model card's, or empty.
         include, exclude: the patterns that chose the files; empty for exl's own choice.
+        others: names of the commit's files that were not fetched; None where an older exl did not note them.
         by_hand: of an unfinished download: the folder was put there by hand, and is still as it was.
     """
 
@@ -48,6 +49,7 @@ class Marker:
     license: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    others: tuple[str, ...] | None = None
     by_hand: bool = False
 
     @property
@@ -80,7 +82,8 @@ def read_marker(folder: Path) -> Marker | None:
         files = {name: File(name=name, **entry) for name, entry in value["files"].items()}
         known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
         known |= {key: tuple(value[key]) for key in ("include", "exclude")}
-        return Marker(**known, files=files, by_hand=bool(value.get("by_hand")))
+        others = tuple(map(str, value["others"])) if value.get("others") is not None else None
+        return Marker(**known, files=files, others=others, by_hand=bool(value.get("by_hand")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
