@@ -1,10 +1,15 @@
 """What the fast path gains over exllamav2's own API, on one machine in one go: the table of README's "How fast".
 
-    python tests/gpu/fast_path.py MODEL... [--prompt-tokens 512] [--new-tokens 256] [--runs 3] [--batch 8,16] [--decode]
+    python tests/gpu/fast_path.py MODEL... [--vs CHECKOUT] [--prompt-tokens 512] [--new-tokens 256] [--runs 3]
+                                           [--batch 8,16] [--decode]
 
-For each model, one process each: `stock_exllamav2.py`; the engine with as many runs on the same prompts; an engine for
+For each model, one process each: the baseline, `stock_exllamav2.py`; exl with as many runs of one generation; exl for
 each size of a batch; `exl run` as users call it. Prints a line for each figure: ours, the baseline's, their ratio. With
---decode only the first two.
+--decode only the first two. With --vs the baseline is exl as it lies in another checkout, measured alike.
+
+Tokens per second are the difference of two runs, one with few new tokens and one with many: all that the second made
+more, over all the time that it took more. So prompts do not count, nor when which request began. exl is used through
+its public API alone, which is the same in all versions.
 """
 
 from __future__ import annotations
@@ -21,112 +26,110 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+WORDS = "the a fox river under house went old said tree little once upon time near big day night rain sun".split()
+    "the a fox river under house went old said tree little once upon time near big day night rain sun who lived".split()
+)
 
 
 def worker(args: argparse.Namespace) -> None:
-    """One process of ours: runs one after the other, or a batch."""
+    """One process of exl: so many generations at a time."""
     import torch
 
-    from exl_cli import loader
-    from exl_cli.engines.base import Request
-    from exl_cli.models.load_options import LoadOptions
-    from exl_cli.models.tokenizer import Tokenizer
-    from exl_cli.sampling import Sampling
-
-    class Quiet:
-        def note(self, message: str) -> None:
-            sys.stderr.write(message + "\n")
-
-        def progress(self, done: int, total: int) -> None:
-            pass
+    import exl_cli
 
     (path,) = args.models
-    info = loader.resolve(path)
-    tokenizer = Tokenizer(info.path)
-    options = LoadOptions(engine="exllamav2", max_seq_len=args.context, sequences=max(args.worker, 1))
-    engine = loader.load(info, tokenizer, options, Quiet())
-    numbers = torch.Generator().manual_seed(1234)
-    vocabulary = min(30000, int(info.text_config("vocab_size")))
+    size, few = args.worker, max(1, args.new_tokens // 8)
+    # Pages of the cache are 256 tokens; all sequences share them.
+    context = args.context if size == 1 else size * -(-(args.prompt_tokens + args.new_tokens) // 256) * 256
+    numbers = random.Random(1234)
+    with exl_cli.load(path, engine="exllamav2", max_seq_len=context) as model:
 
-    def request(seed: int) -> Request:
-        ids = torch.randint(100, vocabulary, (args.prompt_tokens,), generator=numbers).tolist()
-        return Request(ids, Sampling(), args.new_tokens, seed)
+        def prompt() -> str:
+            """One that is new each time, so that nothing is found in the cache."""
+            words = numbers.choices(WORDS, k=args.prompt_tokens)
+            while (count := len(model.encode(" ".join(words)))) > args.prompt_tokens:
+                del words[args.prompt_tokens - count :]
+            return " ".join(words)
 
-    found: dict[str, Any] = {"facts": engine.facts}
-    if args.worker:
-        rates = []
-        for _ in range(2):
-            streams = [engine.stream(request(seed)) for seed in range(args.worker)]
-            for stream in streams:
-                while not next(stream).token_ids:
-                    pass
-            begin, tokens = time.perf_counter(), 0
-            while streams:
-                for stream in list(streams):
-                    chunk = next(stream)
-                    tokens += len(chunk.token_ids)
-                    if chunk.summary is not None:
-                        streams.remove(stream)
-            rates.append(tokens / (time.perf_counter() - begin))
-        found["rate"] = rates[-1]
-    else:
-        runs = []
-        for seed in range(args.runs):
-            asked = request(seed)
-            begin, first = time.perf_counter(), 0.0
-            for chunk in engine.stream(asked):
-                first = first or (chunk.token_ids and time.perf_counter())
-            end = time.perf_counter()
-            rate = (args.new_tokens - 1) / (end - first)
-            runs.append({"first_token_s": first - begin, "rate": rate, "all_s": end - begin})
-        found |= {"runs": runs, "peak_bytes": torch.cuda.max_memory_allocated()}
-    print(json.dumps(found))
+        def run(new_tokens: int) -> tuple[float, float, int]:
+            """Seconds, those to the first text of the first one, and tokens of all."""
+            prompts = [prompt() for _ in range(size)]
+            begin = time.perf_counter()
+            streams = [model.stream(text, max_new_tokens=new_tokens, seed=seed) for seed, text in enumerate(prompts)]
+            next(streams[0], "")
+            first = time.perf_counter()
+            tokens = sum(len(stream.result().token_ids) for stream in streams)
+            return time.perf_counter() - begin, first - begin, tokens
+
+        whole, _, _ = run(args.new_tokens)
+        rates, firsts = [], []
+        for _ in range(args.runs):
+            (short, _, made), (long, first, more) = run(few), run(args.new_tokens)
+            rates.append((more - made) / (long - short))
+            firsts.append(first)
+        found = {"facts": model.facts, "first_s": whole, "first_token_s": min(firsts), "rate": max(rates)}
+        print(json.dumps({**found, "peak_bytes": torch.cuda.max_memory_allocated()}))
 
 
-def measured(command: list[str]) -> Any:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+def measured(command: list[str], tree: Path = ROOT) -> Any:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(tree))
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+def environment(tree: Path) -> dict[str, str]:
+    path = os.pathsep.join(part for part in (str(tree), os.environ.get("PYTHONPATH", "")) if part)
     return {**os.environ, "PYTHONPATH": path}
 
 
-def whole_process(model: str, args: argparse.Namespace) -> float:
+def whole_process(model: str, args: argparse.Namespace, tree: Path) -> float:
     """Seconds of `exl run`, from its start to its end."""
-    words = random.Random(1).choices(["the", "a", "fox", "river", "under", "house", "went", "old", "said"], k=400)
-    command = [sys.executable, "-m", "exl_cli", "run", model, "-p", " ".join(words), "-n", str(args.new_tokens)]
+    text = " ".join(random.Random(1).choices(WORDS, k=400))
+    command = [sys.executable, "-m", "exl_cli", "run", model, "-p", text, "-n", str(args.new_tokens)]
     begin = time.perf_counter()
-    done = subprocess.run([*command, "--engine", "exllamav2"], capture_output=True, check=False, env=environment())
+    done = subprocess.run([*command, "--engine", "exllamav2"], capture_output=True, check=False, env=environment(tree))
     if done.returncode:
         sys.exit(done.stderr.decode()[-3000:])
     return time.perf_counter() - begin
 
 
+def stock(model: str, sizes: list[str]) -> dict[str, Any]:
+    """exllamav2's own API, in the form of what a worker prints."""
+    found = measured([sys.executable, str(HERE / "stock_exllamav2.py"), model, *sizes])
+    steady = found["runs"][1:]
+    return {
+        "first_s": found["runs"][0]["all_s"],
+        "first_token_s": min(run["first_token_s"] for run in steady),
+        "rate": max(run["rate"] for run in steady),
+        "peak_bytes": found["peak_bytes"],
+        "process_s": found["import_s"] + found["load_s"] + found["runs"][0]["all_s"],
+    }
+
+
 def compare(model: str, args: argparse.Namespace) -> None:
     sizes = ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens), "--runs", str(args.runs)]
-    stock = measured([sys.executable, str(HERE / "stock_exllamav2.py"), model, *sizes])
-    itself = [sys.executable, __file__, model, *sizes]
-    ours = measured([*itself, "--worker", "0"])
-    steady, stock_steady = (max(run["rate"] for run in found["runs"][1:]) for found in (ours, stock))
-    soon, stock_soon = (min(run["first_token_s"] for run in found["runs"][1:]) for found in (ours, stock))
-    first, stock_first = (found["runs"][0]["all_s"] for found in (ours, stock))
-    peak, stock_peak = (found["peak_bytes"] / 1e9 for found in (ours, stock))
-    print(f"\n{Path(model).name}: {', '.join(f'{key} {value}' for key, value in ours['facts'].items())}")
-    line("decode, steady, tokens/s", steady, stock_steady, steady / stock_steady)
-    line("first generation, seconds", first, stock_first, stock_first / first)
-    line("time to first token, steady, seconds", soon, stock_soon, stock_soon / soon)
-    line("peak memory, GB", peak, stock_peak, peak / stock_peak)
+
+    def ours(size: str, tree: Path = ROOT) -> Any:
+        command = [sys.executable, __file__, model, *sizes, "--context", str(args.context), "--worker", size]
+        return measured(command, tree)
+
+    own, other = ours("1"), ours("1", args.vs) if args.vs else stock(model, sizes)
+    print(f"\n{Path(model).name}: {', '.join(f'{key} {value}' for key, value in own['facts'].items())}")
+    line("decode, steady, tokens/s", own["rate"], other["rate"], own["rate"] / other["rate"])
+    line("first generation, seconds", own["first_s"], other["first_s"], other["first_s"] / own["first_s"])
+    soon, base_soon = own["first_token_s"], other["first_token_s"]
+    line("time to first token, steady, seconds", soon, base_soon, base_soon / soon)
+    peak, base_peak = (each["peak_bytes"] / 1e9 for each in (own, other))
+    line("peak memory, GB", peak, base_peak, peak / base_peak)
     if args.decode:
         return
-    process, one_run = whole_process(model, args), stock["import_s"] + stock["load_s"] + stock["runs"][0]["all_s"]
-    line("whole process, seconds", process, one_run, one_run / process)
+    process = whole_process(model, args, ROOT)
+    other_process = whole_process(model, args, args.vs) if args.vs else other["process_s"]
+    line("whole process, seconds", process, other_process, other_process / process)
     for size in args.batch.split(","):
-        rate = measured([*itself, "--worker", size, "--context", "1024"])["rate"]
-        line(f"batch {size} against batch 1, tokens/s", rate, stock_steady, rate / stock_steady)
+        rate, base = ours(size)["rate"], ours(size, args.vs)["rate"] if args.vs else other["rate"]
+        line(f"batch {size}" + ("" if args.vs else " against batch 1") + ", tokens/s", rate, base, rate / base)
 
 
 def line(what: str, own: float, other: float, ratio: float) -> None:
@@ -136,6 +139,7 @@ def line(what: str, own: float, other: float, ratio: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
+    parser.add_argument("--vs", type=lambda path: Path(path).resolve(), metavar="CHECKOUT")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
@@ -147,7 +151,8 @@ def main() -> None:
     if args.worker is not None:
         worker(args)
         return
-    print(f"prompt {args.prompt_tokens}, new {args.new_tokens}; ours, exllamav2's own API, ratio (larger is better)")
+    baseline = args.vs or "exllamav2's own API"
+    print(f"prompt {args.prompt_tokens}, new {args.new_tokens}; ours, {baseline}, ratio (larger is better)")
     for model in args.models:
         compare(model, args)
 

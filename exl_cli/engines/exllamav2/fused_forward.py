@@ -1,4 +1,4 @@
-"""Forward passes of few tokens through kernels of our own, six a layer, for models built like Llama.
+"""Forward passes of few tokens through kernels of our own, seven a layer at most, for models built like Llama.
 
 It reads exllamav2's modules and weights where they are, and adds to the same stream of float16 hidden states. A layer
 is: norm; query, key and value in one product; head norms, rotary embedding and the cache; attention; output product
