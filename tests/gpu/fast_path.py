@@ -27,8 +27,6 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WORDS = "the a fox river under house went old said tree little once upon time near big day night rain sun".split()
-    "the a fox river under house went old said tree little once upon time near big day night rain sun who lived".split()
-)
 
 
 def worker(args: argparse.Namespace) -> None:
