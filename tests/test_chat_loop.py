@@ -1,4 +1,4 @@
-"""The chat as a state machine, driven by events without a terminal."""
+"""The chat's loop, driven by lines and signals without a terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from chatting import FAIL, PAUSE, Script
 
-from exl_cli.chat.loop import Chat, Event, Line, Phase, Signal, converse
-from exl_cli.chat.partner import Host
-from exl_cli.chat.session import Session
+from exl_cli.chat.conversation import Conversation
+from exl_cli.chat.loop import Chat, Event, Signal
+from exl_cli.chat.model import ModelLoader
+from exl_cli.chat.session import Session, SessionStore
 from exl_cli.chat.settings import Settings
-from exl_cli.chat.store import SessionStore
 from exl_cli.errors import ExitCode
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.ui.chat import ChatConsole
@@ -27,16 +27,18 @@ Begin = Callable[..., Chat]
 def begin(tmp_path: Path) -> Begin:
     def make(script: Script, session: Session | None = None, context: int | None = None, **settings: object) -> Chat:
         console = ChatConsole()
-        host = Host(script.load, LoadOptions(max_seq_len=context), tmp_path / "models", console)
+        loader = ModelLoader(script.load, LoadOptions(max_seq_len=context), tmp_path / "models", console)
         store = SessionStore(tmp_path / "sessions")
         values = Settings(**settings)  # type: ignore[arg-type]
-        return Chat(host, host.load(host.find(None)), session or Session(), values, console, store)
+        model = loader.find(None)
+        loader.load(model)
+        return Chat(Conversation(model, session or Session(), values, console, store), loader, console)
 
     return make
 
 
 class Typist:
-    """A `loop.Source`: enters these, and remembers the drafts that it was shown. "^C" is a Ctrl-C at the prompt."""
+    """A `loop.LineInput`: enters these, and remembers the drafts that it was shown. "^C" is a Ctrl-C at the prompt."""
 
     def __init__(self, *events: str) -> None:
         self._events: Iterator[str] = iter(events)
@@ -47,11 +49,11 @@ class Typist:
         event = next(self._events, None)
         if event is None:
             return Signal.END
-        return Signal.INTERRUPT if event == "^C" else Line(event)
+        return Signal.INTERRUPT if event == "^C" else event
 
 
 def contents(chat: Chat) -> list[str]:
-    return [turn.content for turn in chat.talk.session.turns]
+    return [turn.content for turn in chat.conversation.session.turns]
 
 
 def on_disk(tmp_path: Path) -> list[str]:
@@ -63,38 +65,35 @@ def press_ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_the_phases(begin: Begin) -> None:
-    seen = []
-    script = Script(["a"], before=lambda request: seen.append(chat.phase))
-    chat = begin(script)
-    assert chat.phase is Phase.READY
-    chat.feed(Line("Hi"))
-    assert (seen, chat.phase) == ([Phase.ANSWERING], Phase.READY)
-    chat.feed(Line("/quit"))
-    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.OK)
+def test_it_goes_on_until_it_is_left(begin: Begin) -> None:
+    chat = begin(Script(["a"]))
+    chat.feed("Hi")
+    assert not chat.over
+    chat.feed("/quit")
+    assert (chat.over, chat.exit_code) == (True, ExitCode.OK)
 
 
 def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
     chat = begin(Script(["a"]))
     chat.feed(Signal.INTERRUPT)
     assert "Ctrl-C again leaves" in capsys.readouterr().err
-    chat.feed(Line("Hi"))
+    chat.feed("Hi")
     chat.feed(Signal.INTERRUPT)
-    assert chat.phase is Phase.READY
+    assert not chat.over
     chat.feed(Signal.INTERRUPT)
-    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.OK)
+    assert (chat.over, chat.exit_code) == (True, ExitCode.OK)
 
 
 def test_ctrl_c_while_answering_keeps_what_came_and_goes_on(begin: Begin, tmp_path: Path) -> None:
     script = Script([f"Once upon{PAUSE} a time", "Then what?", " the end"], pause=press_ctrl_c)
     chat = begin(script)
-    chat.feed(Line("Hi"))
+    chat.feed("Hi")
     assert contents(chat) == on_disk(tmp_path) == ["Hi", "Once upon"]
-    assert chat.talk.session.turns[1].finish_reason == "cancelled"
-    chat.feed(Line("Go on"))
+    assert chat.conversation.session.turns[1].finish_reason == "cancelled"
+    chat.feed("Go on")
     assert contents(chat)[2:] == ["Go on", "Then what?"]
     # What was computed of the interrupted answer is not computed again.
-    assert chat.talk.session.turns[3].timings["reused_tokens"] >= len(script.requests[0].ids)
+    assert chat.conversation.session.turns[3].timings["reused_tokens"] >= len(script.requests[0].ids)
 
 
 def test_a_second_ctrl_c_while_answering_keeps_it_too(begin: Begin, tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_a_second_ctrl_c_while_answering_keeps_it_too(begin: Begin, tmp_path: Pa
         press_ctrl_c()
 
     chat = begin(Script([f"Once{PAUSE}"], pause=twice))
-    converse(chat, Typist("Hi", "/continue"))
+    chat.run(Typist("Hi", "/continue"))
     assert on_disk(tmp_path)[:2] == ["Hi", "OnceOnce"]
 
 
@@ -115,7 +114,7 @@ def test_a_bug_of_ours_gives_the_message_back_and_goes_on(begin: Begin, tmp_path
     script = Script(["Hello."], before=crash)
     chat = begin(script)
     typist = Typist("Hi", "Hi there")
-    converse(chat, typist)
+    chat.run(typist)
     assert typist.drafts == ["", "Hi", ""]
     assert on_disk(tmp_path) == ["Hi there", "Hello."]
     # A person has seen it.
@@ -125,10 +124,10 @@ def test_a_bug_of_ours_gives_the_message_back_and_goes_on(begin: Begin, tmp_path
 def test_a_chat_that_is_left_without_a_model_ends_with_that_error(begin: Begin, tmp_path: Path) -> None:
     script = Script(["Hello."])
     chat = begin(script)
-    chat.feed(Line("Hi"))
+    chat.feed("Hi")
     script.loads_fail = ("fable-7m",)
-    chat.feed(Line("/model fable-7m"))
-    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.OUT_OF_MEMORY)
+    chat.feed("/model fable-7m")
+    assert (chat.over, chat.exit_code) == (True, ExitCode.OUT_OF_MEMORY)
     assert on_disk(tmp_path) == ["Hi", "Hello."]
 
 
@@ -136,7 +135,7 @@ def test_a_chat_that_is_left_without_a_model_ends_with_that_error(begin: Begin, 
 def test_a_message_without_any_answer_comes_back_as_a_draft(begin: Begin, tmp_path: Path, answer: str) -> None:
     chat = begin(Script([answer, "Hello."], pause=press_ctrl_c))
     typist = Typist("Hi", "Hi there")
-    converse(chat, typist)
+    chat.run(typist)
     assert typist.drafts == ["", "Hi", ""]
     assert on_disk(tmp_path) == ["Hi there", "Hello."]
 
@@ -145,11 +144,11 @@ def test_a_refused_message_comes_back_as_a_draft_with_its_files(begin: Begin, tm
     (tmp_path / "notes.txt").write_text("notes")
     chat = begin(Script(["ok"]))
     large = "word " * 3000
-    chat.feed(Line(f"/file {tmp_path / 'notes.txt'}"))
-    chat.feed(Line(large))
-    assert chat.talk.draft == large.rstrip()
-    assert [file.name for file in chat.talk.attachments] == ["notes.txt"]
-    chat.feed(Line("short"))
+    chat.feed(f"/file {tmp_path / 'notes.txt'}")
+    chat.feed(large)
+    assert chat.conversation.draft == large.rstrip()
+    assert [name for name, _ in chat.conversation.attachments] == ["notes.txt"]
+    chat.feed("short")
     assert contents(chat)[0].startswith("notes.txt:\n\n```\nnotes\n```\n\nshort")
 
 
@@ -157,14 +156,14 @@ def test_the_message_is_safe_while_the_answer_is_made(begin: Begin, tmp_path: Pa
     seen: list[list[str]] = []
     script = Script(["a", "b"], before=lambda request: seen.append(on_disk(tmp_path)))
     chat = begin(script)
-    chat.feed(Line("one"))
-    chat.feed(Line("/retry"))
+    chat.feed("one")
+    chat.feed("/retry")
     # While an answer is made anew, the file still has the old one.
     assert seen == [["one"], ["one", "a"]]
     # And a file that ends with a message gives it back.
-    session = chat.store.load(chat.talk.session.name)
+    session = chat.conversation.store.load(chat.conversation.session.name)
     session.cut(1)
-    assert begin(script, session).talk.draft == "one"
+    assert begin(script, session).conversation.draft == "one"
 
 
 def test_an_unsaved_conversation_is_left_only_on_a_second_word(
@@ -172,25 +171,25 @@ def test_an_unsaved_conversation_is_left_only_on_a_second_word(
 ) -> None:
     (tmp_path / "sessions").write_text("in the way")
     chat = begin(Script(["a"]))
-    chat.feed(Line("Hi"))
+    chat.feed("Hi")
     chat.feed(Signal.END)
-    assert chat.phase is Phase.READY
+    assert not chat.over
     assert "leaving once more gives it up" in capsys.readouterr().err
     (tmp_path / "sessions").unlink()
-    chat.feed(Line("/quit"))
-    assert (chat.phase, chat.exit_code, on_disk(tmp_path)) == (Phase.OVER, ExitCode.OK, ["Hi", "a"])
+    chat.feed("/quit")
+    assert (chat.over, chat.exit_code, on_disk(tmp_path)) == (True, ExitCode.OK, ["Hi", "a"])
 
 
 def test_leaving_an_unsaved_conversation_twice_gives_it_up(begin: Begin, tmp_path: Path) -> None:
     (tmp_path / "sessions").write_text("in the way")
     chat = begin(Script(["a"]))
-    converse(chat, Typist("Hi"))
-    assert (chat.phase, chat.exit_code) == (Phase.OVER, ExitCode.DISK)
+    chat.run(Typist("Hi"))
+    assert (chat.over, chat.exit_code) == (True, ExitCode.DISK)
 
 
 def test_an_answer_of_nothing_is_an_answer_if_the_model_means_it(begin: Begin) -> None:
     chat = begin(Script([""]))
-    chat.feed(Line("Hi"))
+    chat.feed("Hi")
     assert contents(chat) == ["Hi", ""]
 
 
@@ -200,21 +199,21 @@ def test_revising_a_message_that_gets_no_answer_keeps_the_old_exchange(
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.setenv("EDITOR", "sed -i s/Hi/Hello/")
     chat = begin(Script(["a", FAIL]))
-    chat.feed(Line("Hi"))
-    chat.feed(Line("/edit"))
-    assert (contents(chat), chat.talk.draft) == (["Hi", "a"], "Hello")
+    chat.feed("Hi")
+    chat.feed("/edit")
+    assert (contents(chat), chat.conversation.draft) == (["Hi", "a"], "Hello")
 
 
 def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same(begin: Begin) -> None:
     script = Script(["Once upon a time.", "The end."], spelled=True)
     chat = begin(script)
     for message in ("Tell me a story", "And?", "And?"):
-        chat.feed(Line(message))
+        chat.feed(message)
     held: list[int] = []
-    for request, turn in zip(script.requests, chat.talk.session.turns[1::2], strict=True):
+    for request, turn in zip(script.requests, chat.conversation.session.turns[1::2], strict=True):
         assert list(request.ids[: len(held)]) == held
         assert turn.timings["reused_tokens"] >= len(held)
-        tokenizer = chat.talk.partner.model.tokenizer
+        tokenizer = chat.conversation.model.tokenizer
         held = [
             *request.ids,
             *(id_ for char in turn.content for id_ in tokenizer.encode(char, add_special_tokens=False)),
@@ -224,10 +223,10 @@ def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same
 def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin) -> None:
     script = Script(["One. Two. Three."])
     chat = begin(script, stop=("Two",))
-    chat.feed(Line("Count"))
-    chat.feed(Line("More"))
+    chat.feed("Count")
+    chat.feed("More")
     assert contents(chat)[1] == "One. "
-    tokenizer = chat.talk.partner.model.tokenizer
+    tokenizer = chat.conversation.model.tokenizer
     assert "One.\n" in tokenizer.decode(script.requests[1].ids).replace("One. \n", "One.\n")
     assert "Tw" not in tokenizer.decode(script.requests[1].ids)
 
@@ -235,19 +234,19 @@ def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin
 def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path: Path) -> None:
     script = Script(["A short answer.", "A somewhat longer answer, of more words than the other has. " * 3])
     chat = begin(script)
-    context = chat.talk.partner.engine.context_length
+    context = chat.conversation.model.engine.context_length
     for turn in range(200):
         if turn == 150:
             tracemalloc.start()
-        chat.feed(Line(f"Question {turn}, which asks for something."))
+        chat.feed(f"Question {turn}, which asks for something.")
         script.requests[:-1] = [None] * (len(script.requests) - 1)  # type: ignore[list-item]
         assert len(script.requests[-1].ids) <= context * 3 // 4
-        known = chat.talk.partner.composer.known
+        known = chat.conversation.model.encoder.known
         assert len(known.ids) <= context
-        assert len(known.marks) <= 2 + 2 * len(chat.talk.session.turns[chat.talk.session.dropped :])
+        assert len(known.marks) <= 2 + 2 * len(chat.conversation.session.turns[chat.conversation.session.dropped :])
     growth = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    session = chat.talk.session
+    session = chat.conversation.session
     assert len(on_disk(tmp_path)) == len(session.turns) == 400
     reused = [turn.timings["reused_tokens"] / turn.timings["prompt_tokens"] for turn in session.turns[3::2]]
     # Only the few answers after something was dropped begin anew.

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_cli.chat.lines import is_open, unquote
+from exl_cli.chat.commands import is_open, unquote
 from exl_cli.structured.reasoning import TAGS, Splitter, split
-from exl_cli.ui.markdown import BlockSplitter
+from exl_cli.ui.answers import BlockSplitter
 
 
 @pytest.mark.parametrize(("opening", "closing"), TAGS.items())

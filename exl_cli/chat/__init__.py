@@ -1,13 +1,10 @@
 """`exl chat`: a conversation in a terminal or through a pipe.
 
-- `loop`: the chat as a state machine. Lines and interrupts go in; it knows nothing of terminals.
-- `conversation`, `prompting`: how something is said and answered; what the model is given, and what must go for it.
-- `commands`: the one table of slash commands; dispatch, help and completion read it. `actions` is what they do.
-- `partner`: the model talked to; `format` and `composer` turn turns into text and text into token ids.
-- `settings`, `store`, `export`: what can be set; the folder of saved sessions; writing for other programs.
-- `tools`: files, the editor, the clipboard.
-- `reasoning`, `markdown`: an answer's text, taken apart as it comes.
-- `source`, `terminal`: where lines come from: a pipe, or prompt_toolkit's line editing.
-
-What a person sees goes through `exl_cli.console_chat`.
+- `loop`: lines and keys in, the chat on; it knows nothing of terminals.
+- `conversation`: how something is said, answered and kept, and what goes when the context is full.
+- `session`: the turns, their file, the folder of files, writing them for other programs.
+- `commands`: the table of slash commands, which dispatch, help and completion read.
+- `settings`: what can be set.
+- `model`, `prompt_encoder`: the model talked to; a prompt's text as the token ids that its engine already has.
+- `view`: the interface that `ui.chat` implements.
 """

@@ -1,25 +1,77 @@
-"""The slash commands: one table, from which dispatch, `/help` and completion are made."""
+"""The slash commands, each with its help and completion, and how lines are told from commands and joined to blocks."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exl_cli.chat import actions, settings
-from exl_cli.errors import UsageError
+from exl_cli.chat import settings
+from exl_cli.chat.conversation import LEAST_ROOM
+from exl_cli.chat.session import Session, excerpt, export
+from exl_cli.errors import PromptError, UsageError, param
+from exl_cli.models.prompt import not_utf8
 from exl_cli.sampling import PRESETS
+from exl_cli.system import readings
 
 if TYPE_CHECKING:
     from exl_cli.chat.loop import Chat
 
 # A path such as /usr/bin is no command, nor is a line that begins with a space; a slash alone is the beginning of one.
 _WORD = re.compile(r"/([a-zA-Z?]+(?=\s|$)|(?=\s*$))")
+_QUOTES = '"""'
+# A block may also be what a command is given: /system """…
+_OPENING = re.compile(r'\s*(?:/[a-z]+\s+)?"""')
 
+_TOPICS = ("settings", "model", "prompt", "template")
+_EDITORS = ("nano", "vim", "vi")
+# Each with the variable that says whether its screen is there.
+_CLIPBOARDS = (
+    ("WAYLAND_DISPLAY", "wl-copy"),
+    ("DISPLAY", "xclip -selection clipboard"),
+    ("DISPLAY", "xsel --clipboard --input"),
+    ("", "pbcopy"),
+    ("", "clip.exe"),
+)
+
+Run = Callable[["Chat", str], None]
 Complete = Callable[["Chat", str], Iterable[str]]
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def is_open(text: str) -> bool:
+    """Whether a block between triple quotation marks is not closed yet: the next line belongs to it."""
+    opening = _OPENING.match(text)
+    return opening is not None and not text[opening.end() :].rstrip().endswith(_QUOTES)
+
+
+def unquote(text: str) -> str:
+    """The text of a block, without the marks and the line breaks next to them; any other text as it is, without white
+    space at its end."""
+    text = text.rstrip()
+    begun = text.lstrip()
+    if not begun.startswith(_QUOTES):
+        return text
+    return begun.removeprefix(_QUOTES).removesuffix(_QUOTES).removeprefix("\n").removesuffix("\n")
+
+
+def is_command(text: str) -> bool:
+    """Whether a text is meant as a command."""
+    return _WORD.match(text) is not None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -30,89 +82,35 @@ class Command:
         name: what is typed, without the slash.
         arguments: what may follow, as help shows it; empty for nothing.
         help: what it does, in a line.
-        run: does it, with the text that followed the name.
-        complete: what the text that follows may become.
         aliases: other names.
+        run: does it, given the text that followed the name.
+        complete: what that text may become.
     """
 
     name: str
     arguments: str
     help: str
-    run: Callable[[Chat, str], None]
-    complete: Complete = lambda chat, text: ()
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...]
+    run: Run
+    complete: Complete
 
 
-def _models(chat: Chat, text: str) -> Iterable[str]:
-    return [*chat.host.names(), *_paths(chat, text)] if text else chat.host.names()
+COMMANDS: dict[str, Command] = {}
+_BY_ANY_NAME: dict[str, Command] = {}
 
 
-def _sessions(chat: Chat, text: str) -> Iterable[str]:
-    return chat.store.names()
+def _command(
+    usage: str, help: str, complete: Complete = lambda chat, text: (), aliases: tuple[str, ...] = ()
+) -> Callable[[Run], Run]:
+    """Put a function into the table of commands; the usage is the name and what may follow it."""
 
+    def register(run: Run) -> Run:
+        name, _, arguments = usage.partition(" ")
+        COMMANDS[name] = Command(name, arguments, help, aliases, run, complete)
+        _BY_ANY_NAME.update(dict.fromkeys((name, *aliases), COMMANDS[name]))
+        return run
 
-def _presets(chat: Chat, text: str) -> Iterable[str]:
-    return PRESETS
-
-
-def _set(chat: Chat, text: str) -> Iterable[str]:
-    name, space, _ = text.partition(" ")
-    return (f"{name} {value}" for value in settings.examples(name)) if space else settings.names()
-
-
-def _topics(chat: Chat, text: str) -> Iterable[str]:
-    return actions.TOPICS
-
-
-def _names(chat: Chat, text: str) -> Iterable[str]:
-    return COMMANDS
-
-
-def _paths(chat: Chat, text: str) -> Iterable[str]:
-    """Files and folders that begin with the text, these with a slash."""
-    folder, _, beginning = text.rpartition("/")
-    prefix = text[: len(text) - len(beginning)]
-    place = Path(folder or ("/" if prefix else ".")).expanduser()
-    try:
-        entries = sorted(entry for entry in place.iterdir() if not entry.name.startswith(".") or beginning)
-        return [prefix + entry.name + ("/" if entry.is_dir() else "") for entry in entries]
-    except OSError:
-        return []
-
-
-def _help(chat: Chat, text: str) -> None:
-    """List the commands, or explain one."""
-    chat.view.commands([find(text)] if text else list(_TABLE))
-
-
-_TABLE = (
-    Command("help", "[COMMAND]", "list the commands, or explain one", _help, _names, ("?",)),
-    Command("system", "[TEXT|none]", "show or set the system message", actions.system),
-    Command("set", "[NAME [VALUE|default]]", "show or change a setting", actions.change, _set),
-    Command("preset", "[NAME|none]", "use named sampler settings", actions.preset, _presets),
-    Command("show", "[settings|model|prompt|template]", "show what is in use", actions.show, _topics),
-    Command("stats", "", "what this conversation took, and the memory in use", actions.stats),
-    Command("retry", "", "answer the last message once more", actions.retry),
-    Command("undo", "", "take back the last message and its answer, or an attached file", actions.undo),
-    Command("edit", "", "change the last message in $EDITOR and send it again", actions.edit),
-    Command("continue", "", "let a cut-off answer go on", actions.resume),
-    Command("clear", "", "begin a new conversation; the old one stays saved", actions.clear),
-    Command("save", "[NAME]", "save now, under a name of your own", actions.save, _sessions),
-    Command("load", "NAME", "go on with a saved conversation", actions.load, _sessions),
-    Command("sessions", "", "list the saved conversations", actions.list_sessions),
-    Command("export", "PATH", "write the conversation to a .md or .json file", actions.export, _paths),
-    Command("model", "[NAME]", "go on with another model, or show this one", actions.model, _models),
-    Command("file", "PATH", "put a text file into the next message", actions.attach, _paths),
-    Command("copy", "", "copy the last answer to the clipboard", actions.copy),
-    Command("quit", "", "leave; the conversation is saved", actions.leave, aliases=("exit", "bye")),
-)
-COMMANDS = {command.name: command for command in _TABLE}
-_BY_ANY_NAME = {name: command for command in _TABLE for name in (command.name, *command.aliases)}
-
-
-def is_command(text: str) -> bool:
-    """Whether a text is meant as a command."""
-    return _WORD.match(text) is not None
+    return register
 
 
 def find(word: str) -> Command:
@@ -123,14 +121,9 @@ def find(word: str) -> Command:
     """
     name = word.lower().removeprefix("/")
     if name not in _BY_ANY_NAME:
-        # A sign is like any other: only words can be meant by what is nearly one.
         near = difflib.get_close_matches(name, filter(str.isalpha, _BY_ANY_NAME), 1, 0.5)
-        hint = (
-            f"did you mean /{near[0]}?"
-            if near
-            else "/help lists them; a message may begin with a space before the slash"
-        )
-        raise UsageError(f"there is no command /{name}", hint)
+        hint = "/help lists them; a message may begin with a space before the slash"
+        raise UsageError(f"there is no command /{name}", f"did you mean /{near[0]}?" if near else hint)
     return _BY_ANY_NAME[name]
 
 
@@ -158,13 +151,309 @@ def complete(chat: Chat, text: str) -> tuple[int, list[tuple[str, str]]]:
     Returns:
         How many characters at its end are replaced, and by what, each with a remark.
     """
-    match = re.match(r"/([a-zA-Z]*)$", text)
-    if match:
-        found = [(f"/{name}", command.help) for name, command in COMMANDS.items() if name.startswith(match[1].lower())]
-        return len(text), found
+    if match := re.match(r"/([a-zA-Z]*)$", text):
+        start = match[1].lower()
+        return len(text), [(f"/{name}", command.help) for name, command in COMMANDS.items() if name.startswith(start)]
     word = _WORD.match(text)
     command = _BY_ANY_NAME.get(word[1].lower()) if word else None
     if word is None or command is None:
         return 0, []
     argument = text[word.end() :].lstrip()
     return len(argument), [(item, "") for item in command.complete(chat, argument) if item.startswith(argument)]
+
+
+def _paths(chat: Chat, text: str) -> list[str]:
+    """Files and folders that begin with the text, folders with a slash."""
+    folder, _, beginning = text.rpartition("/")
+    prefix = text[: len(text) - len(beginning)]
+    place = Path(folder or ("/" if prefix else ".")).expanduser()
+    try:
+        entries = sorted(entry for entry in place.iterdir() if not entry.name.startswith(".") or beginning)
+        return [prefix + entry.name + ("/" if entry.is_dir() else "") for entry in entries]
+    except OSError:
+        return []
+
+
+def _models(chat: Chat, text: str) -> list[str]:
+    return chat.loader.names() + (_paths(chat, text) if text else [])
+
+
+def _sessions(chat: Chat, text: str) -> list[str]:
+    return chat.conversation.store.names()
+
+
+def _settings(chat: Chat, text: str) -> list[str]:
+    name, space, _ = text.partition(" ")
+    return [f"{name} {value}" for value in settings.examples(name)] if space else settings.names()
+
+
+# --- the commands, in the order of /help ------------------------------------------------------------------------------
+
+
+@_command("help [COMMAND]", "list the commands, or explain one", lambda chat, text: COMMANDS, aliases=("?",))
+def _help(chat: Chat, text: str) -> None:
+    chat.view.commands([find(text)] if text else COMMANDS.values())
+
+
+@_command("system [TEXT|none]", "show or set the system message")
+def _system(chat: Chat, text: str) -> None:
+    session = chat.conversation.session
+    if not text:
+        chat.view.block(session.system if session.system is not None else "there is no system message")
+        return
+    old, session.system = session.system, None if text == "none" else unquote(text)
+    try:
+        chat.conversation.model.check_system(session)
+    except PromptError:
+        session.system = old
+        raise
+    chat.conversation.save()
+    chat.view.say("the system message is taken away" if session.system is None else "the system message is set")
+
+
+@_command("set [NAME [VALUE|default]]", "show or change a setting", _settings)
+def _set(chat: Chat, text: str) -> None:
+    name, _, value = text.partition(" ")
+    if not name:
+        chat.view.settings(chat.conversation.values())
+    elif not value:
+        key = settings.resolve(name)
+        chat.view.settings({key: chat.conversation.values()[key]})
+    else:
+        changed = chat.conversation.change(chat.conversation.settings.with_value(name, value.strip()))
+        chat.view.changes(changed, unchanged=settings.resolve(name))
+
+
+@_command("preset [NAME|none]", "use named sampler settings", lambda chat, text: PRESETS)
+def _preset(chat: Chat, text: str) -> None:
+    if text:
+        changed = chat.conversation.change(chat.conversation.settings.with_value("preset", text))
+        chat.view.changes(changed, unchanged="preset")
+    else:
+        chat.view.block("\n".join(f"{name}: {values}" for name, values in PRESETS.items()))
+
+
+@_command("show [settings|model|prompt|template]", "show what is in use", lambda chat, text: _TOPICS)
+def _show(chat: Chat, text: str) -> None:
+    talk, model = chat.conversation, chat.conversation.model
+    if text not in ("", *_TOPICS):
+        raise UsageError(f"/show does not know {text!r}", f"it shows {', '.join(_TOPICS)}")
+    if text in ("", "model"):
+        chat.view.model(model)
+    if text == "settings":
+        chat.view.settings(talk.values())
+    if text == "prompt":
+        messages = talk.session.messages()
+        if not messages:
+            raise UsageError("there is no prompt yet", "say something first")
+        prompt = model.format.render(messages, answer=False)
+        chat.view.block(prompt)
+        chat.view.say(f"{model.encoder.count(prompt):,} tokens")
+    if text == "template":
+        chat.view.block(model.format.source)
+    if not text:
+        rest = [f"sampling: {talk.settings.sampling(model.info.generation_config).brief()}"]
+        rest += [f"session: {talk.session.name or 'not saved yet'}, {len(talk.session.turns)} turns"]
+        rest += [f"goes with the next message: {name}" for name, _ in talk.attachments]
+        chat.view.block("\n".join(rest))
+
+
+@_command("stats", "what this conversation took, and the memory in use")
+def _stats(chat: Chat, text: str) -> None:
+    memory = chat.conversation.model.engine.memory()
+    chat.view.stats(chat.conversation.session, readings.read_gpus(memory), readings.read_host())
+
+
+@_command("retry", "answer the last message once more")
+def _retry(chat: Chat, text: str) -> None:
+    chat.conversation.retry()
+
+
+@_command("undo", "take back the last message and its answer, or an attached file")
+def _undo(chat: Chat, text: str) -> None:
+    if chat.conversation.attachments:
+        chat.view.say(f"{chat.conversation.attachments.pop()[0]} no longer goes with the next message")
+    else:
+        chat.view.say(f"took back “{excerpt(chat.conversation.undo())}”")
+
+
+@_command("edit", "change the last message in $EDITOR and send it again")
+def _edit(chat: Chat, text: str) -> None:
+    before = chat.conversation.last_message()
+    after = _edited(before)
+    if after == before or not after.strip():
+        chat.view.say("the message is as it was")
+        return
+    chat.view.message(after)
+    chat.conversation.revise(after)
+
+
+@_command("continue", "let a cut-off answer go on")
+def _continue(chat: Chat, text: str) -> None:
+    chat.conversation.resume()
+
+
+@_command("clear", "begin a new conversation; the old one stays saved")
+def _clear(chat: Chat, text: str) -> None:
+    old = chat.conversation.session
+    chat.conversation.adopt(Session(system=old.system))
+    kept = f"; the old one is saved as {old.name}" if chat.conversation.saving and old.name else ""
+    chat.view.say(f"a new conversation{kept}")
+
+
+@_command("save [NAME]", "save now, under a name of your own", _sessions)
+def _save(chat: Chat, text: str) -> None:
+    talk, session = chat.conversation, chat.conversation.session
+    if not text and not talk.saving:
+        raise UsageError(f"this chat runs with {param('no_save')}", "/save NAME keeps this conversation after all")
+    if not session.turns:
+        raise UsageError("there is nothing to save yet", "say something first")
+    if text and text != session.name:
+        if talk.store.exists(text):
+            raise UsageError(f"there is a session named {text} already", "choose another name")
+        talk.rename(text)
+    talk.save_or_fail()
+    chat.view.say(f"saved as {session.name} ({talk.store.path(session.name)})")
+
+
+@_command("load NAME", "go on with a saved conversation", _sessions)
+def _load(chat: Chat, text: str) -> None:
+    if not text:
+        raise UsageError("/load needs a name", "/sessions lists them")
+    session = chat.conversation.store.load(text)
+    chat.conversation.adopt(session)
+    chat.view.resumed(session)
+    if session.model != chat.conversation.model.name:
+        chat.view.say(f"it was with {session.model}; /model {session.model} goes back to that")
+
+
+@_command("sessions", "list the saved conversations")
+def _list_sessions(chat: Chat, text: str) -> None:
+    store = chat.conversation.store
+    if sessions := list(store.overviews()):
+        chat.view.sessions(sessions, chat.conversation.session.name)
+    else:
+        chat.view.say(f"there are no saved sessions in {store.folder}")
+
+
+@_command("export PATH", "write the conversation to a .md or .json file", _paths)
+def _export(chat: Chat, text: str) -> None:
+    if not text:
+        raise UsageError("/export needs a path", "its ending, .md or .json, chooses the format")
+    if not chat.conversation.session.turns:
+        raise UsageError("there is nothing to export yet", "say something first")
+    file = export(chat.conversation.session, text, replace=Path(text).expanduser() in chat.exported)
+    chat.exported.add(file)
+    chat.view.say(f"written to {file}")
+
+
+@_command("model [NAME]", "go on with another model, or show this one", _models)
+def _model(chat: Chat, text: str) -> None:
+    if text:
+        chat.switch(text)
+    chat.view.model(chat.conversation.model)
+    if not text:
+        chat.view.say(f"models here: {', '.join(chat.loader.names())}")
+
+
+@_command("file PATH", "put a text file into the next message", _paths)
+def _file(chat: Chat, text: str) -> None:
+    if not text:
+        raise UsageError("/file needs a path", "the file goes with the next message")
+    name, block = _attachment(Path(text).expanduser())
+    model = chat.conversation.model
+    size, context = model.encoder.count(block), model.engine.context_length
+    if size > context - LEAST_ROOM:
+        raise PromptError(
+            f"{name} has {size:,} tokens, the context holds {context:,}, the answer included",
+            f"take a part of it, or start exl with a larger {param('max_seq_len')} if the model allows it",
+        )
+    chat.conversation.attachments.append((name, block))
+    chat.view.say(f"{name} ({size:,} tokens) goes with the next message; /undo takes it out")
+
+
+@_command("copy", "copy the last answer to the clipboard")
+def _copy(chat: Chat, text: str) -> None:
+    answer = chat.conversation.last_answer().content.strip()
+    if not _fill_clipboard(answer) and not chat.view.copy(answer):
+        raise UsageError("there is no clipboard: neither a terminal nor a program for it", "/export PATH writes a file")
+    chat.view.say(f"copied {len(answer):,} characters")
+
+
+@_command("quit", "leave; the conversation is saved", aliases=("exit", "bye"))
+def _quit(chat: Chat, text: str) -> None:
+    chat.leave()
+
+
+# --- files, the editor, the clipboard ---------------------------------------------------------------------------------
+
+
+def _attachment(file: Path) -> tuple[str, str]:
+    """A file's name, and how it stands in a message: fenced by more backticks than it has itself.
+
+    Raises:
+        PromptError: it cannot be read, or is not text.
+    """
+    hint = "only text can go into a message"
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise PromptError(f"cannot read {file}: {error.strerror or error}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise not_utf8(str(file), error.start, data[error.start], hint) from error
+    if "\0" in text:
+        raise PromptError(f"{file} is not a text file: it has zero bytes", hint)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    end = "" if text.endswith("\n") else "\n"
+    return file.name, f"{file.name}:\n\n{fence}\n{text}{end}{fence}"
+
+
+def _edited(text: str) -> str:
+    """A text as the user leaves it in `$VISUAL`, else `$EDITOR`, else an editor that is there, without the line break
+    that editors add.
+
+    Raises:
+        UsageError: there is no editor, or it failed.
+    """
+    hint, unchanged = "set $VISUAL or $EDITOR to yours", "the message is as it was"
+    chosen = (os.environ.get(variable, "").strip() for variable in ("VISUAL", "EDITOR"))
+    command = shlex.split(next(filter(None, (*chosen, *filter(shutil.which, _EDITORS))), ""))
+    if not command:
+        raise UsageError("there is no editor", hint)
+    with tempfile.TemporaryDirectory(prefix="exl-") as folder:
+        file = Path(folder) / "message.md"
+        file.write_text(text, encoding="utf-8")
+        try:
+            # It talks to the terminal, not to a pipe that collects answers or that the lines come from.
+            stdin = None if sys.stdin.isatty() else subprocess.DEVNULL
+            status = subprocess.run([*command, str(file)], stdin=stdin, stdout=2).returncode  # noqa: S603
+        except OSError as error:
+            raise UsageError(f"cannot start the editor {command[0]}: {error.strerror or error}", hint) from error
+        if status:
+            raise UsageError(f"the editor {command[0]} ended with status {status}", unchanged)
+        try:
+            return file.read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the editor left nothing readable: {error}", unchanged) from error
+
+
+def _fill_clipboard(text: str) -> bool:
+    """Give a text to a clipboard program of the screen in front of the user; returns whether there is one.
+
+    Over ssh such a program would fill the clipboard of the far machine.
+
+    Raises:
+        UsageError: it failed.
+    """
+    commands = (command.split() for variable, command in _CLIPBOARDS if not variable or os.environ.get(variable))
+    command = next((command for command in commands if shutil.which(command[0])), None)
+    if command is None or os.environ.get("SSH_CONNECTION"):
+        return False
+    try:
+        null = subprocess.DEVNULL
+        subprocess.run(command, input=text.encode(), check=True, timeout=10, stdout=null, stderr=null)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UsageError(f"{command[0]} failed: {error}", "/export PATH writes the conversation to a file") from error
+    return True

@@ -1,57 +1,70 @@
-"""Saying something and getting an answer, in all the ways there are: anew, once more, otherwise, going on.
+"""A conversation with a model: saying something, answering again, going on, and keeping all of it on disk.
 
-Whatever happens, nothing that was said is lost. The session is saved before and after each answer, an answer that is
-interrupted keeps what came, and a message that got no answer at all comes back as the draft of the next one.
+Nothing that was said is lost. The session is saved before and after each answer, an interrupted answer keeps what came,
+and a message without any answer becomes the draft of the next one.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 from exl_cli.api import records
-from exl_cli.chat.composer import Encoded
-from exl_cli.chat.partner import Partner
-from exl_cli.chat.prompting import compose
-from exl_cli.chat.session import Session, Turn
-from exl_cli.chat.settings import Settings
-from exl_cli.chat.tools import Attachment, with_attachments
+from exl_cli.chat.model import ChatModel
+from exl_cli.chat.prompt_encoder import Encoded
+from exl_cli.chat.session import Session, SessionStore, Turn
+from exl_cli.chat.settings import Settings, from_dict
 from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Request, Summary
-from exl_cli.errors import PromptError, UsageError
+from exl_cli.errors import DiskError, PromptError, UsageError, param
 from exl_cli.structured.reasoning import Splitter, split
 from exl_cli.system.interrupts import cancel_on_interrupt
 
+# No answer is begun with less room than this, in tokens.
+LEAST_ROOM = 16
+
 
 class Conversation:
-    """A session and the model that it is with.
+    """A session, the model it is with, and the settings of its answers.
 
     Args:
-        partner: the model.
-        session: the turns so far.
-        settings: what is set.
-        view: what is seen.
-        save: saves the session; called before and after whatever changes it.
+        model: loaded.
+        session: the turns so far; a last message without an answer becomes the draft.
+        settings: how answers are made.
+        view: shows answers and notes.
+        store: where sessions are saved.
+        saving: save this one.
 
     Attributes:
-        partner, session, settings: these, to be exchanged at any time between answers.
-        draft: what the user may want to send again, changed; empty for nothing.
-        attachments: files that go with the next message.
-        answering: whether an answer is being made.
+        model, session, settings, store, saving: these; model and settings may be exchanged between answers.
+        draft: a message that the user may want to send again, changed; empty for none.
+        attachments: (name, text) of the files that go with the next message.
     """
 
     def __init__(
-        self, partner: Partner, session: Session, settings: Settings, view: ChatView, save: Callable[[], object]
+        self,
+        model: ChatModel,
+        session: Session,
+        settings: Settings,
+        view: ChatView,
+        store: SessionStore,
+        *,
+        saving: bool = True,
     ) -> None:
-        self.partner = partner
+        self.model = model
         self.session = session
         self.settings = settings
+        self.store = store
+        self.saving = saving
         self.draft = ""
-        self.attachments: list[Attachment] = []
-        self.answering = False
+        self.attachments: list[tuple[str, str]] = []
         self._view = view
-        self._save = save
         self._redoing = False
+        self._name_of_ours = ""
+        self._withdraw()
+
+    # --- saying and answering -----------------------------------------------------------------------------------------
 
     def send(self, text: str) -> None:
         """Say something and get an answer.
@@ -63,17 +76,17 @@ class Conversation:
         if not text.strip():
             raise PromptError("the message is empty", "write something")
         attachments, self.attachments = self.attachments, []
-        self.session.turns.append(Turn("user", with_attachments(attachments, text)))
+        self.session.turns.append(Turn("user", "\n\n".join([*(file for _, file in attachments), text])))
         try:
             self._answer()
         finally:
-            if self.withdraw(text):
+            if self._withdraw(text):
                 self.attachments = attachments
             if not self._redoing:
-                self._save()
+                self.save()
 
     def retry(self) -> None:
-        """Answer the last message once more; the old answer stays where no new one comes.
+        """Answer the last message again; the old answer stays unless a new one comes.
 
         Raises:
             UsageError: nothing was said yet. And as `send`.
@@ -81,7 +94,7 @@ class Conversation:
         self._redo(self._last_message() + 1, self._answer)
 
     def revise(self, text: str) -> None:
-        """Say something else instead of the last message; the old exchange stays where that gets no answer.
+        """Say something else instead of the last message; the old exchange stays unless that gets an answer.
 
         Raises:
             UsageError: nothing was said yet. And as `send`.
@@ -101,7 +114,7 @@ class Conversation:
         try:
             self._answer(turn)
         finally:
-            self._save()
+            self.save()
 
     def undo(self) -> str:
         """Take back the last message and its answer; returns the message.
@@ -110,7 +123,7 @@ class Conversation:
             UsageError: nothing was said yet.
         """
         message = self.session.cut(self._last_message())[0].content
-        self._save()
+        self.save()
         return message
 
     def last_answer(self) -> Turn:
@@ -131,8 +144,14 @@ class Conversation:
         """
         return self.session.turns[self._last_message()].content
 
-    def withdraw(self, draft: str | None = None) -> bool:
-        """Take back a last message without an answer, if there is one; it, or `draft`, is the draft of the next."""
+    def _last_message(self) -> int:
+        index = self.session.last_user()
+        if index is None:
+            raise UsageError("nothing was said yet", "say something first")
+        return index
+
+    def _withdraw(self, draft: str | None = None) -> bool:
+        """Turn a last message that has no answer into the draft, or into `draft`; returns whether there was one."""
         last = self.session.last
         if last is None or last.role != "user":
             return False
@@ -140,14 +159,8 @@ class Conversation:
         self.draft = last.content if draft is None else draft
         return True
 
-    def _last_message(self) -> int:
-        index = self.session.last_user()
-        if index is None:
-            raise UsageError("nothing was said yet", "say something first")
-        return index
-
     def _redo(self, count: int, action: Callable[[], None]) -> None:
-        """Do something from the first `count` turns on; put the others back if it adds none."""
+        """Do something with the first `count` turns alone; put the others back if it adds none."""
         dropped, old = self.session.dropped, self.session.cut(count)
         self._redoing = True
         try:
@@ -157,35 +170,29 @@ class Conversation:
             if len(self.session.turns) <= count:
                 self.session.turns += old
                 self.session.dropped = dropped
-            self._save()
+            self.save()
 
     def _answer(self, unfinished: Turn | None = None) -> None:
-        """Get an answer to the last message, or more of the unfinished one, and keep it, whatever happens."""
-        prompt = compose(self.session, self.partner, self.settings, unfinished)
-        if prompt.dropped:
-            self._view.dropped(prompt.dropped, prompt.freed)
+        """Answer the last message, or go on with the unfinished answer; what comes is kept, whatever happens."""
+        prompt = self._prompt(unfinished)
         if not self._redoing:  # the file still holds what is to be replaced
-            self._save()
+            self.save()
         turn = unfinished or Turn("assistant", "")
-        self.answering = True
-        try:
-            summary = self._generate(prompt.encoded, turn)
-        finally:
-            self.answering = False
-        self._view.turn(summary, self.partner.engine.context_length, answered=self.session.last is turn)
+        summary = self._generate(prompt, turn)
+        self._view.turn(summary, self.model.engine.context_length, answered=self.session.last is turn)
 
     def _generate(self, prompt: Encoded, turn: Turn) -> Summary:
         before = turn.generated
-        opening = prompt.text[: len(prompt.text) - len(before)]
+        opening = prompt.text.removesuffix(before)
         text, ids, summary = "", list[int](), None
-        tags = self.partner.composer.tag_ids
+        tags = self.model.encoder.tag_ids
         splitter = Splitter(opening)
         splitter.push(before)
         request = self._request(prompt)
         answering = self._view.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
         try:
             with cancel_on_interrupt(request.cancel), answering as show:
-                for chunk in self.partner.engine.stream(request):
+                for chunk in self.model.engine.stream(request):
                     piece = chunk.text + "".join(tags.get(id_, "") for id_ in chunk.token_ids)
                     text += piece
                     ids += chunk.token_ids
@@ -193,35 +200,155 @@ class Conversation:
                     show(splitter.push(piece))
                 show(splitter.flush())
         finally:
-            self.partner.composer.computed(prompt, ids, text)
+            self.model.encoder.computed(prompt, ids, text)
             self._keep(turn, before + text, opening, summary)
         if summary is None:
             raise RuntimeError("the engine ended without a summary")
         return summary
 
     def _request(self, prompt: Encoded) -> Request:
-        model, settings = self.partner.model, self.settings
-        seed = secrets.randbits(31) if settings.seed is None else settings.seed + self.session.totals.answers
+        settings = self.settings
         return Request(
             ids=prompt.ids,
-            sampling=settings.sampling(model.info.generation_config),
+            sampling=settings.sampling(self.model.info.generation_config),
             max_new_tokens=settings.max_new_tokens,
-            seed=seed,
-            stop_strings=(*model.format.stops, *settings.stop),
-            stop_ids=model.tokenizer.eos_ids,
+            seed=secrets.randbits(31) if settings.seed is None else settings.seed + self.session.totals.answers,
+            stop_strings=(*self.model.format.stops, *settings.stop),
+            stop_ids=self.model.tokenizer.eos_ids,
         )
 
     def _keep(self, turn: Turn, text: str, opening: str, summary: Summary | None) -> None:
-        """Put what came into the session. An answer of nothing counts only if the model meant it so."""
+        """Put what came into the session. An empty answer counts only if the model ended it."""
         if summary is not None:
             self.session.totals.add(summary)
         if not text and (summary is None or summary.finish_reason != "stop"):
             return
         turn.reasoning, turn.content = split(text, opening)
         turn.raw = "" if turn.content == text else text
-        turn.model = self.partner.model.info.name
+        turn.model = self.model.info.name
         turn.finish_reason = "cancelled" if summary is None else summary.finish_reason
         numbers = {} if summary is None else records.summarized(summary)
         turn.timings = {name: value for name, value in numbers.items() if not isinstance(value, str)}
         if self.session.last is not turn:
             self.session.turns.append(turn)
+
+    # --- the prompt, and the room for it ------------------------------------------------------------------------------
+
+    def _prompt(self, unfinished: Turn | None) -> Encoded:
+        """The prompt for an answer to the last message, or for the rest of the unfinished answer.
+
+        A quarter of the context, or `max_new_tokens` if that is less, is kept free for the answer. When the prompt
+        grows into it, the oldest exchanges are dropped until the prompt takes three quarters of its room or less; the
+        system message stays.
+
+        Raises:
+            PromptError: there is no room for the last message alone, or nothing may be dropped, or the model's template
+                refuses the conversation. Nothing has changed then.
+        """
+        session, settings, context = self.session, self.settings, self.model.engine.context_length
+        encoded: dict[int, Encoded] = {}
+
+        def size(start: int) -> int:
+            """Tokens of the prompt that begins with this turn."""
+            if start not in encoded:
+                text = self.model.format.render(session.messages(start, None if unfinished is None else -1))
+                encoded[start] = self.model.encoder.encode(text if unfinished is None else text + unfinished.generated)
+            return len(encoded[start].ids)
+
+        before, last = size(session.dropped), session.last_user() or 0
+        if before > context - LEAST_ROOM:
+            if size(last) > context - LEAST_ROOM:
+                raise _too_large(size(last), context, unfinished)
+            if settings.on_overflow == "stop":
+                raise PromptError(
+                    f"the conversation has {before:,} tokens with this, the context holds {context:,}, "
+                    "the answer included",
+                    "/undo or /clear makes room, /set on_overflow trim drops the oldest turns",
+                )
+        if settings.on_overflow == "trim":
+            limit = context - min(settings.max_new_tokens, context // 4)
+            if dropped := session.trim(size, limit, limit * 3 // 4):
+                self._view.dropped(dropped, before - size(session.dropped))
+        return encoded[session.dropped]
+
+    # --- the session's file, and what else can change -----------------------------------------------------------------
+
+    def save(self) -> bool:
+        """Save the session if it is to be saved; an error is shown. Returns whether nothing would be lost now."""
+        try:
+            self.save_or_fail()
+        except DiskError as error:
+            self._view.error(error)
+            return False
+        return True
+
+    def save_or_fail(self) -> None:
+        """Save the session if it is to be saved.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        session = self.session
+        if self.saving and not session.turns and session.name and session.name == self._name_of_ours:
+            # All of it was taken back: its next message names it.
+            self.store.remove(session.name)
+            session.name = self._name_of_ours = ""
+        if not self.saving or not (session.turns or (session.name and self.store.exists(session.name))):
+            return
+        unnamed = not session.name
+        session.model = self.model.name
+        session.settings = self.settings.to_dict(self.model.info.generation_config)
+        if before := self.store.save(session):
+            self._view.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
+        if unnamed:
+            self._name_of_ours = session.name
+
+    def rename(self, name: str) -> None:
+        """Save under another name; a file whose name the user did not choose is removed.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        before, saving = self.session.name, self.saving
+        self.session.name, self.saving = name, True
+        try:
+            self.save_or_fail()
+        except DiskError:
+            self.session.name, self.saving = before, saving
+            raise
+        if before and before == self._name_of_ours:
+            self.store.remove(before)
+
+    def adopt(self, session: Session) -> None:
+        """Save this session and go on with another.
+
+        Raises:
+            DiskError: it cannot be saved; nothing changes then.
+        """
+        self.save_or_fail()
+        self.session = session
+        if session.settings:
+            self.settings = from_dict(session.settings)
+        self._withdraw()
+
+    def values(self) -> dict[str, Any]:
+        """Every setting and its value with this model."""
+        return self.settings.values(self.model.info.generation_config)
+
+    def change(self, settings: Settings) -> dict[str, tuple[Any, Any]]:
+        """Use other settings; returns (old, new) of each value that differs, by name."""
+        old, new = self.values(), settings.values(self.model.info.generation_config)
+        self.settings = settings
+        return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+
+
+def _too_large(size: int, context: int, unfinished: Turn | None) -> PromptError:
+    if unfinished is not None:
+        return PromptError(
+            f"the message and its answer so far have {size:,} tokens, the context holds {context:,}",
+            "there is no room for the answer to go on",
+        )
+    return PromptError(
+        f"the message makes a prompt of {size:,} tokens, the context holds {context:,}, the answer included",
+        f"shorten it, or start exl with a larger {param('max_seq_len')} if the model allows it",
+    )

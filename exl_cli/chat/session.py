@@ -1,25 +1,37 @@
-"""A conversation: its turns, which of them the model still sees, and how it is written to a file.
+"""A conversation as data: its turns, which of them the model still sees, its file, and the folder of saved sessions.
 
-All turns are kept. When the context fills, the oldest stop being sent to the model (`Session.trim`), but they stay in
-the conversation, in its file and in what is exported.
+All turns are kept. When the context fills, the oldest are no longer sent to the model (`Session.trim`), but they stay
+in the session, in its file and in what is exported.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
+from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
-from exl_cli.errors import DiskError
+from exl_cli.errors import DiskError, UsageError
+from exl_cli.system.files import user_data, write_atomically
 
 FORMAT = "exl-session"
 VERSION = 1
 
 Role = Literal["user", "assistant"]
 Ending = FinishReason | Literal[""]
+
+_NAME = re.compile(r"\w[\w.-]{0,79}")
+# Inode, time of change and size: enough to tell whether a file is still the one that was read or written.
+_Signature = tuple[int, int, int]
 
 
 def now() -> str:
@@ -168,19 +180,15 @@ class Session:
             self.dropped = starts[low]
         return self.turns[before : self.dropped]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The file's content; it shares its parts with the session."""
-        turns = [{k: v for k, v in vars(turn).items() if v or k == "content"} for turn in self.turns]
-        rest = {k: v for k, v in vars(self).items() if k not in ("name", "turns")}
-        return {"format": FORMAT, "version": VERSION, **rest, "totals": vars(self.totals), "turns": turns}
-
 
 def dumps(session: Session) -> str:
     """A session as readable JSON, a turn on each line."""
-    value = session.to_dict()
-    turns = ",\n".join(f"    {json.dumps(turn, ensure_ascii=False)}" for turn in value.pop("turns"))
+    kept = {k: v for k, v in vars(session).items() if k not in ("name", "turns")}
+    value = {"format": FORMAT, "version": VERSION, **kept, "totals": vars(session.totals)}
+    turns = [{k: v for k, v in vars(turn).items() if v or k == "content"} for turn in session.turns]
+    lines = ",\n".join(f"    {json.dumps(turn, ensure_ascii=False)}" for turn in turns)
     head = json.dumps(value, ensure_ascii=False, indent=2).removesuffix("\n}")
-    return f'{head},\n  "turns": [\n{turns}\n  ]\n}}\n'
+    return f'{head},\n  "turns": [\n{lines}\n  ]\n}}\n'
 
 
 def loads(text: str, name: str, source: str) -> Session:
@@ -200,9 +208,9 @@ def loads(text: str, name: str, source: str) -> Session:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"U+{ord(error.object[error.start]):04X}"
-        raise damaged(source, f"it has half a character, {half}") from error
+        raise _damaged(source, f"it has half a character, {half}") from error
     except (ValueError, RecursionError) as error:
-        raise damaged(source, f"it is not JSON: {error}") from error
+        raise _damaged(source, f"it is not JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise DiskError(f"{source} is not a session of exl", "choose another; /sessions lists them")
     version = value.get("version")
@@ -211,62 +219,46 @@ def loads(text: str, name: str, source: str) -> Session:
             f"{source} was written by a newer exl: its format is {version}, this one reads up to {VERSION}",
             "update exl",
         )
-    if version != VERSION:
-        raise damaged(source, f"its version is {version!r}")
     try:
-        turns = [_read(Turn, turn, f"turn {index + 1}") for index, turn in enumerate(_list(value.get("turns")))]
-        totals = _read(Totals, value.get("totals", {}), "totals")
-        rest = {key: item for key, item in value.items() if key not in ("format", "version", "turns", "totals")}
-        session: Session = _read(Session, {**rest, "name": name}, "the session")
+        return _session(value, name)
     except TypeError as error:
-        raise damaged(source, str(error)) from error
+        raise _damaged(source, str(error)) from error
+
+
+def _session(value: dict[str, Any], name: str) -> Session:
+    """A session from the object in its file; TypeError says what is wrong with it."""
+    if value.get("version") != VERSION:
+        raise TypeError(f"its version is {value.get('version')!r}")
+    turns = value.pop("turns", None)
+    if not isinstance(turns, list):
+        raise TypeError("it has no list of turns")
+    turns = [_read(Turn, turn, f"turn {index}") for index, turn in enumerate(turns, 1)]
+    totals = _read(Totals, value.pop("totals", {}), "totals")
+    session: Session = _read(Session, {**value, "name": name}, "the session")
     session.turns, session.totals = turns, totals
-    wrong = next((i for i, turn in enumerate(turns) if turn.role != ("user", "assistant")[i % 2]), None)
-    if wrong is not None:
-        raise damaged(source, f"turn {wrong + 1} has the role {turns[wrong].role!r}")
+    for index, turn in enumerate(turns):
+        if turn.role != ("user", "assistant")[index % 2]:
+            raise TypeError(f"turn {index + 1} has the role {turn.role!r}")
     if not 0 <= session.dropped <= len(turns) or session.dropped % 2:
-        raise damaged(source, f"dropped is {session.dropped}")
+        raise TypeError(f"dropped is {session.dropped}")
+    from_dict(session.settings)
     return session
-
-
-# What each field must be in a file.
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "str | None": (str, type(None)),
-    "Role": str,
-    "Ending": str,
-    "dict[str, Any]": dict,
-    "dict[str, float]": dict,
-}
 
 
 def _read(kind: type[Any], value: Any, where: str) -> Any:
     """A dataclass from a JSON object; fields that this version does not know are left out."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{where} is not an object")
-    known = {}
+    known = {entry.name: value[entry.name] for entry in fields(kind) if entry.name in value}
     for entry in fields(kind):
-        if entry.name not in value:
-            continue
-        item = value[entry.name]
-        if not isinstance(item, _TYPES[str(entry.type)]) or isinstance(item, bool):
-            raise TypeError(f"{entry.name} of {where} is {item!r}"[:200])
-        known[entry.name] = item
+        if entry.name in known and not is_kind(known[entry.name], str(entry.type)):
+            raise TypeError(f"{entry.name} of {where} is {known[entry.name]!r}"[:200])
     if kind is Turn and not {"role", "content"} <= known.keys():
         raise TypeError(f"{where} has no role or no content")
     return kind(**known)
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError("it has no list of turns")
-    return value
-
-
-def damaged(source: str, why: str) -> DiskError:
-    """The error for a session's file that cannot be used."""
+def _damaged(source: str, why: str) -> DiskError:
     return DiskError(f"the session file {source} is damaged: {why}", "it is left as it is; mend it or remove it")
 
 
@@ -274,3 +266,183 @@ def excerpt(text: str, length: int = 48) -> str:
     """The beginning of a text on one line, at most `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+# --- the folder of saved sessions -------------------------------------------------------------------------------------
+
+
+def data_dir() -> Path:
+    """The folder of what exl keeps for the user: `EXL_DATA_DIR`, else the platform's place for such things."""
+    env = os.environ.get("EXL_DATA_DIR")
+    return Path(env) if env else user_data()
+
+
+class SessionStore:
+    """A folder of sessions, one JSON file each, written whole or not at all.
+
+    Args:
+        folder: made at the first save.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: dict[str, _Signature | None] = {}
+
+    def path(self, name: str) -> Path:
+        """The file of a name.
+
+        Raises:
+            UsageError: it cannot be a session's name.
+        """
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r} cannot be a session's name", "use up to 80 letters, digits, '-', '_' and '.', a letter first"
+            )
+        return self.folder / f"{name}.json"
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a session of that name."""
+        return self.path(name).exists()
+
+    def names(self) -> list[str]:
+        """The names of all sessions, the latest first."""
+        try:
+            files = [file for file in self.folder.glob("*.json") if _NAME.fullmatch(file.stem)]
+            return [file.stem for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
+        except OSError:  # no such folder, not ours to read, or a file that has just gone
+            return []
+
+    def load(self, name: str) -> Session:
+        """Read a session.
+
+        Raises:
+            UsageError: there is none of that name.
+            DiskError: its file cannot be read, is damaged, or is of a newer format; it is left as it is.
+        """
+        path = self.path(name)
+        try:
+            session = loads(path.read_text("utf-8-sig"), name, str(path))
+        except FileNotFoundError:
+            near = difflib.get_close_matches(name, self.names(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"the sessions are in {self.folder}"
+            raise UsageError(f"there is no session named {name!r}", hint) from None
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise DiskError(f"cannot read the session file {path}: {why}", "it is left as it is") from error
+        self._seen[name] = _signature(path)
+        return session
+
+    def overviews(self) -> Iterator[tuple[str, datetime, Session | str]]:
+        """(name, last change, session) of each, the latest first; in place of an unreadable session, why it is."""
+        for name in self.names():
+            path = self.path(name)
+            with contextlib.suppress(FileNotFoundError):
+                updated = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+                try:
+                    yield name, updated, loads(path.read_text("utf-8-sig"), name, name)
+                except (DiskError, OSError, UnicodeDecodeError) as error:
+                    yield name, updated, str(error)
+
+    def save(self, session: Session) -> str:
+        """Write a session, naming it first where it has no name.
+
+        Returns:
+            The name it had before, if that had to change: another exl has written a file of that name meanwhile, and it
+            is not overwritten. Empty otherwise.
+
+        Raises:
+            DiskError: it cannot be written; the file is as it was.
+        """
+        before = session.name
+        if not before:
+            session.name = self._new_name(session)
+        elif _signature(self.path(before)) not in (None, self._seen.get(before)):
+            session.name = self._free(f"{before}-{datetime.now():%H%M%S}")
+        session.updated = now()
+        path = self.path(session.name)
+        try:
+            write_atomically(path, dumps(session), private=True)
+        except OSError as error:
+            session.name = before
+            raise DiskError(
+                f"the session cannot be saved in {self.folder}: {error.strerror or error}",
+                "free some space or check the permissions; /export PATH writes it elsewhere",
+            ) from error
+        self._seen[session.name] = _signature(path)
+        return before if before != session.name else ""
+
+    def remove(self, name: str) -> None:
+        """Remove a session's file if it is still as this store last read or wrote it."""
+        if _signature(self.path(name)) == self._seen.get(name):
+            with contextlib.suppress(OSError):
+                self.path(name).unlink()
+
+    def _new_name(self, session: Session) -> str:
+        """The day and the first words: something to recognise it by in a list."""
+        words = re.findall(r"[^\W_]+", session.title.lower())[:5]
+        return self._free("-".join([f"{datetime.now():%Y-%m-%d}", *words])[:60].rstrip("-"))
+
+    def _free(self, name: str) -> str:
+        """The name, with a number where a session has it already."""
+        candidates = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+        return next(candidate for candidate in candidates if not self.exists(candidate))
+
+
+def _signature(path: Path) -> _Signature | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+# --- writing for other programs ---------------------------------------------------------------------------------------
+
+
+def export(session: Session, path: str, *, replace: bool = False) -> Path:
+    """Write a conversation to a file.
+
+    Args:
+        session: all of its turns are written.
+        path: where to; its ending decides: .md or .json.
+        replace: write over a file that is there.
+
+    Raises:
+        UsageError: another ending, or a file that is there.
+        DiskError: the file cannot be written.
+    """
+    file = Path(path).expanduser()
+    writers = {".json": dumps, ".md": _markdown}
+    writer = writers.get(file.suffix.lower())
+    if writer is None:
+        raise UsageError(f"{path} ends neither in .md nor in .json", "its ending chooses the format")
+    if file.exists() and not replace:
+        raise UsageError(f"{file} exists already", "choose another name, or remove it first")
+    try:
+        write_atomically(file, writer(session))
+    except OSError as error:
+        raise DiskError(f"cannot write {file}: {error.strerror or error}", "choose another place") from error
+    return file
+
+
+def _markdown(session: Session) -> str:
+    """A conversation as Markdown."""
+    parts = [f"# {session.title or 'A conversation'}"]
+    facts = {"Model": session.model, "Started": session.created, "Last change": session.updated}
+    parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items() if value))
+    if session.system is not None:
+        parts += ["## System", session.system]
+    for turn in session.turns:
+        parts += _turn(turn)
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _turn(turn: Turn) -> list[str]:
+    parts = [f"## {turn.role.capitalize()}"]
+    if turn.reasoning:
+        parts.append(f"<details><summary>Reasoning</summary>\n\n{turn.reasoning.strip()}\n\n</details>")
+    parts.append(turn.content)
+    if turn.finish_reason in ("length", "cancelled"):
+        why = "cut off at the token limit" if turn.finish_reason == "length" else "stopped by the user"
+        parts.append(f"*({why})*")
+    return parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -14,9 +14,6 @@ from exl_cli.sampling import FIELDS, PRESETS, Sampling
 
 Overflow = Literal["trim", "stop"]
 DEFAULT_NEW_TOKENS = 1024
-
-_DEFAULTS = {entry.name: entry.default for entry in fields(Sampling)}
-_BY_FLAG = {info.flag.lstrip("-").replace("-", "_"): name for name, info in FIELDS.items()}
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,13 @@ class Settings:
         preset: a key of `sampling.PRESETS`, or None.
         max_new_tokens: the most tokens of one answer.
         seed: fixes the random choices of the whole conversation; None for new ones each time.
-        stop: texts that end an answer, besides the format's own.
-        on_overflow: what to do when the context is full.
+        stop: texts that end an answer, besides those of the model's format.
+        on_overflow: when the context is full, drop the oldest turns ("trim") or refuse the message ("stop").
         thinking: show the model's reasoning.
         markdown: render answers as Markdown, on a terminal.
 
     Raises:
-        UsageError: a value that cannot be.
+        UsageError: a value out of range.
     """
 
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -61,8 +58,7 @@ class Settings:
 
     def values(self, generation_config: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting by the name that `/set` takes."""
-        own = {name: getattr(self, name) for name in ("preset", *_OWN)}
-        return {**own, **self.sampling(generation_config).to_dict()}
+        return {**{name: getattr(self, name) for name in _OWN}, **self.sampling(generation_config).to_dict()}
 
     def with_value(self, name: str, text: str) -> Settings:
         """These settings with one changed.
@@ -77,27 +73,31 @@ class Settings:
         key = resolve(name)
         if key == "preset":
             return self.with_preset(None if text in ("default", "none") else text)
+        value = _DEFAULTS[key] if text == "default" else _parse(key, text)
         if key in _OWN:
-            value = getattr(Settings(), key) if text == "default" else _OWN[key](key, text)
             change: dict[str, Any] = {key: value}
             return replace(self, **change)
-        given = {field_: value for field_, value in self.given.items() if field_ != key}
-        if text != "default":
-            given[key] = _PARSERS[type(_DEFAULTS[key])](key, text)
-        return replace(self, given=given)
+        given = {other: item for other, item in self.given.items() if other != key}
+        return replace(self, given=given if text == "default" else {**given, key: value})
 
     def with_preset(self, preset: str | None) -> Settings:
-        """These settings with a preset, which counts against what was set by hand before."""
+        """These settings with a preset, which overrides what was set by hand before."""
         taken = PRESETS.get(preset or "", {})
         return replace(self, preset=preset, given={k: v for k, v in self.given.items() if k not in taken})
 
     def to_dict(self, generation_config: Mapping[str, Any]) -> dict[str, Any]:
-        """JSON-ready: what was set, and under "sampling" what came of it, for whoever reads the file."""
+        """JSON-ready: what was set, and under "sampling" the values that result, for other readers of the file."""
         return {**asdict(self), "given": dict(self.given), "sampling": self.sampling(generation_config).to_dict()}
 
 
+_OWN = [entry.name for entry in fields(Settings) if entry.name != "given"]
+_DEFAULTS = {entry.name: entry.default for kind in (Settings, Sampling) for entry in fields(kind)}
+_BY_FLAG = {info.flag.lstrip("-").replace("-", "_"): name for name, info in FIELDS.items()}
+_SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
+
+
 def from_dict(value: Mapping[str, Any]) -> Settings:
-    """The settings in a session's file; those that are missing or mean nothing here keep their defaults.
+    """The settings in a session's file. A missing or unknown value leaves the default.
 
     Raises:
         TypeError: a value is of a kind that its setting never has.
@@ -106,7 +106,7 @@ def from_dict(value: Mapping[str, Any]) -> Settings:
     for entry in fields(Settings):
         if entry.name in value:
             item = value[entry.name]
-            if not _WRITTEN[entry.name](item):
+            if not is_kind(item, str(entry.type)):
                 raise TypeError(f"{entry.name} of the settings is {json.dumps(item)}"[:200])
             change: dict[str, Any] = {entry.name: tuple(item) if entry.name == "stop" else item}
             try:
@@ -116,21 +116,47 @@ def from_dict(value: Mapping[str, Any]) -> Settings:
     return settings
 
 
+# What JSON holds for a field of each annotation.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "Role": (str,),
+    "Ending": (str,),
+    "Overflow": (str,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "bool": (bool,),
+    "tuple[str, ...]": (list, tuple),
+    "dict[str, Any]": (dict,),
+    "dict[str, float]": (dict,),
+    "Mapping[str, Any]": (dict,),
+}
+
+
+def is_kind(item: object, annotation: str) -> bool:
+    """Whether a value read from JSON is of the kind that a dataclass's field has."""
+    if isinstance(item, bool) and annotation != "bool":
+        return False
+    if annotation == "tuple[str, ...]" and isinstance(item, (list, tuple)):
+        return all(isinstance(text, str) for text in item)
+    return isinstance(item, _KINDS[annotation])
+
+
 def names() -> list[str]:
     """Everything that can be set."""
-    return ["preset", *_OWN, *FIELDS]
+    return [*_OWN, *FIELDS]
 
 
 def examples(name: str) -> list[str]:
     """Values to offer for a setting; empty for an unknown one."""
-    if name not in names():
-        return []
     if name == "preset":
         return [*PRESETS, "none"]
     if name == "on_overflow":
         return [*get_args(Overflow), "default"]
-    switch = name in ("thinking", "markdown") or isinstance(_DEFAULTS.get(name), bool)
-    return ["on", "off", "default"] if switch else ["default"]
+    if isinstance(_DEFAULTS.get(name), bool):
+        return ["on", "off", "default"]
+    return ["default"] if name in names() else []
 
 
 def resolve(name: str) -> str:
@@ -145,68 +171,27 @@ def resolve(name: str) -> str:
     if key in _BY_FLAG:
         return _BY_FLAG[key]
     known = [*names(), *_BY_FLAG]
-    near = [one for one in known if key and one.startswith(key)] or difflib.get_close_matches(key, known, 1)
+    near = [other for other in known if key and other.startswith(key)] or difflib.get_close_matches(key, known, 1)
     raise UsageError(f"no setting named {name!r}", f"did you mean {near[0]}?" if near else "/set lists them")
 
 
-def _integer(name: str, text: str) -> int:
+def _parse(name: str, text: str) -> Any:
+    """The value of a setting as typed: on or off, a number, or a text with \\n for a line break."""
+    if name == "on_overflow":
+        return text
+    if name == "stop":
+        return () if text == "none" else (text.replace("\\n", "\n"),)
+    if name == "seed" and text in ("random", "none"):
+        return None
+    kind = int if name == "seed" else type(_DEFAULTS[name])
+    if kind is bool:
+        if text.lower() not in _SWITCH:
+            raise UsageError(f"{name} is on or off, not {text!r}")
+        return _SWITCH[text.lower()]
     try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"{name} is a whole number, not {text!r}") from None
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        value = float(text)
+        value = int(text) if kind is int else float(text)
     except ValueError:
         value = float("nan")
     if value != value:
-        raise UsageError(f"{name} is a number, not {text!r}")
+        raise UsageError(f"{name} is a {'whole number' if kind is int else 'number'}, not {text!r}")
     return value
-
-
-def _switch(name: str, text: str) -> bool:
-    words = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise UsageError(f"{name} is on or off, not {text!r}")
-    return words[text.lower()]
-
-
-def _seed(name: str, text: str) -> int | None:
-    return None if text in ("random", "none") else _integer(name, text)
-
-
-def _texts(name: str, text: str) -> tuple[str, ...]:
-    """Stop strings as typed: one, with \\n for a line break; "none" for none."""
-    return () if text == "none" else (text.replace("\\n", "\n"),)
-
-
-def _word(name: str, text: str) -> str:
-    return text
-
-
-def _whole(item: object) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
-
-
-# What a setting is in a session's file.
-_WRITTEN: dict[str, Callable[[Any], bool]] = {
-    "given": lambda item: isinstance(item, dict),
-    "preset": lambda item: item is None or isinstance(item, str),
-    "max_new_tokens": _whole,
-    "seed": lambda item: item is None or _whole(item),
-    "stop": lambda item: isinstance(item, (list, tuple)) and all(isinstance(text, str) for text in item),
-    "on_overflow": lambda item: isinstance(item, str),
-    "thinking": lambda item: isinstance(item, bool),
-    "markdown": lambda item: isinstance(item, bool),
-}
-_PARSERS: dict[type, Callable[[str, str], Any]] = {bool: _switch, int: _integer, float: _number}
-_OWN: dict[str, Callable[[str, str], Any]] = {
-    "max_new_tokens": _integer,
-    "seed": _seed,
-    "stop": _texts,
-    "on_overflow": _word,
-    "thinking": _switch,
-    "markdown": _switch,
-}

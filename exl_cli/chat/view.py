@@ -1,9 +1,10 @@
-"""What a chat has to show, whoever shows it."""
+"""The interface of what shows a chat."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from exl_cli.engines.base import Summary
@@ -14,9 +15,8 @@ from exl_cli.system.readings import GpuReading, HostReading
 
 if TYPE_CHECKING:
     from exl_cli.chat.commands import Command
-    from exl_cli.chat.partner import Partner
+    from exl_cli.chat.model import ChatModel
     from exl_cli.chat.session import Session, Turn
-    from exl_cli.chat.store import Overview
 
 
 class ChatView(Protocol):
@@ -64,17 +64,14 @@ class ChatView(Protocol):
     def changes(self, changed: Mapping[str, tuple[Any, Any]], unchanged: str) -> None:
         """Show old and new values of settings; `unchanged` names the setting where none changed."""
 
-    def model(self, partner: Partner) -> None:
+    def model(self, model: ChatModel) -> None:
         """Describe the model in use."""
 
-    def totals(self, session: Session) -> None:
-        """Show the totals of a conversation."""
+    def stats(self, session: Session, gpus: Sequence[GpuReading], host: HostReading) -> None:
+        """Show the totals of a conversation, and the memory in use."""
 
-    def memory_now(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
-        """Show the memory in use."""
-
-    def sessions(self, overviews: Iterable[Overview], current: str) -> None:
-        """List the saved sessions."""
+    def sessions(self, overviews: Iterable[tuple[str, datetime, Session | str]], current: str) -> None:
+        """List the saved sessions; see `SessionStore.overviews`."""
 
     def resumed(self, session: Session) -> None:
         """Say where a saved conversation stands."""

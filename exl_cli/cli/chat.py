@@ -6,25 +6,25 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from exl_cli import loader
-from exl_cli.chat.loop import Chat, Source, converse
-from exl_cli.chat.partner import Host, Model
-from exl_cli.chat.session import Session
+from exl_cli.chat.conversation import Conversation
+from exl_cli.chat.loop import Chat, LineInput
+from exl_cli.chat.model import ChatModel, ModelLoader
+from exl_cli.chat.session import Session, SessionStore, data_dir
 from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
-from exl_cli.chat.store import SessionStore, data_dir
 from exl_cli.cli.options import Model as ModelArgument
 from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, State, with_loading, with_sampling
 from exl_cli.errors import ModelNotFoundError, UsageError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.prompt import check_text
 from exl_cli.ui.chat import ChatConsole
-from exl_cli.ui.source import PlainSource
+from exl_cli.ui.line_input import PlainInput
 
 _PANEL = "Conversation"
 
@@ -89,9 +89,9 @@ def chat(
     check_text(("--system", system), ("--stop", stop))
     console = ChatConsole(quiet=quiet)
     store = SessionStore(data_dir() / "sessions")
-    found = _session(store, session, go_on=go_on)
+    saved = _session(store, session, go_on=go_on)
     if system is not None:
-        found.system = system
+        saved.system = system
     given = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -100,33 +100,24 @@ def chat(
         "thinking": False if hide_thinking else None,
         "markdown": markdown or None,
     }
-    settings = _settings(found, sampling, {name: value for name, value in given.items() if value is not None})
-    host = Host(state.load, loader.with_draft(loading, models_dir), models_dir, console)
-    opened = _find(host, model, found)
-    if found.system is not None:
-        opened.format.render([*found.messages(0, 0), {"role": "user", "content": "Hello"}])
-    partner = host.load(opened)
+    settings = _settings(saved, sampling, {name: value for name, value in given.items() if value is not None})
+    models = ModelLoader(state.load, loader.with_draft(loading, models_dir), models_dir, console)
+    opened = _find(models, model, saved)
+    if saved.system is not None:
+        opened.check_system(saved)
+    models.load(opened)
     interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-    talk = Chat(
-        host,
-        partner,
-        found,
-        settings,
-        console,
-        store,
-        saving=not no_save,
-        interactive=interactive,
-        debug=state.debug,
-    )
+    conversation = Conversation(opened, saved, settings, console, store, saving=not no_save)
+    talk = Chat(conversation, models, console, interactive=interactive, debug=state.debug)
     try:
-        if found.turns:
-            console.resumed(found)
+        if saved.turns:
+            console.resumed(saved)
         elif interactive:
             console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
         with _leaving_in_order():
-            converse(talk, _source(talk, console, interactive=interactive, keep_history=not no_save))
+            talk.run(_line_input(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
-        talk.talk.partner.engine.close()
+        conversation.model.engine.close()
     if talk.exit_code:
         raise typer.Exit(talk.exit_code)
 
@@ -144,10 +135,10 @@ def _session(store: SessionStore, name: str | None, *, go_on: bool) -> Session:
     return store.load(name) if store.exists(name) else Session(name=name)
 
 
-def _find(host: Host, name: str | None, session: Session) -> Model:
+def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
     """The model asked for, else the one that the session was with, else the built-in one."""
     try:
-        return host.find(name or session.model or None)
+        return models.find(name or session.model or None)
     except loader.SentenceError as error:
         if name is None:
             raise
@@ -160,23 +151,22 @@ def _find(host: Host, name: str | None, session: Session) -> Model:
         raise ModelNotFoundError(f"{error.message}, which {session.name} was with", hint) from error
 
 
-def _settings(session: Session, flags: SamplingFlags, given: dict[str, object]) -> Settings:
+def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> Settings:
     """What the session was set to, with the flags on top."""
     settings = from_dict(session.settings)
     if flags.preset is not None:
         settings = settings.with_preset(flags.preset)
-    before = {entry.name: getattr(settings, entry.name) for entry in fields(Settings)}
-    return Settings(**{**before, "given": {**settings.given, **flags.given}, **given})
+    return replace(settings, given={**settings.given, **flags.given}, **given)
 
 
-def _source(talk: Chat, console: ChatConsole, *, interactive: bool, keep_history: bool) -> Source:
+def _line_input(talk: Chat, console: ChatConsole, *, interactive: bool, keep_history: bool) -> LineInput:
     if not (interactive and sys.stderr.isatty()):
-        return PlainSource()
+        return PlainInput()
     if console.err.is_dumb_terminal:
-        return PlainSource(console.ask)
-    from exl_cli.ui.terminal import TerminalSource
+        return PlainInput(console.ask)
+    from exl_cli.ui.terminal import TerminalInput
 
-    return TerminalSource(talk, data_dir() / "chat_history" if keep_history else None)
+    return TerminalInput(talk, data_dir() / "chat_history" if keep_history else None)
 
 
 @contextmanager

@@ -1,9 +1,17 @@
-"""An answer of a chat as it comes: reasoning and answer told apart, Markdown rendered block by block."""
+"""An answer of a chat as it comes: reasoning apart from the answer, Markdown rendered block by block, keys unseen."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import termios
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.ui.console import harmless
@@ -14,8 +22,10 @@ if TYPE_CHECKING:
     from exl_cli.structured.reasoning import Piece
     from exl_cli.ui.chat import ChatConsole
 
-# How often a growing Markdown block is shown anew, at most (seconds).
+# The least time between two renderings of a growing Markdown block, in seconds.
 _REFRESH = 0.1
+# Blocks that an empty line ends for good. A list or a quotation may go on after one.
+_ENDED_BY_EMPTY_LINE = ("paragraph_open", "heading_open", "hr", "table_open")
 
 
 class Answer:
@@ -25,13 +35,6 @@ class Answer:
         self._console = console
         self._thinking = thinking
         self._kind = ""
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-        self._console.end_line()
 
     def show(self, pieces: Iterable[Piece]) -> None:
         """Show what has come."""
@@ -47,6 +50,9 @@ class Answer:
             elif self._thinking:
                 self._console.dim_text(text)
 
+    def end(self) -> None:
+        """Show what was held back."""
+
     def _change(self, kind: str) -> None:
         if kind == "reasoning" and not self._thinking:
             self._console.note("thinking…")
@@ -58,55 +64,44 @@ class Answer:
     def _answer(self, text: str) -> None:
         self._console.text(text)
 
-    def _end(self) -> None:
-        """The answer is complete."""
-
 
 class MarkdownAnswer(Answer):
     """Shows an answer's Markdown: each block is rendered once, when it is finished; the last grows as plain text."""
 
     def __init__(self, console: ChatConsole, *, thinking: bool) -> None:
         super().__init__(console, thinking=thinking)
-        from exl_cli.ui.markdown import BlockSplitter
-
         self._blocks = BlockSplitter()
         self._live: Live | None = None
         self._next = 0.0
         self._begun = False
 
+    def end(self) -> None:
+        """Render the last block in the place of its plain text."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            self._render(self._blocks.flush())
+
     def _answer(self, text: str) -> None:
-        finished = self._blocks.push(text)
-        live = self._started()
-        for block in finished:
-            self._render(block)
-        if finished or time.monotonic() >= self._next:
-            live.update(self._tail(), refresh=True)
-            self._next = time.monotonic() + _REFRESH
-
-    def _end(self) -> None:
-        if self._live is None:
-            return
-        # First the growing block goes away, then it comes back rendered.
-        self._live.stop()
-        self._live = None
-        for block in self._blocks.flush():
-            self._render(block)
-
-    def _started(self) -> Live:
         from rich.live import Live
 
+        finished = self._blocks.push(text)
         if self._live is None:
             self._live = Live(console=self._console.out, auto_refresh=False, transient=True, redirect_stdout=False)
             self._live.start()
-        return self._live
+        self._render(finished)
+        if finished or time.monotonic() >= self._next:
+            self._live.update(self._tail(), refresh=True)
+            self._next = time.monotonic() + _REFRESH
 
-    def _render(self, block: str) -> None:
+    def _render(self, blocks: list[str]) -> None:
         from rich.markdown import Markdown
 
-        if self._begun:
-            self._console.out.print()
-        self._begun = True
-        self._console.out.print(Markdown(harmless(block), hyperlinks=False))
+        for block in blocks:
+            if self._begun:
+                self._console.out.print()
+            self._begun = True
+            self._console.out.print(Markdown(harmless(block), hyperlinks=False))
 
     def _tail(self) -> Any:
         """The end of the growing block, as much of it as the screen can take away again."""
@@ -115,3 +110,106 @@ class MarkdownAnswer(Answer):
         out = self._console.out
         lines = Text(harmless(self._blocks.pending)).wrap(out, out.width)
         return Text("\n").join(lines[-max(out.height - 2, 1) :])
+
+
+class BlockSplitter:
+    """Cuts a stream of Markdown (CommonMark with tables) into its top-level blocks, each given out once nothing that
+    follows can change it.
+
+    Only what has not been given out is parsed, and only when a line ends.
+    """
+
+    def __init__(self) -> None:
+        from markdown_it import MarkdownIt
+
+        self._parser = MarkdownIt("commonmark").enable("table")
+        self.pending = ""
+
+    def push(self, text: str) -> list[str]:
+        """The blocks that this text completes."""
+        self.pending += text
+        if "\n" not in text:
+            return []
+        whole, newline, rest = self.pending.rpartition("\n")
+        blocks, left = self._cut(whole + newline, final=False)
+        self.pending = left + rest
+        return blocks
+
+    def flush(self) -> list[str]:
+        """The rest."""
+        text, self.pending = self.pending, ""
+        return self._cut(text, final=True)[0]
+
+    def _cut(self, text: str, *, final: bool) -> tuple[list[str], str]:
+        """The finished blocks of a text, all of them if it is `final`, and the rest of it."""
+        lines = [line + "\n" for line in text.removesuffix("\n").split("\n")]
+        tokens = [token for token in self._parser.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
+        blocks = [(token.type, token.markup, token.map[0], token.map[1]) for token in tokens if token.map]
+        if blocks and not final and not _is_finished(*blocks[-1], lines):
+            blocks.pop()
+        edges = [0, *(end for _, _, _, end in blocks)]
+        if final:
+            edges.append(len(lines))
+        given = ["".join(lines[start:end]) for start, end in itertools.pairwise(edges)]
+        return [block for block in given if block.strip()], "".join(lines[edges[-1] :])
+
+
+def _is_finished(kind: str, markup: str, start: int, end: int, lines: list[str]) -> bool:
+    """Whether nothing that follows can change the last block of a text."""
+    if kind == "fence":
+        closing = lines[end - 1].strip()
+        return end - 1 > start and closing.startswith(markup) and not closing.strip(markup[0])
+    return kind in _ENDED_BY_EMPTY_LINE and any(not line.strip() for line in lines[end:])
+
+
+# --- keys pressed while an answer comes -------------------------------------------------------------------------------
+
+
+@contextmanager
+def unseen_keys() -> Iterator[None]:
+    """Within it, the terminal does not show what is typed, nor `^C`; it keeps the lines for the next to read.
+
+    Ctrl-Z stops the program with the echo on, and off again when it goes on. Does nothing where standard input is no
+    terminal, or one that another program has in hand. Main thread only.
+    """
+    terminal = _terminal()
+    if terminal is None or not _echo(terminal, on=False):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        _echo(terminal, on=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        # Here it goes on, perhaps in the background.
+        _echo(terminal, on=False)
+
+    previous = signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, previous)
+        _echo(terminal, on=True)
+
+
+def _terminal() -> int | None:
+    """The file descriptor of standard input, if that is a terminal."""
+    try:
+        number = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):  # none, a stand-in of an embedder, or closed
+        return None
+    return number if os.isatty(number) else None
+
+
+def _echo(terminal: int, *, on: bool) -> bool:
+    """Let the terminal show what is typed, or not; returns whether that has changed.
+
+    Nothing changes in the background: the terminal stops a job there that tries.
+    """
+    with contextlib.suppress(OSError, termios.error):  # it has been closed
+        modes = termios.tcgetattr(terminal)
+        flags = modes[3] | termios.ECHO if on else modes[3] & ~termios.ECHO
+        if flags != modes[3] and os.tcgetpgrp(terminal) == os.getpgrp():
+            modes[3] = flags
+            termios.tcsetattr(terminal, termios.TCSANOW, modes)
+            return True
+    return False

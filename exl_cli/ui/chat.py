@@ -9,6 +9,7 @@ import base64
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.api import records
@@ -16,16 +17,14 @@ from exl_cli.api.notebook import accepted
 from exl_cli.chat.session import Session, Turn, excerpt
 from exl_cli.engines.base import Summary
 from exl_cli.system.readings import GpuReading, HostReading
-from exl_cli.ui.answers import Answer, MarkdownAnswer
+from exl_cli.ui.answers import Answer, MarkdownAnswer, unseen_keys
 from exl_cli.ui.console import Console, harmless
-from exl_cli.ui.keys import unseen
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from exl_cli.chat.commands import Command
-    from exl_cli.chat.partner import Partner
-    from exl_cli.chat.store import Overview
+    from exl_cli.chat.model import ChatModel
     from exl_cli.structured.reasoning import Piece
 
 # What stands before a line that the user types, and before those that go on with it.
@@ -41,9 +40,13 @@ class ChatConsole(Console):
     @contextmanager
     def answering(self, *, thinking: bool, markdown: bool) -> Iterator[Callable[[Iterable[Piece]], None]]:
         """See `ChatView.answering`."""
-        kind = MarkdownAnswer if markdown and sys.stdout.isatty() else Answer
-        with unseen(), kind(self, thinking=thinking) as answer:
-            yield answer.show
+        answer = (MarkdownAnswer if markdown and sys.stdout.isatty() else Answer)(self, thinking=thinking)
+        with unseen_keys():
+            try:
+                yield answer.show
+            finally:
+                answer.end()
+                self.end_line()
 
     def dim_text(self, text: str) -> None:
         """Model text that is not the answer: dim on a terminal, like any other in a pipe."""
@@ -124,19 +127,19 @@ class ChatConsole(Console):
         if not changed:
             self.say(f"{unchanged} is as it was")
 
-    def model(self, partner: Partner) -> None:
-        """A loaded model."""
-        info, engine = partner.model.info, partner.engine
+    def model(self, model: ChatModel) -> None:
+        """See `ChatView.model`."""
+        info, engine = model.info, model.engine
         facts = {
             "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} weights)",
             "engine": f"{engine.name} ({', '.join(f'{name} {value}' for name, value in engine.facts.items())})",
             "context": f"{engine.context_length:,} tokens of the model's {info.context_length:,}",
-            "format": partner.model.format.name,
+            "format": model.format.name,
         }
         self.settings(facts)
 
-    def totals(self, session: Session) -> None:
-        """What a conversation took."""
+    def stats(self, session: Session, gpus: Sequence[GpuReading], host: HostReading) -> None:
+        """See `ChatView.stats`."""
         totals = session.totals
         evaluated = totals.prompt_tokens - totals.reused_tokens
         share = totals.reused_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
@@ -150,22 +153,19 @@ class ChatConsole(Console):
         if totals.drafted_tokens:
             facts["speculation"] = accepted(totals.accepted_tokens, totals.drafted_tokens)
         self.settings(facts)
+        Console().memory(gpus, host)  # it was asked for, quiet or not
 
-    def memory_now(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
-        """The memory table, asked for."""
-        Console().memory(gpus, host)
-
-    def sessions(self, overviews: Iterable[Overview], current: str) -> None:
-        """The saved sessions."""
+    def sessions(self, overviews: Iterable[tuple[str, datetime, Session | str]], current: str) -> None:
+        """See `ChatView.sessions`."""
         table = _plain_table(("session", "last change", "turns", "model", "begins"))
-        for one in overviews:
-            name = f"{one.name} *" if one.name == current else one.name
-            when = f"{one.updated:%Y-%m-%d %H:%M}"
-            if one.session is None:
-                table.add_row(name, when, "-", "-", harmless(one.problem))
-            else:
-                found = one.session
-                table.add_row(name, when, str(len(found.turns)), harmless(found.model), harmless(found.title))
+        for name, updated, session in overviews:
+            facts = (
+                ("-", "-", session)
+                if isinstance(session, str)
+                else (str(len(session.turns)), session.model, session.title)
+            )
+            shown = f"{name} *" if name == current else name
+            table.add_row(shown, f"{updated:%Y-%m-%d %H:%M}", *map(harmless, facts))
         self.err.print(table, markup=False, highlight=False)
 
     def resumed(self, session: Session) -> None:

@@ -17,17 +17,16 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from exl_cli.chat import commands
-from exl_cli.chat.lines import is_open
-from exl_cli.chat.loop import Chat, Event, Line, Signal
+from exl_cli.chat.loop import Chat, Event, Signal
 from exl_cli.models.prompt import check_text
 from exl_cli.ui.chat import CONTINUATION, PROMPT
 
-# The history file is cut to its last half when it exceeds this (bytes).
+# A history file larger than this, in bytes, is cut to its last half.
 _MOST_HISTORY = 1_000_000
 
 
-class TerminalSource:
-    """Reads what a person types. See `loop.Source`.
+class TerminalInput:
+    """Reads what a person types. See `loop.LineInput`.
 
     Args:
         chat: whose commands, models, sessions and settings are completed.
@@ -50,7 +49,7 @@ class TerminalSource:
         )
 
     def read(self, draft: str) -> Event:
-        """See `loop.Source.read`; the draft stands in the line, to be changed."""
+        """See `LineInput.read`; the draft stands in the line, to be changed."""
         try:
             text = self._session.prompt(default=draft)
         except KeyboardInterrupt:
@@ -58,7 +57,7 @@ class TerminalSource:
         except EOFError:
             return Signal.END
         check_text(("the line", text))
-        return Line(text)
+        return text
 
 
 def _placeholder() -> FormattedText:
@@ -120,7 +119,7 @@ def _bindings(completer: Completer) -> KeyBindings:
         if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
             # The first Enter takes the completion, as in a shell's menu.
             buffer.complete_state = None
-        elif is_open(buffer.text):
+        elif commands.is_open(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from exl_cli import loader
-from exl_cli.chat.composer import Composer
+from exl_cli.chat.prompt_encoder import PromptEncoder
 from exl_cli.engines.base import Engine, Request, Summary
 from exl_cli.models.chat_format import load_format
 from exl_cli.models.load_options import LoadOptions
@@ -75,15 +75,15 @@ def main() -> int:
         return tokenizer.decode(ids)
 
     def turn() -> tuple[Summary, Summary, int]:
-        composer = Composer(tokenizer, add_special_tokens=chat.add_special_tokens)
+        encoder = PromptEncoder(tokenizer, add_special_tokens=chat.add_special_tokens)
         messages = [{"role": "user", "content": words(given.tokens - _ANSWER - 60)}]
-        first = composer.encode(chat.render(messages))
+        first = encoder.encode(chat.render(messages))
         # Random weights may have nothing but a special token for their likeliest, and a conversation has none in it.
         answer, ids, _ = generate(engine, first.ids, _ANSWER, "notebook")
-        composer.computed(first, ids, answer)
+        encoder.computed(first, ids, answer)
         message = words(rng.randint(given.message - 4, given.message + 4))
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": message}]
-        second = composer.encode(chat.render(messages))
+        second = encoder.encode(chat.render(messages))
         _, tokens, warm = generate(engine, second.ids, _COMPARED)
         other = tokenizer.encode(words(2 * given.tokens), add_special_tokens=False)[: len(second.ids)]
         _, _, cold = generate(engine, other, _COMPARED)

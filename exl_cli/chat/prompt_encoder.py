@@ -37,7 +37,7 @@ class Encoded:
     marks: tuple[tuple[int, int], ...] = ((0, 0),)
 
 
-class Composer:
+class PromptEncoder:
     """Remembers what one engine has computed of one conversation.
 
     Args:

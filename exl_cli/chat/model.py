@@ -1,13 +1,14 @@
-"""The model that is talked to: found, opened, and exchanged for another without leaving the conversation."""
+"""The model a conversation is with: its files, its engine, and switching to another without leaving the chat."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from exl_cli import loader
-from exl_cli.chat.composer import Composer
+from exl_cli.chat.prompt_encoder import PromptEncoder
+from exl_cli.chat.session import Session
 from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Engine
 from exl_cli.models import folders
@@ -17,52 +18,46 @@ from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.interrupts import insist_on_interrupt
 
-# What a conversation is given where the model allows it and nothing else is asked for.
+# The context to allocate, in tokens, where the model allows it and the user asks for nothing else.
 CONTEXT = 8192
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model as its files describe it, not loaded.
+@dataclass(eq=False)
+class ChatModel:
+    """A model to chat with.
 
     Attributes:
-        info: what it is.
-        tokenizer: its tokenizer.
-        format: how a conversation is written for it.
+        info, tokenizer, format: the model, its tokenizer, and how a conversation is written for it.
+        engine, encoder: the engine that runs it, and the encoder of that engine's prompts; set by `ModelLoader.load`.
     """
 
     info: ModelInfo
     tokenizer: Tokenizer
     format: Format
+    engine: Engine = field(init=False)
+    encoder: PromptEncoder = field(init=False)
 
     @property
     def name(self) -> str:
-        """The name under which it is found again from anywhere: folders are made absolute."""
+        """The name to find it by from anywhere: a folder's path is made absolute."""
         path = Path(self.info.name).expanduser()
         return str(path.resolve()) if path.is_dir() else self.info.name
 
+    def check_system(self, session: Session) -> None:
+        """See whether a session's system message can be said to this model.
 
-@dataclass(frozen=True)
-class Partner:
-    """A loaded model.
-
-    Attributes:
-        model: what it is.
-        engine: what computes it.
-        composer: what the engine has computed so far.
-    """
-
-    model: Model
-    engine: Engine
-    composer: Composer
+        Raises:
+            PromptError: its template refuses.
+        """
+        self.format.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
 
 
-class Host:
-    """Finds and loads models.
+class ModelLoader:
+    """Finds and loads the models of a chat.
 
     Args:
-        load: see `state.State.load`.
-        options: the load flags, for every model of this chat.
+        load: `loader.load`, or what an embedder has in its place; see `cli.state.State`.
+        options: how to load each of them.
         models_dir: the folder of downloaded models, or None for the usual one.
         view: shows the loading.
     """
@@ -75,8 +70,8 @@ class Host:
         self._models_dir = models_dir
         self._view = view
 
-    def find(self, name: str | None) -> Model:
-        """A model by name; all that can be wrong with its files comes out here, before any weight is read.
+    def find(self, name: str | None) -> ChatModel:
+        """Open a model's files, without reading a weight. Whatever is wrong with them is raised here.
 
         Raises:
             ModelNotFoundError, UnsupportedModelError, DamagedModelError, PromptError, UsageError: see `loader.resolve`,
@@ -84,18 +79,18 @@ class Host:
         """
         info = loader.resolve(name, self._models_dir)
         loader.context_to_allocate(info, self._options)
-        return Model(info, Tokenizer(info.path), load_format(info.path))
+        return ChatModel(info, Tokenizer(info.path), load_format(info.path))
 
-    def load(self, model: Model) -> Partner:
-        """Load it.
+    def load(self, model: ChatModel) -> None:
+        """Start a model's engine, with nothing computed yet.
 
         Raises:
             EngineError, OutOfMemoryError, UnsupportedModelError, DamagedModelError: see `loader.load`.
         """
         info = model.info
         with insist_on_interrupt(), self._view.loading(f"{info.name} ({info.format_name})") as progress:
-            engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
-        return Partner(model, engine, Composer(model.tokenizer, add_special_tokens=model.format.add_special_tokens))
+            model.engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
+        model.encoder = PromptEncoder(model.tokenizer, add_special_tokens=model.format.add_special_tokens)
 
     def names(self) -> list[str]:
         """The models that can be named without a path."""

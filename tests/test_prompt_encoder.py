@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exl_cli.chat.composer import Composer, Encoded
+from exl_cli.chat.prompt_encoder import Encoded, PromptEncoder
 from exl_cli.models.chat_format import PlainFormat
 from exl_cli.models.tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ def test_ids_always_spell_the_text_and_begin_with_what_was_computed(
 ) -> None:
     tokenizer = Tokenizer(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    composer = Composer(tokenizer, add_special_tokens=not chat)
+    encoder = PromptEncoder(tokenizer, add_special_tokens=not chat)
     end = "<|im_end|>" if "fable" in folder.name else "</s>"
     text = f"{system}{end}\n" if chat else ""
     messages: list[dict[str, str]] = []
@@ -95,20 +95,20 @@ def test_ids_always_spell_the_text_and_begin_with_what_was_computed(
         else:
             messages.append({"role": "user", "content": said})
             text = PlainFormat().render(messages)
-        prompt = composer.encode(text)
+        prompt = encoder.encode(text)
         direct = tokenizer.encode(text, add_special_tokens=not chat)
         assert backend.decode(list(prompt.ids), skip_special_tokens=False) == backend.decode(
             direct, skip_special_tokens=False
         )
         generated = spelled(tokenizer, answer)
-        composer.computed(prompt, [*generated, *tokenizer.eos_ids], answer)
-        known = composer.known
+        encoder.computed(prompt, [*generated, *tokenizer.eos_ids], answer)
+        known = encoder.known
         assert known.ids[: len(prompt.ids)] == prompt.ids
         assert known.text == text + answer[: len(known.text) - len(text)]
         if chat:
             text += answer
             # An end-of-sequence token follows: there is always a boundary, and everything is used again.
-            following = composer.encode(text + end)
+            following = encoder.encode(text + end)
             assert following.ids[: len(known.ids)] == known.ids
             text += end
         else:
@@ -116,57 +116,61 @@ def test_ids_always_spell_the_text_and_begin_with_what_was_computed(
 
 
 @pytest.fixture
-def fable(exl2_dir: Path) -> tuple[Composer, Tokenizer]:
+def fable(exl2_dir: Path) -> tuple[PromptEncoder, Tokenizer]:
     tokenizer = Tokenizer(exl2_dir)
-    return Composer(tokenizer, add_special_tokens=False), tokenizer
+    return PromptEncoder(tokenizer, add_special_tokens=False), tokenizer
 
 
-def said(composer: Composer, prompt: str, answer: str, ids: list[int]) -> Encoded:
-    encoded = composer.encode(prompt)
-    composer.computed(encoded, ids, answer)
+def said(encoder: PromptEncoder, prompt: str, answer: str, ids: list[int]) -> Encoded:
+    encoded = encoder.encode(prompt)
+    encoder.computed(encoded, ids, answer)
     return encoded
 
 
-def test_a_text_that_parts_from_the_old_one_goes_back_to_where_they_part(fable: tuple[Composer, Tokenizer]) -> None:
-    composer, tokenizer = fable
-    first = said(composer, "<|im_start|>one<|im_end|>\n", "a fox", spelled(tokenizer, "a fox"))
-    known = composer.known
-    second = said(composer, "<|im_start|>one<|im_end|>\na fox<|im_end|>\n<|im_start|>two", "x", spelled(tokenizer, "x"))
+def test_a_text_that_parts_from_the_old_goes_back_to_where_they_part(
+    fable: tuple[PromptEncoder, Tokenizer],
+) -> None:
+    encoder, tokenizer = fable
+    first = said(encoder, "<|im_start|>one<|im_end|>\n", "a fox", spelled(tokenizer, "a fox"))
+    known = encoder.known
+    second = said(encoder, "<|im_start|>one<|im_end|>\na fox<|im_end|>\n<|im_start|>two", "x", spelled(tokenizer, "x"))
     assert second.ids[: len(known.ids)] == known.ids
-    other = composer.encode("<|im_start|>one<|im_end|>\na fox<|im_end|>\n<|im_start|>three")
+    other = encoder.encode("<|im_start|>one<|im_end|>\na fox<|im_end|>\n<|im_start|>three")
     assert other.ids[: len(known.ids)] == known.ids
-    assert composer.encode("<|im_start|>one<|im_end|>\na cat").ids[: len(first.ids)] == first.ids
+    assert encoder.encode("<|im_start|>one<|im_end|>\na cat").ids[: len(first.ids)] == first.ids
     text = "<|im_start|>new"
-    assert list(composer.encode(text).ids) == tokenizer.encode(text, add_special_tokens=False)
+    assert list(encoder.encode(text).ids) == tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_going_on_with_an_answer_uses_its_very_tokens(fable: tuple[Composer, Tokenizer]) -> None:
-    composer, tokenizer = fable
+def test_going_on_with_an_answer_uses_its_very_tokens(fable: tuple[PromptEncoder, Tokenizer]) -> None:
+    encoder, tokenizer = fable
     ids = spelled(tokenizer, "Once upon")
-    prompt = said(composer, "<|im_start|>", "Once upon", ids)
-    assert composer.encode("<|im_start|>Once upon").ids == (*prompt.ids, *ids)
+    prompt = said(encoder, "<|im_start|>", "Once upon", ids)
+    assert encoder.encode("<|im_start|>Once upon").ids == (*prompt.ids, *ids)
 
 
-def test_where_a_token_runs_across_the_end_of_the_old_text_nothing_is_lost(fable: tuple[Composer, Tokenizer]) -> None:
-    composer, tokenizer = fable
-    said(composer, "<|im_start|>", "the fo", tokenizer.encode("the fo", add_special_tokens=False))
+def test_a_token_that_runs_across_the_end_of_the_old_text_loses_nothing(
+    fable: tuple[PromptEncoder, Tokenizer],
+) -> None:
+    encoder, tokenizer = fable
+    said(encoder, "<|im_start|>", "the fo", tokenizer.encode("the fo", add_special_tokens=False))
     text = "<|im_start|>the fox and the hen"
-    assert list(composer.encode(text).ids) == tokenizer.encode(text, add_special_tokens=False)
+    assert list(encoder.encode(text).ids) == tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_half_a_character_at_the_end_is_not_taken_for_known(fable: tuple[Composer, Tokenizer]) -> None:
-    composer, tokenizer = fable
+def test_half_a_character_at_the_end_is_not_taken_for_known(fable: tuple[PromptEncoder, Tokenizer]) -> None:
+    encoder, tokenizer = fable
     ids = tokenizer.encode("a🦊", add_special_tokens=False)
-    prompt = said(composer, "<|im_start|>", "a", ids[:-1])
-    assert composer.known.text == "<|im_start|>a"
-    assert len(composer.known.ids) == len(prompt.ids) + 1
+    prompt = said(encoder, "<|im_start|>", "a", ids[:-1])
+    assert encoder.known.text == "<|im_start|>a"
+    assert len(encoder.known.ids) == len(prompt.ids) + 1
 
 
-def test_tokens_that_do_not_show_in_the_text_are_not_taken_for_known(fable: tuple[Composer, Tokenizer]) -> None:
-    composer, tokenizer = fable
+def test_tokens_that_do_not_show_in_the_text_are_not_taken_for_known(fable: tuple[PromptEncoder, Tokenizer]) -> None:
+    encoder, tokenizer = fable
     ids = [*spelled(tokenizer, "ab"), 1, *spelled(tokenizer, "cd")]
-    said(composer, "<|im_start|>", "abcd", ids)
-    assert composer.known.text == "<|im_start|>ab"
+    said(encoder, "<|im_start|>", "abcd", ids)
+    assert encoder.known.text == "<|im_start|>ab"
 
 
 def test_tags_of_reasoning_that_are_special_tokens_are_part_of_the_text(exl2_dir: Path, tmp_path: Path) -> None:
@@ -178,9 +182,9 @@ def test_tags_of_reasoning_that_are_special_tokens_are_part_of_the_text(exl2_dir
     (tmp_path / "tokenizer.json").write_text(json.dumps(value))
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
     tokenizer = Tokenizer(tmp_path)
-    composer = Composer(tokenizer, add_special_tokens=False)
-    assert composer.tag_ids == {4096: "[THINK]", 4097: "[/THINK]"}
+    encoder = PromptEncoder(tokenizer, add_special_tokens=False)
+    assert encoder.tag_ids == {4096: "[THINK]", 4097: "[/THINK]"}
     ids = [4096, *spelled(tokenizer, "hm"), 4097, *spelled(tokenizer, "ok")]
-    said(composer, "<|im_start|>", "[THINK]hm[/THINK]ok", [*ids, 2])
-    assert composer.known.text == "<|im_start|>[THINK]hm[/THINK]ok"
-    assert list(composer.known.ids) == [1, *ids]
+    said(encoder, "<|im_start|>", "[THINK]hm[/THINK]ok", [*ids, 2])
+    assert encoder.known.text == "<|im_start|>[THINK]hm[/THINK]ok"
+    assert list(encoder.known.ids) == [1, *ids]

@@ -1,18 +1,18 @@
-"""Lines from a pipe or file, or from a terminal that cannot do more."""
+"""Lines from a pipe or file, or from a terminal that cannot do more. `terminal` is for one that can."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from exl_cli.chat.lines import is_open
-from exl_cli.chat.loop import Event, Line, Signal
+from exl_cli.chat.commands import is_open
+from exl_cli.chat.loop import Event, Signal
 from exl_cli.models.prompt import not_utf8
 from exl_cli.ui.chat import CONTINUATION, PROMPT
 
 
-class PlainSource:
-    """Reads standard input line by line, a block between quotation marks as one. See `loop.Source`.
+class PlainInput:
+    """Reads standard input line by line, a block between quotation marks as one. See `loop.LineInput`.
 
     Args:
         ask: shows what stands before a line, where a person types it.
@@ -22,7 +22,7 @@ class PlainSource:
         self._ask = ask
 
     def read(self, draft: str) -> Event:
-        """See `loop.Source.read`; there is nobody to show a draft to."""
+        """See `LineInput.read`; there is nobody to show a draft to."""
         text = self._line(PROMPT)
         if text is None:
             return Signal.END
@@ -31,7 +31,7 @@ class PlainSource:
             if more is None:
                 break
             text += "\n" + more
-        return Line(text)
+        return text
 
     def _line(self, prompt: str) -> str | None:
         """The next line without its end; None at the end of input."""
