@@ -62,7 +62,7 @@ class Hub:
             endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or _DEFAULT_ENDPOINT
         )
         self.note, self._wait = note, wait
-        self._logged_in = bool(_find_token(token))
+        self.logged_in = bool(_find_token(token))
         self.timeout: float = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
         self._reached = False
         library: dict[str, Any] = {"library_name": "exl", "library_version": installed_version()}
@@ -78,14 +78,7 @@ class Hub:
         try:
             yield
         except Exception as error:
-            raise failures.explain(
-                error,
-                repository,
-                self.endpoint,
-                logged_in=self._logged_in,
-                near=lambda: self._near(repository),
-                branches=lambda: [name for name, _ in self._branches(repository)],
-            ) from error
+            raise failures.explain(error, repository, self) from error
 
     def patience(self, task: str) -> Patience:
         """A counter of failures for a task of that name."""
@@ -118,7 +111,17 @@ class Hub:
 
     def branches(self, repository: Repository) -> list[tuple[str, str]]:
         """Names and commits of the branches, main first."""
-        return self._ask(str(repository), lambda: self._branches(repository))
+        with _readable("its list of branches"):
+            refs = self._ask(str(repository), lambda: self._api.list_repo_refs(repository.id))
+            pairs = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
+        return sorted(pairs, key=lambda branch: (branch[0] != "main", _natural(branch[0])))
+
+    def near(self, repository: Repository) -> list[str]:
+        """Repositories with similar names, the nearest first."""
+        first_word = re.split(r"[-_.]", repository.name)[0]
+        searches = ({"search": repository.name}, {"author": repository.owner}, {"search": first_word})
+        ids = [str(model.id) for search in searches for model in self._api.list_models(**search, limit=100)]
+        return difflib.get_close_matches(repository.id, dict.fromkeys(ids), 3, 0.6)
 
     def identify(self, listing: Listing, chosen: Collection[File]) -> Listing:
         """The listing with the hashes that the chosen files' own addresses give, where it has none itself.
@@ -166,24 +169,22 @@ class Hub:
         file = next((file for file in listing.files if file.name == name), None)
         if file is None:
             return {}
-        content = self._ask(name, lambda: self._read(listing, file))
-        value = None
+
+        def ask() -> bytes:
+            if file.size > _LARGEST_SMALL_FILE:
+                raise BrokenTransferError(f"{name} has {file.size:,} bytes")
+            with self._http(listing, file, 0) as (_, chunks):
+                content = b"".join(chunks)
+            if len(content) != file.size or not file.is_right(file.digest(content)):
+                raise BrokenTransferError(f"{name} arrived damaged")
+            return content
+
+        value, content = None, self._ask(name, ask)
         with contextlib.suppress(ValueError):
             value = json.loads(content)
         if not isinstance(value, dict):
             raise DownloadError(f"{name} of {listing.repository} is not a JSON object", "do not use this revision")
         return value
-
-    def _read(self, listing: Listing, file: File) -> bytes:
-        if file.size > _LARGEST_SMALL_FILE:
-            raise BrokenTransferError(f"{file.name} has {file.size:,} bytes")
-        with self._http(listing, file, 0) as (_, chunks):
-            content = b"".join(chunks)
-        digest = file.digest()
-        digest.update(content)
-        if len(content) != file.size or not file.is_right(digest):
-            raise BrokenTransferError(f"{file.name} arrived damaged")
-        return content
 
     @contextlib.contextmanager
     def stream(self, listing: Listing, file: File, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -237,19 +238,6 @@ class Hub:
             if begin not in (0, offset):
                 raise BrokenTransferError(f"the server sends bytes from {begin:,} on instead of {offset:,}")
             yield begin, response.iter_bytes()
-
-    def _branches(self, repository: Repository) -> list[tuple[str, str]]:
-        with _readable("its list of branches"):
-            refs = self._api.list_repo_refs(repository.id)
-            pairs = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
-        return sorted(pairs, key=lambda branch: (branch[0] != "main", _natural(branch[0])))
-
-    def _near(self, repository: Repository) -> list[str]:
-        """Repositories with similar names, the nearest first."""
-        first_word = re.split(r"[-_.]", repository.name)[0]
-        searches = ({"search": repository.name}, {"author": repository.owner}, {"search": first_word})
-        ids = [str(model.id) for search in searches for model in self._api.list_models(**search, limit=100)]
-        return difflib.get_close_matches(repository.id, dict.fromkeys(ids), 3, 0.6)
 
     def close(self) -> None:
         """Stop what is still being received."""

@@ -13,9 +13,13 @@ import re
 import time
 from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from exl_cli.errors import DownloadError, ExlError, UsageError, param
 from exl_cli.models.hub.names import Repository
+
+if TYPE_CHECKING:
+    from exl_cli.models.hub.client import Hub
 
 # Failures in a row, without a byte of progress, after which to give up; the wait doubles after each of them. A longer
 # Retry-After than the last is not obeyed: give up and say so.
@@ -121,45 +125,29 @@ def _reason(error: BaseException) -> str:
     return (_reason(cause) if cause is not None else "") or str(error).strip().partition("\n")[0]
 
 
-def explain(
-    error: Exception,
-    repository: Repository,
-    endpoint: str,
-    *,
-    logged_in: bool,
-    near: Callable[[], list[str]],
-    branches: Callable[[], list[str]],
-) -> ExlError:
-    """The error that a person should read about a failure that did not pass.
-
-    Args:
-        error: the failure.
-        repository: the one asked for.
-        endpoint: the Hub's address.
-        logged_in: whether a token was sent.
-        near, branches: ask the Hub for repositories of a similar name, or for this one's branches; may raise.
-    """
+def explain(error: Exception, repository: Repository, hub: Hub) -> ExlError:
+    """The error that a person should read about a failure, on the way to a repository, that did not pass."""
     from huggingface_hub import errors
 
     http = http_library()
-    page = f"{endpoint}/{repository.id}"
+    page = f"{hub.endpoint}/{repository.id}"
     log_in = f"log in with hf auth login, or give {param('token')}"
     names: list[str] = []
     if isinstance(error, ExlError):
         return error
     if isinstance(error, errors.GatedRepoError):
-        then = "then wait for its owner's approval" if logged_in else f"then {log_in}"
+        then = "then wait for its owner's approval" if hub.logged_in else f"then {log_in}"
         return DownloadError(f"{repository.id} is gated: accept its licence first", f"do so at {page}, {then}")
     if isinstance(error, errors.RevisionNotFoundError):
         with contextlib.suppress(Exception):
-            names = branches()
+            names = [name for name, _ in hub.branches(repository)]
         listed = f"its branches: {', '.join(names)}" if names else f"see {page}/tree/main"
         return DownloadError(f"{repository.id} has no branch, tag or commit named {repository.revision!r}", listed)
     if isinstance(error, errors.RepositoryNotFoundError):
         with contextlib.suppress(Exception):
-            names = near()
+            names = hub.near(repository)
         check = f"near names: {', '.join(names)}" if names else "check the name"
-        if not names and not logged_in:
+        if not names and not hub.logged_in:
             check += f"; if it is private, {log_in}"
         return DownloadError(f"the Hub has no model {repository.id}, or it is private", check)
     if isinstance(error, errors.EntryNotFoundError):
@@ -170,15 +158,14 @@ def explain(
         return UsageError(f"{repository.id!r} is not the name of a repository", "write it as owner/name")
     if isinstance(error, http.ConnectError | http.ProxyError | http.TimeoutException):
         reason = "no answer in time" if isinstance(error, http.TimeoutException) else _reason(error)
-        return DownloadError(f"cannot reach {endpoint}: {reason}", f"check the network; {_HERE}")
+        return DownloadError(f"cannot reach {hub.endpoint}: {reason}", f"check the network; {_HERE}")
     if status := status_of(error):
         return DownloadError(*_by_status(error, status, repository, page, log_in))
     if isinstance(error, (http.TransportError, BrokenTransferError)) and not _is_wrong_address(error):
         return DownloadError(f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON)
     if isinstance(error, (ValueError, KeyError, TypeError, http.HTTPError)):
-        return DownloadError(
-            f"{endpoint} does not answer like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
-        )
+        wrong = f"{hub.endpoint} does not answer like the Hub: {_reason(error)}"
+        return DownloadError(wrong, "check HF_ENDPOINT and proxies")
     reason = _reason(error) or type(error).__name__
     hint = f"run again with {param('debug')} to see where"
     return DownloadError(f"{repository} could not be downloaded: {reason}", hint)

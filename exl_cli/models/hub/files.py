@@ -77,14 +77,14 @@ class File:
         content = self.identity or hashlib.sha256(f"{self.name}:{self.size}".encode()).hexdigest()
         return f"{content}.{zlib.crc32(self.name.encode()):08x}"
 
-    def digest(self) -> Any:
-        """A hashlib object to feed the content to, for `is_right`.
+    def digest(self, content: bytes = b"") -> Any:
+        """A hashlib object to feed the content to, or the rest of it, for `is_right`.
 
         git names a file by the SHA-1 of "blob", its length, a zero byte and its content.
         """
         if self.sha256 or not self.blob_id:
-            return hashlib.sha256()
-        return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
+            return hashlib.sha256(content)
+        return hashlib.sha1(f"blob {self.size}\0".encode() + content, usedforsecurity=False)
 
     def is_right(self, digest: Any) -> bool:
         """Whether a digest of the whole content is this file's; true where no hash is known."""
