@@ -28,7 +28,7 @@ class SentenceError(ModelNotFoundError):
 
 
 class Observer(Protocol):
-    """Whoever wants to know how a load is going."""
+    """Takes what a load has to tell."""
 
     def note(self, message: str) -> None:
         """A decision worth telling: which engine, and why."""
@@ -50,7 +50,7 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
     Raises:
         UsageError: the name is empty.
         ModelNotFoundError: nothing of that name is here, or only part of it.
-        UnsupportedModelError, DamagedModelError: see `modelinfo.inspect`.
+        UnsupportedModelError, DamagedModelError: see `info.inspect`.
     """
     if model is not None and not model.strip():
         raise UsageError("the name of the model is empty", f"give a name or a folder, or {BUILTIN}")
@@ -139,7 +139,7 @@ def load(
         info: from `resolve`.
         tokenizer: the model's.
         options: the load flags; a draft model is looked for in the usual folder, see `with_draft`.
-        observer: is told the choice of engine and the progress.
+        observer: takes the choice of engine and the progress.
         needed: tokens of prompt and response, where they are known.
 
     Raises:

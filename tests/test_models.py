@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from exl_cli import loader
 from exl_cli.cli.app import app
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
-from exl_cli.models import inventory, memory
+from exl_cli.models import folders, memory
 from exl_cli.models.hub import store
 
 
@@ -167,7 +167,7 @@ def test_lines_in_a_pipe_have_no_trailing_blanks(tmp_path: Path, gptq_dir: Path,
 def test_a_licence_that_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "README.md")
     (tmp_path / "LICENSE").symlink_to("/dev/zero")
-    assert inventory.licence(tmp_path, None) == ""
+    assert folders.licence(tmp_path, None) == ""
 
 
 def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path) -> None:
@@ -188,12 +188,12 @@ def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path)
 
 
 def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
-    assert inventory.licence(tmp_path, None) == ""
+    assert folders.licence(tmp_path, None) == ""
     (tmp_path / "LICENSE").write_text("\n   MIT License\n")
-    assert inventory.licence(tmp_path, None) == "MIT License"
+    assert folders.licence(tmp_path, None) == "MIT License"
     (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: 'llama3'\n---\nlicense: no\n")
-    assert inventory.licence(tmp_path, None) == "llama3"
-    assert inventory.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
+    assert folders.licence(tmp_path, None) == "llama3"
+    assert folders.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_rm_removes_that_model_and_nothing_else(
 
 
 def test_rm_of_a_path_means_a_folder_directly_in_the_models_folder(models: Path) -> None:
-    assert inventory.find_to_remove(str(models / "mine"), models) == models / "mine"
+    assert folders.find_to_remove(str(models / "mine"), models) == models / "mine"
     for name in (
         str(models.parent),
         str(models),
@@ -233,7 +233,7 @@ def test_rm_of_a_path_means_a_folder_directly_in_the_models_folder(models: Path)
         "a/b/c",
     ):
         with pytest.raises((UsageError, ModelNotFoundError)):
-            inventory.find_to_remove(name, models)
+            folders.find_to_remove(name, models)
 
 
 def test_rm_of_a_model_elsewhere_is_refused_however_it_is_named(models: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_rm_of_a_model_elsewhere_is_refused_however_it_is_named(models: Path, tm
         models / "mine" / ".." / "..",
     ):
         with pytest.raises(UsageError, match="is not directly in"):
-            inventory.find_to_remove(str(name), models)
+            folders.find_to_remove(str(name), models)
 
 
 def test_rm_leaves_what_is_no_model_alone(models: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_rm_leaves_what_is_no_model_alone(models: Path, tmp_path: Path) -> None:
     (models / "photos" / "cat.jpg").write_bytes(b"cat")
     for name in ("photos", "notes.txt", "nothing", "fable-7m", "acme/unknown"):
         with pytest.raises((UsageError, ModelNotFoundError)):
-            inventory.find_to_remove(name, models)
+            folders.find_to_remove(name, models)
     assert (models / "photos" / "cat.jpg").exists()
 
 
@@ -265,8 +265,8 @@ def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> No
     (models / "linked").symlink_to(outside)
     (models / "mine" / "inner").symlink_to(outside)
 
-    inventory.remove(inventory.find_to_remove("linked", models))
-    inventory.remove(inventory.find_to_remove("mine", models))
+    folders.remove(folders.find_to_remove("linked", models))
+    folders.remove(folders.find_to_remove("mine", models))
 
     assert not os.path.lexists(models / "linked")
     assert not (models / "mine").exists()
@@ -275,7 +275,7 @@ def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> No
 
 def test_rm_waits_for_no_download(models: Path) -> None:
     with store.lock(models / "mine", None), pytest.raises(DiskError, match="another exl is at work"):
-        inventory.remove(models / "mine")
+        folders.remove(models / "mine")
     assert (models / "mine" / "config.json").exists()
 
 

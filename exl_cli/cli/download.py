@@ -105,11 +105,11 @@ def _branches(
     else:
         cards = _cards(vram)
         note = f"fits: in {' + '.join(units.gib(card) for card in cards)}"
-    found = describe(Hub(token, console.note), repository, context, cache, cards)
+    described = describe(Hub(token, console.note), repository, context, cache, cards)
     if as_json:
-        console.data([asdict(branch) for branch in found])
+        console.data([asdict(branch) for branch in described])
         return
-    models.show(console, models.branches_table(found, context, cache))
+    models.show(console, models.branches_table(described, context, cache))
     console.note(note)
 
 

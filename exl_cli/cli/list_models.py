@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exl_cli.cli.options import Json, ModelsDir
-from exl_cli.models import inventory
+from exl_cli.models import folders
 from exl_cli.ui import models
 from exl_cli.ui.console import Console
 
@@ -11,8 +11,8 @@ from exl_cli.ui.console import Console
 def list_models(models_dir: ModelsDir = None, as_json: Json = False) -> None:
     """Show the models that are here, the built-in one included."""
     console = Console()
-    found = inventory.entries(models_dir)
+    entries = folders.entries(models_dir)
     if as_json:
-        console.data([entry.to_dict() for entry in found])
+        console.data([entry.to_dict() for entry in entries])
     else:
-        models.show(console, models.models_table(found))
+        models.show(console, models.models_table(entries))

@@ -7,7 +7,7 @@ from typing import Any
 from exl_cli import loader
 from exl_cli.cli.options import Json, Model, ModelsDir
 from exl_cli.engines.exllamav2 import support
-from exl_cli.models import inventory, memory
+from exl_cli.models import folders, memory
 from exl_cli.models.chat_template import load_chat_template
 from exl_cli.models.hub import store
 from exl_cli.models.info import ModelInfo
@@ -22,10 +22,10 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     console = Console()
     info = loader.resolve(model, models_dir)
     marker = store.read_marker(info.path)
-    entry = inventory.Entry(info.name, info.path, inventory.folder_bytes(info.path, linked=True), info, marker=marker)
+    entry = folders.Entry(info.name, info.path, folders.folder_bytes(info.path, linked=True), info, marker=marker)
     template = load_chat_template(info.path)
     source = template.source if template else ""
-    licence = inventory.licence(info.path, marker)
+    licence = folders.licence(info.path, marker)
     why_not = support.why_not(info)
     estimates = {} if why_not else _estimates(info)
     if as_json:
@@ -56,11 +56,11 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
 def _estimates(info: ModelInfo) -> dict[int, dict[str, memory.Estimate]]:
     """Estimates by context and cache type, up to the model's own context."""
     contexts = sorted({*(context for context in _CONTEXTS if context < info.context_length), info.context_length})
-    found = {
+    estimates = {
         context: {cache: memory.estimate(info, context, cache) for cache in memory.CACHE_TYPES} for context in contexts
     }
     return {
         context: {cache: needed for cache, needed in row.items() if needed}
-        for context, row in found.items()
+        for context, row in estimates.items()
         if any(row.values())
     }

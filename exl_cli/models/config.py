@@ -113,7 +113,7 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is there but is no file: reading a pipe or a device may never end.
+    """Refuse a path that exists but is no file: reading a pipe or a device may never end.
 
     Raises:
         DamagedModelError: so it is.
@@ -135,10 +135,10 @@ def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
 def context_length_of(config: Mapping[str, Any]) -> int:
     """The longest context that a config.json says the model was made for, in tokens."""
     # What is written anywhere counts before what a class takes for granted.
-    found = [source.get(key) for source in (config, _text(config)) for key in _CONTEXT_KEYS]
-    found.append(value_of(config, _CONTEXT_KEYS[0]))
+    lengths = [source.get(key) for source in (config, _text(config)) for key in _CONTEXT_KEYS]
+    lengths.append(value_of(config, _CONTEXT_KEYS[0]))
     # exllamav2's own default for a config that does not say is 2,048.
-    return next((value for value in found if isinstance(value, int) and value > 0), 2048)
+    return next((value for value in lengths if isinstance(value, int) and value > 0), 2048)
 
 
 def check_values(path: Path, config: Mapping[str, Any]) -> None:

@@ -101,7 +101,7 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
     config = read_json(path / "config.json", required=True)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
-        # GPTQ checkpoints made before 2024 keep it in a file of its own.
+        # GPTQ checkpoints made before 2024 keep it in a separate file.
         quantization = read_json(path / "quantize_config.json")
         if quantization:
             config = {**config, "quantization_config": {"quant_method": "gptq", **quantization}}

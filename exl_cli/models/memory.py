@@ -3,7 +3,7 @@
 The sum follows exllamav2 0.3.2 (file names are its own) at the moment when it holds most:
 
 - weights: every tensor of the text model but the embeddings, which stay on the CPU (`embedding.py`); unquantized ones
-  as float16 (`module.py`, `load_weight`); a head tied to the embeddings is loaded as a float16 matrix of its own;
+  as float16 (`module.py`, `load_weight`); a head tied to the embeddings is loaded as a separate float16 matrix;
 - KV cache: keys and values of every layer for every token, the context rounded up to a page of 256. A quantized cache
   stores blocks of 32 values with a float16 scale, and keeps one layer of float16 to compute with (`cache.py`);
 - scratch: one buffer per GPU, as large as the hungriest module's `scratch_space_fixed`, and its size does not depend on
@@ -106,8 +106,8 @@ def shape_of(info: ModelInfo) -> Shape | None:
     """The dimensions under the names that exllamav2 looks for; None where config.json does not say."""
 
     def read(*names: str) -> int:
-        found = (info.text_config(name) for name in names)
-        return next((value for value in found if isinstance(value, int) and value > 0), 0)
+        values = (info.text_config(name) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
     layers = read("num_hidden_layers", "n_layers", "n_layer")
     hidden = read("hidden_size", "d_model", "n_embd")
@@ -304,11 +304,11 @@ def _visible(driver: Driver) -> list[Any]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return handles
-    found = []
+    visible = []
     for entry in chosen.split(","):
         entry = entry.strip()
         if entry.isdigit() and int(entry) < len(handles):
-            found.append(handles[int(entry)])
+            visible.append(handles[int(entry)])
         else:
-            found += [h for h in handles if entry and str(driver.ask("DeviceGetUUID", h)).startswith(entry)][:1]
-    return found
+            visible += [h for h in handles if entry and str(driver.ask("DeviceGetUUID", h)).startswith(entry)][:1]
+    return visible

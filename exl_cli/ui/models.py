@@ -14,9 +14,9 @@ from exl_cli.ui.console import Console, harmless
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from exl_cli.models.folders import Entry
     from exl_cli.models.hub.branches import Branch
     from exl_cli.models.hub.download import Plan
-    from exl_cli.models.inventory import Entry
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _WIDEST = 100_000

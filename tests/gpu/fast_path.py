@@ -26,7 +26,28 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-WORDS = "the a fox river under house went old said tree little once upon time near big day night rain sun".split()
+WORDS = [
+    "the",
+    "a",
+    "fox",
+    "river",
+    "under",
+    "house",
+    "went",
+    "old",
+    "said",
+    "tree",
+    "little",
+    "once",
+    "upon",
+    "time",
+    "near",
+    "big",
+    "day",
+    "night",
+    "rain",
+    "sun",
+]
 
 
 def worker(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def read_header(file: Path) -> list[TensorHeader]:
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            # A pipe would be waited for, a device read for ever.
+            # A pipe would be waited for, a device read without end.
             raise _damaged(file, "is not a regular file")
         size = status.st_size
         with file.open("rb") as stream:

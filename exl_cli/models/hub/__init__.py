@@ -14,8 +14,8 @@
 
 huggingface_hub does the talking (session, login, proxies, metadata, errors), but not the writing of files:
 
-- `hf_hub_download` writes, since 1.18, to a temporary file of a random name that it deletes on failure, so that nothing
-  is left to resume from (huggingface_hub pull request 4228, and still so in 2.4);
+- `hf_hub_download` writes, since 1.18, to a temporary file of a random name that it deletes on failure, which leaves
+  nothing to resume from (huggingface_hub pull request 4228, and still so in 2.4);
 - `file_download.http_get` continues a part, but hands bytes on in blocks of 10 MiB (`DOWNLOAD_CHUNK_SIZE`): a kill, a
   reset or Ctrl-C loses or waits for as much of every file, and a line that breaks off more often than that never gets
   anywhere. It also sleeps through a 429 without a word, however long, and writes its retries to stderr.

@@ -1,10 +1,10 @@
 """A model's folder on disk: what is complete, and what is still on its way.
 
-A download collects its files in `.exl-download/` inside the model's folder, under names made of their contents' hashes,
-so that a part is never continued with the bytes of another file or commit. Only when all are there and verified do
-they move to their places, `config.json` last, and only then is the marker `.exl.json` written; until then the same
-marker lies in `.exl-download/` and says what is being fetched. A folder with `.exl-download/` and no marker of its own
-is half a model and never taken for one; a folder with neither was put there by hand.
+A download collects its files in `.exl-download/` inside the model's folder, under names made of their contents' hashes:
+a part is never continued with the bytes of another file or commit. Once all are there and verified they move to their
+places, `config.json` last, and then the marker `.exl.json` is written; until then the same marker lies in
+`.exl-download/` and names what is being fetched. A folder with `.exl-download/` and no marker beside it is half a model
+and never taken for one; a folder with neither was put there by hand.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def lock(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     """Be the only one at work on a model's folder.
 
     Args:
-        folder: the model's; the lock lies beside it, so that the folder can be removed under it.
+        folder: the model's; the lock lies beside it, for the folder to be removed under it.
         waiting: called once if another is at work, before waiting for it; None to give up instead.
 
     Raises:
