@@ -66,10 +66,10 @@ def download(
         DownloadError, DiskError: see `hub.download`.
     """
     from exl_cli.api import download as api
-    from exl_cli.ui import transfers
     from exl_cli.ui.console import Console
+    from exl_cli.ui.progress import transfers
 
-    return api.download(model_name, models_dir, revision, token, transfers.observer(Console()))
+    return api.download(model_name, models_dir, revision, token, transfers(Console()))
 
 
 def __getattr__(name: str) -> Any:

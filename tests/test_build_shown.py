@@ -25,11 +25,11 @@ LINES = """
 import sys
 from exl_cli.engines.exllamav2.extension.jobs import Progress
 from exl_cli.ui.console import Console
-from exl_cli.ui.build import Bar
+from exl_cli.ui.progress import Build
 times = iter(map(float, sys.argv[1].split(",")))
-bar = Bar(Console(), lambda: next(times))
+bar = Build(Console(), lambda: next(times))
 for done in range(21):
-    bar.update(Progress(done, 20, 10.0 * done, 200.0 - 10 * done, ""))
+    bar.building(Progress(done, 20, 10.0 * done, 200.0 - 10 * done, ""))
 """
 
 

@@ -14,8 +14,8 @@ from exl_cli.engines.exllamav2.extension import wheel as carry
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.system.interrupts import insist_on_interrupt
 from exl_cli.system.units import clock_time
-from exl_cli.ui.build import Build
 from exl_cli.ui.console import Console
+from exl_cli.ui.progress import Build
 
 
 def build(

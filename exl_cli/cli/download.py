@@ -17,8 +17,9 @@ from exl_cli.models.hub.download import Outcome, Plan, Wanted, prepare
 from exl_cli.models.hub.files import Choice
 from exl_cli.models.load_options import CacheType, parse_gpu_split
 from exl_cli.system import units
-from exl_cli.ui import models, transfers
+from exl_cli.ui import models
 from exl_cli.ui.console import Console
+from exl_cli.ui.progress import finished, transfers
 
 _FILES = "Files"
 _BRANCHES = "With --branches"
@@ -77,8 +78,8 @@ def download(
     if dry_run:
         _dry_run(console, wanted, token, as_json)
         return
-    outcome = fetch(wanted, transfers.observer(console), token)
-    transfers.finished(console, outcome)
+    outcome = fetch(wanted, transfers(console), token)
+    finished(console, outcome)
     if as_json:
         console.data(_outcome(outcome))
     else:

@@ -14,8 +14,8 @@ from exl_cli.models.hub.download import Wanted, prepare
 from exl_cli.models.info import ModelInfo
 from exl_cli.system import units
 from exl_cli.ui import models as console_models
-from exl_cli.ui import transfers
 from exl_cli.ui.console import Console
+from exl_cli.ui.progress import finished, transfers
 
 
 def ensure(model: str | None, models: Path | None, *, allow: bool, console: Console) -> ModelInfo:
@@ -45,5 +45,5 @@ def ensure(model: str | None, models: Path | None, *, allow: bool, console: Cons
             question = f"{repository} is not here. Download {units.size(plan.remaining)} to {wanted.folder}?"
             if not console_models.confirm(console, question):
                 raise
-    transfers.finished(console, fetch(wanted, transfers.observer(console), plan=plan))
+    finished(console, fetch(wanted, transfers(console), plan=plan))
     return loader.resolve(model, models)

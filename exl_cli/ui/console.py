@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from exl_cli.api import notebook, records
@@ -15,13 +14,11 @@ from exl_cli.errors import ExlError, spell
 from exl_cli.system.readings import GpuReading, HostReading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import Console as RichConsole
     from rich.table import Table
+    from rich.text import Text
 
-    from exl_cli.engines.exllamav2.extension.jobs import Progress as BuildProgress
-    from exl_cli.ui.build import Bar
+    from exl_cli.ui.progress import Loading
 
 _MIB = 2**20
 
@@ -137,17 +134,11 @@ class Console:
         else:
             self.note(f"Memory: {_mib(host.resident_bytes)} resident, {_mib(host.peak_bytes)} peak")
 
-    @contextmanager
-    def loading(self, what: str) -> Iterator[Loading]:
-        """One line while a model loads: live on a terminal, plain elsewhere."""
-        loading = Loading(self, what)
-        loading.start()
-        try:
-            yield loading
-        except BaseException:
-            loading.stop(done=False)
-            raise
-        loading.stop(done=True)
+    def loading(self, model: str) -> Loading:
+        """Shows in a `with` block that a model loads."""
+        from exl_cli.ui.progress import Loading
+
+        return Loading(self, model)
 
     def error(self, error: ExlError) -> None:
         """What is wrong and the next step."""
@@ -174,65 +165,11 @@ class Console:
         self.err.print(line, highlight=False, soft_wrap=True)
 
 
-class Loading:
-    """Tells how a load is going; see `loader.Observer`."""
+def dim(text: str) -> Text:
+    """Text as a spinner shows it."""
+    from rich.text import Text
 
-    def __init__(self, console: Console, what: str) -> None:
-        self._console = console
-        self._what = what
-        self._status: Any = None
-        self._bar: Bar | None = None
-
-    def start(self) -> None:
-        """Show the line."""
-        if self._console.is_live:
-            self._status = self._console.err.status(f"[dim]Loading model: {_plain(self._what)}[/dim]", spinner="dots")
-            self._status.start()
-        else:
-            self._console.note(f"Loading model: {self._what}")
-
-    def stop(self, *, done: bool) -> None:
-        """Take the spinner away; leave the line where the load is done."""
-        self._end_build()
-        if self._status is None:
-            return
-        self._status.stop()
-        self._status = None
-        if done:
-            self._console.note(f"Loading model: {self._what}")
-
-    def note(self, message: str) -> None:
-        """See `loader.Observer.note`."""
-        self._console.note(message)
-
-    def progress(self, done: int, total: int) -> None:
-        """See `loader.Observer.progress`."""
-        self._end_build()
-        if self._status is not None:
-            self._status.update(f"[dim]Loading model: {_plain(self._what)} {100 * done // max(total, 1)} %[/dim]")
-
-    def building(self, progress: BuildProgress) -> None:
-        """See `building.build.Observer.building`: its bar takes the spinner's place while something is compiled."""
-        if self._bar is None:
-            from exl_cli.ui.build import Bar
-
-            if self._status is not None:
-                self._status.stop()
-            self._bar = Bar(self._console)
-        self._bar.update(progress)
-
-    def _end_build(self) -> None:
-        if self._bar is not None:
-            self._bar.end()
-            self._bar = None
-            if self._status is not None:
-                self._status.start()
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(harmless(text))
+    return Text(harmless(text), "dim")
 
 
 def _mib(count: int) -> str:

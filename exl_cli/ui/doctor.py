@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from exl_cli.doctor.check_result import CheckResult
-from exl_cli.ui.console import Console, flags, harmless
+from exl_cli.ui.console import Console, dim, flags, harmless
 
 _TITLE = 15
 _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("-", "dim")}
@@ -31,7 +31,7 @@ class Checklist:
     def waiting_for(self, what: str) -> None:
         """Say on a terminal what is being checked."""
         if self._status is not None:
-            self._status.update(f"[dim]checking {_escaped(what)}[/dim]")
+            self._status.update(dim(f"checking {what}"))
 
     def show(self, result: CheckResult) -> None:
         """One result."""
@@ -83,15 +83,9 @@ class Checklist:
         err = self._console.err
         if err.is_terminal and self._console.out.is_terminal:
             # On stdout's console, so that the results are printed above it.
-            self._status = self._console.out.status("[dim]checking[/dim]", spinner="dots")
+            self._status = self._console.out.status(dim("checking"), spinner="dots")
         if self._status is None:
             yield
             return
         with self._status:
             yield
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(harmless(text))

@@ -1,0 +1,207 @@
+"""How downloads, builds and loads show their progress: live on a terminal, in plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from exl_cli.api.download import Lines
+from exl_cli.system.units import Milestones, clock_time, size
+from exl_cli.ui.console import Console, dim, harmless
+
+if TYPE_CHECKING:
+    from exl_cli.engines.exllamav2.extension.jobs import Progress as BuildProgress
+    from exl_cli.models.hub.download import Outcome, Plan
+
+
+class Live:
+    """Base of what shows progress: notes, and bars on a terminal, which are gone at the end however that comes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Any = None
+
+    def note(self, message: str) -> None:
+        """A line, for any observer."""
+        self._console.note(message)
+
+    def _make_bars(self, *columns: Any) -> Any:
+        from rich.progress import Progress
+
+        self._bars = Progress(*columns, console=self._console.err, expand=True, transient=True)
+        return self._bars
+
+    def end(self) -> None:
+        """Take the bars away."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def text_column(template: str, **layout: Any) -> Any:
+    """A column of text that is cut where the terminal is narrow."""
+    from rich.progress import TextColumn
+    from rich.table import Column
+
+    return TextColumn(template, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", **layout))
+
+
+def bar_column(width: int | None = 40) -> Any:
+    """The bar itself, which gives way first when the terminal is narrow."""
+    from rich.progress import BarColumn
+    from rich.table import Column
+
+    return BarColumn(width, table_column=Column(ratio=1))
+
+
+class Transfers(Live, Lines):
+    """A bar for the whole download and one for each file under way."""
+
+    def __init__(self, console: Console) -> None:
+        Live.__init__(self, console)
+        Lines.__init__(self, console.note)
+
+    def begin(self, plan: Plan) -> None:
+        """See `hub.download.Observer`."""
+        from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        super().begin(plan)
+        numbers = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        bars = self._make_bars(text_column("{task.description}", ratio=2), bar_column(), *numbers)
+        self._total = bars.add_task("total", total=plan.total, completed=self._here)
+        self._tasks: dict[str, Any] = {}
+        self._files = {item.file.name: (item.bytes_here, item.file.size) for item in plan.items}
+        bars.start()
+
+    def _show(self, name: str, count: int) -> None:
+        here, whole = self._files[name]
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(harmless(name), total=whole, completed=here)
+        self._files[name] = here + count, whole
+        self._bars.update(self._total, completed=self._done)
+        self._bars.update(self._tasks[name], completed=here + count, visible=here + count < whole)
+
+
+def transfers(console: Console) -> Lines:
+    """Shows a download to whoever reads stderr."""
+    return Transfers(console) if console.is_live else Lines(console.note)
+
+
+def finished(console: Console, outcome: Outcome) -> None:
+    """One line about how a download ended."""
+    name, folder = outcome.wanted.repository, outcome.wanted.folder
+    if outcome.by_hand:
+        console.note(
+            f"{name} is already in {folder}, put there by hand: exl does not know whether it is the Hub's (--verify)"
+        )
+    elif not outcome.fetched_bytes and not outcome.seconds:
+        checked = "every hash agrees" if outcome.wanted.verify else f"{len(outcome.files)} files, {size(outcome.total)}"
+        console.note(f"{name} is already in {folder}: {checked}")
+    else:
+        rate = outcome.fetched_bytes / max(outcome.seconds, 1e-9)
+        console.note(f"{name} is in {folder}: {size(outcome.fetched_bytes)} in {outcome.seconds:.1f} s, {size(rate)}/s")
+
+
+class Build(Live):
+    """A build of exllamav2's extension; see `extension.build.Observer`.
+
+    Args:
+        console: where to.
+        clock: in seconds, for the time between lines.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(console)
+        self._milestones = Milestones(clock)
+        self._last: BuildProgress | None = None
+
+    def building(self, progress: BuildProgress) -> None:
+        """See `Observer.building`."""
+        self._last = progress
+        if self._console.is_live:
+            self._draw(progress)
+        elif progress.done and self._milestones.reached(progress.done, progress.total):
+            known = progress.left is not None and progress.done < progress.total
+            left = f", about {clock_time(progress.left or 0.0)} left" if known else ""
+            self.note(f"compiled {progress.done} of {progress.total} files in {clock_time(progress.seconds)}{left}")
+
+    def _draw(self, progress: BuildProgress) -> None:
+        if self._bars is None:
+            from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+            counts = MofNCompleteColumn(), TextColumn("files", markup=False), TimeElapsedColumn()
+            texts = (text_column(f"{{task.fields[{field}]}}") for field in ("left", "name"))
+            bars = self._make_bars(TextColumn("{task.description}", markup=False), bar_column(None), *counts, *texts)
+            self._task = bars.add_task("Compiling", total=progress.total, left="", name="")
+            bars.start()
+        left: object = "" if progress.left is None else _Countdown(time.monotonic() + progress.left)
+        if progress.done >= progress.total:
+            left = "loading it once"
+        done, name = progress.done, harmless(progress.name)
+        self._bars.update(self._task, completed=done, total=progress.total, left=left, name=name)
+
+    def __enter__(self) -> Build:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            kept = f"{self._last.done} of {self._last.total} files are kept" if self._last else "nothing was compiled"
+            self.note(f"stopped: {kept}; exl build goes on from there")
+
+
+class _Countdown:
+    """The time left of what was last expected: it goes on between two files."""
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+
+    def __str__(self) -> str:
+        return f"about {clock_time(self._end - time.monotonic())} left"
+
+
+class Loading(Live):
+    """One line while a model loads, with a spinner on a terminal; see `loader.Observer`."""
+
+    def __init__(self, console: Console, model: str) -> None:
+        super().__init__(console)
+        self._line = f"Loading model: {model}"
+        self._status: Any = None
+        self._build: Build | None = None
+
+    def __enter__(self) -> Loading:
+        if self._console.is_live:
+            self._status = self._console.err.status(dim(self._line), spinner="dots")
+            self._status.start()
+        else:
+            self.note(self._line)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end_build()
+        if self._status is not None:
+            self._status.stop()
+            if kind is None:
+                self.note(self._line)
+
+    def progress(self, done: int, total: int) -> None:
+        """See `loader.Observer.progress`."""
+        self._end_build()
+        if self._status is not None:
+            self._status.update(dim(f"{self._line} {100 * done // max(total, 1)} %"))
+
+    def building(self, progress: BuildProgress) -> None:
+        """See `extension.build.Observer`: its bar takes the spinner's place while something is compiled."""
+        if self._build is None:
+            if self._status is not None:
+                self._status.stop()
+            self._build = Build(self._console)
+        self._build.building(progress)
+
+    def _end_build(self) -> None:
+        if self._build is not None:
+            self._build.end()
+            self._build = None
+            if self._status is not None:
+                self._status.start()
