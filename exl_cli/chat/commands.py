@@ -279,7 +279,8 @@ def _undo(chat: Chat, text: str) -> None:
 
 @_command("edit", "change the last message in $EDITOR and send it again")
 def _edit(chat: Chat, text: str) -> None:
-    before = chat.conversation.last_message()
+    session = chat.conversation.session
+    before = session.turns[session.last_user()].content
     after = _edited(before)
     if after == before or not after.strip():
         chat.view.say("the message is as it was")

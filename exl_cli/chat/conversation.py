@@ -91,7 +91,7 @@ class Conversation:
         Raises:
             UsageError: nothing was said yet. And as `send`.
         """
-        self._redo(self._last_message() + 1, self._answer)
+        self._redo(self.session.last_user() + 1, self._answer)
 
     def revise(self, text: str) -> None:
         """Say something else instead of the last message; the old exchange stays unless that gets an answer.
@@ -99,7 +99,7 @@ class Conversation:
         Raises:
             UsageError: nothing was said yet. And as `send`.
         """
-        self._redo(self._last_message(), lambda: self.send(text))
+        self._redo(self.session.last_user(), lambda: self.send(text))
 
     def resume(self) -> None:
         """Let a cut-off answer go on.
@@ -122,7 +122,7 @@ class Conversation:
         Raises:
             UsageError: nothing was said yet.
         """
-        message = self.session.cut(self._last_message())[0].content
+        message = self.session.cut(self.session.last_user())[0].content
         self.save()
         return message
 
@@ -135,20 +135,6 @@ class Conversation:
         if self.session.last is None:
             raise UsageError("there is no answer yet", "say something first")
         return self.session.last
-
-    def last_message(self) -> str:
-        """The last message.
-
-        Raises:
-            UsageError: there is none.
-        """
-        return self.session.turns[self._last_message()].content
-
-    def _last_message(self) -> int:
-        index = self.session.last_user()
-        if index is None:
-            raise UsageError("nothing was said yet", "say something first")
-        return index
 
     def _withdraw(self, draft: str | None = None) -> bool:
         """Turn a last message that has no answer into the draft, or into `draft`; returns whether there was one."""
@@ -255,7 +241,7 @@ class Conversation:
                 encoded[start] = self.model.encoder.encode(text if unfinished is None else text + unfinished.generated)
             return len(encoded[start].ids)
 
-        before, last = size(session.dropped), session.last_user() or 0
+        before, last = size(session.dropped), session.last_user()
         if before > context - LEAST_ROOM:
             if size(last) > context - LEAST_ROOM:
                 raise _too_large(size(last), context, unfinished)

@@ -6,6 +6,7 @@ in the session, in its file and in what is exported.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import difflib
 import itertools
@@ -109,11 +110,10 @@ class Session:
     Attributes:
         name: what it is saved as; empty while it has no name.
         system: the system message, or None.
-        turns: all of them, a user's first, then in alternation.
-        dropped: how many of the first turns the model no longer sees.
+        turns: all of them, the user's and the model's in turn.
+        dropped: how many of the first turns the model no longer sees; even.
         model: the name of the model last used.
-        settings: what the chat was set to, JSON-ready; kept for whoever made it.
-        totals: what it cost.
+        settings: what the chat was set to, JSON-ready; see `Settings.to_dict`.
         created, updated: times; see `now`.
     """
 
@@ -137,9 +137,15 @@ class Session:
         """The first words that were said, on one line."""
         return excerpt(self.turns[0].content) if self.turns else ""
 
-    def last_user(self) -> int | None:
-        """Where the last message of the user is among the turns."""
-        return next((i for i in range(len(self.turns) - 1, -1, -1) if self.turns[i].role == "user"), None)
+    def last_user(self) -> int:
+        """The index of the user's last turn.
+
+        Raises:
+            UsageError: there is none yet.
+        """
+        if not self.turns:
+            raise UsageError("nothing was said yet", "say something first")
+        return (len(self.turns) - 1) // 2 * 2
 
     def messages(self, start: int | None = None, stop: int | None = None) -> list[dict[str, str]]:
         """What the model is to read: the system message and the turns from `start` (those not dropped) to `stop`."""
@@ -147,37 +153,29 @@ class Session:
         return [*system, *(turn.message() for turn in self.turns[self.dropped if start is None else start : stop])]
 
     def cut(self, count: int) -> list[Turn]:
-        """Keep the first `count` turns; returns the others."""
+        """Keep the first `count` turns; returns the others. Dropped turns come back if all those after them are cut."""
         removed = self.turns[count:]
         del self.turns[count:]
-        # Whoever goes back behind what was dropped sees it again.
-        self.dropped = min(self.dropped, max(len(self.turns) - 1, 0))
-        while self.dropped and self.turns[self.dropped].role != "user":
-            self.dropped -= 1
+        self.dropped = min(self.dropped, max(len(self.turns) - 1, 0)) // 2 * 2
         return removed
 
     def trim(self, size: Callable[[int], int], limit: int, goal: int) -> list[Turn]:
-        """Drop the oldest exchanges whole, if the prompt has become too large. The last user message always stays.
+        """Drop whole exchanges, oldest first, if the prompt has more than `limit` tokens; the user's last turn stays.
 
         Args:
             size: tokens of the prompt that begins with the turn of this index; falls as the index rises.
-            limit: most tokens that the prompt may have; while it holds, nothing is dropped.
-            goal: tokens to come down to once something must go. A prompt that begins otherwise is computed anew from
-                its first token, so room is made for several turns at a time.
+            limit: the most tokens that need no dropping.
+            goal: tokens to come down to. A prompt with another beginning is computed from its first token on, so room
+                is made for several turns at a time.
 
         Returns:
             The turns that were dropped.
         """
-        before, last = self.dropped, self.last_user()
-        if last is None or size(before) <= limit:
-            return []
-        starts = [i for i in range(before + 1, last + 1) if self.turns[i].role == "user"]
-        low, high = 0, len(starts) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if size(starts[middle]) <= goal else (middle + 1, high)
-        if starts:
-            self.dropped = starts[low]
+        before = self.dropped
+        starts = range(before + 2, self.last_user() + 1, 2)
+        if starts and size(before) > limit:
+            first = bisect.bisect_left(starts, -goal, hi=len(starts) - 1, key=lambda start: -size(start))
+            self.dropped = starts[first]
         return self.turns[before : self.dropped]
 
 
@@ -192,12 +190,7 @@ def dumps(session: Session) -> str:
 
 
 def loads(text: str, name: str, source: str) -> Session:
-    """A session from its JSON.
-
-    Args:
-        text: the file's content.
-        name: the session's name.
-        source: the file, for messages.
+    """A session from its JSON; `source` names the file in messages.
 
     Raises:
         DiskError: the text is no session, is damaged, or is of a newer format.
@@ -250,9 +243,9 @@ def _read(kind: type[Any], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise TypeError(f"{where} is not an object")
     known = {entry.name: value[entry.name] for entry in fields(kind) if entry.name in value}
-    for entry in fields(kind):
-        if entry.name in known and not is_kind(known[entry.name], str(entry.type)):
-            raise TypeError(f"{entry.name} of {where} is {known[entry.name]!r}"[:200])
+    for name, item in known.items():
+        if not is_kind(item, kind.__annotations__[name]):
+            raise TypeError(f"{name} of {where} is {item!r}"[:200])
     if kind is Turn and not {"role", "content"} <= known.keys():
         raise TypeError(f"{where} has no role or no content")
     return kind(**known)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, get_common_complete_suffix
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from exl_cli.chat import commands
 from exl_cli.chat.loop import Chat, Event, Signal
 from exl_cli.models.prompt import check_text
+from exl_cli.system.files import write_atomically
 from exl_cli.ui.chat import CONTINUATION, PROMPT
 
 # A history file larger than this, in bytes, is cut to its last half.
@@ -34,16 +37,15 @@ class TerminalInput:
     """
 
     def __init__(self, chat: Chat, history: Path | None) -> None:
-        completer = _Completer(chat)
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
-            history=_history(history),
-            completer=completer,
+            history=InMemoryHistory() if history is None else _History(history),
+            completer=_Completer(chat),
             complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
             multiline=True,
             prompt_continuation=CONTINUATION,
             placeholder=_placeholder,
-            key_bindings=_bindings(completer),
+            key_bindings=_KEYS,
             enable_suspend=True,
             output=create_output(stdout=sys.stderr),
         )
@@ -61,12 +63,20 @@ class TerminalInput:
 
 
 def _placeholder() -> FormattedText:
-    """What an empty line says; nothing once it has been entered, so that it does not stay on the screen."""
+    """What an empty line says; nothing once it has been entered, or it would stay on the screen."""
     return FormattedText([] if get_app().is_done else [("fg:ansibrightblack", "a message, or /help")])
 
 
 class _History(FileHistory):
-    """A history whose file may be missing, full or not ours: then it lasts as long as the process."""
+    """A history whose file may be missing, full or another user's: then it lasts as long as the process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        with contextlib.suppress(OSError):
+            if path.stat().st_size > _MOST_HISTORY:
+                text = path.read_text(encoding="utf-8", errors="replace")
+                write_atomically(path, text[text.find("\n# ", len(text) // 2) :], private=True)
 
     def load_history_strings(self) -> Iterable[str]:
         try:
@@ -75,27 +85,10 @@ class _History(FileHistory):
             return []
 
     def store_string(self, string: str) -> None:
-        try:
-            path = Path(str(self.filename))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch(mode=0o600)
             super().store_string(string)
-        except OSError:
-            return
-
-
-def _history(path: Path | None) -> History:
-    if path is None:
-        return InMemoryHistory()
-    try:
-        if path.stat().st_size > _MOST_HISTORY:
-            from exl_cli.system.files import write_atomically
-
-            text = path.read_text(encoding="utf-8", errors="replace")
-            write_atomically(path, text[text.find("\n# ", len(text) // 2) :], private=True)
-    except OSError:
-        pass
-    return _History(str(path))
 
 
 class _Completer(Completer):
@@ -105,52 +98,58 @@ class _Completer(Completer):
         self._chat = chat
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        length, found = commands.complete(self._chat, document.text_before_cursor)
-        for text, remark in found:
+        length, endings = commands.complete(self._chat, document.text_before_cursor)
+        for text, remark in endings:
             yield Completion(text, start_position=-length, display_meta=remark)
 
 
-def _bindings(completer: Completer) -> KeyBindings:
-    bindings = KeyBindings()
+_KEYS = KeyBindings()
 
-    @bindings.add("enter")
-    def _enter(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
-            # The first Enter takes the completion, as in a shell's menu.
-            buffer.complete_state = None
-        elif commands.is_open(buffer.text):
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
 
-    @bindings.add("tab")
-    def _tab(event: KeyPressEvent) -> None:
-        # At once, as shells do, and not in the background: an Enter may follow on its heels.
-        buffer = event.current_buffer
-        if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
-            buffer.complete_next()
-            return
-        found = list(completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
-        if len(found) == 1:
-            buffer.apply_completion(found[0])
-        elif common := get_common_complete_suffix(buffer.document, found):
-            buffer.insert_text(common)
-        elif found:
-            buffer.start_completion(select_first=True)
+def _choosing(buffer: Buffer) -> bool:
+    """Whether a completion in the menu is selected."""
+    return buffer.complete_state is not None and buffer.complete_state.current_completion is not None
 
-    @bindings.add("escape", "enter")
-    def _alt_enter(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
 
-    @bindings.add("c-c")
-    def _interrupt(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if buffer.text:
-            # What is thrown away can be had back with the up arrow.
-            buffer.append_to_history()
-            buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt)
+@_KEYS.add("enter")
+def _enter(event: KeyPressEvent) -> None:
+    buffer = event.current_buffer
+    if _choosing(buffer):
+        # The first Enter takes the completion, as in a shell's menu.
+        buffer.complete_state = None
+    elif commands.is_open(buffer.text):
+        buffer.insert_text("\n")
+    else:
+        buffer.validate_and_handle()
 
-    return bindings
+
+@_KEYS.add("tab")
+def _tab(event: KeyPressEvent) -> None:
+    # At once, as shells do, and not in the background: an Enter may follow on its heels.
+    buffer = event.current_buffer
+    if _choosing(buffer):
+        buffer.complete_next()
+        return
+    endings = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
+    if len(endings) == 1:
+        buffer.apply_completion(endings[0])
+    elif common := get_common_complete_suffix(buffer.document, endings):
+        buffer.insert_text(common)
+    elif endings:
+        buffer.start_completion(select_first=True)
+
+
+@_KEYS.add("escape", "enter")
+def _alt_enter(event: KeyPressEvent) -> None:
+    event.current_buffer.insert_text("\n")
+
+
+@_KEYS.add("c-c")
+def _interrupt(event: KeyPressEvent) -> None:
+    buffer = event.current_buffer
+    if buffer.text:
+        # The up arrow brings back what is thrown away.
+        buffer.append_to_history()
+        buffer.reset()
+    else:
+        event.app.exit(exception=KeyboardInterrupt)
