@@ -14,6 +14,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from exl_cli.bench import limits
@@ -22,35 +23,13 @@ from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Measured, Result, Run, mean, percentile
 from exl_cli.errors import UsageError, param
 
-# Colours to draw with, and what they become.
+# Colours to draw with, as in report.mplstyle, and what they become.
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
 _SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06")
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--rule", _PAPER: "--paper"}
 _VARIABLES |= {colour: f"--series-{number}" for number, colour in enumerate(_SERIES, 1)}
 
 _WIDTH = 4.7
-_STYLE: dict[str, Any] = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans"],
-}
 
 # The parts of a first use, in the order in which they happen; the report's key names them alike.
 FIRST_USE = ("import", "load", "first token")
@@ -160,12 +139,8 @@ def _lines(
         (f"{tick:,}", *(f"{points[tick].avg_ts:,.1f}" if tick in points else "–" for _, points in series))
         for tick in ticks
     ]
-    described = "; ".join(
-        f"{label(result, run)}: " + ", ".join(f"{entry.avg_ts:,.1f} tokens/s at {x:,}" for x, entry in points.items())
-        for run, points in series
-    )
     titles = (short, *(label(result, run) for run, _ in series)) if len(series) > 1 else (short, "tokens/s")
-    return Chart(_svg(name, title, described, 2.7, draw), titles, rows)
+    return _chart(name, title, titles, rows, 2.7, draw)
 
 
 def latencies(result: Result) -> Chart | None:
@@ -191,11 +166,8 @@ def latencies(result: Result) -> Chart | None:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("milliseconds between tokens")
 
-    described = "; ".join(
-        f"{name}: 5 % below {low}, median {middle}, 95 % below {high}" for name, low, middle, high in rows
-    )
-    svg = _svg("latency", "Time between tokens", described, 0.75 + 0.7 * len(entries), draw)
-    return Chart(svg, ("", "5 %", "median", "95 %"), rows)
+    titles = ("", "5 %", "median", "95 %")
+    return _chart("latency", "Time between tokens", titles, rows, 0.75 + 0.7 * len(entries), draw)
 
 
 def _ridge(axes: Any, place: int, values: list[float], edge: float, colour: str, name: str) -> None:
@@ -236,8 +208,7 @@ def first_use(result: Result) -> Chart | None:
             (_name(result, run, "first token"), f"{parts[2] * 1e3:,.1f} ms", first),
             (_name(result, run, "then, tokens/s"), f"{cold.generation_rate:,.1f}", then),
         ]
-    described = "; ".join(f"{name}: {end}" for name, _, end in bars)
-    return _bars("first-use", "Time to the first token", described, bars, "seconds", ("", "cold", "warm"), rows)
+    return _bars("first-use", "Time to the first token", ("", "cold", "warm"), rows, bars, "seconds")
 
 
 def memory(result: Result) -> Chart | None:
@@ -254,8 +225,7 @@ def memory(result: Result) -> Chart | None:
             if count is not None:
                 bars.append((_name(result, run, name), [(count / 2**20, paint)], f"{count / 2**20:,.0f} MiB"))
     rows = [(name, end.removesuffix(" MiB")) for name, _, end in bars]
-    described = "; ".join(f"{name} {end}" for name, _, end in bars)
-    return _bars("memory", "Peak memory", described, bars, "MiB", ("", "MiB"), rows)
+    return _bars("memory", "Peak memory", ("", "MiB"), rows, bars, "MiB")
 
 
 def shares(result: Result) -> Chart | None:
@@ -272,19 +242,11 @@ def shares(result: Result) -> Chart | None:
         pieces = [(percent, _colour(result, run)), (max(0.0, 100 - percent), _GRID)]
         name = _name(result, run, f"{entry.test.name}, {limit.what}")
         bars.append((name, pieces, f"{percent:.0f} %" if percent >= 1 else f"{percent:.1f} %"))
-    described = "; ".join(f"{name}: {share} of its limit" for name, share, *_ in rows)
-    titles = ("", "share", "least", "measured")
-    return _bars("limit", "Share of the hardware's limit", described, bars, "", titles, rows)
+    return _bars("limit", "Share of the hardware's limit", ("", "share", "least", "measured"), rows, bars, "")
 
 
 def _bars(
-    name: str,
-    title: str,
-    description: str,
-    bars: Sequence[_Bar],
-    unit: str,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    name: str, title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], bars: Sequence[_Bar], unit: str
 ) -> Chart | None:
     """Horizontal bars, each under its name; without a scale where there is no unit."""
     if not bars:
@@ -311,8 +273,7 @@ def _bars(
             axes.set_xticks([])
             axes.spines["bottom"].set_visible(False)
 
-    height = (0.75 if unit else 0.3) + 0.5 * len(bars)
-    return Chart(_svg(name, title, description, height, draw), titles, rows)
+    return _chart(name, title, titles, rows, (0.75 if unit else 0.3) + 0.5 * len(bars), draw)
 
 
 def _name(result: Result, run: Run, rest: str) -> str:
@@ -328,13 +289,31 @@ def _write(axes: Any, text: str, place: tuple[float, float], offset: tuple[int, 
     axes.annotate(text, place, xytext=offset, textcoords="offset points", **style)
 
 
-def _svg(name: str, title: str, description: str, height: float, draw: Callable[[Any], None]) -> str:
-    """An SVG element with a title and a description for those who do not see it."""
+def _chart(
+    name: str,
+    title: str,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    height: float,
+    draw: Callable[[Any], None],
+) -> Chart:
+    """A chart of these figures, with a title and the figures once more for those who do not see it.
+
+    Args:
+        name: begins the ids in it, and differs from those of the page's other charts.
+        title: what it shows.
+        titles, rows: see `Chart`.
+        height: in inches.
+        draw: draws into matplotlib's axes.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    description = "; ".join(
+        ", ".join(f"{head} {cell}".strip() for head, cell in zip(titles, row, strict=True)) for row in rows
+    )
+    with matplotlib.rc_context({"svg.hashsalt": name}, Path(__file__).with_name("report.mplstyle")):
         figure = Figure(figsize=(_WIDTH, height))
         FigureCanvasSVG(figure)
         draw(figure.subplots())
@@ -354,4 +333,4 @@ def _svg(name: str, title: str, description: str, height: float, draw: Callable[
         f'role="img" aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{html.escape(title)}</title>'
         f'<desc id="{name}-desc">{html.escape(description)}</desc>'
     )
-    return head + svg[svg.index(">", svg.index("<svg")) + 1 :]
+    return Chart(head + svg[svg.index(">", svg.index("<svg")) + 1 :], titles, rows)
