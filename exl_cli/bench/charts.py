@@ -74,39 +74,33 @@ def label(result: Result, run: Run) -> str:
 
 def depths(result: Result) -> Chart | None:
     """Generation against depth: a line for each run."""
-
-    def place(test: Case, first: Case) -> int | None:
-        return test.n_depth if test.n_parallel == 1 and test.n_gen == first.n_gen else None
-
-    return _lines(result, place, ("depth", "Generation against depth", "tokens of context before", "depth"))
+    words = ("depth", "Generation against depth", "tokens of context before", "depth")
+    return _lines(result, words, "n_depth", lambda test, first: (test.n_parallel, test.n_gen) == (1, first.n_gen))
 
 
 def batches(result: Result) -> Chart | None:
-    """Throughput against requests at a time: a line for each run."""
-
-    def place(test: Case, first: Case) -> int | None:
-        return test.n_parallel if (test.n_gen, test.n_depth) == (first.n_gen, first.n_depth) else None
-
-    return _lines(result, place, ("batch", "Throughput against batch", "requests at a time", "requests"), log=True)
+    """Throughput against requests at a time, in steps that double: a line for each run."""
+    words = ("batch", "Throughput against batch", "requests at a time", "requests")
+    return _lines(result, words, "n_parallel", lambda *tests: len({(t.n_gen, t.n_depth) for t in tests}) == 1)
 
 
 def _lines(
-    result: Result, place: Callable[[Case, Case], int | None], words: tuple[str, str, str, str], *, log: bool = False
+    result: Result, words: tuple[str, str, str, str], field: str, belongs: Callable[[Case, Case], bool]
 ) -> Chart | None:
-    """Tokens per second against a number; None where no run has two points.
+    """Tokens per second against a field of the tests; None where no run has two points.
 
     Args:
         result: what was measured.
-        place: of a generation and the first one of its run: where it lies on the axis; None for nowhere.
         words: name and title of the chart, the axis, and the axis in a table's head.
-        log: the axis doubles from step to step.
+        field: of a `Case`.
+        belongs: whether a generation is on the line of the first one of its run.
     """
     name, title, axis, short = words
     series: list[tuple[Run, dict[int, Measured]]] = []
     for run in result.runs:
         entries = run.find("generation")
-        at = {place(entry.test, entries[0].test): entry for entry in reversed(entries)}
-        points = {x: at[x] for x in sorted(x for x in at if x is not None)}
+        on_line = [entry for entry in reversed(entries) if belongs(entry.test, entries[0].test)]
+        points = dict(sorted({getattr(entry.test, field): entry for entry in on_line}.items()))
         if len(points) > 1:
             series.append((run, points))
     if not series:
@@ -118,7 +112,7 @@ def _lines(
             rates, errors = ([getattr(e, part) for e in points.values()] for part in ("avg_ts", "stddev_ts"))
             colour = _colour(result, run)
             axes.errorbar(list(points), rates, errors, color=colour, marker="o", markersize=4, linewidth=1.6)
-        if log:
+        if field == "n_parallel":
             axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()

@@ -7,14 +7,13 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from exl_cli.engines.base import Engine
 from exl_cli.system.machine import usable_cores
 from exl_cli.system.nvml import Driver
-from exl_cli.system.version import installed_version
+from exl_cli.system.version import installed_version, package_version
 
 _PACKAGES = ("torch", "exllamav2", "transformers", "flash-attn", "triton")
 
@@ -131,7 +130,7 @@ class OthersClock:
 
 def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
     """Hardware and versions. None where something is not there or cannot be read."""
-    packages = {name: _version(name) for name in _PACKAGES}
+    packages = {name: package_version(name) for name in _PACKAGES}
     return {
         "exl": installed_version(),
         "python": platform.python_version(),
@@ -145,13 +144,6 @@ def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
         # The engine knows its torch's build as well, "+cpu" or "+cu130".
         "torch": engine.facts.get("torch") or packages["torch"],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

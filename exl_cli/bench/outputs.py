@@ -27,7 +27,7 @@ from exl_cli.bench.result import Measured, Perplexity, Result, Run, deviation, m
 from exl_cli.errors import DiskError, ExlError, UsageError, param, spell
 from exl_cli.system.files import write_atomically
 
-OutputFormat = Literal["md", "csv", "json", "jsonl"]
+OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
 
 SCHEMA = 1
 
@@ -55,7 +55,11 @@ METHOD = (
 
 
 def render(result: Result, kind: OutputFormat, spelling: Callable[[str], str] = spell) -> str:
-    """The result in one of the formats for programs, its last line break included."""
+    """The result in one of the formats, its last line break included."""
+    if kind == "html":
+        from exl_cli.bench import report
+
+        return spelling(report.page(result))
     if kind == "md":
         return spelling(markdown(result))
     if kind == "csv":
@@ -256,26 +260,23 @@ def keep(
         What went wrong; what was there before stays then.
     """
     failures: list[ExlError] = []
-    for path, kind in ((save, "json"), (report, "html")):
-        if path is None:
-            continue
-        if kind == "json":
-            text = render(result, "json", spelling)
-        else:
-            from exl_cli.bench.report import page
-
-            text = page(result, spelling)
-        path = _expanded(path)
-        try:
-            with _explained(path):
-                write_atomically(path, text)
-                # A report is for others as well: the permissions that any new file would have.
-                mask = os.umask(0)
-                os.umask(mask)
-                path.chmod(0o666 & ~mask)
-        except DiskError as error:
-            failures.append(error)
+    kinds: dict[OutputFormat, Path | None] = {"json": save, "html": report}
+    for kind, path in kinds.items():
+        if path is not None:
+            try:
+                _write(_expanded(path), render(result, kind, spelling))
+            except DiskError as error:
+                failures.append(error)
     return failures
+
+
+def _write(path: Path, text: str) -> None:
+    with _explained(path):
+        write_atomically(path, text)
+        # A report is for others as well: the permissions that any new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager

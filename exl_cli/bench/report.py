@@ -7,14 +7,13 @@ it all, with the style sheet.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from exl_cli.bench import charts, limits, outputs
 from exl_cli.bench.charts import Chart, label
 from exl_cli.bench.result import Result, Run, mean
-from exl_cli.errors import spell
 from exl_cli.sampling import Sampling
 
 Row = Sequence[object]
@@ -23,8 +22,8 @@ Row = Sequence[object]
 _ALWAYS_SHOWN = ("temperature", "top_k", "top_p", "token_repetition_penalty")
 
 
-def page(result: Result, spelling: Callable[[str], str] = spell) -> str:
-    """The whole file; for `spelling` see `outputs`."""
+def page(result: Result) -> str:
+    """The whole file."""
     keys = "".join(f'<span class="key s{place}">{name}</span> ' for place, name in enumerate(charts.FIRST_USE, 1))
     sections = [
         _warnings(result),
@@ -61,7 +60,7 @@ def page(result: Result, spelling: Callable[[str], str] = spell) -> str:
         _environment(result),
     ]
     template = string.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    text = template.substitute(
+    return template.substitute(
         title=escape(", ".join(dict.fromkeys(run.label for run in result.runs)) or "nothing measured"),
         version=escape(result.exl_version),
         machine=escape(outputs.machine(result)),
@@ -71,7 +70,6 @@ def page(result: Result, spelling: Callable[[str], str] = spell) -> str:
         seed=result.settings.seed,
         body="\n".join(section for section in sections if section),
     )
-    return spelling(text)
 
 
 def _warnings(result: Result) -> str:

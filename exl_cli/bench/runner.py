@@ -200,8 +200,8 @@ class _Collector:
             self._notes.add(text)
             self._observer.note(text)
 
-    def _on_stage(self, text: str, done: int, total: int) -> None:
-        self._tell(f"{text} {100 * done // total} %" if total else text)
+    def _on_stage(self, text: str) -> None:
+        self._tell(text)
 
     def _on_loaded(self, run: Any, skipped: list[str], environment: dict[str, Any]) -> None:
         run = read(Run, run)
@@ -215,33 +215,22 @@ class _Collector:
         if run.cold is not None:
             self._done += 1  # the first generation counts as the untimed one of its test
 
-    def _on_begin(self, test: str, repetition: int) -> None:
-        part = f"{repetition} of {self._repetitions - 1}" if repetition else "warming up"
-        self._tell(f"{test}, {part}")
-
     def _on_warmed(self, test: str, seconds: float) -> None:
         self._done += 1
         self._seconds[test] = seconds
 
-    def _on_sample(self, test: str, sample: Any, time: str, seconds: float, memory: Any) -> None:
+    def _on_sample(self, test: str, seconds: float, sample: Any, time: str, memory: Any) -> None:
+        self._on_warmed(test, seconds)
+        self._left[test] -= 1
         run = self._result.runs[-1]
         entry = next(entry for entry in run.tests if entry.test.name == test)
         entry.samples.append(read(Sample, sample))
         entry.time = entry.time or time
         run.memory = run.memory.union(read(Memory, memory))
         self._result.order.append(test)
-        self._done += 1
-        self._left[test] -= 1
-        self._seconds[test] = seconds
 
     def _on_finished(
-        self,
-        memory: Any,
-        others_cpu: float | None,
-        traces: dict[str, Any],
-        perplexity: Any,
-        probe: Any,
-        warnings: list[str],
+        self, memory: Any, warnings: list[str], others_cpu: float | None, perplexity: Any, probe: Any, traces: Any
     ) -> None:
         run = self._result.runs[-1]
         run.memory = run.memory.union(read(Memory, memory))

@@ -16,7 +16,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class _Observer:
 
     emit: Emit
     reading_since: float | None = None
-    _last: float = field(default=0.0, repr=False)
+    last: float = 0.0
 
     def note(self, message: str) -> None:
         self.emit("note", text=message)
@@ -51,26 +51,29 @@ class _Observer:
     def progress(self, done: int, total: int) -> None:
         now = time.monotonic()
         self.reading_since = self.reading_since or now
-        if now - self._last > 0.2 or done == total:
-            self._last = now
-            self.emit("stage", text="loading", done=done, total=total)
+        if now - self.last > 0.2 or done == total:
+            self.last = now
+            self.emit("stage", text=_share("loading", done, total))
+
+
+def _share(text: str, done: int, total: int) -> str:
+    return f"{text} {100 * done // total} %" if total else text
 
 
 def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
     """Do a job; all that it yields are events.
 
     - note: text
-    - stage: text, done, total: untimed work
+    - stage: text: what it does now
     - loaded: run, skipped, environment
-    - begin: test (a name), repetition (0 for the untimed one)
-    - warmed: test, seconds
-    - sample: test, sample, time, seconds, memory
+    - warmed: test (a name), seconds
+    - sample: test, seconds, sample, time, memory
     - finished: memory, others_cpu, warnings, traces, perplexity, probe
 
     Raises:
         ExlError: whatever resolving, loading or running the model raises.
     """
-    emit("stage", text="starting", done=0, total=0)
+    emit("stage", text="starting")
     info = loader.resolve(job.model, None if job.models_dir is None else Path(job.models_dir))
     context = job.loading.max_seq_len or info.context_length
     tests, skipped = plan.fitting(plan.grid(job.settings), context, info.name)
@@ -118,25 +121,22 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
         watch.close()
 
 
+@dataclass
 class _Bench:
     """A loaded engine and the tests that it is given."""
 
-    def __init__(
-        self,
-        job: Job,
-        info: ModelInfo,
-        tokenizer: Tokenizer,
-        engine: Engine,
-        watch: machine.Watch,
-        tests: list[Case],
-        emit: Emit,
-    ) -> None:
-        self.job, self.info, self.tokenizer, self.engine = job, info, tokenizer, engine
-        self.watch, self.tests, self.emit = watch, tests, emit
-        vocabulary = min(tokenizer.vocab_size, int(info.text_config("vocab_size", tokenizer.vocab_size)))
-        special = tokenizer.special_ids()
-        self._prompts = plan.Prompts([i for i in range(vocabulary) if i not in special], job.settings.seed)
-        self._given = 0
+    job: Job
+    info: ModelInfo
+    tokenizer: Tokenizer
+    engine: Engine
+    watch: machine.Watch
+    tests: list[Case]
+    emit: Emit
+
+    def __post_init__(self) -> None:
+        size = self.tokenizer.vocab_size
+        ids = set(range(min(size, int(self.info.text_config("vocab_size", size))))) - self.tokenizer.special_ids()
+        self._prompts, self._given = plan.Prompts(sorted(ids), self.job.settings.seed), 0
 
     def _request(self, test: Case) -> Request:
         self._given += 1
@@ -169,16 +169,17 @@ class _Bench:
         """Each test once untimed, but the one that has been run; then the repetitions."""
         for test in self.tests:
             if test != warm:
+                self._stage(f"{test.name}, warming up")
                 start = time.monotonic()
-                self.emit("begin", test=test.name, repetition=0)
                 self.sample(test)
                 self.emit("warmed", test=test.name, seconds=time.monotonic() - start)
         for repetition, index in plan.schedule(self.tests, self.job.settings):
-            test, start = self.tests[index], time.monotonic()
-            self.emit("begin", test=test.name, repetition=repetition + 1)
+            test = self.tests[index]
+            self._stage(f"{test.name}, {repetition + 1} of {self.job.settings.repetitions}")
+            start = time.monotonic()
             sample, seconds = self.sample(test), time.monotonic() - start
             now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-            self.emit("sample", test=test.name, sample=sample, time=now, seconds=seconds, memory=self.memory())
+            self.emit("sample", test=test.name, seconds=seconds, sample=sample, time=now, memory=self.memory())
 
     def finish(self, buffer: int, others: machine.OthersClock, warnings: list[str]) -> None:
         """What is measured after the timed repetitions, in order not to disturb them."""
@@ -193,7 +194,7 @@ class _Bench:
 
             self._stage("perplexity")
             text = Path(self.job.perplexity)
-            perplexity = evaluate(self.engine, self.tokenizer, text, lambda *at: self._stage("perplexity", *at))
+            perplexity = evaluate(self.engine, self.tokenizer, text, lambda *at: self._stage(_share("perplexity", *at)))
         self._stage("measuring memory bandwidth")
         probe, problem = self._probe(buffer)
         if problem:
@@ -201,8 +202,8 @@ class _Bench:
         last = {"memory": memory, "others_cpu": others_cpu, "warnings": warnings}
         self.emit("finished", traces=traces, perplexity=perplexity, probe=probe, **last)
 
-    def _stage(self, text: str, done: int = 0, total: int = 0) -> None:
-        self.emit("stage", text=text, done=done, total=total)
+    def _stage(self, text: str) -> None:
+        self.emit("stage", text=text)
 
     def _probe(self, size: int) -> tuple[Probe | None, str]:
         """What the device can do, or why that could not be measured."""

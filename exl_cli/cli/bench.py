@@ -98,9 +98,8 @@ def bench(
     """Measure models: prompts, generation, first use, memory, distance from the hardware's limit."""
     # Its parts are imported only now: `exl --help` need not wait for them.
     from exl_cli.bench import charts, outputs, plan, runner
-    from exl_cli.bench import compare as comparing
+    from exl_cli.bench.compare import compare as compared
     from exl_cli.ui import bench
-    from exl_cli.ui import compare as console_compare
     from exl_cli.ui.console import flags
 
     state: State = ctx.obj
@@ -130,14 +129,14 @@ def bench(
                 raise failure
             bench.doubts(console, result)
             raise typer.Exit(ExitCode.INTERRUPTED)
-    comparison = None if before is None else comparing.compare(before, result)
+    comparison = None if before is None else compared(before, result)
     try:
         if output != "table":
             console.text(outputs.render(result, output, flags))
         elif comparison is None:
             bench.tables(console, result)
         if comparison is not None:
-            console_compare.comparison(console, comparison, on_stdout=output == "table")
+            bench.comparison(console, comparison, on_stdout=output == "table")
         bench.doubts(console, result)
     finally:
         # Last, so that what was measured is shown even if the disk is full; and even if no one reads it any more.
@@ -150,5 +149,5 @@ def bench(
         raise typer.Exit(unsaved[0].exit_code)
     if saved is None and result.partial:
         raise typer.Exit(ExitCode.INTERRUPTED)
-    if comparison is not None and fail_under is not None and console_compare.fails(console, comparison, fail_under):
+    if comparison is not None and fail_under is not None and bench.fails(console, comparison, fail_under):
         raise typer.Exit(ExitCode.BENCH_SLOWER)

@@ -1,11 +1,16 @@
-"""The version of exl that is installed."""
+"""Versions of installed packages, exl's among them."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
-def installed_version() -> str:
-    """The installed distribution's version, or "0+unknown" for a source tree that was never installed."""
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution; None where it is not installed."""
     try:
-        return version("exl-cli")
+        return version(name)
     except PackageNotFoundError:
-        return "0+unknown"
+        return None
+
+
+def installed_version() -> str:
+    """The version of exl, or "0+unknown" for a source tree that was never installed."""
+    return package_version("exl-cli") or "0+unknown"
