@@ -12,9 +12,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl_cli.errors import PromptError
 from exl_cli.models.chat_template import ChatTemplate, load_chat_template
+from exl_cli.models.template_helper import TemplateHelper
+from exl_cli.ui.console import flags
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = sorted(path.stem for path in (DATA / "chat_templates").glob("*.jinja"))
+HELPER = TemplateHelper()
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 ODD = "Grüße, 世界! 🦙 <|im_end|> {{ bos_token }} {% if %} <b>&amp;\"'</b>\n\n  spaced \t"
 TOOL = {
@@ -87,7 +90,7 @@ def judged(text, conversation, *, tools=None, add_generation_prompt=False, conti
 
 def rendered(text, conversation, **options):
     try:
-        return ChatTemplate(text, special_tokens=TOKENS).render(conversation, **options)
+        return ChatTemplate(text, special_tokens=TOKENS, helper=HELPER).render(conversation, **options)
     except PromptError as error:
         return error
 
@@ -149,10 +152,12 @@ def test_a_long_conversation_is_no_attack():
 
 
 def test_an_ordinary_template_is_quick():
-    ChatTemplate("x").render(turns("a"))  # imports
+    rendered("x", turns("a"))  # starts the process
     times = []
     for i in range(5):
-        fresh = ChatTemplate(f"{{# {i} #}}{source('llama-3')}", special_tokens=TOKENS)  # not compiled before
+        fresh = ChatTemplate(
+            f"{{# {i} #}}{source('llama-3')}", special_tokens=TOKENS, helper=HELPER
+        )  # not compiled before
         start = time.perf_counter()
         fresh.render(CONVERSATIONS["system"])
         times.append(time.perf_counter() - start)
@@ -187,7 +192,7 @@ def test_threads_render_side_by_side():
 def test_a_refusal_is_told_in_the_templates_words(name, conversation, message, hint):
     error = rendered(source(name), conversation)
     assert message in error.message
-    assert hint in error.hint
+    assert hint in flags(error.hint)
 
 
 @pytest.mark.parametrize(

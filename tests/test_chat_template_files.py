@@ -44,7 +44,7 @@ NAMED_CONFIG = {"tokenizer_config.json": {"chat_template": NAMED}}
 )
 def test_templates_are_found_where_transformers_looks(tmp_path, files, name, text, origin):
     template = load_chat_template(write(tmp_path, **files), name)
-    assert (template.source, template.origin, template.name) == (text, origin, name or "default")
+    assert (template.source, template.origin, template.variant) == (text, origin, name or "default")
 
 
 @pytest.mark.parametrize("files", [{}, {"tokenizer_config.json": {"chat_template": None}}])

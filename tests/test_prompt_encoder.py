@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exl_cli.chat.prompt_encoder import Encoded, PromptEncoder
-from exl_cli.models.chat_format import PlainFormat
+from exl_cli.models.chat_template import PlainFormat
 from exl_cli.models.tokenizer import Tokenizer
 
 

@@ -20,7 +20,7 @@ from exl_cli.api.streams import AsyncStream, Generation, Stream
 from exl_cli.engines.base import Engine, Request
 from exl_cli.engines.driver import check_fits
 from exl_cli.errors import UsageError, spell
-from exl_cli.models.chat_format import Format, load_format
+from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
 from exl_cli.models.tokenizer import Tokenizer
@@ -163,7 +163,7 @@ class Model:
 
         Args:
             prompt: text, to be continued as it is; or messages, each with "role" and "content", which go through the
-                model's chat template, or where it has none are written as plain turns (`chat.format.PlainFormat`).
+                model's chat template, or where it has none are written as plain turns (`chat_template.PlainFormat`).
             sampling: how tokens are chosen: a `Sampling`, some of its fields by name, or exllamav2's own settings
                 object. The rest comes from the model's generation_config.json, else from the defaults of `Sampling`.
             max_new_tokens: the most tokens to generate.

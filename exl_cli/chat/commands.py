@@ -246,7 +246,7 @@ def _show(chat: Chat, text: str) -> None:
         messages = talk.session.messages()
         if not messages:
             raise UsageError("there is no prompt yet", "say something first")
-        prompt = model.format.render(messages, answer=False)
+        prompt = model.format.render(messages, add_generation_prompt=False)
         chat.view.block(prompt)
         chat.view.say(f"{model.encoder.count(prompt):,} tokens")
     if text == "template":

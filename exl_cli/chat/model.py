@@ -12,7 +12,7 @@ from exl_cli.chat.session import Session
 from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Engine
 from exl_cli.models import folders
-from exl_cli.models.chat_format import Format, load_format
+from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer

@@ -104,6 +104,9 @@ def run(
         ensure(loading.draft, models_dir, allow=download, console=console)
         loading = loader.with_draft(loading, models_dir)
     settings = samplings.build(sampling.given, sampling.preset, info.generation_config)
+    chat = None if raw or template is not None else load_chat_template(info.path, variant)
+    if chat is not None:
+        chat.start()
     tokenizer = Tokenizer(info.path)
     rendered = prompts.render_prompt(
         inputs.gather(prompt, text, file, console.note),
@@ -111,7 +114,7 @@ def run(
         raw=raw,
         template=template,
         variables=variables,
-        chat=None if raw or template is not None else load_chat_template(info.path, variant),
+        chat=chat,
     )
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
     if show_prompt and as_json:

@@ -1,6 +1,7 @@
-"""Chat templates: found in a model's folder in the order transformers looks, rendered as transformers renders them.
+"""From a conversation to text: a model's own chat template, or plain turns for a model that has none.
 
-Rendering happens in `sandbox`; this module knows the files, the special tokens and the shape of a conversation.
+Templates are looked for where transformers looks, and render as in transformers, in a process of their own: see
+`template_worker`. This module knows the files, the special tokens and the shape of a conversation.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from exl_cli.errors import DamagedModelError, ExlError, PromptError
+from exl_cli.errors import DamagedModelError, ExlError, PromptError, param
+from exl_cli.models.template_helper import Reply, TemplateHelper
+from exl_cli.models.template_worker import BROKEN, REFUSED, STOPPED, TEXT
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-_WITHOUT = "use --raw or --template to write the prompt yourself"
+_WITHOUT = f"use {param('raw')} or {param('template')} to write the prompt yourself"
+_DROP_SYSTEM = f"drop {param('system')}, or say it in the prompt"
 _MAX_REPORT = 300
 
 
@@ -28,13 +32,32 @@ class ChatTemplate:
         source: the Jinja text.
         origin: the file it came from, for messages.
         special_tokens: `bos_token`, `eos_token` and so on, as the template sees them.
-        name: which of the model's templates this is.
+        variant: which of the model's templates this is.
+        helper: the process that it renders in; a model's own unless several are known to be harmless to each other.
+
+    Attributes:
+        name: the format in words.
+        stops: texts that end an answer.
+        add_special_tokens: whether the tokenizer adds its own, such as BOS; a chat template writes them itself.
     """
 
     source: str
     origin: str = "chat_template.jinja"
     special_tokens: Mapping[str, str] = field(default_factory=dict)
-    name: str = "default"
+    variant: str = "default"
+    helper: TemplateHelper = field(default_factory=TemplateHelper, repr=False, compare=False)
+
+    stops: ClassVar[tuple[str, ...]] = ()
+    add_special_tokens: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"chat template ({self.origin})"
+
+    def start(self) -> ChatTemplate:
+        """Start the process that it renders in, which takes a tenth of a second, while the caller does other things."""
+        self.helper.start()
+        return self
 
     def render(
         self,
@@ -49,11 +72,11 @@ class ChatTemplate:
         Args:
             messages: the turns, each with at least `role` and `content`.
             add_generation_prompt: end with the header of an assistant turn; not done when `continue_final` is set.
-            continue_final: leave the last turn open, so that the model goes on writing it.
+            continue_final: leave the last turn open for the model to go on writing it.
             extra: more variables for the template, such as `tools` or `enable_thinking`.
 
         Raises:
-            PromptError: the template refuses the conversation, is broken, or does what the sandbox does not allow.
+            PromptError: the template refuses the conversation, is broken, or does what it is not allowed to do.
         """
         if not messages:
             raise PromptError("there is no message to send to the model", "give a prompt")
@@ -67,39 +90,18 @@ class ChatTemplate:
             "messages": turns,
             "add_generation_prompt": add_generation_prompt and not continue_final,
         }
-        text = self._run(variables)
-        return text if final is None else _cut_after(text, final)
+        reply = self.helper.render(self.source, variables)
+        if reply.kind != TEXT:
+            raise self._explain(reply, turns)
+        return reply.text if final is None else _cut_after(reply.text, final)
 
-    def _run(self, variables: dict[str, Any]) -> str:
-        from exl_cli.models.sandbox.environment import render
-        from exl_cli.models.sandbox.meter import tree_size
-        from exl_cli.models.sandbox.operations import Operations
-
-        turns = variables["messages"]
-        try:
-            return render(self.source, variables, Operations(tree_size(variables)[1], len(turns)))
-        except Exception as error:
-            # The template is a stranger's program: whatever it ran into, it is the template that failed.
-            raise self._explain(error, turns) from None
-
-    def _explain(self, error: Exception, turns: list[dict[str, Any]]) -> PromptError:
-        from jinja2 import TemplateSyntaxError
-
-        from exl_cli.models.sandbox.environment import TemplateRefusedError
-        from exl_cli.models.sandbox.meter import SandboxError
-
-        reason = _one_line(error) or type(error).__name__
-        if isinstance(error, TemplateRefusedError):
+    def _explain(self, reply: Reply, turns: list[dict[str, Any]]) -> PromptError:
+        reason = _one_line(reply.text)
+        if reply.kind == REFUSED:
             message = f"the model's chat template refuses this conversation: {reason}"
             return PromptError(message, _refusal_hint(reason, turns))
-        verb, line = "failed", _line_of(error)
-        if isinstance(error, TemplateSyntaxError):
-            verb, line, reason = "is broken", error.lineno, _one_line(error.message)
-        elif isinstance(error, SandboxError):
-            verb = "was stopped"
-        elif isinstance(error, RecursionError):
-            reason = "it nests too deep"
-        place = f"{self.origin}, line {line}" if line else self.origin
+        verb = {BROKEN: "is broken", STOPPED: "was stopped"}.get(reply.kind, "failed")
+        place = f"{self.origin}, line {reply.line}" if reply.line else self.origin
         return PromptError(f"the model's chat template {verb}: {reason} ({place})", _WITHOUT)
 
     def _open_final_turn(self, turns: list[dict[str, Any]]) -> str:
@@ -154,21 +156,59 @@ def _one_line(error: object) -> str:
 
 def _refusal_hint(message: str, turns: list[dict[str, Any]]) -> str:
     if turns[0].get("role") == "system" and "system" in message.lower():
-        return "drop --system, or say it in the prompt"
+        return _DROP_SYSTEM
     if "alternate" in message.lower():
         has_system = any(turn.get("role") == "system" for turn in turns)
-        return "drop --system, or say it in the prompt" if has_system else "let user and assistant take turns"
+        return _DROP_SYSTEM if has_system else "let user and assistant take turns"
     return _WITHOUT
 
 
-def _line_of(error: BaseException) -> int:
-    """The template's line, from the traceback that Jinja rewrote to point there; 0 where it does not."""
-    line, trace = 0, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+_PLAIN = """\
+{system message, and an empty line, where there is one}
+User: {message}
+Assistant: {answer}
+User: {message}
+Assistant:
+"""
+
+
+class PlainFormat:
+    """A plain turn format, for models without a chat template; its attributes are those of `ChatTemplate`.
+
+    The system message comes first, then an empty line. Each turn is "User:" or "Assistant:", a space, its text and a
+    line break; the prompt ends with "Assistant:", without a space, because tokens begin with one. The answer ends where
+    the model would begin another turn.
+    """
+
+    name = "plain turns, as the model has no chat template"
+    source = _PLAIN
+    stops: tuple[str, ...] = ("\nUser:", "\nAssistant:")
+    add_special_tokens = True
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, up to where the model's answer begins."""
+        return "".join(map(self._turn, messages)) + ("Assistant:" if add_generation_prompt else "")
+
+    def _turn(self, message: Mapping[str, Any]) -> str:
+        text = str(message["content"])
+        if message["role"] == "system":
+            return f"{text}\n\n"
+        # A generated answer begins with the space that the model put there.
+        space = "" if text[:1].isspace() else " "
+        return f"{'User' if message['role'] == 'user' else 'Assistant'}:{space}{text}\n"
+
+
+Format = ChatTemplate | PlainFormat
+
+
+def load_format(model_dir: Path) -> Format:
+    """The format of the model in a folder; a chat template's process is on its way then.
+
+    Raises:
+        PromptError, DamagedModelError: see `load_chat_template`.
+    """
+    template = load_chat_template(model_dir)
+    return PlainFormat() if template is None else template.start()
 
 
 def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate | None:

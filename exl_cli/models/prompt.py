@@ -8,19 +8,11 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
 
-from exl_cli.errors import PromptError, UsageError
-from exl_cli.models.chat_template import ChatTemplate, load_chat_template
+from exl_cli.errors import PromptError, UsageError, param
+from exl_cli.models.chat_template import ChatTemplate
 
-__all__ = [
-    "ChatTemplate",
-    "Prompt",
-    "check_text",
-    "fill",
-    "load_chat_template",
-    "not_utf8",
-    "parse_variables",
-    "render_prompt",
-]
+_RAW, _SYSTEM, _TEMPLATE, _VAR = (param(name) for name in ("raw", "system", "template", "var"))
+_AS_NAME_VALUE = f"write it as {_VAR} name=value"
 
 
 @dataclass(frozen=True)
@@ -30,7 +22,7 @@ class Prompt:
     Args:
         text: all of it.
         add_special_tokens: whether the tokenizer is to add its own, such as BOS; a chat template writes them itself.
-        variables: what a `--template` was filled with.
+        variables: what a plain template was filled with.
         kind: where the text came from.
     """
 
@@ -41,7 +33,7 @@ class Prompt:
 
 
 def parse_variables(items: Sequence[str]) -> dict[str, str]:
-    """Read `--var` values.
+    """Read variables for a plain template.
 
     Args:
         items: each `name=value`; the value may hold more equals signs.
@@ -53,12 +45,12 @@ def parse_variables(items: Sequence[str]) -> dict[str, str]:
     for item in items:
         name, equals, value = item.partition("=")
         if not equals:
-            raise UsageError(f"--var {item!r} has no '='", "write it as --var name=value")
+            raise UsageError(f"{_VAR} {item!r} has no '='", _AS_NAME_VALUE)
         if not name.isidentifier():
             what = f"{name!r} is not a name" if name else "has no name before '='"
-            raise UsageError(f"--var {item!r}: {what}", "write it as --var name=value")
+            raise UsageError(f"{_VAR} {item!r}: {what}", _AS_NAME_VALUE)
         if name in variables:
-            raise UsageError(f"--var {name} is given twice", "give each variable once")
+            raise UsageError(f"{_VAR} {name} is given twice", "give each variable once")
         variables[name] = value
     return variables
 
@@ -79,13 +71,13 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
     unused = [name for name in variables if name not in names]
     if missing:
         raise PromptError(
-            f"the template needs {{{missing[0]}}}, and no --var gives it",
-            _suggest(missing[0], unused, "did you mean {} in the template?") or f"add --var {missing[0]}=…",
+            f"the template needs {{{missing[0]}}}, and no {_VAR} gives it",
+            _suggest(missing[0], unused, "did you mean {} in the template?") or f"add {_VAR} {missing[0]}=…",
         )
     if unused:
         raise PromptError(
-            f"--var {unused[0]} is not in the template",
-            _suggest(unused[0], names, "did you mean --var {}?")
+            f"{_VAR} {unused[0]} is not in the template",
+            _suggest(unused[0], names, f"did you mean {_VAR} {{}}?")
             or f"drop it, or write {{{unused[0]}}} in the template",
         )
     return "".join(literal + ("" if name is None else variables[name]) for literal, name in parts)
@@ -189,18 +181,18 @@ def _check_options(
     chat: ChatTemplate | None,
 ) -> None:
     if raw and template is not None:
-        raise UsageError("--raw and --template do not go together", "a template is sent as it is; drop --raw")
+        raise UsageError(f"{_RAW} and {_TEMPLATE} do not go together", f"a template is sent as it is; drop {_RAW}")
     if variables and template is None:
-        raise UsageError("--var needs a --template to fill", "add --template 'text with {name}'")
+        raise UsageError(f"{_VAR} needs a {_TEMPLATE} to fill", f"add {_TEMPLATE} 'text with {{name}}'")
     if system is None:
         return
     if template is not None:
-        raise UsageError("--system and --template do not go together", "write the system text into the template")
+        raise UsageError(f"{_SYSTEM} and {_TEMPLATE} do not go together", "write the system text into the template")
     if raw:
-        raise UsageError("--system and --raw do not go together", "drop one of them")
+        raise UsageError(f"{_SYSTEM} and {_RAW} do not go together", "drop one of them")
     if chat is None:
         raise UsageError(
-            "--system needs a model with a chat template, and this one has none", "write it into the prompt"
+            f"{_SYSTEM} needs a model with a chat template, and this one has none", "write it into the prompt"
         )
 
 
@@ -209,7 +201,7 @@ def _template_variables(text: str | None, template: str, variables: dict[str, st
         return variables
     if "prompt" in variables or all(name != "prompt" for _, name in _parse(template)):
         raise UsageError(
-            "both a prompt and a filled --template are given",
+            f"both a prompt and a filled {_TEMPLATE} are given",
             "drop one, or write {prompt} in the template where the prompt belongs",
         )
     return {**variables, "prompt": text}

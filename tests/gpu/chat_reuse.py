@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from exl_cli import loader
 from exl_cli.chat.prompt_encoder import PromptEncoder
 from exl_cli.engines.base import Engine, Request, Summary
-from exl_cli.models.chat_format import load_format
+from exl_cli.models.chat_template import load_format
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build

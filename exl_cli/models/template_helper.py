@@ -1,0 +1,209 @@
+"""The near side of the process that renders chat templates: starting it, asking it, ending it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from exl_cli.models import template_worker
+from exl_cli.models.template_worker import FAILED, HEADER, SIZE, STOPPED, TEXT, max_text
+
+_MEMORY = 512 << 20
+_START_SECONDS = 60.0
+_PIECE = 1 << 20
+
+
+class Reply(NamedTuple):
+    """What came of a rendering: text where `kind` is TEXT, else the reason, and the template's line or 0."""
+
+    kind: bytes
+    line: int
+    text: str
+
+
+class TemplateHelper:
+    """A process that renders chat templates and can do nothing else: see `template_worker`.
+
+    It starts at the first rendering, or ahead of it by `start`, and again after something ended it. It ends with this
+    object and with this process, in whatever way that ends; a process forked from this one starts its own. Threads take
+    turns.
+
+    Args:
+        deadline: seconds that a rendering may take.
+    """
+
+    def __init__(self, deadline: float = 5.0) -> None:
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+        _helpers.add(self)
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None where none has been started."""
+        return self._worker.pid if self._worker else None
+
+    def start(self) -> None:
+        """Start the process where it is not running, without waiting for it."""
+        with self._lock, contextlib.suppress(OSError):
+            self._worker = self._worker or _Worker(self._deadline)
+
+    def render(self, source: str, variables: dict[str, Any]) -> Reply:
+        """Render a template.
+
+        Args:
+            source: the Jinja text. It is compiled once, however often it renders.
+            variables: of JSON's types.
+        """
+        asked = [source, datetime.now().isoformat(), variables]
+        request = json.dumps(asked, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        with self._lock:
+            try:
+                return self._ask(request)
+            except TimeoutError:
+                reply = Reply(STOPPED, 0, f"it takes more than {self._deadline:g} seconds")
+            except (EOFError, UnicodeDecodeError):
+                reply = Reply(STOPPED, 0, "it ended the process that renders it")
+            except OSError as error:
+                reply = Reply(FAILED, 0, f"no process can be started for it: {error.strerror}")
+            except BaseException:  # KeyboardInterrupt: the reply would be taken for that to the next request
+                self._end()
+                raise
+            self._end()
+            return reply
+
+    def _ask(self, request: bytes) -> Reply:
+        if self._worker is not None:
+            with contextlib.suppress(EOFError):  # it may have been killed since the last rendering
+                return self._worker.ask(request, self._deadline)
+            self._end()
+        self._worker = _Worker(self._deadline)
+        return self._worker.ask(request, self._deadline)
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+        self._worker = None
+
+    def forget(self) -> None:
+        """In a forked process: leave the helper to the parent, and the lock to whichever thread there holds it."""
+        self._lock = threading.Lock()
+        if self._worker is not None:
+            self._worker.forget()
+        self._worker = None
+
+
+_helpers: weakref.WeakSet[TemplateHelper] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for helper in _helpers:
+        helper.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+class _Worker:
+    """A running process.
+
+    Attributes:
+        pid: its id.
+        end: kills it; called at the latest when this object or the interpreter ends.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+        folders = {str(Path(spec.origin).absolute().parents[1]) for spec in specs if spec and spec.origin}
+        self._process = subprocess.Popen(  # noqa: S603 - our own program
+            [
+                *(sys.executable, "-I", "-S", "-W", "ignore", template_worker.__file__),
+                *(str(math.ceil(deadline)), str(_MEMORY), *folders),
+            ],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # Some Pythons find their own library by it.
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+            start_new_session=True,
+        )
+        self._input, self._output = (stream.fileno() for stream in _pipes(self._process))
+        os.set_blocking(self._input, False)
+        self._started = False
+        self.pid = self._process.pid
+        self.end = weakref.finalize(self, _kill, self._process)
+
+    def ask(self, request: bytes, seconds: float) -> Reply:
+        """Send a request and wait for the reply.
+
+        Raises:
+            TimeoutError: it did not come within so many seconds.
+            EOFError: the process has ended, or sends something else than a reply.
+        """
+        if not self._started:
+            reply = self._receive(0, time.monotonic() + _START_SECONDS)
+            if reply.kind != TEXT:
+                return reply
+            self._started = True
+        end = time.monotonic() + seconds
+        rest = memoryview(SIZE.pack(len(request)) + request)
+        with contextlib.suppress(BrokenPipeError):  # it may have replied before it had read all
+            while rest:
+                _wait(self._input, select.POLLOUT, end)
+                rest = rest[os.write(self._input, rest[:_PIECE]) :]
+        return self._receive(len(request), end)
+
+    def _receive(self, request: int, end: float) -> Reply:
+        kind, line, size = HEADER.unpack(self._read(HEADER.size, end))
+        if size > 4 * max_text(request):
+            raise EOFError
+        return Reply(kind, line, self._read(size, end).decode("utf-8", "surrogatepass"))
+
+    def _read(self, size: int, end: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            _wait(self._output, select.POLLIN, end)
+            piece = os.read(self._output, min(size - len(data), _PIECE))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    def forget(self) -> None:
+        """In a forked process: close the pipes and let the process live."""
+        self.end.detach()
+        for stream in _pipes(self._process):
+            stream.close()
+
+
+def _wait(file: int, event: int, end: float) -> None:
+    poll = select.poll()
+    poll.register(file, event)
+    if not poll.poll(max(0.0, 1000 * (end - time.monotonic()))):
+        raise TimeoutError
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)  # it leads a session
+    process.wait()
+    for stream in _pipes(process):
+        stream.close()
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> list[IO[bytes]]:
+    return [stream for stream in (process.stdin, process.stdout) if stream is not None]

@@ -1,0 +1,207 @@
+"""The process in which a model's chat template renders: Jinja as transformers sets it up, and nothing else in reach.
+
+`template_helper` starts it by its path, with `python -I -S` and the folders that hold Jinja; it imports nothing of exl.
+It imports Jinja, renders once to have all of it imported, gives up files, processes and memory for good, and then
+answers requests until its standard input ends.
+
+A request is the bytes that follow and then JSON: the template, the time, the variables. A reply is `HEADER` and text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+SIZE = struct.Struct("!Q")
+HEADER = struct.Struct("!cLQ")  # the kind of reply, the template's line where one is known, the bytes that follow
+TEXT, REFUSED, BROKEN, STOPPED, FAILED = b"T", b"R", b"B", b"S", b"F"
+_MAX_REASON = 1200
+_NOBODY = 65534
+
+# What Jinja and Python import only when it is used for the first time; the last line fails.
+_WARM_UP = """{% macro m(x) %}{{ x|tojson(indent=1) }}{% endmacro %}{{ m(1.5) }}{{ strftime_now('%c') }}{{ lipsum(1) }}
+{{ 'a b'|wordwrap(1) }}{{ [1]|pprint }}{{ '<'|e }}{% generation %}{% endgeneration %}{{ 'x'.encode('ascii') }}
+{{ a.b.c }}"""
+
+
+def max_text(request: int) -> int:
+    """The most bytes of text that may come of a request of so many bytes: more would only keep the tokenizer busy."""
+    return (1 << 20) + 8 * request
+
+
+def give_up(memory: int) -> None:
+    """Give up for good what only a program that broke out would use, as far as the platform can refuse it.
+
+    Afterwards no file or socket can be opened, no process started, no environment read, and no more than `memory` bytes
+    of address space used. What is open stays open. Root, who could raise the limits again, becomes nobody.
+    """
+    os.environ.clear()
+    with contextlib.suppress(ImportError):  # where the platform has no such limits
+        import resource
+
+        for name, value in {"AS": memory, "NOFILE": 0, "FSIZE": 0, "CORE": 0, "NPROC": 0}.items():
+            with contextlib.suppress(AttributeError, ValueError, OSError):
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    with contextlib.suppress(AttributeError, OSError):
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(_NOBODY)
+            os.setuid(_NOBODY)
+
+
+def allow_cpu(seconds: int) -> None:
+    """Let this process be ended once it has computed for so many seconds more, even when nobody waits for it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, most))
+
+
+def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
+    """A function that renders a template, given its source, the local time (ISO 8601) and its variables.
+
+    It returns the kind of reply, the line (0 where unknown) and the text or the reason. A MemoryError comes through.
+    """
+    from datetime import datetime
+    from functools import lru_cache
+
+    import jinja2.ext
+    from jinja2 import TemplateError, TemplateSyntaxError, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.parser import Parser
+    from jinja2.runtime import Macro
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class RefusedError(TemplateError):
+        """The template called `raise_exception`: it does not take this conversation."""
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`, which marks the assistant's text for training; a rendering shows what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own way
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("inside"), [], [], body, lineno=line)
+
+        def inside(self, caller: Macro) -> str:
+            return caller()
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+            raise SecurityError(f"it looks up {attribute!r} of a {type(obj).__name__}")
+
+    class Dict:
+        """`dict`, without the class and what hangs from it."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
+    class SafeNamespace(Namespace):
+        def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+            values = dict(*args, **kwargs)
+            for name in values:
+                check_name(name)
+            super().__init__(values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            check_name(name)
+            super().__setitem__(name, value)
+
+    def check_name(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"it sets the attribute {name!r}")
+
+    def refuse(message: object = "") -> None:
+        raise RefusedError(str(message).strip() or "it does not say why")
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": refuse, "dict": Dict(), "namespace": SafeNamespace}
+    compiled = lru_cache(maxsize=32)(environment.from_string)
+
+    def render(source: str, now: str, variables: dict[str, Any]) -> tuple[bytes, int, str]:
+        try:
+            variables = {"strftime_now": datetime.fromisoformat(now).strftime, **variables}
+            return TEXT, 0, compiled(source).render(variables)
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind, line, reason = FAILED, _line_of(error), str(error) or type(error).__name__
+            if isinstance(error, TemplateSyntaxError):
+                kind, line, reason = BROKEN, error.lineno, error.message or ""
+            elif isinstance(error, RefusedError):
+                kind = REFUSED
+            elif isinstance(error, SecurityError):
+                kind = STOPPED
+            elif isinstance(error, RecursionError):
+                reason = "it nests too deep"
+            return kind, line, reason[:_MAX_REASON]
+
+    return render
+
+
+def _line_of(error: BaseException) -> int:
+    """The template's line, from the traceback that Jinja rewrote to point there; 0 where it does not."""
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _reply(kind: bytes, line: int, text: str) -> None:
+    data = text.encode("utf-8", "surrogatepass")
+    sys.stdout.buffer.write(HEADER.pack(kind, line, len(data)) + data)
+    sys.stdout.buffer.flush()
+
+
+def main(cpu_seconds: int, memory: int, *folders: str) -> None:
+    """Answer requests, each within so many seconds of computing, all within so many bytes of memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.path += folders
+    try:
+        render = renderer()
+        render(_WARM_UP, "2000-01-01", {})
+        give_up(memory)
+    except Exception as error:
+        return _reply(FAILED, 0, f"{type(error).__name__}: {error}")
+    _reply(TEXT, 0, "")
+    while len(head := sys.stdin.buffer.read(SIZE.size)) == SIZE.size:
+        allow_cpu(cpu_seconds)
+        (size,) = SIZE.unpack(head)
+        try:
+            request = sys.stdin.buffer.read(size)
+            kind, line, text = render(*json.loads(request.decode("utf-8", "surrogatepass")))
+            if len(text) > max_text(size):
+                kind, line, text = STOPPED, 0, "it writes too much text"
+            _reply(kind, line, text)
+        except MemoryError as error:
+            # Whether enough of the heap is free for the next rendering is luck: that gets a fresh process.
+            return _reply(STOPPED, _line_of(error), "it needs too much memory")
+        except Exception as error:  # such as one that cannot be written out
+            _reply(FAILED, 0, type(error).__name__)
+    return None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,267 @@
+"""The process that renders chat templates: what attacks ends in one line, and nothing is left behind or in reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hostile_templates import HOSTILE
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from exl_cli.errors import ExitCode, PromptError
+from exl_cli.models import template_worker
+from exl_cli.models.chat_template import ChatTemplate
+from exl_cli.models.template_helper import TemplateHelper
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HURRIED = TemplateHelper(deadline=0.1)  # what attacks time takes years: no need to wait seconds for it
+HELPER = TemplateHelper()
+
+
+def render(template, helper=HELPER, **extra):
+    return ChatTemplate(template, helper=helper).render(MESSAGES, extra=extra)
+
+
+def refusal(template, helper=HELPER, **extra):
+    with pytest.raises(PromptError) as caught:
+        render(template, helper, **extra)
+    return caught.value
+
+
+def has_ended(process, seconds=30):
+    """Whether the process of this descriptor has ended, waiting for it."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_attack_ends_in_one_line(name):
+    error = refusal(HOSTILE[name], HURRIED, large={str(i): i for i in range(1000)})
+    assert error.exit_code == ExitCode.PROMPT
+    assert error.message.startswith("the model's chat template ")
+    assert error.message.isprintable()
+    assert len(error.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ENDLESS, "the model's chat template was stopped: it takes more than 0.5 seconds (chat_template.jinja)"),
+        ("\n{{ 'a' * 10**10 }}", "the model's chat template was stopped: it needs too much memory"),
+        ("{{ 'x' * 2000000 }}", "the model's chat template was stopped: it writes too much text"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the model's chat template failed: it nests too deep"),
+    ],
+)
+def test_the_next_rendering_is_right(template, message):
+    helper = TemplateHelper(deadline=0.5)
+    assert refusal(template, helper).message.startswith(message)
+    helper = helper if template != ENDLESS else TemplateHelper()
+    assert render("{{ messages[0].content }}", helper) == "hi"
+
+
+def test_text_may_grow_with_what_is_given():
+    assert len(render("{{ 'x' * 1000000 }}")) == 1_000_000
+    assert len(render("{{ given * 2 }}", given="x" * 2_000_000)) == 4_000_000
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ {'_x': 1, '__class__': 2}['__class__'] }}{{ {'items': 5}['items'] }}{{ {'items': 5}.items() }}",
+        "{{ 1 < 2 < 3 }}{{ '{} {b} {{}}'.format(1, b='x') }}{{ '%s is %5.1f%%' % ('it', 2) }}",
+        "{{ (', '|safe).join(['<', '1']) }}{{ ['<', 1]|join(', '|safe) }}{{ '<'|e }}{{ 'ẞ'|upper }}",
+        "{% for x in [1, 2, 3] %}{% if x == 1 %}{% continue %}{% endif %}{{ loop.index }}{% break %}{% endfor %}",
+        "{% set ns = namespace(self=1, x=[2]) %}{% set ns.y = ns.x + [3] %}{{ ns.self }}{{ ns.y }}{{ dict(a=1) }}",
+        "{% generation %}\n  {% set x = 1 %}a\n  {% endgeneration %}\n{{ x is defined }}\n{%- if 1 %}\n b{% endif %}",
+        "{{ 'a b c'|wordwrap(3) }}{{ {'b': [1]}|pprint }}{{ 'a b'|urlencode }}{{ 1048576|filesizeformat }}",
+        "{{ given|tojson }}{{ given|tojson(indent=2) }}{{ given.none is none }}{{ given.float }}{{ given }}",
+        "{{ given|tojson(ensure_ascii=true, sort_keys=true, separators=(',', ':')) }}{{ given.keys()|list }}",
+        "{{ strftime_now('%Y-%m-%d %A %B') }}",
+    ],
+)
+def test_a_template_renders_as_in_transformers(template):
+    given = {"z": "<é世\ud800>", "none": None, "list": [True, {"n": [-1, 10**30]}, []], "float": 0.1, "a": {}}
+    (want,), _ = render_jinja_template([MESSAGES], chat_template=template, given=given)
+    assert render(template, given=given) == want
+
+
+def test_the_time_is_that_of_the_caller(monkeypatch):
+    for zone in ("UTC+11", "UTC-14"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        said = datetime.strptime(render("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}"), "%Y-%m-%d %H:%M:%S")
+        assert abs(said - datetime.now()) < timedelta(minutes=1)
+    monkeypatch.undo()
+    time.tzset()
+
+
+# What a program could do that broke out of Jinja into Python, with every module at hand that it may wish for.
+BROKEN_OUT = """
+import ctypes, json, os, resource, runpy, socket, subprocess, sys, threading
+worker = runpy.run_path(sys.argv[1])
+worker["give_up"](512 << 20)
+attempts = {
+    "read": lambda: open("/etc/passwd"),
+    "write": lambda: open(sys.argv[2], "w"),
+    "list": lambda: os.listdir("/"),
+    "socket": lambda: socket.socket(),
+    "pipe": os.pipe,
+    "import": lambda: __import__("sqlite3"),
+    "fork": os.fork,
+    "program": lambda: subprocess.Popen([sys.executable, "-c", "1"]),
+    "thread": lambda: threading.Thread(target=int).start(),
+    "memory": lambda: bytearray(512 << 20),
+    "more files": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)),
+    "more memory": lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40)),
+    "environment": lambda: os.environ["SECRET"],
+}
+outcome = {}
+for name, attempt in attempts.items():
+    try:
+        outcome[name] = repr(attempt())
+    except (OSError, MemoryError, KeyError, ValueError, ImportError, RuntimeError) as error:
+        outcome[name] = ""
+libc = ctypes.CDLL(None)
+libc.getenv.restype = ctypes.c_char_p
+outcome["libc's environment"] = (libc.getenv(b"SECRET") or b"").decode()
+print(json.dumps(outcome))
+"""
+
+
+def test_python_without_jinja_around_it_reaches_nothing(tmp_path):
+    worker, file = template_worker.__file__, str(tmp_path / "written")
+    command = [sys.executable, "-I", "-S", "-c", BROKEN_OUT, worker, file]
+    done = subprocess.run(command, env={"SECRET": "x"}, capture_output=True, text=True, check=True, timeout=60)
+    outcome = json.loads(done.stdout)
+    assert len(outcome) == 14
+    assert not any(outcome.values()), outcome
+
+
+def test_the_process_has_no_environment_and_a_session_of_its_own():
+    assert render("x") == "x"
+    environment = Path(f"/proc/{HELPER.pid}/environ").read_bytes()
+    names = {item.partition(b"=")[0] for item in environment.split(b"\0")}
+    assert names <= {b"", b"LC_CTYPE", b"LD_LIBRARY_PATH"}
+    assert os.getsid(HELPER.pid) == HELPER.pid
+    assert {file.name for file in Path(f"/proc/{HELPER.pid}/fd").iterdir()} == {"0", "1", "2"}
+
+
+# -- Ends and starts ---------------------------------------------------------------------------------------------------
+
+
+def test_threads_take_turns():
+    results = {}
+
+    def work(number):
+        results[number] = [render("{{ n }}-{{ m }}", n=number, m=i) for i in range(5)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [f"{number}-{i}" for i in range(5)] for number in range(64)}
+
+
+def test_a_killed_process_starts_again():
+    for _ in range(3):
+        assert render("x") == "x"
+        pid = HELPER.pid
+        os.kill(pid, signal.SIGKILL)
+        assert render("y") == "y"
+        assert HELPER.pid != pid
+
+
+def test_a_signal_from_the_terminal_does_not_reach_it():
+    assert render("x") == "x"
+    pid = HELPER.pid
+    os.kill(pid, signal.SIGINT)
+    assert render("y") == "y"
+    assert HELPER.pid == pid
+
+
+def test_an_interrupt_leaves_no_reply_to_be_taken_for_the_next():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            render(ENDLESS)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert render("y") == "y"
+
+
+def test_a_fork_starts_its_own():
+    helper = TemplateHelper(deadline=1)
+    ready = threading.Thread(target=refusal, args=(ENDLESS, helper))  # which holds the lock
+    ready.start()
+    while helper.pid is None:
+        pass
+    parents = helper.pid
+    child = os.fork()
+    if child == 0:
+        fine = False
+        try:
+            fine = helper.pid is None and render("x", helper) == "x" and helper.pid != parents
+        finally:
+            os._exit(not fine)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    ready.join()
+    assert render("x", helper) == "x"
+
+
+def test_it_starts_ahead_and_ends_with_its_object():
+    helper = TemplateHelper()
+    helper.start()
+    pid = helper.pid
+    assert render("x", helper) == "x"
+    assert helper.pid == pid
+    process = os.pidfd_open(pid)
+    del helper
+    assert has_ended(process)
+
+
+PARENT = """
+import os, signal, sys
+from exl_cli.models.template_helper import TemplateHelper
+helper = TemplateHelper(deadline=1)
+helper.render("x", {})
+print(helper.pid, flush=True)
+sys.stdin.readline()
+if sys.argv[1] == "left":
+    os._exit(0)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+helper.render(sys.argv[2], {})
+"""
+
+
+@pytest.mark.parametrize("end", ["left", "killed", "killed while it renders"])
+def test_it_ends_with_its_parent(end):
+    command = [sys.executable, "-c", PARENT, end, ENDLESS]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = os.pidfd_open(int(parent.stdout.readline()))
+    parent.communicate("\n")
+    assert has_ended(process)
+
+
+def test_a_python_that_does_not_start_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    assert "failed: no process can be started for it" in refusal("x", TemplateHelper()).message
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "was stopped: it ended the process that renders it" in refusal("x", TemplateHelper()).message
