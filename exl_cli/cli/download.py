@@ -143,7 +143,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         **_place(plan.wanted, plan.listing.commit),
         "total_bytes": plan.total,
         "remaining_bytes": plan.remaining,
-        "left_out": list(plan.pickles),
+        "left_out": plan.pickles,
         "files": [
             {"name": item.file.name, "bytes": item.file.size, "bytes_here": item.bytes_here, "state": item.state}
             for item in plan.items

@@ -128,27 +128,24 @@ class Hub:
 
         A mirror may list no hashes, but serve files with the Hub's headers.
         """
-        return replace(
-            listing,
-            files=tuple(
-                self._identified(listing, file) if file in chosen and not file.identity else file
-                for file in listing.files
-            ),
-        )
 
-    def _identified(self, listing: Listing, file: File) -> File:
-        try:
-            metadata = self._ask(file.name, lambda: self._metadata(listing, file))
-        except Exception as error:
-            if failures.status_of(error) in (405, 501):  # a server that answers no HEAD
+        def identified(file: File) -> File:
+            if file.identity or file not in chosen:
                 return file
-            raise
-        # An ETag is the SHA-256 of a file in LFS and git's id of any other (huggingface_hub, `hf_hub_url`).
-        hashes = {40: "blob_id", 64: "sha256"}
-        etag = str(metadata.etag or "").lower()
-        with contextlib.suppress(KeyError, ValueError):  # some other server's ETag
-            return replace(file, size=file.size or metadata.size or 0, **{hashes[len(etag)]: etag})
-        return replace(file, size=file.size or metadata.size or 0)
+            try:
+                metadata = self._ask(file.name, lambda: self._metadata(listing, file))
+            except Exception as error:
+                if failures.status_of(error) in (405, 501):  # a server that answers no HEAD
+                    return file
+                raise
+            file = replace(file, size=file.size or metadata.size or 0)
+            # An ETag is the SHA-256 of a file in LFS and git's id of any other (huggingface_hub, `hf_hub_url`).
+            etag = str(metadata.etag or "").lower()
+            with contextlib.suppress(ValueError):  # some other server's ETag
+                return replace(file, blob_id=etag) if len(etag) == 40 else replace(file, sha256=etag)
+            return file
+
+        return replace(listing, files=tuple(map(identified, listing.files)))
 
     def read_config(self, listing: Listing) -> dict[str, Any]:
         """config.json of a revision; empty where it has none.

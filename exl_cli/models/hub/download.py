@@ -77,14 +77,17 @@ class Plan:
         listing: the commit to fetch.
         items: the files.
         config: config.json, empty where there is none.
-        pickles: files that the user asked for and will not get.
     """
 
     wanted: Wanted
     listing: Listing
     items: tuple[Item, ...]
     config: dict[str, Any] = field(default_factory=dict, repr=False)
-    pickles: tuple[str, ...] = ()
+
+    @property
+    def pickles(self) -> list[str]:
+        """Names of the files that the user asked for and will not get."""
+        return left_out_pickles(self.listing.files, self.wanted.choice)
 
     @property
     def left_out(self) -> str:
@@ -211,8 +214,7 @@ def prepare(hub: Hub, wanted: Wanted, note: Callable[[str], None], whole: Collec
     check_runnable(listing, chosen, wanted.choice, config)
     if unknown := [file.name for file in chosen if not file.identity]:
         note(f"the Hub gives no hash of {', '.join(unknown)}: only the size is checked")
-    pickles = tuple(left_out_pickles(listing.files, wanted.choice))
-    return Plan(wanted, listing, survey(wanted, chosen, note, whole), config, pickles)
+    return Plan(wanted, listing, survey(wanted, chosen, note, whole), config)
 
 
 def survey(

@@ -25,10 +25,6 @@ _REPORT_SECONDS = 0.1
 _STOPPING_SECONDS = 0.3
 
 
-class _StoppedError(Exception):
-    """Another file failed, or the user asked to stop."""
-
-
 class Transfer:
     """One file: its bytes so far, on disk, and their digest.
 
@@ -53,7 +49,8 @@ class Transfer:
         Raises:
             DownloadError: the content is wrong, twice.
             DiskError: it cannot be written.
-            Exception: the Hub's last failure, or that `stop` was set.
+            SystemExit: `stop` was set.
+            Exception: the Hub's last failure.
         """
         with store.explained(self._part):
             self._stream = os.open(self._part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -104,7 +101,7 @@ class Transfer:
                         self._restart()
                     for chunk in chunks:
                         if self._stop.is_set():
-                            raise _StoppedError
+                            raise SystemExit
                         if self.size + len(chunk) > wanted:
                             self._restart()
                             raise BrokenTransferError(f"more than the {wanted:,} bytes that the Hub lists")
@@ -115,11 +112,9 @@ class Transfer:
                             self._patience.progressed()
                 if self.size < wanted:
                     raise BrokenTransferError(f"only {self.size:,} of {wanted:,} bytes came")
-            except (_StoppedError, DiskError):
-                raise
             except Exception as error:
                 if self._stop.is_set():
-                    raise _StoppedError from error
+                    raise
                 if status_of(error) == 416:
                     self._restart()
                     error = BrokenTransferError("the server refuses to go on in the middle")
