@@ -63,7 +63,7 @@ def multiply(
     norm: Tensor | None = None,
     warps: int = 4,
     stages: int = 3,
-    strips: int = 1,
+    columns: int = 32,
 ) -> list[Tensor]:
     """All products by one launch; outputs and what lies around them are NaN before."""
     rows = len(xs[0])
@@ -84,10 +84,10 @@ def multiply(
             target.scatter = scatter.data_ptr()
         outs.append(out)
     quantized_linear.connect(argument, inputs, outs)
-    layout = quantized_linear.Layout(warps, stages, strips)
-    variant = quantized_linear.variant(product, rows, layout)
+    tile = quantized_linear.TileConfig(warps, stages, columns)
+    variant = quantized_linear.variant(product, rows, tile)
     kernel = Emulated(folder, quantized_linear.FILE, quantized_linear.NAME, "Products", variant.defines)
-    kernel(argument, (product.blocks(layout), 1), 32 * warps)
+    kernel(argument, (product.blocks(tile), 1), 32 * warps)
     for out, matrix in zip(outs, matrices, strict=True):
         assert out[rows:].isnan().all()
         assert out[:, matrix.n :].isnan().all()
@@ -134,22 +134,22 @@ def test_exl2(folder: Path, rows: int, bits: tuple[int, ...], heights: tuple[int
     assert error(got, x.double() @ weight.T) < 2e-3
 
 
-@pytest.mark.parametrize(("rows", "warps", "strips"), [(2, 4, 2), (8, 8, 4), (16, 4, 4), (32, 8, 2)])
-def test_warps_of_several_strips_share_the_rows(folder: Path, rows: int, warps: int, strips: int) -> None:
+@pytest.mark.parametrize(("rows", "warps", "columns"), [(2, 4, 64), (8, 8, 128), (16, 4, 128), (32, 8, 64)])
+def test_warps_of_other_columns_share_the_rows(folder: Path, rows: int, warps: int, columns: int) -> None:
     """Some of them have a chunk less than others."""
     rng = np.random.default_rng(rows)
     made = [gptq(rng, columns, 608, 32, False) for columns in (256, 128)]
     x = inputs(rng, rows, 608)
-    got = multiply(folder, [matrix for matrix, _ in made], [x, x], warps=warps, stages=2, strips=strips)
+    got = multiply(folder, [matrix for matrix, _ in made], [x, x], warps=warps, stages=2, columns=columns)
     for out, (_, weight) in zip(got, made, strict=True):
         assert error(out, x.double() @ weight.T) < 1e-3
 
 
-def test_strips_of_mixed_widths(folder: Path) -> None:
+def test_several_warps_columns_of_mixed_widths(folder: Path) -> None:
     rng = np.random.default_rng(12)
     matrix, weight = exl2(rng, 64, (5, 4, 2), (64, 96, 160))
     x = inputs(rng, 9, 320)
-    (got,) = multiply(folder, [matrix], [x], warps=4, stages=2, strips=2)
+    (got,) = multiply(folder, [matrix], [x], warps=4, stages=2, columns=64)
     assert error(got, x.double() @ weight.T) < 2e-3
 
 
@@ -158,7 +158,7 @@ def test_both_of_a_pair_share_the_rows_or_not(folder: Path, act_order: tuple[boo
     rng = np.random.default_rng(10)
     made = [gptq(rng, 128, 416, 128 if not any(act_order) else 32, order) for order in act_order]
     x = inputs(rng, 11, 416) / 8
-    got, _ = multiply(folder, [m for m, _ in made], [x, x], paired=True, warps=8, stages=3, strips=2)
+    got, _ = multiply(folder, [m for m, _ in made], [x, x], paired=True, warps=8, stages=3, columns=64)
     gate, up = (x.double() @ weight.T for _, weight in made)
     assert error(got, torch.nn.functional.silu(gate) * up) < 2e-3
 
@@ -312,20 +312,18 @@ def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize(("bits", "k"), [(4, 4096), (4, 28672), (6, 14336), (8, 28672)])
-def test_some_layout_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, k: int) -> None:
+def test_some_tile_fits_the_gpus_of_least_shared_memory(rows: int, bits: int, k: int) -> None:
     """A block has 99 KB at most on compute capabilities 8.6 and 8.9, 227 KB on 9.0 (CUDA programming guide)."""
     rng = np.random.default_rng(0)
     matrix, _ = exl2(rng, 32, (bits,), (32,))
     product = quantized_linear.Product((dataclasses.replace(matrix, k=k),), reorders=False)
-    *usual, norm_rope = quantized_linear.layouts(rows)
-    of_32_columns = [layout for layout in usual if layout.strips == 1]
-    needed = {
-        layout: quantized_linear.variant(product, rows, layout).shared_bytes for layout in (*of_32_columns, norm_rope)
-    }
+    *usual, small = quantized_linear.tile_configs(rows)
+    of_32_columns = [tile for tile in usual if tile.columns == 32]
+    needed = {tile: quantized_linear.variant(product, rows, tile).shared_bytes for tile in (*of_32_columns, small)}
     for limit in (99 * 1024, 227 * 1024):
-        fitting = [layout for layout in of_32_columns if needed[layout] <= limit]
+        fitting = [tile for tile in of_32_columns if needed[tile] <= limit]
         chosen = quantized_linear.builds(product, rows, limit)
         # The last one only where it must be.
-        assert list(chosen) == (fitting or [norm_rope])
+        assert list(chosen) == (fitting or [small])
         assert max(build.shared_bytes for build in chosen.values()) <= limit
     assert quantized_linear.builds(product, rows, min(needed.values()) - 1) == {}

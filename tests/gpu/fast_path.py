@@ -26,28 +26,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-WORDS = [
-    "the",
-    "a",
-    "fox",
-    "river",
-    "under",
-    "house",
-    "went",
-    "old",
-    "said",
-    "tree",
-    "little",
-    "once",
-    "upon",
-    "time",
-    "near",
-    "big",
-    "day",
-    "night",
-    "rain",
-    "sun",
-]
+WORDS = ("the", "a", "fox", "river", "under", "house", "went", "old", "said", "tree", "little", "once", "upon", "time")
 
 
 def worker(args: argparse.Namespace) -> None:

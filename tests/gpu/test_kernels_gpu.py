@@ -44,18 +44,18 @@ def random_matrix(rng: np.random.Generator, kind: str, columns: int) -> tuple[Qu
     return matrix, torch.from_numpy(weight).cuda()
 
 
-def product(matrix: QuantizedMatrix, x: torch.Tensor, layout: quantized_linear.Layout) -> torch.Tensor:
+def product(matrix: QuantizedMatrix, x: torch.Tensor, tile: quantized_linear.TileConfig) -> torch.Tensor:
     """Into poisoned memory; what lies around the result stays as it was."""
     rows = len(x)
     one = quantized_linear.Product((matrix,))
-    variant = quantized_linear.variant(one, rows, layout)
+    variant = quantized_linear.variant(one, rows, tile)
     kernel = Kernel(quantized_linear.FILE, quantized_linear.NAME, variant.defines, x.device, variant.shared_bytes)
     # A single row is put in order by the kernel itself.
     ordered = x if matrix.perm is None or rows == 1 else x[:, matrix.perm.long() & 0xFFFF].contiguous()
     out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
     argument = quantized_linear.argument(one, rows)
     quantized_linear.connect(argument, [ordered], [out])
-    launch = kernel.bind((one.blocks(layout),), 32 * layout.warps, argument)
+    launch = kernel.bind((one.blocks(tile),), 32 * tile.warps, argument)
     launch(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     assert out[rows:].isnan().all()
@@ -71,11 +71,11 @@ def test_products_of_random_matrices(kind: str, rows: int) -> None:
         matrix, weight = random_matrix(rng, kind, 32 * int(rng.choice([1, 2, 3, 4, 5, 8, 12])))
         x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
         expected = x.double() @ weight.T
-        for layout in quantized_linear.layouts(rows):
+        for tile in quantized_linear.tile_configs(rows):
             one = quantized_linear.Product((matrix,))
-            if not one.blocks(layout) or quantized_linear.variant(one, rows, layout).shared_bytes > 160 * 1024:
+            if not one.blocks(tile) or quantized_linear.variant(one, rows, tile).shared_bytes > 160 * 1024:
                 continue
-            first, second = (product(matrix, x, layout) for _ in range(2))
+            first, second = (product(matrix, x, tile) for _ in range(2))
             assert float((first - expected).norm() / expected.norm()) < 2e-3
             assert torch.equal(first, second)
 

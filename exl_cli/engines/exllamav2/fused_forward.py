@@ -201,9 +201,9 @@ class FusedForward:
         return self._bind(product, rows, argument)
 
     def _bind(self, product: quantized_linear.Product, rows: int, argument: Products) -> Launch:
-        """A launch in the layout that suits the product and all that are like it."""
-        layout = self._tuner.layout(product, rows)
-        variant = quantized_linear.variant(product, rows, layout)
+        """A launch in the tile that suits the product and all that are like it."""
+        tile = self._tuner.tile_config(product, rows)
+        variant = quantized_linear.variant(product, rows, tile)
 
         def make() -> Kernel:
             return Kernel(
@@ -211,7 +211,7 @@ class FusedForward:
             )
 
         build = (tuple(sorted(variant.defines.items())), variant.shared_bytes)
-        return self._kernel(build, make).bind((product.blocks(layout),), 32 * layout.warps, argument)
+        return self._kernel(build, make).bind((product.blocks(tile),), 32 * tile.warps, argument)
 
     def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
         """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""

@@ -19,7 +19,7 @@
 
 #include "device.cuh"
 #include "rope.cuh"
-#include "pieces.cuh"
+#include "kv_tile.cuh"
 #include "heads.cuh"
 
 const u32 RESIDENT = TILES > 1 ? 12 : 16;               // warps that fit on a multiprocessor, by their registers

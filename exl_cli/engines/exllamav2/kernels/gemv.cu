@@ -33,7 +33,7 @@
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), WARPS a block, TILES of 8 rows, ONE_ROW, STAGES of the ring,
 // MAX_BITS of a weight, PAIRED (half the warps compute a gate, half what it gates), FINE (groups that do not fill
-// chunks), STRIPS of a block (1 with ONE_ROW), RESIDENT warps at least on a multiprocessor.
+// chunks), COLUMNS of a block (32 with ONE_ROW), RESIDENT warps at least on a multiprocessor.
 
 #include "device.cuh"
 #include "unpack.cuh"

@@ -25,6 +25,7 @@ struct Products
     u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
 };
 
+const u32 STRIPS = COLUMNS / 32;                                    // of a block
 const u32 SLOT = 512;                                               // bytes: 16 of each lane
 const u32 X_BYTES = ONE_ROW ? 0 : TILES * 8 * 256;                  // 128 numbers of each row
 const bool SHARED_X = STRIPS > 1;                                   // or else each warp has its own, behind its weights

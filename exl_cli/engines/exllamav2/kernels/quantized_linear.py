@@ -16,12 +16,12 @@ _SCRATCH = 128  # bytes for the sum over a block
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a launch divides its work; see `Variant`."""
+class TileConfig:
+    """How a launch divides its work: warps of a block, stages of their rings, columns of a block; see `Variant`."""
 
     warps: int
     stages: int
-    strips: int = 1
+    columns: int = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +49,12 @@ class Product:
         """What it must read besides its input."""
         return sum(matrix.bytes for matrix in self.matrices)
 
-    def blocks(self, layout: Layout) -> int:
-        """Blocks of its launch; 0 where the layout does not fit its columns."""
-        width = 32 * layout.strips
-        if layout.warps % (layout.strips * (2 if self.paired else 1)) or any(m.n % width for m in self.matrices):
+    def blocks(self, tile: TileConfig) -> int:
+        """Blocks of its launch; 0 where the tile does not fit its columns."""
+        warps = tile.columns // 32 * (2 if self.paired else 1)
+        if tile.warps % warps or any(matrix.n % tile.columns for matrix in self.matrices):
             return 0
-        blocks = sum(matrix.n for matrix in self.matrices) // width
+        blocks = sum(matrix.n for matrix in self.matrices) // tile.columns
         return blocks // 2 if self.paired else blocks
 
     @property
@@ -77,7 +77,7 @@ class Variant:
         rows: of the input, 1 to `MOST_ROWS`.
         warps: of a block; even where paired.
         stages: of the ring through which each warp's weights come.
-        strips: of 32 columns in a block, whose warps share what they read of several rows.
+        columns: of a block, a multiple of 32; its warps share what they read of several rows.
         k: rows of the matrices.
         copies: of a single row, see `Product.copies`.
     """
@@ -89,7 +89,7 @@ class Variant:
     rows: int
     warps: int
     stages: int
-    strips: int
+    columns: int
     k: int
     copies: int
 
@@ -109,7 +109,7 @@ class Variant:
             "TILES": self._tiles,
             "WARPS": self.warps,
             "STAGES": self.stages,
-            "STRIPS": self.strips,
+            "COLUMNS": self.columns,
             "RESIDENT": 32 if self.rows == 1 and not self.fine else self.warps,
         }
 
@@ -119,9 +119,9 @@ class Variant:
         x_bytes = 0 if self.rows == 1 else self._tiles * 8 * 256
         row = -(-self.k // 128) * 256 * self.copies if self.rows == 1 else 0
         groups = (4 if self.fine else 1) * (16 if self.exl2 else 80)
-        stage = -(-(self.max_bits * SLOT + (x_bytes if self.strips == 1 else 0) + groups) // 32) * 32
+        stage = -(-(self.max_bits * SLOT + (x_bytes if self.columns == 32 else 0) + groups) // 32) * 32
         # As if both of a pair had an input of their own.
-        shared_x = 0 if self.strips == 1 else self.warps // self.strips * x_bytes
+        shared_x = 0 if self.columns == 32 else self.warps * 32 // self.columns * x_bytes
         rings = row + self.stages * (self.warps * stage + shared_x)
         sums = self.warps * (1 if self.rows == 1 else self._tiles * 8) * 32 * 4
         return _SCRATCH + max(rings, sums)
@@ -132,13 +132,13 @@ def most_rows(rows: int) -> int:
     return next(most for most in (1, 8, 16, MOST_ROWS) if rows <= most)
 
 
-def variant(product: Product, rows: int, layout: Layout) -> Variant:
+def variant(product: Product, rows: int, tile: TileConfig) -> Variant:
     """The build for a product.
 
     Args:
         product: what to compute.
         rows: of the input.
-        layout: how to divide the work.
+        tile: how to divide the work.
     """
     matrices = product.matrices
     return Variant(
@@ -147,27 +147,27 @@ def variant(product: Product, rows: int, layout: Layout) -> Variant:
         fine=not all(matrix.coarse for matrix in matrices),
         paired=product.paired,
         rows=rows,
-        warps=layout.warps,
-        stages=layout.stages,
-        strips=layout.strips,
+        warps=tile.warps,
+        stages=tile.stages,
+        columns=tile.columns,
         k=matrices[0].k,
         copies=product.copies,
     )
 
 
-def layouts(rows: int) -> list[Layout]:
+def tile_configs(rows: int) -> list[TileConfig]:
     """Those worth trying for that many rows, the likeliest first.
 
     The last one is for GPUs of little shared memory: to be built only where none of the others fits.
     """
     if rows > 16:
-        return [Layout(8, 2), Layout(8, 2, 2), Layout(8, 2, 4), Layout(4, 2)]
+        return [TileConfig(8, 2), TileConfig(8, 2, 64), TileConfig(8, 2, 128), TileConfig(4, 2)]
     if rows > 1:
-        return [Layout(8, 2), Layout(16, 2), Layout(8, 3), Layout(4, 2)]
-    return [Layout(8, 2), Layout(8, 3), Layout(16, 2), Layout(16, 3), Layout(4, 2)]
+        return [TileConfig(8, 2), TileConfig(16, 2), TileConfig(8, 3), TileConfig(4, 2)]
+    return [TileConfig(8, 2), TileConfig(8, 3), TileConfig(16, 2), TileConfig(16, 3), TileConfig(4, 2)]
 
 
-def builds(product: Product, rows: int, shared_bytes: int) -> dict[Layout, Variant]:
+def builds(product: Product, rows: int, shared_bytes: int) -> dict[TileConfig, Variant]:
     """What to choose from for a product, the likeliest first; empty where nothing fits.
 
     Args:
@@ -175,10 +175,10 @@ def builds(product: Product, rows: int, shared_bytes: int) -> dict[Layout, Varia
         rows: of the input.
         shared_bytes: that a block can have on the GPU.
     """
-    *usual, small = layouts(rows)
+    *usual, small = tile_configs(rows)
     for candidates in (usual, [small]):
-        variants = {layout: variant(product, rows, layout) for layout in candidates if product.blocks(layout)}
-        fitting = {layout: build for layout, build in variants.items() if build.shared_bytes <= shared_bytes}
+        variants = {tile: variant(product, rows, tile) for tile in candidates if product.blocks(tile)}
+        fitting = {tile: build for tile, build in variants.items() if build.shared_bytes <= shared_bytes}
         if fitting:
             return fitting
     return {}

@@ -1,4 +1,4 @@
-"""Which layout of a product is fastest on this GPU: measured once for each shape, and remembered.
+"""Which tile of a product is fastest on this GPU: measured once for each shape, and remembered.
 
 What was measured is kept in the user's cache folder, for each GPU by name, under the shape and the kernels' source.
 """
@@ -30,7 +30,7 @@ _WORTH_MEASURING = 1 << 20
 
 
 class Tuner:
-    """Chooses layouts for the products of one model on one device.
+    """Chooses tile configs for the products of one model on one device.
 
     Args:
         device: the GPU.
@@ -44,16 +44,16 @@ class Tuner:
             getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
         )
         name = "".join(c if c.isalnum() else "-" for c in properties.name)
-        self._path = user_cache() / "kernels" / f"layouts-{name}.json"
+        self._path = user_cache() / "kernels" / f"tiles-{name}.json"
         self._alike: dict[tuple[object, ...], list[Product]] = {}
         for product in of:
             self._alike.setdefault(product.kind, []).append(product)
         self._begun: list[compiler.Build] = []
         # By kind and most rows.
-        self._chosen: dict[tuple[tuple[object, ...], int], quantized_linear.Layout] = {}
+        self._chosen: dict[tuple[tuple[object, ...], int], quantized_linear.TileConfig] = {}
 
     def microseconds(self, product: Product, rows: int) -> float | None:
-        """Of a launch in the layout that `layout` chose; None where it measured nothing."""
+        """Of a launch in the tile that `tile_config` chose; None where it measured nothing."""
         found = self._read().get(_key(product, quantized_linear.most_rows(rows)), {})
         times = found.get("microseconds") if isinstance(found, dict) else None
         return min(times.values()) if times else None
@@ -81,41 +81,41 @@ class Tuner:
             for kind, (product, *_) in self._alike.items():
                 if (kind, most) not in self._chosen:
                     builds = quantized_linear.builds(product, most, self._shared_bytes)
-                    layout = _settled(product, most, builds, known)
-                    wanted += builds.values() if layout is None else [builds[layout]]
+                    tile = _settled(product, most, builds, known)
+                    wanted += builds.values() if tile is None else [builds[tile]]
         self._begun += compiler.begin(quantized_linear.FILE, [build.defines for build in wanted], self._device)
 
     def close(self) -> None:
         """Compile no further in the background; what is asked for is still compiled."""
         compiler.forget(self._begun)
 
-    def layout(self, product: Product, rows: int) -> quantized_linear.Layout:
-        """The fastest layout for a product and all those of its kind; begin what it needs before.
+    def tile_config(self, product: Product, rows: int) -> quantized_linear.TileConfig:
+        """The fastest tile for a product and all those of its kind; begin what it needs before.
 
         Args:
             product: one of the model's.
             rows: of the input; all numbers of rows that share a build share the result.
 
         Raises:
-            EngineError: no layout can be built or run here.
+            EngineError: no tile can be built or run here.
         """
         key = (product.kind, quantized_linear.most_rows(rows))
         if key not in self._chosen:
             self._chosen[key] = self._choose(self._alike[product.kind], key[1])
         return self._chosen[key]
 
-    def _choose(self, alike: Sequence[Product], rows: int) -> quantized_linear.Layout:
+    def _choose(self, alike: Sequence[Product], rows: int) -> quantized_linear.TileConfig:
         builds = quantized_linear.builds(alike[0], rows, self._shared_bytes)
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
         known = self._read()
-        if (layout := _settled(alike[0], rows, builds, known)) is not None:
-            return layout
+        if (tile := _settled(alike[0], rows, builds, known)) is not None:
+            return tile
         times, key = self._measure(alike, rows, builds), _key(alike[0], rows)
-        best = min(times, key=lambda layout: times[layout])
+        best = min(times, key=lambda tile: times[tile])
         known[key] = {
-            "layout": astuple(best),
-            "microseconds": {"/".join(map(str, astuple(layout))): round(t, 2) for layout, t in times.items()},
+            "tile": astuple(best),
+            "microseconds": {"/".join(map(str, astuple(tile))): round(t, 2) for tile, t in times.items()},
         }
         self._write(known)
         return best
@@ -132,16 +132,14 @@ class Tuner:
         return found if isinstance(found, dict) else {}
 
     def _measure(
-        self, alike: Sequence[Product], rows: int, builds: dict[quantized_linear.Layout, quantized_linear.Variant]
-    ) -> dict[quantized_linear.Layout, float]:
-        """Microseconds of a launch, for every layout."""
+        self, alike: Sequence[Product], rows: int, builds: dict[quantized_linear.TileConfig, quantized_linear.Variant]
+    ) -> dict[quantized_linear.TileConfig, float]:
+        """Microseconds of a launch, for every tile."""
         # All first: a GPU that had to wait for one would not be as fast with it. From the last on: threads come to the
         # others meanwhile.
         kernels = {
-            layout: Kernel(
-                quantized_linear.FILE, quantized_linear.NAME, build.defines, self._device, build.shared_bytes
-            )
-            for layout, build in reversed(builds.items())
+            tile: Kernel(quantized_linear.FILE, quantized_linear.NAME, build.defines, self._device, build.shared_bytes)
+            for tile, build in reversed(builds.items())
         }
         matrices = alike[0].matrices
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
@@ -149,14 +147,14 @@ class Tuner:
         count = -(-_MORE_THAN_CACHED // alike[0].bytes)
         used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}
-        for layout in builds:
-            kernel = kernels[layout]
+        for tile in builds:
+            kernel = kernels[tile]
             launches = []
             for product in used:
                 argument = quantized_linear.argument(product, rows)
                 quantized_linear.connect(argument, [x] * len(outs), outs)
-                launches.append(_on_current_stream(kernel.bind((product.blocks(layout),), 32 * layout.warps, argument)))
-            times[layout] = _microseconds(launches) / len(used)
+                launches.append(_on_current_stream(kernel.bind((product.blocks(tile),), 32 * tile.warps, argument)))
+            times[tile] = _microseconds(launches) / len(used)
         return times
 
 
@@ -167,10 +165,10 @@ def _on_current_stream(launch: Launch) -> Callable[[], None]:
 def _settled(
     product: Product,
     rows: int,
-    builds: Mapping[quantized_linear.Layout, quantized_linear.Variant],
+    builds: Mapping[quantized_linear.TileConfig, quantized_linear.Variant],
     known: Mapping[str, Any],
-) -> quantized_linear.Layout | None:
-    """The layout to take where it need not be measured: it hardly matters, or it was; otherwise None.
+) -> quantized_linear.TileConfig | None:
+    """The tile to take where it need not be measured: it hardly matters, or it was; otherwise None.
 
     Args:
         product, rows: what it is for.
@@ -180,8 +178,8 @@ def _settled(
     if product.bytes < _WORTH_MEASURING:
         return next(iter(builds), None)
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        layout = quantized_linear.Layout(*(int(size) for size in known[_key(product, rows)]["layout"]))
-        return layout if layout in builds else None
+        tile = quantized_linear.TileConfig(*(int(size) for size in known[_key(product, rows)]["tile"]))
+        return tile if tile in builds else None
     return None
 
 
