@@ -15,22 +15,8 @@ class MatrixArgument(ctypes.Structure):
     """`Matrix` of gemv.cu."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "weight",
-                "x",
-                "perm",
-                "norm",
-                "four",
-                "scale",
-                "block",
-                "bias",
-                "scatter",
-                "out",
-                "add",
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in ("weight", "x", "perm", "norm", "four", "scale", "block", "bias")),
+        *((name, ctypes.c_void_p) for name in ("scatter", "out", "add")),
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_uint32) for name in ("n", "k", "x_stride", "out_stride", "group_shift", "first_block")),
     )

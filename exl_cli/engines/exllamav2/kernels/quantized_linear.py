@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +18,13 @@ _SCRATCH = 128  # bytes for the sum over a block
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a launch divides its work: warps of a block, stages of their rings, columns of a block; see `Variant`."""
+    """How a launch divides its work.
+
+    Attributes:
+        warps: of a block; even where it computes a pair.
+        stages: of the ring through which each warp's weights come.
+        columns: of a block, a multiple of 32; its warps share what they read of several rows.
+    """
 
     warps: int
     stages: int
@@ -65,66 +72,16 @@ class Product:
         return most + any(order is not None for order in orders)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What the source leaves open.
+class Variant(NamedTuple):
+    """A build of the source for a product.
 
     Attributes:
-        exl2: the format of all the matrices.
-        max_bits: of their weights.
-        fine: widths or scales change within 128 rows.
-        paired: a gate and what it gates.
-        rows: of the input, 1 to `MOST_ROWS`.
-        warps: of a block; even where paired.
-        stages: of the ring through which each warp's weights come.
-        columns: of a block, a multiple of 32; its warps share what they read of several rows.
-        k: rows of the matrices.
-        copies: of a single row, see `Product.copies`.
+        defines: values of the names that the source leaves open.
+        shared_bytes: dynamic shared memory of a block.
     """
 
-    exl2: bool
-    max_bits: int
-    fine: bool
-    paired: bool
-    rows: int
-    warps: int
-    stages: int
-    columns: int
-    k: int
-    copies: int
-
-    @property
-    def _tiles(self) -> int:
-        return 1 if self.rows <= 8 else 2 if self.rows <= 16 else 4
-
-    @property
-    def defines(self) -> dict[str, int]:
-        """Values of the source's names."""
-        return {
-            "FORMAT": int(self.exl2),
-            "MAX_BITS": self.max_bits,
-            "FINE": int(self.fine),
-            "PAIRED": int(self.paired),
-            "ONE_ROW": int(self.rows == 1),
-            "TILES": self._tiles,
-            "WARPS": self.warps,
-            "STAGES": self.stages,
-            "COLUMNS": self.columns,
-            "RESIDENT": 32 if self.rows == 1 and not self.fine else self.warps,
-        }
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block: a single row, the rings, and in their place the sums at the end."""
-        x_bytes = 0 if self.rows == 1 else self._tiles * 8 * 256
-        row = -(-self.k // 128) * 256 * self.copies if self.rows == 1 else 0
-        groups = (4 if self.fine else 1) * (16 if self.exl2 else 80)
-        stage = -(-(self.max_bits * SLOT + (x_bytes if self.columns == 32 else 0) + groups) // 32) * 32
-        # As if both of a pair had an input of their own.
-        shared_x = 0 if self.columns == 32 else self.warps * 32 // self.columns * x_bytes
-        rings = row + self.stages * (self.warps * stage + shared_x)
-        sums = self.warps * (1 if self.rows == 1 else self._tiles * 8) * 32 * 4
-        return _SCRATCH + max(rings, sums)
+    defines: dict[str, int]
+    shared_bytes: int
 
 
 def most_rows(rows: int) -> int:
@@ -133,26 +90,28 @@ def most_rows(rows: int) -> int:
 
 
 def variant(product: Product, rows: int, tile: TileConfig) -> Variant:
-    """The build for a product.
-
-    Args:
-        product: what to compute.
-        rows: of the input.
-        tile: how to divide the work.
-    """
-    matrices = product.matrices
-    return Variant(
-        exl2=matrices[0].exl2,
-        max_bits=max(matrix.width for matrix in matrices),
-        fine=not all(matrix.coarse for matrix in matrices),
-        paired=product.paired,
-        rows=rows,
-        warps=tile.warps,
-        stages=tile.stages,
-        columns=tile.columns,
-        k=matrices[0].k,
-        copies=product.copies,
-    )
+    """The build for a product of an input of so many rows."""
+    matrices, warps = product.matrices, tile.warps
+    exl2, max_bits = matrices[0].exl2, max(matrix.width for matrix in matrices)
+    # Widths or scales change within 128 rows.
+    fine = not all(matrix.coarse for matrix in matrices)
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+    shares_x = tile.columns > 32
+    defines = {
+        "FORMAT": int(exl2), "MAX_BITS": max_bits, "FINE": int(fine), "PAIRED": int(product.paired),
+        "ONE_ROW": int(rows == 1), "TILES": tiles, "WARPS": warps, "STAGES": tile.stages, "COLUMNS": tile.columns,
+        "RESIDENT": 32 if rows == 1 and not fine else warps,
+    }  # fmt: skip
+    # A single row, the rings, and in their place the sums at the end.
+    x_bytes = 0 if rows == 1 else tiles * 8 * 256
+    row = -(-matrices[0].k // 128) * 256 * product.copies if rows == 1 else 0
+    groups = (4 if fine else 1) * (16 if exl2 else 80)
+    stage = -(-(max_bits * SLOT + (0 if shares_x else x_bytes) + groups) // 32) * 32
+    # As if both of a pair had an input of their own.
+    shared_x = warps * 32 // tile.columns * x_bytes if shares_x else 0
+    rings = row + tile.stages * (warps * stage + shared_x)
+    sums = warps * (1 if rows == 1 else tiles * 8) * 32 * 4
+    return Variant(defines, _SCRATCH + max(rings, sums))
 
 
 def tile_configs(rows: int) -> list[TileConfig]:
