@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -11,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
-from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, Engine, Request
+from exl_cli.engines.base import Engine, Event, Request
+from exl_cli.engines.response import Decoder, GeneratorEngine, Step
 from exl_cli.errors import EngineError
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
@@ -35,7 +34,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-class PacedEngine:
+class PacedEngine(GeneratorEngine):
     """Generates token 7 for ever, at a known pace.
 
     Args:
@@ -58,29 +57,32 @@ class PacedEngine:
         context_length: int = 1024,
         on_request: Callable[[Request], None] = lambda request: None,
     ) -> None:
-        self.prompt_seconds, self.first, self.step = prompt_seconds, first, step
+        super().__init__()
+        self.prompt_seconds, self.first, self.seconds = prompt_seconds, first, step
         self.reused, self.tokens, self.on_request = reused, tokens, on_request
         self.context_length = context_length
         self.facts: dict[str, str] = {"device": "none", "dtype": "float32", "threads": "2"}
         self.requests: list[Request] = []
         self.closed = False
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        driver.check_fits(len(request.ids), self.context_length)
+    def add(self, request_id: int, request: Request) -> None:
         self.requests.append(request)
         self.on_request(request)
-        return driver.run(request, SilentDecoder(), self.context_length, self._steps())
+        super().add(request_id, request)
 
-    def _steps(self) -> Generator[driver.Step, None, None]:
-        yield driver.Step(prompt_seconds=self.prompt_seconds, reused_tokens=self.reused)
+    def _decoder(self, request: Request) -> Decoder:
+        return SilentDecoder()
+
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
+        yield Step(prompt_seconds=self.prompt_seconds, reused_tokens=self.reused)
         count = 0
         while self.tokens is None or count < self.tokens:
             self._compute(count)
             count += 1
-            yield driver.Step((7,))
+            yield Step((7,))
 
     def _compute(self, count: int) -> None:
-        spin(self.step if count else self.first)
+        spin(self.seconds if count else self.first)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Every token is twice as likely as each other one to be followed by its successor, of 50 in all."""
@@ -97,32 +99,22 @@ class PacedEngine:
 
 
 class BatchEngine(PacedEngine):
-    """Computes up to four requests together: a step begins when all of them are there."""
+    """Computes up to four requests together."""
 
     name = "batching"
     max_batch = 4
 
-    def __init__(self, together: int) -> None:
-        super().__init__()
-        self._barrier = threading.Barrier(together)
-
-    def _compute(self, count: int) -> None:
-        self._barrier.wait(timeout=20)
-
 
 class TurnsEngine(PacedEngine):
-    """Says that it batches, and takes one request after the other."""
+    """Says that it batches, and computes one request after the other."""
 
     name = "turns"
     max_batch = 4
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        with self._lock:
-            yield from super().stream(request)
+    def step(self) -> Iterator[Event]:
+        first = next(iter(self._responses))
+        while first in self._responses:
+            yield from (event for event in super().step() if event[0] == first)
 
 
 class PacedLoader:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
-from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, Engine, Request
+from exl_cli.engines.base import Engine, Request
+from exl_cli.engines.response import Decoder, GeneratorEngine, Step
 from exl_cli.errors import OutOfMemoryError
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
@@ -64,12 +65,13 @@ class Script:
         return self.engines[-1]
 
 
-class TalkingEngine:
+class TalkingEngine(GeneratorEngine):
     """Says the script's next answer, then the end-of-sequence token; keeps what it has computed, as a KV cache does."""
 
     name = "scripted"
 
     def __init__(self, script: Script, tokenizer: Tokenizer, context_length: int) -> None:
+        super().__init__()
         self._script = script
         self._tokenizer = tokenizer
         self.context_length = context_length
@@ -77,33 +79,34 @@ class TalkingEngine:
         self.held: list[int] = []
         self.closed = False
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
+    def _decoder(self, request: Request) -> Decoder:
+        return self._tokenizer.decode_stream(request.ids)
+
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
         assert not self.closed
-        driver.check_fits(len(request.ids), self.context_length)
         answer = self._script.answers[len(self._script.requests) % len(self._script.answers)]
         self._script.requests.append(request)
-        decoder = self._tokenizer.decode_stream(request.ids)
-        return driver.run(request, decoder, self.context_length, self._steps(request, answer))
-
-    def _steps(self, request: Request, answer: str) -> Generator[driver.Step, None, None]:
         prompt = list(request.ids)
         pairs = zip(self.held, prompt[:-1], strict=False)
         reused = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.held), len(prompt) - 1))
         self.held = prompt[:-1]
         self._script.before(request)
-        yield driver.Step(prompt_seconds=0.001 * (len(prompt) - reused), reused_tokens=reused)
+        yield Step(prompt_seconds=0.001 * (len(prompt) - reused), reused_tokens=reused)
         last = prompt[-1]
-        for token in self._tokens(answer, request):
+        for token in self._tokens(answer, is_cancelled):
             self.held.append(last)
             last = token
-            yield driver.Step((token,))
-        yield driver.Step()
+            yield Step((token,))
+        yield Step()
 
-    def _tokens(self, answer: str, request: Request) -> Iterator[int]:
+    def _tokens(self, answer: str, is_cancelled: Callable[[], bool]) -> Iterator[int]:
         for part in self._parts(answer):
             if part == PAUSE:
                 self._script.pause()
-                assert request.cancel.wait(30)
+                give_up = time.monotonic() + 30
+                while not is_cancelled():
+                    assert time.monotonic() < give_up
+                    time.sleep(0.001)
                 return
             elif part == FAIL:
                 raise OutOfMemoryError("the GPU ran out of memory", "use --cache q4")

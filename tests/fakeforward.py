@@ -8,11 +8,7 @@ of just that. So a test knows every token without any cache.
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -208,29 +204,3 @@ class FakeForward:
 def sampler_for(request: Request, vocab_size: int = 97) -> Sampler:
     """The real sampler, without a tokenizer."""
     return Sampler(request.sampling, request.seed, vocab_size=vocab_size)
-
-
-@contextmanager
-def interrupt_after(opcodes: int) -> Iterator[None]:
-    """Raise KeyboardInterrupt, once, after so many lines and opcodes in the files of the engine or in this one."""
-    before = sys.gettrace()
-    left = opcodes
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal left
-        file = frame.f_code.co_filename
-        if "exllamav2" not in file and "fakeforward" not in file:
-            return None
-        frame.f_trace_opcodes = True
-        if event in ("line", "opcode"):
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

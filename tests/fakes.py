@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, Engine, Request
+from exl_cli.engines.base import Engine, Request
+from exl_cli.engines.response import Decoder, GeneratorEngine, Step
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
@@ -15,12 +15,13 @@ from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.readings import DeviceMemory
 
 
-class ScriptedEngine:
+class ScriptedEngine(GeneratorEngine):
     """Generates the tokens of a fixed text, then the model's end-of-sequence token."""
 
     name = "scripted"
 
     def __init__(self, tokenizer: Tokenizer, answer: str, context_length: int) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
         self._answer = answer
         self.context_length = context_length
@@ -28,16 +29,18 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.closed = False
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        driver.check_fits(len(request.ids), self.context_length)
+    def add(self, request_id: int, request: Request) -> None:
         self.requests.append(request)
-        return driver.run(request, self._tokenizer.decode_stream(request.ids), self.context_length, self._steps())
+        super().add(request_id, request)
 
-    def _steps(self) -> Generator[driver.Step, None, None]:
-        yield driver.Step(prompt_seconds=0.5)
+    def _decoder(self, request: Request) -> Decoder:
+        return self._tokenizer.decode_stream(request.ids)
+
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
+        yield Step(prompt_seconds=0.5)
         for token in self._tokenizer.encode(self._answer, add_special_tokens=False):
-            yield driver.Step((token,))
-        yield driver.Step((min(self._tokenizer.eos_ids),))
+            yield Step((token,))
+        yield Step((min(self._tokenizer.eos_ids),))
 
     def logits(self, ids: Sequence[int]) -> Any:
         """It has no opinion: every token is as likely as any other."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from exl_cli.engines.base import Chunk, Request, Summary
+from exl_cli.engines.response import Decoder, Response, Step
 from exl_cli.sampling import build
 
 
@@ -33,6 +34,21 @@ def collect(chunks: Iterable[Chunk]) -> tuple[str, list[int], Summary]:
     summary = parts[-1].summary
     assert summary is not None
     return "".join(chunk.text for chunk in parts), [token for chunk in parts for token in chunk.token_ids], summary
+
+
+def respond(
+    request: Request, decoder: Decoder, context_length: int, steps: Generator[Step, None, None]
+) -> Iterator[Chunk]:
+    """The chunks that an engine makes of these steps."""
+    response = Response(request, decoder, context_length)
+    try:
+        for step in steps:
+            yield from response.take(step)
+            if response.ended:
+                return
+        yield response.finish()
+    finally:
+        steps.close()
 
 
 def request_for(ids: Sequence[int], preset: str, max_new_tokens: int, seed: int = 0) -> Request:

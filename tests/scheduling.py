@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from fakeforward import FakeClock, FakeForward, sampler_for
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
+from exl_cli.engines.response import Step
 from exl_cli.sampling import Sampling, build
 
 GREEDY = build({}, "greedy")
 Steps = Generator[Step, None, None]
+
+
+class Batch:
+    """Streams over a scheduler: whoever pulls one that has nothing ready does the next step, which serves all."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._last_id = 0
+        self._outcomes: dict[int, deque[Step | Exception | None]] = {}
+
+    def steps(self, request: Request, limit: int) -> Steps:
+        """The steps of one request, each as it comes; an empty one where a step of the scheduler brought none."""
+        self.scheduler.check(request, limit)
+        self._last_id += 1
+        number = self._last_id
+        outcomes = self._outcomes[number] = deque()
+        try:
+            self.scheduler.add(number, request, limit)
+            while True:
+                if not outcomes:
+                    self.step()
+                outcome = outcomes.popleft() if outcomes else Step()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                if outcome is None:
+                    return
+                yield outcome
+        finally:
+            self.scheduler.cancel(number)
+            del self._outcomes[number]
+
+    def step(self) -> None:
+        for number, outcome in self.scheduler.step():
+            self._outcomes[number].append(outcome)
 
 
 def ask(ids: Iterable[int], new: int = 5, sampling: Sampling = GREEDY, seed: int = 0, **rest: Any) -> Request:

@@ -6,8 +6,10 @@ import gc
 import json
 import os
 import re
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from helpers import Recorder, collect, exl
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import ChunkStream, EngineThread
 from exl_cli.engines.base import Engine, Request
 from exl_cli.engines.cpu.kv_cache import KvCache
 from exl_cli.models.load_options import LoadOptions
@@ -25,16 +28,16 @@ from exl_cli.sampling import Sampling, build
 GREEDY = build({}, "greedy")
 
 
-def load(path: Path) -> Engine:
+def load(path: Path) -> EngineThread:
     info = loader.resolve(str(path))
-    return loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder())
+    return EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder()))
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, 4000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def check_greedy(engine: Engine, ids: Sequence[int], new: int, reused: int | range) -> list[int]:
+def check_greedy(engine: EngineThread, ids: Sequence[int], new: int, reused: int | range) -> list[int]:
     """Generate greedily; each token must be the likeliest by the model without any cache, up to a near tie."""
     _, tokens, summary = collect(engine.stream(Request(ids, GREEDY, new, 0)))
     assert summary.reused_tokens in ([reused] if isinstance(reused, int) else reused)
@@ -53,7 +56,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine.close()
 
 
-def test_a_conversation_is_computed_once(engine: Engine) -> None:
+def test_a_conversation_is_computed_once(engine: EngineThread) -> None:
     first = prompt(200, seed=1)
     tokens = check_greedy(engine, first, 20, 0)
     # The last token of an answer has been chosen, not computed.
@@ -65,55 +68,63 @@ def test_a_conversation_is_computed_once(engine: Engine) -> None:
     check_greedy(engine, prompt(50, seed=4)[:1], 5, 0)
 
 
-def test_the_same_seed_gives_the_same_text_with_and_without_reuse(engine: Engine) -> None:
+def test_the_same_seed_gives_the_same_text_with_and_without_reuse(engine: EngineThread) -> None:
     ids = prompt(300, seed=5)
     cold, warm = (collect(engine.stream(Request(ids, Sampling(), 30, seed=9))) for _ in range(2))
     assert (cold[2].reused_tokens, warm[2].reused_tokens) == (0, 299)
     assert cold[1] == warm[1]
 
 
-class Countdown(threading.Event):
-    """Is set, or raises, once it has been looked at so many times."""
+@contextmanager
+def at_layer(number: int, action: Callable[[], object]) -> Iterator[None]:
+    """Within it, `action` is called in the engine's thread right before the decoder layer of that number."""
+    layers = count(1)
 
-    def __init__(self, looks: int, error: BaseException | None = None) -> None:
-        super().__init__()
-        self._looks = looks
-        self._error = error
+    def before(module: torch.nn.Module, args: object) -> None:
+        if type(module).__name__.endswith("DecoderLayer") and next(layers) == number:
+            action()
 
-    def is_set(self) -> bool:
-        self._looks -= 1
-        if self._looks < 0 and self._error is not None:
-            raise self._error
-        return self._looks < 0
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
-@pytest.mark.parametrize("looks", range(1, 10))
-def test_a_pass_that_is_cancelled_between_two_layers_leaves_the_cache_right(engine: Engine, looks: int) -> None:
-    ids = prompt(300, seed=100 + looks)
-    _, tokens, summary = collect(engine.stream(Request(ids, GREEDY, 5, 0, cancel=Countdown(looks))))
+@pytest.mark.parametrize("layer", range(1, 9))
+def test_a_pass_that_is_cancelled_between_two_layers_leaves_the_cache_right(engine: EngineThread, layer: int) -> None:
+    ids = prompt(300, seed=100 + layer)
+    asked: Future[ChunkStream] = Future()
+    with at_layer(layer, lambda: asked.result(30).cancel()):
+        asked.set_result(engine.stream(Request(ids, GREEDY, 5, 0)))
+        _, tokens, summary = collect(asked.result())
     assert (tokens, summary.finish_reason) == ([], "cancelled")
     # Whole chunks of the prompt are kept, and no part of one.
     check_greedy(engine, ids, 5, range(0, 300))
 
 
-def test_a_pass_that_fails_leaves_the_cache_right(engine: Engine) -> None:
+def test_a_pass_that_fails_leaves_the_cache_right(engine: EngineThread) -> None:
     ids = prompt(300, seed=6)
     check_greedy(engine, ids[:150], 5, 0)
-    with pytest.raises(MemoryError):
-        collect(engine.stream(Request(ids, GREEDY, 5, 0, cancel=Countdown(5, MemoryError()))))
+
+    def fail() -> None:
+        raise MemoryError
+
+    with at_layer(5, fail), pytest.raises(MemoryError):
+        collect(engine.stream(Request(ids, GREEDY, 5, 0)))
     check_greedy(engine, ids, 10, range(150, 300))
 
 
-def test_two_generations_at_once_do_not_disturb_each_other(engine: Engine) -> None:
-    one, two = prompt(40, seed=7), prompt(40, seed=8)
-    alone = [collect(engine.stream(Request(ids, GREEDY, 12, 0)))[1] for ids in (one, two)]
-    streams = [engine.stream(Request(ids, GREEDY, 12, 0)) for ids in (one, two)]
-    found: list[list[int]] = [[], []]
+def test_two_streams_read_in_turn_do_not_disturb_each_other(engine: EngineThread) -> None:
+    first, second = prompt(40, seed=7), prompt(40, seed=8)
+    alone = [collect(engine.stream(Request(ids, GREEDY, 12, 0)))[1] for ids in (first, second)]
+    streams = [engine.stream(Request(ids, GREEDY, 12, 0)) for ids in (first, second)]
+    tokens: list[list[int]] = [[], []]
     for _ in range(13):
-        for stream, tokens in zip(streams, found, strict=True):
-            tokens += next(stream).token_ids
-    assert found == alone
-    check_greedy(engine, one, 12, range(0, 40))
+        for index, stream in enumerate(streams):
+            tokens[index] += next(stream).token_ids
+    assert tokens == alone
+    check_greedy(engine, first, 12, range(0, 40))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # looking at all objects wakes deprecated ones

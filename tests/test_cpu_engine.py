@@ -14,7 +14,8 @@ import torch
 from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
-from exl_cli.engines.base import Engine, Request
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.engines.base import Request
 from exl_cli.errors import DamagedModelError, PromptError, UnsupportedModelError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -23,10 +24,10 @@ from exl_cli.sampling import Sampling, build
 IDS = [1, 40, 300, 4000, 17, 250, 999, 31, 2048, 5, 77, 640]
 
 
-def load(path: Path | None) -> tuple[Engine, Tokenizer]:
+def load(path: Path | None) -> tuple[EngineThread, Tokenizer]:
     info = loader.resolve(None if path is None else str(path))
     tokenizer = Tokenizer(info.path)
-    return loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder()), tokenizer
+    return EngineThread(loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder())), tokenizer
 
 
 @pytest.mark.parametrize("name", tinymodels.VARIANTS)
@@ -69,7 +70,7 @@ def test_greedy_text_is_exllamav2s_up_to_a_near_tie(
 
 
 @pytest.fixture(scope="module")
-def fable() -> Iterator[tuple[Engine, Tokenizer]]:
+def fable() -> Iterator[tuple[EngineThread, Tokenizer]]:
     engine, tokenizer = load(None)
     yield engine, tokenizer
     engine.close()
@@ -80,7 +81,7 @@ Start = Callable[..., Request]
 
 
 @pytest.fixture
-def start(fable: tuple[Engine, Tokenizer]) -> Start:
+def start(fable: tuple[EngineThread, Tokenizer]) -> Start:
     _, tokenizer = fable
 
     def make(
@@ -96,14 +97,14 @@ def start(fable: tuple[Engine, Tokenizer]) -> Start:
     return make
 
 
-def test_same_seed_same_text_other_seed_other_text(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_same_seed_same_text_other_seed_other_text(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, _ = fable
     first, again, other = (collect(engine.stream(start(seed=seed)))[0] for seed in (7, 7, 8))
     assert first == again
     assert first != other
 
 
-def test_greedy_ignores_the_seed(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_greedy_ignores_the_seed(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, _ = fable
     greedy = build({}, "greedy")
     assert (
@@ -112,7 +113,7 @@ def test_greedy_ignores_the_seed(fable: tuple[Engine, Tokenizer], start: Start) 
     )
 
 
-def test_the_token_limit_holds_and_is_said(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_the_token_limit_holds_and_is_said(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, tokenizer = fable
     text, ids, summary = collect(engine.stream(start(tokens=5)))
     assert (len(ids), summary.new_tokens, summary.finish_reason) == (5, 5, "length")
@@ -121,7 +122,7 @@ def test_the_token_limit_holds_and_is_said(fable: tuple[Engine, Tokenizer], star
     assert 0 < summary.first_token_seconds <= summary.prompt_seconds + summary.generation_seconds
 
 
-def test_the_context_is_a_limit_too(fable: tuple[Engine, Tokenizer]) -> None:
+def test_the_context_is_a_limit_too(fable: tuple[EngineThread, Tokenizer]) -> None:
     engine, _ = fable
     ids = [300] * (engine.context_length - 3)
     _, tokens, summary = collect(engine.stream(request_for(ids, "greedy", 100)))
@@ -130,14 +131,14 @@ def test_the_context_is_a_limit_too(fable: tuple[Engine, Tokenizer]) -> None:
 
 @pytest.mark.parametrize("length", [1024, 5000])
 def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(
-    fable: tuple[Engine, Tokenizer], length: int
+    fable: tuple[EngineThread, Tokenizer], length: int
 ) -> None:
     engine, _ = fable
     with pytest.raises(PromptError, match=rf"{length:,} tokens.*1,024"):
         next(iter(engine.stream(request_for([300] * length, "greedy", 1))))
 
 
-def test_a_stop_string_ends_the_text_before_it(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_a_stop_string_ends_the_text_before_it(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, _ = fable
     whole, _, _ = collect(engine.stream(start(tokens=60)))
     stop = whole[40:47]
@@ -146,7 +147,7 @@ def test_a_stop_string_ends_the_text_before_it(fable: tuple[Engine, Tokenizer], 
     assert summary.finish_reason == "stop"
 
 
-def test_a_stop_id_ends_the_text_and_is_counted(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_a_stop_id_ends_the_text_and_is_counted(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, _ = fable
     _, ids, _ = collect(engine.stream(start(tokens=30)))
     stop = next(token for token in ids[5:] if ids.index(token) >= 5)
@@ -155,29 +156,31 @@ def test_a_stop_id_ends_the_text_and_is_counted(fable: tuple[Engine, Tokenizer],
     assert (summary.finish_reason, summary.new_tokens) == ("stop", len(stopped))
 
 
-def test_cancelling_keeps_what_came(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_cancelling_keeps_what_came(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, _ = fable
     request = start(tokens=500)
     text, summary = "", None
-    for chunk in engine.stream(request):
+    stream = engine.stream(request)
+    for chunk in stream:
         text += chunk.text
         if len(text) > 20:
-            request.cancel.set()
+            stream.cancel()
         summary = chunk.summary
     assert summary is not None
     assert summary.finish_reason == "cancelled"
     assert 20 < len(text) < 200
 
 
-def test_cancelling_in_the_prompt_gives_no_token(fable: tuple[Engine, Tokenizer]) -> None:
+def test_cancelling_in_the_prompt_gives_no_token(fable: tuple[EngineThread, Tokenizer]) -> None:
     engine, _ = fable
     request = request_for([300] * 1000, "greedy", 10)
-    request.cancel.set()
-    _, ids, summary = collect(engine.stream(request))
+    stream = engine.stream(request)
+    stream.cancel()
+    _, ids, summary = collect(stream)
     assert (ids, summary.finish_reason, summary.first_token_seconds) == ([], "cancelled", 0.0)
 
 
-def test_closing_early_leaves_the_engine_ready(fable: tuple[Engine, Tokenizer], start: Start) -> None:
+def test_closing_early_leaves_the_engine_ready(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
     engine, _ = fable
     stream = engine.stream(start(tokens=100))
     next(stream)
@@ -235,7 +238,7 @@ def test_what_transformers_computes_without_sdpa_runs_too(tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def with_a_stray_token(gptq_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Tokenizer]:
+def with_a_stray_token(gptq_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EngineThread, Tokenizer]:
     """fable-7m with a tokenizer of one token more than it has embeddings."""
     folder = tmp_path_factory.mktemp("stray") / "model"
     shutil.copytree(gptq_dir, folder)
@@ -245,7 +248,9 @@ def with_a_stray_token(gptq_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     return load(folder)
 
 
-def test_a_token_that_the_model_does_not_know_is_refused_by_name(with_a_stray_token: tuple[Engine, Tokenizer]) -> None:
+def test_a_token_that_the_model_does_not_know_is_refused_by_name(
+    with_a_stray_token: tuple[EngineThread, Tokenizer],
+) -> None:
     engine, tokenizer = with_a_stray_token
     ids = tokenizer.encode("hello <big>", add_special_tokens=True)
     assert 4096 in ids
@@ -255,7 +260,7 @@ def test_a_token_that_the_model_does_not_know_is_refused_by_name(with_a_stray_to
 
 
 def test_prompts_without_the_stray_token_go_on_working(
-    with_a_stray_token: tuple[Engine, Tokenizer], gptq_dir: Path
+    with_a_stray_token: tuple[EngineThread, Tokenizer], gptq_dir: Path
 ) -> None:
     request = request_for(IDS, "greedy", 12)
     assert collect(with_a_stray_token[0].stream(request))[1] == collect(load(gptq_dir)[0].stream(request))[1]

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
 
-from test_turns import EndlessEngine, with_engine
+from test_engine_thread import EndlessEngine, with_engine
 
 from exl_cli import load
 from exl_cli.errors import PromptError

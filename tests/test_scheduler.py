@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from fakeforward import FakeForward
-from scheduling import Model, ask, pull
+from helpers import respond
+from scheduling import Batch, Model, ask, pull
 
-from exl_cli.engines import driver
 from exl_cli.engines.base import Request
-from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.scheduler import Scheduler
+from exl_cli.engines.response import Step
 from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.errors import PromptError
 from exl_cli.models.tokenizer import Tokenizer
@@ -96,15 +95,19 @@ def test_those_who_ask_at_once_find_what_the_first_computed() -> None:
     model = Model(pages=40, max_batch=4)
     shared = [*range(40, 53)]
     requests = [ask([*shared, number], 4) for number in range(4)]
-    sequences = [model.scheduler.sequence(request, 4) for request in requests]
-    for sequence in sequences:
-        model.scheduler.add(sequence)
-    model.scheduler.step()
-    assert [sequence.outbox[0].reused_tokens for sequence in sequences] == [0, 13, 13, 13]
-    while model.scheduler.leased_pages:
-        model.scheduler.step()
-    for sequence, request in zip(sequences, requests, strict=True):
-        assert [t for step in sequence.outbox for t in step.token_ids] == model.expected(request)
+    for number, request in enumerate(requests):
+        model.scheduler.add(number, request, 4)
+    assert [(number, step.reused_tokens) for number, step in model.scheduler.step()] == [
+        (0, 0),
+        (1, 13),
+        (2, 13),
+        (3, 13),
+    ]
+    tokens: list[list[int]] = [[], [], [], []]
+    while model.scheduler.num_allocated_pages:
+        for number, step in model.scheduler.step():
+            tokens[number] += step.token_ids if step else ()
+    assert tokens == [model.expected(request) for request in requests]
 
 
 def test_more_than_a_pass_holds_wait_in_order() -> None:
@@ -161,9 +164,9 @@ def test_closing_a_stream_frees_its_pages_at_once() -> None:
     pull(first)
     second = model.steps(two)
     assert next(second) == Step()
-    held = model.scheduler.leased_pages
+    held = model.scheduler.num_allocated_pages
     first.close()
-    assert (held, model.scheduler.leased_pages) == (3, 0)
+    assert (held, model.scheduler.num_allocated_pages) == (3, 0)
     assert [t for step in second for t in step.token_ids] == model.expected(two)
 
 
@@ -177,7 +180,7 @@ def test_what_a_closed_stream_had_computed_is_kept(pulls: int) -> None:
     again = ask([*request.ids, *model.expected(request)], 3)
     # The pass in flight has the last one handed out, or the prompt's last; it counts for nothing.
     assert model.run(again)[1] == 8 + len(tokens)
-    assert model.scheduler.leased_pages == 0
+    assert model.scheduler.num_allocated_pages == 0
 
 
 def test_the_consumer_may_end_it_with_a_pass_in_flight(exl2_dir: Path) -> None:
@@ -186,7 +189,7 @@ def test_the_consumer_may_end_it_with_a_pass_in_flight(exl2_dir: Path) -> None:
     batch = Batch(Scheduler(forward, Samplers(tokenizer, forward.vocab_size).make))
 
     def stream(request: Request) -> list[int]:
-        chunks = driver.run(request, tokenizer.decode_stream(request.ids), 160, batch.steps(request, 100))
+        chunks = respond(request, tokenizer.decode_stream(request.ids), 160, batch.steps(request, 100))
         return [token for chunk in chunks for token in chunk.token_ids]
 
     request = ask(range(300, 309), 100)

@@ -6,15 +6,22 @@ from typing import Any
 
 import pytest
 from fakeforward import FakeClock, FakeForward, sampler_for
+from helpers import respond
+from scheduling import Batch
 
-from exl_cli.engines import driver
 from exl_cli.engines.base import Request, Summary
-from exl_cli.engines.exllamav2.batching import Batch
-from exl_cli.engines.exllamav2.draft_length import Account, Outlook, Pace, Rate
+from exl_cli.engines.exllamav2.draft_length import (
+    AcceptanceEstimate,
+    AcceptanceRate,
+    DraftLength,
+    SpeculationStatistics,
+)
 from exl_cli.engines.exllamav2.draft_model import DraftModel
-from exl_cli.engines.exllamav2.prompt_lookup import Ngrams
+from exl_cli.engines.exllamav2.prompt_lookup import PromptLookup
 from exl_cli.engines.exllamav2.scheduler import Scheduler
-from exl_cli.engines.exllamav2.speculation import Drafter, Wanted
+from exl_cli.engines.exllamav2.speculation import Drafter, DraftRequest
+from exl_cli.engines.response import Step
+from exl_cli.errors import param, spell
 from exl_cli.sampling import Sampling, build
 
 GREEDY = build({}, "greedy")
@@ -46,7 +53,7 @@ class Model:
         self.clock = clock
         drafters: dict[str, Drafter | None] = {
             "off": None,
-            "ngram": Ngrams(),
+            "ngram": PromptLookup(),
             "draft": DraftModel(self.draft, 97, 10_000, clock=clock),
         }
         self.drafter = drafters[speculate]
@@ -54,7 +61,7 @@ class Model:
 
     def run(self, request: Request) -> tuple[list[int], Summary]:
         steps = self.batch.steps(request, request.max_new_tokens)
-        chunks = [*driver.run(request, SilentDecoder(), 100_000, steps)]
+        chunks = [*respond(request, SilentDecoder(), 100_000, steps)]
         summary = chunks[-1].summary
         assert summary is not None
         return [token for chunk in chunks for token in chunk.token_ids], summary
@@ -107,7 +114,7 @@ def test_a_bad_draft_model_is_hardly_used_and_told_of() -> None:
     assert tokens == plain.run(request)[0]
     assert summary.drafted_tokens < 60
     assert model.clock.now < 1.1 * plain.clock.now
-    assert summary.note.startswith("--draft made this ")
+    assert spell(summary.note).startswith("draft made this ")
     assert f"slower: {summary.accepted_tokens} of {summary.drafted_tokens} proposed tokens were right" in summary.note
 
 
@@ -159,7 +166,7 @@ def test_several_at_once_share_what_a_pass_may_have(kind: str) -> None:
     found: list[list[int]] = [[], [], []]
     while any(stream.gi_frame for stream in streams):
         for stream, tokens in zip(streams, found, strict=True):
-            tokens += next(stream, driver.Step()).token_ids
+            tokens += next(stream, Step()).token_ids
     assert found == [model.forward.expected(request, 90) for request in requests]
     # Three rows of four tokens, or two of six, are twelve.
     assert max(max(row) for row in model.forward.rows if len(row) == 3) == 4
@@ -176,7 +183,7 @@ def test_a_sequence_that_the_draft_has_no_room_for_goes_without() -> None:
         steps = [*batch.steps(request, new)]
         assert [t for step in steps for t in step.token_ids] == forward.expected(request, new)
         assert (sum(step.drafted_tokens for step in steps) > 0) == (new == 12)
-        assert draft.leased_pages == 0
+        assert draft.num_allocated_pages == 0
 
 
 def test_nothing_is_proposed_beyond_the_drafts_own_context() -> None:
@@ -210,14 +217,14 @@ def test_a_draft_model_that_fails_leaves_things_in_order(what: str, when: int) -
         except RuntimeError:
             failed += 1
         assert isinstance(model.drafter, DraftModel)
-        assert model.drafter.leased_pages == 0
+        assert model.drafter.num_allocated_pages == 0
     assert failed == 1
 
 
 def proposals(ids: list[int], most: int = 5, **sizes: int) -> tuple[int, ...]:
     """What is proposed to follow a text."""
-    ngrams = Ngrams(**sizes)
-    return ngrams.propose([Wanted(ngrams.begin(ids, 1000), ids, most)], lambda outlooks, cost: most)[0].tokens
+    ngrams = PromptLookup(**sizes)
+    return ngrams.propose([DraftRequest(ngrams.begin(ids, 1000), ids, most)], lambda outlooks, cost: most)[0].tokens
 
 
 def test_what_followed_the_last_tokens_is_proposed() -> None:
@@ -239,27 +246,27 @@ def test_the_expected_number_of_tokens_is_leviathans() -> None:
     # Equation 1 of Leviathan et al. 2023: (1 - a^(k+1)) / (1 - a).
     for rate in (0.0, 0.3, 0.9):
         for count in (1, 4, 7):
-            assert Outlook(rate, 99).tokens(count) == pytest.approx((1 - rate ** (count + 1)) / (1 - rate))
-    assert Outlook(0.9, 2).tokens(7) == Outlook(0.9, 2).tokens(2)
+            assert AcceptanceEstimate(rate, 99).tokens(count) == pytest.approx((1 - rate ** (count + 1)) / (1 - rate))
+    assert AcceptanceEstimate(0.9, 2).tokens(7) == AcceptanceEstimate(0.9, 2).tokens(2)
 
 
 def test_the_number_of_proposals_is_the_fastest() -> None:
-    pace = Pace()
-    assert pace.choose([Outlook(1.0, 9)], 0.0) == 0, "the time of a plain pass is not known"
+    pace = DraftLength()
+    assert pace.choose([AcceptanceEstimate(1.0, 9)], 0.0) == 0, "the time of a plain pass is not known"
     for tokens, seconds in ((1, 1.0), (2, 1.1), (3, 1.2), (4, 1.3), (5, 3.0), (6, 3.1), (8, 3.2), (10, 3.4)):
         for _ in range(2):
             pace.note(1, tokens, seconds, seconds)
     # Tokens a second at 0.8: 1.64 with one proposal, 2.03 with two, 2.27 with three, and 1.12 with four.
-    assert pace.choose([Outlook(0.8, 9)], 0.0) == 3
-    assert pace.choose([Outlook(0.8, 2)], 0.0) == 2
-    assert pace.choose([Outlook(0.05, 9)], 0.0) == 0
-    assert pace.choose([Outlook(1.0, 9)], 0.0) in (3, 9)
+    assert pace.choose([AcceptanceEstimate(0.8, 9)], 0.0) == 3
+    assert pace.choose([AcceptanceEstimate(0.8, 2)], 0.0) == 2
+    assert pace.choose([AcceptanceEstimate(0.05, 9)], 0.0) == 0
+    assert pace.choose([AcceptanceEstimate(1.0, 9)], 0.0) in (3, 9)
     # A draft that takes as long as a pass is of no use.
-    assert pace.choose([Outlook(0.8, 9)], 1.0) == 0
+    assert pace.choose([AcceptanceEstimate(0.8, 9)], 1.0) == 0
 
 
 def test_the_first_pass_of_a_shape_and_idle_time_do_not_count() -> None:
-    pace = Pace()
+    pace = DraftLength()
     pace.note(1, 1, 60.0, 60.0)
     assert pace.seconds(1, 1) == 0.0
     pace.note(1, 1, 1.0, 0.9)
@@ -273,7 +280,7 @@ def test_the_first_pass_of_a_shape_and_idle_time_do_not_count() -> None:
 
 
 def test_a_rate_follows_what_is_seen_and_forgets_it() -> None:
-    rate = Rate(0.5)
+    rate = AcceptanceRate(0.5)
     for _ in range(30):
         assert rate.note([1, 2, 3], [1, 2, 9]) == 2
     assert rate.value == pytest.approx(2 / 3, abs=0.1)
@@ -287,8 +294,8 @@ def test_a_rate_follows_what_is_seen_and_forgets_it() -> None:
 
 
 def test_only_what_was_slower_is_told() -> None:
-    assert Account(10, 2, seconds=1.02, plain_seconds=1.0).note("--draft") == ""
-    assert Account(0, 0, seconds=2.0, plain_seconds=1.0).note("--draft") == ""
-    assert Account(10, 0, seconds=2.0, plain_seconds=0.0).note("--draft") == ""
-    text = "--draft made this 25% slower: 2 of 10 proposed tokens were right"
-    assert Account(10, 2, seconds=1.25, plain_seconds=1.0).note("--draft") == text
+    assert SpeculationStatistics(10, 2, seconds=1.02, plain_seconds=1.0).note(param("draft")) == ""
+    assert SpeculationStatistics(0, 0, seconds=2.0, plain_seconds=1.0).note(param("draft")) == ""
+    assert SpeculationStatistics(10, 0, seconds=2.0, plain_seconds=0.0).note(param("draft")) == ""
+    text = "draft made this 25% slower: 2 of 10 proposed tokens were right"
+    assert spell(SpeculationStatistics(10, 2, seconds=1.25, plain_seconds=1.0).note(param("draft"))) == text

@@ -19,12 +19,13 @@ from typer.testing import CliRunner, Result
 import exl_cli
 from exl_cli import loader
 from exl_cli.api import records
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench import outputs
 from exl_cli.bench.plan import Case
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
-from exl_cli.engines import driver
 from exl_cli.engines.base import Engine
+from exl_cli.engines.response import Step
 from exl_cli.errors import ExitCode, ModelNotFoundError, OutOfMemoryError, UsageError
 from exl_cli.models import memory
 from exl_cli.models.load_options import LoadOptions
@@ -36,13 +37,13 @@ NOTE = "--draft made this 5% slower: 4 of 9 proposed tokens were right"
 class GuessingEngine(ScriptedEngine):
     """Says its text three tokens at a time, and that it proposed four each time."""
 
-    def _steps(self) -> Generator[driver.Step, None, None]:
-        tokens = [token for step in super()._steps() for token in step.token_ids]
-        yield driver.Step(prompt_seconds=0.5)
+    def _steps(self, *args: Any) -> Generator[Step, None, None]:
+        tokens = [token for step in super()._steps(*args) for token in step.token_ids]
+        yield Step(prompt_seconds=0.5)
         for at in range(0, len(tokens), 3):
             taken = tuple(tokens[at : at + 3])
-            yield driver.Step(taken, None, 0, 4, len(taken) - 1, "" if at else NOTE)
-        yield driver.Step(note=NOTE)
+            yield Step(taken, None, 0, 4, len(taken) - 1, "" if at else NOTE)
+        yield Step(note=NOTE)
 
 
 class GuessingLoader(ScriptedLoader):
@@ -57,11 +58,11 @@ class GuessingLoader(ScriptedLoader):
 class GuessingPacedEngine(PacedEngine):
     """Two tokens a pass, the second of them guessed."""
 
-    def _steps(self) -> Generator[driver.Step, None, None]:
-        yield driver.Step(prompt_seconds=self.prompt_seconds)
+    def _steps(self, *args: Any) -> Generator[Step, None, None]:
+        yield Step(prompt_seconds=self.prompt_seconds)
         while True:
             self._compute(1)
-            yield driver.Step((7, 7), drafted_tokens=3, accepted_tokens=1)
+            yield Step((7, 7), drafted_tokens=3, accepted_tokens=1)
 
 
 def run(load: Any, *args: str, stdin: str = "") -> Result:
@@ -166,11 +167,12 @@ def test_a_draft_model_needs_memory_as_well(exl2_dir: Path, gptq_dir: Path) -> N
 
 
 def test_the_summary_adds_the_passes_up(exl2_dir: Path) -> None:
-    engine = GuessingEngine(Tokenizer(exl2_dir), "Once there was a fox.", 4096)
+    engine = EngineThread(GuessingEngine(Tokenizer(exl2_dir), "Once there was a fox.", 4096))
     summary = collect(engine.stream(request_for([1, 2], "greedy", 100)))[2]
     passes = -(-summary.new_tokens // 3)
     assert (summary.drafted_tokens, summary.accepted_tokens) == (4 * passes, summary.new_tokens - passes)
-    plain = collect(ScriptedEngine(Tokenizer(exl2_dir), "Once", 4096).stream(request_for([1, 2], "greedy", 100)))[2]
+    other = EngineThread(ScriptedEngine(Tokenizer(exl2_dir), "Once", 4096))
+    plain = collect(other.stream(request_for([1, 2], "greedy", 100)))[2]
     assert (plain.drafted_tokens, plain.accepted_tokens, plain.note) == (0, 0, "")
     assert not {"drafted_tokens", "accepted_tokens", "note"} & records.summarized(plain).keys()
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli import loader
-from exl_cli.api.engine_thread import Turns
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.api.streams import AsyncStream, Generation, Stream
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.driver import check_fits
+from exl_cli.engines.response import check_fits
 from exl_cli.errors import UsageError, spell
 from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.info import ModelInfo
@@ -100,7 +100,7 @@ def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:
 class Model:
     """A loaded model; close it, or use it in a `with` block, to have its memory back.
 
-    It may be used from any number of threads. How many generations run at a time is the engine's: see `turns`.
+    It may be used from any number of threads. How many generations run at a time is the engine's: see `engine_thread`.
 
     Args:
         info: what the model is.
@@ -116,8 +116,7 @@ class Model:
         self.info = info
         self.context_length = engine.context_length
         self._tokenizer = tokenizer
-        self._engine = engine
-        self._turns = Turns(engine)
+        self._engine = EngineThread(engine)
         self._format: Format | None = None
 
     @property
@@ -177,7 +176,7 @@ class Model:
             UsageError: an unknown setting or an illegal value.
             EngineError: the model is closed.
         """
-        return Stream(self._turns, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
+        return Stream(self._engine, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
 
     def astream(
         self,
@@ -191,7 +190,7 @@ class Model:
         **settings: Any,
     ) -> AsyncStream:
         """`stream` for asyncio: `async for` over it, or `await` its `result()`."""
-        return AsyncStream(self._turns, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
+        return AsyncStream(self._engine, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The token ids that a prompt comes to, those that the model expects around it included.
@@ -211,7 +210,7 @@ class Model:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._turns.closed
+        return self._engine.closed
 
     def close(self, *, wait: bool = True) -> None:
         """Cancel what is being generated and give the memory back; closing twice is fine.
@@ -221,7 +220,7 @@ class Model:
         """
         if not self.closed:
             _log.info("closing %s", self.info.name)
-        self._turns.close(wait=wait)
+        self._engine.close(wait=wait)
 
     def __enter__(self) -> Model:
         return self

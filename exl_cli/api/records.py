@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.engines.base import Request, Summary
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.prompt import Prompt
 from exl_cli.system.readings import GpuReading, HostReading
@@ -36,7 +37,7 @@ def prompt(rendered: Prompt, ids: Sequence[int]) -> dict[str, Any]:
 
 def generation(
     info: ModelInfo,
-    engine: Engine,
+    engine: EngineThread,
     request: Request,
     variables: Mapping[str, str],
     text: str,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
-from exl_cli.api.engine_thread import Job, Turns
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Chunk, Request, Summary
-from exl_cli.errors import EngineError
+from exl_cli.errors import EngineError, spell
 
 # None wakes whoever waits for the next one: the stream was closed.
 Item = Chunk | BaseException | None
@@ -40,7 +41,9 @@ class Generation:
 class _Reader:
     """What both kinds of stream do alike: collect the response, keep the time, cancel the job."""
 
-    def __init__(self, turns: Turns, request: Request, deliver: Callable[[Item], None], timeout: float | None) -> None:
+    def __init__(
+        self, thread: EngineThread, request: Request, deliver: Callable[[Item], None], timeout: float | None
+    ) -> None:
         self._closed = False
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -48,17 +51,19 @@ class _Reader:
         self._ids: list[int] = []
         self._generation: Generation | None = None
         self._deliver = deliver
-        self._job = Job(request, deliver)
-        turns.submit(self._job)
+        self._thread, self._seed = thread, request.seed
+        self._request_id = thread.submit(request, deliver)
 
     def close(self) -> None:
         """Cancel what has not come yet; nothing happens after the end. May be called from any thread."""
         self._closed = True
-        self._job.cancel()
-        self._deliver(None)
+        if self._generation is None:
+            self._thread.cancel(self._request_id)
+        with contextlib.suppress(RuntimeError):  # an event loop that is closed has nobody to wake
+            self._deliver(None)
 
     def __del__(self) -> None:
-        if hasattr(self, "_job"):
+        if hasattr(self, "_request_id"):
             self.close()
 
     def _is_open(self) -> bool:
@@ -76,7 +81,8 @@ class _Reader:
             if item.summary.finish_reason == "cancelled":
                 # Not by whoever reads this: a part must not pass for the whole.
                 raise EngineError("the model was closed before the response was complete", "keep it open until then")
-            self._generation = Generation("".join(self._text), tuple(self._ids), self._job.request.seed, item.summary)
+            summary = dataclasses.replace(item.summary, note=spell(item.summary.note))
+            self._generation = Generation("".join(self._text), tuple(self._ids), self._seed, summary)
         return item.text
 
     def _remaining(self) -> float | None:
@@ -105,15 +111,14 @@ class Stream(_Reader, Iterator[str]):
         TimeoutError: the time given was not enough.
     """
 
-    def __init__(self, turns: Turns, request: Request, timeout: float | None = None) -> None:
+    def __init__(self, thread: EngineThread, request: Request, timeout: float | None = None) -> None:
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        super().__init__(turns, request, self._inbox.put, timeout)
+        super().__init__(thread, request, self._inbox.put, timeout)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
-        self._job.consumer = threading.current_thread()
         while self._is_open():
             if text := self._receive():
                 return text
@@ -149,18 +154,16 @@ class Stream(_Reader, Iterator[str]):
 class AsyncStream(_Reader, AsyncIterator[str]):
     """`Stream` for an event loop: no thread waits while the model works. To be made and read on the loop's thread."""
 
-    def __init__(self, turns: Turns, request: Request, timeout: float | None = None) -> None:
+    def __init__(self, thread: EngineThread, request: Request, timeout: float | None = None) -> None:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Item] = asyncio.Queue()
 
         def deliver(item: Item) -> None:
-            try:
-                loop.call_soon_threadsafe(inbox.put_nowait, item)
-            except RuntimeError:  # the loop is closed: nobody will read this
-                request.cancel.set()
+            # Raises where the loop is closed, and nobody will read this: then the request is cancelled.
+            loop.call_soon_threadsafe(inbox.put_nowait, item)
 
         self._inbox = inbox
-        super().__init__(turns, request, deliver, timeout)
+        super().__init__(thread, request, deliver, timeout)
 
     def __aiter__(self) -> AsyncStream:
         return self

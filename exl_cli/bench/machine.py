@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exl_cli.engines.base import Engine
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.system.machine import usable_cores
 from exl_cli.system.nvml import Driver
 from exl_cli.system.version import installed_version, package_version
@@ -128,7 +128,7 @@ class OthersClock:
         return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
 
 
-def describe(engine: Engine, watch: Watch) -> dict[str, Any]:
+def describe(engine: EngineThread, watch: Watch) -> dict[str, Any]:
     """Hardware and versions. None where something is not there or cannot be read."""
     packages = {name: package_version(name) for name in _PACKAGES}
     return {

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import threading
+import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Sample
-from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.errors import EngineError, param
 
 Energy = Callable[[], "float | None"]
@@ -43,7 +44,6 @@ class _Trace:
 
     arrivals: list[int] = field(default_factory=list)
     summary: Summary | None = None
-    error: BaseException | None = None
 
 
 class _Window:
@@ -52,24 +52,21 @@ class _Window:
     def __init__(self, requests: int, energy: Energy) -> None:
         self._waiting = requests
         self._energy = energy
-        self._lock = threading.Lock()
         self.begin: _Mark | None = None
         self.end: _Mark | None = None
 
     def first(self) -> int:
         """A request's first token is here; the moment from which its second is timed."""
-        with self._lock:
-            self._waiting -= 1
-            if self._waiting == 0:
-                self.begin = self.mark_before()
-                return self.begin.at
+        self._waiting -= 1
+        if self._waiting == 0:
+            self.begin = self.mark_before()
+            return self.begin.at
         return time.perf_counter_ns()
 
     def last(self) -> None:
         """A request's last token is here."""
-        with self._lock:
-            if self.end is None:
-                self.end = self.mark_after()
+        if self.end is None:
+            self.end = self.mark_after()
 
     def mark_before(self) -> _Mark:
         """Readings, and then the time."""
@@ -82,7 +79,7 @@ class _Window:
         return _Mark(at, time.process_time(), self._energy())
 
 
-def measure(engine: Engine, test: Case, requests: Sequence[Request], energy: Energy = lambda: None) -> Sample:
+def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energy: Energy = lambda: None) -> Sample:
     """Run a test once.
 
     Args:
@@ -124,48 +121,40 @@ def measure(engine: Engine, test: Case, requests: Sequence[Request], energy: Ene
     )
 
 
-def _run(engine: Engine, requests: Sequence[Request], window: _Window) -> list[_Trace]:
-    if len(requests) == 1:
-        return [_follow(engine, requests[0], window, _Trace())]
+def _run(engine: EngineThread, requests: Sequence[Request], window: _Window) -> list[_Trace]:
+    """Run all requests at once, and note when their tokens arrive, in the order in which the engine delivers them."""
+    inbox: queue.SimpleQueue[tuple[int, Chunk | BaseException]] = queue.SimpleQueue()
+
+    def deliver_to(index: int) -> Callable[[Chunk | BaseException], None]:
+        return lambda item: inbox.put((index, item))
+
     traces = [_Trace() for _ in requests]
-
-    def follow(request: Request, trace: _Trace) -> None:
-        try:
-            _follow(engine, request, window, trace)
-        except BaseException as error:  # raised again in the thread that asked
-            trace.error = error
-            for other in requests:
-                other.cancel.set()
-
-    threads = [threading.Thread(target=follow, args=pair, daemon=True) for pair in zip(requests, traces, strict=True)]
-    for thread in threads:
-        thread.start()
+    ids = [engine.submit(request, deliver_to(index)) for index, request in enumerate(requests)]
     try:
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        for request in requests:
-            request.cancel.set()
+        while any(trace.summary is None for trace in traces):
+            index, item = inbox.get()
+            if isinstance(item, BaseException):
+                raise item
+            _follow(item, requests[index], window, traces[index])
+    except BaseException:
+        for id_ in ids:
+            engine.cancel(id_)
         raise
-    if error := next((trace.error for trace in traces if trace.error is not None), None):
-        raise error
     return traces
 
 
-def _follow(engine: Engine, request: Request, window: _Window, trace: _Trace) -> _Trace:
-    for chunk in engine.stream(request):
-        if chunk.token_ids:
-            now = time.perf_counter_ns() if trace.arrivals else window.first()
-            trace.arrivals += [now] * len(chunk.token_ids)
-            if len(trace.arrivals) >= request.max_new_tokens:
-                window.last()
-        trace.summary = chunk.summary or trace.summary
-    if len(trace.arrivals) < request.max_new_tokens:
+def _follow(chunk: Chunk, request: Request, window: _Window, trace: _Trace) -> None:
+    if chunk.token_ids:
+        now = time.perf_counter_ns() if trace.arrivals else window.first()
+        trace.arrivals += [now] * len(chunk.token_ids)
+        if len(trace.arrivals) >= request.max_new_tokens:
+            window.last()
+    trace.summary = chunk.summary
+    if chunk.summary is not None and len(trace.arrivals) < request.max_new_tokens:
         raise EngineError(
             f"the engine ended after {len(trace.arrivals)} of {request.max_new_tokens} tokens",
             "report it: nothing should end a benchmark's generation early",
         )
-    return trace
 
 
 def _inside(traces: Sequence[_Trace], begin: int, end: int) -> int:
@@ -179,7 +168,7 @@ def _inside(traces: Sequence[_Trace], begin: int, end: int) -> int:
     return count
 
 
-def trace_kernels(engine: Engine, request: Request) -> tuple[float, float] | None:
+def trace_kernels(engine: EngineThread, request: Request) -> tuple[float, float] | None:
     """Nanoseconds that the GPU computes in a step of a generation, and kernels that it is sent; None if unknown."""
     from exl_cli.engines.probe import KernelClock
 
@@ -192,6 +181,5 @@ def trace_kernels(engine: Engine, request: Request) -> tuple[float, float] | Non
         if count > _TRACED:
             break
     traced = clock.stop()
-    if closing := getattr(chunks, "close", None):
-        closing()
+    chunks.close()
     return None if traced is None else (1e9 * traced[0] / (count - 1), traced[1] / (count - 1))

@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench.result import Perplexity, deviation, mean
-from exl_cli.engines.base import CachedScoring, Engine
 from exl_cli.errors import PromptError, param
 from exl_cli.models.tokenizer import Tokenizer
 
@@ -47,7 +47,9 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
         begin += stride
 
 
-def perplexity(engine: Engine, tokenizer: Tokenizer, file: Path, progress: Callable[[int, int], None]) -> Perplexity:
+def perplexity(
+    engine: EngineThread, tokenizer: Tokenizer, file: Path, progress: Callable[[int, int], None]
+) -> Perplexity:
     """Evaluate a text.
 
     Args:
@@ -67,7 +69,7 @@ def perplexity(engine: Engine, tokenizer: Tokenizer, file: Path, progress: Calla
         raise PromptError(f"{file} has {len(ids)} tokens", "perplexity needs two at least")
     window = min(WINDOW, engine.context_length)
     stride = max(window // 2, 1)
-    step = STEP if isinstance(engine, CachedScoring) else 0
+    step = STEP if engine.has_cached_scoring else 0
     losses: list[float] = []
     for begin, end, count in windows(len(ids), window, stride):
         losses += [-value for value in log_likelihoods(engine, ids[begin:end], count, STEP)]

@@ -21,11 +21,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench import limits, machine, plan
 from exl_cli.bench.measure import measure, trace_kernels
 from exl_cli.bench.plan import Case, Job
 from exl_cli.bench.result import Cold, Measured, Memory, Probe, Run, Sample
-from exl_cli.engines.base import BatchingEngine, Engine, Request
+from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.models.hub.store import read_marker
 from exl_cli.models.info import ModelInfo
@@ -82,14 +83,13 @@ def run(job: Job, load: Callable[..., Engine], emit: Emit) -> None:
     observer = _Observer(emit)
     begin = time.monotonic()
     loading = dataclasses.replace(job.loading, sequences=max(test.n_parallel for test in tests))
-    engine = load(info, tokenizer, loading, observer, needed=max(test.context for test in tests))
+    engine = EngineThread(load(info, tokenizer, loading, observer, needed=max(test.context for test in tests)))
     ready = time.monotonic()
     reading = observer.reading_since or begin
     facts = dict(engine.facts)
     try:
         watch.attach([card.uuid for card in engine.memory()])
-        most = engine.max_batch if isinstance(engine, BatchingEngine) else 1
-        tests, single = plan.batchable(tests, most, engine.name)
+        tests, single = plan.batchable(tests, engine.max_batch, engine.name)
         bench = _Bench(job, info, tokenizer, engine, watch, tests, emit)
         cold = None
         if job.spawned is not None:
@@ -128,7 +128,7 @@ class _Bench:
     job: Job
     info: ModelInfo
     tokenizer: Tokenizer
-    engine: Engine
+    engine: EngineThread
     watch: machine.Watch
     tests: list[Case]
     emit: Emit

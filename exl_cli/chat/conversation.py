@@ -177,8 +177,9 @@ class Conversation:
         request = self._request(prompt)
         answering = self._view.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
         try:
-            with cancel_on_interrupt(request.cancel), answering as show:
-                for chunk in self.model.engine.stream(request):
+            stream = self.model.engine.stream(request)
+            with cancel_on_interrupt(stream.cancel), answering as show:
+                for chunk in stream:
                     piece = chunk.text + "".join(tags.get(id_, "") for id_ in chunk.token_ids)
                     text += piece
                     ids += chunk.token_ids

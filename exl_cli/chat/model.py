@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.chat.prompt_encoder import PromptEncoder
 from exl_cli.chat.session import Session
 from exl_cli.chat.view import ChatView
@@ -34,7 +35,7 @@ class ChatModel:
     info: ModelInfo
     tokenizer: Tokenizer
     format: Format
-    engine: Engine = field(init=False)
+    engine: EngineThread = field(init=False)
     encoder: PromptEncoder = field(init=False)
 
     @property
@@ -89,7 +90,8 @@ class ModelLoader:
         """
         info = model.info
         with insist_on_interrupt(), self._view.loading(f"{info.name} ({info.format_name})") as progress:
-            model.engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
+            engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
+        model.engine = EngineThread(engine)
         model.encoder = PromptEncoder(model.tokenizer, add_special_tokens=model.format.add_special_tokens)
 
     def names(self) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 from exl_cli import loader
 from exl_cli import sampling as samplings
 from exl_cli.api import records
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.cli import inputs
 from exl_cli.cli.fetching import ensure
 from exl_cli.cli.options import (
@@ -26,8 +27,8 @@ from exl_cli.cli.options import (
     with_loading,
     with_sampling,
 )
-from exl_cli.engines.base import Engine, Request, Summary
-from exl_cli.engines.driver import check_fits
+from exl_cli.engines.base import Request, Summary
+from exl_cli.engines.response import check_fits
 from exl_cli.errors import ExitCode, ModelNotFoundError
 from exl_cli.models import prompt as prompts
 from exl_cli.models.chat_template import load_chat_template
@@ -138,7 +139,7 @@ def run(
         console.note(str(settings.brief()))
     start = time.perf_counter()
     with insist_on_interrupt(), console.loading(f"{info.name} ({info.format_name})") as progress:
-        engine = state.load(info, tokenizer, loading, progress, needed=len(ids) + max_new_tokens)
+        engine = EngineThread(state.load(info, tokenizer, loading, progress, needed=len(ids) + max_new_tokens))
     load_seconds = time.perf_counter() - start
     try:
         if verbose:
@@ -162,12 +163,13 @@ def run(
         raise typer.Exit(ExitCode.INTERRUPTED)
 
 
-def _stream(engine: Engine, request: Request, console: Console, *, live: bool) -> tuple[str, Summary]:
+def _stream(engine: EngineThread, request: Request, console: Console, *, live: bool) -> tuple[str, Summary]:
     """The whole response and how it went; each piece is shown as it comes where `live`."""
     pieces: list[str] = []
     summary: Summary | None = None
-    with cancel_on_interrupt(request.cancel):
-        for chunk in engine.stream(request):
+    stream = engine.stream(request)
+    with cancel_on_interrupt(stream.cancel):
+        for chunk in stream:
             pieces.append(chunk.text)
             if live:
                 console.text(chunk.text)

@@ -1,4 +1,7 @@
-"""What every engine is: token ids in, a stream of chunks out. Nothing here knows of prompts, chats or terminals.
+"""The interface of an engine: requests of token ids in, chunks of text out. No prompts, chats or terminals here.
+
+An engine is stepped by one thread (`api.engine_thread`): requests are added, and each step gives some of them chunks.
+`Request` and `Chunk` are plain data that can be pickled; a request is cancelled by its id.
 
 Timing rules, the same for every engine, so that their numbers compare:
 
@@ -12,9 +15,8 @@ Loading the model, tokenizing and rendering the prompt are not part of any of th
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from exl_cli.sampling import Sampling
@@ -35,11 +37,10 @@ class Request:
         sampling: how each next token is chosen.
         max_new_tokens: the most tokens to generate.
         seed: fixes the random choices: the same request on the same engine gives the same tokens. Exceptions, where two
-            tokens nearly tie: requests that share a pass with others, and models on the GPU that exl's own kernels do
-            not take, for exllamav2's add up in an order that varies.
+            tokens nearly tie: requests that share a forward pass with others, and models on the GPU that exl's own
+            kernels do not take, since exllamav2's add up in an order that varies.
         stop_strings: text that ends the generation; it is not part of the output.
-        stop_ids: token ids that end the generation, besides none; pass the model's own end-of-sequence ids here.
-        cancel: set it from anywhere to end the generation at the next opportunity with reason "cancelled".
+        stop_ids: token ids that end the generation; pass the model's own end-of-sequence ids here.
     """
 
     ids: Sequence[int]
@@ -48,7 +49,6 @@ class Request:
     seed: int
     stop_strings: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
-    cancel: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -108,34 +108,55 @@ class Chunk:
     summary: Summary | None = None
 
 
-@runtime_checkable
+# A request's id with a chunk of its response, or with the exception that ended it.
+Event = tuple[int, "Chunk | BaseException"]
+
+
 class Engine(Protocol):
-    """A loaded model.
+    """A loaded model. One thread at a time calls `add`, `step`, `logits` and `close`; the rest may be called from any.
 
     Attributes:
         name: "exllamav2", "cpu" or another engine's own name.
         context_length: the most tokens, prompt and response together, that it can hold.
+        max_batch: the most requests that may be under way at once.
     """
 
     name: str
     context_length: int
+    max_batch: int
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a report should say of it, as things stand: device, dtype, attention, cache and the like, in words."""
+        """Device, dtype, attention, cache and the like, in words, as things stand: for reports."""
         ...
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        """Generate. The last chunk carries the summary; closing the iterator early cancels the job.
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never run.
 
         Raises:
-            UsageError: before the first token, for a sampling field that this engine does not have.
-            OutOfMemoryError: when the device runs out of memory on the way.
+            PromptError: it is empty, does not fit, or has a token that the model does not know.
         """
         ...
 
+    def add(self, request_id: int, request: Request) -> None:
+        """Take up a request that `check` has passed; at most `max_batch` are under way.
+
+        Raises:
+            UsageError: for a sampling field that this engine does not have.
+        """
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """End a request with finish reason "cancelled", in the step under way where that can be cut short, else in the
+        next one. Does nothing for a request that has ended."""
+        ...
+
+    def step(self) -> Iterable[Event]:
+        """Do the next piece of work for the requests under way. A request's last chunk carries its summary."""
+        ...
+
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Float32 logits of every position, on the CPU: shape (len(ids), vocabulary). For code inside `engines/`."""
+        """Float32 logits of every position, on the CPU: shape (len(ids), vocabulary)."""
         ...
 
     def memory(self) -> list[DeviceMemory]:
@@ -148,20 +169,9 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class BatchingEngine(Engine, Protocol):
-    """An engine that computes several requests in one pass: those whose streams are iterated over at the same time.
-
-    Attributes:
-        max_batch: the most requests in one pass.
-    """
-
-    max_batch: int
-
-
-@runtime_checkable
 class CachedScoring(Protocol):
-    """An engine whose KV cache may be quantized, so that reading it back changes what is computed."""
+    """An engine whose KV cache may be quantized, which changes the logits that are computed from it."""
 
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
-        """`Engine.logits`, `step` tokens a pass, so that keys and values of all earlier ones come from the cache."""
+        """`Engine.logits`, `step` tokens a forward pass, so that earlier keys and values come from the cache."""
         ...

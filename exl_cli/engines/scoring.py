@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from exl_cli.engines.base import CachedScoring, Engine
+from exl_cli.engines.base import CachedScoring
 
 # Rows whose log-softmax is taken at a time, so that no second copy of a window's logits is needed.
 _ROWS = 64
@@ -15,7 +15,7 @@ _ROWS = 64
 _STEP = 2048
 
 
-def log_likelihoods(engine: Engine, ids: Sequence[int], count: int, step: int) -> list[float]:
+def log_likelihoods(engine: CachedScoring, ids: Sequence[int], count: int, step: int) -> list[float]:
     """Natural logarithms of the probabilities that a model gives to the last tokens of a text.
 
     Args:
@@ -28,7 +28,7 @@ def log_likelihoods(engine: Engine, ids: Sequence[int], count: int, step: int) -
     Returns:
         `count` numbers, at most 0.
     """
-    logits = engine.cached_logits(ids, step) if isinstance(engine, CachedScoring) else engine.logits(ids)
+    logits = engine.cached_logits(ids, step)
     values: list[float] = []
     for begin in range(len(ids) - 1 - count, len(ids) - 1, _ROWS):
         end = min(begin + _ROWS, len(ids) - 1)
@@ -37,7 +37,7 @@ def log_likelihoods(engine: Engine, ids: Sequence[int], count: int, step: int) -
     return values
 
 
-def perplexity(engine: Engine, ids: Sequence[int]) -> float:
+def perplexity(engine: CachedScoring, ids: Sequence[int]) -> float:
     """How many tokens the model hesitates between at each token of a text, on average; NaN where it computes none.
 
     Args:
@@ -51,7 +51,7 @@ def perplexity(engine: Engine, ids: Sequence[int]) -> float:
     return math.exp(min(-mean, 700.0))
 
 
-def shortfalls(engine: Engine, ids: Sequence[int], count: int) -> list[float]:
+def shortfalls(engine: CachedScoring, ids: Sequence[int], count: int) -> list[float]:
     """How far below the engine's own first choice each of the last tokens is: 0 for its choice, else a difference of
     logits.
 
@@ -60,7 +60,7 @@ def shortfalls(engine: Engine, ids: Sequence[int], count: int) -> list[float]:
         ids: prompt and response.
         count: the response's tokens, at the end of `ids`.
     """
-    logits = engine.logits(ids)[len(ids) - 1 - count : len(ids) - 1].float()
+    logits = engine.cached_logits(ids, len(ids))[len(ids) - 1 - count : len(ids) - 1].float()
     chosen = torch.tensor(list(ids[len(ids) - count :]))[:, None]
     differences: list[float] = (logits.max(-1).values - logits.gather(1, chosen)[:, 0]).tolist()
     return differences

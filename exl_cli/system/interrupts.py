@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def cancel_on_interrupt(cancel: threading.Event) -> Iterator[None]:
-    """Within it, the first SIGINT sets `cancel`; a second one raises KeyboardInterrupt. Main thread only."""
+def cancel_on_interrupt(cancel: Callable[[], object]) -> Iterator[None]:
+    """Within it, the first SIGINT calls `cancel`; a second one raises KeyboardInterrupt. Main thread only."""
+    cancelled = False
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if cancel.is_set():
+        nonlocal cancelled
+        if cancelled:
             raise KeyboardInterrupt
-        cancel.set()
+        cancelled = True
+        cancel()
 
     previous = signal.signal(signal.SIGINT, handle)
     try:

@@ -93,7 +93,7 @@ class Console:
 
     def data(self, value: Any) -> None:
         """One JSON value on a line of its own."""
-        _write(sys.stdout, json.dumps(value, ensure_ascii=False) + "\n")
+        _write(sys.stdout, flags(json.dumps(value, ensure_ascii=False)) + "\n")
 
     # --- stderr ---------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ import sys
 import time
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench.measure import measure
 from exl_cli.bench.plan import Case
-from exl_cli.engines.base import Engine, Request
+from exl_cli.engines.base import Request
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
@@ -36,7 +37,7 @@ class Quiet:
         """Nothing."""
 
 
-def seconds(engine: Engine, ids: list[int], new_tokens: int, seed: int) -> float:
+def seconds(engine: EngineThread, ids: list[int], new_tokens: int, seed: int) -> float:
     """The time of a whole stream."""
     start = time.perf_counter()
     count = sum(len(chunk.token_ids) for chunk in engine.stream(Request(ids, Sampling(), new_tokens, seed)))
@@ -57,7 +58,9 @@ def main() -> None:
     args = parser.parse_args()
     info = loader.resolve(args.model)
     case = Case(0, args.new_tokens, args.depth)
-    engine = loader.load(info, Tokenizer(info.path), LoadOptions(engine=args.engine), Quiet(), needed=case.context)
+    engine = EngineThread(
+        loader.load(info, Tokenizer(info.path), LoadOptions(engine=args.engine), Quiet(), needed=case.context)
+    )
     numbers = random.Random(1)
     vocabulary = int(info.text_config("vocab_size"))
 

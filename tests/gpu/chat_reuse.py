@@ -20,8 +20,9 @@ import sys
 from collections.abc import Sequence
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.chat.prompt_encoder import PromptEncoder
-from exl_cli.engines.base import Engine, Request, Summary
+from exl_cli.engines.base import Request, Summary
 from exl_cli.models.chat_template import load_format
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -42,7 +43,9 @@ class _Silent:
         pass
 
 
-def generate(engine: Engine, ids: Sequence[int], tokens: int, preset: str = "greedy") -> tuple[str, list[int], Summary]:
+def generate(
+    engine: EngineThread, ids: Sequence[int], tokens: int, preset: str = "greedy"
+) -> tuple[str, list[int], Summary]:
     """To the last token."""
     chunks = list(engine.stream(Request(ids, build({}, preset), tokens, 0)))
     summary = chunks[-1].summary
@@ -66,7 +69,8 @@ def main() -> int:
     tokenizer = Tokenizer(info.path)
     chat = load_format(info.path)
     context = given.tokens + _ANSWER + 64
-    engine = loader.load(info, tokenizer, LoadOptions(given.engine, max_seq_len=context, cache=given.cache), _Silent())
+    options = LoadOptions(given.engine, max_seq_len=context, cache=given.cache)
+    engine = EngineThread(loader.load(info, tokenizer, options, _Silent()))
     rng = random.Random(0)
 
     def words(count: int) -> str:

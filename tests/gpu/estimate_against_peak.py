@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Request
 from exl_cli.models import memory
 from exl_cli.models.load_options import CacheType, LoadOptions
@@ -49,7 +50,7 @@ def measure(folder: str, context: int, cache: CacheType) -> dict[str, Any]:
     info = loader.resolve(folder)
     tokenizer = Tokenizer(info.path)
     options = LoadOptions(engine="exllamav2", max_seq_len=context, cache=cache)
-    engine = loader.load(info, tokenizer, options, _Silent())
+    engine = EngineThread(loader.load(info, tokenizer, options, _Silent()))
     random.seed(1234)
     ids = random.choices(range(100, min(30_000, tokenizer.vocab_size)), k=PROMPT_TOKENS)
     request = Request(ids=ids, sampling=build({}, None, {}), max_new_tokens=NEW_TOKENS, seed=0)

@@ -12,6 +12,7 @@ from decodecases import LENGTHS, TOLERANCE, Memory, Step, random_step
 from helpers import Recorder
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import CachedScoring
 from exl_cli.engines.exllamav2.kernels.attending import FILE, NAME, Attending, Plan
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
@@ -163,7 +164,7 @@ def test_a_captured_step_follows_the_lengths(tokens: int) -> None:
 
 def logits(folder: Path, ids: Sequence[int], step: int) -> torch.Tensor:
     info = loader.resolve(str(folder))
-    engine = loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2"), Recorder())
+    engine = EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2"), Recorder()))
     assert isinstance(engine, CachedScoring)
     return engine.cached_logits(ids, step)
 

@@ -13,7 +13,8 @@ import torch
 from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
-from exl_cli.engines.base import Engine, Request
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.engines.base import Request
 from exl_cli.errors import OutOfMemoryError, PromptError, UnsupportedModelError, UsageError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -23,9 +24,9 @@ GOLDEN = [(key, prompt) for key in ("fable-7m-exl2", "fable-7m-gptq") for prompt
 IDS = [1, 40, 300, 4000, 17, 250, 999, 31, 2048, 5, 77, 640]
 
 
-def load(path: Path, **options: object) -> Engine:
+def load(path: Path, **options: object) -> EngineThread:
     info = loader.resolve(str(path))
-    return loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2", **options), Recorder())
+    return EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2", **options), Recorder()))
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -73,7 +74,7 @@ def test_greedy_text_is_the_golden_one_and_the_cpus_up_to_near_ties(golden, key:
     folder, ids, _, expected = golden(key, prompt)
     engine = load(folder)
     info = loader.resolve(str(folder))
-    reference = loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder())
+    reference = EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder()))
     _, tokens, _ = collect(engine.stream(request_for(ids, "greedy", 64)))
     _, other, _ = collect(reference.stream(request_for(ids, "greedy", 64)))
     for name, wanted in (("golden", expected), ("cpu", other)):
@@ -128,7 +129,7 @@ def test_quantized_caches_are_close(golden, cache: str, limit: float) -> None:
 
 def test_a_long_prompt_behind_a_known_beginning_is_right(exl2_dir: Path) -> None:
     info = loader.resolve(str(exl2_dir))
-    reference = loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder())
+    reference = EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder()))
     engine = load(exl2_dir, low_mem=True)
     ids = [int(i) for i in np.random.default_rng(1).integers(100, 4000, 1000)]
     collect(engine.stream(request_for(ids[:300], "greedy", 1)))
@@ -159,9 +160,9 @@ def test_promises_of_the_interface(exl2_dir: Path) -> None:
     _, sentence, ended = go(tokens=400, stop_ids=stops)
     assert ended.finish_reason == "stop"
     assert [token in stops for token in sentence] == [False] * (len(sentence) - 1) + [True]
-    request = Request(ids, Sampling(), 500, 1)
-    for chunk in engine.stream(request):
-        request.cancel.set()
+    stream = engine.stream(Request(ids, Sampling(), 500, 1))
+    for chunk in stream:
+        stream.cancel()
         last = chunk
     assert last.summary.finish_reason == "cancelled"
     stream = engine.stream(Request(ids, Sampling(), 100, 1))

@@ -13,24 +13,24 @@ import torch
 from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
-from exl_cli.engines.base import Engine
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
 NEAR_TIE = 0.05  # of logits, between two kernels' rounding
 
 
-def load(path: Path, engine: str = "exllamav2", **options: object) -> Engine:
+def load(path: Path, engine: str = "exllamav2", **options: object) -> EngineThread:
     info = loader.resolve(str(path))
-    return loader.load(info, Tokenizer(info.path), LoadOptions(engine=engine, **options), Recorder())
+    return EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine=engine, **options), Recorder()))
 
 
 @pytest.fixture(scope="module")
-def reference(request: pytest.FixtureRequest) -> Engine:
+def reference(request: pytest.FixtureRequest) -> EngineThread:
     return load(request.getfixturevalue("exl2_dir"), "cpu")
 
 
-def is_greedy(reference: Engine, ids: Sequence[int], tokens: Sequence[int]) -> bool:
+def is_greedy(reference: EngineThread, ids: Sequence[int], tokens: Sequence[int]) -> bool:
     """Whether each token is the likeliest after those before it, up to a near tie."""
     logits = reference.logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
@@ -43,7 +43,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("count", [3, 16])
-def test_a_batch_gives_each_request_its_own_text(exl2_dir: Path, reference: Engine, count: int) -> None:
+def test_a_batch_gives_each_request_its_own_text(exl2_dir: Path, reference: EngineThread, count: int) -> None:
     engine = load(exl2_dir, max_seq_len=400, sequences=count)
     asked = prompts(count)
     streams = [engine.stream(request_for(ids, "greedy", 40)) for ids in asked]
@@ -61,7 +61,7 @@ def test_a_batch_gives_each_request_its_own_text(exl2_dir: Path, reference: Engi
 
 
 @pytest.mark.parametrize("options", [{"speculate": "ngram"}, {"draft": "fable-7m"}])
-def test_speculation_leaves_the_text_as_it_is(exl2_dir: Path, reference: Engine, options: dict[str, str]) -> None:
+def test_speculation_leaves_the_text_as_it_is(exl2_dir: Path, reference: EngineThread, options: dict[str, str]) -> None:
     if "draft" in options:
         options = {"draft": str(exl2_dir)}
     engine = load(exl2_dir, **options)
@@ -97,7 +97,7 @@ def torch_attention() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("torch_attention")
-def test_without_kernels_for_attention_the_text_is_the_same(exl2_dir: Path, reference: Engine) -> None:
+def test_without_kernels_for_attention_the_text_is_the_same(exl2_dir: Path, reference: EngineThread) -> None:
     engine = load(exl2_dir)
     assert engine.facts["attention"].startswith("torch")
     (ids,) = prompts(1)
@@ -105,7 +105,7 @@ def test_without_kernels_for_attention_the_text_is_the_same(exl2_dir: Path, refe
     assert is_greedy(reference, ids, tokens)
 
 
-def test_a_full_context_is_filled_to_its_last_token(exl2_dir: Path, reference: Engine) -> None:
+def test_a_full_context_is_filled_to_its_last_token(exl2_dir: Path, reference: EngineThread) -> None:
     """The last passes are filled up with tokens that lie behind the end."""
     engine = load(exl2_dir, max_seq_len=1024)
     ids = [int(i) for i in np.random.default_rng(5).integers(100, 4000, 1010)]

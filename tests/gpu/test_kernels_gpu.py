@@ -15,6 +15,7 @@ from kernels.shuffled import as_loaded_exl2, as_loaded_gptq
 from quantize import random_exl2, random_gptq
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import CachedScoring
 from exl_cli.engines.exllamav2.kernels import quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
@@ -89,7 +90,7 @@ def original_kernels() -> Iterator[None]:
 
 def perplexity(folder: Path, ids: Sequence[int], step: int) -> tuple[float, str]:
     info = loader.resolve(str(folder))
-    engine = loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2"), Recorder())
+    engine = EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="exllamav2"), Recorder()))
     assert isinstance(engine, CachedScoring)
     logits = engine.cached_logits(ids, step)[:-1]
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))

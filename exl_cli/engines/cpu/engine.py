@@ -9,15 +9,15 @@ from __future__ import annotations
 import gc
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
 
-from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, Request
+from exl_cli.engines.base import Request
 from exl_cli.engines.cpu import transformers_model
 from exl_cli.engines.cpu.kv_cache import KvCache
+from exl_cli.engines.response import Decoder, GeneratorEngine, Step, check_known
 from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.errors import DamagedModelError, OutOfMemoryError
 from exl_cli.models.formats import exl2, gptq
@@ -26,7 +26,7 @@ from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.machine import available_memory
 from exl_cli.system.readings import DeviceMemory
 
-# Tokens of prompt evaluated between two looks at the cancel flag.
+# Prompt tokens evaluated in a step.
 _PREFILL_CHUNK = 128
 
 Progress = Callable[[int, int], None]
@@ -36,17 +36,18 @@ class _Cancelled(Exception):  # noqa: N818 - a signal between our own frames, no
     pass
 
 
-class CpuEngine:
-    """A model on the CPU. See `engines.base.Engine`; one generation at a time."""
+class CpuEngine(GeneratorEngine):
+    """A model on the CPU, one generation at a time. See `engines.base.Engine`."""
 
     name = "cpu"
 
     def __init__(self, model: Any, tokenizer: Tokenizer, context_length: int) -> None:
+        super().__init__()
         self._model = model
         self._tokenizer = tokenizer
         self._rows: int = model.get_input_embeddings().num_embeddings
         self._samplers = Samplers(tokenizer, model.config.get_text_config().vocab_size)
-        self._kv: KvCache | None = None
+        self._cache: KvCache | None = KvCache(model.config)
         self._kv_name = _kv_parameter(model)
         self.context_length = context_length
         self.facts = {
@@ -57,16 +58,14 @@ class CpuEngine:
             "torch": torch.__version__,
         }
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        """See `engines.base.Engine.stream`."""
-        driver.check_fits(len(request.ids), self.context_length)
-        driver.check_known(request.ids, self._rows, self._tokenizer)
-        decoder = self._tokenizer.decode_stream(request.ids)
-        return driver.run(request, decoder, self.context_length, self._steps(request))
+    def check(self, request: Request) -> None:
+        """See `engines.base.Engine.check`."""
+        super().check(request)
+        check_known(request.ids, self._rows, self._tokenizer)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits of every position: shape (len(ids), vocabulary)."""
-        driver.check_known(ids, self._rows, self._tokenizer)
+        check_known(ids, self._rows, self._tokenizer)
         with torch.inference_mode():
             out = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
             logits: torch.Tensor = out.logits[0].float()
@@ -78,33 +77,36 @@ class CpuEngine:
 
     def close(self) -> None:
         """See `engines.base.Engine.close`."""
-        self._model = self._kv = None
+        self._model = self._cache = None
         gc.collect()
 
-    def _steps(self, request: Request) -> Generator[driver.Step, None, None]:
+    def _decoder(self, request: Request) -> Decoder:
+        return self._tokenizer.decode_stream(request.ids)
+
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
         sampler = self._samplers.make(request)
-        # Whoever generates has the cache to himself: a second generation at the same time makes its own.
-        cache, self._kv = self._kv or KvCache(self._model.config), None
-        hooks = self._watch(request)
+        cache = self._cache
+        if cache is None:
+            raise RuntimeError("the engine is closed")
+        hooks = self._watch(is_cancelled)
         ids = list(request.ids)
         start = time.perf_counter()
         try:
             reused = cache.rewind(ids)
             for begin in range(reused, len(ids) - 1, _PREFILL_CHUNK):
                 self._forward(ids[begin : min(begin + _PREFILL_CHUNK, len(ids) - 1)], cache)
-                yield driver.Step()
-            yield driver.Step(prompt_seconds=time.perf_counter() - start, reused_tokens=reused)
+                yield Step()
+            yield Step(prompt_seconds=time.perf_counter() - start, reused_tokens=reused)
             while True:
                 logits = self._forward(ids[-1:], cache)
                 token = sampler.sample(logits.numpy(), ids)
                 ids.append(token)
-                yield driver.Step((token,))
+                yield Step((token,))
         except _Cancelled:
-            yield driver.Step()
+            return
         finally:
             for hook in hooks:
                 hook.remove()
-            self._kv = None if self._model is None else cache
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], cache: KvCache) -> torch.Tensor:
@@ -117,11 +119,11 @@ class CpuEngine:
         logits: torch.Tensor = cache.extend(ids, compute).logits[0, -1].float()
         return logits
 
-    def _watch(self, request: Request) -> list[Any]:
-        """Look at the cancel flag before each layer: a single pass of a large model can take many seconds here."""
+    def _watch(self, is_cancelled: Callable[[], bool]) -> list[Any]:
+        """Look for a cancellation before each layer: a single pass of a large model can take many seconds here."""
 
         def check(*_: object) -> None:
-            if request.cancel.is_set():
+            if is_cancelled():
                 raise _Cancelled
 
         layers = [m for m in self._model.modules() if type(m).__name__.endswith("DecoderLayer")]

@@ -1,16 +1,16 @@
-"""Who owns which page of the KV cache, and what the pages hold.
+"""Which sequence owns which page of the KV cache, and what the pages hold.
 
-Sequences lease pages. Full ones are shared by content: the pages whose tokens are known form a tree, the parent of a
-page being the one before it in its sequence, so that a page's place in the tree says all tokens from the first one on.
-They are looked up by the tokens themselves, not by a hash of them: there are no false hits.
+Full pages are shared by content: the pages whose tokens are known form a tree, in which the parent of a page is the one
+before it in its sequence, and the place of a page stands for all tokens from the first one on. Pages are looked up by
+the tokens themselves rather than by a hash of them, so there are no false hits.
 
-Nothing is forgotten before its room is needed. A page that nobody leases any more stays in the tree, a sequence's last
-one with as many tokens as it has, and goes when a page is wanted and none is free: the one unused for the longest time
-first, and none before those that follow it. Where a new prompt agrees with only the first tokens of a page, it takes
-that page over if nothing is lost by it, else a copy.
+Nothing is forgotten before its room is needed. A page without users stays in the tree, a sequence's last page with as
+many tokens as it has; when a page is wanted and none is free, the least recently used one is evicted, children before
+their parents. A prompt that shares only the first tokens of a page takes that page over if nothing is lost by it, and a
+copy of it otherwise.
 
-A lease is promised all the pages that its sequence may come to need, but takes them one by one: so a sequence that was
-admitted never waits for another, and what it does not use in the end has pushed nothing out.
+An allocation reserves all pages that its sequence may come to need, but takes them one by one: an admitted sequence
+never waits for another, and what it does not use in the end has evicted nothing.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(eq=False)
-class Lease:
+class Allocation:
     """The pages of one sequence.
 
     Attributes:
         ids: the sequence's tokens, which its owner goes on appending to.
-        table: its pages, in order.
-        reused: positions that were in the cache when the lease began.
-        settled: positions from the first one on of which it is certain that the cache holds them.
-        known: how many pages of the table are in the tree: all that are full and settled.
-        promised: pages that it may still take.
+        block_table: its pages, in order.
+        num_reused_tokens: tokens of the prompt that were in the cache already.
+        num_computed_tokens: tokens, from the first one on, that the cache is certain to hold.
+        num_cached_pages: pages of the block table that are in the tree: all that are full and computed.
+        num_reserved_pages: pages that it may still take.
     """
 
     ids: list[int]
-    table: list[int]
-    reused: int
-    settled: int
-    known: int
-    promised: int
+    block_table: list[int]
+    num_reused_tokens: int
+    num_computed_tokens: int
+    num_cached_pages: int
+    num_reserved_pages: int
 
 
-class Pages:
+class BlockManager:
     """The pages of one KV cache.
 
     Args:
@@ -58,104 +58,106 @@ class Pages:
         self.count = count
         self.size = size
         self._copy = copy
-        # A copy is some launches for each layer; so few tokens are as cheaply computed with the others of the prompt.
-        self._worth_copying = max(size // 16, 1)
+        # Copying takes some launches a layer: fewer tokens are as cheaply computed with the rest of the prompt.
+        self._min_tokens_to_copy = max(size // 16, 1)
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, the leases included, which have ended with that."""
+        """Forget everything, and end all allocations."""
         self._free = list(reversed(range(self.count)))
         self._users = [0] * self.count
-        # Of the pages in the tree; unused ones in the order in which they are to go, so that children precede parents.
+        # Pages of the tree without users, the next to be evicted first: children before their parents.
         self._unused: OrderedDict[int, None] = OrderedDict()
         self._tokens: dict[int, Tokens] = {}
         self._parent: dict[int, int] = {}
         self._children: dict[int, set[int]] = {}
         self._full: dict[tuple[int, Tokens], int] = {}
-        self._leases: set[Lease] = set()
-        self._promised = 0
+        self._allocations: set[Allocation] = set()
+        self._num_reserved = 0
 
     @property
-    def available(self) -> int:
-        """Pages that are neither leased nor promised."""
-        return len(self._free) + len(self._unused) - self._promised
+    def num_available(self) -> int:
+        """Pages that are neither allocated nor reserved."""
+        return len(self._free) + len(self._unused) - self._num_reserved
 
     @property
-    def leased(self) -> int:
-        """Pages in at least one lease's table."""
+    def num_allocated(self) -> int:
+        """Pages in at least one block table."""
         return self.count - len(self._free) - len(self._unused)
 
-    def needed(self, positions: int) -> int:
-        """How many pages hold so many positions."""
+    def pages_for(self, positions: int) -> int:
+        """Pages that so many positions take up."""
         return -(-positions // self.size)
 
-    def lease(self, ids: list[int], positions: int) -> Lease | None:
-        """Begin a sequence with whatever of its prompt is known, its last token excepted: that one is to be computed.
+    def allocate(self, ids: list[int], positions: int) -> Allocation | None:
+        """Allocate pages for a sequence, sharing those that hold the beginning of its prompt.
+
+        The last token of the prompt is never taken from the cache, since its logits are wanted.
 
         Args:
             ids: the prompt, at least one token.
-            positions: the most that the sequence can come to, at most as many as all pages hold.
+            positions: the most that the sequence may take up, at most as many as all pages hold.
 
         Returns:
-            None where there is no room for it now.
+            None while there is no room for it.
         """
-        shared = self._known(ids)
-        promised = self.needed(positions) - len(shared)
-        if promised + sum(not self._users[page] for page in shared) > self.available:
+        shared = self._cached_prefix(ids)
+        reserved = self.pages_for(positions) - len(shared)
+        if reserved + sum(not self._users[page] for page in shared) > self.num_available:
             return None
         for page in shared:
             self._use(page)
-        found = len(shared) * self.size
-        lease = Lease(ids, shared, found, found, len(shared), promised)
-        self._promised += promised
-        self._leases.add(lease)
+        reused = len(shared) * self.size
+        allocation = Allocation(ids, shared, reused, reused, len(shared), reserved)
+        self._num_reserved += reserved
+        self._allocations.add(allocation)
         try:
-            self._begin_within_page(lease)
-        except BaseException:
-            self.release(lease)
+            self._reuse_partial_page(allocation)
+        except Exception:
+            self.free(allocation)
             raise
-        return lease
+        return allocation
 
-    def grow(self, lease: Lease, positions: int) -> None:
-        """Have pages in the table for so many positions; never more than were asked for when the lease began."""
-        while len(lease.table) * self.size < positions:
-            self._append(lease, self._fresh())
+    def grow(self, allocation: Allocation, positions: int) -> None:
+        """Extend the block table to so many positions, at most to those that were asked for."""
+        while len(allocation.block_table) * self.size < positions:
+            self._append(allocation, self._new_page())
 
-    def settle(self, lease: Lease, positions: int) -> None:
-        """Note that the cache holds the sequence's first `positions` tokens: the device is known to have finished.
+    def mark_computed(self, allocation: Allocation, positions: int) -> None:
+        """Note that the cache holds the sequence's first `positions` tokens: the device has finished them.
 
-        A page that another sequence has filled with the same tokens takes the place of this one's own in the table.
-        Nothing happens once the lease has ended.
+        If another sequence has filled a page with the same tokens, that page replaces this one's in the block table.
+        Nothing happens once the allocation has been freed.
         """
-        if lease not in self._leases:
+        if allocation not in self._allocations:
             return
-        lease.settled = positions
-        while (lease.known + 1) * self.size <= positions:
-            self._enter(lease)
+        allocation.num_computed_tokens = positions
+        while (allocation.num_cached_pages + 1) * self.size <= positions:
+            self._cache_page(allocation)
 
-    def release(self, lease: Lease) -> None:
-        """End a sequence. What is settled stays to be found, what is not is forgotten. A second time does nothing."""
-        if lease not in self._leases:
+    def free(self, allocation: Allocation) -> None:
+        """Give the pages back; computed tokens stay in the cache. A second time does nothing."""
+        if allocation not in self._allocations:
             return
-        self._leases.remove(lease)
-        self._promised -= lease.promised
-        lease.promised = 0
-        rest = tuple(lease.ids[lease.known * self.size : lease.settled])
-        for page in reversed(lease.table[lease.known + 1 :]):
-            self._leave(page)
-        if len(lease.table) > lease.known:
-            last = lease.table[lease.known]
-            parent = self._parent_of(lease)
-            if rest and not self._is_known(parent, rest):
+        self._allocations.remove(allocation)
+        self._num_reserved -= allocation.num_reserved_pages
+        allocation.num_reserved_pages = 0
+        rest = tuple(allocation.ids[allocation.num_cached_pages * self.size : allocation.num_computed_tokens])
+        for page in reversed(allocation.block_table[allocation.num_cached_pages + 1 :]):
+            self._unuse(page)
+        if len(allocation.block_table) > allocation.num_cached_pages:
+            last = allocation.block_table[allocation.num_cached_pages]
+            parent = self._parent_of(allocation)
+            if rest and not self._is_cached(parent, rest):
                 self._insert(last, parent, rest)
-            self._leave(last)
-        for page in reversed(lease.table[: lease.known]):
-            self._leave(page)
+            self._unuse(last)
+        for page in reversed(allocation.block_table[: allocation.num_cached_pages]):
+            self._unuse(page)
 
-    # --- leases ---------------------------------------------------------------------------------------------------
+    # --- allocations ----------------------------------------------------------------------------------------------
 
-    def _known(self, ids: list[int]) -> list[int]:
-        """The pages that hold the beginning of a prompt, as far as whole pages without its last token go."""
+    def _cached_prefix(self, ids: list[int]) -> list[int]:
+        """The full pages that hold the beginning of a prompt, its last token left out."""
         pages: list[int] = []
         parent = _ROOT
         for begin in range(0, len(ids) - self.size, self.size):
@@ -166,45 +168,47 @@ class Pages:
             parent = page
         return pages
 
-    def _begin_within_page(self, lease: Lease) -> None:
-        """Find a page that begins as the prompt goes on, and make what they have in common the lease's own."""
-        parent = self._parent_of(lease)
-        begin = lease.settled
-        wanted = tuple(lease.ids[begin : min(begin + self.size, len(lease.ids) - 1)])
+    def _reuse_partial_page(self, allocation: Allocation) -> None:
+        """Take over or copy the page that agrees with the most of the prompt's next tokens."""
+        parent = self._parent_of(allocation)
+        begin = allocation.num_computed_tokens
+        wanted = tuple(allocation.ids[begin : min(begin + self.size, len(allocation.ids) - 1)])
         candidates = [(page, self._tokens[page]) for page in self._children.get(parent, ())]
-        for other in self._leases:
-            # Of a sequence that is going on, what is settled of the page it is writing.
-            alike = other is not lease and other.known == lease.known and self._parent_of(other) == parent
-            if alike and len(other.table) > other.known:
-                candidates.append((other.table[other.known], tuple(other.ids[begin : other.settled])))
+        for other in self._allocations:
+            # The page that another sequence is writing, as far as it has been computed.
+            depth = other.num_cached_pages
+            if other is allocation or depth != allocation.num_cached_pages or self._parent_of(other) != parent:
+                continue
+            if len(other.block_table) > depth:
+                candidates.append((other.block_table[depth], tuple(other.ids[begin : other.num_computed_tokens])))
         best, common = max(
             ((page, _common(tokens, wanted)) for page, tokens in candidates),
-            # Of equals one that can be taken over.
-            key=lambda found: (found[1], found[0] in self._unused and found[1] == len(self._tokens[found[0]])),
+            # Of several that agree equally far, one that can be taken over.
+            key=lambda match: (match[1], match[0] in self._unused and match[1] == len(self._tokens[match[0]])),
             default=(_ROOT, 0),
         )
         if not common:
             return
-        if best in self._unused and self._loses_least(best, common):
-            self._forget(best)
+        if best in self._unused and self._cheaper_to_take_over(best, common):
+            self._drop(best)
             del self._unused[best]
             self._users[best] = 1
-            self._append(lease, best)
-            lease.settled += common
-        elif common >= self._worth_copying:
-            self._use(best)  # so that it is not the one that goes
-            page = self._fresh()
-            self._append(lease, page)
+            self._append(allocation, best)
+            allocation.num_computed_tokens += common
+        elif common >= self._min_tokens_to_copy:
+            self._use(best)  # keeps it from being evicted for the copy
+            page = self._new_page()
+            self._append(allocation, page)
             try:
                 self._copy(best, page)
             finally:
-                self._leave(best)
+                self._unuse(best)
         else:
             return
-        lease.reused += common
+        allocation.num_reused_tokens += common
 
-    def _loses_least(self, page: int, common: int) -> bool:
-        """Whether an unused page had better be taken over than copied: less is lost than by making room for a copy."""
+    def _cheaper_to_take_over(self, page: int, common: int) -> bool:
+        """Whether taking over an unused page loses no more cached tokens than evicting another for a copy of it."""
         lost = len(self._tokens[page]) - common
         if not lost and page not in self._children:
             return True
@@ -213,27 +217,27 @@ class Pages:
         oldest = next(iter(self._unused))
         return oldest == page or lost <= len(self._tokens[oldest])
 
-    def _parent_of(self, lease: Lease) -> int:
-        return lease.table[lease.known - 1] if lease.known else _ROOT
+    def _parent_of(self, allocation: Allocation) -> int:
+        return allocation.block_table[allocation.num_cached_pages - 1] if allocation.num_cached_pages else _ROOT
 
-    def _append(self, lease: Lease, page: int) -> None:
-        lease.table.append(page)
-        lease.promised -= 1
-        self._promised -= 1
+    def _append(self, allocation: Allocation, page: int) -> None:
+        allocation.block_table.append(page)
+        allocation.num_reserved_pages -= 1
+        self._num_reserved -= 1
 
-    def _enter(self, lease: Lease) -> None:
-        """Put the lease's first page that is not in the tree there, or use the one of the same tokens that is."""
-        index = lease.known
-        page, parent = lease.table[index], self._parent_of(lease)
-        tokens = tuple(lease.ids[index * self.size : (index + 1) * self.size])
+    def _cache_page(self, allocation: Allocation) -> None:
+        """Enter the next full page into the tree, or replace it by the page of the same tokens that is there."""
+        index = allocation.num_cached_pages
+        page, parent = allocation.block_table[index], self._parent_of(allocation)
+        tokens = tuple(allocation.ids[index * self.size : (index + 1) * self.size])
         same = self._full.get((parent, tokens))
         if same is None:
             self._insert(page, parent, tokens)
         else:
             self._use(same)
-            lease.table[index] = same
-            self._leave(page)
-        lease.known += 1
+            allocation.block_table[index] = same
+            self._unuse(page)
+        allocation.num_cached_pages += 1
 
     # --- pages ----------------------------------------------------------------------------------------------------
 
@@ -241,7 +245,7 @@ class Pages:
         self._users[page] += 1
         self._unused.pop(page, None)
 
-    def _leave(self, page: int) -> None:
+    def _unuse(self, page: int) -> None:
         self._users[page] -= 1
         if self._users[page]:
             return
@@ -250,20 +254,20 @@ class Pages:
         else:
             self._free.append(page)
 
-    def _fresh(self) -> int:
-        """A page to write into."""
+    def _new_page(self) -> int:
+        """A page to write into: a free one, else the least recently used."""
         if self._free:
             page = self._free.pop()
         else:
             page, _ = self._unused.popitem(last=False)
-            self._forget(page)
+            self._drop(page)
         self._users[page] = 1
         return page
 
     # --- the tree -------------------------------------------------------------------------------------------------
 
-    def _is_known(self, parent: int, tokens: Tokens) -> bool:
-        """Whether a page begins with these tokens; if so, it counts as just used."""
+    def _is_cached(self, parent: int, tokens: Tokens) -> bool:
+        """Whether a page begins with these tokens; if so, it becomes the most recently used."""
         for page in self._children.get(parent, ()):
             if self._tokens[page][: len(tokens)] == tokens:
                 if page in self._unused:
@@ -272,10 +276,10 @@ class Pages:
         return False
 
     def _insert(self, page: int, parent: int, tokens: Tokens) -> None:
-        # Ends of sequences that this page begins with; nobody uses those, who did took them over.
+        # Partial pages that this one extends are of no further use. They have no users: those took them over.
         for other in [*self._children.get(parent, ())]:
             if tokens[: len(self._tokens[other])] == self._tokens[other]:
-                self._forget(other)
+                self._drop(other)
                 del self._unused[other]
                 self._free.append(other)
         self._tokens[page] = tokens
@@ -284,8 +288,8 @@ class Pages:
         if len(tokens) == self.size:
             self._full[parent, tokens] = page
 
-    def _forget(self, page: int) -> None:
-        """Take a page that has no children out of the tree."""
+    def _drop(self, page: int) -> None:
+        """Remove a page without children from the tree."""
         parent, tokens = self._parent.pop(page), self._tokens.pop(page)
         self._full.pop((parent, tokens), None)
         siblings = self._children[parent]

@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import traceback
 from collections.abc import Iterator
 
 import torch
 
-from exl_cli.errors import DamagedModelError, EngineError, OutOfMemoryError, UsageError
+from exl_cli.errors import DamagedModelError, EngineError, OutOfMemoryError, UsageError, param
 from exl_cli.models import memory
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
+
+_LESS = f"use {param('cache')} q4, a smaller {param('max_seq_len')} or {param('low_mem')}"
+
+# What raises an exception whose innermost frame is in one of these packages is theirs to explain, not a bug of ours.
+_FOREIGN = ("torch", "exllamav2", "safetensors", "triton")
+_CUDA_FAILURE = re.compile("CUDA|cuBLAS|cuDNN|NVRTC|NCCL", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def translated(
     info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
 ) -> Iterator[None]:
-    """Turn what exllamav2 raises into errors that say the next step.
+    """Raise what `explained` makes of an exception.
 
     Args:
         info, context_length, options: what is being loaded; without them, it is loaded already.
     """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise _out_of_memory(info, context_length) from error
-    except (RuntimeError, AssertionError, ValueError, KeyError, TypeError) as error:
-        text = str(error).strip(" #\n") or type(error).__name__
-        if "Insufficient VRAM" in text or "out of memory" in text:
-            raise _out_of_memory(info, context_length) from error
-        if "Insufficient space in device allocation" in text:
-            split = ",".join(f"{gib:g}" for gib in options.gpu_split or ()) if options else ""
-            raise UsageError(
-                f"the model does not fit --gpu-split {split} (GiB per GPU)",
-                "raise the numbers, or use --gpu-split auto",
-            ) from error
-        if info is not None and not isinstance(error, RuntimeError):
-            raise DamagedModelError(
-                f"exllamav2 cannot load {info.path}: {text.splitlines()[0]}", "see --debug"
-            ) from error
-        raise EngineError(f"exllamav2 failed: {text.splitlines()[0]}", "run again with --debug to see where") from error
+    except Exception as error:
+        other = explained(error, info, context_length, options)
+        if other is error:
+            raise
+        raise other from error
+
+
+def explained(
+    error: Exception, info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
+) -> Exception:
+    """An exception of torch's or exllamav2's as one that says the next step; any other as it is."""
+    text = str(error).strip(" #\n") or type(error).__name__
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "Insufficient VRAM" in text or "out of memory" in text:
+        return _out_of_memory(info, context_length)
+    if not _is_foreign(error):
+        return error
+    if "Insufficient space in device allocation" in text:
+        split = ",".join(f"{gib:g}" for gib in options.gpu_split or ()) if options else ""
+        return UsageError(
+            f"the model does not fit {param('gpu_split')} {split} (GiB per GPU)",
+            f"raise the numbers, or use {param('gpu_split')} auto",
+        )
+    if info is not None and not isinstance(error, RuntimeError):
+        return DamagedModelError(f"exllamav2 cannot load {info.path}: {text.splitlines()[0]}", f"see {param('debug')}")
+    return EngineError(f"exllamav2 failed: {text.splitlines()[0]}", f"run again with {param('debug')} to see where")
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether torch or exllamav2 raised it: in their Python code, or out of a CUDA call in C++ that ours made."""
+    if isinstance(error, RuntimeError) and _CUDA_FAILURE.search(str(error)):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] in _FOREIGN
 
 
 def cause(error: BaseException) -> str:
@@ -61,11 +85,9 @@ def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryEr
     held = torch.cuda.memory_reserved()
     have = f"{(sum(free_bytes()) + held) / memory.GIB:.1f} GiB of GPU memory are free"
     if info is None:
-        return OutOfMemoryError(
-            f"the GPU ran out of memory; {have}", "use --cache q4, a smaller --max-seq-len or --low-mem"
-        )
+        return OutOfMemoryError(f"the GPU ran out of memory; {have}", _LESS)
     need = info.size_bytes / memory.GIB
     return OutOfMemoryError(
         f"{info.name} needs {need:.1f} GiB for its weights and more for a context of {context_length:,} tokens; {have}",
-        "use --cache q4, a smaller --max-seq-len or --low-mem, or free the GPU (nvidia-smi shows who uses it)",
+        f"{_LESS}, or free the GPU (nvidia-smi shows who uses it)",
     )

@@ -1,4 +1,4 @@
-"""Whether speculation pays: how often proposals are right, how long passes take, and what came of it."""
+"""How many draft tokens pay: from how often they are accepted and how long forward passes take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Numbers of proposed tokens to choose from: each is a shape of pass that the device has to be warmed up for.
+# Numbers of draft tokens to choose from: each is a shape of forward pass that the device has to be warmed up for.
 LADDER = (1, 2, 3, 4, 5, 7, 9, 11, 15, 23, 31)
 
 # A gain that is less than the error of the times measured is none.
@@ -23,16 +23,16 @@ _SLOWER = 1.03
 
 
 def agreeing(proposed: Sequence[int], chosen: Sequence[int]) -> int:
-    """How many tokens are the same from the first one on."""
+    """How many tokens agree from the first one on."""
     pairs = enumerate(zip(proposed, chosen, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(proposed), len(chosen)))
+    return next((at for at, (a, b) in pairs if a != b), min(len(proposed), len(chosen)))
 
 
-class Rate:
-    """How often the next proposed token is the right one, lately.
+class AcceptanceRate:
+    """How often a draft token has been accepted lately, as a fading average.
 
     Args:
-        prior: what to think of it before anything is seen, and again when nothing has been seen for long.
+        prior: the rate assumed before any is seen, and returned to when none has been seen for long.
     """
 
     def __init__(self, prior: float) -> None:
@@ -45,7 +45,7 @@ class Rate:
         return (self._right + _PRIOR_WEIGHT * self._prior) / (self._tried + _PRIOR_WEIGHT)
 
     def note(self, proposed: Sequence[int], chosen: Sequence[int]) -> int:
-        """Compare proposals with what was chosen then, whether they were computed or not; how many were right."""
+        """Compare draft tokens, computed or not, with what was sampled; returns how many were right."""
         right = agreeing(proposed, chosen)
         for _ in range(right):
             self._add(1.0)
@@ -57,27 +57,27 @@ class Rate:
         self._right, self._tried = self._right * _FADE_TRIED + right, self._tried * _FADE_TRIED + 1
 
     def fade(self) -> None:
-        """A token came that nothing had been proposed for."""
+        """A token was sampled without a draft."""
         self._right, self._tried = self._right * _FADE_IDLE, self._tried * _FADE_IDLE
 
 
-class Outlook(NamedTuple):
-    """What can be expected of one sequence: at most `length` proposals, each right with the probability `rate`."""
+class AcceptanceEstimate(NamedTuple):
+    """What to expect of one sequence: at most `length` draft tokens, each accepted with the probability `rate`."""
 
     rate: float
     length: int
 
-    def tokens(self, proposals: int) -> float:
-        """Tokens that a pass is expected to give with at most so many proposals."""
+    def tokens(self, drafted: int) -> float:
+        """Expected tokens of a forward pass with at most so many draft tokens."""
         expected, likely = 1.0, 1.0
-        for _ in range(min(proposals, self.length)):
+        for _ in range(min(drafted, self.length)):
             likely *= self.rate
             expected += likely
         return expected
 
 
 class Timing:
-    """How long something takes that is done again and again."""
+    """How long a repeated operation takes, robust to outliers and to times that were not waited for."""
 
     def __init__(self) -> None:
         self._warm = False
@@ -100,18 +100,18 @@ class Timing:
             self.seconds = min(self.seconds, seconds)
 
     def fade(self) -> None:
-        """It was not done, for it seems to take too long: some day it should be seen again."""
+        """It seems to take too long to be done: let the estimate shrink until it is tried again."""
         self.seconds *= _FADE_SECONDS
 
 
-class Pace:
-    """How long passes take by their shape, and so how many proposals pay."""
+class DraftLength:
+    """Chooses the draft length from measured times of forward passes by their shape."""
 
     def __init__(self) -> None:
         self._timings: dict[tuple[int, int], Timing] = {}
 
     def note(self, rows: int, tokens: int, seconds: float, waited: float) -> None:
-        """A pass over so many rows of at most so many tokens came back; see `Timing.note`."""
+        """A forward pass over so many rows of at most so many tokens came back; see `Timing.note`."""
         self._timings.setdefault((rows, tokens), Timing()).note(seconds, waited)
 
     def seconds(self, rows: int, tokens: int) -> float:
@@ -122,29 +122,29 @@ class Pace:
                 return timing.seconds * (1 + _GROWTH * (tokens - shorter))
         return 0.0
 
-    def choose(self, outlooks: Sequence[Outlook], cost: float) -> int:
-        """How many tokens to propose at most for each sequence of the next pass.
+    def choose(self, estimates: Sequence[AcceptanceEstimate], cost: float) -> int:
+        """The most draft tokens for each sequence of the next forward pass that still pay.
 
         Args:
-            outlooks: of each sequence.
-            cost: seconds that one more proposal for all of them takes.
+            estimates: of each sequence.
+            cost: seconds that one more draft token for each of them takes.
 
         Returns:
             One of `LADDER`, or 0 where nothing is gained; 0, too, until the time of a plain pass is known.
         """
-        rows = len(outlooks)
+        rows = len(estimates)
         plain = self.seconds(rows, 1)
-        longest = max((outlook.length for outlook in outlooks), default=0)
+        longest = max((estimate.length for estimate in estimates), default=0)
         if not plain or not longest:
             return 0
         best, highest = 0, _MARGIN * rows / plain
-        for proposals in LADDER:
-            if proposals > longest:
+        for length in LADDER:
+            if length > longest:
                 break
-            seconds = self.seconds(rows, 1 + proposals) + cost * proposals
-            speed = sum(outlook.tokens(proposals) for outlook in outlooks) / seconds
+            seconds = self.seconds(rows, 1 + length) + cost * length
+            speed = sum(estimate.tokens(length) for estimate in estimates) / seconds
             if speed > highest:
-                best, highest = proposals, speed
+                best, highest = length, speed
         if not best:
             for (passed, tokens), timing in self._timings.items():
                 if passed == rows and tokens > 1:
@@ -153,14 +153,14 @@ class Pace:
 
 
 @dataclass
-class Account:
-    """What speculation brought one sequence.
+class SpeculationStatistics:
+    """What speculation cost and brought one sequence.
 
     Attributes:
-        drafted: tokens proposed and computed.
-        accepted: how many of them became part of the text.
-        seconds: what proposing and the passes took.
-        plain_seconds: what passes without proposals would have taken for the same tokens.
+        drafted: draft tokens computed.
+        accepted: those of them that became part of the text.
+        seconds: spent on drafting and forward passes.
+        plain_seconds: what the same tokens would have taken without drafts.
     """
 
     drafted: int = 0
@@ -168,15 +168,15 @@ class Account:
     seconds: float = 0.0
     plain_seconds: float = 0.0
 
-    def note(self, flag: str) -> str:
-        """What the user should know: that it was slower; else nothing.
+    def note(self, option: str) -> str:
+        """Tells the user where it was slower; empty otherwise.
 
         Args:
-            flag: what asked for it.
+            option: what asked for it, with its `param`.
         """
         if not self.drafted or not self.plain_seconds or self.seconds <= _SLOWER * self.plain_seconds:
             return ""
         return (
-            f"{flag} made this {self.seconds / self.plain_seconds - 1:.0%} slower: {self.accepted} of {self.drafted} "
+            f"{option} made this {self.seconds / self.plain_seconds - 1:.0%} slower: {self.accepted} of {self.drafted} "
             "proposed tokens were right"
         )

@@ -1,7 +1,7 @@
-"""Speculation with a second, smaller model of the same vocabulary; see `speculation`.
+"""Draft tokens from a second, smaller model of the same vocabulary; see `speculation`.
 
-The draft model has a KV cache and pages of its own. It always goes on with the likeliest token, and keeps what was
-accepted; where it was left out of some passes it catches up with the tokens that came meanwhile in one of its own.
+The draft model has a separate KV cache and pages. It always drafts its likeliest token and keeps what was accepted;
+where it was left out of some forward passes it catches up with the tokens that came meanwhile in one pass.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from exl_cli.engines.exllamav2.block_manager import Lease, Pages
-from exl_cli.engines.exllamav2.draft_length import Outlook, Rate, Timing
+from exl_cli.engines.exllamav2.block_manager import Allocation, BlockManager
+from exl_cli.engines.exllamav2.draft_length import AcceptanceEstimate, AcceptanceRate, Timing
 from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
-from exl_cli.engines.exllamav2.speculation import Choose, Guess, Wanted
+from exl_cli.engines.exllamav2.speculation import ChooseLength, DraftRequest, DraftTokens
+from exl_cli.errors import param
 
-# What to think of a draft model of which nothing is known yet.
+# The acceptance rate of a draft model before any token is verified.
 _PRIOR = 0.7
 
 
 @dataclass(eq=False)
 class _Draft:
-    """A sequence, as the draft model knows it.
+    """A sequence in the draft model.
 
     Attributes:
-        ids: the sequence's tokens that it has been told.
-        lease: the pages for them and for its proposals.
-        cached: how many of `ids` its cache holds.
-        proposed: what it proposed to follow them; all but the last are in its cache, too.
-        rate: how often that was right.
-        most: positions that the lease is for.
+        ids: the sequence's tokens as far as the draft model knows them.
+        allocation: the pages for them and for draft tokens.
+        num_computed_tokens: how many of `ids` its cache holds.
+        proposed: its last draft tokens; all but the last are in its cache, too.
+        rate: how often they were accepted.
+        most: positions that the allocation is for.
     """
 
     ids: list[int]
-    lease: Lease
-    cached: int
+    allocation: Allocation
+    num_computed_tokens: int
     proposed: tuple[int, ...]
-    rate: Rate
+    rate: AcceptanceRate
     most: int
 
 
@@ -45,38 +46,38 @@ class DraftModel:
     """A `speculation.Drafter`.
 
     Args:
-        forward: the draft model; used by nobody else.
+        runner: the draft model; used by nobody else.
         vocab_size: tokens that both models' tokenizer knows; what lies beyond is never proposed.
         context_length: the most positions that the draft model is made for.
         chunk: prompt tokens of one call of `prefill`.
         clock: seconds that pass.
     """
 
-    flag = "--draft"
+    option = param("draft")
 
     def __init__(
         self,
-        forward: ModelRunner,
+        runner: ModelRunner,
         vocab_size: int,
         context_length: int,
         *,
         chunk: int = 2048,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._forward = forward
+        self._runner = runner
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._chunk = chunk
         self._clock = clock
-        self._pages = Pages(forward.pages, forward.page_size, forward.copy_page)
-        # Of all sequences: what a new one is expected to be like.
-        self._rate = Rate(_PRIOR)
+        self._blocks = BlockManager(runner.pages, runner.page_size, runner.copy_page)
+        # Over all sequences: the expectation for a new one.
+        self._rate = AcceptanceRate(_PRIOR)
         self._pass = Timing()
 
     @property
-    def leased_pages(self) -> int:
+    def num_allocated_pages(self) -> int:
         """Pages that sequences hold; 0 when there are none."""
-        return self._pages.leased
+        return self._blocks.num_allocated
 
     def begin(self, ids: list[int], positions: int) -> _Draft | None:
         """See `speculation.Drafter.begin`; evaluates the prompt. None where there is no room for it."""
@@ -84,32 +85,32 @@ class DraftModel:
         if len(ids) >= most:
             return None
         own = [*ids]
-        lease = self._pages.lease(own, most)
-        if lease is None:
+        allocation = self._blocks.allocate(own, most)
+        if allocation is None:
             return None
-        draft = _Draft(own, lease, lease.reused, (), Rate(self._rate.value), most)
+        draft = _Draft(own, allocation, allocation.num_reused_tokens, (), AcceptanceRate(self._rate.value), most)
         try:
             with self._in_order():
                 self._fill(draft, len(own) - 1)
-                self._forward.synchronize()
-        except BaseException:
-            self._pages.release(lease)
+                self._runner.synchronize()
+        except Exception:
+            self._blocks.free(allocation)
             raise
-        self._pages.settle(lease, draft.cached)
+        self._blocks.mark_computed(allocation, draft.num_computed_tokens)
         return draft
 
-    def propose(self, wanted: Sequence[Wanted], choose: Choose) -> list[Guess]:
+    def propose(self, requests: Sequence[DraftRequest], choose: ChooseLength) -> list[DraftTokens]:
         """See `speculation.Drafter.propose`."""
         able: list[tuple[_Draft, int]] = []
-        for one in wanted:
-            if one.draft is not None:
-                self._tell(one.draft, one.ids)
-                room = min(one.most, one.draft.most - len(one.ids))
-                able.append((one.draft, room if len(able) < self._forward.max_batch else 0))
-        outlooks = [Outlook(draft.rate.value, room) for draft, room in able]
-        # Those without proposals are in the pass as well.
-        outlooks += [Outlook(0.0, 0)] * (len(wanted) - len(able))
-        most = choose(outlooks, self._pass.seconds)
+        for request in requests:
+            if request.draft is not None:
+                self._tell(request.draft, request.ids)
+                room = min(request.most, request.draft.most - len(request.ids))
+                able.append((request.draft, room if len(able) < self._runner.max_batch else 0))
+        estimates = [AcceptanceEstimate(draft.rate.value, room) for draft, room in able]
+        # Sequences without draft tokens are in the pass as well.
+        estimates += [AcceptanceEstimate(0.0, 0)] * (len(requests) - len(able))
+        most = choose(estimates, self._pass.seconds)
         for draft, room in able:
             draft.proposed = ()
             if not most or room <= 0:
@@ -120,79 +121,79 @@ class DraftModel:
             with self._in_order():
                 self._propose([(draft, min(most, room)) for draft, room in able if room > 0])
         return [
-            Guess((), 0, self._rate)
-            if one.draft is None
-            else Guess(one.draft.proposed, len(one.draft.proposed), one.draft.rate)
-            for one in wanted
+            DraftTokens((), 0, self._rate)
+            if request.draft is None
+            else DraftTokens(request.draft.proposed, len(request.draft.proposed), request.draft.rate)
+            for request in requests
         ]
 
     def end(self, draft: _Draft | None, ids: list[int]) -> None:
         """See `speculation.Drafter.end`."""
         if draft is not None:
             self._tell(draft, ids)
-            self._pages.release(draft.lease)
+            self._blocks.free(draft.allocation)
 
     def reset(self) -> None:
         """See `speculation.Drafter.reset`."""
-        self._pages.reset()
+        self._blocks.reset()
         with contextlib.suppress(Exception):
-            self._forward.synchronize()
+            self._runner.synchronize()
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """After a pass that failed, let the next one begin anew; see `Scheduler`."""
+        """After a failed pass, leave the device ready for the next one; see `Scheduler`."""
         try:
             yield
         except Exception:
             with contextlib.suppress(Exception):  # it has told the error already
-                self._forward.synchronize()
+                self._runner.synchronize()
             raise
 
     def _tell(self, draft: _Draft, ids: list[int]) -> None:
-        """Learn what became of the last proposals."""
+        """Learn which of the last draft tokens were accepted."""
         before = len(draft.ids)
         if len(ids) == before:
             return
         new = ids[before:]
         if draft.proposed:
             right = self._rate.note(draft.proposed, new)
-            draft.cached = before + min(right, len(draft.proposed) - 1)
+            draft.num_computed_tokens = before + min(right, len(draft.proposed) - 1)
             draft.proposed = ()
         draft.ids += new
-        self._pages.settle(draft.lease, draft.cached)
+        self._blocks.mark_computed(draft.allocation, draft.num_computed_tokens)
 
     def _fill(self, draft: _Draft, end: int) -> None:
         """Have the first `end` tokens in the cache."""
-        while draft.cached < end:
-            count = min(self._chunk, end - draft.cached)
-            self._pages.grow(draft.lease, draft.cached + count)
-            ids = tuple(draft.ids[draft.cached : draft.cached + count])
-            self._forward.prefill(ScheduledTokens(ids, draft.cached, draft.lease.table))
-            draft.cached += count
+        while draft.num_computed_tokens < end:
+            count = min(self._chunk, end - draft.num_computed_tokens)
+            self._blocks.grow(draft.allocation, draft.num_computed_tokens + count)
+            ids = tuple(draft.ids[draft.num_computed_tokens : draft.num_computed_tokens + count])
+            self._runner.prefill(ScheduledTokens(ids, draft.num_computed_tokens, draft.allocation.block_table))
+            draft.num_computed_tokens += count
 
     def _propose(self, drafts: list[tuple[_Draft, int]]) -> None:
-        """Let each draft propose so many tokens, in passes over all of them."""
+        """Extend each draft by so many tokens, in forward passes over all of them."""
         start = self._clock()
-        widest = self._forward.max_tokens // len(drafts)
+        widest = self._runner.max_tokens // len(drafts)
         for draft, _ in drafts:
-            if len(draft.ids) - draft.cached > max(widest, 1):
+            if len(draft.ids) - draft.num_computed_tokens > max(widest, 1):
                 self._fill(draft, len(draft.ids) - 1)
         passes = max(count for _, count in drafts)
         for number in range(passes):
             going = [draft for draft, count in drafts if number < count]
-            self._forward.submit([self._row(draft) for draft in going])
-            logits = self._forward.collect().numpy()
+            self._runner.submit([self._row(draft) for draft in going])
+            logits = self._runner.collect().numpy()
             for index, draft in enumerate(going):
-                last = 0 if number else len(draft.ids) - draft.cached - 1
+                last = 0 if number else len(draft.ids) - draft.num_computed_tokens - 1
                 draft.proposed += (int(logits[index, last, : self._vocab_size].argmax()),)
         seconds = (self._clock() - start) / passes
         self._pass.note(seconds, seconds)
 
     def _row(self, draft: _Draft) -> ScheduledTokens:
-        """What it has not computed yet: tokens of the sequence, or else its own last proposal."""
+        """The tokens not computed yet: of the sequence, or else the last draft token."""
         if draft.proposed:
             ids, begin = draft.proposed[-1:], len(draft.ids) + len(draft.proposed) - 1
         else:
-            ids, begin = tuple(draft.ids[draft.cached :]), draft.cached
-        self._pages.grow(draft.lease, begin + len(ids))
-        return ScheduledTokens(ids, begin, draft.lease.table)
+            ids, begin = tuple(draft.ids[draft.num_computed_tokens :]), draft.num_computed_tokens
+        self._blocks.grow(draft.allocation, begin + len(ids))
+        return ScheduledTokens(ids, begin, draft.allocation.block_table)

@@ -1,8 +1,8 @@
 """Generation on NVIDIA GPUs, on top of exllamav2.
 
-exllamav2 loads the model and computes prompts. What is ours: which sequence computes what when (`scheduler`), passes of
-few tokens (`forward`), attention over pages (`paged_attention`), choosing the token (`engines.sampler`), decoding to
-text, stop strings and the end of the response (`engines.driver`).
+exllamav2 loads the model and prefills prompts. exl schedules the sequences (`scheduler`), computes forward passes of
+few tokens (`forward`) and attention over pages (`attention`), samples (`engines.sampling`), and decodes the tokens to
+text (`engines.response`).
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import contextlib
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, Request
+from exl_cli.engines.base import Event, Request
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.attention.paged import Heads, unusual
-from exl_cli.engines.exllamav2.batching import Batch
 from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
-from exl_cli.engines.exllamav2.cuda_errors import free_bytes, translated
+from exl_cli.engines.exllamav2.cuda_errors import explained, free_bytes, translated
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.kernels import attending
-from exl_cli.engines.exllamav2.prompt_lookup import Ngrams
+from exl_cli.engines.exllamav2.prompt_lookup import PromptLookup
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
+from exl_cli.engines.response import Response, Step, check_fits, check_known
 from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.models import memory
 from exl_cli.models.info import ModelInfo
@@ -55,14 +55,14 @@ class _Loaded:
 
 
 class ExLlamaV2Engine:
-    """A model on one or more GPUs. See `engines.base.BatchingEngine`.
+    """A model on one or more GPUs. See `engines.base.Engine`.
 
     Args:
         loaded: the model.
         tokenizer: the model's.
         context_length: most tokens of prompt and response.
-        facts: what a report should say besides whether passes are captured.
-        drafter: proposes tokens to be verified several at once; None for no speculation.
+        facts: for reports, besides how forward passes are captured.
+        drafter: proposes draft tokens; None for no speculation.
         others: what is to be unloaded with it.
     """
 
@@ -83,7 +83,9 @@ class ExLlamaV2Engine:
         samplers = Samplers(tokenizer, forward.vocab_size)
         # Prompts in the pieces in which exllamav2 computes them anyway.
         chunk = loaded.model.config.max_input_len
-        self._batch = Batch(Scheduler(forward, samplers.make, drafter=drafter, chunk=chunk))
+        self._scheduler = Scheduler(forward, samplers.make, drafter=drafter, chunk=chunk)
+        self._responses: dict[int, Response] = {}
+        self._cancelled: deque[int] = deque()
         self.max_batch = forward.max_batch
         self.context_length = context_length
         self._facts = facts
@@ -97,12 +99,43 @@ class ExLlamaV2Engine:
             graphs = f"no more since one failed ({forward.why_not_captured})"
         return {**self._facts, "graphs": graphs}
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        """See `engines.base.Engine.stream`."""
-        driver.check_fits(len(request.ids), self.context_length)
-        driver.check_known(request.ids, self._forward.vocab_size, self._tokenizer)
-        decoder = self._tokenizer.decode_stream(request.ids)
-        return driver.run(request, decoder, self.context_length, self._steps(request))
+    def check(self, request: Request) -> None:
+        """See `engines.base.Engine.check`."""
+        check_fits(len(request.ids), self.context_length)
+        check_known(request.ids, self._forward.vocab_size, self._tokenizer)
+        self._scheduler.check(request, min(request.max_new_tokens, self.context_length - len(request.ids)))
+
+    def add(self, request_id: int, request: Request) -> None:
+        """See `engines.base.Engine.add`."""
+        response = Response(request, self._tokenizer.decode_stream(request.ids), self.context_length)
+        self._scheduler.add(request_id, request, response.max_new_tokens)
+        self._responses[request_id] = response
+
+    def cancel(self, request_id: int) -> None:
+        """See `engines.base.Engine.cancel`."""
+        self._cancelled.append(request_id)
+
+    def step(self) -> Iterator[Event]:
+        """See `engines.base.Engine.step`. The next forward pass is under way while the tokens become text."""
+        while self._cancelled:
+            request_id = self._cancelled.popleft()
+            self._scheduler.cancel(request_id)
+            if response := self._responses.pop(request_id, None):
+                yield request_id, response.finish(cancelled=True)
+        for request_id, outcome in self._scheduler.step():
+            if isinstance(outcome, Step):
+                if response := self._responses.get(request_id):
+                    yield from self._take(request_id, response, outcome)
+            elif response := self._responses.pop(request_id, None):
+                yield request_id, response.finish() if outcome is None else _caused(outcome)
+
+    def _take(self, request_id: int, response: Response, step: Step) -> Iterator[Event]:
+        chunks = response.take(step)
+        if response.ended:
+            self._scheduler.cancel(request_id)  # a stop string, which the scheduler does not see
+            del self._responses[request_id]
+        for chunk in chunks:
+            yield request_id, chunk
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits of every position, on the CPU: shape (len(ids), vocabulary)."""
@@ -111,25 +144,25 @@ class ExLlamaV2Engine:
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """See `engines.base.CachedScoring.cached_logits`."""
         model, forward = self._loaded[0].model, self._forward
-        driver.check_known(ids, forward.vocab_size, self._tokenizer)
-        if step <= forward.max_tokens and len(ids) <= self.context_length:
-            return self._paged_logits(ids, step)
-        cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))
-        parts = []
-        for at in range(0, len(ids), step):
-            out = model.forward(torch.tensor([list(ids[at : at + step])]), cache, cpu_logits=True)
-            parts.append(out[0, :, : model.config.vocab_size].float())
-        return torch.cat(parts)
+        check_known(ids, forward.vocab_size, self._tokenizer)
+        with translated():
+            if step <= forward.max_tokens and len(ids) <= self.context_length:
+                return self._paged_logits(ids, step)
+            cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))
+            parts = []
+            for at in range(0, len(ids), step):
+                out = model.forward(torch.tensor([list(ids[at : at + step])]), cache, cpu_logits=True)
+                parts.append(out[0, :, : model.config.vocab_size].float())
+            return torch.cat(parts)
 
     def _paged_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
-        """Through the passes that generation takes; what other requests have in the cache is forgotten."""
+        """Through the forward passes of generation; ends other requests and forgets what the cache holds."""
         parts, forward = [], self._forward
-        with translated(), self._batch.exclusive() as scheduler:
-            scheduler.close("the model was asked for logits")
-            table = list(range(memory.round_up(len(ids)) // memory.PAGE))
-            for at in range(0, len(ids), step):
-                forward.submit([ScheduledTokens(tuple(ids[at : at + step]), at, table)])
-                parts.append(forward.collect()[0].clone())
+        self._scheduler.reset()
+        block_table = list(range(memory.round_up(len(ids)) // memory.PAGE))
+        for at in range(0, len(ids), step):
+            forward.submit([ScheduledTokens(tuple(ids[at : at + step]), at, block_table)])
+            parts.append(forward.collect()[0].clone())
         return torch.cat(parts)
 
     def memory(self) -> list[DeviceMemory]:
@@ -139,19 +172,21 @@ class ExLlamaV2Engine:
 
     def close(self) -> None:
         """See `engines.base.Engine.close`."""
-        if self._loaded:
-            with self._batch.exclusive() as scheduler:
-                scheduler.close()
-            for loaded in self._loaded:
-                loaded.unload()
-            self._loaded = ()
+        for loaded in self._loaded:
+            with contextlib.suppress(Exception):  # the device may have failed
+                loaded.forward.synchronize()
+            loaded.unload()
+        self._loaded = ()
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _steps(self, request: Request) -> Generator[driver.Step, None, None]:
-        room = min(request.max_new_tokens, self.context_length - len(request.ids))
-        with translated():
-            yield from self._batch.steps(request, room)
+
+def _caused(error: Exception) -> Exception:
+    """An error as `explained`, with the original as its cause."""
+    other = explained(error)
+    if other is not error:
+        other.__cause__ = error
+    return other
 
 
 def _memory(device: str) -> DeviceMemory:
@@ -192,7 +227,7 @@ def load(
         memory.check(info, tokens, options.cache, free_bytes(), low_mem=options.low_mem, draft=draft)
     causal.install()
     loaded = _load(info, context_length, options, progress)
-    drafter: Drafter | None = Ngrams() if options.speculate == "ngram" else None
+    drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
         context = min(context_length, draft.context_length)

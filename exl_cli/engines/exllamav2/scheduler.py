@@ -1,11 +1,11 @@
-"""Which sequence computes what in which pass: continuous batching over a paged KV cache.
+"""Continuous batching over a paged KV cache: which sequence computes what in which forward pass.
 
-A step collects the pass in flight, chooses tokens for each of its sequences, and submits the next pass before it
-returns: so the GPU computes while whoever asked turns the tokens into text. All running sequences are in each pass.
+A step collects the forward pass in flight, chooses a token for each of its sequences, and submits the next pass before
+it returns: the GPU computes while the caller turns the tokens into text. All running sequences are in each pass.
 
-Requests are taken first come, first served, as soon as there is room in a pass and for all the pages that they can come
-to need. Prompts are evaluated in chunks between the passes of the others, at most one chunk's tokens a step. One prompt
-is evaluated after the other, so that what later ones begin with alike is found in the cache.
+Requests are admitted first come, first served, as soon as there is room in a pass and for all the pages that they may
+come to need. Prompts are prefilled in chunks between the decode steps of the others, at most one chunk's tokens a step,
+and one after the other: a prompt finds in the cache what it has in common with those before it.
 """
 
 from __future__ import annotations
@@ -21,275 +21,261 @@ import numpy as np
 import numpy.typing as npt
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.block_manager import Pages
-from exl_cli.engines.exllamav2.draft_length import Rate
+from exl_cli.engines.exllamav2.block_manager import BlockManager
+from exl_cli.engines.exllamav2.draft_length import AcceptanceRate
 from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.sequence import Sequence
-from exl_cli.engines.exllamav2.speculation import Drafter, Guess, Speculation
+from exl_cli.engines.exllamav2.speculation import Drafter, DraftTokens, Speculation
+from exl_cli.engines.response import Step
 from exl_cli.engines.sampling.sampler import Sampler
-from exl_cli.errors import EngineError, PromptError
+from exl_cli.errors import EngineError, PromptError, param
 
-# Prompt tokens evaluated between two passes of the sequences that are generating.
+# Prompt tokens prefilled between two decode steps.
 CHUNK = 2048
 
-_NO_GUESS = Guess((), 0, Rate(0.0))
+_NO_DRAFT = DraftTokens((), 0, AcceptanceRate(0.0))
 
 Logits = npt.NDArray[np.float32]
 
+# A request's id with a step of it, with the exception that ended it, or with None once it has ended.
+Outcome = tuple[int, "Step | Exception | None"]
 
-class _Flown(NamedTuple):
-    """A sequence's part of a pass."""
+
+class _InFlight(NamedTuple):
+    """A sequence's part of the forward pass in flight."""
 
     sequence: Sequence
     row: ScheduledTokens
-    guess: Guess
+    draft: DraftTokens
 
 
 class Scheduler:
-    """Runs sequences on one model. Not thread-safe: see `batching.Batch`.
+    """Runs sequences on one model. Not thread-safe: an engine thread steps it.
 
     Args:
-        forward: the model; used by nobody else. After an exception out of one of its methods, an interruption among
-            them, the next call is `synchronize`, and then a `prefill` or `submit` may follow, whatever was under way.
+        runner: the model; used by nobody else. After an exception from one of its methods the next call is
+            `synchronize`, and then a `prefill` or `submit` may follow.
         sampler: makes the sampler of a request.
-        drafter: proposes tokens to be verified in one pass; None for one token a pass.
-        chunk: prompt tokens evaluated between two passes of those that are generating.
+        drafter: proposes draft tokens; None for one token a forward pass.
+        chunk: prompt tokens prefilled between two decode steps.
         clock: seconds that pass.
     """
 
     def __init__(
         self,
-        forward: ModelRunner,
+        runner: ModelRunner,
         sampler: Callable[[Request], Sampler],
         *,
         drafter: Drafter | None = None,
         chunk: int = CHUNK,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._forward = forward
+        self._runner = runner
         self._sampler = sampler
         self._chunk = chunk
         self._clock = clock
-        self._pages = Pages(forward.pages, forward.page_size, forward.copy_page)
-        self._added: deque[Sequence] = deque()
-        self._open: set[Sequence] = set()
+        self._blocks = BlockManager(runner.pages, runner.page_size, runner.copy_page)
+        self._sequences: dict[int, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
-        self._filling: Sequence | None = None
+        self._prefilling: Sequence | None = None
         self._running: list[Sequence] = []
-        self._flight: list[_Flown] = []
-        self._whole = True
+        self._in_flight: list[_InFlight] = []
+        self._outcomes: list[Outcome] = []
         self._speculation = (
-            None if drafter is None else Speculation(drafter, forward.max_batch, forward.max_tokens, clock)
+            None if drafter is None else Speculation(drafter, runner.max_batch, runner.max_tokens, clock)
         )
 
     @property
-    def leased_pages(self) -> int:
+    def num_allocated_pages(self) -> int:
         """Pages that sequences hold; 0 when there are none."""
-        return self._pages.leased
+        return self._blocks.num_allocated
 
-    def sequence(self, request: Request, limit: int) -> Sequence:
-        """What `add` takes; may be called from any thread.
-
-        Args:
-            request: what to generate; its stop strings are the consumer's business.
-            limit: the most new tokens, at least 1.
+    def check(self, request: Request, max_new_tokens: int) -> None:
+        """Refuse a request that would not fit even alone; may be called from any thread.
 
         Raises:
-            PromptError: it would not fit even if it were alone.
+            PromptError: with both numbers.
         """
-        started = self._clock()
-        sequence = Sequence(request, limit, self._sampler(request), [*request.ids], started)
-        positions, room = sequence.positions, self._pages.count * self._pages.size
-        if positions > room:
+        needed, capacity = len(request.ids) + max_new_tokens - 1, self._blocks.count * self._blocks.size
+        if needed > capacity:
             raise PromptError(
-                f"prompt and response may come to {positions:,} tokens, the KV cache holds {room:,}",
-                "shorten the prompt, lower --max-new-tokens or raise --max-seq-len",
+                f"prompt and response may come to {needed:,} tokens, the KV cache holds {capacity:,}",
+                f"shorten the prompt, lower {param('max_new_tokens')} or raise {param('max_seq_len')}",
             )
-        return sequence
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; may be called from any thread, also during a step."""
-        self._added.append(sequence)
-
-    def step(self) -> None:
-        """Do the next piece of work for all sequences; what comes of it is in their outboxes.
-
-        A pass that fails ends all sequences that are being computed: each has the error. Nothing is raised.
-        """
-        self._begin()
-        try:
-            self._collect()
-            self._submit(busy=self._fill())
-        except Exception as error:  # whatever it is, it belongs to those whose pass it was
-            self._drop(error)
-        self._whole = True
-
-    def cancel(self, sequence: Sequence) -> None:
-        """End a sequence and free its pages at once; nothing happens where it has ended.
-
-        What a pass in flight still writes into its pages comes before anything that others will write there.
-        """
-        self._begin()
-        if sequence in self._open:
-            self._end(sequence)
-        self._whole = True
-
-    def close(self, reason: str = "the model is closed") -> None:
-        """End everything and forget what the cache holds; the next request finds it empty.
+    def add(self, request_id: int, request: Request, max_new_tokens: int) -> None:
+        """Queue a request that `check` has passed.
 
         Args:
-            reason: what the requests that are not finished are told.
+            request_id: names it in `cancel` and in what `step` returns.
+            request: its stop strings are the caller's business.
+            max_new_tokens: the most new tokens, at least 1.
         """
-        self._begin()
-        error = EngineError(reason, "start the generation again")
-        while self._waiting:
-            self._end(self._waiting[0], error)
-        self._drop(error)
-        self._pages.reset()
+        sampler, started = self._sampler(request), self._clock()
+        sequence = Sequence(request_id, request, max_new_tokens, sampler, [*request.ids], started)
+        self._sequences[request_id] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, request_id: int) -> None:
+        """End a sequence and free its pages; `step` does not mention it again. Nothing happens once it has ended.
+
+        Whatever a pass in flight still writes into its pages precedes anything that others will write there.
+        """
+        if sequence := self._sequences.get(request_id):
+            self._end(sequence)
+            self._outcomes.pop()
+
+    def step(self) -> list[Outcome]:
+        """Do the next piece of work for all sequences.
+
+        A forward pass that fails ends all sequences that are being computed, each with that exception.
+        """
+        try:
+            self._collect()
+            self._submit(busy=self._prefill())
+        except Exception as error:  # whatever it is, it concerns all sequences in the pass
+            self._fail(error)
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def reset(self) -> None:
+        """End everything and forget what the cache holds; the next request finds it empty."""
+        error = EngineError("the model was asked for logits", "start the generation again")
+        for sequence in [*self._waiting]:
+            self._end(sequence, error)
+        self._fail(error)
+        self._blocks.reset()
         if self._speculation is not None:
             self._speculation.reset()
-        self._whole = True
 
     # --- the parts of a step --------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Wait for the pass in flight, and choose tokens for each sequence that is still wanted."""
-        if self._flight:
-            since = self._clock()
-            logits: Logits = self._forward.collect().numpy()
-            flight, self._flight = self._flight, []
-            if self._speculation is not None:
-                self._speculation.collected(since)
-            for index, flown in enumerate(flight):
-                if not flown.sequence.ended:
-                    self._extend(flown, logits[index])
-            self._settle_prompt()
+        """Wait for the pass in flight, and choose tokens for each of its sequences that is still wanted."""
+        if not self._in_flight:
+            return
+        since = self._clock()
+        logits: Logits = self._runner.collect().numpy()
+        in_flight, self._in_flight = self._in_flight, []
+        if self._speculation is not None:
+            self._speculation.collected(since)
+        for index, part in enumerate(in_flight):
+            if not part.sequence.ended:
+                self._extend(part, logits[index])
+        self._finish_prefill()
 
-    def _extend(self, flown: _Flown, logits: Logits) -> None:
-        sequence, row, guess = flown
+    def _extend(self, part: _InFlight, logits: Logits) -> None:
+        """Sample position by position for as long as the draft tokens turn out right."""
+        sequence, row, draft = part
         ids, stops = sequence.ids, sequence.request.stop_ids
         chosen: list[int] = []
         error: Exception | None = None
         try:
             for place in range(len(row.ids)):
                 if place and chosen[-1] != row.ids[place]:
-                    break  # these logits follow a proposal that was wrong
+                    break  # these logits follow a draft token that was wrong
                 chosen.append(sequence.sampler.sample(logits[place], ids))
                 ids.append(chosen[-1])
-                if chosen[-1] in stops or not sequence.room:
+                if chosen[-1] in stops or not sequence.max_new_tokens_left:
                     break
-        except Exception as found:  # its logits or its settings; the others have theirs
-            error = found
-        sequence.cached += len(chosen)
-        self._pages.settle(sequence.pages, sequence.cached)
+        except Exception as raised:  # its own logits or settings; the other sequences have theirs
+            error = raised
+        sequence.num_computed_tokens += len(chosen)
+        self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
         if self._speculation is not None:
-            sequence.outbox.append(self._speculation.outcome(sequence, guess, chosen))
+            self._outcomes.append((sequence.id, self._speculation.outcome(sequence, draft, chosen)))
         elif chosen:
-            sequence.outbox.append(Step(tuple(chosen)))
-        if error or chosen[-1] in stops or not sequence.room:
+            self._outcomes.append((sequence.id, Step(tuple(chosen))))
+        if error or chosen[-1] in stops or not sequence.max_new_tokens_left:
             self._end(sequence, error)
 
-    def _fill(self) -> bool:
-        """Evaluate one chunk's tokens of prompts; those that are complete join the running. Whether it is under way."""
-        room = self._chunk
-        while room > 0 and (sequence := self._filling or self._admit()):
-            begin, count = sequence.cached, min(room, sequence.unfilled)
+    def _prefill(self) -> bool:
+        """Evaluate one chunk's tokens of prompts, and start decoding those that are complete.
+
+        Returns:
+            Whether the device is still at it.
+        """
+        budget = self._chunk
+        while budget > 0 and (sequence := self._prefilling or self._admit()):
+            begin, count = sequence.num_computed_tokens, min(budget, sequence.num_prompt_tokens_left)
             if count:
-                self._pages.grow(sequence.pages, begin + count)
+                self._blocks.grow(sequence.blocks, begin + count)
                 ids = tuple(sequence.ids[begin : begin + count])
-                self._forward.prefill(ScheduledTokens(ids, begin, sequence.pages.table))
-                sequence.cached += count
-                room -= count
-            if count and self._running and (sequence.unfilled or room <= 0 or not self._waiting):
+                self._runner.prefill(ScheduledTokens(ids, begin, sequence.blocks.block_table))
+                sequence.num_computed_tokens += count
+                budget -= count
+            if count and self._running and (sequence.num_prompt_tokens_left or budget <= 0 or not self._waiting):
                 return True  # `_collect` will have waited for it
-            self._forward.synchronize()
-            self._settle_prompt()
+            self._runner.synchronize()
+            self._finish_prefill()
         return False
 
     def _admit(self) -> Sequence | None:
         """The next request, if there is room for it."""
-        if not self._waiting or len(self._running) >= self._forward.max_batch:
+        if not self._waiting or len(self._running) >= self._runner.max_batch:
             return None
-        sequence = self._waiting[0]
-        try:
-            sequence.lease = self._pages.lease(sequence.ids, sequence.positions)
-        except BaseException:
-            self._waiting.popleft()  # what failed was its own, too
-            raise
-        if sequence.lease is None:
+        # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
+        self._prefilling = sequence = self._waiting.popleft()
+        sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens)
+        if sequence.allocation is None:
+            self._prefilling = None
+            self._waiting.appendleft(sequence)
             return None
-        self._waiting.popleft()
-        self._filling = sequence
-        sequence.cached = sequence.lease.reused
+        sequence.num_computed_tokens = sequence.allocation.num_reused_tokens
         return sequence
 
-    def _settle_prompt(self) -> None:
-        """The device has done all that it was asked to: so much of the prompt is in the cache."""
-        sequence = self._filling
+    def _finish_prefill(self) -> None:
+        """The device has done everything asked of it: as much of the prompt as was sent is in the cache."""
+        sequence = self._prefilling
         if sequence is None:
             return
-        self._pages.settle(sequence.pages, sequence.cached)
-        if not sequence.unfilled:
+        self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
+        if not sequence.num_prompt_tokens_left:
             if self._speculation is not None:
                 self._speculation.begin(sequence)
             seconds = self._clock() - sequence.started
-            sequence.outbox.append(Step(prompt_seconds=seconds, reused_tokens=sequence.pages.reused))
-            self._filling = None
+            reused = sequence.blocks.num_reused_tokens
+            self._outcomes.append((sequence.id, Step(prompt_seconds=seconds, reused_tokens=reused)))
+            self._prefilling = None
             self._running.append(sequence)
 
     def _submit(self, *, busy: bool) -> None:
-        """Start the next pass for all that are running, perhaps while the device is busy with something else."""
+        """Start the next decode step of all running sequences, perhaps while the device is still busy."""
         if not self._running:
             return
-        guesses: Iterable[Guess] = repeat(_NO_GUESS)
+        drafts: Iterable[DraftTokens] = repeat(_NO_DRAFT)
         if self._speculation is not None:
-            guesses = self._speculation.guesses(self._running, busy=busy)
-        flight = []
-        for sequence, guess in zip(self._running, guesses, strict=False):
-            lease, start = sequence.pages, sequence.cached
-            row = ScheduledTokens((sequence.ids[start], *guess.tokens[: guess.used]), start, lease.table)
-            self._pages.grow(lease, start + len(row.ids))
-            flight.append(_Flown(sequence, row, guess))
-        self._forward.submit([flown.row for flown in flight])
-        self._flight = flight
+            drafts = self._speculation.draft(self._running, busy=busy)
+        in_flight = []
+        for sequence, draft in zip(self._running, drafts, strict=False):
+            blocks, start = sequence.blocks, sequence.num_computed_tokens
+            row = ScheduledTokens((sequence.ids[start], *draft.tokens[: draft.used]), start, blocks.block_table)
+            self._blocks.grow(blocks, start + len(row.ids))
+            in_flight.append(_InFlight(sequence, row, draft))
+        self._runner.submit([part.row for part in in_flight])
+        self._in_flight = in_flight
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, error: Exception | None = None) -> None:
-        if sequence is self._filling:
-            self._filling = None
+        if sequence is self._prefilling:
+            self._prefilling = None
         elif sequence in self._running:
             self._running.remove(sequence)
-        elif sequence in self._waiting:
+        else:
             self._waiting.remove(sequence)
         if self._speculation is not None:
             self._speculation.end(sequence)
-        if sequence.lease is not None:
-            self._pages.release(sequence.lease)
-        sequence.error = error
+        if sequence.allocation is not None:
+            self._blocks.free(sequence.allocation)
         sequence.ended = True
-        self._open.discard(sequence)
+        del self._sequences[sequence.id]
+        self._outcomes.append((sequence.id, error))
 
-    def _drop(self, error: Exception) -> None:
-        """End all that are being computed, after a pass that failed."""
-        self._flight = []
-        for sequence in self._open.difference(self._waiting):
+    def _fail(self, error: Exception) -> None:
+        """End all sequences that are being computed, after a forward pass that failed."""
+        self._in_flight = []
+        for sequence in [*self._running, *([self._prefilling] if self._prefilling else [])]:
             self._end(sequence, error)
-        with contextlib.suppress(Exception):  # it has told the error already
-            self._forward.synchronize()
-
-    def _begin(self) -> None:
-        """Change things from here on, once they are in order: an interruption may have come in the midst of it."""
-        if not self._whole:
-            self._pages.reset()
-            if self._speculation is not None:
-                self._speculation.reset()
-            self._drop(EngineError("the generation was interrupted", "start it again"))
-        self._whole = False
-        while self._added:
-            sequence = self._added[0]
-            if sequence not in self._open and not sequence.ended:
-                self._open.add(sequence)
-                self._waiting.append(sequence)
-            self._added.popleft()
+        with contextlib.suppress(Exception):  # the error is known already
+            self._runner.synchronize()

@@ -1,12 +1,12 @@
-"""Speculation: tokens that are proposed cheaply and verified, several at once, in one pass of the model.
+"""Speculative decoding: draft tokens are proposed cheaply and verified, several at once, in one forward pass.
 
-Decoding reads all weights for each token, so a pass over a few tokens takes little longer than one over one. The
-sampler goes through the pass position by position; as long as it chooses what was proposed, the next position's logits
-are valid. The text is therefore the one that the model would have written alone, and so are the random numbers drawn
-for it, up to near ties: a pass over several tokens rounds differently.
+Decoding reads all weights for each token, so a forward pass over a few tokens takes little longer than over one. The
+sampler goes through the pass position by position; as long as it chooses the draft tokens, the next position's logits
+are valid. The text is therefore what the model would have written alone, and so are the random numbers drawn for it, up
+to near ties: a pass over several tokens rounds differently.
 
-How many tokens to propose is decided anew for each pass (`pace`); where it does not pay, none. Who proposes them is in
-`ngrams` and `drafting`.
+The number of draft tokens is chosen before each pass (`draft_length`), and is 0 where they do not pay. They come from
+`prompt_lookup` or `draft_model`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from exl_cli.engines.driver import Step
-from exl_cli.engines.exllamav2.draft_length import Outlook, Pace, Rate
+from exl_cli.engines.exllamav2.draft_length import AcceptanceEstimate, AcceptanceRate, DraftLength
 from exl_cli.engines.exllamav2.sequence import Sequence as TokenSequence
+from exl_cli.engines.response import Step
 
 
-class Guess(NamedTuple):
-    """Proposals for one sequence.
+class DraftTokens(NamedTuple):
+    """Draft tokens of one sequence.
 
     Attributes:
         tokens: what may come next.
         used: how many of them are to be computed.
-        rate: what to tell of the outcome.
+        rate: keeps count of how many were right.
     """
 
     tokens: tuple[int, ...]
     used: int
-    rate: Rate
+    rate: AcceptanceRate
 
 
-class Wanted(NamedTuple):
-    """A sequence that proposals are wanted for.
+class DraftRequest(NamedTuple):
+    """A sequence that draft tokens are wanted for.
 
     Attributes:
-        draft: what `Drafter.begin` gave; None for no proposals.
+        draft: what `Drafter.begin` gave; None for no draft tokens.
         ids: its tokens so far.
-        most: the most proposals that can be used.
+        most: the most draft tokens that can be used.
     """
 
     draft: Any
@@ -47,32 +47,32 @@ class Wanted(NamedTuple):
     most: int
 
 
-Choose = Callable[[Sequence[Outlook], float], int]
+ChooseLength = Callable[[Sequence[AcceptanceEstimate], float], int]
 
 
 class Drafter(Protocol):
-    """Whoever proposes tokens.
+    """A source of draft tokens.
 
     Attributes:
-        flag: what asks for it, as the user writes it.
+        option: what asks for it, with its `param`.
     """
 
-    flag: str
+    option: str
 
     def begin(self, ids: list[int], positions: int) -> Any:
         """A sequence's prompt is in the cache.
 
         Args:
             ids: its tokens.
-            positions: the most tokens that it can come to.
+            positions: the most that it may take up.
 
         Returns:
             What stands for it in `propose`; None where nothing can be proposed.
         """
         ...
 
-    def propose(self, wanted: Sequence[Wanted], choose: Choose) -> list[Guess]:
-        """Proposals for the sequences of the next pass, in order; how many, `choose` says (`Pace.choose`)."""
+    def propose(self, requests: Sequence[DraftRequest], choose: ChooseLength) -> list[DraftTokens]:
+        """Draft tokens for the sequences of the next pass, in order; `choose` (`DraftLength.choose`) says how many."""
         ...
 
     def end(self, draft: Any, ids: list[int]) -> None:
@@ -80,7 +80,7 @@ class Drafter(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget everything: an interruption may have come anywhere."""
+        """Forget all sequences."""
         ...
 
 
@@ -97,7 +97,7 @@ class Speculation:
         self._drafter = drafter
         self._max_batch, self._max_tokens = max_batch, max_tokens
         self._clock = clock
-        self._pace = Pace()
+        self._length = DraftLength()
         self._shape = (0, 0)
         self._submitted: float | None = None
         self._drafting = 0.0
@@ -105,43 +105,43 @@ class Speculation:
     def begin(self, sequence: TokenSequence) -> None:
         """A sequence's prompt is in the cache."""
         start = self._clock()
-        sequence.draft = self._drafter.begin(sequence.ids, sequence.positions)
-        sequence.account.seconds += self._clock() - start
+        sequence.draft = self._drafter.begin(sequence.ids, sequence.max_tokens)
+        sequence.statistics.seconds += self._clock() - start
 
-    def guesses(self, sequences: Sequence[TokenSequence], *, busy: bool) -> list[Guess]:
-        """What to verify in the next pass, for each of its sequences.
+    def draft(self, sequences: Sequence[TokenSequence], *, busy: bool) -> list[DraftTokens]:
+        """Draft tokens to verify in the next forward pass, for each of its sequences.
 
         Args:
             sequences: these.
-            busy: the device has prompts to evaluate first, so that how long the pass takes says nothing.
+            busy: the device has prompts to evaluate first, and the time that the pass takes means nothing.
         """
         start = self._clock()
         count = len(sequences)
         most = (self._max_tokens if count == 1 else max(self._max_batch, self._max_tokens) // count) - 1
-        # The last new token is not computed, and so nothing is to follow it.
-        wanted = [Wanted(one.draft, one.ids, max(min(most, one.room - 1), 0)) for one in sequences]
-        guesses = self._drafter.propose(wanted, self._pace.choose)
-        self._shape = (count, 1 + max(guess.used for guess in guesses))
+        # The last new token is never computed, so nothing can follow it.
+        requests = [DraftRequest(s.draft, s.ids, max(min(most, s.max_new_tokens_left - 1), 0)) for s in sequences]
+        drafts = self._drafter.propose(requests, self._length.choose)
+        self._shape = (count, 1 + max(draft.used for draft in drafts))
         now = self._clock()
         self._submitted, self._drafting = None if busy else now, now - start
-        return guesses
+        return drafts
 
     def collected(self, since: float) -> None:
-        """The pass of the last guesses is back; it was waited for since that time."""
+        """The pass with the last draft tokens is back; the wait for it began at `since`."""
         if self._submitted is not None:
             now = self._clock()
-            self._pace.note(*self._shape, now - self._submitted, now - since)
+            self._length.note(*self._shape, now - self._submitted, now - since)
 
-    def outcome(self, sequence: TokenSequence, guess: Guess, chosen: Sequence[int]) -> Step:
-        """Tokens that a pass gave a sequence, and how its proposals did."""
-        right = min(guess.rate.note(guess.tokens, chosen), guess.used)
-        account, plain = sequence.account, self._pace.seconds(self._shape[0], 1)
-        account.drafted += guess.used
-        account.accepted += right
+    def outcome(self, sequence: TokenSequence, draft: DraftTokens, chosen: Sequence[int]) -> Step:
+        """The tokens that a pass gave a sequence, and how many draft tokens were accepted."""
+        accepted = min(draft.rate.note(draft.tokens, chosen), draft.used)
+        statistics, plain = sequence.statistics, self._length.seconds(self._shape[0], 1)
+        statistics.drafted += draft.used
+        statistics.accepted += accepted
         if plain:
-            account.seconds += self._pace.seconds(*self._shape) + self._drafting
-            account.plain_seconds += plain * len(chosen)
-        return Step(tuple(chosen), None, 0, guess.used, right, account.note(self._drafter.flag))
+            statistics.seconds += self._length.seconds(*self._shape) + self._drafting
+            statistics.plain_seconds += plain * len(chosen)
+        return Step(tuple(chosen), None, 0, draft.used, accepted, statistics.note(self._drafter.option))
 
     def end(self, sequence: TokenSequence) -> None:
         """A sequence has ended."""
@@ -150,5 +150,5 @@ class Speculation:
             self._drafter.end(draft, sequence.ids)
 
     def reset(self) -> None:
-        """Forget what was known of sequences."""
+        """Forget all sequences."""
         self._drafter.reset()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import pytest
-from helpers import collect
+from helpers import collect, respond
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_cli.engines import driver
 from exl_cli.engines.base import Request
+from exl_cli.engines.response import Step, StopScanner, check_fits
 from exl_cli.errors import PromptError
 from exl_cli.sampling import Sampling
 
@@ -19,7 +19,7 @@ LETTERS = st.text("abc", max_size=12)
 
 @given(pieces=st.lists(LETTERS, max_size=12), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_are_found_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
-    scanner = driver.StopScanner(tuple(stops))
+    scanner = StopScanner(tuple(stops))
     out, ended = "", False
     for piece in pieces:
         text, ended = scanner.push(piece)
@@ -41,7 +41,7 @@ def test_stop_strings_are_found_however_the_text_is_cut(pieces: list[str], stops
 
 
 def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:
-    scanner = driver.StopScanner(("END", "\n\n"))
+    scanner = StopScanner(("END", "\n\n"))
     assert scanner.push("hello E") == ("hello ", False)
     assert scanner.push("asy") == ("Easy", False)
     assert scanner.push(" EN") == (" ", False)
@@ -59,12 +59,12 @@ def request(tokens: int = 100, **more: object) -> Request:
     return Request([1, 2, 3], Sampling(), tokens, 0, **more)  # type: ignore[arg-type]
 
 
-def alphabet(closed: list[bool], group: int = 1) -> Generator[driver.Step, None, None]:
+def alphabet(closed: list[bool], group: int = 1) -> Generator[Step, None, None]:
     try:
-        yield driver.Step()
-        yield driver.Step(prompt_seconds=0.25, reused_tokens=2)
+        yield Step()
+        yield Step(prompt_seconds=0.25, reused_tokens=2)
         for start in range(0, 26, group):
-            yield driver.Step(tuple(range(start, min(start + group, 26))))
+            yield Step(tuple(range(start, min(start + group, 26))))
     finally:
         closed.append(True)
 
@@ -74,7 +74,7 @@ def test_limits_and_stops_cut_even_inside_a_step(group: int) -> None:
     closed: list[bool] = []
 
     def run(**options: object) -> tuple[str, list[int], str]:
-        text, ids, summary = collect(driver.run(request(**options), Letters(), 1000, alphabet(closed, group)))
+        text, ids, summary = collect(respond(request(**options), Letters(), 1000, alphabet(closed, group)))
         assert summary.new_tokens == len(ids)
         assert closed.pop()
         return text, ids, summary.finish_reason
@@ -86,19 +86,19 @@ def test_limits_and_stops_cut_even_inside_a_step(group: int) -> None:
 
 
 def test_the_context_limits_prompt_and_response_together() -> None:
-    text, _, summary = collect(driver.run(request(), Letters(), 7, alphabet([])))
+    text, _, summary = collect(respond(request(), Letters(), 7, alphabet([])))
     assert (text, summary.finish_reason) == ("abcd", "length")
 
 
 def test_the_summary_counts_reused_tokens_apart() -> None:
-    summary = collect(driver.run(request(tokens=2), Letters(), 1000, alphabet([])))[2]
+    summary = collect(respond(request(tokens=2), Letters(), 1000, alphabet([])))[2]
     assert (summary.prompt_tokens, summary.reused_tokens, summary.prompt_seconds) == (3, 2, 0.25)
     assert summary.prompt_rate == 4.0
 
 
 def test_closing_the_stream_closes_the_job() -> None:
     closed: list[bool] = []
-    stream = driver.run(request(), Letters(), 1000, alphabet(closed))
+    stream = respond(request(), Letters(), 1000, alphabet(closed))
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert closed == [True]
@@ -107,4 +107,4 @@ def test_closing_the_stream_closes_the_job() -> None:
 @pytest.mark.parametrize(("tokens", "words"), [(0, "no tokens"), (100, "100 tokens, the context holds 100")])
 def test_prompts_that_do_not_fit(tokens: int, words: str) -> None:
     with pytest.raises(PromptError, match=words):
-        driver.check_fits(tokens, 100)
+        check_fits(tokens, 100)

@@ -1,9 +1,11 @@
-"""One model and many threads, or many tasks: turns, cancelling, closing, failing. Every wait has a limit of its own."""
+"""One model and many threads or tasks: order, cancelling, closing, failing. Every wait is bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -13,12 +15,15 @@ from pathlib import Path
 
 import pytest
 from fakes import ScriptedEngine
+from helpers import collect, request_for
 
 from exl_cli import Model, load, loader
-from exl_cli.engines import driver
-from exl_cli.engines.base import Chunk, Request
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.engines.base import Chunk, Event, Request, Summary
+from exl_cli.engines.response import Step
 from exl_cli.errors import EngineError
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.sampling import Sampling
 
 STORY = "Once upon a time"
 PATIENCE = 30.0
@@ -38,46 +43,31 @@ class EndlessEngine(ScriptedEngine):
         self.ended = threading.Event()
         self.at_once = self._now = 0
         self.between: Callable[[], None] = lambda: None
-        self._lock = threading.Lock()
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        self.requests.append(request)
-        return driver.run(request, self._tokenizer.decode_stream(request.ids), self.context_length, self._steps())
-
-    def _steps(self) -> Generator[driver.Step, None, None]:
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
         (word,) = self._tokenizer.encode(" and", add_special_tokens=False)
-        with self._lock:
-            self._now += 1
-            self.at_once = max(self.at_once, self._now)
+        self._now += 1
+        self.at_once = max(self.at_once, self._now)
         try:
             while True:
                 self.between()
-                yield driver.Step((word,))
+                yield Step((word,))
         finally:
-            with self._lock:
-                self._now -= 1
+            self._now -= 1
             self.ended.set()
 
 
 class PairedEngine(EndlessEngine):
-    """Computes two generations in one pass: neither goes on before both are there."""
+    """Computes two generations at once."""
 
     max_batch = 2
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self._both = threading.Barrier(2)
-
-    def _steps(self) -> Generator[driver.Step, None, None]:
-        self._both.wait(PATIENCE)
-        yield from super()._steps()
 
 
 class FailingEngine(ScriptedEngine):
     """Fails in the middle of its first response."""
 
-    def _steps(self) -> Generator[driver.Step, None, None]:
-        steps = super()._steps()
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
+        steps = super()._steps(request, is_cancelled)
         yield next(steps)
         yield next(steps)
         if len(self.requests) == 1:
@@ -192,10 +182,9 @@ def test_closing_a_stream_wakes_who_waits_for_its_turn(endless) -> None:
 
 
 def test_a_response_that_takes_too_long_ends_and_frees_the_engine(endless) -> None:
-    model, engine = endless
+    model, _ = endless
     with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
         model.generate(STORY, max_new_tokens=10**9, timeout=0.01)
-    assert engine.ended.wait(PATIENCE)
     assert model.generate(STORY, max_new_tokens=1, timeout=PATIENCE).text == " and"
 
 
@@ -204,9 +193,7 @@ def test_what_was_complete_in_time_may_be_read_later(endless) -> None:
 
     async def main() -> str:
         stream = model.astream(STORY, max_new_tokens=3, timeout=0)
-        for thread in threading.enumerate():
-            if thread.name == "exl-engine":
-                thread.join(PATIENCE)
+        model.generate(STORY, max_new_tokens=1, timeout=PATIENCE)  # which comes after it
         return (await stream.result()).text
 
     assert asyncio.run(main()) == " and and and"
@@ -272,10 +259,13 @@ def test_closing_the_model_ends_what_is_running_and_says_so() -> None:
 
 
 def test_an_engine_that_computes_several_at_once_gets_as_many() -> None:
-    model, _ = with_engine(PairedEngine)
-    streams = [model.stream(STORY, max_new_tokens=50, timeout=PATIENCE) for _ in range(2)]
-    # Neither had begun without the other: the engine saw to that.
-    assert [stream.result().summary.new_tokens for stream in streams] == [50, 50]
+    model, engine = with_engine(PairedEngine)
+    streams = [model.stream(STORY, max_new_tokens=10**9, timeout=PATIENCE) for _ in range(3)]
+    for stream in streams[:2]:
+        assert [next(stream) for _ in range(3)] == [" and"] * 3
+    streams[0].close()
+    assert next(streams[2]) == " and"
+    assert engine.at_once == 2
     model.close()
 
 
@@ -335,7 +325,7 @@ def run(program: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a program that may use this module."""
     tests = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", f"from test_turns import EndlessEngine, STORY, with_engine\n{program}"],
+        [sys.executable, "-c", f"from test_engine_thread import EndlessEngine, STORY, with_engine\n{program}"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -363,3 +353,91 @@ def read():
 threading.Thread(target=read).start()
 """
     assert run(program) == (0, "300\n", "")
+
+
+def test_requests_and_chunks_are_plain_data() -> None:
+    request = Request((1, 2, 3), Sampling(temperature=0.5), 9, 1, ("stop",), frozenset({2}))
+    chunk = Chunk("text", (4, 5), Summary("stop", 3, 1, 2, 0.5, 0.25, 0.75))
+    assert pickle.loads(pickle.dumps((request, chunk))) == (request, chunk)  # noqa: S301 - our own bytes
+
+
+def test_a_callback_that_raises_ends_its_own_request_only() -> None:
+    info = loader.resolve(None)
+    tokenizer = Tokenizer(info.path)
+    engine = EndlessEngine(tokenizer)
+    thread = EngineThread(engine)
+
+    def fail(item: object) -> None:
+        raise ValueError("a consumer's own")
+
+    thread.submit(request_for([1, 2, 3], "greedy", 10**9), fail)
+    text, _, summary = collect(thread.stream(request_for([1, 2, 3], "greedy", 4)))
+    assert (text, summary.finish_reason) == (" and and and and", "length")
+    thread.close()
+
+
+def test_a_request_is_cancelled_by_its_id_before_and_while_it_runs(endless) -> None:
+    thread = EngineThread(endless[1])
+    running, waiting = (thread.stream(request_for([1, 2, 3], "greedy", 10**9)) for _ in range(2))
+    next(running)
+    thread.cancel(waiting.request_id)
+    assert collect(waiting)[2].finish_reason == "cancelled"
+    thread.cancel(running.request_id)
+    _, tokens, summary = collect(running)
+    assert (summary.finish_reason, summary.new_tokens) == ("cancelled", 1 + len(tokens))
+    thread.cancel(running.request_id)  # after its end nothing happens
+    assert collect(thread.stream(request_for([1, 2, 3], "greedy", 2)))[0] == " and and"
+
+
+def test_a_bug_in_an_engine_reaches_all_whose_work_it_was_and_the_next_request_works() -> None:
+    class Buggy(EndlessEngine):
+        broken = True
+
+        def step(self) -> Iterator[Event]:
+            if self.broken:
+                self.broken = False
+                raise KeyError("a bug")
+            yield from super().step()
+
+    model, _ = with_engine(Buggy)
+    with pytest.raises(KeyError, match="a bug"):
+        model.generate(STORY, max_new_tokens=2, timeout=PATIENCE)
+    assert model.generate(STORY, max_new_tokens=2, timeout=PATIENCE).text == " and and"
+    model.close()
+
+
+def test_a_model_that_is_dropped_closes_its_engine() -> None:
+    model, engine = with_engine(EndlessEngine)
+    model.generate(STORY, max_new_tokens=2, timeout=PATIENCE)
+    closed = threading.Event()
+    engine.close = closed.set  # type: ignore[method-assign]
+    del model
+    gc.collect()
+    assert closed.wait(PATIENCE)
+
+
+FORK = """
+import os, sys
+model, engine = with_engine(EndlessEngine)
+stream = model.stream(STORY, max_new_tokens=10**9)
+next(stream)
+child = os.fork()
+if child == 0:
+    try:
+        model.generate(STORY, max_new_tokens=2)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    stream.close()
+    model.close()
+    sys.exit()
+print(os.waitpid(child, 0)[1], next(stream))
+model.close()
+"""
+
+
+def test_a_forked_process_is_told_and_its_parent_goes_on() -> None:
+    status, out, err = run(FORK)
+    assert (status, err) == (0, "")
+    assert out == (
+        "EngineError: the model was loaded by another process; load it in this one, after the fork\n0  and\n"
+    )
