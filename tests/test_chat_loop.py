@@ -12,7 +12,7 @@ import pytest
 from chatting import FAIL, PAUSE, Script
 
 from exl_cli.chat.conversation import Conversation
-from exl_cli.chat.loop import Chat, Event, Signal
+from exl_cli.chat.loop import Chat
 from exl_cli.chat.model import ModelLoader
 from exl_cli.chat.session import Session, SessionStore
 from exl_cli.chat.settings import Settings
@@ -38,18 +38,18 @@ def begin(tmp_path: Path) -> Begin:
 
 
 class Typist:
-    """A `loop.LineInput`: enters these, and remembers the drafts that it was shown. "^C" is a Ctrl-C at the prompt."""
+    """Enters these lines, and remembers the drafts that it was shown."""
 
     def __init__(self, *events: str) -> None:
         self._events: Iterator[str] = iter(events)
         self.drafts: list[str] = []
 
-    def read(self, draft: str) -> Event:
+    def read(self, draft: str) -> str | None:
         self.drafts.append(draft)
         event = next(self._events, None)
-        if event is None:
-            return Signal.END
-        return Signal.INTERRUPT if event == "^C" else event
+        if event == "^C":
+            raise KeyboardInterrupt
+        return event
 
 
 def contents(chat: Chat) -> list[str]:
@@ -67,30 +67,30 @@ def press_ctrl_c() -> None:
 
 def test_it_goes_on_until_it_is_left(begin: Begin) -> None:
     chat = begin(Script(["a"]))
-    chat.feed("Hi")
+    chat.enter("Hi")
     assert not chat.over
-    chat.feed("/quit")
+    chat.enter("/quit")
     assert (chat.over, chat.exit_code) == (True, ExitCode.OK)
 
 
 def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
     chat = begin(Script(["a"]))
-    chat.feed(Signal.INTERRUPT)
+    chat.interrupt()
     assert "Ctrl-C again leaves" in capsys.readouterr().err
-    chat.feed("Hi")
-    chat.feed(Signal.INTERRUPT)
+    chat.enter("Hi")
+    chat.interrupt()
     assert not chat.over
-    chat.feed(Signal.INTERRUPT)
+    chat.interrupt()
     assert (chat.over, chat.exit_code) == (True, ExitCode.OK)
 
 
 def test_ctrl_c_while_answering_keeps_what_came_and_goes_on(begin: Begin, tmp_path: Path) -> None:
     script = Script([f"Once upon{PAUSE} a time", "Then what?", " the end"], pause=press_ctrl_c)
     chat = begin(script)
-    chat.feed("Hi")
+    chat.enter("Hi")
     assert contents(chat) == on_disk(tmp_path) == ["Hi", "Once upon"]
     assert chat.conversation.session.turns[1].finish_reason == "cancelled"
-    chat.feed("Go on")
+    chat.enter("Go on")
     assert contents(chat)[2:] == ["Go on", "Then what?"]
     # What was computed of the interrupted answer is not computed again.
     assert chat.conversation.session.turns[3].timings["reused_tokens"] >= len(script.requests[0].ids)
@@ -102,7 +102,7 @@ def test_a_second_ctrl_c_while_answering_keeps_it_too(begin: Begin, tmp_path: Pa
         press_ctrl_c()
 
     chat = begin(Script([f"Once{PAUSE}"], pause=twice))
-    chat.run(Typist("Hi", "/continue"))
+    chat.run(Typist("Hi", "/continue").read)
     assert on_disk(tmp_path)[:2] == ["Hi", "OnceOnce"]
 
 
@@ -114,7 +114,7 @@ def test_a_bug_of_ours_gives_the_message_back_and_goes_on(begin: Begin, tmp_path
     script = Script(["Hello."], before=crash)
     chat = begin(script)
     typist = Typist("Hi", "Hi there")
-    chat.run(typist)
+    chat.run(typist.read)
     assert typist.drafts == ["", "Hi", ""]
     assert on_disk(tmp_path) == ["Hi there", "Hello."]
     # A person has seen it.
@@ -124,9 +124,9 @@ def test_a_bug_of_ours_gives_the_message_back_and_goes_on(begin: Begin, tmp_path
 def test_a_chat_that_is_left_without_a_model_ends_with_that_error(begin: Begin, tmp_path: Path) -> None:
     script = Script(["Hello."])
     chat = begin(script)
-    chat.feed("Hi")
+    chat.enter("Hi")
     script.loads_fail = ("fable-7m",)
-    chat.feed("/model fable-7m")
+    chat.enter("/model fable-7m")
     assert (chat.over, chat.exit_code) == (True, ExitCode.OUT_OF_MEMORY)
     assert on_disk(tmp_path) == ["Hi", "Hello."]
 
@@ -135,7 +135,7 @@ def test_a_chat_that_is_left_without_a_model_ends_with_that_error(begin: Begin, 
 def test_a_message_without_any_answer_comes_back_as_a_draft(begin: Begin, tmp_path: Path, answer: str) -> None:
     chat = begin(Script([answer, "Hello."], pause=press_ctrl_c))
     typist = Typist("Hi", "Hi there")
-    chat.run(typist)
+    chat.run(typist.read)
     assert typist.drafts == ["", "Hi", ""]
     assert on_disk(tmp_path) == ["Hi there", "Hello."]
 
@@ -144,11 +144,11 @@ def test_a_refused_message_comes_back_as_a_draft_with_its_files(begin: Begin, tm
     (tmp_path / "notes.txt").write_text("notes")
     chat = begin(Script(["ok"]))
     large = "word " * 3000
-    chat.feed(f"/file {tmp_path / 'notes.txt'}")
-    chat.feed(large)
+    chat.enter(f"/file {tmp_path / 'notes.txt'}")
+    chat.enter(large)
     assert chat.conversation.draft == large.rstrip()
     assert [name for name, _ in chat.conversation.attachments] == ["notes.txt"]
-    chat.feed("short")
+    chat.enter("short")
     assert contents(chat)[0].startswith("notes.txt:\n\n```\nnotes\n```\n\nshort")
 
 
@@ -156,8 +156,8 @@ def test_the_message_is_safe_while_the_answer_is_made(begin: Begin, tmp_path: Pa
     seen: list[list[str]] = []
     script = Script(["a", "b"], before=lambda request: seen.append(on_disk(tmp_path)))
     chat = begin(script)
-    chat.feed("one")
-    chat.feed("/retry")
+    chat.enter("one")
+    chat.enter("/retry")
     # While an answer is made anew, the file still has the old one.
     assert seen == [["one"], ["one", "a"]]
     # And a file that ends with a message gives it back.
@@ -171,25 +171,25 @@ def test_an_unsaved_conversation_is_left_only_on_a_second_word(
 ) -> None:
     (tmp_path / "sessions").write_text("in the way")
     chat = begin(Script(["a"]))
-    chat.feed("Hi")
-    chat.feed(Signal.END)
+    chat.enter("Hi")
+    chat.enter(None)
     assert not chat.over
     assert "leaving once more gives it up" in capsys.readouterr().err
     (tmp_path / "sessions").unlink()
-    chat.feed("/quit")
+    chat.enter("/quit")
     assert (chat.over, chat.exit_code, on_disk(tmp_path)) == (True, ExitCode.OK, ["Hi", "a"])
 
 
 def test_leaving_an_unsaved_conversation_twice_gives_it_up(begin: Begin, tmp_path: Path) -> None:
     (tmp_path / "sessions").write_text("in the way")
     chat = begin(Script(["a"]))
-    chat.run(Typist("Hi"))
+    chat.run(Typist("Hi").read)
     assert (chat.over, chat.exit_code) == (True, ExitCode.DISK)
 
 
 def test_an_answer_of_nothing_is_an_answer_if_the_model_means_it(begin: Begin) -> None:
     chat = begin(Script([""]))
-    chat.feed("Hi")
+    chat.enter("Hi")
     assert contents(chat) == ["Hi", ""]
 
 
@@ -199,8 +199,8 @@ def test_revising_a_message_that_gets_no_answer_keeps_the_old_exchange(
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.setenv("EDITOR", "sed -i s/Hi/Hello/")
     chat = begin(Script(["a", FAIL]))
-    chat.feed("Hi")
-    chat.feed("/edit")
+    chat.enter("Hi")
+    chat.enter("/edit")
     assert (contents(chat), chat.conversation.draft) == (["Hi", "a"], "Hello")
 
 
@@ -208,7 +208,7 @@ def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same
     script = Script(["Once upon a time.", "The end."], spelled=True)
     chat = begin(script)
     for message in ("Tell me a story", "And?", "And?"):
-        chat.feed(message)
+        chat.enter(message)
     held: list[int] = []
     for request, turn in zip(script.requests, chat.conversation.session.turns[1::2], strict=True):
         assert list(request.ids[: len(held)]) == held
@@ -223,8 +223,8 @@ def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same
 def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin) -> None:
     script = Script(["One. Two. Three."])
     chat = begin(script, stop=("Two",))
-    chat.feed("Count")
-    chat.feed("More")
+    chat.enter("Count")
+    chat.enter("More")
     assert contents(chat)[1] == "One. "
     tokenizer = chat.conversation.model.tokenizer
     assert "One.\n" in tokenizer.decode(script.requests[1].ids).replace("One. \n", "One.\n")
@@ -238,7 +238,7 @@ def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tm
     for turn in range(200):
         if turn == 150:
             tracemalloc.start()
-        chat.feed(f"Question {turn}, which asks for something.")
+        chat.enter(f"Question {turn}, which asks for something.")
         script.requests[:-1] = [None] * (len(script.requests) - 1)  # type: ignore[list-item]
         assert len(script.requests[-1].ids) <= context * 3 // 4
         known = chat.conversation.model.encoder.known

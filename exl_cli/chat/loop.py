@@ -1,13 +1,12 @@
-"""The chat's loop: lines and keys go in, the conversation goes on, and whatever fails leaves it intact.
+"""The chat's loop: lines go in, the conversation goes on, and whatever fails leaves it intact.
 
 A line is a message or a command. /quit and the end of input leave; so does a second Ctrl-C in a row at the prompt.
 """
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from exl_cli.chat import commands
 from exl_cli.chat.conversation import Conversation
@@ -15,28 +14,9 @@ from exl_cli.chat.model import ModelLoader
 from exl_cli.chat.view import ChatView
 from exl_cli.errors import ExitCode, ExlError, param
 
-
-class Signal(Enum):
-    """What comes from a keyboard besides lines."""
-
-    INTERRUPT = auto()
-    END = auto()
-
-
-# A message or a command, of one line or several; or a signal.
-Event = str | Signal
-
-
-class LineInput(Protocol):
-    """Where lines come from."""
-
-    def read(self, draft: str) -> Event:
-        """The next line or signal; the draft is what the user may want to send again, changed.
-
-        Raises:
-            ExlError: what came cannot be read; the next call goes on after it.
-        """
-        ...
+# Given the draft (what the user may want to send again, changed), the next message or command, of one line or several;
+# None at the end of input. KeyboardInterrupt is Ctrl-C; after an ExlError the next call goes on behind what it refused.
+ReadLine = Callable[[str], str | None]
 
 
 class Chat:
@@ -75,34 +55,44 @@ class Chat:
         self._debug = debug
         self._warned = self._warned_before = ""
 
-    def run(self, lines: LineInput) -> None:
+    def run(self, read: ReadLine) -> None:
         """Read lines until it is over. A Ctrl-C that nothing else takes counts as one at the prompt."""
         while not self.over:
             try:
-                self.feed(lines.read(self.conversation.draft))
+                self.enter(read(self.conversation.draft))
             except ExlError as error:
                 self._failed(error)
             except KeyboardInterrupt:
-                self.feed(Signal.INTERRUPT)
+                self.interrupt()
 
-    def feed(self, event: Event) -> None:
-        """Take one event, to the end of all that follows from it. Nothing that fails there ends the conversation."""
+    def enter(self, line: str | None) -> None:
+        """Do all that follows from a line, or from the end of input. Nothing that fails there ends the conversation."""
         self._warned_before, self._warned = self._warned, ""
-        if event is Signal.INTERRUPT:
-            self._interrupted()
-        elif event is Signal.END:
+        if line is None:
             self.leave()
-        elif isinstance(event, str) and event.strip():
+        elif line.strip():
             self.conversation.draft = ""
             try:
-                if commands.is_command(event):
-                    commands.run(self, event)
+                if commands.is_command(line):
+                    commands.run(self, line)
                 else:
-                    self.conversation.send(commands.unquote(event))
+                    self.conversation.send(commands.unquote(line))
             except BrokenPipeError:  # nobody reads the answers any more
                 raise
             except Exception as error:
                 self._failed(error)
+
+    def interrupt(self) -> None:
+        """Take a Ctrl-C at the prompt: a person has to press it twice to leave."""
+        self._warned_before, self._warned = self._warned, ""
+        if not self._interactive:
+            self.conversation.save()
+            self.over, self.exit_code = True, ExitCode.INTERRUPTED
+        elif self._warned_before:
+            self.leave()
+        else:
+            self._warned = "interrupt"
+            self.view.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
 
     def leave(self) -> None:
         """End it; where the conversation cannot be saved, only if a person insists or none is there."""
@@ -138,16 +128,6 @@ class Chat:
                 raise error from None
             raise
         self.conversation.model = new
-
-    def _interrupted(self) -> None:
-        if not self._interactive:
-            self.conversation.save()
-            self.over, self.exit_code = True, ExitCode.INTERRUPTED
-        elif self._warned_before:
-            self.leave()
-        else:
-            self._warned = "interrupt"
-            self.view.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
 
     def _failed(self, error: Exception) -> None:
         """Say that something went wrong; a bug of ours too is no reason to lose a conversation."""

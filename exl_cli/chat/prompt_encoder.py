@@ -43,34 +43,32 @@ class PromptEncoder:
     Args:
         tokenizer: the model's.
         add_special_tokens: whether it is to add its own at the beginning of the text.
+
+    Attributes:
+        known: what the engine has computed.
+        tag_ids: tags of reasoning that are special tokens, and thus missing in decoded text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, add_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._add_special_tokens = add_special_tokens
-        self._known = Encoded()
+        self.known = Encoded()
         special = tokenizer.special_ids()
         self._invisible = special | tokenizer.eos_ids
-        # Tags that are special tokens do not show in the decoded text.
         names = [tag for pair in TAGS.items() for tag in pair]
         ids = {tokenizer.token_id(tag): tag for tag in names}
         self.tag_ids: dict[int, str] = {id_: tag for id_, tag in ids.items() if id_ is not None and id_ in special}
 
-    @property
-    def known(self) -> Encoded:
-        """What the engine has computed."""
-        return self._known
-
     def encode(self, text: str) -> Encoded:
         """The ids of a prompt."""
-        marks = self._known.marks
+        marks = self.known.marks
         for index in range(len(marks) - 1, 0, -1):
             (end, count), start = marks[index], marks[index - 1][0]
-            if text[:end] != self._known.text[:end]:
+            if text[:end] != self.known.text[:end]:
                 continue
             rest = self._rest(text, start, end)
             if rest is not None:
-                ids = self._known.ids[:count] + rest
+                ids = self.known.ids[:count] + rest
                 return Encoded(text, ids, (*marks[: index + 1], (len(text), len(ids))) if rest else marks[: index + 1])
         ids = self._tokens(text, 0)
         return Encoded(text, ids, ((0, 0), (len(text), len(ids))))
@@ -84,10 +82,10 @@ class PromptEncoder:
             answer: the text of that, as it is kept: tags of reasoning included, stop strings not.
         """
         size, length = self._visible(prompt, answer_ids, answer)
-        self._known = prompt
+        self.known = prompt
         if size:
             text, ids = prompt.text + answer[:length], prompt.ids + tuple(answer_ids[:size])
-            self._known = Encoded(text, ids, (*prompt.marks, (len(text), len(ids))))
+            self.known = Encoded(text, ids, (*prompt.marks, (len(text), len(ids))))
 
     def count(self, text: str) -> int:
         """Tokens of a text on its own."""

@@ -14,7 +14,7 @@ import typer
 
 from exl_cli import loader
 from exl_cli.chat.conversation import Conversation
-from exl_cli.chat.loop import Chat, LineInput
+from exl_cli.chat.loop import Chat, ReadLine
 from exl_cli.chat.model import ChatModel, ModelLoader
 from exl_cli.chat.session import Session, SessionStore, data_dir
 from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
@@ -115,7 +115,7 @@ def chat(
         elif interactive:
             console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
         with _leaving_in_order():
-            talk.run(_line_input(talk, console, interactive=interactive, keep_history=not no_save))
+            talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
         conversation.model.engine.close()
     if talk.exit_code:
@@ -159,14 +159,14 @@ def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> 
     return replace(settings, given={**settings.given, **flags.given}, **given)
 
 
-def _line_input(talk: Chat, console: ChatConsole, *, interactive: bool, keep_history: bool) -> LineInput:
+def _reader(talk: Chat, console: ChatConsole, *, interactive: bool, keep_history: bool) -> ReadLine:
     if not (interactive and sys.stderr.isatty()):
-        return PlainInput()
+        return PlainInput().read
     if console.err.is_dumb_terminal:
-        return PlainInput(console.ask)
+        return PlainInput(console.ask).read
     from exl_cli.ui.terminal import TerminalInput
 
-    return TerminalInput(talk, data_dir() / "chat_history" if keep_history else None)
+    return TerminalInput(talk, data_dir() / "chat_history" if keep_history else None).read
 
 
 @contextmanager

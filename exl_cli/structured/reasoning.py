@@ -47,57 +47,36 @@ class Splitter:
     def push(self, text: str) -> list[Piece]:
         """What is certain after this text; the beginning of what may be a tag is held back."""
         self._held += text
-        pieces: list[Piece] = []
-        while (piece := self._next()) is not None:
-            if piece.text:
-                pieces.append(piece)
-        return pieces
+        reasoning = answer = ""
+        if self._state == "start":
+            begun = self._held.lstrip()
+            if tag := next((tag for tag in TAGS if begun.startswith(tag)), ""):
+                self._state, self._close, self._held = "reasoning", TAGS[tag], begun[len(tag) :]
+            elif not any(tag.startswith(begun) for tag in TAGS):
+                self._state = "answer"
+        if self._state == "reasoning":
+            reasoning, close, after = self._held.partition(self._close)
+            if close:
+                self._state, self._held = "gap", after
+            else:
+                most = min(len(self._close) - 1, len(reasoning))
+                keep = next((n for n in range(most, 0, -1) if self._close.startswith(reasoning[-n:])), 0)
+                end = len(reasoning) - keep
+                reasoning, self._held = reasoning[:end], reasoning[end:]
+        if self._state == "gap":
+            # The empty line after the reasoning belongs to neither.
+            self._held = self._held.lstrip()
+            self._state = "answer" if self._held else "gap"
+        if self._state == "answer":
+            answer, self._held = self._held, ""
+        pieces = (Piece("reasoning", reasoning), Piece("answer", answer))
+        return [piece for piece in pieces if piece.text]
 
     def flush(self) -> list[Piece]:
         """The rest: no tag came of it."""
         kind: Kind = "reasoning" if self._state == "reasoning" else "answer"
         text, self._held = self._held, ""
         return [Piece(kind, text)] if text and self._state != "gap" else []
-
-    def _next(self) -> Piece | None:
-        """One piece, an empty one for a mere change of state; None where more text is needed."""
-        if not self._held:
-            return None
-        if self._state == "start":
-            return self._start()
-        if self._state == "reasoning":
-            return self._reasoning()
-        if self._state == "gap":
-            # The empty line after the reasoning belongs to neither.
-            self._held = self._held.lstrip()
-            if not self._held:
-                return None
-            self._state = "answer"
-        text, self._held = self._held, ""
-        return Piece("answer", text)
-
-    def _start(self) -> Piece | None:
-        begun = self._held.lstrip()
-        tag = next((tag for tag in TAGS if begun.startswith(tag)), None)
-        if tag is not None:
-            self._state, self._close = "reasoning", TAGS[tag]
-            self._held = begun[len(tag) :]
-            return Piece("reasoning", "")
-        if any(tag.startswith(begun) for tag in TAGS):
-            return None
-        self._state = "answer"
-        return Piece("answer", "")
-
-    def _reasoning(self) -> Piece | None:
-        before, found, after = self._held.partition(self._close)
-        if found:
-            self._state, self._held = "gap", after
-            return Piece("reasoning", before)
-        keep = next(
-            (n for n in range(min(len(self._close) - 1, len(before)), 0, -1) if self._close.startswith(before[-n:])), 0
-        )
-        text, self._held = before[: len(before) - keep], before[len(before) - keep :]
-        return Piece("reasoning", text) if text else None
 
 
 def split(text: str, prompt: str = "") -> tuple[str, str]:

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Callable
 
 from exl_cli.chat.commands import is_open
-from exl_cli.chat.loop import Event, Signal
 from exl_cli.models.prompt import not_utf8
 from exl_cli.ui.chat import CONTINUATION, PROMPT
 
 
 class PlainInput:
-    """Reads standard input line by line, a block between quotation marks as one. See `loop.LineInput`.
+    """Reads standard input line by line, a block between quotation marks as one.
 
     Args:
         ask: shows what stands before a line, where a person types it.
@@ -21,15 +20,10 @@ class PlainInput:
     def __init__(self, ask: Callable[[str], object] = lambda prompt: None) -> None:
         self._ask = ask
 
-    def read(self, draft: str) -> Event:
-        """See `LineInput.read`; there is nobody to show a draft to."""
+    def read(self, draft: str) -> str | None:
+        """See `loop.ReadLine`; there is nobody to show a draft to."""
         text = self._line(PROMPT)
-        if text is None:
-            return Signal.END
-        while is_open(text):
-            more = self._line(CONTINUATION)
-            if more is None:
-                break
+        while text is not None and is_open(text) and (more := self._line(CONTINUATION)) is not None:
             text += "\n" + more
         return text
 

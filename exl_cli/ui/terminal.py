@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from exl_cli.chat import commands
-from exl_cli.chat.loop import Chat, Event, Signal
+from exl_cli.chat.loop import Chat
 from exl_cli.models.prompt import check_text
 from exl_cli.system.files import write_atomically
 from exl_cli.ui.chat import CONTINUATION, PROMPT
@@ -29,7 +29,7 @@ _MOST_HISTORY = 1_000_000
 
 
 class TerminalInput:
-    """Reads what a person types. See `loop.LineInput`.
+    """Reads what a person types.
 
     Args:
         chat: whose commands, models, sessions and settings are completed.
@@ -50,14 +50,12 @@ class TerminalInput:
             output=create_output(stdout=sys.stderr),
         )
 
-    def read(self, draft: str) -> Event:
-        """See `LineInput.read`; the draft stands in the line, to be changed."""
+    def read(self, draft: str) -> str | None:
+        """See `loop.ReadLine`; the draft stands in the line, to be changed."""
         try:
             text = self._session.prompt(default=draft)
-        except KeyboardInterrupt:
-            return Signal.INTERRUPT
         except EOFError:
-            return Signal.END
+            return None
         check_text(("the line", text))
         return text
 
