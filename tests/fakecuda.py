@@ -1,8 +1,9 @@
 """A small stand-in for torch with CUDA, exllamav2 and NVIDIA's compiler, laid out as packages and programs in a folder.
 
-It behaves as they do where `exl build` and the door meet them: torch's `load` takes its lock, writes a `build.ninja`
-and calls ninja; exllamav2's `ext` looks for an importable extension first and hands its sources to that; nvcc tells
-its version and compiles. The sources are small C++ files that the real g++ compiles and links, run by the real ninja.
+It behaves as they do where `exl build` and the import of exllamav2 meet them: torch's `load` takes its lock, writes a
+`build.ninja` and calls ninja; exllamav2's `ext` looks for an importable extension first and hands its sources to that;
+nvcc tells its version and compiles. The sources are small C++ files that the real g++ compiles and links, run by the
+real ninja.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def get_device_properties(index):
 _CPP_EXTENSION = """
 import importlib.util, os, shlex, subprocess
 def _run_ninja_build(build_directory, verbose, error_prefix):
-    subprocess.run(["ninja", "-v"], cwd=build_directory, check=True)
+    try:
+        subprocess.run(["ninja", "-v", "-j", os.environ.get("MAX_JOBS", "2")], cwd=build_directory, check=True)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(error_prefix) from error
 def load(name, sources, extra_include_paths, verbose, extra_ldflags, extra_cuda_cflags, extra_cflags):
     folder = os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], name)
     os.makedirs(folder, exist_ok=True)
@@ -85,7 +89,7 @@ def load(name, sources, extra_include_paths, verbose, extra_ldflags, extra_cuda_
         lines += [f"build {name}.so: link {' '.join(objects)}", f"default {name}.so", ""]
         with open(os.path.join(folder, "build.ninja"), "w") as file:
             file.write(chr(10).join(lines).replace("INCLUDE", shlex.quote(INCLUDE)))
-        _run_ninja_build(folder, verbose, "Error building extension")
+        _run_ninja_build(folder, verbose, f"Error building extension {name!r}")
     finally:
         os.close(handle)
         os.remove(lock)
@@ -132,7 +136,9 @@ case "$*" in
   *--version*) echo "Cuda compilation tools, release {version}, V{version}.1"; exit;;
   *--dryrun*) echo "#\\$ _HERE_=$(dirname "$0")" >&2; exit;;
 esac
-if [ -n "$FAKE_HANG" ] && echo "$*" | grep -q "$FAKE_HANG"; then echo $$ > "$FAKE_PID"; exec sleep 600; fi
+if [ -n "$FAKE_HANG" ] && echo "$*" | grep -q "$FAKE_HANG"; then
+  trap 'kill $!' USR1; sleep 600 & echo $$ > "$FAKE_PID"; wait  # SIGUSR1 lets it go on
+fi
 if [ -n "$FAKE_REFUSAL" ]; then echo "$FAKE_REFUSAL" >&2; exit 1; fi
 for last; do :; done
 while [ "$1" != -c ]; do shift; done
@@ -197,9 +203,8 @@ class Machine:
     def _name_paths(self) -> None:
         self.site = self.root / "site"
         self.extensions = self.root / "extensions"
-        self.folder = self.extensions / "exllamav2_ext"
-        self.built = self.folder / "exllamav2_ext.so"
-        self.lock = self.folder / "lock"
+        self.torchs = self.extensions / "exllamav2_ext"
+        self.ours = self.extensions / "exl"
         self.log = self.root / "cache" / "exl" / "logs" / "build.log"
 
     def copied(self, root: Path) -> Machine:
@@ -209,6 +214,21 @@ class Machine:
         other.root = root
         other._name_paths()
         return other
+
+    def folder(self, archs: str = "sm90") -> Path:
+        """Where exl puts the extension for these architectures."""
+        tag = f"torch{self.torch.rpartition('.')[0]}-cu{self.cuda}-{sysconfig.get_config_var('SOABI')}"
+        return self.ours / f"exllamav2-0.3.2-{tag}-{archs}"
+
+    @property
+    def built(self) -> Path:
+        """The extension for compute capability 9.0."""
+        return self.folder() / "exllamav2_ext.so"
+
+    @property
+    def lock(self) -> Path:
+        """torch's lock on exl's build."""
+        return self.folder() / "build" / "exllamav2_ext" / "lock"
 
     def write(self, name: str, text: str) -> None:
         """Put a file among the packages."""

@@ -34,24 +34,21 @@ def check_error(result: subprocess.CompletedProcess[str], *words: str) -> str:
     return lines[0]
 
 
-def test_the_library_lands_where_exllamav2_looks_and_says_what_it_is_for(machine: Machine) -> None:
+def test_the_library_lands_in_a_folder_of_its_own_and_says_what_it_is_for(machine: Machine) -> None:
     result = machine.run("build", "--arch", "sm_90")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{machine.built}\n"
     assert re.search(r"compiling exllamav2's extension for sm_90: 4 files, about .* with \d+ jobs? \(", result.stderr)
     assert "compiled exllamav2's extension for sm_90 in 0:0" in result.stderr
-    facts = json.loads((machine.folder / "exllamav2_ext.json").read_text())
+    facts = json.loads((machine.folder() / "exllamav2_ext.json").read_text())
     assert facts["torch"] == "2.11.0+cu130"
     assert facts["archs"] == ["9.0"]
     assert facts["python"] == sysconfig.get_config_var("SOABI")
     assert facts["size"] == machine.built.stat().st_size
-    assert not machine.lock.exists()
     assert "one.cu" in machine.log.read_text()
-    # exllamav2's own import, which knows nothing of exl, finds nothing left to compile.
-    before = machine.built.stat().st_mtime_ns
-    plain = machine.python("-c", "import exllamav2", TORCH_CUDA_ARCH_LIST="9.0")
-    assert "no work to do" in plain.stdout, plain.stdout + plain.stderr
-    assert machine.built.stat().st_mtime_ns == before
+    # Nothing but the library and its facts is left, and torch's own folder is as it was.
+    assert {path.name for path in machine.folder().iterdir()} == {"exllamav2_ext.so", "exllamav2_ext.json"}
+    assert not machine.torchs.exists()
 
 
 def test_the_gpu_that_is_here_is_what_it_compiles_for_and_tries(machine: Machine) -> None:
@@ -81,7 +78,8 @@ def test_another_torch_makes_it_compile_again(machine: Machine) -> None:
     machine.write("torch/version.py", "__version__ = '2.12.1+cu130'\ncuda = '13.0'\n")
     result = machine.run("build", "--arch", "9.0")
     assert "already compiled" not in result.stderr
-    assert json.loads((machine.folder / "exllamav2_ext.json").read_text())["torch"] == "2.12.1+cu130"
+    machine.torch = "2.12.1"
+    assert json.loads((machine.folder() / "exllamav2_ext.json").read_text())["torch"] == "2.12.1+cu130"
 
 
 def test_out_gives_a_wheel_that_pip_installs_and_python_imports(machine: Machine, tmp_path: Path) -> None:
@@ -101,6 +99,19 @@ def test_out_gives_a_wheel_that_pip_installs_and_python_imports(machine: Machine
     assert json.loads((target / "exllamav2_ext.json").read_text())["archs"] == ["8.6", "9.0"]
 
 
+def test_one_build_serves_gpus_of_each_of_its_architectures(machine: Machine) -> None:
+    assert machine.run("build", "--arch", "8.6,9.0").stdout == f"{machine.folder('sm86.sm90')}/exllamav2_ext.so\n"
+    assert "already compiled for sm_86, sm_90" in machine.run("build", "--arch", "9.0").stderr
+    # Another folder, beside which the first one stays.
+    assert machine.run("build", "--arch", "7.5").stdout == f"{machine.folder('sm75')}/exllamav2_ext.so\n"
+    assert machine.folder("sm86.sm90").exists()
+
+
+def test_without_torch_extensions_dir_it_lies_in_the_users_cache(machine: Machine) -> None:
+    result = machine.run("build", "--arch", "9.0", TORCH_EXTENSIONS_DIR="")
+    assert Path(result.stdout.strip()).is_relative_to(machine.root / "cache" / "exl" / "extensions")
+
+
 def test_an_architecture_that_is_none(machine: Machine) -> None:
     result = machine.run("build", "--arch", "hopper")
     assert result.returncode == ExitCode.USAGE
@@ -116,7 +127,7 @@ def test_nvcc_of_another_cuda(tmp_path: Path) -> None:
     machine = Machine(tmp_path, cuda="77.1", nvcc="12.4")
     line = check_error(machine.run("build", "--arch", "9.0"), "nvcc is of CUDA 12.4", "needs CUDA 77")
     assert "pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==77.1.*'" in line
-    assert not machine.folder.exists()
+    assert not machine.folder().exists()
 
 
 def test_a_toolkit_without_headers(tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_nvcc_that_does_not_fit_is_found_before_anything_else_is_compiled(
     result = machine.run("build", "--arch", "9.0", FAKE_REFUSAL=said)
     check_error(result, words, str(machine.log))
     assert said in machine.log.read_text()
-    assert not list(machine.folder.glob("*.o"))
+    assert not list(machine.ours.rglob("*.o"))
 
 
 def test_a_file_that_does_not_compile(machine: Machine) -> None:
@@ -186,7 +197,6 @@ def test_a_file_that_does_not_compile(machine: Machine) -> None:
     result = machine.run("build", "--arch", "9.0")
     check_error(result, "two.cpp", "something is wrong here", str(machine.log))
     assert not machine.built.exists()
-    assert not machine.lock.exists()
 
 
 def test_a_library_that_crashes_when_it_is_loaded(machine: Machine) -> None:

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from exl_cli.cli.options import Json, Quiet
-from exl_cli.engines.exllamav2.extension import build as building
+from exl_cli.engines.exllamav2.extension import build as extension
 from exl_cli.engines.exllamav2.extension import compiled, environment
-from exl_cli.engines.exllamav2.extension import wheel as carry
+from exl_cli.engines.exllamav2.extension.wheel import write_wheel
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.system.interrupts import insist_on_interrupt
 from exl_cli.system.units import clock_time
@@ -45,35 +45,30 @@ def build(
     """Compile exllamav2's CUDA extension for this machine's GPU; once, a few minutes."""
     console = Console(quiet=quiet)
     archs = _archs(arch)
-    torch = building.torch_for_cuda()
+    torch = extension.torch_for_cuda()
     gpus = environment.capabilities()
-    folder = environment.build_folder(torch)
     if archs and (missing := compiled.uncovered(archs, gpus)):
         if out is None:
             raise UsageError(
                 f"--arch {arch} leaves out the GPU that is here ({compiled.sm(missing[0])})",
                 f"add --out FOLDER to carry the result to another machine, or {compiled.sm(missing[0])} to the list",
             )
-        # What this machine has stays as it is.
-        folder = folder.parent / f"for-{'-'.join(archs)}" / compiled.MODULE
         gpus = []
-    found = compiled.compiled(folder, torch, gpus)
-    if found.usable and found.facts and found.path and not force and set(archs) <= set(found.facts.archs):
-        library, facts = found.path, found.facts
-        building.remove_stale_lock(folder, console.note)
-        console.note(
-            f"already compiled for {compiled.spoken(facts.archs)}, on {facts.built[:10]} (--force does it again)"
-        )
+    here = next(iter(compiled.compiled(torch, gpus, archs)), None)
+    if not force and here and here.usable and here.facts and here.path:
+        library, facts = here.path, here.facts
+        on = f"on {facts.built[:10]} (--force does it again)"
+        console.note(f"already compiled for {compiled.spoken(facts.archs)}, {on}")
     else:
         with Build(console) as shown, insist_on_interrupt():
-            result = building.build(building.Order(archs, jobs, force, folder), shown)
+            result = extension.build(extension.Order(archs, jobs, force, tuple(gpus)), shown)
         library, facts = result.path, result.facts
         where = f", tried on {', '.join(result.gpus)}" if result.gpus else ""
         console.note(
             f"compiled exllamav2's extension for {compiled.spoken(facts.archs)} in {clock_time(facts.seconds)}: "
             f"{result.compiled} files{where}; log: {result.log}"
         )
-    wheel = _carry(library, facts, out) if out is not None else None
+    wheel = _write_wheel(library, facts, out) if out is not None else None
     if wheel:
         console.note(f"on the other machine: pip install {wheel.name}")
     if as_json:
@@ -83,17 +78,15 @@ def build(
 
 
 def _archs(text: str | None) -> tuple[str, ...]:
-    if text is None:
-        return ()
     try:
-        return compiled.parse_archs(text)
+        return compiled.parse_archs(text or "")
     except ValueError as error:
         raise UsageError(f"--arch {str(error)!r} is no GPU architecture", "write it as 8.6 or sm_86") from error
 
 
-def _carry(library: Path, facts: compiled.Facts, folder: Path) -> Path:
+def _write_wheel(library: Path, facts: compiled.Facts, folder: Path) -> Path:
     try:
-        return carry.write_wheel(library, facts, folder)
+        return write_wheel(library, facts, folder)
     except OSError as error:
         raise DiskError(
             f"cannot write the wheel to {folder}: {error.strerror or error}", "give another --out"

@@ -11,7 +11,7 @@ from typing import Any
 from exl_cli.doctor import extension, gpu, machine, model, probes
 from exl_cli.doctor.check_result import CheckResult, Verdict, verdict
 from exl_cli.doctor.probes import Answer
-from exl_cli.engines.exllamav2.extension import compiled, environment, lock, toolchain
+from exl_cli.engines.exllamav2.extension import compiled, environment, toolchain
 from exl_cli.errors import ExitCode, param
 from exl_cli.system.machine import usable_cores
 from exl_cli.system.units import GIB
@@ -105,18 +105,18 @@ class Doctor:
         lane: ThreadPoolExecutor,
         compute: bool,
     ) -> Iterator[CheckResult]:
-        folder = environment.build_folder(torch)
-        here = compiled.find(torch, capabilities, folder)
+        here = compiled.find(torch, capabilities)
         tried = None
         if here.usable and here.path:
             arguments = {"library": str(here.path), "compute": compute}
             tried = self._wait("the extension", lane.submit(probes.ask, "extension", self.seconds, arguments))
-        state = extension.State(here, tried, lock.look(folder), toolchain.find(torch), torch, capabilities)
+        state = extension.State(here, tried, toolchain.find(torch), torch, capabilities)
         self._extension = state
+        root = environment.build_root()
         yield extension.extension(state)
-        if result := extension.build_lock(state):
+        if result := extension.build_lock(root):
             yield result
-        if capabilities and not state.ready and (result := extension.build_folder(folder)):
+        if capabilities and not state.ready and (result := extension.build_folder(root)):
             yield result
 
     def _check_tools(self) -> Iterator[CheckResult]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from exl_cli.doctor.check_result import CheckResult
 from exl_cli.doctor.probes import Answer
-from exl_cli.engines.exllamav2.extension import compiled, environment, failures, install_hints, jobs, lock
-from exl_cli.engines.exllamav2.extension.build import ago
+from exl_cli.engines.exllamav2.extension import build, compiled, environment, failures, install_hints, jobs
 from exl_cli.engines.exllamav2.extension.compiled import Capability, Extension
 from exl_cli.engines.exllamav2.extension.toolchain import Tool, Toolchain
 
@@ -46,7 +45,6 @@ class State:
     Attributes:
         extension: what is there.
         tried: how loading it in another process ended; None where that was not asked.
-        lock: torch's lock on the build folder.
         tools: None where torch has no CUDA.
         torch: the installed torch.
         capabilities: of the GPUs.
@@ -54,7 +52,6 @@ class State:
 
     extension: Extension
     tried: Answer | None
-    lock: lock.Lock
     tools: Toolchain | None
     torch: environment.Torch
     capabilities: list[Capability]
@@ -67,7 +64,7 @@ class State:
     @property
     def buildable(self) -> bool:
         """Whether `exl run` and `exl build` can compile it."""
-        return self.tools is not None and not self.tools.problems and self.lock.state in ("free", "stale", "held")
+        return self.tools is not None and not self.tools.problems
 
 
 def extension(state: State) -> CheckResult:
@@ -117,24 +114,15 @@ def _build(state: State) -> str:
     return f"{failures.BUILD} (about {max(1, round(seconds / 60))} min with {plan.jobs} jobs)"
 
 
-def build_lock(state: State) -> CheckResult | None:
-    """The build folder's lock, where it is worth a line."""
-    lock = state.lock
-    details = {"path": str(lock.path), "state": lock.state, "holder": lock.holder, "age_seconds": round(lock.age)}
-    if lock.state == "held":
-        message = f"{lock.holder} is compiling the extension since {ago(lock.age)}"
-        return CheckResult("Build lock", "warn", message, "wait for it", "", details)
-    if lock.state == "stale":
-        whose = f"of {lock.holder}" if lock.holder else "that no process holds"
-        message = f"a stale one {whose}, made {ago(lock.age)}: a plain import of exllamav2 would wait for ever"
-        return CheckResult("Build lock", "warn", message, f"rm {lock.path} (exl build does it too)", "", details)
-    if lock.state == "unclear":
-        message = f"made {ago(lock.age)} by no process that can be seen here"
-        fix = f"if nothing elsewhere is compiling: rm {lock.path}"
-        if state.ready:
-            return CheckResult("Build lock", "warn", message, fix, "", details)
-        return CheckResult("Build lock", "fail", message, fix, "gpu", details)
-    return None
+def build_lock(root: Path) -> CheckResult | None:
+    """The lock on exl's builds, while one is running."""
+    holder = build.holder(root)
+    if holder is None:
+        return None
+    name, age = holder
+    details = {"path": str(root), "state": "held", "holder": name, "age_seconds": round(age)}
+    message = f"{name} is compiling the extension since {build.ago(age)}"
+    return CheckResult("Build lock", "warn", message, "wait for it", "", details)
 
 
 def tool(tool: Tool, *, needed: bool) -> CheckResult:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 _STOP_SECONDS = 8.0
@@ -29,12 +30,15 @@ def stop(process: subprocess.Popen[str]) -> None:
     session = process.pid
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+            os.killpg(session, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-    for pid in _session(session):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    # Another time, for what one of them started meanwhile.
+    while pids := _session(session):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

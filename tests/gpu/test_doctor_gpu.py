@@ -1,4 +1,4 @@
-"""`exl doctor` and the door where there is a GPU: ready, full, and with an extension that does not fit."""
+"""`exl doctor` and the import of exllamav2 on a GPU: ready, full, and with an extension that does not fit."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_an_extension_of_another_torch_is_named_and_not_taken(tmp_path: Path) ->
     print(found["Extension"])
     assert "built for another torch" in found["Extension"]["found"]
     code = """
-from exl_cli.engines.exllamav2 import door
+from exl_cli.engines.exllamav2.import_exllamav2 import import_exllamav2
 from exl_cli.errors import EngineError
 try:
-    door.import_exllamav2()
+    import_exllamav2()
 except EngineError as error:
     print(error)
 """

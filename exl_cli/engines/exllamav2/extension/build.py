@@ -1,30 +1,50 @@
-"""Starts a build, tells how it is going, and stops it whole."""
+"""Compiles exllamav2's extension: follows the worker, tests its library, and puts it into exl's folder.
+
+That folder is one for each combination of versions and GPU architectures (`compiled.build_folder`). Its subfolder
+`build` keeps what an interrupted build has finished; only a library that passed the smoke test leaves it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
-from exl_cli.engines.exllamav2.extension import environment as here
-from exl_cli.engines.exllamav2.extension import install_hints, jobs, lock, toolchain, worker
-from exl_cli.engines.exllamav2.extension.compiled import Facts, spoken
+from exl_cli.engines.exllamav2.extension import (
+    compiled,
+    environment,
+    failures,
+    install_hints,
+    jobs,
+    smoke_test,
+    toolchain,
+    worker,
+)
+from exl_cli.engines.exllamav2.extension.compiled import Capability, Facts, spoken
 from exl_cli.engines.exllamav2.extension.environment import Torch
+from exl_cli.engines.exllamav2.extension.failures import Failure
 from exl_cli.engines.exllamav2.extension.jobs import Progress
 from exl_cli.errors import EngineError
 from exl_cli.system import processes
 from exl_cli.system.files import user_cache
 
+_STEP = re.compile(rf"{worker.MARK}(\d+)/(\d+) (.*)")
+_LOCK, _HOLDER = ".lock", ".holder"
+
 
 @runtime_checkable
 class Observer(Protocol):
-    """Whoever wants to know how a build is going."""
+    """Whatever shows how a build is going."""
 
     def note(self, message: str) -> None:
         """Something worth telling."""
@@ -36,10 +56,10 @@ class Observer(Protocol):
 
 
 class Notes:
-    """An `Observer` for those who can only be told lines: a quarter of the files at a time.
+    """An `Observer` that has only lines: a quarter of the files at a time.
 
     Args:
-        note: where to.
+        note: takes a line.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -56,14 +76,14 @@ class Notes:
 
 @dataclass(frozen=True)
 class Result:
-    """A build that has ended well.
+    """An extension that is ready.
 
     Attributes:
-        path: the extension.
+        path: the library.
         facts: what it was made for.
         gpus: on which it has computed something.
         log: what the compilers said.
-        compiled: files that had to be.
+        compiled: files that had to be; 0 where another build made it, exl's or exllamav2's own.
     """
 
     path: Path
@@ -78,104 +98,246 @@ class Order:
     """What to build.
 
     Attributes:
-        archs: GPU architectures, as `extension.parse_archs` gives them; empty for the GPUs that are here.
+        archs: GPU architectures, as `compiled.parse_archs` gives them; empty for the GPUs that are here.
         jobs: compilers at once; None for as many as there are cores and memory for.
         anew: compile everything again.
-        folder: the build folder, named `exllamav2_ext`; None for torch's own, where exllamav2 looks.
+        gpus: those it must serve, as far as known.
     """
 
     archs: tuple[str, ...] = ()
     jobs: int | None = None
     anew: bool = False
-    folder: Path | None = None
-
-
-def require(tools: toolchain.Toolchain) -> None:
-    """Refuse to begin what cannot end well.
-
-    Raises:
-        EngineError: something is missing, with the commands that install it.
-    """
-    if problems := tools.problems:
-        what = ", ".join(f"{tool.name} {tool.problem}" for tool in problems)
-        raise EngineError(
-            f"exllamav2's extension cannot be compiled: {what}", install_hints.joined([tool.fix for tool in problems])
-        )
+    gpus: tuple[Capability, ...] = ()
 
 
 def torch_for_cuda() -> Torch:
-    """The installed torch, if one can compile for CUDA with it and exllamav2 is there.
+    """The installed torch, if it is built for CUDA and exllamav2 is there.
 
     Raises:
         EngineError: it is not.
     """
-    torch = here.torch_here()
+    torch = environment.torch_here()
     if torch is None:
         raise EngineError("torch is not installed", install_hints.pip("torch"))
     if torch.cuda is None:
         built = "for ROCm" if torch.hip else "without CUDA"
         raise EngineError(f"torch {torch.version} is built {built}", install_hints.torch_with_cuda(torch))
-    if here.exllamav2_version() is None:
+    if environment.exllamav2_version() is None:
         raise EngineError("exllamav2 is not installed", install_hints.pure_exllamav2())
     return torch
 
 
 def build(order: Order, observer: Observer) -> Result:
-    """Compile exllamav2's extension into torch's build folder, where exllamav2's own import finds it.
-
-    Args:
-        order: what.
-        observer: is told of all that takes long.
+    """Compile exllamav2's extension into exl's folder, or take over the one that exllamav2 compiled by itself.
 
     Raises:
         EngineError: it cannot be compiled here, or the compiler fails, with the way to mend it.
-        KeyboardInterrupt: passed on after everything was stopped; neither a lock nor half a library is left.
+        KeyboardInterrupt: passed on after every compiler was stopped.
     """
     torch = torch_for_cuda()
-    tools = toolchain.find(torch)
-    require(tools)
-    folder = order.folder or here.build_folder(torch)
+    root = environment.build_root()
     try:
-        with lock.ours(folder, lambda: observer.note("another exl is compiling exllamav2's extension: waiting for it")):
-            log = _log_file()
-            _pass_lock(folder, observer.note)
-            environment = toolchain.environment(tools, folder / ".exl-lib")
-            environment["TORCH_EXTENSIONS_DIR"] = str(folder.parent)
-            plan = jobs.plan(order.jobs)
-            compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
-            job = worker.Job(";".join(order.archs) or None, plan.jobs, str(log), compilers, order.anew)
-            return _Build(folder, environment, job, plan, observer).run()
+        with _alone(root, observer.note) as waited, _log() as log:
+            if waited and (result := _made_meanwhile(order, torch)):
+                return result
+            if not order.archs and not order.anew and (result := _taken_over(torch, log)):
+                return result
+            return _compiled(order, torch, log, observer)
     except OSError as error:
         where = f"TORCH_EXTENSIONS_DIR={os.path.join('/tmp', 'torch_extensions')}"  # noqa: PTH118, S108 - an example
         raise EngineError(
-            f"exllamav2's extension cannot be compiled: {error.filename or folder}: {error.strerror or error}",
+            f"exllamav2's extension cannot be compiled: {error.filename or root}: {error.strerror or error}",
             f"choose a folder that can be written: {where} exl build",
         ) from error
 
 
-def remove_stale_lock(folder: Path, note: Callable[[str], None]) -> None:
-    """Remove torch's lock if nobody holds it any more, and say so; see `lock`."""
-    found = lock.look(folder)
-    if found.state == "stale":
-        whose = f" of {found.holder}" if found.holder else ": no process has it open"
-        note(f"removing a stale lock, made {ago(found.age)}{whose} ({found.path})")
-        found.path.unlink(missing_ok=True)
+def holder(root: Path) -> tuple[str, float] | None:
+    """The process that is compiling, in words, and for how many seconds; None where none is."""
+    from filelock import FileLock, Timeout
+
+    if not (root / _LOCK).exists():
+        return None
+    try:
+        with FileLock(root / _LOCK, timeout=0):
+            return None
+    except Timeout:
+        return _read_holder(root)
+    except OSError:  # not ours to write, so that nothing can be compiled here anyway
+        return None
 
 
-def _pass_lock(folder: Path, note: Callable[[str], None]) -> None:
-    """Get past torch's lock: wait while it is held, remove it if it is stale."""
-    found = lock.look(folder)
-    if found.state == "held":
-        note(f"{found.holder} is compiling exllamav2's extension: waiting for it")
-        lock.wait(folder)
-    remove_stale_lock(folder, note)
-    found = lock.look(folder)
-    if found.state == "unclear":
+def _read_holder(root: Path) -> tuple[str, float]:
+    path = root / _HOLDER
+    with contextlib.suppress(OSError):
+        if text := path.read_text(encoding="utf-8"):
+            return text, max(0.0, time.time() - path.stat().st_mtime)
+    return "another exl", 0.0
+
+
+@contextlib.contextmanager
+def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
+    """Be the only build; the value says whether another had to be waited for.
+
+    The kernel gives the lock back however its process ends.
+    """
+    from filelock import FileLock, Timeout
+
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / _LOCK)
+    waited = False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        note(f"{_read_holder(root)[0]} is compiling exllamav2's extension: waiting for it")
+        waited = True
+        lock.acquire()
+    try:
+        (root / _HOLDER).write_text(f"process {os.getpid()} (exl build)", encoding="utf-8")
+        yield waited
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _log() -> Iterator[IO[str]]:
+    """A new log; the last one is kept beside it."""
+    path = user_cache() / "logs" / "build.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.replace(path.with_name("build.previous.log"))
+        log = path.open("w", encoding="utf-8")
+    except OSError as error:
         raise EngineError(
-            f"{found.path} says that exllamav2's extension is being compiled since {ago(found.age)}, though by no "
-            f"process that can be seen here",
-            f"if none in another container or on another machine is, remove it: rm {found.path}",
-        )
+            f"the log of the build cannot be written: {path}: {error.strerror}",
+            "choose a folder that can be written: XDG_CACHE_HOME=/tmp/cache exl build",
+        ) from error
+    with log:
+        yield log
+
+
+def _made_meanwhile(order: Order, torch: Torch) -> Result | None:
+    made = next(iter(compiled.compiled(torch, order.gpus, order.archs)), None)
+    if order.anew or made is None or not made.usable or made.path is None or made.facts is None:
+        return None
+    return Result(made.path, made.facts, (), Path(), 0)
+
+
+def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
+    """The extension in torch's own folder, where it is newer than torch and exllamav2 and computes on the GPUs here."""
+    library = environment.torch_build_folder(torch) / compiled.LIBRARY
+    sources = [torch.folder / "version.py", torch.folder.parent / environment.EXLLAMAV2 / "ext.py"]
+    if not library.is_file() or any(s.exists() and s.stat().st_mtime > library.stat().st_mtime for s in sources):
+        return None
+    outcome = smoke_test.run(library, (), torch, log)
+    if outcome.failure or not outcome.gpus:
+        return None
+    facts = _facts(torch, outcome.archs, library)
+    return Result(compiled.publish(library, facts, torch), facts, outcome.gpus, Path(log.name), 0)
+
+
+def _compiled(order: Order, torch: Torch, log: IO[str], observer: Observer) -> Result:
+    begun = time.monotonic()
+    tools = toolchain.find(torch)
+    if tools.problems:
+        what = ", ".join(f"{tool.name} {tool.problem}" for tool in tools.problems)
+        fix = install_hints.joined([tool.fix for tool in tools.problems])
+        raise EngineError(f"exllamav2's extension cannot be compiled: {what}", fix)
+    plan = jobs.plan(order.jobs)
+    variables = toolchain.variables(tools, environment.build_root() / "lib")
+    variables |= {"MAX_JOBS": str(plan.jobs), "NINJA_STATUS": worker.STATUS}
+    if order.archs:
+        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(order.archs)
+    arguments = json.dumps({"asked": bool(order.archs), "anew": order.anew})
+    process = subprocess.Popen(  # noqa: S603
+        processes.command(worker.__name__, arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=variables,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        library, archs, files = _follow(process, plan, torch, log, observer)
+    finally:
+        processes.stop(process)
+    outcome = smoke_test.run(library, archs, torch, log)
+    if outcome.failure:
+        raise _failed(outcome.failure, log)
+    compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
+    facts = _facts(torch, archs, library, round(time.monotonic() - begun, 1), compilers)
+    path = compiled.publish(library, facts, torch)
+    shutil.rmtree(path.parent / "build", ignore_errors=True)
+    return Result(path, facts, outcome.gpus, Path(log.name), files)
+
+
+def _follow(
+    process: subprocess.Popen[str], plan: jobs.Plan, torch: Torch, log: IO[str], observer: Observer
+) -> tuple[Path, tuple[str, ...], int]:
+    """Read what the worker prints until it has built the library; that, its architectures, and the files compiled."""
+    archs: tuple[str, ...] = ()
+    waiting: list[str] = []
+    done: list[str] = []
+    said: deque[str] = deque(maxlen=200)
+    begun = time.monotonic()
+    for line in process.stdout or ():
+        log.write(line)
+        log.flush()
+        if step := _STEP.search(line):
+            done.append((re.findall(r"-o (\S+)", step[3]) or [""])[-1])
+            seconds = time.monotonic() - begun
+            rest = [name for name in waiting if name not in done]
+            left = jobs.remaining(done, rest, seconds, plan.jobs, len(archs))
+            observer.building(Progress(int(step[1]), int(step[2]), seconds, left, done[-1]))
+        elif not line.startswith(worker.MARK):
+            said.append(line)
+        elif "built" in (event := json.loads(line.removeprefix(worker.MARK))):
+            return Path(event["built"]), archs, len(done)
+        elif "failed" in event:
+            raise _failed(_failure(event, "".join(said), torch), log)
+        else:
+            archs, waiting, begun = tuple(event["archs"]), event["waiting"], time.monotonic()
+            said.clear()
+            if waiting:
+                left = jobs.expected_seconds(waiting, plan.jobs, len(archs), event["slower"])
+                observer.note(
+                    f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about "
+                    f"{_duration(left)} with {plan}; log: {log.name}"
+                )
+                observer.building(Progress(0, len(waiting), 0.0, left))
+    raise _failed(Failure(f"the build ended without a word (code {process.wait()})", ""), log)
+
+
+def _failure(event: dict[str, str], said: str, torch: Torch) -> Failure:
+    text = event["failed"]
+    if "fix" in event:
+        return Failure(text, event["fix"])
+    if text.startswith(worker.COMPILER_FAILED):
+        return failures.explain_compiler(said, torch)
+    known = failures.explain(text, torch)
+    return known or Failure(f"the build cannot be set up: {failures.last_line(text)}", "")
+
+
+def _failed(failure: Failure, log: IO[str]) -> EngineError:
+    see = f"see {log.name}"
+    hint = see if failure.fix in ("", "see the log") else f"{failure.fix}; {see}"
+    return EngineError(f"exllamav2's extension was not compiled: {failure.what}", hint)
+
+
+def _facts(torch: Torch, archs: tuple[str, ...], library: Path, seconds: float = 0.0, compilers: str = "") -> Facts:
+    return Facts(
+        exllamav2=environment.exllamav2_release(),
+        torch=torch.version,
+        cuda=torch.cuda or "",
+        python=environment.python_tag(),
+        archs=archs,
+        size=library.stat().st_size,
+        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=seconds,
+        compilers=compilers,
+    )
 
 
 def ago(seconds: float) -> str:
@@ -187,108 +349,7 @@ def ago(seconds: float) -> str:
     return f"{int(seconds)} seconds ago"
 
 
-def _log_file() -> Path:
-    """A new, empty log; the last one is kept beside it."""
-    path = user_cache() / "logs" / "build.log"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.replace(path.with_name("build.previous.log"))
-        path.touch()
-    except OSError as error:
-        raise EngineError(
-            f"the log of the build cannot be written: {path}: {error.strerror}",
-            "choose a folder that can be written: XDG_CACHE_HOME=/tmp/cache exl build",
-        ) from error
-    return path
-
-
-class _Build:
-    """One run of the worker."""
-
-    def __init__(
-        self, folder: Path, environment: dict[str, str], job: worker.Job, plan: jobs.Plan, observer: Observer
-    ) -> None:
-        self._folder, self._environment, self._job, self._plan = folder, environment, job, plan
-        self._observer = observer
-        self._waiting: list[str] = []
-        self._done: list[str] = []
-        self._archs = 1
-        self._begun = 0.0
-        self._result: Result | None = None
-
-    def run(self) -> Result:
-        """See `build`."""
-        with Path(self._job.log).open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(  # noqa: S603
-                processes.command("exl_cli.engines.exllamav2.extension.worker"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=self._environment,
-                text=True,
-                start_new_session=True,
-            )
-        try:
-            self._follow(process)
-        finally:
-            processes.stop(process)
-            lock.release(self._folder)
-        if self._result is None:
-            raise self._failed(f"the build ended without a word (code {process.returncode})", "")
-        return self._result
-
-    def _follow(self, process: subprocess.Popen[str]) -> None:
-        if process.stdin is None or process.stdout is None:
-            raise RuntimeError("a process without pipes")
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(vars(self._job)) + "\n")
-            process.stdin.flush()
-        for line in process.stdout:
-            event = json.loads(line)
-            handle = getattr(self, "_on_" + event.pop("event"))
-            handle(**event)
-
-    def _on_configured(self, folder: str, archs: list[str], waiting: list[str], slower: float) -> None:
-        if Path(folder).resolve() != self._folder.resolve():
-            raise RuntimeError(f"torch builds in {folder}, not in {self._folder}")
-        self._waiting, self._archs = waiting, len(archs)
-        self._begun = time.monotonic()
-        if waiting:
-            seconds = jobs.expected_seconds(waiting, self._plan.jobs, self._archs, slower)
-            count = self._plan.jobs
-            self._observer.note(
-                f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about "
-                f"{duration(seconds)} with {count} job{'s' if count > 1 else ''} ({self._plan.reason}); "
-                f"log: {self._job.log}"
-            )
-            self._observer.building(Progress(0, len(waiting), 0.0, seconds))
-
-    def _on_compiled(self, name: str, done: int, total: int) -> None:
-        self._done.append(name)
-        seconds = time.monotonic() - self._begun
-        rest = [other for other in self._waiting if other not in self._done]
-        left = jobs.remaining(self._done, rest, seconds, self._plan.jobs, self._archs)
-        self._observer.building(Progress(done, total, seconds, left, name))
-
-    def _on_trying(self) -> None:
-        return None
-
-    def _on_done(self, facts: dict[str, Any], library: str, gpus: list[str]) -> None:
-        facts.pop("format")
-        made = Facts(**{**facts, "archs": tuple(facts["archs"])})
-        self._result = Result(Path(library), made, tuple(gpus), Path(self._job.log), len(self._done))
-
-    def _on_failed(self, what: str, fix: str) -> None:
-        raise self._failed(what, fix)
-
-    def _failed(self, what: str, fix: str) -> EngineError:
-        log = f"see {self._job.log}"
-        hint = f"{fix}; {log}" if fix and not fix.startswith("see ") else log
-        return EngineError(f"exllamav2's extension was not compiled: {what}", hint)
-
-
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """ "40 seconds", "3 minutes": as exact as a guess may be."""
     if seconds < 90:
         return f"{max(10, round(seconds / 10) * 10)} seconds"

@@ -1,8 +1,8 @@
-"""Which compiled extension of exllamav2 is here, and whether it fits. Answered without importing torch or it.
+"""The compiled extensions that are here, and whether they fit; found without importing torch or exllamav2.
 
-It can come from two places: an importable module `exllamav2_ext` (a prebuilt wheel of exllamav2, a wheel that
-`exl build --out` made, or the bare library in a folder on PYTHONPATH), or torch's build folder, where `exl build` and
-exllamav2's own first import compile it. What it was made for stands in a file beside it, `exllamav2_ext.json`, which
+They lie in three kinds of places: on the path as module `exllamav2_ext` (a prebuilt wheel of exllamav2, a wheel of
+`exl build --out`, or a bare library), in a folder of exl's own (`environment.build_root`), and in torch's build folder,
+where exllamav2's own import compiles. A file beside the library, `exllamav2_ext.json`, says what it was made for; it
 counts only for a library of the size that it names.
 """
 
@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +38,7 @@ class Facts:
 
     Attributes:
         exllamav2, torch, cuda: versions.
-        python: the binary interface's tag, as `here.python_tag`.
+        python: the binary interface's tag, as `environment.python_tag`.
         archs: GPU architectures, as TORCH_CUDA_ARCH_LIST has them: "9.0", or "9.0+PTX" where later ones can be served.
         size: bytes of the library.
         built: when, in ISO 8601; seconds: how long that took; compilers: which.
@@ -54,10 +55,10 @@ class Facts:
     compilers: str = ""
 
     def mismatch(self, torch: Torch, capabilities: Sequence[Capability] = ()) -> str:
-        """Why this does not fit here, in a few words; empty where it does. What is not known counts as fitting.
+        """Why this does not fit here, in a few words; empty where it does. Unknown facts count as fitting.
 
         Args:
-            torch: the torch that is here.
+            torch: the installed torch.
             capabilities: the GPUs'.
         """
         if self.torch and major_minor(self.torch) != torch.release:
@@ -66,7 +67,7 @@ class Facts:
             return f"built for CUDA {self.cuda}, and this torch has {torch.cuda or 'none'}"
         if self.python and self.python != environment.python_tag():
             return f"built for {self.python}, and this Python is {environment.python_tag()}"
-        wanted = (environment.exllamav2_version() or "").partition("+")[0]
+        wanted = environment.exllamav2_release()
         if self.exllamav2 and wanted and self.exllamav2.partition("+")[0] != wanted:
             return f"built from exllamav2 {self.exllamav2}, and {wanted} is here"
         missing = uncovered(self.archs, capabilities) if self.archs else []
@@ -78,16 +79,22 @@ class Facts:
         """JSON-ready."""
         return {"format": _FORMAT, **asdict(self), "archs": list(self.archs)}
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Facts:
+        """The same back; unknown keys are left out."""
+        names = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+        return cls(**{**names, "archs": tuple(map(str, value.get("archs", ())))})
+
 
 @dataclass(frozen=True)
 class Extension:
-    """What was found.
+    """A compiled extension, or none.
 
     Attributes:
-        kind: "installed" (importable), "compiled" (in the build folder, by exl), "unproven" (there, and exl does not
-            know from what) or "missing".
+        kind: "installed" (importable), "compiled" (by exl), "unproven" (in torch's folder, for nobody knows what) or
+            "missing".
         path: the library.
-        facts: what it was made for, as far as that is known.
+        facts: what it was made for, where that is known.
         problem: why it cannot serve here, as far as can be told without loading it.
     """
 
@@ -111,58 +118,66 @@ def installed(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extensio
     return Extension("installed", path, facts, facts.mismatch(torch, capabilities) if facts else "")
 
 
-def compiled(folder: Path, torch: Torch, capabilities: Sequence[Capability] = ()) -> Extension:
-    """The extension in a build folder."""
-    path = folder / LIBRARY
-    if not path.is_file():
-        return Extension("missing")
-    facts = read_facts(path)
-    if facts is None:
-        return Extension("unproven", path)
-    return Extension("compiled", path, facts, facts.mismatch(torch, capabilities))
+def compiled(torch: Torch, capabilities: Sequence[Capability] = (), archs: Iterable[str] = ()) -> list[Extension]:
+    """What exl compiled for this installation with code for all of `archs`; those that fit the GPUs come first."""
+    made = []
+    for path in sorted(environment.build_root().glob(f"{environment.build_prefix(torch)}-sm*/{LIBRARY}")):
+        if (facts := read_facts(path)) and set(archs) <= set(facts.archs):
+            made.append(Extension("compiled", path, facts, facts.mismatch(torch, capabilities)))
+    return sorted(made, key=lambda extension: bool(extension.problem))
 
 
-def find(torch: Torch, capabilities: Sequence[Capability] = (), folder: Path | None = None) -> Extension:
+def find(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extension:
     """The extension that exl would load; where none will do, the one that says most about why.
 
     Args:
-        torch: the torch that is here.
+        torch: the installed torch.
         capabilities: of the GPUs it must serve.
-        folder: the build folder; torch's own where not given.
     """
-    first = installed(torch, capabilities)
-    second = compiled(folder or environment.build_folder(torch), torch, capabilities)
-    for extension in (first, second):
-        if extension.usable:
+    on_path, ours = installed(torch, capabilities), next(iter(compiled(torch, capabilities)), None)
+    for extension in (on_path, ours):
+        if extension and extension.usable:
             return extension
-    if first.kind == "installed":
-        return first
-    return second if second.kind != "missing" else first
+    if on_path.kind == "missing" and (path := environment.torch_build_folder(torch) / LIBRARY).is_file():
+        return Extension("unproven", path)
+    return on_path if on_path.kind == "installed" or ours is None else ours
+
+
+def publish(library: Path, facts: Facts, torch: Torch) -> Path:
+    """Copy a tested library into exl's folder for its architectures, whole at any moment.
+
+    Args:
+        library: somewhere else.
+        facts: what it was made for.
+        torch: the installed torch.
+    """
+    folder = build_folder(torch, facts.archs)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{LIBRARY}.new"
+    shutil.copyfile(library, temporary)
+    # Until the new facts are written those of the old library do not fit the new one's size.
+    temporary.replace(folder / LIBRARY)
+    write_atomically(folder / FACTS, json.dumps(facts.to_dict(), indent=1) + "\n")
+    return folder / LIBRARY
+
+
+def build_folder(torch: Torch, archs: Iterable[str]) -> Path:
+    """exl's folder for an extension with code for these architectures."""
+    return environment.build_root() / f"{environment.build_prefix(torch)}-{tag(archs)}"
 
 
 def read_facts(library: Path) -> Facts | None:
     """What stands beside a library; None where nothing does, or it is about another one."""
     try:
-        value = json.loads((library.parent / FACTS).read_text(encoding="utf-8"))
-        names = {name: value[name] for name in Facts.__dataclass_fields__ if name in value}
-        facts = Facts(**{**names, "archs": tuple(map(str, value.get("archs", ())))})
+        facts = Facts.from_dict(json.loads((library.parent / FACTS).read_text(encoding="utf-8")))
         return facts if facts.size == library.stat().st_size else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def write_facts(library: Path, facts: Facts) -> None:
-    """Say beside a library what it was made for.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    write_atomically(library.parent / FACTS, json.dumps(facts.to_dict(), indent=1) + "\n")
-
-
 def _importable() -> Path | None:
-    if MODULE in sys.modules and sys.modules[MODULE] is not None:
-        origin = getattr(sys.modules[MODULE], "__file__", None)
+    if (module := sys.modules.get(MODULE)) is not None:
+        origin = getattr(module, "__file__", None)
         return Path(origin) if origin else None
     try:
         spec = importlib.util.find_spec(MODULE)
@@ -172,12 +187,11 @@ def _importable() -> Path | None:
 
 
 def _facts_of_wheel() -> Facts | None:
-    """What the version of a prebuilt wheel says: "0.3.2+cu128.torch2.8.0"."""
+    """From the version of a prebuilt wheel: "0.3.2+cu128.torch2.8.0"."""
     try:
-        text = version(environment.EXLLAMAV2)
+        match = re.fullmatch(r"([\d.]+)\+cu(\d+)(\d)\.torch([\d.]+)", version(environment.EXLLAMAV2))
     except PackageNotFoundError:
         return None
-    match = re.fullmatch(r"([\d.]+)\+cu(\d+)(\d)\.torch([\d.]+)", text)
     return Facts(match[1], match[4], f"{match[2]}.{match[3]}", "") if match else None
 
 
@@ -200,14 +214,14 @@ def parse_archs(text: str) -> tuple[str, ...]:
     Raises:
         ValueError: something else stands there.
     """
-    found = []
+    archs = []
     for word in filter(None, re.split(r"[\s,;]+", text)):
         match = re.fullmatch(r"(?:sm_|compute_)?(?:(\d+)\.(\d)|(\d{1,2})(\d))([af]?)(\+PTX)?", word, re.IGNORECASE)
         if match is None:
             raise ValueError(word)
         major, minor = (match[1], match[2]) if match[1] else (match[3], match[4])
-        found.append(f"{int(major)}.{minor}{match[5].lower()}{(match[6] or '').upper()}")
-    return tuple(dict.fromkeys(found))
+        archs.append(f"{int(major)}.{minor}{match[5].lower()}{(match[6] or '').upper()}")
+    return tuple(dict.fromkeys(archs))
 
 
 def capability_of(arch: str) -> Capability:
@@ -239,3 +253,8 @@ def spoken(archs: Iterable[str]) -> str:
     """Architectures as people write them: "sm_86, sm_90 and later"."""
     words = [sm(capability_of(arch)) + (" and later" if arch.endswith("+PTX") else "") for arch in archs]
     return ", ".join(words) or "no GPU"
+
+
+def tag(archs: Iterable[str]) -> str:
+    """Architectures in a file's name: "sm86.sm90"."""
+    return ".".join(sm(capability_of(arch)).replace("_", "") for arch in archs)

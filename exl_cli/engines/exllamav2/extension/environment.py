@@ -1,4 +1,4 @@
-"""What decides whether a compiled extension fits: this Python, this torch and its CUDA. torch is not imported."""
+"""The installation that an extension has to fit, and the folders for it. torch is not imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from exl_cli.system.files import user_cache
 from exl_cli.system.nvml import open_driver
 
 EXLLAMAV2 = "exllamav2"
@@ -17,10 +18,10 @@ EXLLAMAV2 = "exllamav2"
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch that is installed.
+    """The installed torch.
 
     Attributes:
-        version: as it says, e.g. "2.11.0+cu130".
+        version: e.g. "2.11.0+cu130".
         cuda: the CUDA version it was built with, e.g. "13.0"; None for a build without.
         hip: likewise for ROCm.
         folder: the package's folder.
@@ -49,25 +50,25 @@ def major_minor(text: str) -> tuple[int, int]:
 
 
 def torch_here() -> Torch | None:
-    """The installed torch, read from its `version.py`; None where there is none, or none that is whole."""
+    """The installed torch, read from its `version.py`; None where there is none, or half of one."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent
     try:
-        found = runpy.run_path(str(folder / "version.py"))
-        return Torch(str(found["__version__"]), found.get("cuda"), found.get("hip"), folder)
+        facts = runpy.run_path(str(folder / "version.py"))
+        return Torch(str(facts["__version__"]), facts.get("cuda"), facts.get("hip"), folder)
     except Exception:  # half an installation can hold anything
         return None
 
 
 def python_tag() -> str:
-    """This Python's binary interface, e.g. "cpython-312-x86_64-linux-gnu"."""
+    """This Python's binary interface and machine, e.g. "cpython-312-x86_64-linux-gnu"."""
     return str(sysconfig.get_config_var("SOABI") or "")
 
 
 def exllamav2_version() -> str | None:
-    """The installed exllamav2's version, a prebuilt wheel's "+cu128.torch2.8.0" included; None where there is none."""
+    """The installed exllamav2's version, with a prebuilt wheel's "+cu128.torch2.8.0"; None where there is none."""
     if importlib.util.find_spec(EXLLAMAV2) is None:
         return None
     try:
@@ -76,26 +77,35 @@ def exllamav2_version() -> str | None:
         return "unknown"
 
 
+def exllamav2_release() -> str:
+    """The same without the wheel's tag: the version of the sources."""
+    return (exllamav2_version() or "").partition("+")[0]
+
+
 def capabilities() -> list[tuple[int, int]]:
-    """Compute capabilities of this machine's GPUs as the driver tells them, hidden ones included; empty without one."""
+    """Compute capabilities of this machine's GPUs from the driver, hidden ones included; empty without one."""
     with open_driver() as driver:
         answers = [driver.ask("DeviceGetCudaComputeCapability", handle) for handle in driver.gpus()]
     return [(int(answer[0]), int(answer[1])) for answer in answers if answer]
 
 
-def build_folder(torch: Torch) -> Path:
-    """Where `torch.utils.cpp_extension.load` builds exllamav2's extension; see its `_get_build_directory`.
+def build_root() -> Path:
+    """The folder of everything that exl compiles: under TORCH_EXTENSIONS_DIR where set, else in the user's cache."""
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(chosen) / "exl" if chosen else user_cache() / "extensions"
 
-    Linux only: a cache folder of the user by Python and CUDA version, or TORCH_EXTENSIONS_DIR.
-    """
+
+def build_prefix(torch: Torch) -> str:
+    """Begins the name of each folder in `build_root` that fits this installation; the GPU architectures follow."""
+    torch_release = ".".join(map(str, torch.release))
+    return f"exllamav2-{exllamav2_release()}-torch{torch_release}-cu{torch.cuda}-{python_tag()}"
+
+
+def torch_build_folder(torch: Torch) -> Path:
+    """Where a plain import of exllamav2 compiles; see `torch.utils.cpp_extension._get_build_directory`."""
     if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(chosen) / "exllamav2_ext"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - no error without HOME
-    if torch.hip:
-        accelerator = "rocm" + torch.hip.replace(".", "")
-    else:
-        accelerator = "cu" + torch.cuda.replace(".", "") if torch.cuda else "cpu"
-    nodot = sysconfig.get_config_var("py_version_nodot") or ""
-    abiflags = sysconfig.get_config_var("abiflags") or ""
-    root = Path(os.path.realpath(Path(cache) / "torch_extensions"))
-    return root / f"py{nodot}{abiflags}_{accelerator}" / "exllamav2_ext"
+    nodot, abiflags = (sysconfig.get_config_var(name) or "" for name in ("py_version_nodot", "abiflags"))
+    cuda = (torch.cuda or "").replace(".", "")
+    return Path(cache) / "torch_extensions" / f"py{nodot}{abiflags}_cu{cuda}" / "exllamav2_ext"

@@ -1,4 +1,4 @@
-"""What a failed import or compiler says, in one line with the next step."""
+"""Messages of failed imports and compilers, in one line with the next step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from exl_cli.engines.exllamav2.extension.environment import Torch
 BUILD = "exl build"
 _ONE_JOB = "exl build --jobs 1"
 _OLDER_COMPILER = "install an older g++ and name it: CXX=g++-12 CC=gcc-12 exl build"
+_OTHER_DISKS = "TMPDIR and TORCH_EXTENSIONS_DIR name other disks"
+_ITS_PACKAGE = "install the package that holds it"
+_NEWER_DRIVER = "install a newer NVIDIA driver, then restart"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Failure:
     Attributes:
         what: what is wrong, lower case, without a final stop.
         fix: the command or step that mends it.
-        rebuild: whether compiling the extension anew mends it.
+        rebuild: whether compiling the extension again mends it.
     """
 
     what: str
@@ -29,119 +32,92 @@ class Failure:
     rebuild: bool = False
 
 
-_EXTENSION = "exllamav2's compiled extension"
-# Names to install by, where they are not the names to import by.
-_PACKAGES = {"PIL": "pillow", "pkg_resources": "setuptools"}
-
-_Rule = tuple[str, Callable[["re.Match[str]", "Torch | None"], Failure]]
-
-
-def _of_another_torch(match: re.Match[str], torch: Torch | None) -> Failure:
-    here = f" (here: {torch.version})" if torch else ""
-    return Failure(f"{_EXTENSION} was built for another torch{here}: undefined symbol {match[1]}", BUILD, rebuild=True)
-
-
-def _of_another_cuda(match: re.Match[str], torch: Torch | None) -> Failure:
-    here = f"this torch brings CUDA {torch.cuda}" if torch and torch.cuda else "this torch brings no CUDA"
-    what = f"{_EXTENSION} was built for CUDA {match[2]} and {here}: {match[1]}.so.{match[2]} is not there"
-    return Failure(what, BUILD, rebuild=True)
-
-
-def _missing_library(match: re.Match[str], torch: Torch | None) -> Failure:
-    return Failure(f"the library {match[1]} is missing", "install the package that holds it")
-
-
-def _newer_system(match: re.Match[str], torch: Torch | None) -> Failure:
-    what = f"{_EXTENSION} was built on a newer system: {match[1]} is not here"
-    return Failure(what, BUILD, rebuild=True)
-
-
-def _another_python(match: re.Match[str], torch: Torch | None) -> Failure:
-    return Failure(f"{_EXTENSION} was built for Python {match[1]}", BUILD, rebuild=True)
-
-
-def _damaged(match: re.Match[str], torch: Torch | None) -> Failure:
-    return Failure(f"{_EXTENSION} is damaged: {match[0]}", BUILD, rebuild=True)
-
-
-def _another_gpu(match: re.Match[str], torch: Torch | None) -> Failure:
-    return Failure(f"{_EXTENSION} holds no code for this GPU", BUILD, rebuild=True)
-
-
-def _old_driver(match: re.Match[str], torch: Torch | None) -> Failure:
-    cuda = f" for CUDA {torch.cuda}" if torch and torch.cuda else ""
-    return Failure(f"the NVIDIA driver is too old{cuda}", "install a newer NVIDIA driver, then restart")
-
-
-def _no_package(match: re.Match[str], torch: Torch | None) -> Failure:
-    name = match[1].partition(".")[0]
-    # All that torch brings is set up beside it; setuptools is what its compiling takes.
-    return Failure(f"the Python package {name} is missing", install_hints.pip(_PACKAGES.get(name, name)))
-
-
-def _no_toolkit(match: re.Match[str], torch: Torch | None) -> Failure:
-    fix = install_hints.toolkit(torch) if torch else "install NVIDIA's CUDA Toolkit"
-    return Failure("nvcc is not found", fix)
-
-
-def _old_compiler(match: re.Match[str], torch: Torch | None) -> Failure:
-    return Failure(f"nvcc does not work with this g++: {match[1].strip()}", _OLDER_COMPILER)
-
+# A pattern; what it means, with {0} the match, {1} its first group, {e} the extension; the fix. The extension is to be
+# compiled again where that is the fix.
+_Rule = tuple[str, str, "str | Callable[[Torch | None], str]"]
 
 _CUDA_LIBRARIES = "cudart|cublas|cublasLt|nvrtc|cudnn|cusparse|cusolver|curand"
 _RULES: tuple[_Rule, ...] = (
-    (r"undefined symbol: *(\S+)", _of_another_torch),
-    (rf"(lib(?:{_CUDA_LIBRARIES}))\.so\.(\d+)\S*: cannot open", _of_another_cuda),
-    (r"((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)['`\"]? not found", _newer_system),
-    (r"compiled for Python (\d+\.\d+)", _another_python),
-    (r"(?:file too short|invalid ELF header|does not define module export function|cannot dynamically load)", _damaged),
-    (r"no kernel image is available|device kernel image is invalid|PTX was compiled with an unsupported", _another_gpu),
-    (r"driver version is insufficient|driver on your system is too old", _old_driver),
-    (r"(\S+\.so\S*): cannot open shared object file", _missing_library),
-    (r"No module named ['\"]([\w.]+)['\"]", _no_package),
-    (r"CUDA_HOME environment variable is not set|nvcc not found", _no_toolkit),
-    (r"(unsupported GNU version[^\n]*)", _old_compiler),
-    (r"[Nn]inja is required", lambda match, torch: Failure("ninja is not found", install_hints.pip("ninja"))),
+    (r"undefined symbol: *(\S+)", "{e} was built for another torch (here: {torch}): undefined symbol {1}", BUILD),
+    (
+        rf"(lib(?:{_CUDA_LIBRARIES}))\.so\.(\d+)\S*: cannot open",
+        "{e} was built for CUDA {2} and this torch brings {cuda}: {1}.so.{2} is not there",
+        BUILD,
+    ),
+    (
+        r"((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)['`\"]? not found",
+        "{e} was built on a newer system: {1} is not here",
+        BUILD,
+    ),
+    (r"compiled for Python (\d+\.\d+)", "{e} was built for Python {1}", BUILD),
+    (
+        r"file too short|invalid ELF header|does not define module export function|cannot dynamically load",
+        "{e} is damaged: {0}",
+        BUILD,
+    ),
+    (
+        r"no kernel image is available|device kernel image is invalid|PTX was compiled with an unsupported",
+        "{e} holds no code for this GPU",
+        BUILD,
+    ),
+    (
+        r"driver version is insufficient|driver on your system is too old",
+        "the NVIDIA driver is too old for {cuda}",
+        _NEWER_DRIVER,
+    ),
+    (
+        r"(\S+\.so\S*): cannot open shared object file",
+        "the library {1} is missing",
+        _ITS_PACKAGE,
+    ),
+    (r"CUDA_HOME environment variable is not set|nvcc not found", "nvcc is not found", install_hints.toolkit),
+    (r"unsupported GNU version[^\n]*", "nvcc does not work with this g++: {0}", _OLDER_COMPILER),
+    (r"[Nn]inja is required", "ninja is not found", lambda torch: install_hints.pip("ninja")),
 )
+_COMPILER_RULES: tuple[_Rule, ...] = (
+    (r"unsupported GNU version[^\n]*", "nvcc does not work with this g++ ({0})", _OLDER_COMPILER),
+    (r"Unsupported gpu architecture '([^']+)'", "this nvcc does not know the GPU ({0})", install_hints.toolkit),
+    (r"(?:fatal error: )(\S+): No such file", "a header is missing ({0})", install_hints.toolkit),
+    (r"[Cc]annot find -l(\w+)", "the linker does not find a library ({0})", install_hints.toolkit),
+    (r"No space left on device", "the disk is full ({0})", _OTHER_DISKS),
+    (r"Killed|signal 9|out of memory", "a compiler was killed, perhaps for want of memory ({0})", _ONE_JOB),
+)
+# Names to install by, where they are not the names to import by.
+_PACKAGES = {"PIL": "pillow", "pkg_resources": "setuptools"}
 
 
 def explain(text: str, torch: Torch | None) -> Failure | None:
-    """What a message means; None where it is not known.
-
-    Args:
-        text: what an exception or a compiler said.
-        torch: the torch that is here.
-    """
-    for pattern, tell in _RULES:
-        if match := re.search(pattern, text):
-            return tell(match, torch)
-    return None
-
-
-_CompilerRule = tuple[str, str, Callable[[Torch], str]]
-_COMPILER_RULES: tuple[_CompilerRule, ...] = (
-    (r"unsupported GNU version[^\n]*", "nvcc does not work with this g++", lambda torch: _OLDER_COMPILER),
-    (r"Unsupported gpu architecture '([^']+)'", "this nvcc does not know the GPU", install_hints.toolkit),
-    (r"(?:fatal error: )(\S+): No such file", "a header is missing", install_hints.toolkit),
-    (r"[Cc]annot find -l(\w+)", "the linker does not find a library", install_hints.toolkit),
-    (r"No space left on device", "the disk is full", lambda torch: "TMPDIR and TORCH_EXTENSIONS_DIR name other disks"),
-    (r"Killed|signal 9|out of memory", "a compiler was killed, perhaps for want of memory", lambda torch: _ONE_JOB),
-)
+    """The meaning of an exception's or a linker's message; None where it is not known."""
+    if match := re.search(r"No module named ['\"]([\w]+)", text):
+        fix = install_hints.pip(_PACKAGES.get(match[1], match[1]))
+        return Failure(f"the Python package {match[1]} is missing", fix)
+    return _explain(text, torch, _RULES)
 
 
 def explain_compiler(output: str, torch: Torch) -> Failure:
     """What went wrong, from the end of a compiler's output; its first error where that is not known."""
-    for pattern, what, fix in _COMPILER_RULES:
-        if match := re.search(pattern, output):
-            return Failure(f"{what} ({match[0].strip()})", fix(torch))
-    return Failure(first_error(output) or "the compiler failed", "see the log")
+    known = _explain(output, torch, _COMPILER_RULES)
+    return known or Failure(first_error(output) or "the compiler failed", "see the log")
+
+
+def _explain(text: str, torch: Torch | None, rules: tuple[_Rule, ...]) -> Failure | None:
+    for pattern, what, fix in rules:
+        if match := re.search(pattern, text):
+            names = {
+                "e": "exllamav2's compiled extension",
+                "torch": torch.version if torch else "none",
+                "cuda": f"CUDA {torch.cuda}" if torch and torch.cuda else "no CUDA",
+            }
+            what = what.format(match[0].strip(), *match.groups(), **names)
+            return Failure(what, fix if isinstance(fix, str) else fix(torch), rebuild=fix == BUILD)
+    return None
 
 
 def first_error(output: str) -> str:
     """The first line that reads like an error, the last one where none does."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    found = next((line for line in lines if re.search(r"\berror\b|\bfatal\b", line, re.IGNORECASE)), "")
-    return (found or (lines[-1] if lines else ""))[:300]
+    error = next((line for line in lines if re.search(r"\berror\b|\bfatal\b", line, re.IGNORECASE)), "")
+    return (error or (lines[-1] if lines else ""))[:300]
 
 
 def last_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The command that mends something on this machine: its Python, its package manager, sudo where that is needed."""
+"""Commands that install what is missing: with this Python, this package manager, sudo where it is needed."""
 
 from __future__ import annotations
 
@@ -12,48 +12,46 @@ from pathlib import Path
 
 from exl_cli.engines.exllamav2.extension.environment import Torch
 
-# What each package manager calls the C++ compiler and the Python headers; {v} is "3.12".
-_MANAGERS: tuple[tuple[str, str, str, str], ...] = (
-    ("apt-get", "install -y", "g++", "python{v}-dev"),
-    ("dnf", "install -y", "gcc-c++", "python{v}-devel"),
-    ("yum", "install -y", "gcc-c++", "python{v}-devel"),
-    ("zypper", "install -y", "gcc-c++", "python3-devel"),
-    ("pacman", "-S --noconfirm", "gcc", "python"),
-    ("apk", "add", "g++", "python3-dev"),
+# The package managers' names for the C++ compiler and the Python headers; {v} is "3.12".
+_MANAGERS = (
+    ("apt-get install -y", "g++", "python{v}-dev"),
+    ("dnf install -y", "gcc-c++", "python{v}-devel"),
+    ("yum install -y", "gcc-c++", "python{v}-devel"),
+    ("zypper install -y", "gcc-c++", "python3-devel"),
+    ("pacman -S --noconfirm", "gcc", "python"),
+    ("apk add", "g++", "python3-dev"),
 )
 _FIRST_CUDA_FROM_PIP = 13
 
 
-def python() -> str:
-    """This Python, as a shell takes it."""
-    return shlex.quote(sys.executable or "python3")
-
-
 def pip(*arguments: str, verb: str = "install") -> str:
     """A command that installs Python packages into this environment."""
+    python = shlex.quote(sys.executable or "python3")
     rest = " ".join(shlex.quote(argument) for argument in arguments)
     if importlib.util.find_spec("pip") is None and shutil.which("uv"):
-        return f"uv pip {verb} --python {python()} {rest}"
+        return f"uv pip {verb} --python {python} {rest}"
     yes = " -y" if verb == "uninstall" else ""
-    return f"{python()} -m pip {verb}{yes} {rest}"
+    return f"{python} -m pip {verb}{yes} {rest}"
 
 
 def compiler() -> str:
     """A command that installs a C++ compiler."""
     if _in_conda():
         return "conda install -y -c conda-forge gxx_linux-64"
-    return _system(2) or "install g++ with your system's package manager"
+    return _system(1) or "install g++ with your system's package manager"
 
 
 def headers() -> str:
     """A command that installs this Python's headers."""
     if not Path(sys.base_prefix).is_relative_to("/usr") or Path(sys.base_prefix).is_relative_to("/usr/local"):
         return "use a Python that brings its headers: those of uv, pyenv and conda do"
-    return _system(3) or f"install the headers of Python {_python_version()} with your system's package manager"
+    return _system(2) or f"install the headers of Python {_python_version()} with your system's package manager"
 
 
-def toolkit(torch: Torch) -> str:
-    """A command that installs nvcc of torch's CUDA version, into this environment where that can be done."""
+def toolkit(torch: Torch | None) -> str:
+    """A command that installs nvcc of torch's CUDA version, into this environment where possible."""
+    if torch is None:
+        return "install NVIDIA's CUDA Toolkit"
     cuda = torch.cuda or "13.0"
     if torch.cuda_major >= _FIRST_CUDA_FROM_PIP:
         # From CUDA 13 on NVIDIA's Python packages hold all of nvcc, and torch's own bring the other headers.
@@ -66,17 +64,17 @@ def toolkit(torch: Torch) -> str:
 
 
 def torch_with_cuda(torch: Torch) -> str:
-    """A command that puts a torch with CUDA in the place of one without: the default build of Linux has it."""
+    """A command that replaces a torch without CUDA: the default build of Linux has it."""
     return pip("--force-reinstall", "torch==" + torch.version.partition("+")[0])
 
 
 def pure_exllamav2() -> str:
-    """A command that puts exllamav2's sources in the place of a prebuilt wheel that does not fit."""
+    """A command that replaces a prebuilt wheel of exllamav2 with its sources."""
     return pip("--force-reinstall", "--no-deps", "exllamav2==0.3.2")
 
 
 def joined(commands: Sequence[str]) -> str:
-    """Several commands as one, each once."""
+    """Several commands in one line, each once."""
     return " && ".join(dict.fromkeys(command for command in commands if command))
 
 
@@ -86,10 +84,8 @@ def _in_conda() -> bool:
 
 
 def _system(column: int) -> str:
-    for row in _MANAGERS:
-        if shutil.which(row[0]):
-            return f"{_sudo()}{row[0]} {row[1]} {row[column].format(v=_python_version())}"
-    return ""
+    row = next((row for row in _MANAGERS if shutil.which(row[0].split()[0])), None)
+    return f"{_sudo()}{row[0]} {row[column].format(v=_python_version())}" if row else ""
 
 
 def _sudo() -> str:

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exl_cli.system.machine import available_memory, usable_cores
+from exl_cli.system.units import GIB, gib
 
-_GIB = 2**30
-PER_JOB_BYTES = round(1.7 * _GIB)
-_KEPT_FREE = _GIB
+PER_JOB_BYTES = round(1.7 * GIB)
+_KEPT_FREE = GIB
 
-# Seconds that compiling `worker.SMALLEST` took on the same core: it tells how other machines compare.
+# Seconds that the worker's small file took on the same core: it tells how other machines compare.
 SMALLEST_SECONDS = 1.0
 # Cores that share their parts, as most do, are together slower than so many times one.
 _SHARED = 1.4
@@ -36,6 +36,9 @@ class Plan:
     jobs: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.jobs} job{'s' if self.jobs > 1 else ''} ({self.reason})"
+
 
 def plan(asked: int | None = None) -> Plan:
     """As many jobs as there are cores and memory for.
@@ -50,17 +53,12 @@ def plan(asked: int | None = None) -> Plan:
     cores, free = usable_cores(), available_memory()
     by_memory = cores if free is None else max(1, (free - _KEPT_FREE) // PER_JOB_BYTES)
     if by_memory < cores:
-        return Plan(int(by_memory), f"{(free or 0) / _GIB:.1f} GiB of memory are free")
+        return Plan(int(by_memory), f"{gib(free or 0)} of memory are free")
     return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
 
 
 def weight(name: str, architectures: int = 1) -> float:
-    """CPU seconds that a file takes to make, about.
-
-    Args:
-        name: of a source or an object file.
-        architectures: for so many GPU architectures.
-    """
+    """CPU seconds that a file takes to make, about, for so many GPU architectures."""
     if "unit_exl2" in name:
         return 4.0 + (40.0 if re.search(r"\db\.", name) else 19.0) * architectures
     if ".cu" in name:
@@ -77,7 +75,7 @@ def expected_seconds(names: Iterable[str], jobs: int, architectures: int = 1, sl
         names: the files to make.
         jobs: how many at once.
         architectures: for so many GPU architectures.
-        slower: how many times longer than where the figures come from this machine takes for the same thing.
+        slower: how many times as long as on the figures' machine the small file took here.
     """
     weights = [weight(name, architectures) for name in names]
     pace = slower * (_SHARED if jobs > 1 else 1.0)

@@ -1,25 +1,73 @@
-"""Loads an extension in a process of its own and computes something with it: what may crash, crashes here.
+"""Loads an extension and computes something with it: `run` in a process of its own, where it may crash.
 
-Run as a program, with LIBRARY and perhaps ARCHS, it ends with code 0 and a line of JSON, or with a traceback and
-another code. With architectures given, GPUs that they leave out are not tried.
+As a program, with LIBRARY and ARCHS, it prints a line of JSON, or a traceback and ends with another code than 0. GPUs
+that ARCHS, where given, leave out are not tried.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
+from exl_cli.engines.exllamav2.extension import failures
 from exl_cli.engines.exllamav2.extension.compiled import MODULE, parse_archs, uncovered
+from exl_cli.engines.exllamav2.extension.environment import Torch
+from exl_cli.engines.exllamav2.extension.failures import Failure
+from exl_cli.system import processes
 
 _SCALE = 30.0
+_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a smoke test ended.
+
+    Attributes:
+        gpus: names of the GPUs that computed.
+        archs: theirs, as TORCH_CUDA_ARCH_LIST has them.
+        failure: None where all went well.
+    """
+
+    gpus: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
+    failure: Failure | None = None
+
+
+def run(library: Path, archs: tuple[str, ...], torch: Torch, log: IO[str]) -> Outcome:
+    """Load and compute in another process, for five minutes at most."""
+    try:
+        done = subprocess.run(  # noqa: S603
+            processes.command("exl_cli.engines.exllamav2.extension.smoke_test", str(library), *archs),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_SECONDS,
+            check=False,
+            text=True,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(failure=Failure("the compiled extension hangs when it is loaded", ""))
+    log.write(done.stdout + done.stderr)
+    if done.returncode < 0:
+        name = processes.signal_name(-done.returncode)
+        return Outcome(failure=Failure(f"the compiled extension crashes when it is loaded ({name})", ""))
+    if done.returncode:
+        said = failures.last_line(done.stderr)
+        known = failures.explain(said, torch)
+        return Outcome(failure=known or Failure(f"the compiled extension does not load: {said}", ""))
+    facts = json.loads(failures.last_line(done.stdout))
+    return Outcome(tuple(facts["gpus"]), tuple(facts["archs"]))
 
 
 def load(library: Path) -> ModuleType:
-    """The module in that file, under the name by which exllamav2 looks for it.
+    """The module in that file, under the name that exllamav2 imports.
 
     Raises:
         ImportError: it does not fit; see `failures.explain`.
@@ -34,8 +82,8 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-def compute(module: Any, archs: tuple[str, ...] = ()) -> list[str]:
-    """Run one of its kernels on each GPU, or each that `archs` cover, and compare with torch; the GPUs' names.
+def compute(module: Any, archs: tuple[str, ...] = ()) -> list[int]:
+    """Run one of its kernels on each GPU, or each that `archs` cover, and compare with torch; those GPUs.
 
     Torch computes on the CPU: on a GPU each of its own kernels would have to be loaded first.
 
@@ -46,7 +94,7 @@ def compute(module: Any, archs: tuple[str, ...] = ()) -> list[str]:
 
     given = torch.linspace(-100, 100, 512, dtype=torch.half)
     expected = torch.tanh(given.float() / _SCALE) * _SCALE
-    names = []
+    tried = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if archs and uncovered(archs, [torch.cuda.get_device_capability(index)]):
             continue
@@ -56,8 +104,8 @@ def compute(module: Any, archs: tuple[str, ...] = ()) -> list[str]:
         # A kernel for which there is no code is not run at all and leaves its input as it was.
         if not torch.allclose(result.cpu().float(), expected, rtol=0.01, atol=0.05):
             raise RuntimeError(f"no kernel image is available for {torch.cuda.get_device_name(index)}, or it is broken")
-        names.append(torch.cuda.get_device_name(index))
-    return names
+        tried.append(index)
+    return tried
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -69,6 +117,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def main() -> None:
     """The process."""
+    import torch
+
     module = load(Path(sys.argv[1]))
     try:
         gpus = compute(module, parse_archs(" ".join(sys.argv[2:])))
@@ -76,7 +126,9 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         gpus = []  # others fill the GPU: nothing against the extension
-    sys.stdout.write(json.dumps({"gpus": gpus}) + "\n")
+    archs = sorted({torch.cuda.get_device_capability(index) for index in gpus})
+    names = [torch.cuda.get_device_name(index) for index in gpus]
+    sys.stdout.write(json.dumps({"gpus": names, "archs": [f"{major}.{minor}" for major, minor in archs]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What compiling takes: nvcc of torch's CUDA version, a C++ compiler, ninja and Python's headers.
+"""The tools to compile with: nvcc of torch's CUDA version, a C++ compiler, ninja and Python's headers.
 
 They are looked for further than torch does: ninja also beside this Python, which is not on PATH where a virtual
-environment was not activated, and nvcc also where NVIDIA's Python packages put it. `environment` then says it in the
-variables that torch reads.
+environment was not activated, and nvcc also where NVIDIA's Python packages put it. `variables` tells torch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -28,12 +27,12 @@ _HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 @dataclass(frozen=True)
 class Tool:
-    """One thing that compiling takes.
+    """One of the tools.
 
     Attributes:
-        name: what people call it.
-        path: where it is; None where it is not.
-        version: its version, where it has one.
+        name: as people call it.
+        path: None where it is not there.
+        version: empty where it has none.
         problem: what is wrong, in a few words; empty where nothing is.
         fix: the command that mends it.
     """
@@ -47,7 +46,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """All of it."""
+    """All of them."""
 
     nvcc: Tool
     compiler: Tool
@@ -64,57 +63,52 @@ class Toolchain:
         """Those that something is wrong with."""
         return [tool for tool in self.tools if tool.problem]
 
-    @property
-    def cuda_home(self) -> Path | None:
-        """The toolkit's folder."""
-        return self.nvcc.path.parent.parent if self.nvcc.path else None
-
 
 def find(torch: Torch) -> Toolchain:
-    """Look for everything that compiling for this torch takes."""
+    """The tools for this torch."""
     return Toolchain(nvcc(torch), compiler(), ninja(), headers())
 
 
-def environment(tools: Toolchain, libraries: Path) -> dict[str, str]:
-    """Variables under which torch finds the tools.
+def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
+    """The environment in which torch finds the tools.
 
     Args:
-        tools: a toolchain without problems.
-        libraries: a folder of the build's own, where the linker is to find what the toolkit has under another name.
+        tools: without problems.
+        libraries: a folder to make for names that the linker looks for and the toolkit lacks.
     """
-    found = dict(os.environ)
+    environment = dict(os.environ)
     folders = [str(tool.path.parent) for tool in (tools.ninja, tools.nvcc) if tool.path]
-    found["PATH"] = os.pathsep.join([*folders, found.get("PATH", os.defpath)])
-    home = tools.cuda_home
-    if home is not None:
-        found["CUDA_HOME"] = str(home)
+    environment["PATH"] = os.pathsep.join([*folders, environment.get("PATH", os.defpath)])
+    if tools.nvcc.path:
+        home = tools.nvcc.path.parent.parent
+        environment["CUDA_HOME"] = str(home)
         if _runtime(home, "libcudart.so") is None and (numbered := _runtime(home, "libcudart.so.*")):
-            # NVIDIA's Python packages leave out the name that the linker looks for.
+            # NVIDIA's Python packages hold libcudart.so.13 alone.
             libraries.mkdir(parents=True, exist_ok=True)
             link = libraries / "libcudart.so"
             link.unlink(missing_ok=True)
             link.symlink_to(numbered)
-            found["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), found.get("LIBRARY_PATH")]))
-    return found
+            paths = filter(None, [str(libraries), environment.get("LIBRARY_PATH")])
+            environment["LIBRARY_PATH"] = os.pathsep.join(paths)
+    return environment
 
 
 def nvcc(torch: Torch) -> Tool:
-    """CUDA's compiler, of torch's major version; one of another is told as a problem."""
-    others: list[Tool] = []
+    """CUDA's compiler, of torch's major version; if there are only others, the problem of the first."""
+    fix = install_hints.toolkit(torch)
+    first = Tool("nvcc", problem="is not found", fix=fix)
     for path in _nvccs(torch):
         version = _version([str(path), "--version"], r"release (\d+\.\d+)")
         if not version:
-            others.append(Tool("nvcc", path, problem="does not run", fix=install_hints.toolkit(torch)))
+            problem = "does not run"
         elif int(version.split(".")[0]) != torch.cuda_major:
             problem = f"is of CUDA {version}, and torch {torch.version} needs CUDA {torch.cuda_major}"
-            others.append(Tool("nvcc", path, version, problem, install_hints.toolkit(torch)))
         elif missing := _missing_header(path.parent.parent):
-            others.append(Tool("nvcc", path, version, f"comes without {missing}", install_hints.toolkit(torch)))
+            problem = f"comes without {missing}"
         else:
             return Tool("nvcc", path, version)
-    if others:
-        return others[0]
-    return Tool("nvcc", problem="is not found", fix=install_hints.toolkit(torch))
+        first = first if first.path else Tool("nvcc", path, version, problem, fix)
+    return first
 
 
 def compiler() -> Tool:
@@ -125,10 +119,7 @@ def compiler() -> Tool:
     if path is None:
         return Tool(name, problem="is not found", fix=install_hints.compiler())
     # gcc of 7 and later tells its whole version by the first flag, earlier ones and clang by the second.
-    version = _version([*command, "-dumpfullversion", "-dumpversion"], r"(\d+(?:\.\d+)*)")
-    if not version:
-        return Tool(name, Path(path), problem="does not run", fix=install_hints.compiler())
-    return Tool(name, Path(path), version)
+    return _running(name, [*command, "-dumpfullversion", "-dumpversion"], Path(path), install_hints.compiler())
 
 
 def ninja() -> Tool:
@@ -136,21 +127,20 @@ def ninja() -> Tool:
     fix = install_hints.pip("ninja")
     for folder in (None, sysconfig.get_path("scripts"), str(Path(sys.executable).parent)):
         if path := shutil.which("ninja", path=folder):
-            return _ninja(Path(path), fix)
+            return _running("ninja", [path, "--version"], Path(path), fix)
     try:
-        listed = files("ninja") or []
+        listed = [Path(str(entry.locate())) for entry in files("ninja") or [] if entry.name == "ninja"]
     except PackageNotFoundError:
         listed = []
     for entry in listed:
-        path_ = Path(str(entry.locate()))
-        if entry.name == "ninja" and os.access(path_, os.X_OK) and path_.is_file():
-            return _ninja(path_, fix)
+        if entry.is_file() and os.access(entry, os.X_OK):
+            return _running("ninja", [str(entry), "--version"], entry, fix)
     return Tool("ninja", problem="is not found", fix=fix)
 
 
-def _ninja(path: Path, fix: str) -> Tool:
-    version = _version([str(path), "--version"], r"(\d+(?:\.\d+)*)")
-    return Tool("ninja", path, version, "" if version else "does not run", "" if version else fix)
+def _running(name: str, command: list[str], path: Path, fix: str) -> Tool:
+    version = _version(command, r"(\d+(?:\.\d+)*)")
+    return Tool(name, path, version) if version else Tool(name, path, problem="does not run", fix=fix)
 
 
 def headers() -> Tool:
@@ -162,12 +152,9 @@ def headers() -> Tool:
 
 
 def _nvccs(torch: Torch) -> Iterator[Path]:
-    """Every nvcc at the usual places whose toolkit has its headers beside it, the one torch would take first."""
-    seen = set()
-    for home in _homes(torch):
-        path = home / "bin" / "nvcc"
-        if path.is_file() and os.access(path, os.X_OK) and path not in seen:
-            seen.add(path)
+    """Every nvcc at the usual places, torch's own first choice first."""
+    for path in dict.fromkeys(home / "bin" / "nvcc" for home in _homes(torch)):
+        if path.is_file() and os.access(path, os.X_OK):
             yield path
 
 
@@ -176,9 +163,11 @@ def _homes(torch: Torch) -> Iterator[Path]:
         if chosen := os.environ.get(variable):
             yield Path(chosen)
     if on_path := shutil.which("nvcc"):
-        # torch takes the folder above an nvcc on PATH; the same one makes the same build file.
+        # torch takes the folder above an nvcc on PATH. That may be a link or a script that starts the real one.
         yield Path(on_path).parent.parent
-        yield _behind(Path(on_path))
+        dry_run = _output([on_path, "--dryrun", "-x", "cu", os.devnull])
+        if told := re.search(r"^#\$ _HERE_=(.+)$", dry_run, re.MULTILINE):
+            yield Path(told[1].strip()).parent
     if prefix := os.environ.get("CONDA_PREFIX"):
         yield Path(prefix)
     # NVIDIA's packages lie beside torch, wherever that is installed.
@@ -186,13 +175,6 @@ def _homes(torch: Torch) -> Iterator[Path]:
     for root in (Path("/usr/local"), Path("/opt")):
         yield root / "cuda"
         yield from sorted(root.glob(f"cuda-{torch.cuda_major}*"), reverse=True)
-
-
-def _behind(nvcc: Path) -> Path:
-    """The toolkit that an nvcc belongs to. It may be a link or a script that starts the real one, so it is asked."""
-    told = re.search(r"^#\$ _HERE_=(.+)$", _output([str(nvcc), "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
-    home = Path(told[1].strip()).parent if told else nvcc.parent.parent
-    return home if (home / "bin" / "nvcc").is_file() else nvcc.parent.parent
 
 
 def _missing_header(home: Path) -> str:
@@ -211,11 +193,11 @@ def _version(command: list[str], pattern: str) -> str:
     return match[1] if match else ""
 
 
-def _output(command: list[str], env: Mapping[str, str] | None = None) -> str:
-    """What a program prints, on both streams; empty where it cannot be run or does not end."""
+def _output(command: list[str]) -> str:
+    """Both streams of a program; empty where it cannot be run, fails or does not end."""
     try:
         done = subprocess.run(  # noqa: S603 - a compiler found where compilers are
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False, env=env
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
