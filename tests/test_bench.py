@@ -328,6 +328,13 @@ def test_the_built_in_model_for_real(tmp_path: Path) -> None:
     assert value["environment"]["torch"].startswith("2.")
 
 
+def test_nothing_of_a_benchmark_imports_pydantic_before_it_reads_a_record() -> None:
+    # The worker has no typer, and its time to import is one of the figures.
+    # typer 0.29 imports pydantic in any command, which is not ours to change.
+    code = "import sys, exl_cli, exl_cli.bench.runner, exl_cli.ui.bench; print('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_ctrl_c_at_a_terminal_ends_the_worker_too() -> None:
     # The first test is over in no time, so that there is something to report.
     args = ["-m", "exl_cli", "bench", "-p", "2", "-n", "2", "-r", "1000", "--engine", "cpu"]

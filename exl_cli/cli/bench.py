@@ -121,7 +121,7 @@ def bench(
         chosen = samplings.build(sampling.given, sampling.preset, {})
         loadings = plan.loadings(loading, caches)
         jobs = runner.jobs(models or [None], models_dir, loadings, settings, chosen, perplexity)
-        with bench.progress(console) as observer:
+        with bench.Measuring(console) as observer:
             result, failure = runner.run(jobs, state.load, observer, debug=state.debug)
         if not result.runs:
             # Nothing was measured: there is nothing to print, and no good file to replace by an empty one.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.bench import limits, outputs
@@ -12,6 +10,7 @@ from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
 from exl_cli.bench.result import Measured, Result, Run, mean
 from exl_cli.ui.console import Console, harmless
 from exl_cli.ui.models import cells, show, table
+from exl_cli.ui.progress import Live, bar_column, text_column
 
 if TYPE_CHECKING:
     from exl_cli.bench.runner import Progress
@@ -29,71 +28,39 @@ _MARKS = {
 _STYLES = {"faster": "green", "slower": "bold red", "same": "dim", "noise": "dim", "unclear": "yellow"}
 
 
-class Live:
-    """Tells how a benchmark is going; see `bench.runner.Observer`. A bar on a terminal, plain lines elsewhere."""
+class Measuring(Live):
+    """A benchmark; see `bench.runner.Observer`."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._clock = console, clock
-        self._bar: Any = None
-        self._task: Any = None
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
         self._last_line = float("-inf")
         self._model = ""
 
-    def start(self) -> None:
-        """Show the bar."""
-        if self._console.quiet or not self._console.err.is_terminal:
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.table import Column
+    def __enter__(self) -> Measuring:
+        if self._console.is_live:
+            from rich.progress import MofNCompleteColumn, TextColumn
 
-        what = TextColumn(
-            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)
-        )
-        bar = BarColumn(table_column=Column(ratio=1))
-        left = TextColumn("{task.fields[left]}", markup=False)
-        self._bar = Progress(
-            what, bar, MofNCompleteColumn(), left, console=self._console.err, expand=True, transient=True
-        )
-        self._task = self._bar.add_task("starting", total=None, left="")
-        self._bar.start()
+            left = TextColumn("{task.fields[left]}", markup=False)
+            bars = self._make_bars(text_column("{task.description}", ratio=3), bar_column(), MofNCompleteColumn(), left)
+            self._task = bars.add_task("starting", total=None, left="")
+            bars.start()
+        return self
 
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def note(self, message: str) -> None:
-        """See `bench.runner.Observer.note`."""
-        self._console.note(message)
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def update(self, progress: Progress) -> None:
-        """See `bench.runner.Observer.update`."""
+        """See `Observer.update`."""
         left = "" if progress.eta_seconds is None else f"{_duration(progress.eta_seconds)} left"
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                description=harmless(progress.what),
-                total=progress.total,
-                completed=progress.done,
-                left=left,
-            )
+        done, total = progress.done, progress.total
+        if self._bars is not None:
+            what = harmless(progress.what)
+            self._bars.update(self._task, description=what, completed=done, total=total, left=left)
             return
-        now, model = self._clock(), progress.what.rpartition(": ")[0]
+        now, model = time.monotonic(), progress.what.rpartition(": ")[0]
         if model != self._model or now - self._last_line >= _LINE_EVERY_SECONDS:
             self._model, self._last_line = model, now
-            self._console.note(f"{progress.done}/{progress.total} {progress.what}{left and ', ' + left}")
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Live]:
-    """A `Live` whose bar is gone when it is left, however that happens."""
-    live = Live(console)
-    live.start()
-    try:
-        yield live
-    finally:
-        live.stop()
+            self.note(f"{done}/{total} {progress.what}{left and ', ' + left}")
 
 
 def tables(console: Console, result: Result) -> None:
