@@ -14,16 +14,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from helper_parent import ENDLESS
 from hostile_templates import HOSTILE
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl_cli.errors import ExitCode, PromptError
 from exl_cli.models import template_worker
-from exl_cli.models.chat_template import ChatTemplate
+from exl_cli.models.chat_template import ChatTemplate, load_format
 from exl_cli.models.template_helper import TemplateHelper
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HERE = Path(__file__).parent
 HURRIED = TemplateHelper(deadline=0.1)  # what attacks time takes years: no need to wait seconds for it
 HELPER = TemplateHelper()
 
@@ -106,42 +107,9 @@ def test_the_time_is_that_of_the_caller(monkeypatch):
     time.tzset()
 
 
-# What a program could do that broke out of Jinja into Python, with every module at hand that it may wish for.
-BROKEN_OUT = """
-import ctypes, json, os, resource, runpy, socket, subprocess, sys, threading
-worker = runpy.run_path(sys.argv[1])
-worker["give_up"](512 << 20)
-attempts = {
-    "read": lambda: open("/etc/passwd"),
-    "write": lambda: open(sys.argv[2], "w"),
-    "list": lambda: os.listdir("/"),
-    "socket": lambda: socket.socket(),
-    "pipe": os.pipe,
-    "import": lambda: __import__("sqlite3"),
-    "fork": os.fork,
-    "program": lambda: subprocess.Popen([sys.executable, "-c", "1"]),
-    "thread": lambda: threading.Thread(target=int).start(),
-    "memory": lambda: bytearray(512 << 20),
-    "more files": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)),
-    "more memory": lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40)),
-    "environment": lambda: os.environ["SECRET"],
-}
-outcome = {}
-for name, attempt in attempts.items():
-    try:
-        outcome[name] = repr(attempt())
-    except (OSError, MemoryError, KeyError, ValueError, ImportError, RuntimeError) as error:
-        outcome[name] = ""
-libc = ctypes.CDLL(None)
-libc.getenv.restype = ctypes.c_char_p
-outcome["libc's environment"] = (libc.getenv(b"SECRET") or b"").decode()
-print(json.dumps(outcome))
-"""
-
-
 def test_python_without_jinja_around_it_reaches_nothing(tmp_path):
-    worker, file = template_worker.__file__, str(tmp_path / "written")
-    command = [sys.executable, "-I", "-S", "-c", BROKEN_OUT, worker, file]
+    program = [str(HERE / "broken_out.py"), template_worker.__file__, str(tmp_path / "written")]
+    command = [sys.executable, "-I", "-S", *program]
     done = subprocess.run(command, env={"SECRET": "x"}, capture_output=True, text=True, check=True, timeout=60)
     outcome = json.loads(done.stdout)
     assert len(outcome) == 14
@@ -224,6 +192,10 @@ def test_a_fork_starts_its_own():
     assert render("x", helper) == "x"
 
 
+def test_it_starts_with_the_models_format(exl2_dir):
+    assert load_format(exl2_dir).helper.pid is not None
+
+
 def test_it_starts_ahead_and_ends_with_its_object():
     helper = TemplateHelper()
     helper.start()
@@ -235,25 +207,9 @@ def test_it_starts_ahead_and_ends_with_its_object():
     assert has_ended(process)
 
 
-PARENT = """
-import os, signal, sys
-from exl_cli.models.template_helper import TemplateHelper
-helper = TemplateHelper(deadline=1)
-helper.render("x", {})
-print(helper.pid, flush=True)
-sys.stdin.readline()
-if sys.argv[1] == "left":
-    os._exit(0)
-if sys.argv[1] == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
-signal.setitimer(signal.ITIMER_REAL, 0.3)
-helper.render(sys.argv[2], {})
-"""
-
-
 @pytest.mark.parametrize("end", ["left", "killed", "killed while it renders"])
 def test_it_ends_with_its_parent(end):
-    command = [sys.executable, "-c", PARENT, end, ENDLESS]
+    command = [sys.executable, str(HERE / "helper_parent.py"), end]
     parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process = os.pidfd_open(int(parent.stdout.readline()))
     parent.communicate("\n")

@@ -16,7 +16,7 @@ import time
 import weakref
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from exl_cli.models import template_worker
 from exl_cli.models.template_worker import FAILED, HEADER, SIZE, STOPPED, TEXT, max_text
@@ -86,12 +86,14 @@ class TemplateHelper:
             return reply
 
     def _ask(self, request: bytes) -> Reply:
+        began = time.monotonic()
         if self._worker is not None:
             with contextlib.suppress(EOFError):  # it may have been killed since the last rendering
                 return self._worker.ask(request, self._deadline)
             self._end()
+        left = self._deadline - (time.monotonic() - began)
         self._worker = _Worker(self._deadline)
-        return self._worker.ask(request, self._deadline)
+        return self._worker.ask(request, left)
 
     def _end(self) -> None:
         if self._worker is not None:
@@ -141,7 +143,8 @@ class _Worker:
             env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
             start_new_session=True,
         )
-        self._input, self._output = (stream.fileno() for stream in _pipes(self._process))
+        stdin, stdout = self._process.stdin, self._process.stdout
+        self._input, self._output = (stream.fileno() for stream in (stdin, stdout) if stream is not None)
         os.set_blocking(self._input, False)
         self._started = False
         self.pid = self._process.pid
@@ -186,8 +189,7 @@ class _Worker:
     def forget(self) -> None:
         """In a forked process: close the pipes and let the process live."""
         self.end.detach()
-        for stream in _pipes(self._process):
-            stream.close()
+        _close(self._process)
 
 
 def _wait(file: int, event: int, end: float) -> None:
@@ -200,10 +202,11 @@ def _wait(file: int, event: int, end: float) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)  # it leads a session
+    _close(process)
     process.wait()
-    for stream in _pipes(process):
-        stream.close()
 
 
-def _pipes(process: subprocess.Popen[bytes]) -> list[IO[bytes]]:
-    return [stream for stream in (process.stdin, process.stdout) if stream is not None]
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

@@ -112,18 +112,14 @@ def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
 
     class SafeNamespace(Namespace):
         def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-            values = dict(*args, **kwargs)
-            for name in values:
-                check_name(name)
-            super().__init__(values)
+            super().__init__()
+            for name, value in dict(*args, **kwargs).items():
+                self[name] = value
 
         def __setitem__(self, name: str, value: Any) -> None:
-            check_name(name)
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"it sets the attribute {name!r}")
             super().__setitem__(name, value)
-
-    def check_name(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"it sets the attribute {name!r}")
 
     def refuse(message: object = "") -> None:
         raise RefusedError(str(message).strip() or "it does not say why")
