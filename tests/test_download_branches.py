@@ -11,8 +11,8 @@ from fakehub import FakeHub, Repository
 from helpers import exl
 from hubtools import Fetcher, config, shell
 
-from exl_cli.models.hub.branches import Branch, describe
-from exl_cli.models.memory import GIB
+from exl_cli.models.hub.branches import Branch, describe, fit_warning
+from exl_cli.models.memory import GIB, Gpu
 
 # Mistral 7B's dimensions, and the sizes of real quantizations of it.
 MISTRAL: dict[str, Any] = {
@@ -158,6 +158,16 @@ def test_the_table_names_the_cards_that_are_here(hub: FakeHub, repository: Repos
     none = exl("download", repository.id, "--branches", env={**env, "CUDA_VISIBLE_DEVICES": ""})
     assert none.stderr == "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB\n"
     assert exl("download", repository.id, "--branches", "--vram", "much", env=env).returncode == 2
+
+
+@pytest.mark.parametrize("odd", [{"hidden_size": 10**400}, {"quantization_config": [1]}, {"architectures": {"a": 1}}])
+def test_an_odd_config_is_no_obstacle_to_a_download(hub: FakeHub, tmp_path: Path, odd: dict[str, Any]) -> None:
+    hub.repository("acme/odd", {"config.json": config(**{**MISTRAL, **odd}), "model.safetensors": b"w", **SMALL})
+    fetch = Fetcher(hub, tmp_path)
+    fetch("acme/odd")
+    assert (tmp_path / "acme_odd" / "model.safetensors").read_bytes() == b"w"
+    assert fetch.watcher.plan is not None
+    assert isinstance(fit_warning(fetch.watcher.plan, [Gpu("card", GIB, GIB)]), str)
 
 
 def test_a_download_that_will_not_fit_is_said_before_it(hub: FakeHub, tmp_path: Path) -> None:

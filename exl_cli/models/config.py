@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -120,6 +120,24 @@ def require_regular(path: Path) -> None:
     """
     if not path.is_file():
         raise DamagedModelError(f"{path} is not a regular file", "download the file again")
+
+
+def with_quantization(config: dict[str, Any], read_older: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A config.json with the quantization's parameters: GPTQ checkpoints made before 2024 keep them in another file.
+
+    Args:
+        config: from config.json.
+        read_older: reads quantize_config.json; empty where there is none.
+    """
+    if isinstance(config.get("quantization_config"), dict) or not (older := read_older()):
+        return config
+    return {**config, "quantization_config": {"quant_method": "gptq", **older}}
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization's parameters; empty where there are none."""
+    value = config.get("quantization_config")
+    return value if isinstance(value, dict) else {}
 
 
 def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:

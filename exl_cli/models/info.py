@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exl_cli.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError
-from exl_cli.models.config import check_layers, check_values, context_length_of, in_layer, read_json, value_of
+from exl_cli.models.config import (
+    check_layers,
+    check_values,
+    context_length_of,
+    in_layer,
+    quantization_of,
+    read_json,
+    value_of,
+    with_quantization,
+)
 from exl_cli.models.formats.headers import TensorHeader, read_header
 
 Format = Literal["exl2", "gptq", "float"]
@@ -56,16 +65,12 @@ class ModelInfo:
     def format_name(self) -> str:
         """The format and its bits, as people write it: "EXL2 5.0 bpw", "GPTQ 4-bit g128", "float16"."""
         if self.format == "exl2":
-            bits = self._quantization().get("bits")
+            bits = quantization_of(self.config).get("bits")
             return f"EXL2 {float(bits) if isinstance(bits, (int, float)) else self.bits_per_weight:.1f} bpw"
         if self.format == "gptq":
             group = f" g{self.group_size}" if self.group_size and self.group_size > 0 else ""
             return f"GPTQ 4-bit{group}{' act-order' if self.desc_act else ''}"
         return f"float{self.bits_per_weight:.0f}"
-
-    def _quantization(self) -> dict[str, Any]:
-        value = self.config.get("quantization_config")
-        return value if isinstance(value, dict) else {}
 
     def text_config(self, key: str, default: Any = None) -> Any:
         """A value of config.json; see `configs.value_of`."""
@@ -99,13 +104,8 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
         _refuse_other_kinds(path)
         _refuse_no_model(path)
     config = read_json(path / "config.json", required=True)
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        # GPTQ checkpoints made before 2024 keep it in a separate file.
-        quantization = read_json(path / "quantize_config.json")
-        if quantization:
-            config = {**config, "quantization_config": {"quant_method": "gptq", **quantization}}
-            quantization = config["quantization_config"]
+    config = with_quantization(config, lambda: read_json(path / "quantize_config.json"))
+    quantization = quantization_of(config)
     refuse_method(path, quantization)
     check_values(path, config)
     files = weight_files(path)

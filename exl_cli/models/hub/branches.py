@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exl_cli.errors import ExlError
 from exl_cli.models import memory
-from exl_cli.models.config import context_length_of
+from exl_cli.models.config import context_length_of, quantization_of
 from exl_cli.models.hub.client import Hub
 from exl_cli.models.hub.files import Choice, Listing, check_runnable, select, weight_bytes
 from exl_cli.models.hub.names import Repository
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 4
 _USUAL_CONTEXT = 4096
+# Raised where a config.json holds values of other kinds, or of other orders, than a model's.
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards:
         needed = memory.estimate(info, min(context, info.context_length), cache)
     except ExlError as error:
         return replace(branch, problem=error.message.removeprefix(f"{listing.repository} "))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except _ODD:
         return replace(branch, problem="config.json does not describe a model")
     return replace(
         branch,
@@ -110,7 +112,7 @@ def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards:
 
 def from_config(listing: Listing, config: dict[str, Any], size_bytes: int) -> ModelInfo:
     """A model whose weights are not here, from its config.json and the bytes of its weights."""
-    quantization = config.get("quantization_config") or {}
+    quantization = quantization_of(config)
     method = str(quantization.get("quant_method", "")).lower()
     format_: Format = "gptq" if method == "gptq" else "float"
     if method == "exl2" or (not method and _looks_like_exl2(listing)):
@@ -157,8 +159,11 @@ def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
     """A line, before the download, about a model that will not fit the GPUs here; else empty."""
     if not gpus or not plan.config:
         return ""
-    info = from_config(plan.listing, plan.config, weight_bytes([item.file for item in plan.items]))
-    needed = memory.estimate(info, min(_USUAL_CONTEXT, info.context_length))
+    try:
+        info = from_config(plan.listing, plan.config, weight_bytes([item.file for item in plan.items]))
+        needed = memory.estimate(info, min(_USUAL_CONTEXT, info.context_length))
+    except _ODD:
+        return ""
     if needed is None or memory.fits(needed, [gpu.total for gpu in gpus]):
         return ""
     need = f"{needed.total / memory.GIB:.1f}"

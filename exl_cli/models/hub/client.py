@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from exl_cli.errors import DownloadError, UsageError, param
+from exl_cli.models.config import with_quantization
 from exl_cli.models.hub import failures
 from exl_cli.models.hub.failures import BrokenTransferError, Patience
 from exl_cli.models.hub.files import File, Listing
@@ -148,19 +149,13 @@ class Hub:
         return replace(listing, files=tuple(map(identified, listing.files)))
 
     def read_config(self, listing: Listing) -> dict[str, Any]:
-        """config.json of a revision; empty where it has none.
-
-        `quantization_config` is filled in from quantize_config.json where only that has it.
+        """config.json of a revision, with its quantization; empty where it has none.
 
         Raises:
             DownloadError: it is not a JSON object.
         """
         config = self._read_json(listing, "config.json")
-        if config and not isinstance(config.get("quantization_config"), dict):
-            older = self._read_json(listing, "quantize_config.json")
-            if older:
-                config["quantization_config"] = {"quant_method": "gptq", **older}
-        return config
+        return with_quantization(config, lambda: self._read_json(listing, "quantize_config.json")) if config else {}
 
     def _read_json(self, listing: Listing, name: str) -> dict[str, Any]:
         file = next((file for file in listing.files if file.name == name), None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli.errors import DiskError, DownloadError, UnsupportedModelError, UsageError, param
+from exl_cli.models.config import quantization_of
 from exl_cli.models.hub.names import Repository, is_safe
 from exl_cli.models.info import refuse_method
 
@@ -190,7 +191,7 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         raise UsageError(f"no file of {where} matches", f"look at its files with {include} '*' {param('dry_run')}")
     if choice.include:
         return
-    refuse_method(Path(where), config.get("quantization_config") or {})
+    refuse_method(Path(where), quantization_of(config))
     if weight_bytes(chosen):
         if not config:
             raise DownloadError(
