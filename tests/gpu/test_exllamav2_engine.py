@@ -228,7 +228,7 @@ def test_closing_gives_the_memory_back(exl2_dir: Path) -> None:
 def test_gpu_split_places_the_model(exl2_dir: Path) -> None:
     engine = load(exl2_dir, gpu_split=(8.0,))
     assert collect(engine.stream(request_for(IDS, "greedy", 5)))[2].new_tokens == 5
-    with pytest.raises(UsageError, match="--gpu-split"):
+    with pytest.raises(UsageError, match=r"gpu.split"):
         load(exl2_dir, gpu_split=(0.001,))
 
 

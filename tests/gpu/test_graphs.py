@@ -122,24 +122,6 @@ def test_what_cannot_be_captured_runs_without_and_leaves_torch_as_it_was(when: s
     assert torch.cuda.memory_reserved() <= before
 
 
-def test_an_interrupt_before_the_capture_makes_no_graph_of_what_came_next() -> None:
-    graphs = Graphs(True)
-    out = torch.zeros(4, device="cuda")
-
-    def uses() -> None:
-        for _ in range(2):
-            assert not graphs.replay("one")
-            graphs.run("one", lambda: out.fill_(1), nothing)
-        # Here one came.
-        assert not graphs.replay("other")
-        graphs.run("other", lambda: out.fill_(2), nothing)
-        graphs.capture()
-        assert not graphs.replay("one")
-        assert not graphs.replay("other")
-
-    in_thread(uses)
-
-
 def test_work_that_fails_is_not_captured() -> None:
     graphs = Graphs(True)
     out = torch.zeros(4, device="cuda")

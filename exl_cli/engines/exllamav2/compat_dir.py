@@ -1,7 +1,7 @@
 """A folder as exllamav2 wants to read it.
 
 exllamav2 0.3.2 takes a folder and reads it by the conventions of early 2025. Where a model follows newer or older ones
-it computes something else without a word:
+it computes something else without saying so:
 
 - transformers 5 writes rotary settings as `rope_parameters`; exllamav2 knows `rope_theta` and `rope_scaling` only and
   falls back to a base of 10,000;
@@ -10,7 +10,7 @@ it computes something else without a word:
 - it loads every .safetensors file there is, also a second copy of the weights (Mistral's `consolidated.safetensors`);
 - it stops with an assertion where config.json names two architectures or both `type` and `rope_type`.
 
-So it is given a temporary folder of links to the right files and a config.json in its own terms.
+So it gets a temporary folder of links to the right files and a config.json in its own terms.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ from exl_cli.models.info import ModelInfo
 
 def legacy_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json in exllamav2's terms: same meaning, older names."""
-    out = dict(config)
-    for key in ("text_config",):
-        if isinstance(out.get(key), dict):
-            out[key] = _legacy_rope(out[key])
-    out = _legacy_rope(out)
-    architectures = out.get("architectures")
-    if isinstance(architectures, list):
-        out["architectures"] = architectures[:1]
+    out = _legacy_rope(config)
+    if isinstance(out.get("text_config"), dict):
+        out["text_config"] = _legacy_rope(out["text_config"])
+    if isinstance(out.get("architectures"), list):
+        out["architectures"] = out["architectures"][:1]
     return out
 
 
@@ -61,13 +58,13 @@ def _legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def folder_for_exllamav2(info: ModelInfo) -> Iterator[Path]:
-    """The model as a temporary folder of links; it must exist until the weights are loaded."""
+    """A temporary folder of links to the model's files; it must exist until the weights are loaded."""
     with tempfile.TemporaryDirectory(prefix="exl-") as name:
-        view = Path(name)
+        folder = Path(name)
         for file in info.path.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
-                (view / file.name).symlink_to(file.resolve())
+                (folder / file.name).symlink_to(file.resolve())
         for file in {tensor.file for tensor in info.tensors.values()}:
-            (view / file.name).symlink_to(file.resolve())
-        (view / "config.json").write_text(json.dumps(legacy_config(info.config)), encoding="utf-8")
-        yield view
+            (folder / file.name).symlink_to(file.resolve())
+        (folder / "config.json").write_text(json.dumps(legacy_config(info.config)), encoding="utf-8")
+        yield folder

@@ -1,8 +1,8 @@
-"""Passes as CUDA graphs: one launch instead of several hundred.
+"""Forward passes as CUDA graphs: one launch instead of several hundred.
 
 A pass that is repeated is captured at its second use, after one ordinary run in which kernels were compiled: so a
 short answer does not pay for a graph. The second use is an ordinary run as well, and the capture comes while the GPU is
-busy with it: so nobody waits for one, and what a library sets up for each thread, as cuBLAS does by an allocation that
+busy with it: nobody waits for one, and what a library sets up for each thread, as cuBLAS does by an allocation that
 no capture survives, is there. All graphs share one memory pool, as only one runs at a time.
 """
 
@@ -22,12 +22,10 @@ _log = logging.getLogger(__name__)
 
 
 class Graphs:
-    """Runs passes, by graphs where they can be had.
-
-    Args:
-        usable: whether to capture at all; as an attribute, False from the first capture on that failed.
+    """Runs forward passes, by graphs where they can be captured.
 
     Attributes:
+        usable: whether to capture; False from the first capture on that failed.
         why_not: what that one failed with.
     """
 
@@ -41,7 +39,6 @@ class Graphs:
 
     def replay(self, key: Hashable) -> bool:
         """Start the graph of this work on the current stream, if there is one; whether there was."""
-        self._due = None  # of a pass that was interrupted
         graph = self._graphs.get(key)
         if graph is None:
             return False
