@@ -327,11 +327,14 @@ def check_disk(plan: Plan) -> None:
 def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
     folder, listing = plan.wanted.folder, plan.listing
     to_install = [item.file for item in plan.items if item.state != "here"]
-    if not to_install and store.read_marker(folder) is not None:
+    marker, old = _marker(plan), store.read_marker(folder)
+    if old is not None and not to_install:
+        if marker != old:
+            with store.explained(folder):
+                store.write_marker(folder, marker)
         return
     for file in to_install:
         store.check_destination(folder, file.name)
-    marker = _marker(plan)
     store.prepare_staging(folder, marker)
     observer.begin(plan)
     stop = threading.Event()

@@ -13,7 +13,7 @@ from typing import Any
 
 from exl_cli.errors import DiskError, DownloadError, UnsupportedModelError, UsageError, param
 from exl_cli.models.config import quantization_of
-from exl_cli.models.hub.names import Repository, is_safe
+from exl_cli.models.hub.names import Repository, is_reserved, is_safe
 from exl_cli.models.info import refuse_method
 
 # Files in the repository's root; engines read no others.
@@ -149,14 +149,9 @@ def is_pickle(name: str) -> bool:
 
 
 def select(files: Sequence[File], choice: Choice) -> list[File]:
-    """The files of a listing that are wanted; never a pickled one, nor one where exl keeps its own (`.exl.json`)."""
-    safe = [
-        file
-        for file in files
-        if not is_pickle(file.name)
-        and not file.name.lower().startswith(".exl")
-        and not _matches(file.name, choice.exclude)
-    ]
+    """The files of a listing that are wanted; never a pickled one, nor one with a name that exl keeps for itself."""
+    safe = [file for file in files if not (is_pickle(file.name) or is_reserved(file.name))]
+    safe = [file for file in safe if not _matches(file.name, choice.exclude)]
     if choice.include:
         return [file for file in safe if _matches(file.name, choice.include)]
     chosen = [file for file in safe if _matches(file.name.lower(), _NEEDED) and "/" not in file.name]

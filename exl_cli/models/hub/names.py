@@ -82,6 +82,11 @@ def require(text: str, revision: str | None = None) -> Repository:
     raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")
 
 
+def is_reserved(name: str) -> bool:
+    """Whether exl keeps something under this name in a model's folder: `.exl.json`, `.exl-download/`."""
+    return name.lower().startswith(".exl")
+
+
 def is_safe(name: str) -> bool:
     """Whether a file name stays inside its folder, on this system and on Windows."""
     return not (

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from exl_cli.errors import DiskError, DownloadError, param
 from exl_cli.models.hub.files import File
-from exl_cli.models.hub.names import Repository
+from exl_cli.models.hub.names import Repository, is_reserved
 from exl_cli.system.files import write_atomically
 
 MARKER = ".exl.json"
@@ -79,7 +79,7 @@ def read_marker(folder: Path) -> Marker | None:
     """The marker in a folder; None where there is none that can be understood."""
     try:
         value = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        files = {name: File(name=name, **entry) for name, entry in value["files"].items()}
+        files = {name: File(name=name, **entry) for name, entry in value["files"].items() if not is_reserved(name)}
         known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
         known |= {key: tuple(value[key]) for key in ("include", "exclude")}
         others = tuple(map(str, value["others"])) if value.get("others") is not None else None
@@ -93,7 +93,8 @@ def read_unfinished(folder: Path) -> Marker | None:
     return read_marker(folder / STAGING)
 
 
-def _write_marker(folder: Path, marker: Marker) -> None:
+def write_marker(folder: Path, marker: Marker) -> None:
+    """Declare a folder complete: all at once, or not at all."""
     value: dict[str, Any] = {"version": _VERSION, **asdict(marker)}
     for file in value["files"].values():
         del file["name"]
@@ -152,7 +153,7 @@ def prepare_staging(folder: Path, marker: Marker) -> None:
     by_hand = state(folder) == "manual"
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
-        _write_marker(place, replace(marker, by_hand=by_hand))
+        write_marker(place, replace(marker, by_hand=by_hand))
 
 
 def check_destination(folder: Path, name: str) -> None:
@@ -182,14 +183,14 @@ def install(folder: Path, files: list[File], marker: Marker) -> None:
     with explained(folder):
         # From here to the new marker this is half a model.
         (folder / MARKER).unlink(missing_ok=True)
-        _write_marker(folder / STAGING, marker)
+        write_marker(folder / STAGING, marker)
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             staged(folder, file).replace(folder / file.name)
         for name in old.files if old else ():
             if name not in marker.files and _is_inside(folder, folder / name):
                 (folder / name).unlink(missing_ok=True)
-        _write_marker(folder, marker)
+        write_marker(folder, marker)
         shutil.rmtree(folder / STAGING)
 
 
