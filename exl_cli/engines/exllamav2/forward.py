@@ -104,11 +104,8 @@ class GpuForward:
     def _choose(self) -> tuple[ModulesForward | fused_forward.FusedForward, str]:
         reason = layers.why_not(self._model)
         if not reason:
-            inputs = self._inputs
             try:
-                small = fused_forward.FusedForward(
-                    self._model, self.cache, self.page_size, inputs.hidden, inputs.lengths, inputs.block_table
-                )
+                small = fused_forward.FusedForward(self._model, self.cache, self.page_size, self._inputs)
                 reason = small.why_not(lambda: self._large.prepare(1))
             except EngineError as error:
                 reason = error.message

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from exl_cli.engines.exllamav2.kernels.matrices import Products
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer
 from exl_cli.errors import EngineError
+
+if TYPE_CHECKING:
+    from exl_cli.engines.exllamav2.forward import Inputs
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +39,7 @@ class FusedForward:
     Args:
         model, cache: exllamav2's; `layers.why_not` of the model is empty.
         page_size: positions in a page.
-        hidden: the stream, float16, shape (most tokens, hidden), as `Inputs` has it.
-        lengths, block_table: as `Inputs` has them, of all rows.
+        inputs: what it reads; `hidden` is float16.
 
     Raises:
         EngineError: the kernels cannot be compiled here.
@@ -45,18 +47,10 @@ class FusedForward:
 
     name = "kernels of exl's own"
 
-    def __init__(
-        self,
-        model: Any,
-        cache: Any,
-        page_size: int,
-        hidden: torch.Tensor,
-        lengths: torch.Tensor,
-        block_table: torch.Tensor,
-    ) -> None:
+    def __init__(self, model: Any, cache: Any, page_size: int, inputs: Inputs) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
-        self._hidden, self._lengths, self._block_table = hidden, lengths, block_table
-        self._device = hidden.device
+        self._hidden, self._lengths, self._block_table = inputs.hidden, inputs.lengths, inputs.block_table
+        self._device = self._hidden.device
         config = model.config
         self._layers = [
             Layer(attention, mlp) for attention, mlp in zip(model.modules[1:-2:2], model.modules[2:-2:2], strict=True)
@@ -68,20 +62,19 @@ class FusedForward:
             self._groups.append(self._head)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._widths = (heads, kv_heads, config.head_dim)
-        rows = len(hidden)
+        rows, width = self._hidden.shape
 
-        def buffer(width: int) -> torch.Tensor:
-            return torch.empty((rows, width), dtype=torch.half, device=self._device)
+        def buffer(columns: int) -> torch.Tensor:
+            return torch.empty((rows, columns), dtype=torch.half, device=self._device)
 
-        self._normed = [buffer(hidden.shape[1]) for _ in range(3)]
+        self._normed = [buffer(width) for _ in range(3)]
         self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
         self._attended = buffer(heads * config.head_dim)
         self._inner = buffer(max(layer.down.product.matrices[0].k for layer in self._layers))
-        self._after = torch.empty_like(lengths)
+        self._after = torch.empty_like(self._lengths)
         self._logits = buffer(head.out_features)
         self._tuner = Tuner(self._device, (group.product for group in self._groups))
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
-        self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._tuner.begin(1)
         self._attending = self._choose_attention()
         # Decoding one sequence, which everyone will want; and so it shows now whether the kernels work here.
@@ -154,22 +147,22 @@ class FusedForward:
         A product of one row norms it itself: then the stream as it is, and the norm's module.
         """
         if rows == 1 and group is not None:
-            return [self._hidden] * len(group.places), module
+            return [self._hidden] * len(group.chosen), module
         dim = self._hidden.shape[1]
-        kernel = self._kernel(("norm", dim), lambda: norm_rope.norm_kernel(self._device, dim))
-        outs = list(zip(self._normed, group.orders if group else [None], strict=False))
+        kernel = norm_rope.norm_kernel(self._device, dim)
+        outs = list(zip(self._normed, group.permutations if group else [None], strict=False))
         add(norm_rope.norm(kernel, rows, self._hidden, module.weight, module.variance_epsilon, outs))
-        return ([self._normed[place] for place in group.places] if group else []), None
+        return ([self._normed[index] for index in group.chosen] if group else []), None
 
     def _norm_first(self, argument: Products, group: Group, module: Any) -> None:
         """Have a product of one row norm it, as this module does; nothing where there is none."""
         if module is None:
             return
-        for target, place in zip(argument.matrix, group.places, strict=False):
-            key, order = (id(module), place), group.orders[place]
+        for target, index in zip(argument.matrix, group.chosen, strict=False):
+            key, perm = (id(module), index), group.permutations[index]
             if key not in self._norm_weights:
                 weight = module.weight
-                self._norm_weights[key] = weight if order is None else weight[order.long() & 0xFFFF].contiguous()
+                self._norm_weights[key] = weight if perm is None else weight[perm.long() & 0xFFFF].contiguous()
             target.norm, target.epsilon = self._norm_weights[key].data_ptr(), module.variance_epsilon
 
     def _product(
@@ -204,14 +197,10 @@ class FusedForward:
         """A launch in the tile that suits the product and all that are like it."""
         tile = self._tuner.tile_config(product, rows)
         variant = quantized_linear.variant(product, rows, tile)
-
-        def make() -> Kernel:
-            return Kernel(
-                quantized_linear.FILE, quantized_linear.NAME, variant.defines, self._device, variant.shared_bytes
-            )
-
-        build = (tuple(sorted(variant.defines.items())), variant.shared_bytes)
-        return self._kernel(build, make).bind((product.blocks(tile),), 32 * tile.warps, argument)
+        kernel = Kernel(
+            quantized_linear.FILE, quantized_linear.NAME, variant.defines, self._device, variant.shared_bytes
+        )
+        return kernel.bind((product.blocks(tile),), 32 * tile.warps, argument)
 
     def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
         """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""
@@ -234,11 +223,11 @@ class FusedForward:
         attended = self._attended[:rows]
         receiver: Any = output.argument.matrix[0]
         reorder: Launch | None = None
-        (perm,) = layer.o.orders
+        (perm,) = layer.o.permutations
         # A single row is put into the order of the output's matrix by its product.
         if perm is not None and rows > 1:
             width = heads * head_dim
-            gather = self._kernel(("norm", width), lambda: norm_rope.norm_kernel(self._device, width))
+            gather = norm_rope.norm_kernel(self._device, width)
             reorder = norm_rope.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
             receiver = reorder.argument
         softcap = self._model.config.attn_logit_softcapping or 0.0
@@ -270,7 +259,7 @@ class FusedForward:
             self._block_table[:batch],
             self._after[:batch],
         )
-        kernel = self._kernel(("rotate",), lambda: norm_rope.rotate_kernel(self._device))
+        kernel = norm_rope.rotate_kernel(self._device)
         rotate = kernel.bind((rows, heads + 2 * kv_heads), -(-head_dim // 2 // 32) * 32, argument)
         q = self._qkv[:rows, : heads * head_dim].view(batch, tokens, heads, head_dim)
         pages = (-1, page_size, kv_heads, head_dim)
@@ -309,8 +298,3 @@ class FusedForward:
                 reason = error.message
         _log.info("attention from few tokens is left to the backend: %s", reason)
         return None
-
-    def _kernel(self, key: tuple[Any, ...], make: Callable[[], Kernel]) -> Kernel:
-        if key not in self._kernels:
-            self._kernels[key] = make()
-        return self._kernels[key]

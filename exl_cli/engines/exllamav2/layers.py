@@ -94,25 +94,25 @@ class Group:
 
     Attributes:
         product: of the matrices.
-        orders: the orders in which they want their input: places in it, or None for as it is.
-        places: for each matrix, which of the orders.
+        permutations: in which they want their input: places in it, or None for as it is.
+        chosen: for each matrix, which of the permutations.
 
     Raises:
         EngineError: the kernels cannot take one of them.
     """
 
     def __init__(self, linears: Sequence[Any], *, paired: bool = False, reorders: bool = True) -> None:
-        self.orders: list[torch.Tensor | None] = []
-        self.places: list[int] = []
+        self.permutations: list[torch.Tensor | None] = []
+        self.chosen: list[int] = []
         matrices = []
         for linear in linears:
             matrix = _matrix(linear)
-            same = (index for index, order in enumerate(self.orders) if _equal(matrix.perm, order))
-            place = next(same, len(self.orders))
-            if place == len(self.orders):
-                self.orders.append(matrix.perm)
-            self.places.append(place)
-            matrices.append(replace(matrix, perm=self.orders[place]))
+            same = (index for index, perm in enumerate(self.permutations) if _equal(matrix.perm, perm))
+            index = next(same, len(self.permutations))
+            if index == len(self.permutations):
+                self.permutations.append(matrix.perm)
+            self.chosen.append(index)
+            matrices.append(replace(matrix, perm=self.permutations[index]))
         self.product = Product(tuple(matrices), paired, reorders)
         self._linears = linears
 

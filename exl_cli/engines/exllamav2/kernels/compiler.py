@@ -100,7 +100,7 @@ def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device) 
         What to `forget`, should it not be wanted any more.
     """
     capability = torch.cuda.get_device_capability(device)
-    queued = [_build(file, defines, capability) for defines in builds]
+    queued = [(file, tuple(sorted(defines.items())), capability) for defines in builds]
     _binaries.begin(queued)
     return queued
 
@@ -129,19 +129,7 @@ class Kernel:
     ) -> None:
         self.shared_bytes = shared_bytes
         self.device = device
-        library = _library()
-        with torch.cuda.device(device):
-            torch.cuda.current_stream()  # makes the context that the driver's calls need
-            binary = _binaries.get(_build(file, defines, torch.cuda.get_device_capability(device)))
-            module, function = ctypes.c_void_p(), ctypes.c_void_p()
-            _check(library.cuModuleLoadData(ctypes.byref(module), binary), f"loading {file}")
-            _check(library.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
-            if shared_bytes > 48 * 1024:
-                _check(
-                    library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes),
-                    f"asking for {shared_bytes:,} bytes of shared memory for {name}",
-                )
-        self._function = function
+        self._function = _function(file, name, tuple(sorted(defines.items())), device, shared_bytes)
 
     def bind(self, grid: tuple[int, ...], threads: int, argument: ctypes.Structure) -> Launch:
         """A launch with this argument, which may be changed between launches.
@@ -158,6 +146,26 @@ class Kernel:
         if torch.cuda.get_device_capability(self.device) >= (9, 0):
             attributes.append(_Attribute(_PROGRAMMATIC, (ctypes.c_uint32 * 16)(1)))
         return Launch(self._function, grid, threads, self.shared_bytes, argument, attributes)
+
+
+@cache
+def _function(
+    file: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int
+) -> ctypes.c_void_p:
+    """The driver's handle of a function, loaded once."""
+    library = _library()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes the context that the driver's calls need
+        binary = _binaries.get((file, defines, torch.cuda.get_device_capability(device)))
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(library.cuModuleLoadData(ctypes.byref(module), binary), f"loading {file}")
+        _check(library.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+        if shared_bytes > 48 * 1024:
+            _check(
+                library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes),
+                f"asking for {shared_bytes:,} bytes of shared memory for {name}",
+            )
+    return function
 
 
 class Launch:
@@ -197,10 +205,6 @@ class Launch:
         code = self._launch(self._by_reference, self._function, self._parameters, None)
         if code:
             _check(code, "launching a kernel")
-
-
-def _build(file: str, defines: Mapping[str, int], capability: tuple[int, int]) -> Build:
-    return file, tuple(sorted(defines.items())), capability
 
 
 def _binary(build: Build) -> bytes:
