@@ -1,7 +1,6 @@
 """`exl chat`: a conversation in a terminal or through a pipe.
 
-- `loop`: lines and keys in, the chat on; it knows nothing of terminals.
-- `conversation`: how something is said, answered and kept, and what goes when the context is full.
+- `conversation`: lines in, answers out, all of it kept; what goes when the context is full.
 - `session`: the turns, their file, the folder of files, writing them for other programs.
 - `commands`: the table of slash commands, which dispatch, help and completion read.
 - `settings`: what can be set.

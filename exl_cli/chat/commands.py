@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exl_cli.chat import settings
-from exl_cli.chat.conversation import LEAST_ROOM
 from exl_cli.chat.session import Session, excerpt, export
 from exl_cli.errors import PromptError, UsageError, param
 from exl_cli.models.prompt import not_utf8
@@ -24,7 +23,7 @@ from exl_cli.sampling import PRESETS
 from exl_cli.system import readings
 
 if TYPE_CHECKING:
-    from exl_cli.chat.loop import Chat
+    from exl_cli.chat.conversation import Conversation
 
 # A path such as /usr/bin is no command, nor is a line that begins with a space; a slash alone is the beginning of one.
 _WORD = re.compile(r"/([a-zA-Z?]+(?=\s|$)|(?=\s*$))")
@@ -43,8 +42,8 @@ _CLIPBOARDS = (
     ("", "clip.exe"),
 )
 
-Run = Callable[["Chat", str], None]
-Complete = Callable[["Chat", str], Iterable[str]]
+Run = Callable[["Conversation", str], None]
+Complete = Callable[["Conversation", str], Iterable[str]]
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
@@ -127,7 +126,7 @@ def find(word: str) -> Command:
     return _BY_ANY_NAME[name]
 
 
-def run(chat: Chat, text: str) -> None:
+def run(chat: Conversation, text: str) -> None:
     """Do what a command says.
 
     Raises:
@@ -141,7 +140,7 @@ def run(chat: Chat, text: str) -> None:
     command.run(chat, rest)
 
 
-def complete(chat: Chat, text: str) -> tuple[int, list[tuple[str, str]]]:
+def complete(chat: Conversation, text: str) -> tuple[int, list[tuple[str, str]]]:
     """What a text may become.
 
     Args:
@@ -162,7 +161,7 @@ def complete(chat: Chat, text: str) -> tuple[int, list[tuple[str, str]]]:
     return len(argument), [(item, "") for item in command.complete(chat, argument) if item.startswith(argument)]
 
 
-def _paths(chat: Chat, text: str) -> list[str]:
+def _paths(chat: Conversation, text: str) -> list[str]:
     """Files and folders that begin with the text, folders with a slash."""
     folder, _, beginning = text.rpartition("/")
     prefix = text[: len(text) - len(beginning)]
@@ -174,15 +173,15 @@ def _paths(chat: Chat, text: str) -> list[str]:
         return []
 
 
-def _models(chat: Chat, text: str) -> list[str]:
+def _models(chat: Conversation, text: str) -> list[str]:
     return chat.loader.names() + (_paths(chat, text) if text else [])
 
 
-def _sessions(chat: Chat, text: str) -> list[str]:
-    return chat.conversation.store.names()
+def _sessions(chat: Conversation, text: str) -> list[str]:
+    return chat.store.names()
 
 
-def _settings(chat: Chat, text: str) -> list[str]:
+def _settings(chat: Conversation, text: str) -> list[str]:
     name, space, _ = text.partition(" ")
     return [f"{name} {value}" for value in settings.examples(name)] if space else settings.names()
 
@@ -191,59 +190,59 @@ def _settings(chat: Chat, text: str) -> list[str]:
 
 
 @_command("help [COMMAND]", "list the commands, or explain one", lambda chat, text: COMMANDS, aliases=("?",))
-def _help(chat: Chat, text: str) -> None:
+def _help(chat: Conversation, text: str) -> None:
     chat.view.commands([find(text)] if text else COMMANDS.values())
 
 
 @_command("system [TEXT|none]", "show or set the system message")
-def _system(chat: Chat, text: str) -> None:
-    session = chat.conversation.session
+def _system(chat: Conversation, text: str) -> None:
+    session = chat.session
     if not text:
         chat.view.block(session.system if session.system is not None else "there is no system message")
         return
     old, session.system = session.system, None if text == "none" else unquote(text)
     try:
-        chat.conversation.model.check_system(session)
+        chat.model.check_system(session)
     except PromptError:
         session.system = old
         raise
-    chat.conversation.save()
+    chat.save()
     chat.view.say("the system message is taken away" if session.system is None else "the system message is set")
 
 
 @_command("set [NAME [VALUE|default]]", "show or change a setting", _settings)
-def _set(chat: Chat, text: str) -> None:
+def _set(chat: Conversation, text: str) -> None:
     name, _, value = text.partition(" ")
     if not name:
-        chat.view.settings(chat.conversation.values())
+        chat.view.settings(chat.values())
     elif not value:
         key = settings.resolve(name)
-        chat.view.settings({key: chat.conversation.values()[key]})
+        chat.view.settings({key: chat.values()[key]})
     else:
-        changed = chat.conversation.change(chat.conversation.settings.with_value(name, value.strip()))
+        changed = chat.change(chat.settings.with_value(name, value.strip()))
         chat.view.changes(changed, unchanged=settings.resolve(name))
 
 
 @_command("preset [NAME|none]", "use named sampler settings", lambda chat, text: PRESETS)
-def _preset(chat: Chat, text: str) -> None:
+def _preset(chat: Conversation, text: str) -> None:
     if text:
-        changed = chat.conversation.change(chat.conversation.settings.with_value("preset", text))
+        changed = chat.change(chat.settings.with_value("preset", text))
         chat.view.changes(changed, unchanged="preset")
     else:
         chat.view.block("\n".join(f"{name}: {values}" for name, values in PRESETS.items()))
 
 
 @_command("show [settings|model|prompt|template]", "show what is in use", lambda chat, text: _TOPICS)
-def _show(chat: Chat, text: str) -> None:
-    talk, model = chat.conversation, chat.conversation.model
+def _show(chat: Conversation, text: str) -> None:
+    model = chat.model
     if text not in ("", *_TOPICS):
         raise UsageError(f"/show does not know {text!r}", f"it shows {', '.join(_TOPICS)}")
     if text in ("", "model"):
         chat.view.model(model)
     if text == "settings":
-        chat.view.settings(talk.values())
+        chat.view.settings(chat.values())
     if text == "prompt":
-        messages = talk.session.messages()
+        messages = chat.session.messages()
         if not messages:
             raise UsageError("there is no prompt yet", "say something first")
         prompt = model.format.render(messages, add_generation_prompt=False)
@@ -252,137 +251,130 @@ def _show(chat: Chat, text: str) -> None:
     if text == "template":
         chat.view.block(model.format.source)
     if not text:
-        rest = [f"sampling: {talk.settings.sampling(model.info.generation_config).brief()}"]
-        rest += [f"session: {talk.session.name or 'not saved yet'}, {len(talk.session.turns)} turns"]
-        rest += [f"goes with the next message: {name}" for name, _ in talk.attachments]
+        rest = [f"sampling: {chat.settings.sampling(model.info.generation_config).brief()}"]
+        rest += [f"session: {chat.session.name or 'not saved yet'}, {len(chat.session.turns)} turns"]
+        rest += [f"goes with the next message: {name}" for name, _ in chat.attachments]
         chat.view.block("\n".join(rest))
 
 
 @_command("stats", "what this conversation took, and the memory in use")
-def _stats(chat: Chat, text: str) -> None:
-    memory = chat.conversation.model.engine.memory()
-    chat.view.stats(chat.conversation.session, readings.read_gpus(memory), readings.read_host())
+def _stats(chat: Conversation, text: str) -> None:
+    memory = chat.model.engine.memory()
+    chat.view.stats(chat.session, readings.read_gpus(memory), readings.read_host())
 
 
 @_command("retry", "answer the last message once more")
-def _retry(chat: Chat, text: str) -> None:
-    chat.conversation.retry()
+def _retry(chat: Conversation, text: str) -> None:
+    chat.retry()
 
 
 @_command("undo", "take back the last message and its answer, or an attached file")
-def _undo(chat: Chat, text: str) -> None:
-    if chat.conversation.attachments:
-        chat.view.say(f"{chat.conversation.attachments.pop()[0]} no longer goes with the next message")
+def _undo(chat: Conversation, text: str) -> None:
+    if chat.attachments:
+        chat.view.say(f"{chat.attachments.pop()[0]} no longer goes with the next message")
     else:
-        chat.view.say(f"took back “{excerpt(chat.conversation.undo())}”")
+        chat.view.say(f"took back “{excerpt(chat.undo())}”")
 
 
 @_command("edit", "change the last message in $EDITOR and send it again")
-def _edit(chat: Chat, text: str) -> None:
-    session = chat.conversation.session
+def _edit(chat: Conversation, text: str) -> None:
+    session = chat.session
     before = session.turns[session.last_user()].content
     after = _edited(before)
     if after == before or not after.strip():
         chat.view.say("the message is as it was")
         return
     chat.view.message(after)
-    chat.conversation.revise(after)
+    chat.revise(after)
 
 
 @_command("continue", "let a cut-off answer go on")
-def _continue(chat: Chat, text: str) -> None:
-    chat.conversation.resume()
+def _continue(chat: Conversation, text: str) -> None:
+    chat.resume()
 
 
 @_command("clear", "begin a new conversation; the old one stays saved")
-def _clear(chat: Chat, text: str) -> None:
-    old = chat.conversation.session
-    chat.conversation.adopt(Session(system=old.system))
-    kept = f"; the old one is saved as {old.name}" if chat.conversation.saving and old.name else ""
+def _clear(chat: Conversation, text: str) -> None:
+    old = chat.session
+    chat.adopt(Session(system=old.system))
+    kept = f"; the old one is saved as {old.name}" if chat.saving and old.name else ""
     chat.view.say(f"a new conversation{kept}")
 
 
 @_command("save [NAME]", "save now, under a name of your own", _sessions)
-def _save(chat: Chat, text: str) -> None:
-    talk, session = chat.conversation, chat.conversation.session
-    if not text and not talk.saving:
+def _save(chat: Conversation, text: str) -> None:
+    session = chat.session
+    if not text and not chat.saving:
         raise UsageError(f"this chat runs with {param('no_save')}", "/save NAME keeps this conversation after all")
     if not session.turns:
         raise UsageError("there is nothing to save yet", "say something first")
     if text and text != session.name:
-        if talk.store.exists(text):
+        if chat.store.exists(text):
             raise UsageError(f"there is a session named {text} already", "choose another name")
-        talk.rename(text)
-    talk.save_or_fail()
-    chat.view.say(f"saved as {session.name} ({talk.store.path(session.name)})")
+        chat.rename(text)
+    chat.save_or_fail()
+    chat.view.say(f"saved as {session.name} ({chat.store.path(session.name)})")
 
 
 @_command("load NAME", "go on with a saved conversation", _sessions)
-def _load(chat: Chat, text: str) -> None:
+def _load(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/load needs a name", "/sessions lists them")
-    session = chat.conversation.store.load(text)
-    chat.conversation.adopt(session)
+    session = chat.store.load(text)
+    chat.adopt(session)
     chat.view.resumed(session)
-    if session.model != chat.conversation.model.name:
+    if session.model != chat.model.name:
         chat.view.say(f"it was with {session.model}; /model {session.model} goes back to that")
 
 
 @_command("sessions", "list the saved conversations")
-def _list_sessions(chat: Chat, text: str) -> None:
-    store = chat.conversation.store
+def _list_sessions(chat: Conversation, text: str) -> None:
+    store = chat.store
     if sessions := list(store.overviews()):
-        chat.view.sessions(sessions, chat.conversation.session.name)
+        chat.view.sessions(sessions, chat.session.name)
     else:
         chat.view.say(f"there are no saved sessions in {store.folder}")
 
 
 @_command("export PATH", "write the conversation to a .md or .json file", _paths)
-def _export(chat: Chat, text: str) -> None:
+def _export(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/export needs a path", "its ending, .md or .json, chooses the format")
-    if not chat.conversation.session.turns:
+    if not chat.session.turns:
         raise UsageError("there is nothing to export yet", "say something first")
-    file = export(chat.conversation.session, text, replace=Path(text).expanduser() in chat.exported)
+    file = export(chat.session, text, replace=Path(text).expanduser() in chat.exported)
     chat.exported.add(file)
     chat.view.say(f"written to {file}")
 
 
 @_command("model [NAME]", "go on with another model, or show this one", _models)
-def _model(chat: Chat, text: str) -> None:
+def _model(chat: Conversation, text: str) -> None:
     if text:
         chat.switch(text)
-    chat.view.model(chat.conversation.model)
+    chat.view.model(chat.model)
     if not text:
         chat.view.say(f"models here: {', '.join(chat.loader.names())}")
 
 
 @_command("file PATH", "put a text file into the next message", _paths)
-def _file(chat: Chat, text: str) -> None:
+def _file(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/file needs a path", "the file goes with the next message")
     name, block = _attachment(Path(text).expanduser())
-    model = chat.conversation.model
-    size, context = model.encoder.count(block), model.engine.context_length
-    if size > context - LEAST_ROOM:
-        raise PromptError(
-            f"{name} has {size:,} tokens, the context holds {context:,}, the answer included",
-            f"take a part of it, or start exl with a larger {param('max_seq_len')} if the model allows it",
-        )
-    chat.conversation.attachments.append((name, block))
+    size = chat.attach(name, block)
     chat.view.say(f"{name} ({size:,} tokens) goes with the next message; /undo takes it out")
 
 
 @_command("copy", "copy the last answer to the clipboard")
-def _copy(chat: Chat, text: str) -> None:
-    answer = chat.conversation.last_answer().content.strip()
+def _copy(chat: Conversation, text: str) -> None:
+    answer = chat.last_answer().content.strip()
     if not _fill_clipboard(answer) and not chat.view.copy(answer):
         raise UsageError("there is no clipboard: neither a terminal nor a program for it", "/export PATH writes a file")
     chat.view.say(f"copied {len(answer):,} characters")
 
 
 @_command("quit", "leave; the conversation is saved", aliases=("exit", "bye"))
-def _quit(chat: Chat, text: str) -> None:
+def _quit(chat: Conversation, text: str) -> None:
     chat.leave()
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a model: saying something, answering again, going on, and keeping all of it on disk.
+"""A conversation with a model: lines in, answers out, and all of it kept on disk.
 
 Nothing that was said is lost. The session is saved before and after each answer, an interrupted answer keeps what came,
 and a message without any answer becomes the draft of the next one.
@@ -8,38 +8,49 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from exl_cli.api import records
-from exl_cli.chat.model import ChatModel
+from exl_cli.chat import commands
+from exl_cli.chat.model import ChatModel, ModelLoader
 from exl_cli.chat.prompt_encoder import Encoded
 from exl_cli.chat.session import Session, SessionStore, Turn
 from exl_cli.chat.settings import Settings, from_dict
 from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Request, Summary
-from exl_cli.errors import DiskError, PromptError, UsageError, param
+from exl_cli.errors import DiskError, ExitCode, ExlError, PromptError, UsageError, param
 from exl_cli.structured.reasoning import Splitter, split
 from exl_cli.system.interrupts import cancel_on_interrupt
+
+# Given the draft (what the user may want to send again, changed), the next message or command, of one line or several;
+# None at the end of input. KeyboardInterrupt is Ctrl-C; after an ExlError the next call goes on behind what it refused.
+ReadLine = Callable[[str], str | None]
 
 # No answer is begun with less room than this, in tokens.
 LEAST_ROOM = 16
 
 
 class Conversation:
-    """A session, the model it is with, and the settings of its answers.
+    """A session, the model it is with, the settings of its answers, and the lines that carry it on.
 
     Args:
         model: loaded.
         session: the turns so far; a last message without an answer becomes the draft.
         settings: how answers are made.
-        view: shows answers and notes.
-        store: where sessions are saved.
+        loader: finds and loads other models.
+        view: shows everything.
+        store: the saved sessions.
         saving: save this one.
+        interactive: a person is there, who can act on a hint; else the first error decides `exit_code`.
+        debug: show tracebacks.
 
     Attributes:
-        model, session, settings, store, saving: these; model and settings may be exchanged between answers.
         draft: a message that the user may want to send again, changed; empty for none.
         attachments: (name, text) of the files that go with the next message.
+        exported: files that this conversation was written to, and may be again.
+        over: whether it has ended.
+        exit_code: what the command returns once it has.
     """
 
     def __init__(
@@ -47,22 +58,97 @@ class Conversation:
         model: ChatModel,
         session: Session,
         settings: Settings,
+        loader: ModelLoader,
         view: ChatView,
         store: SessionStore,
         *,
         saving: bool = True,
+        interactive: bool = True,
+        debug: bool = False,
     ) -> None:
         self.model = model
         self.session = session
         self.settings = settings
+        self.loader = loader
+        self.view = view
         self.store = store
         self.saving = saving
         self.draft = ""
         self.attachments: list[tuple[str, str]] = []
-        self._view = view
+        self.exported: set[Path] = set()
+        self.over = False
+        self.exit_code = ExitCode.OK
+        self._interactive = interactive
+        self._debug = debug
+        self._warned = self._warned_before = ""
         self._redoing = False
         self._name_of_ours = ""
         self._withdraw()
+
+    # --- lines --------------------------------------------------------------------------------------------------------
+
+    def run(self, read: ReadLine) -> None:
+        """Read lines until it is over. A Ctrl-C that nothing else takes counts as one at the prompt."""
+        while not self.over:
+            try:
+                self.enter(read(self.draft))
+            except ExlError as error:
+                self._failed(error)
+            except KeyboardInterrupt:
+                self.interrupt()
+
+    def enter(self, line: str | None) -> None:
+        """Do all that follows from a line, or from the end of input. Nothing that fails there ends the conversation."""
+        self._warned_before, self._warned = self._warned, ""
+        if line is None:
+            self.leave()
+        elif line.strip():
+            self.draft = ""
+            try:
+                if commands.is_command(line):
+                    commands.run(self, line)
+                else:
+                    self.send(commands.unquote(line))
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
+            except Exception as error:
+                self._failed(error)
+
+    def interrupt(self) -> None:
+        """Take a Ctrl-C at the prompt: a person has to press it twice to leave."""
+        self._warned_before, self._warned = self._warned, ""
+        if not self._interactive:
+            self.save()
+            self.over, self.exit_code = True, ExitCode.INTERRUPTED
+        elif self._warned_before:
+            self.leave()
+        else:
+            self._warned = "interrupt"
+            self.view.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
+
+    def leave(self) -> None:
+        """End it; where the conversation cannot be saved, only if a person insists or none is there."""
+        saved, session = self.save(), self.session
+        if not saved and self._interactive and self._warned_before != "unsaved":
+            self._warned = "unsaved"
+            self.view.note("not saved yet: /export PATH writes it elsewhere, leaving once more gives it up")
+            return
+        if not saved:
+            self.exit_code = self.exit_code or ExitCode.DISK
+        elif self.saving and session.turns:
+            self.view.note(f"saved as {session.name}; exl chat {param('continue')} goes on with it")
+        self.over = True
+
+    def _failed(self, error: Exception) -> None:
+        """Say that something went wrong; a bug of ours too is no reason to lose a conversation."""
+        if self._debug:
+            self.view.traceback(error)
+        elif isinstance(error, ExlError):
+            self.view.error(error)
+        else:
+            self.view.bug(error)
+        if not self._interactive or self.over:
+            self.exit_code = self.exit_code or (error.exit_code if isinstance(error, ExlError) else ExitCode.INTERNAL)
 
     # --- saying and answering -----------------------------------------------------------------------------------------
 
@@ -126,6 +212,21 @@ class Conversation:
         self.save()
         return message
 
+    def attach(self, name: str, text: str) -> int:
+        """Put a file into the next message; returns how many tokens it has.
+
+        Raises:
+            PromptError: there is no room for it.
+        """
+        size, context = self.model.encoder.count(text), self.model.engine.context_length
+        if size > context - LEAST_ROOM:
+            raise PromptError(
+                f"{name} has {size:,} tokens, the context holds {context:,}, the answer included",
+                f"take a part of it, or start exl with a larger {param('max_seq_len')} if the model allows it",
+            )
+        self.attachments.append((name, text))
+        return size
+
     def last_answer(self) -> Turn:
         """The last answer.
 
@@ -165,7 +266,7 @@ class Conversation:
             self.save()
         turn = unfinished or Turn("assistant", "")
         summary = self._generate(prompt, turn)
-        self._view.turn(summary, self.model.engine.context_length, answered=self.session.last is turn)
+        self.view.turn(summary, self.model.engine.context_length, answered=self.session.last is turn)
 
     def _generate(self, prompt: Encoded, turn: Turn) -> Summary:
         before = turn.generated
@@ -175,7 +276,7 @@ class Conversation:
         splitter = Splitter(opening)
         splitter.push(before)
         request = self._request(prompt)
-        answering = self._view.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
+        answering = self.view.answering(thinking=self.settings.thinking, markdown=self.settings.markdown)
         try:
             stream = self.model.engine.stream(request)
             with cancel_on_interrupt(stream.cancel), answering as show:
@@ -255,7 +356,7 @@ class Conversation:
         if settings.on_overflow == "trim":
             limit = context - min(settings.max_new_tokens, context // 4)
             if dropped := session.trim(size, limit, limit * 3 // 4):
-                self._view.dropped(dropped, before - size(session.dropped))
+                self.view.dropped(dropped, before - size(session.dropped))
         return encoded[session.dropped]
 
     # --- the session's file, and what else can change -----------------------------------------------------------------
@@ -265,7 +366,7 @@ class Conversation:
         try:
             self.save_or_fail()
         except DiskError as error:
-            self._view.error(error)
+            self.view.error(error)
             return False
         return True
 
@@ -286,7 +387,7 @@ class Conversation:
         session.model = self.model.name
         session.settings = self.settings.to_dict(self.model.info.generation_config)
         if before := self.store.save(session):
-            self._view.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
+            self.view.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
         if unnamed:
             self._name_of_ours = session.name
 
@@ -317,6 +418,28 @@ class Conversation:
         if session.settings:
             self.settings = from_dict(session.settings)
         self._withdraw()
+
+    def switch(self, name: str) -> None:
+        """Go on with another model.
+
+        Raises:
+            ExlError: it cannot be loaded; the old one stays, loaded again.
+        """
+        old, new = self.model, self.loader.find(name)
+        old.engine.close()
+        try:
+            self.loader.load(new)
+        except BaseException as error:
+            self.view.note(f"going back to {old.info.name}")
+            try:
+                self.loader.load(old)
+            except BaseException:
+                # Without a model there is nothing to go on with.
+                self.save()
+                self.over = True
+                raise error from None
+            raise
+        self.model = new
 
     def values(self) -> dict[str, Any]:
         """Every setting and its value with this model."""

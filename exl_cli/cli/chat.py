@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from exl_cli import loader
-from exl_cli.chat.conversation import Conversation
-from exl_cli.chat.loop import Chat, ReadLine
+from exl_cli.chat.conversation import Conversation, ReadLine
 from exl_cli.chat.model import ChatModel, ModelLoader
 from exl_cli.chat.session import Session, SessionStore, data_dir
 from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
@@ -107,8 +106,17 @@ def chat(
         opened.check_system(saved)
     models.load(opened)
     interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-    conversation = Conversation(opened, saved, settings, console, store, saving=not no_save)
-    talk = Chat(conversation, models, console, interactive=interactive, debug=state.debug)
+    talk = Conversation(
+        opened,
+        saved,
+        settings,
+        models,
+        console,
+        store,
+        saving=not no_save,
+        interactive=interactive,
+        debug=state.debug,
+    )
     try:
         if saved.turns:
             console.resumed(saved)
@@ -117,7 +125,7 @@ def chat(
         with _leaving_in_order():
             talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
-        conversation.model.engine.close()
+        talk.model.engine.close()
     if talk.exit_code:
         raise typer.Exit(talk.exit_code)
 
@@ -159,7 +167,7 @@ def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> 
     return replace(settings, given={**settings.given, **flags.given}, **given)
 
 
-def _reader(talk: Chat, console: ChatConsole, *, interactive: bool, keep_history: bool) -> ReadLine:
+def _reader(talk: Conversation, console: ChatConsole, *, interactive: bool, keep_history: bool) -> ReadLine:
     if not (interactive and sys.stderr.isatty()):
         return PlainInput().read
     if console.err.is_dumb_terminal:

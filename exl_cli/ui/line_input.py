@@ -21,7 +21,7 @@ class PlainInput:
         self._ask = ask
 
     def read(self, draft: str) -> str | None:
-        """See `loop.ReadLine`; there is nobody to show a draft to."""
+        """See `conversation.ReadLine`; there is nobody to show a draft to."""
         text = self._line(PROMPT)
         while text is not None and is_open(text) and (more := self._line(CONTINUATION)) is not None:
             text += "\n" + more

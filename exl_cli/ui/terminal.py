@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from exl_cli.chat import commands
-from exl_cli.chat.loop import Chat
+from exl_cli.chat.conversation import Conversation
 from exl_cli.models.prompt import check_text
 from exl_cli.system.files import write_atomically
 from exl_cli.ui.chat import CONTINUATION, PROMPT
@@ -36,7 +36,7 @@ class TerminalInput:
         history: the file of earlier entries; None to keep none.
     """
 
-    def __init__(self, chat: Chat, history: Path | None) -> None:
+    def __init__(self, chat: Conversation, history: Path | None) -> None:
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             history=InMemoryHistory() if history is None else _History(history),
@@ -51,7 +51,7 @@ class TerminalInput:
         )
 
     def read(self, draft: str) -> str | None:
-        """See `loop.ReadLine`; the draft stands in the line, to be changed."""
+        """See `conversation.ReadLine`; the draft stands in the line, to be changed."""
         try:
             text = self._session.prompt(default=draft)
         except EOFError:
@@ -92,7 +92,7 @@ class _History(FileHistory):
 class _Completer(Completer):
     """Completes commands and what follows them."""
 
-    def __init__(self, chat: Chat) -> None:
+    def __init__(self, chat: Conversation) -> None:
         self._chat = chat
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:

@@ -12,7 +12,6 @@ import pytest
 from chatting import FAIL, PAUSE, Script
 
 from exl_cli.chat.conversation import Conversation
-from exl_cli.chat.loop import Chat
 from exl_cli.chat.model import ModelLoader
 from exl_cli.chat.session import Session, SessionStore
 from exl_cli.chat.settings import Settings
@@ -20,19 +19,21 @@ from exl_cli.errors import ExitCode
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.ui.chat import ChatConsole
 
-Begin = Callable[..., Chat]
+Begin = Callable[..., Conversation]
 
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Begin:
-    def make(script: Script, session: Session | None = None, context: int | None = None, **settings: object) -> Chat:
+    def make(
+        script: Script, session: Session | None = None, context: int | None = None, **settings: object
+    ) -> Conversation:
         console = ChatConsole()
         loader = ModelLoader(script.load, LoadOptions(max_seq_len=context), tmp_path / "models", console)
         store = SessionStore(tmp_path / "sessions")
         values = Settings(**settings)  # type: ignore[arg-type]
         model = loader.find(None)
         loader.load(model)
-        return Chat(Conversation(model, session or Session(), values, console, store), loader, console)
+        return Conversation(model, session or Session(), values, loader, console, store)
 
     return make
 
@@ -52,8 +53,8 @@ class Typist:
         return event
 
 
-def contents(chat: Chat) -> list[str]:
-    return [turn.content for turn in chat.conversation.session.turns]
+def contents(chat: Conversation) -> list[str]:
+    return [turn.content for turn in chat.session.turns]
 
 
 def on_disk(tmp_path: Path) -> list[str]:
@@ -89,11 +90,11 @@ def test_ctrl_c_while_answering_keeps_what_came_and_goes_on(begin: Begin, tmp_pa
     chat = begin(script)
     chat.enter("Hi")
     assert contents(chat) == on_disk(tmp_path) == ["Hi", "Once upon"]
-    assert chat.conversation.session.turns[1].finish_reason == "cancelled"
+    assert chat.session.turns[1].finish_reason == "cancelled"
     chat.enter("Go on")
     assert contents(chat)[2:] == ["Go on", "Then what?"]
     # What was computed of the interrupted answer is not computed again.
-    assert chat.conversation.session.turns[3].timings["reused_tokens"] >= len(script.requests[0].ids)
+    assert chat.session.turns[3].timings["reused_tokens"] >= len(script.requests[0].ids)
 
 
 def test_a_second_ctrl_c_while_answering_keeps_it_too(begin: Begin, tmp_path: Path) -> None:
@@ -146,8 +147,8 @@ def test_a_refused_message_comes_back_as_a_draft_with_its_files(begin: Begin, tm
     large = "word " * 3000
     chat.enter(f"/file {tmp_path / 'notes.txt'}")
     chat.enter(large)
-    assert chat.conversation.draft == large.rstrip()
-    assert [name for name, _ in chat.conversation.attachments] == ["notes.txt"]
+    assert chat.draft == large.rstrip()
+    assert [name for name, _ in chat.attachments] == ["notes.txt"]
     chat.enter("short")
     assert contents(chat)[0].startswith("notes.txt:\n\n```\nnotes\n```\n\nshort")
 
@@ -161,9 +162,9 @@ def test_the_message_is_safe_while_the_answer_is_made(begin: Begin, tmp_path: Pa
     # While an answer is made anew, the file still has the old one.
     assert seen == [["one"], ["one", "a"]]
     # And a file that ends with a message gives it back.
-    session = chat.conversation.store.load(chat.conversation.session.name)
+    session = chat.store.load(chat.session.name)
     session.cut(1)
-    assert begin(script, session).conversation.draft == "one"
+    assert begin(script, session).draft == "one"
 
 
 def test_an_unsaved_conversation_is_left_only_on_a_second_word(
@@ -201,7 +202,7 @@ def test_revising_a_message_that_gets_no_answer_keeps_the_old_exchange(
     chat = begin(Script(["a", FAIL]))
     chat.enter("Hi")
     chat.enter("/edit")
-    assert (contents(chat), chat.conversation.draft) == (["Hi", "a"], "Hello")
+    assert (contents(chat), chat.draft) == (["Hi", "a"], "Hello")
 
 
 def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same(begin: Begin) -> None:
@@ -210,10 +211,10 @@ def test_a_model_that_spells_otherwise_than_the_tokenizer_is_reused_all_the_same
     for message in ("Tell me a story", "And?", "And?"):
         chat.enter(message)
     held: list[int] = []
-    for request, turn in zip(script.requests, chat.conversation.session.turns[1::2], strict=True):
+    for request, turn in zip(script.requests, chat.session.turns[1::2], strict=True):
         assert list(request.ids[: len(held)]) == held
         assert turn.timings["reused_tokens"] >= len(held)
-        tokenizer = chat.conversation.model.tokenizer
+        tokenizer = chat.model.tokenizer
         held = [
             *request.ids,
             *(id_ for char in turn.content for id_ in tokenizer.encode(char, add_special_tokens=False)),
@@ -226,7 +227,7 @@ def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin
     chat.enter("Count")
     chat.enter("More")
     assert contents(chat)[1] == "One. "
-    tokenizer = chat.conversation.model.tokenizer
+    tokenizer = chat.model.tokenizer
     assert "One.\n" in tokenizer.decode(script.requests[1].ids).replace("One. \n", "One.\n")
     assert "Tw" not in tokenizer.decode(script.requests[1].ids)
 
@@ -234,19 +235,19 @@ def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin
 def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path: Path) -> None:
     script = Script(["A short answer.", "A somewhat longer answer, of more words than the other has. " * 3])
     chat = begin(script)
-    context = chat.conversation.model.engine.context_length
+    context = chat.model.engine.context_length
     for turn in range(200):
         if turn == 150:
             tracemalloc.start()
         chat.enter(f"Question {turn}, which asks for something.")
         script.requests[:-1] = [None] * (len(script.requests) - 1)  # type: ignore[list-item]
         assert len(script.requests[-1].ids) <= context * 3 // 4
-        known = chat.conversation.model.encoder.known
+        known = chat.model.encoder.known
         assert len(known.ids) <= context
-        assert len(known.marks) <= 2 + 2 * len(chat.conversation.session.turns[chat.conversation.session.dropped :])
+        assert len(known.marks) <= 2 + 2 * len(chat.session.turns[chat.session.dropped :])
     growth = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    session = chat.conversation.session
+    session = chat.session
     assert len(on_disk(tmp_path)) == len(session.turns) == 400
     reused = [turn.timings["reused_tokens"] / turn.timings["prompt_tokens"] for turn in session.turns[3::2]]
     # Only the few answers after something was dropped begin anew.
