@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,8 @@ class Fetcher:
         self.waits: list[float] = []
         self.watcher = Watcher()
 
-    def hub(self, token: str | None = None, timeout: float = 10.0, wait: Callable[[float], None] | None = None) -> Hub:
-        return Hub(token, self.watcher.note, endpoint=self.fake.url, timeout=timeout, wait=wait or self.waits.append)
+    def hub(self, token: str | None = None, timeout: float = 10.0) -> Hub:
+        return Hub(token, self.watcher.note, endpoint=self.fake.url, timeout=timeout, wait=self.waits.append)
 
     def wanted(self, model: str, **options: Any) -> Wanted:
         return Wanted(names.require(model), self.models, **options)

@@ -64,7 +64,7 @@ def test_a_narrower_choice_is_known_to_be_here(hub: FakeHub, fetch: Fetcher) -> 
 
 
 def test_the_marker_of_an_older_exl_learns_what_else_there_is(hub: FakeHub, fetch: Fetcher) -> None:
-    """The first markers did not name the files that were left on the Hub, and could name themselves among the others."""
+    """The first markers did not name the files that were left on the Hub, and could name themselves among the rest."""
     hub.repository("acme/tiny", {**model_files(), ".exl.json": b"{}"})
     fetch("acme/tiny")
     marker = fetch.models / "acme_tiny" / ".exl.json"

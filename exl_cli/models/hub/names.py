@@ -36,17 +36,12 @@ class Repository:
 
     @property
     def folder(self) -> str:
-        """The name of its folder; see `folder_name`."""
-        return folder_name(self.owner, self.name, self.revision)
+        """The name of its folder: the notebook's `owner_name`, with `@revision` for anything but main."""
+        suffix = "" if self.revision == "main" else "@" + self.revision.replace("/", "_")
+        return f"{self.owner}_{self.name}{suffix}"
 
     def __str__(self) -> str:
         return self.id if self.revision == "main" else f"{self.id}:{self.revision}"
-
-
-def folder_name(owner: str, name: str, revision: str | None = None) -> str:
-    """The folder of a downloaded model: the notebook's `owner_name`, with `@revision` for anything but main."""
-    suffix = "" if revision in (None, "main") else "@" + str(revision).replace("/", "_")
-    return f"{owner}_{name}{suffix}"
 
 
 def parse(text: str, revision: str | None = None) -> Repository | None:
