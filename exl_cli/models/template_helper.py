@@ -42,10 +42,10 @@ class TemplateHelper:
     turns.
 
     Args:
-        deadline: seconds that a rendering may take.
+        deadline: seconds that a rendering may take; with the start of a process it stays below five by default.
     """
 
-    def __init__(self, deadline: float = 5.0) -> None:
+    def __init__(self, deadline: float = 4.5) -> None:
         self._deadline = deadline
         self._lock = threading.Lock()
         self._worker: _Worker | None = None

@@ -57,7 +57,7 @@ def give_up(memory: int) -> None:
 
 
 def allow_cpu(seconds: int) -> None:
-    """Let this process be ended once it has computed for so many seconds more, even when nobody waits for it."""
+    """Have the system end this process after so many more seconds of CPU time, whether or not anybody waits for it."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
