@@ -99,7 +99,7 @@ def test_every_format_computes_what_the_cpu_engine_does(name: str, tmp_path: Pat
 
 
 def test_stock_exllamav2_still_attends_to_the_whole_prompt(golden, tmp_path: Path) -> None:
-    """The defect that `attention.py` stands for. Should this ever fail, the workaround can go."""
+    """The defect that `attention/causal.py` stands for. Should this ever fail, the workaround can go."""
     folder, ids, expected, _ = golden("fable-7m-exl2", 1)
     code = f"""
 import torch

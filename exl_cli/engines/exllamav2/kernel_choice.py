@@ -13,7 +13,7 @@ def why_not(tuner: Tuner, groups: Sequence[Group], prepare: Callable[[], None]) 
     """Why exllamav2's kernels are the better choice for a model, in a few words; empty where they are not.
 
     Args:
-        tuner: has chosen the layouts of all groups for a row.
+        tuner: has chosen the tile configs of all groups for a row.
         groups: the matrices of the model's layers and its head.
         prepare: has exllamav2 choose its own kernels for a row, if that is still to be done.
     """

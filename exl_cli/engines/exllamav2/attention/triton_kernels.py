@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""Triton kernels of attention over a paged KV cache: the device side of `paged_triton`.
+"""Triton kernels of attention over a paged KV cache: the device side of `launch`.
 
 Tiled attention with an online softmax after Dao, FlashAttention-2 (arXiv 2307.08691), its keys divided among programs
 for decoding as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).

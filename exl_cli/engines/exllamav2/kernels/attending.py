@@ -1,4 +1,4 @@
-"""Attention of passes of few tokens by `attention.cu`: what it can take, how its work is divided, its workspace."""
+"""Attention of few tokens by `attention.cu`: the models it takes, the division of its work, its workspace."""
 
 from __future__ import annotations
 
@@ -100,10 +100,7 @@ def plan(batch: int, tokens: int, heads: int, kv_heads: int, most_keys: int, pro
 
 
 def why_not(heads: int, kv_heads: int, head_dim: int, page_size: int, *, quantized_cache: bool) -> str:
-    """Why this attention cannot be had for a model, in a few words; empty where it can.
-
-    Not where EXL_ATTENTION chooses another one.
-    """
+    """Why this attention does not serve a model, in a few words; empty where it does."""
     if os.environ.get(VARIABLE):
         return f"{VARIABLE} is set"
     if quantized_cache:
@@ -158,7 +155,7 @@ class Attending:
             rope: as for `rotate`; its `tokens` are `taken`. The queries stay as they are.
             out: float16, shape (batch * tokens or more, heads * head_dim), contiguous.
             batch: sequences.
-            scale, window, softcap: as of `paged_attention.attend_paged`.
+            scale, window, softcap: as of `paged.attend_paged`.
 
         Returns:
             A function of a stream, by its handle, and of a bound of the keys of any sequence, new ones included.

@@ -54,8 +54,8 @@ class Tuner:
 
     def microseconds(self, product: Product, rows: int) -> float | None:
         """Of a launch in the tile that `tile_config` chose; None where it measured nothing."""
-        found = self._read().get(_key(product, quantized_linear.most_rows(rows)), {})
-        times = found.get("microseconds") if isinstance(found, dict) else None
+        entry = self._read().get(_key(product, quantized_linear.most_rows(rows)), {})
+        times = entry.get("microseconds") if isinstance(entry, dict) else None
         return min(times.values()) if times else None
 
     def original(self, product: Product, make: Callable[[], Sequence[Callable[[], None]]]) -> float:
@@ -69,9 +69,9 @@ class Tuner:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return float(known[key])
         works = make()
-        found = _microseconds(works) / len(works)
-        self._write({**known, key: round(found, 2)})
-        return found
+        time = _microseconds(works) / len(works)
+        self._write({**known, key: round(time, 2)})
+        return time
 
     def begin(self, *rows: int) -> None:
         """Have everything compiled in the background that the products of so many rows want, in this order."""
@@ -126,10 +126,10 @@ class Tuner:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            known = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return known if isinstance(known, dict) else {}
 
     def _measure(
         self, alike: Sequence[Product], rows: int, builds: dict[quantized_linear.TileConfig, quantized_linear.Variant]
