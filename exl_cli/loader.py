@@ -163,7 +163,8 @@ def load(
             observer if isinstance(observer, build.Observer) else build.Notes(observer.note)
         )
         return exllamav2.load(info, tokenizer, context, options, observer.progress, draft)
-    return engine.load(info, tokenizer, context, observer.progress)
+    with startup.collector_paused():  # it imports transformers
+        return engine.load(info, tokenizer, context, observer.progress)
 
 
 def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> ModelInfo | None:

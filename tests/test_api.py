@@ -63,6 +63,7 @@ def test_without_langchain_core_it_says_what_to_install() -> None:
     )
 
 
+@pytest.mark.smoke
 def test_greedy_tokens_are_the_golden_ones(model: Model, golden_path: Path) -> None:
     with np.load(golden_path) as file:
         ids, expected = file["fable-7m-exl2.1.ids"].tolist(), file["fable-7m-exl2.1.greedy"].tolist()

@@ -303,6 +303,7 @@ def test_without_matplotlib_the_report_says_what_to_install(saved: Path) -> None
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.smoke
 def test_the_built_in_model_for_real(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time there was a fox. " * 20)
     args = ("--quick", "-r", "1", "-o", "json", "--engine", "cpu", "--perplexity", str(tmp_path / "story.txt"))

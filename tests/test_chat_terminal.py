@@ -96,6 +96,7 @@ def test_ctrl_c_in_the_middle_of_an_answer_keeps_it_and_goes_on(start: Start, tm
     assert turns(tmp_path)[1]["finish_reason"] == "cancelled"
 
 
+@pytest.mark.smoke
 def test_a_paste_of_several_lines_is_one_message(start: Start, tmp_path: Path) -> None:
     child = start(["ok"])
     type_in(child, "\x1b[200~first\n\n  /quit\r\nlast\x1b[201~")

@@ -18,6 +18,7 @@ from exl_cli.errors import ExitCode
 HEAVY = ("torch", "transformers", "exllamav2", "huggingface_hub", "tokenizers", "safetensors", "jinja2", "pynvml")
 
 
+@pytest.mark.smoke
 def test_help_imports_nothing_heavy() -> None:
     code = f"""
 import sys
@@ -96,6 +97,7 @@ def test_a_prompt_that_is_not_text() -> None:
     check_error(exl("run", stdin=b"abc\xff\xfe"), ExitCode.PROMPT, "not UTF-8", "byte 3")
 
 
+@pytest.mark.smoke
 def test_a_value_out_of_range() -> None:
     check_error(exl("run", "-p", "x", "--top-p", "1.5"), ExitCode.USAGE, "top_p", "at most 1", "--top-p")
 

@@ -185,6 +185,7 @@ def test_plain_lines_come_with_each_tenth_but_in_no_flood(
     ]
 
 
+@pytest.mark.smoke
 def test_a_model_that_is_not_here_is_fetched_first_when_that_is_allowed(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

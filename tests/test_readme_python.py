@@ -27,6 +27,7 @@ def without_times(text: str) -> str:
     return re.sub(r"\d+\.\d\d (seconds|tokens/second)", r"N \1", text).rstrip()
 
 
+@pytest.mark.smoke
 def test_readmes_python_prints_what_readme_says(tmp_path: Path) -> None:
     found = examples()
     assert len(found) == 3, "README has no such section, or an example of it has lost its output"

@@ -278,6 +278,7 @@ def test_multibyte_text_comes_in_whole_characters(exl2_dir: Path) -> None:
     assert not any("\ufffd" in chunk for chunk in chunks)
 
 
+@pytest.mark.smoke
 def test_the_first_command_of_readme_on_the_real_model() -> None:
     result = exl("run", "--prompt", "Once upon a time", "--max-new-tokens", "64", "--seed", "1", "--json")
     assert result.returncode == 0, result.stderr

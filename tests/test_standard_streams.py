@@ -94,6 +94,7 @@ importlib.import_module("tokenizers")
 SAID = ["use cache instead", "an info", "a warning", "another warning"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("arguments", [f"{RUN} --engine cpu", f"{RUN} --show-prompt", "chat --no-save -n 3"])
 def test_what_libraries_say_is_shown_with_debug_only(tmp_path: Path, arguments: str) -> None:
     (tmp_path / "tokenizers.py").write_text(TALKATIVE)

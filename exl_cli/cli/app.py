@@ -8,19 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from exl_cli.cli import (
-    bench,
-    build,
-    chat,
-    doctor,
-    download,
-    list_models,
-    remove,
-    run,
-    show,
-    standard_streams,
-    usage,
-)
+from exl_cli.cli import bench, build, chat, doctor, download, list_models, remove, run, show, standard_streams, usage
 from exl_cli.cli.options import State
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.system.version import installed_version

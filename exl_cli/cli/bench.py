@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from exl_cli import sampling as samplings
-from exl_cli.cli.options import OUTPUT_PANEL, ModelsDir, Quiet, SamplingFlags, State, with_loading, with_sampling
+from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, State, output_option, with_loading, with_sampling
 from exl_cli.errors import ExitCode, UsageError
 from exl_cli.models import folders
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.ui.console import Console
 
-_TESTS = "What to measure"
-_COMPARING = "Comparing"
+_tests = partial(typer.Option, rich_help_panel="What to measure")
+_comparing = partial(typer.Option, rich_help_panel="Comparing")
 
 Output = Literal["table", "md", "csv", "json", "jsonl"]
 
@@ -36,62 +37,37 @@ def bench(
         ),
     ] = None,
     prompt_tokens: Annotated[
-        str | None,
-        typer.Option("--prompt-tokens", "-p", help="Prompt lengths, as 512,2048 \\[512].", rich_help_panel=_TESTS),
+        str | None, _tests("--prompt-tokens", "-p", help="Prompt lengths, as 512,2048 \\[512].")
     ] = None,
-    new_tokens: Annotated[
-        str | None,
-        typer.Option("--new-tokens", "-n", help="Generation lengths, as 128 \\[128].", rich_help_panel=_TESTS),
-    ] = None,
-    depth: Annotated[
-        str, typer.Option("--depth", "-d", help="Context before a generation, as 0,4096.", rich_help_panel=_TESTS)
-    ] = "0",
-    batch: Annotated[str, typer.Option("--batch", help="Requests at a time, as 1,4,16.", rich_help_panel=_TESTS)] = "1",
+    new_tokens: Annotated[str | None, _tests("--new-tokens", "-n", help="Generation lengths, as 128 \\[128].")] = None,
+    depth: Annotated[str, _tests("--depth", "-d", help="Context before a generation, as 0,4096.")] = "0",
+    batch: Annotated[str, _tests("--batch", help="Requests at a time, as 1,4,16.")] = "1",
     caches: Annotated[
-        str | None,
-        typer.Option("--caches", help="KV cache types to go through, as fp16,q4 \\[--cache].", rich_help_panel=_TESTS),
+        str | None, _tests("--caches", help="KV cache types to go through, as fp16,q4 \\[--cache].")
     ] = None,
-    repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, max=1000, help="Of each test.", rich_help_panel=_TESTS)
-    ] = 5,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Where no length is given: 128 prompt, 32 new tokens.", rich_help_panel=_TESTS),
-    ] = False,
+    repetitions: Annotated[int, _tests("--repetitions", "-r", min=1, max=1000, help="Of each test.")] = 5,
+    quick: Annotated[bool, _tests("--quick", help="Where no length is given: 128 prompt, 32 new tokens.")] = False,
     perplexity: Annotated[
-        Path | None,
-        typer.Option("--perplexity", metavar="FILE", help="Also the perplexity of a text.", rich_help_panel=_TESTS),
+        Path | None, _tests("--perplexity", metavar="FILE", help="Also the perplexity of a text.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of prompts, order and sampler.", rich_help_panel=_TESTS)
-    ] = 0,
+    seed: Annotated[int, _tests("--seed", min=0, help="Of prompts, order and sampler.")] = 0,
     compare: Annotated[
-        Path | None,
-        typer.Option(
-            "--compare", metavar="OLD.json", help="What differs from a saved result.", rich_help_panel=_COMPARING
-        ),
+        Path | None, _comparing("--compare", metavar="OLD.json", help="What differs from a saved result.")
     ] = None,
     fail_under: Annotated[
         float | None,
-        typer.Option(
+        _comparing(
             "--fail-under",
             min=0.01,
             max=10.0,
             help="Exit 11 where a test falls under this share of --compare's, as 0.95.",
-            rich_help_panel=_COMPARING,
         ),
     ] = None,
-    output: Annotated[
-        Output, typer.Option("--output", "-o", help="What to print.", rich_help_panel=OUTPUT_PANEL)
-    ] = "table",
+    output: Annotated[Output, output_option("--output", "-o", help="What to print.")] = "table",
     save: Annotated[
-        Path | None,
-        typer.Option("--save", metavar="FILE", help="Also write the result, as JSON.", rich_help_panel=OUTPUT_PANEL),
+        Path | None, output_option("--save", metavar="FILE", help="Also write the result, as JSON.")
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Also write an HTML report.", rich_help_panel=OUTPUT_PANEL),
-    ] = None,
+    report: Annotated[Path | None, output_option("--report", metavar="FILE", help="Also write an HTML report.")] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from exl_cli.models.prompt import check_text
 from exl_cli.ui.chat import ChatConsole
 from exl_cli.ui.line_input import PlainInput
 
-_PANEL = "Conversation"
+_option = partial(typer.Option, rich_help_panel="Conversation")
 
 
 @with_sampling
@@ -35,23 +36,17 @@ def chat(
     loading: LoadOptions,
     sampling: SamplingFlags,
     model: ModelArgument = None,
-    system: Annotated[
-        str | None, typer.Option("--system", "-s", help="System message.", rich_help_panel=_PANEL)
-    ] = None,
+    system: Annotated[str | None, _option("--system", "-s", help="System message.")] = None,
     session: Annotated[
-        str | None,
-        typer.Option("--session", metavar="NAME", help="Go on with this session, or begin it.", rich_help_panel=_PANEL),
+        str | None, _option("--session", metavar="NAME", help="Go on with this session, or begin it.")
     ] = None,
-    go_on: Annotated[
-        bool, typer.Option("--continue", "-c", help="Go on with the last session.", rich_help_panel=_PANEL)
-    ] = False,
-    no_save: Annotated[bool, typer.Option("--no-save", help="Write nothing to disk.", rich_help_panel=_PANEL)] = False,
+    go_on: Annotated[bool, _option("--continue", "-c", help="Go on with the last session.")] = False,
+    no_save: Annotated[bool, _option("--no-save", help="Write nothing to disk.")] = False,
     on_overflow: Annotated[
         Overflow | None,
-        typer.Option(
+        _option(
             "--on-overflow",
             help="When the context is full: drop the oldest turns, or say so and stop. \\[trim]",
-            rich_help_panel=_PANEL,
             show_default=False,
         ),
     ] = None,
@@ -69,12 +64,8 @@ def chat(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Same seed, same conversation; random when not given.")
     ] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Render answers as Markdown, on a terminal.", rich_help_panel=_PANEL)
-    ] = False,
-    hide_thinking: Annotated[
-        bool, typer.Option("--hide-thinking", help="Do not show the model's reasoning.", rich_help_panel=_PANEL)
-    ] = False,
+    markdown: Annotated[bool, _option("--markdown", help="Render answers as Markdown, on a terminal.")] = False,
+    hide_thinking: Annotated[bool, _option("--hide-thinking", help="Do not show the model's reasoning.")] = False,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:

@@ -27,10 +27,7 @@ def doctor(
     timeout: Annotated[
         float,
         typer.Option(
-            "--timeout",
-            min=0.1,
-            max=86_400,
-            help="Seconds that a check may take; loading MODEL has five times that.",
+            "--timeout", min=0.1, max=86_400, help="Seconds that a check may take; loading MODEL has five times that."
         ),
     ] = 60.0,
     models_dir: ModelsDir = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,44 +22,28 @@ from exl_cli.ui import models
 from exl_cli.ui.console import Console
 from exl_cli.ui.progress import finished, transfers
 
-_FILES = "Files"
-_BRANCHES = "With --branches"
+_files = partial(typer.Option, rich_help_panel="Files")
+_branches_option = partial(typer.Option, rich_help_panel="With --branches")
 
 
 def download(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="owner/name or owner/name:revision.")],
     revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit.")] = None,
     include: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--include", help="Files that match, instead of exl's choice; repeatable.", rich_help_panel=_FILES
-        ),
+        list[str] | None, _files("--include", help="Files that match, instead of exl's choice; repeatable.")
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", help="Leave out files that match; repeatable.", rich_help_panel=_FILES),
-    ] = None,
+    exclude: Annotated[list[str] | None, _files("--exclude", help="Leave out files that match; repeatable.")] = None,
     token: Annotated[str | None, typer.Option("--token", help="Access token, instead of hf auth login's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch everything anew, from the newest commit.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read what is here again and compare hashes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and what of them is here.")] = False,
     branches: Annotated[
-        bool, typer.Option("--branches", help="Show the branches: bits, bytes, GPU memory.", rich_help_panel=_BRANCHES)
+        bool, _branches_option("--branches", help="Show the branches: bits, bytes, GPU memory.")
     ] = False,
-    context: Annotated[
-        int, typer.Option("--context", min=1, help="Tokens to estimate GPU memory for.", rich_help_panel=_BRANCHES)
-    ] = 4096,
-    cache: Annotated[
-        CacheType, typer.Option("--cache", help="KV cache to estimate GPU memory for.", rich_help_panel=_BRANCHES)
-    ] = "fp16",
+    context: Annotated[int, _branches_option("--context", min=1, help="Tokens to estimate GPU memory for.")] = 4096,
+    cache: Annotated[CacheType, _branches_option("--cache", help="KV cache to estimate GPU memory for.")] = "fp16",
     vram: Annotated[
-        str | None,
-        typer.Option(
-            "--vram",
-            metavar="GIB",
-            help="GPU memory to fit, as 24 or 24,24 [the GPUs here].",
-            rich_help_panel=_BRANCHES,
-        ),
+        str | None, _branches_option("--vram", metavar="GIB", help="GPU memory to fit, as 24 or 24,24 [the GPUs here].")
     ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -17,9 +17,9 @@ from exl_cli.models import folders
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation, parse_gpu_split
 from exl_cli.sampling import FIELDS, PRESETS, Sampling
 
-SAMPLING_PANEL = "Sampling"
-LOADING_PANEL = "Loading the model"
-OUTPUT_PANEL = "Output"
+_sampling_option = partial(typer.Option, rich_help_panel="Sampling")
+loading_option = partial(typer.Option, rich_help_panel="Loading the model")
+output_option = partial(typer.Option, rich_help_panel="Output")
 
 Model = Annotated[
     str | None,
@@ -30,21 +30,11 @@ Model = Annotated[
     ),
 ]
 ModelsDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--models-dir", envvar="EXL_MODELS_DIR", help="Folder of downloaded models.", rich_help_panel=LOADING_PANEL
-    ),
+    Path | None, loading_option("--models-dir", envvar="EXL_MODELS_DIR", help="Folder of downloaded models.")
 ]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but errors on stderr.", rich_help_panel=OUTPUT_PANEL)
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object instead of text.", rich_help_panel=OUTPUT_PANEL)
-]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", help="Also print settings, model and stop strings.", rich_help_panel=OUTPUT_PANEL),
-]
+Quiet = Annotated[bool, output_option("--quiet", "-q", help="Print nothing but errors on stderr.")]
+Json = Annotated[bool, output_option("--json", help="Print one JSON object instead of text.")]
+Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, model and stop strings.")]
 
 
 @dataclasses.dataclass
@@ -79,19 +69,14 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add a flag for each field of `Sampling`, and `--preset`; the command gets them as `sampling: SamplingFlags`."""
     types = get_type_hints(Sampling)
     parameters = [
-        _parameter(
-            "preset",
-            str | None,
-            typer.Option("--preset", help=f"Named settings: {', '.join(PRESETS)}.", rich_help_panel=SAMPLING_PANEL),
-        )
+        _parameter("preset", str | None, _sampling_option("--preset", help=f"Named settings: {', '.join(PRESETS)}."))
     ]
     for field in dataclasses.fields(Sampling):
         info, kind = FIELDS[field.name], types[field.name]
-        option = typer.Option(
+        option = _sampling_option(
             *filter(None, (info.flag, info.alias)),
             metavar=None if kind is bool else f"<{info.range}>",
             help=f"{info.help} [dim]\\[{field.default}][/dim]",
-            rich_help_panel=SAMPLING_PANEL,
             show_default=False,
         )
         parameters.append(_parameter(field.name, kind | None, option))
@@ -106,43 +91,21 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
 def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that say how a model is loaded; the command gets them as `loading: LoadOptions`."""
 
-    def option(*flags: str, help: str) -> Any:
-        return typer.Option(*flags, help=help, rich_help_panel=LOADING_PANEL)
+    def flag(name: str, type_: Any, default: Any, help: str, **more: Any) -> inspect.Parameter:
+        option = loading_option("--" + name.replace("_", "-"), help=help, **more)
+        return _parameter(name, type_, option, default)
 
+    tokens = "Context to allocate (tokens) \\[as needed, up to the model's]."
+    guesses = "ngram: guess tokens from what was said before, verify several in one pass."
+    smaller = "Let a smaller model of the same vocabulary guess them."
     parameters = [
-        _parameter(
-            "engine",
-            EngineChoice,
-            option("--engine", help="auto takes exllamav2 where a GPU and the model allow it."),
-            "auto",
-        ),
-        _parameter(
-            "max_seq_len",
-            int | None,
-            option("--max-seq-len", help="Context to allocate (tokens) \\[as needed, up to the model's]."),
-        ),
-        _parameter("cache", CacheType, option("--cache", help="Type of the KV cache on the GPU."), "fp16"),
-        _parameter("gpu_split", str, option("--gpu-split", help="auto, or GiB of weights per GPU, as 20,24."), "auto"),
-        _parameter(
-            "low_mem", bool, option("--low-mem", help="Smaller prompt chunks: less scratch memory on the GPU."), False
-        ),
-        _parameter(
-            "speculate",
-            Speculation,
-            option("--speculate", help="ngram: guess tokens from what was said before, verify several in one pass."),
-            "off",
-        ),
-        _parameter(
-            "draft",
-            str | None,
-            typer.Option(
-                "--draft",
-                metavar="MODEL",
-                help="Let a smaller model of the same vocabulary guess them.",
-                rich_help_panel=LOADING_PANEL,
-                autocompletion=folders.complete_model,
-            ),
-        ),
+        flag("engine", EngineChoice, "auto", "auto takes exllamav2 where a GPU and the model allow it."),
+        flag("max_seq_len", int | None, None, tokens),
+        flag("cache", CacheType, "fp16", "Type of the KV cache on the GPU."),
+        flag("gpu_split", str, "auto", "auto, or GiB of weights per GPU, as 20,24."),
+        flag("low_mem", bool, False, "Smaller prompt chunks: less scratch memory on the GPU."),
+        flag("speculate", Speculation, "off", guesses),
+        flag("draft", str | None, None, smaller, metavar="MODEL", autocompletion=folders.complete_model),
     ]
 
     def collect(values: dict[str, Any]) -> LoadOptions:
@@ -163,7 +126,7 @@ def _with_group(
 ) -> Callable[..., Any]:
     """Replace the command's parameter `name` by others, whose values `collect` turns into its value."""
 
-    @functools.wraps(command)
+    @wraps(command)
     def wrapper(**kwargs: Any) -> Any:
         values = {parameter.name: kwargs.pop(parameter.name) for parameter in parameters}
         return command(**kwargs, **{name: collect(values)})

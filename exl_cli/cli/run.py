@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,6 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.cli import inputs
 from exl_cli.cli.fetching import ensure
 from exl_cli.cli.options import (
-    LOADING_PANEL,
     Json,
     Model,
     ModelsDir,
@@ -24,6 +24,7 @@ from exl_cli.cli.options import (
     SamplingFlags,
     State,
     Verbose,
+    loading_option,
     with_loading,
     with_sampling,
 )
@@ -38,7 +39,7 @@ from exl_cli.system import readings
 from exl_cli.system.interrupts import cancel_on_interrupt, insist_on_interrupt
 from exl_cli.ui.console import Console
 
-_PANEL = "Prompt"
+_prompt = partial(typer.Option, rich_help_panel="Prompt")
 
 
 @with_sampling
@@ -49,31 +50,17 @@ def run(
     sampling: SamplingFlags,
     model: Model = None,
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt, instead of --prompt.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", rich_help_panel=_PANEL)] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Read it from a file; - is stdin.", rich_help_panel=_PANEL)
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", "-s", help="System turn.", rich_help_panel=_PANEL)] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template: continue the text.", rich_help_panel=_PANEL)
-    ] = False,
+    prompt: Annotated[str | None, _prompt("--prompt", "-p", help="The prompt.")] = None,
+    file: Annotated[Path | None, _prompt("--file", "-f", help="Read it from a file; - is stdin.")] = None,
+    system: Annotated[str | None, _prompt("--system", "-s", help="System turn.")] = None,
+    raw: Annotated[bool, _prompt("--raw", help="No chat template: continue the text.")] = False,
     variant: Annotated[
-        str | None,
-        typer.Option(
-            "--chat-template", metavar="NAME", help="Which of the model's chat templates.", rich_help_panel=_PANEL
-        ),
+        str | None, _prompt("--chat-template", metavar="NAME", help="Which of the model's chat templates.")
     ] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", help="A prompt with {name} variables.", rich_help_panel=_PANEL)
-    ] = None,
-    var: Annotated[
-        list[str] | None, typer.Option("--var", help="name=value for --template; repeatable.", rich_help_panel=_PANEL)
-    ] = None,
+    template: Annotated[str | None, _prompt("--template", help="A prompt with {name} variables.")] = None,
+    var: Annotated[list[str] | None, _prompt("--var", help="name=value for --template; repeatable.")] = None,
     show_prompt: Annotated[
-        bool,
-        typer.Option(
-            "--show-prompt", help="Print the exact prompt and its tokens; do not run.", rich_help_panel=_PANEL
-        ),
+        bool, _prompt("--show-prompt", help="Print the exact prompt and its tokens; do not run.")
     ] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
@@ -84,10 +71,7 @@ def run(
         int | None, typer.Option("--seed", min=0, help="Same seed, same text; random when not given.")
     ] = None,
     models_dir: ModelsDir = None,
-    download: Annotated[
-        bool,
-        typer.Option("--download", help="Download the model first if it is not here.", rich_help_panel=LOADING_PANEL),
-    ] = False,
+    download: Annotated[bool, loading_option("--download", help="Download the model first if it is not here.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
