@@ -208,13 +208,16 @@ def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
         raise _unsupported(path, _OTHER_METHODS[method], hint)
     if method == "gptq":
         bits = quantization.get("bits")
-        if isinstance(bits, (int, float)) and bits != 4:
-            raise UnsupportedModelError(
-                f"{path} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only", _ADVICE
-            )
+        if isinstance(bits, (int, float)):
+            _refuse_gptq_bits(path, bits)
         layout = str(quantization.get("checkpoint_format") or "gptq").lower()
         if layout not in ("gptq", "gptq_v2"):
             raise _unsupported(path, f"GPTQ repacked as {layout}")
+
+
+def _refuse_gptq_bits(path: Path, bits: float) -> None:
+    if bits != 4:
+        raise UnsupportedModelError(f"{path} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only", _ADVICE)
 
 
 def _refuse_other_kinds(path: Path) -> None:
@@ -269,8 +272,7 @@ def _gptq_parameters(path: Path, quantization: dict[str, Any], tensors: dict[str
     if qzeros is None or not qzeros.shape or not qweight.shape[-1]:
         raise DamagedModelError(f"{path}: {first} has no qzeros beside it", "download the model again")
     bits = 32 * qzeros.shape[-1] / qweight.shape[-1]
-    if bits != 4:
-        raise UnsupportedModelError(f"{path} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only", _ADVICE)
+    _refuse_gptq_bits(path, bits)
     group = quantization.get("group_size")
     return {
         "group_size": group if isinstance(group, int) else -(-qweight.shape[0] * 8 // qzeros.shape[0]),
@@ -280,18 +282,7 @@ def _gptq_parameters(path: Path, quantization: dict[str, Any], tensors: dict[str
     }
 
 
-_QUANTIZED_PARTS = (
-    ".q_weight",
-    ".q_scale",
-    ".q_scale_max",
-    ".q_groups",
-    ".q_invperm",
-    ".q_perm",
-    ".qweight",
-    ".qzeros",
-    ".scales",
-    ".g_idx",
-)
+_QUANTIZED_PART = re.compile(r"\.(q_weight|q_scale|q_scale_max|q_groups|q_invperm|q_perm|qweight|qzeros|scales|g_idx)$")
 
 
 def _count(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> tuple[int, float]:
@@ -299,17 +290,16 @@ def _count(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> tuple[in
     tied = bool(value_of(config, "tie_word_embeddings"))
     parameters = linear_weights = linear_bits = 0
     for name, tensor in tensors.items():
-        part = next((suffix for suffix in _QUANTIZED_PARTS if name.endswith(suffix)), None)
+        part = _QUANTIZED_PART.search(name)
         weights = 0
-        if part == ".q_weight":
-            rows = tensors.get(name[: -len(part)] + ".q_invperm")
-            weights = (rows.numel if rows else 0) * tensor.shape[-1]
-        elif part == ".qweight":
-            weights = tensor.numel * 8
-        elif part is None:
+        if part is None:
             weights = tensor.numel
-        is_linear = part is not None or (len(tensor.shape) == 2 and in_layer(name))
-        if is_linear:
+        elif part[1] == "q_weight":
+            rows = tensors.get(name[: part.start()] + ".q_invperm")
+            weights = (rows.numel if rows else 0) * tensor.shape[-1]
+        elif part[1] == "qweight":
+            weights = tensor.numel * 8
+        if part is not None or (len(tensor.shape) == 2 and in_layer(name)):
             linear_weights += weights
             linear_bits += 8 * tensor.nbytes
         if not (tied and "lm_head" in name):
