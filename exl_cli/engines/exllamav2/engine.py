@@ -172,11 +172,11 @@ class ExLlamaV2Engine:
 
     def close(self) -> None:
         """See `engines.base.Engine.close`."""
-        for loaded in self._loaded:
+        loaded, self._loaded = [*self._loaded], ()
+        while loaded:
             with contextlib.suppress(Exception):  # the device may have failed
-                loaded.forward.synchronize()
-            loaded.unload()
-        self._loaded = ()
+                loaded[-1].forward.synchronize()
+            loaded.pop().unload()
         gc.collect()
         torch.cuda.empty_cache()
 
