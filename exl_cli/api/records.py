@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Request, Summary
@@ -12,6 +12,11 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.prompt import Prompt
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.system.version import installed_version
+
+if TYPE_CHECKING:
+    from exl_cli.models.folders import Entry
+    from exl_cli.models.hub.download import Outcome, Plan, Wanted
+    from exl_cli.models.memory import Estimate
 
 _SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
 
@@ -71,3 +76,66 @@ def generation(
         "memory": {"host": asdict(host), "gpus": [asdict(gpu) for gpu in gpus]},
         "exl_version": installed_version(),
     }
+
+
+def model(
+    info: ModelInfo,
+    entry: Entry,
+    licence: str,
+    why_not: str,
+    template: str,
+    estimates: Mapping[int, Mapping[str, Estimate]],
+) -> dict[str, Any]:
+    """Everything known of a model that can be run; see `exl show`.
+
+    Args:
+        info, entry: the model.
+        licence: its name; empty where there is none.
+        why_not: why exllamav2 cannot run it; empty where it can.
+        template: the source of its chat template; empty where there is none.
+        estimates: of GPU memory, by context and cache type.
+    """
+    return {
+        **entry.to_dict(),
+        "licence": licence or None,
+        "head_bits": info.head_bits,
+        "group_size": info.group_size,
+        "desc_act": info.desc_act if info.format == "gptq" else None,
+        "why_not_exllamav2": why_not or None,
+        "chat_template": template or None,
+        "generation_config": info.generation_config,
+        "config": info.config,
+        "vram_bytes": {
+            str(context): {cache: needed.total for cache, needed in row.items()} for context, row in estimates.items()
+        },
+    }
+
+
+def plan(order: Plan) -> dict[str, Any]:
+    """A download before its first byte."""
+    return {
+        **_place(order.wanted, order.listing.commit),
+        "total_bytes": order.total,
+        "remaining_bytes": order.remaining,
+        "left_out": order.pickles,
+        "files": [
+            {"name": item.file.name, "bytes": item.file.size, "bytes_here": item.bytes_here, "state": item.state}
+            for item in order.items
+        ],
+    }
+
+
+def outcome(done: Outcome) -> dict[str, Any]:
+    """A download after its last byte."""
+    return {
+        **_place(done.wanted, done.commit),
+        "total_bytes": done.total,
+        "downloaded_bytes": done.fetched_bytes,
+        "seconds": round(done.seconds, 3),
+        "files": [{"name": file.name, "bytes": file.size, "sha256": file.sha256 or None} for file in done.files],
+    }
+
+
+def _place(wanted: Wanted, commit: str) -> dict[str, Any]:
+    repository, revision = wanted.repository.id, wanted.repository.revision
+    return {"repository": repository, "revision": revision, "commit": commit or None, "path": str(wanted.folder)}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from exl_cli.api import records
 from exl_cli.api.download import fetch
 from exl_cli.cli.options import Json, ModelsDir, Quiet
 from exl_cli.errors import UsageError
 from exl_cli.models import folders, memory
 from exl_cli.models.hub import names
-from exl_cli.models.hub.download import Outcome, Plan, Wanted, prepare
+from exl_cli.models.hub.download import Wanted, prepare
 from exl_cli.models.hub.files import Choice
 from exl_cli.models.load_options import CacheType, parse_gpu_split
 from exl_cli.system import units
@@ -66,7 +66,7 @@ def download(
     outcome = fetch(wanted, transfers(console), token)
     finished(console, outcome)
     if as_json:
-        console.data(_outcome(outcome))
+        console.data(records.outcome(outcome))
     else:
         console.text(f"{outcome.wanted.folder}\n")
 
@@ -114,43 +114,10 @@ def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool)
 
     plan = prepare(Hub(token, console.note), wanted, console.note)
     if as_json:
-        console.data(_plan(plan))
+        console.data(records.plan(plan))
         return
     models.show(console, models.files_table(plan))
     remaining, total = units.size(plan.remaining), units.size(plan.total)
     console.note(f"{len(plan.items)} files, {total}; {remaining} to download to {wanted.folder}")
     if plan.left_out:
         console.note(plan.left_out)
-
-
-def _plan(plan: Plan) -> dict[str, Any]:
-    return {
-        **_place(plan.wanted, plan.listing.commit),
-        "total_bytes": plan.total,
-        "remaining_bytes": plan.remaining,
-        "left_out": plan.pickles,
-        "files": [
-            {"name": item.file.name, "bytes": item.file.size, "bytes_here": item.bytes_here, "state": item.state}
-            for item in plan.items
-        ],
-    }
-
-
-def _outcome(outcome: Outcome) -> dict[str, Any]:
-    return {
-        **_place(outcome.wanted, outcome.commit),
-        "total_bytes": outcome.total,
-        "downloaded_bytes": outcome.fetched_bytes,
-        "seconds": round(outcome.seconds, 3),
-        "files": [{"name": file.name, "bytes": file.size, "sha256": file.sha256 or None} for file in outcome.files],
-    }
-
-
-def _place(wanted: Wanted, commit: str) -> dict[str, Any]:
-    repository = wanted.repository
-    return {
-        "repository": repository.id,
-        "revision": repository.revision,
-        "commit": commit or None,
-        "path": str(Path(wanted.folder)),
-    }

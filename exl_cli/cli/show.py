@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from exl_cli import loader
+from exl_cli.api import records
 from exl_cli.cli.options import Json, Model, ModelsDir
 from exl_cli.engines.exllamav2 import support
 from exl_cli.models import folders, memory
@@ -29,24 +28,9 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     why_not = support.why_not(info)
     estimates = {} if why_not else _estimates(info)
     if as_json:
-        details: dict[str, Any] = {
-            **entry.to_dict(),
-            "licence": licence or None,
-            "head_bits": info.head_bits,
-            "group_size": info.group_size,
-            "desc_act": info.desc_act if info.format == "gptq" else None,
-            "why_not_exllamav2": why_not or None,
-            "chat_template": source or None,
-            "generation_config": info.generation_config,
-            "config": info.config,
-            "vram_bytes": {
-                str(context): {cache: needed.total for cache, needed in row.items()}
-                for context, row in estimates.items()
-            },
-        }
-        console.data(details)
+        console.data(records.model(info, entry, licence, why_not, source, estimates))
         return
-    models.show(console, models.facts_table(entry, licence, why_not))
+    models.show(console, models.facts_table(info, entry, licence, why_not))
     if estimates:
         models.show(console, models.estimates_table(estimates, memory.gpus()))
     if source:

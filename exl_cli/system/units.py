@@ -21,6 +21,11 @@ def gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB"
 
 
+def mib(count: float) -> str:
+    """Host memory in MiB: "1,234 MiB"."""
+    return f"{count / MIB:,.0f} MiB"
+
+
 def parameters(count: int) -> str:
     """Weights in the usual short form: "7.24B", "7.3M"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

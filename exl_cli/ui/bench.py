@@ -9,7 +9,7 @@ from exl_cli.bench import limits, outputs
 from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
 from exl_cli.bench.result import Measured, Result, Run, mean
 from exl_cli.ui.console import Console, harmless
-from exl_cli.ui.models import cells, show, table
+from exl_cli.ui.models import show, table
 from exl_cli.ui.progress import Live, bar_column, text_column
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ class Measuring(Live):
             self._task = bars.add_task("starting", total=None, left="")
             bars.start()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def update(self, progress: Progress) -> None:
         """See `Observer.update`."""
@@ -100,15 +97,15 @@ def _tests(run: Run) -> Any:
     guessed = any(entry.acceptance is not None for entry in run.tests)
     titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"]
     titles += ["J/token"] * energy + ["accepted"] * guessed
-    made = table(*titles, right=titles[1:])
+    rows = []
     for entry in run.tests:
         limit, joules, accepted = limits.limit(run, entry), entry.joules_per_token, entry.acceptance
         row = [entry.test.name, _rate(entry), "-" if limit is None else f"{limit.share:.0%}"]
         row += [_latencies(entry), _ms(mean(entry.ttft_ns))]
         row += ["-" if joules is None else f"{joules:.3g}"] * energy
         row += ["-" if accepted is None else f"{accepted:.0%}"] * guessed
-        made.add_row(*cells(*row))
-    return made
+        rows.append(row)
+    return table(titles, rows, right=titles[1:])
 
 
 def _rate(entry: Measured) -> str:
@@ -211,11 +208,11 @@ def _differences(rows: list[Row]) -> Any:
     from rich.text import Text
 
     titles = ["test", "before t/s", "after t/s", "change", "p", ""]
-    made = table(*titles, right=titles[1:5])
+    lines = []
     for row in rows:
-        line = cells(row.test, f"{row.before:,.1f}", f"{row.after:,.1f}", f"{row.ratio - 1:+.1%}", f"{row.p:.3f}")
-        made.add_row(*line, Text(_MARKS[row.mark], style=_STYLES[row.mark]))
-    return made
+        line = row.test, f"{row.before:,.1f}", f"{row.after:,.1f}", f"{row.ratio - 1:+.1%}", f"{row.p:.3f}"
+        lines.append((*line, Text(_MARKS[row.mark], style=_STYLES[row.mark])))
+    return table(titles, lines, right=titles[1:5])
 
 
 def _figure(figure: Figure) -> str:

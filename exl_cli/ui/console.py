@@ -12,6 +12,7 @@ from exl_cli.api import notebook, records
 from exl_cli.engines.base import Summary
 from exl_cli.errors import ExlError, spell
 from exl_cli.system.readings import GpuReading, HostReading
+from exl_cli.system.units import MIB, mib
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from exl_cli.ui.progress import Loading
-
-_MIB = 2**20
 
 # Control characters that would act on a terminal, shown as the pictures Unicode has for them. Line feed and tab stay.
 _HARMLESS = {
@@ -132,7 +131,7 @@ class Console:
         if gpus:
             self.err.print(_gpu_table(gpus))
         else:
-            self.note(f"Memory: {_mib(host.resident_bytes)} resident, {_mib(host.peak_bytes)} peak")
+            self.note(f"Memory: {mib(host.resident_bytes)} resident, {mib(host.peak_bytes)} peak")
 
     def loading(self, model: str) -> Loading:
         """Shows in a `with` block that a model loads."""
@@ -172,10 +171,6 @@ def dim(text: str) -> Text:
     return Text(harmless(text), "dim")
 
 
-def _mib(count: int) -> str:
-    return f"{count / _MIB:,.0f} MiB"
-
-
 def _gpu_table(gpus: Sequence[GpuReading]) -> Table:
     from rich import box
     from rich.table import Table
@@ -187,25 +182,24 @@ def _gpu_table(gpus: Sequence[GpuReading]) -> Table:
     for gpu in gpus:
         table.add_row(
             f"{gpu.device.removeprefix('cuda:')} {gpu.name or 'unknown'}",
-            "-" if gpu.temperature is None else f"{gpu.temperature} C",
+            _amount(gpu.temperature, " C"),
             _pair(gpu.power, gpu.power_limit, " W"),
-            _pair(_in_mib(gpu.used_bytes), _in_mib(gpu.total_bytes)),
-            "-" if gpu.utilisation is None else f"{gpu.utilisation} %",
-            f"{gpu.process_bytes / _MIB:.0f}",
-            f"{gpu.process_peak_bytes / _MIB:.0f}",
+            _pair(gpu.used_bytes, gpu.total_bytes, scale=MIB),
+            _amount(gpu.utilisation, " %"),
+            _amount(gpu.process_bytes, scale=MIB),
+            _amount(gpu.process_peak_bytes, scale=MIB),
         )
     return table
 
 
-def _pair(used: float | None, total: float | None, unit: str = "") -> str:
+def _amount(value: float | None, unit: str = "", *, scale: int = 1) -> str:
+    return "-" if value is None else f"{value / scale:.0f}{unit}"
+
+
+def _pair(used: float | None, total: float | None, unit: str = "", *, scale: int = 1) -> str:
     if used is None and total is None:
         return "-"
-    left, right = ("-" if value is None else f"{value:.0f}" for value in (used, total))
-    return f"{left} / {right}{unit}"
-
-
-def _in_mib(count: int | None) -> float | None:
-    return None if count is None else count / _MIB
+    return f"{_amount(used, scale=scale)} / {_amount(total, scale=scale)}{unit}"
 
 
 def _rich(file: TextIO) -> RichConsole:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from exl_cli.models.folders import BUILTIN
 from exl_cli.models.memory import Estimate, Gpu, fits, shape_of
@@ -13,24 +13,28 @@ from exl_cli.ui.console import Console, harmless
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from exl_cli.models.folders import Entry
     from exl_cli.models.hub.branches import Branch
     from exl_cli.models.hub.download import Plan
+    from exl_cli.models.info import ModelInfo
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _WIDEST = 100_000
 _PREVIEW_LINES, _PREVIEW_WIDTH = 12, 160
 
 
-def table(*titles: str, right: Sequence[str] = ()) -> Table:
-    """An empty table with these columns, those in `right` aligned to the right."""
+def table(titles: Sequence[str], rows: Iterable[Iterable[object]], *, right: Sequence[str] = ()) -> Table:
+    """A table: its columns, those in `right` aligned to the right, and its rows; see `cells`."""
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for title in titles:
         made.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*cells(row))
     return made
 
 
@@ -46,68 +50,55 @@ def show(console: Console, made: Table) -> None:
     console.text("\n".join(line.rstrip(" ") for line in text.getvalue().split("\n")))
 
 
-def cells(*values: object) -> list[Any]:
+def cells(row: Iterable[object]) -> list[Text]:
     """Cells of a row: text from outside is neither markup nor a command to the terminal."""
     from rich.text import Text
 
-    return [Text(harmless(str(value))) for value in values]
+    return [value if isinstance(value, Text) else Text(harmless(str(value))) for value in row]
 
 
 def files_table(plan: Plan) -> Table:
     """What a download would fetch."""
-    made = table("File", "Size", "Here", right=("Size", "Here"))
     words = {"here": "yes", "staged": "yes", "missing": "no"}
-    for item in plan.items:
-        made.add_row(*cells(item.file.name, size(item.file.size), words.get(item.state, size(item.bytes_here))))
-    return made
+    rows = ((item.file.name, size(item.file.size), words.get(item.state, size(item.bytes_here))) for item in plan.items)
+    return table(("File", "Size", "Here"), rows, right=("Size", "Here"))
 
 
 def branches_table(branches: Sequence[Branch], context: int, cache: str) -> Table:
     """The branches of a repository and what each would take."""
-    made = table("Branch", "Format", "Download", f"VRAM at {context:,}, {cache}", "Fits", right=("Download",))
+    titles = "Branch", "Format", "Download", f"VRAM at {context:,}, {cache}", "Fits"
+    rows = []
     for branch in branches:
-        vram = "-" if branch.vram_bytes is None else gib(branch.vram_bytes)
-        fits = {True: "yes", False: "no", None: "?"}[branch.fits] if branch.vram_bytes is not None else "-"
+        vram, fits = "-", "-"
+        if branch.vram_bytes is not None:
+            vram, fits = gib(branch.vram_bytes), {True: "yes", False: "no", None: "?"}[branch.fits]
         download = size(branch.download_bytes) if branch.download_bytes else "-"
-        made.add_row(*cells(branch.name, branch.problem or branch.format_name, download, vram, fits))
-    return made
+        rows.append((branch.name, branch.problem or branch.format_name, download, vram, fits))
+    return table(titles, rows, right=titles[2:3])
 
 
 def models_table(entries: Sequence[Entry]) -> Table:
     """The models that are here."""
-    made = table(
-        "Name", "Format", "bpw", "Params", "Size", "Context", "Where", right=("bpw", "Params", "Size", "Context")
-    )
-    for entry in entries:
-        info = entry.info
-        if info is None:
-            here = size(entry.size_bytes)
-            if not entry.complete and entry.marker and entry.marker.total:
-                here = f"{here} of {size(entry.marker.total)}"
-            made.add_row(*cells(entry.name, entry.problem, "", "", here, "", entry.path))
-            continue
-        bits, context = f"{info.bits_per_weight:.2f}", f"{info.context_length:,}"
-        row = (
-            entry.name,
-            info.format_name,
-            bits,
-            parameters(info.parameters),
-            size(entry.size_bytes),
-            context,
-            "built in" if entry.name == BUILTIN else entry.path,
-        )
-        made.add_row(*cells(*row))
-    return made
+    titles = "Name", "Format", "bpw", "Params", "Size", "Context", "Where"
+    return table(titles, map(_model_row, entries), right=titles[2:6])
 
 
-def facts_table(entry: Entry, licence: str, why_not: str) -> Table:
+def _model_row(entry: Entry) -> tuple[object, ...]:
+    info, here = entry.info, size(entry.size_bytes)
+    if info is None:
+        if not entry.complete and entry.marker and entry.marker.total:
+            here = f"{here} of {size(entry.marker.total)}"
+        return entry.name, entry.problem, "", "", here, "", entry.path
+    where = "built in" if entry.name == BUILTIN else entry.path
+    bits, count, context = f"{info.bits_per_weight:.2f}", parameters(info.parameters), f"{info.context_length:,}"
+    return entry.name, info.format_name, bits, count, here, context, where
+
+
+def facts_table(info: ModelInfo, entry: Entry, licence: str, why_not: str) -> Table:
     """Everything known of one model, a fact to a row."""
     from rich.table import Table
 
-    info, source = entry.info, entry.marker
-    if info is None:
-        raise ValueError("only a model that can be run has facts")
-    shape = shape_of(info)
+    shape, source = shape_of(info), entry.marker
     dimensions = (
         f"{shape.layers} layers, hidden {shape.hidden:,}, inner {shape.inner:,}, {shape.heads} heads, "
         f"{shape.kv_heads} key/value heads of {shape.head_dim}, vocabulary {shape.vocabulary:,}"
@@ -136,20 +127,22 @@ def facts_table(entry: Entry, licence: str, why_not: str) -> Table:
     made.add_column(overflow="fold")
     for name, value in facts.items():
         if value:
-            made.add_row(*cells(name, value))
+            made.add_row(*cells((name, value)))
     return made
 
 
 def estimates_table(estimates: Mapping[int, Mapping[str, Estimate]], gpus: Sequence[Gpu]) -> Table:
     """GPU memory by context and cache type; marked where it does not fit the GPUs here."""
-    kinds = list(next(iter(estimates.values())))
-    made = table("Estimated VRAM at", *(f"{kind} cache" for kind in kinds), right=[f"{kind} cache" for kind in kinds])
     totals = [gpu.total for gpu in gpus]
-    for context, row in estimates.items():
-        marks = ("" if not gpus or fits(needed, totals) else " (too much)" for needed in row.values())
-        values = (gib(needed.total) + mark for needed, mark in zip(row.values(), marks, strict=True))
-        made.add_row(*cells(f"{context:,} tokens", *values))
-    return made
+    rows = (
+        (
+            f"{context:,} tokens",
+            *(gib(n.total) + ("" if not gpus or fits(n, totals) else " (too much)") for n in row.values()),
+        )
+        for context, row in estimates.items()
+    )
+    caches = [f"{kind} cache" for kind in next(iter(estimates.values()))]
+    return table(("Estimated VRAM at", *caches), rows, right=caches)
 
 
 def preview(console: Console, title: str, text: str) -> None:

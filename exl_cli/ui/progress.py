@@ -38,6 +38,9 @@ class Live:
             self._bars.stop()
             self._bars = None
 
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end()
+
 
 def text_column(template: str, **layout: Any) -> Any:
     """A column of text that is cut where the terminal is narrow."""
