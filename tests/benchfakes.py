@@ -112,9 +112,11 @@ class TurnsEngine(PacedEngine):
     max_batch = 4
 
     def step(self) -> Iterator[Event]:
-        first = next(iter(self._responses))
-        while first in self._responses:
-            yield from (event for event in super().step() if event[0] == first)
+        waiting = dict(self._responses)
+        first = next(iter(waiting))
+        self._responses = {first: waiting.pop(first)}
+        yield from super().step()
+        self._responses |= waiting
 
 
 class PacedLoader:

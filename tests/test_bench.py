@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import exl_cli
 from exl_cli.bench import outputs
 from exl_cli.cli.app import app
-from exl_cli.engines.base import Chunk, Engine, Request
+from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import ExitCode
 from exl_cli.sampling import Sampling
 from exl_cli.system.readings import DeviceMemory
@@ -95,10 +95,10 @@ def test_reused_prompts_are_told() -> None:
 
 def test_an_engine_that_goes_on_in_another_way_is_told() -> None:
     class Fallen(PacedEngine):
-        def stream(self, request: Request) -> Iterator[Chunk]:
+        def add(self, request_id: int, request: Request) -> None:
             if len(self.requests) == 2:
                 self.facts = {**self.facts, "graphs": "none (out of memory)"}
-            return super().stream(request)
+            super().add(request_id, request)
 
     value = measured(PacedLoader(Fallen))
     (said,) = (text for text in value["warnings"] if "graphs" in text)  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ def test_an_engine_that_goes_on_in_another_way_is_told() -> None:
 
 
 def test_batches_on_an_engine_that_has_them() -> None:
-    value = measured(PacedLoader(lambda: BatchEngine(together=3)), "--batch", "3", "-p", "0")
+    value = measured(PacedLoader(BatchEngine), "--batch", "3", "-p", "0")
     assert [(entry["test"], entry["n_parallel"]) for entry in value["tests"]] == [("tg4 x3", 3)]  # type: ignore[attr-defined]
 
 

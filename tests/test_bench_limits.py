@@ -19,6 +19,7 @@ from helpers import Recorder
 from safetensors import safe_open
 
 from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench import limits, perplexity
 from exl_cli.bench.machine import Watch
 from exl_cli.bench.plan import Case
@@ -251,7 +252,7 @@ class StepEngine(PacedEngine):
     """Remembers how it was asked."""
 
     def cached_logits(self, ids: Any, step: int) -> torch.Tensor:
-        self.step = step
+        self.step_asked = step
         return self.logits(ids)
 
 
@@ -261,20 +262,22 @@ def test_perplexity_of_a_known_distribution(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(map(str, ids)))
     progress: list[tuple[int, int]] = []
     engine = StepEngine(context_length=8)
-    found = perplexity.perplexity(engine, Numbers(), tmp_path / "text", lambda *at: progress.append(at))  # type: ignore[arg-type]
+    thread = EngineThread(engine)
+    found = perplexity.perplexity(thread, Numbers(), tmp_path / "text", lambda *at: progress.append(at))  # type: ignore[arg-type]
+    thread.close()
     nlls = [-math.log(2 / 51)] * 19 + [-math.log(1 / 51)] * 10
     assert found.tokens == 29
     assert found.mean_nll == pytest.approx(np.mean(nlls), rel=1e-5)
     assert found.value == pytest.approx(math.exp(np.mean(nlls)), rel=1e-5)
     assert found.error == pytest.approx(found.value * np.std(nlls, ddof=1) / math.sqrt(29), rel=1e-5)
-    assert (found.window, found.stride, found.step, engine.step) == (8, 4, perplexity.STEP, perplexity.STEP)
+    assert (found.window, found.stride, found.step, engine.step_asked) == (8, 4, perplexity.STEP, perplexity.STEP)
     assert progress[-1] == (29, 29)
 
 
 def test_perplexity_of_the_built_in_model(exl2_dir: Path, tmp_path: Path) -> None:
     info = loader.resolve(str(exl2_dir))
     tokenizer = Tokenizer(info.path)
-    engine = loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder())
+    engine = EngineThread(loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder()))
     text = "Once upon a time there was a girl who lived in a small house near the forest."
     (tmp_path / "text").write_text(text)
     found = perplexity.perplexity(engine, tokenizer, tmp_path / "text", lambda *_: None)
@@ -295,4 +298,4 @@ def test_texts_that_have_no_perplexity(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("one", "1 tokens"), ("bytes", "not UTF-8"), ("none", "No such file")):
         with pytest.raises(PromptError, match=words):
-            perplexity.perplexity(PacedEngine(), Numbers(), tmp_path / name, lambda *_: None)  # type: ignore[arg-type]
+            perplexity.perplexity(EngineThread(PacedEngine()), Numbers(), tmp_path / name, lambda *_: None)  # type: ignore[arg-type]

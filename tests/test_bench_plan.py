@@ -8,16 +8,23 @@ import time
 import pytest
 from benchfakes import BatchEngine, PacedEngine, TurnsEngine
 
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench import plan
-from exl_cli.bench.measure import measure
+from exl_cli.bench.measure import Energy, measure
 from exl_cli.bench.plan import Case, Prompts, Settings
+from exl_cli.bench.result import Sample
 from exl_cli.engines.base import Request
 from exl_cli.errors import EngineError, UsageError, spell
 from exl_cli.sampling import Sampling
 
 
-def requests_for(test: Case) -> list[Request]:
-    return [Request([1] * test.prompt_ids, Sampling(), test.new_tokens, 0) for _ in range(test.n_parallel)]
+def run(engine: PacedEngine, test: Case, energy: Energy = lambda: None) -> Sample:
+    requests = [Request([1] * test.prompt_ids, Sampling(), test.new_tokens, 0) for _ in range(test.n_parallel)]
+    thread = EngineThread(engine)
+    try:
+        return measure(thread, test, requests, energy)
+    finally:
+        thread.close()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_no_two_prompts_share_a_first_token() -> None:
 def test_a_prompt_is_timed_by_the_engine_and_has_one_token_more() -> None:
     test = Case(100, 0)
     engine = PacedEngine(prompt_seconds=0.25)
-    sample = measure(engine, test, requests_for(test))
+    sample = run(engine, test)
     assert sample.ns == 250_000_000
     assert sample.itl_ns == ()
     assert (len(engine.requests[0].ids), engine.requests[0].max_new_tokens) == (101, 1)
@@ -108,7 +115,7 @@ def test_a_generation_is_timed_from_its_first_token_to_its_last() -> None:
     test = Case(0, 10, 20)
     engine = PacedEngine(first=0.05, step=0.002)
     start = time.perf_counter()
-    sample = measure(engine, test, requests_for(test))
+    sample = run(engine, test)
     whole = time.perf_counter() - start
     assert len(engine.requests[0].ids) == 20
     assert len(sample.itl_ns) == 10
@@ -120,7 +127,7 @@ def test_a_generation_is_timed_from_its_first_token_to_its_last() -> None:
 def test_an_answer_is_timed_from_the_call_to_its_last_token() -> None:
     test = Case(20, 5)
     start = time.perf_counter()
-    sample = measure(PacedEngine(first=0.01, step=0.002), test, requests_for(test))
+    sample = run(PacedEngine(first=0.01, step=0.002), test)
     assert 0.018 <= sample.ns / 1e9 <= time.perf_counter() - start
     assert len(sample.itl_ns) == 4
 
@@ -129,31 +136,31 @@ def test_the_energy_is_that_of_the_timed_part() -> None:
     # One joule more each time it is read: at the call, at the first token, at the last one.
     for test, joules in ((Case(10, 0), 1), (Case(0, 4), 1), (Case(10, 4), 2)):
         counter = itertools.count(100)
-        sample = measure(PacedEngine(), test, requests_for(test), lambda counter=counter: float(next(counter)))
+        sample = run(PacedEngine(), test, lambda counter=counter: float(next(counter)))
         assert sample.joules == joules
 
 
 def test_reused_tokens_are_not_hidden() -> None:
     test = Case(10, 0)
-    assert measure(PacedEngine(reused=8), test, requests_for(test)).reused_tokens == 8
+    assert run(PacedEngine(reused=8), test).reused_tokens == 8
 
 
 def test_an_engine_that_stops_early_is_an_error() -> None:
     test = Case(0, 10)
     with pytest.raises(EngineError, match="after 6 of 11 tokens"):
-        measure(PacedEngine(tokens=6), test, requests_for(test))
+        run(PacedEngine(tokens=6), test)
 
 
 def test_an_engine_without_a_prompt_time_is_an_error() -> None:
     test = Case(10, 0)
     with pytest.raises(EngineError, match="no time for pp10"):
-        measure(PacedEngine(prompt_seconds=0.0), test, requests_for(test))
+        run(PacedEngine(prompt_seconds=0.0), test)
 
 
 def test_requests_of_a_batch_run_at_the_same_time() -> None:
     test = Case(0, 20, 4, 3)
-    engine = BatchEngine(together=3)
-    sample = measure(engine, test, requests_for(test))
+    engine = BatchEngine()
+    sample = run(engine, test)
     assert len(engine.requests) == 3
     assert len(sample.itl_ns) == 3 * 20
     assert sample.ns > 0
@@ -162,10 +169,10 @@ def test_requests_of_a_batch_run_at_the_same_time() -> None:
 def test_an_engine_that_takes_turns_is_found_out() -> None:
     test = Case(0, 20, 4, 2)
     with pytest.raises(EngineError, match="one after the other"):
-        measure(TurnsEngine(), test, requests_for(test))
+        run(TurnsEngine(), test)
 
 
 def test_an_error_in_one_of_several_requests_comes_out() -> None:
     test = Case(0, 5, 2000, 2)
     with pytest.raises(Exception, match="2,000 tokens"):
-        measure(PacedEngine(), test, requests_for(test))
+        run(PacedEngine(), test)

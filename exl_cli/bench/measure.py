@@ -33,6 +33,8 @@ _TRACED = 16
 
 @dataclass(frozen=True)
 class _Mark:
+    """A moment with what had been used up to it: processor time and energy."""
+
     at: int
     cpu: float
     joules: float | None
@@ -44,39 +46,6 @@ class _Trace:
 
     arrivals: list[int] = field(default_factory=list)
     summary: Summary | None = None
-
-
-class _Window:
-    """The time in which all requests generate: from the last one's first token to the first one's last."""
-
-    def __init__(self, requests: int, energy: Energy) -> None:
-        self._waiting = requests
-        self._energy = energy
-        self.begin: _Mark | None = None
-        self.end: _Mark | None = None
-
-    def first(self) -> int:
-        """A request's first token is here; the moment from which its second is timed."""
-        self._waiting -= 1
-        if self._waiting == 0:
-            self.begin = self.mark_before()
-            return self.begin.at
-        return time.perf_counter_ns()
-
-    def last(self) -> None:
-        """A request's last token is here."""
-        if self.end is None:
-            self.end = self.mark_after()
-
-    def mark_before(self) -> _Mark:
-        """Readings, and then the time."""
-        joules, cpu = self._energy(), time.process_time()
-        return _Mark(time.perf_counter_ns(), cpu, joules)
-
-    def mark_after(self) -> _Mark:
-        """The time, and then the readings."""
-        at = time.perf_counter_ns()
-        return _Mark(at, time.process_time(), self._energy())
 
 
 def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energy: Energy = lambda: None) -> Sample:
@@ -91,12 +60,7 @@ def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energ
     Raises:
         EngineError: the engine stopped early, or did not compute the requests at the same time.
     """
-    window = _Window(len(requests), energy)
-    start = window.mark_before()
-    traces = _run(engine, requests, window)
-    begin, end = window.begin, window.end
-    if begin is None or end is None:  # _follow has checked that every token came
-        raise RuntimeError("a stream ended without its tokens")
+    traces, start, begin, end = _run(engine, requests, energy)
     summaries = [trace.summary for trace in traces if trace.summary is not None]
     if test.kind == "prompt":
         begin, end = start, begin
@@ -121,40 +85,55 @@ def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energ
     )
 
 
-def _run(engine: EngineThread, requests: Sequence[Request], window: _Window) -> list[_Trace]:
-    """Run all requests at once, and note when their tokens arrive, in the order in which the engine delivers them."""
+def _run(engine: EngineThread, requests: Sequence[Request], energy: Energy) -> tuple[list[_Trace], _Mark, _Mark, _Mark]:
+    """Run all requests at once, and note when their tokens arrive, in the order in which the engine delivers them.
+
+    Returns:
+        What came when, and three moments: the call, and the begin and end of the time in which all requests generate,
+        from the last one's first token to the first one's last.
+    """
     inbox: queue.SimpleQueue[tuple[int, Chunk | BaseException]] = queue.SimpleQueue()
 
     def deliver_to(index: int) -> Callable[[Chunk | BaseException], None]:
         return lambda item: inbox.put((index, item))
 
+    def mark_before() -> _Mark:
+        joules, cpu = energy(), time.process_time()
+        return _Mark(time.perf_counter_ns(), cpu, joules)
+
+    def mark_after() -> _Mark:
+        at = time.perf_counter_ns()
+        return _Mark(at, time.process_time(), energy())
+
     traces = [_Trace() for _ in requests]
+    begin = end = None
+    start = mark_before()
     ids = [engine.submit(request, deliver_to(index)) for index, request in enumerate(requests)]
     try:
         while any(trace.summary is None for trace in traces):
-            index, item = inbox.get()
-            if isinstance(item, BaseException):
-                raise item
-            _follow(item, requests[index], window, traces[index])
+            index, chunk = inbox.get()
+            if isinstance(chunk, BaseException):
+                raise chunk
+            trace, most = traces[index], requests[index].max_new_tokens
+            if chunk.token_ids:
+                now = time.perf_counter_ns()
+                if begin is None and all(other.arrivals for other in traces if other is not trace):
+                    begin = mark_before()
+                    now = begin.at
+                trace.arrivals += [now] * len(chunk.token_ids)
+                if end is None and len(trace.arrivals) >= most:
+                    end = mark_after()
+            trace.summary = chunk.summary
+            if trace.summary is not None and len(trace.arrivals) < most:
+                problem = f"the engine ended after {len(trace.arrivals)} of {most} tokens"
+                raise EngineError(problem, "report it: nothing should end a benchmark's generation early")
     except BaseException:
         for id_ in ids:
             engine.cancel(id_)
         raise
-    return traces
-
-
-def _follow(chunk: Chunk, request: Request, window: _Window, trace: _Trace) -> None:
-    if chunk.token_ids:
-        now = time.perf_counter_ns() if trace.arrivals else window.first()
-        trace.arrivals += [now] * len(chunk.token_ids)
-        if len(trace.arrivals) >= request.max_new_tokens:
-            window.last()
-    trace.summary = chunk.summary
-    if chunk.summary is not None and len(trace.arrivals) < request.max_new_tokens:
-        raise EngineError(
-            f"the engine ended after {len(trace.arrivals)} of {request.max_new_tokens} tokens",
-            "report it: nothing should end a benchmark's generation early",
-        )
+    if begin is None or end is None:
+        raise RuntimeError("a stream ended without its tokens")
+    return traces, start, begin, end
 
 
 def _inside(traces: Sequence[_Trace], begin: int, end: int) -> int:
