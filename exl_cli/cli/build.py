@@ -54,20 +54,21 @@ def build(
                 f"add --out FOLDER to carry the result to another machine, or {compiled.sm(missing[0])} to the list",
             )
         gpus = []
-    here = next(iter(compiled.compiled(torch, gpus, archs)), None)
-    if not force and here and here.usable and here.facts and here.path:
-        library, facts = here.path, here.facts
-        on = f"on {facts.built[:10]} (--force does it again)"
-        console.note(f"already compiled for {compiled.spoken(facts.archs)}, {on}")
-    else:
+    made = None if force else compiled.ready(torch, gpus, archs)
+    result = extension.Result(*made) if made else None
+    if result is None:
         with Build(console) as shown, insist_on_interrupt():
-            result = extension.build(extension.Order(archs, jobs, force, tuple(gpus)), shown)
-        library, facts = result.path, result.facts
+            result = extension.build(shown, archs=archs, max_jobs=jobs, again=force, gpus=gpus)
+    library, facts = result.path, result.facts
+    if result.compiled:
         where = f", tried on {', '.join(result.gpus)}" if result.gpus else ""
         console.note(
             f"compiled exllamav2's extension for {compiled.spoken(facts.archs)} in {clock_time(facts.seconds)}: "
             f"{result.compiled} files{where}; log: {result.log}"
         )
+    else:
+        on = f"on {facts.built[:10]} (--force does it again)"
+        console.note(f"already compiled for {compiled.spoken(facts.archs)}, {on}")
     wheel = _write_wheel(library, facts, out) if out is not None else None
     if wheel:
         console.note(f"on the other machine: pip install {wheel.name}")

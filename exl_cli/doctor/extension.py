@@ -121,8 +121,17 @@ def build_lock(root: Path) -> CheckResult | None:
         return None
     name, age = holder
     details = {"path": str(root), "state": "held", "holder": name, "age_seconds": round(age)}
-    message = f"{name} is compiling the extension since {build.ago(age)}"
+    message = f"{name} is compiling the extension since {_ago(age)}"
     return CheckResult("Build lock", "warn", message, "wait for it", "", details)
+
+
+def _ago(seconds: float) -> str:
+    """ "5 minutes ago"."""
+    for size, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return f"{int(seconds)} seconds ago"
 
 
 def tool(tool: Tool, *, needed: bool) -> CheckResult:

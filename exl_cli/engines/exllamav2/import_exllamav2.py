@@ -82,7 +82,7 @@ def _extension(observer: build.Observer | None) -> ModuleType:
     else:
         observer.note("exllamav2's CUDA extension is not compiled yet: that is done now, once")
     try:
-        result = build.build(build.Order(gpus=tuple(gpus)), observer)
+        result = build.build(observer, gpus=gpus)
     except EngineError as error:
         raise EngineError(error.message, f"{error.hint}, {_ELSE}" if error.hint else _ELSE[3:]) from error
     try:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,7 +32,6 @@ from exl_cli.engines.exllamav2.extension import (
 )
 from exl_cli.engines.exllamav2.extension.compiled import Capability, Facts, spoken
 from exl_cli.engines.exllamav2.extension.environment import Torch
-from exl_cli.engines.exllamav2.extension.failures import Failure
 from exl_cli.engines.exllamav2.extension.jobs import Progress
 from exl_cli.errors import EngineError
 from exl_cli.system import processes
@@ -88,26 +87,9 @@ class Result:
 
     path: Path
     facts: Facts
-    gpus: tuple[str, ...]
-    log: Path
-    compiled: int
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to build.
-
-    Attributes:
-        archs: GPU architectures, as `compiled.parse_archs` gives them; empty for the GPUs that are here.
-        jobs: compilers at once; None for as many as there are cores and memory for.
-        anew: compile everything again.
-        gpus: those it must serve, as far as known.
-    """
-
-    archs: tuple[str, ...] = ()
-    jobs: int | None = None
-    anew: bool = False
-    gpus: tuple[Capability, ...] = ()
+    gpus: tuple[str, ...] = ()
+    log: str = ""
+    compiled: int = 0
 
 
 def torch_for_cuda() -> Torch:
@@ -127,8 +109,22 @@ def torch_for_cuda() -> Torch:
     return torch
 
 
-def build(order: Order, observer: Observer) -> Result:
+def build(
+    observer: Observer,
+    *,
+    archs: tuple[str, ...] = (),
+    max_jobs: int | None = None,
+    again: bool = False,
+    gpus: Sequence[Capability] = (),
+) -> Result:
     """Compile exllamav2's extension into exl's folder, or take over the one that exllamav2 compiled by itself.
+
+    Args:
+        observer: shows how it is going.
+        archs: GPU architectures, as `compiled.parse_archs` gives them; empty for the GPUs that are here.
+        max_jobs: compilers at once; None for as many as there are cores and memory for.
+        again: compile everything, also what is compiled already.
+        gpus: those it must serve, as far as known.
 
     Raises:
         EngineError: it cannot be compiled here, or the compiler fails, with the way to mend it.
@@ -138,11 +134,11 @@ def build(order: Order, observer: Observer) -> Result:
     root = environment.build_root()
     try:
         with _alone(root, observer.note) as waited, _log() as log:
-            if waited and (result := _made_meanwhile(order, torch)):
+            if waited and not again and (made := compiled.ready(torch, gpus, archs)):
+                return Result(*made)
+            if not again and not archs and (result := _taken_over(torch, log)):
                 return result
-            if not order.archs and not order.anew and (result := _taken_over(torch, log)):
-                return result
-            return _compiled(order, torch, log, observer)
+            return _compiled(torch, log, observer, archs, max_jobs, again)
     except OSError as error:
         where = f"TORCH_EXTENSIONS_DIR={os.path.join('/tmp', 'torch_extensions')}"  # noqa: PTH118, S108 - an example
         raise EngineError(
@@ -195,6 +191,8 @@ def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
         (root / _HOLDER).write_text(f"process {os.getpid()} (exl build)", encoding="utf-8")
         yield waited
     finally:
+        with contextlib.suppress(OSError):
+            (root / _HOLDER).unlink()
         lock.release()
 
 
@@ -216,41 +214,38 @@ def _log() -> Iterator[IO[str]]:
         yield log
 
 
-def _made_meanwhile(order: Order, torch: Torch) -> Result | None:
-    made = next(iter(compiled.compiled(torch, order.gpus, order.archs)), None)
-    if order.anew or made is None or not made.usable or made.path is None or made.facts is None:
-        return None
-    return Result(made.path, made.facts, (), Path(), 0)
-
-
 def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
     """The extension in torch's own folder, where it is newer than torch and exllamav2 and computes on the GPUs here."""
     library = environment.torch_build_folder(torch) / compiled.LIBRARY
     sources = [torch.folder / "version.py", torch.folder.parent / environment.EXLLAMAV2 / "ext.py"]
     if not library.is_file() or any(s.exists() and s.stat().st_mtime > library.stat().st_mtime for s in sources):
         return None
-    outcome = smoke_test.run(library, (), torch, log)
-    if outcome.failure or not outcome.gpus:
+    try:
+        gpus, archs = smoke_test.run(library, (), torch, log)
+    except EngineError:
         return None
-    facts = _facts(torch, outcome.archs, library)
-    return Result(compiled.publish(library, facts, torch), facts, outcome.gpus, Path(log.name), 0)
+    if not gpus:
+        return None
+    facts = _facts(torch, archs, library)
+    return Result(compiled.publish(library, facts, torch), facts, gpus, log.name)
 
 
-def _compiled(order: Order, torch: Torch, log: IO[str], observer: Observer) -> Result:
+def _compiled(
+    torch: Torch, log: IO[str], observer: Observer, archs: tuple[str, ...], max_jobs: int | None, again: bool
+) -> Result:
     begun = time.monotonic()
     tools = toolchain.find(torch)
     if tools.problems:
         what = ", ".join(f"{tool.name} {tool.problem}" for tool in tools.problems)
         fix = install_hints.joined([tool.fix for tool in tools.problems])
         raise EngineError(f"exllamav2's extension cannot be compiled: {what}", fix)
-    plan = jobs.plan(order.jobs)
+    plan = jobs.plan(max_jobs)
     variables = toolchain.variables(tools, environment.build_root() / "lib")
     variables |= {"MAX_JOBS": str(plan.jobs), "NINJA_STATUS": worker.STATUS}
-    if order.archs:
-        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(order.archs)
-    arguments = json.dumps({"asked": bool(order.archs), "anew": order.anew})
+    if archs:
+        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
     process = subprocess.Popen(  # noqa: S603
-        processes.command(worker.__name__, arguments),
+        processes.command(worker.__name__, json.dumps({"asked": bool(archs), "again": again})),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -260,17 +255,20 @@ def _compiled(order: Order, torch: Torch, log: IO[str], observer: Observer) -> R
         start_new_session=True,
     )
     try:
-        library, archs, files = _follow(process, plan, torch, log, observer)
-    finally:
-        processes.stop(process)
-    outcome = smoke_test.run(library, archs, torch, log)
-    if outcome.failure:
-        raise _failed(outcome.failure, log)
+        try:
+            library, archs, files = _follow(process, plan, torch, log, observer)
+        finally:
+            processes.stop(process)
+        gpus, _ = smoke_test.run(library, archs, torch, log)
+    except EngineError as error:
+        see = f"see {log.name}"
+        hint = see if error.hint in ("", "see the log") else f"{error.hint}; {see}"
+        raise EngineError(f"exllamav2's extension was not compiled: {error.message}", hint) from error
     compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
     facts = _facts(torch, archs, library, round(time.monotonic() - begun, 1), compilers)
     path = compiled.publish(library, facts, torch)
     shutil.rmtree(path.parent / "build", ignore_errors=True)
-    return Result(path, facts, outcome.gpus, Path(log.name), files)
+    return Result(path, facts, gpus, log.name, files)
 
 
 def _follow(
@@ -296,7 +294,7 @@ def _follow(
         elif "built" in (event := json.loads(line.removeprefix(worker.MARK))):
             return Path(event["built"]), archs, len(done)
         elif "failed" in event:
-            raise _failed(_failure(event, "".join(said), torch), log)
+            raise _failure(event, "".join(said), torch)
         else:
             archs, waiting, begun = tuple(event["archs"]), event["waiting"], time.monotonic()
             said.clear()
@@ -307,23 +305,20 @@ def _follow(
                     f"{_duration(left)} with {plan}; log: {log.name}"
                 )
                 observer.building(Progress(0, len(waiting), 0.0, left))
-    raise _failed(Failure(f"the build ended without a word (code {process.wait()})", ""), log)
+    raise EngineError(f"the build ended without a word (code {process.wait()})")
 
 
-def _failure(event: dict[str, str], said: str, torch: Torch) -> Failure:
+def _failure(event: dict[str, str], said: str, torch: Torch) -> EngineError:
     text = event["failed"]
     if "fix" in event:
-        return Failure(text, event["fix"])
+        return EngineError(text, event["fix"])
     if text.startswith(worker.COMPILER_FAILED):
-        return failures.explain_compiler(said, torch)
-    known = failures.explain(text, torch)
-    return known or Failure(f"the build cannot be set up: {failures.last_line(text)}", "")
-
-
-def _failed(failure: Failure, log: IO[str]) -> EngineError:
-    see = f"see {log.name}"
-    hint = see if failure.fix in ("", "see the log") else f"{failure.fix}; {see}"
-    return EngineError(f"exllamav2's extension was not compiled: {failure.what}", hint)
+        failure = failures.explain_compiler(said, torch)
+    elif (known := failures.explain(text, torch)) is None:
+        return EngineError(f"the build cannot be set up: {failures.last_line(text)}")
+    else:
+        failure = known
+    return EngineError(failure.what, failure.fix)
 
 
 def _facts(torch: Torch, archs: tuple[str, ...], library: Path, seconds: float = 0.0, compilers: str = "") -> Facts:
@@ -338,15 +333,6 @@ def _facts(torch: Torch, archs: tuple[str, ...], library: Path, seconds: float =
         seconds=seconds,
         compilers=compilers,
     )
-
-
-def ago(seconds: float) -> str:
-    """ "5 minutes ago"."""
-    for size, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {name}{'s' if count > 1 else ''} ago"
-    return f"{int(seconds)} seconds ago"
 
 
 def _duration(seconds: float) -> str:

@@ -127,6 +127,14 @@ def compiled(torch: Torch, capabilities: Sequence[Capability] = (), archs: Itera
     return sorted(made, key=lambda extension: bool(extension.problem))
 
 
+def ready(torch: Torch, capabilities: Sequence[Capability], archs: Iterable[str] = ()) -> tuple[Path, Facts] | None:
+    """The first of these that fits."""
+    for extension in compiled(torch, capabilities, archs):
+        if extension.usable and extension.path and extension.facts:
+            return extension.path, extension.facts
+    return None
+
+
 def find(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extension:
     """The extension that exl would load; where none will do, the one that says most about why.
 

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -18,30 +17,22 @@ from typing import IO, Any
 from exl_cli.engines.exllamav2.extension import failures
 from exl_cli.engines.exllamav2.extension.compiled import MODULE, parse_archs, uncovered
 from exl_cli.engines.exllamav2.extension.environment import Torch
-from exl_cli.engines.exllamav2.extension.failures import Failure
+from exl_cli.errors import EngineError
 from exl_cli.system import processes
 
 _SCALE = 30.0
 _SECONDS = 300.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a smoke test ended.
+def run(library: Path, archs: tuple[str, ...], torch: Torch, log: IO[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Load and compute in another process, for five minutes at most.
 
-    Attributes:
-        gpus: names of the GPUs that computed.
-        archs: theirs, as TORCH_CUDA_ARCH_LIST has them.
-        failure: None where all went well.
+    Returns:
+        The names of the GPUs that computed, and their architectures as TORCH_CUDA_ARCH_LIST has them.
+
+    Raises:
+        EngineError: it crashes, hangs, does not load or computes something else.
     """
-
-    gpus: tuple[str, ...] = ()
-    archs: tuple[str, ...] = ()
-    failure: Failure | None = None
-
-
-def run(library: Path, archs: tuple[str, ...], torch: Torch, log: IO[str]) -> Outcome:
-    """Load and compute in another process, for five minutes at most."""
     try:
         done = subprocess.run(  # noqa: S603
             processes.command("exl_cli.engines.exllamav2.extension.smoke_test", str(library), *archs),
@@ -52,18 +43,19 @@ def run(library: Path, archs: tuple[str, ...], torch: Torch, log: IO[str]) -> Ou
             text=True,
             errors="replace",
         )
-    except subprocess.TimeoutExpired:
-        return Outcome(failure=Failure("the compiled extension hangs when it is loaded", ""))
+    except subprocess.TimeoutExpired as error:
+        raise EngineError("the compiled extension hangs when it is loaded") from error
     log.write(done.stdout + done.stderr)
     if done.returncode < 0:
         name = processes.signal_name(-done.returncode)
-        return Outcome(failure=Failure(f"the compiled extension crashes when it is loaded ({name})", ""))
+        raise EngineError(f"the compiled extension crashes when it is loaded ({name})")
     if done.returncode:
         said = failures.last_line(done.stderr)
-        known = failures.explain(said, torch)
-        return Outcome(failure=known or Failure(f"the compiled extension does not load: {said}", ""))
+        if known := failures.explain(said, torch):
+            raise EngineError(known.what, known.fix)
+        raise EngineError(f"the compiled extension does not load: {said}")
     facts = json.loads(failures.last_line(done.stdout))
-    return Outcome(tuple(facts["gpus"]), tuple(facts["archs"]))
+    return tuple(facts["gpus"]), tuple(facts["archs"])
 
 
 def load(library: Path) -> ModuleType:

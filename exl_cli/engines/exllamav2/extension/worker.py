@@ -85,12 +85,12 @@ def _emit(**event: Any) -> None:
     sys.stdout.flush()
 
 
-def _import_extension(*, asked: bool, anew: bool) -> None:
+def _import_extension(*, asked: bool, again: bool) -> None:
     """Import `exllamav2.ext` with a `load` that compiles into a folder of exl's.
 
     Args:
         asked: whether the user gave the architectures; else they are exllamav2's choice, the GPUs that are here.
-        anew: compile what is compiled already, too.
+        again: compile what is compiled already, too.
     """
     import torch
     from torch.utils import cpp_extension
@@ -108,7 +108,7 @@ def _import_extension(*, asked: bool, anew: bool) -> None:
         if not asked and (missing := uncovered(archs, gpus)):
             what = f"TORCH_CUDA_ARCH_LIST={chosen} leaves out the GPU here ({sm(missing[0])})"
             raise EngineError(what, "unset TORCH_CUDA_ARCH_LIST")
-        folder = _prepare(archs, anew=anew)
+        folder = _prepare(archs, again=again)
         slower = _check_nvcc(archs)
         made = _in_ninja_log(folder)
         objects = [Path(s).stem + (".cuda.o" if s.endswith(".cu") else ".o") for s in sources] + [LIBRARY]
@@ -137,13 +137,13 @@ def _stop_at_extension(name: str, *arguments: Any, **options: Any) -> Any:
     return _spec_from_file(name, *arguments, **options)
 
 
-def _prepare(archs: tuple[str, ...], *, anew: bool) -> Path:
+def _prepare(archs: tuple[str, ...], *, again: bool) -> Path:
     """torch's build folder, inside of exl's for these architectures."""
     torch = environment.torch_here()
     if torch is None:
         raise RuntimeError("torch is not installed")
     root = build_folder(torch, archs) / "build"
-    if anew:
+    if again:
         shutil.rmtree(root, ignore_errors=True)
     folder = root / MODULE
     folder.mkdir(parents=True, exist_ok=True)
