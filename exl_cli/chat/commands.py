@@ -210,6 +210,11 @@ def _system(chat: Conversation, text: str) -> None:
     chat.view.say("the system message is taken away" if session.system is None else "the system message is set")
 
 
+def _change(chat: Conversation, name: str, value: str) -> None:
+    changed = chat.change(chat.settings.with_value(name, value))
+    chat.view.changes(changed, unchanged=settings.resolve(name))
+
+
 @_command("set [NAME [VALUE|default]]", "show or change a setting", _settings)
 def _set(chat: Conversation, text: str) -> None:
     name, _, value = text.partition(" ")
@@ -219,15 +224,13 @@ def _set(chat: Conversation, text: str) -> None:
         key = settings.resolve(name)
         chat.view.settings({key: chat.values()[key]})
     else:
-        changed = chat.change(chat.settings.with_value(name, value.strip()))
-        chat.view.changes(changed, unchanged=settings.resolve(name))
+        _change(chat, name, value.strip())
 
 
 @_command("preset [NAME|none]", "use named sampler settings", lambda chat, text: PRESETS)
 def _preset(chat: Conversation, text: str) -> None:
     if text:
-        changed = chat.change(chat.settings.with_value("preset", text))
-        chat.view.changes(changed, unchanged="preset")
+        _change(chat, "preset", text)
     else:
         chat.view.block("\n".join(f"{name}: {values}" for name, values in PRESETS.items()))
 

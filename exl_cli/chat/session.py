@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
@@ -238,13 +238,17 @@ def _session(value: dict[str, Any], name: str) -> Session:
     return session
 
 
+_HINTS = {kind: get_type_hints(kind) for kind in (Turn, Totals, Session)}
+
+
 def _read(kind: type[Any], value: Any, where: str) -> Any:
     """A dataclass from a JSON object; fields that this version does not know are left out."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{where} is not an object")
-    known = {entry.name: value[entry.name] for entry in fields(kind) if entry.name in value}
+    hints = _HINTS[kind]
+    known = {name: value[name] for name in hints if name in value}
     for name, item in known.items():
-        if not is_kind(item, kind.__annotations__[name]):
+        if not is_kind(item, hints[name]):
             raise TypeError(f"{name} of {where} is {item!r}"[:200])
     if kind is Turn and not {"role", "content"} <= known.keys():
         raise TypeError(f"{where} has no role or no content")

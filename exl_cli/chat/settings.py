@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from exl_cli import sampling as samplings
 from exl_cli.errors import UsageError
@@ -103,44 +105,28 @@ def from_dict(value: Mapping[str, Any]) -> Settings:
         TypeError: a value is of a kind that its setting never has.
     """
     settings = Settings()
-    for entry in fields(Settings):
-        if entry.name in value:
-            item = value[entry.name]
-            if not is_kind(item, str(entry.type)):
-                raise TypeError(f"{entry.name} of the settings is {json.dumps(item)}"[:200])
-            change: dict[str, Any] = {entry.name: tuple(item) if entry.name == "stop" else item}
-            try:
+    for name, hint in get_type_hints(Settings).items():
+        if name in value:
+            item = value[name]
+            if not is_kind(item, hint):
+                raise TypeError(f"{name} of the settings is {json.dumps(item)}"[:200])
+            change: dict[str, Any] = {name: tuple(item) if name == "stop" else item}
+            with contextlib.suppress(UsageError, TypeError, ValueError, AttributeError):
                 settings = replace(settings, **change)
-            except (UsageError, TypeError, ValueError, AttributeError):
-                continue
     return settings
 
 
-# What JSON holds for a field of each annotation.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "Role": (str,),
-    "Ending": (str,),
-    "Overflow": (str,),
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "bool": (bool,),
-    "tuple[str, ...]": (list, tuple),
-    "dict[str, Any]": (dict,),
-    "dict[str, float]": (dict,),
-    "Mapping[str, Any]": (dict,),
-}
-
-
-def is_kind(item: object, annotation: str) -> bool:
-    """Whether a value read from JSON is of the kind that a dataclass's field has."""
-    if isinstance(item, bool) and annotation != "bool":
-        return False
-    if annotation == "tuple[str, ...]" and isinstance(item, (list, tuple)):
-        return all(isinstance(text, str) for text in item)
-    return isinstance(item, _KINDS[annotation])
+def is_kind(item: object, hint: Any) -> bool:
+    """Whether a value read from JSON is of the kind that a type hint allows; any text does for a literal."""
+    kind, options = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(is_kind(item, option) for option in options)
+    if kind is tuple:
+        return isinstance(item, (list, tuple)) and all(is_kind(text, str) for text in item)
+    if isinstance(item, bool):
+        return kind is bool
+    kinds: Any = {Literal: str, float: (int, float)}.get(kind, kind)
+    return isinstance(item, kinds)
 
 
 def names() -> list[str]:
