@@ -1,6 +1,6 @@
-"""The steps between logits and the choice of a token, each a function of its own: penalties, softmax, filters, draw.
+"""The steps from logits to the next token, one function each: penalties, softmax, filters, draw.
 
-Where a step differs from exllamav2's the docstring of `exl_cli.engines.sampler` says how and why.
+The docstring of `sampler` says where a step differs from exllamav2's, and why.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ for rounding and but for what is wrong there. Those differences, each toward the
 - Mirostat: mu starts at 2 tau, once; exllamav2 starts it again whenever it happens to be 0.
 - The draw: a random number of 0 cannot pick a token of probability 0. Of more than 4,096 candidates sums of blocks are
   searched, which are closer to the true ones than float32 sums from the first on.
-- DRY: see `exl_cli.engines.dry`.
+- DRY: see `dry`.
 - Logits that are NaN or infinite are refused; exllamav2 picks some token.
 """
 
@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.sampling.dry import FloatArray, IntArray, apply_dry, dry_breakers, token_mask
+from exl_cli.engines.sampling.dry import BoolArray, FloatArray, IntArray, apply_dry, dry_breakers, token_mask
 from exl_cli.engines.sampling.filters import (
     Candidates,
     best,
@@ -58,7 +58,6 @@ from exl_cli.engines.sampling.filters import (
     typical,
     xtc,
 )
-from exl_cli.engines.sampling.history import History
 from exl_cli.errors import EngineError
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
@@ -151,9 +150,9 @@ class Sampler:
             raise ValueError(f"logits must have the shape [n], got {logits.shape}")
         scores = np.asarray(logits[: self._vocab_size], dtype=np.float32)
         settings = self._settings
-        found = self._highest(scores, history) if self._short and len(scores) >= _LARGE else None
-        if found is not None:
-            ids, scores = found
+        highest_few = self._highest(scores, history) if self._short and len(scores) >= _LARGE else None
+        if highest_few is not None:
+            ids, scores = highest_few
             highest = scores[0]
         else:
             _check(scores)
@@ -232,6 +231,48 @@ class Sampler:
     def _skewed(self, point: float) -> float:
         """Skew: a power of the random number, so that it falls nearer one end of the candidates, likeliest first."""
         return point ** math.exp(-self._settings.skew) if self._settings.skew else point
+
+
+class History:
+    """A history as arrays. Between calls it may only grow at its end; a shorter one is read afresh.
+
+    Args:
+        vocab_size: ids from there on are not marked as seen.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._tokens = np.empty(256, dtype=np.int64)
+        self._seen = np.zeros(vocab_size, dtype=np.bool_)
+        self._length = self._read = self._marked = 0
+
+    def read(self, history: Sequence[int]) -> IntArray:
+        """The whole history, shape [n]: a view that the next call may overwrite."""
+        n = self._begin(history)
+        if n > len(self._tokens):
+            self._tokens = np.concatenate([self._tokens[: self._read], np.empty(2 * n - self._read, dtype=np.int64)])
+        self._tokens[self._read : n] = history[self._read :]
+        self._read = n
+        return self._tokens[:n]
+
+    def seen(self, history: Sequence[int]) -> BoolArray:
+        """Which tokens occur in it, shape [vocab_size]: an array that the next call may change."""
+        n = self._begin(history)
+        if n == self._marked + 1:  # as a rule: a tenth of the time
+            if history[-1] < len(self._seen):
+                self._seen[history[-1]] = True
+        elif n > self._marked:
+            new = np.array(history[self._marked :], dtype=np.int64)
+            self._seen[new[new < len(self._seen)]] = True
+        self._marked = n
+        return self._seen
+
+    def _begin(self, history: Sequence[int]) -> int:
+        n = len(history)
+        if n < self._length:
+            self._read = self._marked = 0
+            self._seen[:] = False
+        self._length = n
+        return n
 
 
 def _check(scores: FloatArray) -> None:
