@@ -169,10 +169,10 @@ def run_all(
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_WORKERS, len(transfers)))]
     told = {transfer: transfer.size for transfer in transfers}
-    for thread in threads:
-        thread.start()
     left = len(transfers)
     try:
+        for thread in threads:
+            thread.start()
         while left:
             with suppress(queue.Empty):
                 error = ended.get(timeout=_REPORT_SECONDS)
@@ -188,5 +188,6 @@ def run_all(
         abort()
         deadline = time.monotonic() + _STOPPING_SECONDS
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                thread.join(max(0.0, deadline - time.monotonic()))
         raise
