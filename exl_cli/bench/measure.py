@@ -3,8 +3,8 @@
 What is timed, by the kind of test:
 
 - a prompt: what the engine reports as the evaluation of the prompt, up to the moment the device has finished;
-- a generation: from the arrival of the first new token to the arrival of the last, so that every timed token is one
-  forward pass with its sampling and its decoding to text; with several requests, the time in which all generate;
+- a generation: from the arrival of the first new token to the arrival of the last: every timed token is one forward
+  pass with its sampling and its decoding to text; with several requests, the time in which all generate;
 - a whole answer: from the call to the arrival of the last token.
 
 Choosing and tokenizing the prompt is in none of them.

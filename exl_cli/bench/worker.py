@@ -1,9 +1,9 @@
-"""One model with one type of KV cache, from import to the last test; as a rule in a process of its own.
+"""Measure one model with one type of KV cache, from import to the last test; as a rule in a separate process.
 
-A process of its own, because the first generation of a process is one of the things to measure, because peaks of memory
-count from the start of a process, and because whatever one model leaves behind must not slow down the next.
+Separate, because the first generation of a process is one of the things to measure, because peaks of memory count from
+the start of a process, and because what one model leaves behind must not slow down the next.
 
-That process reads a pickled `Job` from stdin and writes events to stdout, one JSON object a line.
+The process reads a pickled `Job` from stdin and writes events to stdout, one JSON object a line.
 """
 
 from __future__ import annotations
