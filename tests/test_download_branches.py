@@ -12,7 +12,8 @@ from helpers import exl
 from hubtools import Fetcher, config, shell
 
 from exl_cli.models.hub.branches import Branch, describe, fit_warning
-from exl_cli.models.memory import GIB, Gpu
+from exl_cli.models.memory import Gpu
+from exl_cli.system.units import GIB
 
 # Mistral 7B's dimensions, and the sizes of real quantizations of it.
 MISTRAL: dict[str, Any] = {

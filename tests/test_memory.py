@@ -12,7 +12,8 @@ from exl_cli.errors import OutOfMemoryError, spell
 from exl_cli.models import memory
 from exl_cli.models.info import Format, ModelInfo, inspect
 from exl_cli.models.load_options import CacheType
-from exl_cli.models.memory import GIB, PAGE
+from exl_cli.models.memory import PAGE
+from exl_cli.system.units import GIB
 
 MISTRAL_7B = {
     "hidden_size": 4096,

@@ -22,6 +22,7 @@ from exl_cli.bench.outputs import latency, three_digits
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Measured, Result, Run, mean, percentile
 from exl_cli.errors import UsageError, param
+from exl_cli.system.units import MIB, mib
 
 # Colours to draw with, as in report.mplstyle, and what they become.
 _INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -217,7 +218,7 @@ def memory(result: Result) -> Chart | None:
             ("host, resident", run.memory.host, colour),
         ):
             if count is not None:
-                bars.append((_name(result, run, name), [(count / 2**20, paint)], f"{count / 2**20:,.0f} MiB"))
+                bars.append((_name(result, run, name), [(count / MIB, paint)], mib(count)))
     rows = [(name, end.removesuffix(" MiB")) for name, _, end in bars]
     return _bars("memory", "Peak memory", ("", "MiB"), rows, bars, "MiB")
 

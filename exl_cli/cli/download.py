@@ -106,7 +106,7 @@ def _cards(text: str) -> list[int]:
         sizes = None
     if sizes is None:
         raise UsageError(f"--vram {text!r} is not a number of GiB", "write it as 24, or 24,24 for two GPUs")
-    return [round(gib * memory.GIB) for gib in sizes]
+    return [round(count * units.GIB) for count in sizes]
 
 
 def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool) -> None:

@@ -16,12 +16,12 @@ from exl_cli.engines.exllamav2.extension import environment, failures, install_h
 from exl_cli.engines.exllamav2.extension.compiled import capability_of, parse_archs, sm, uncovered
 from exl_cli.errors import param
 from exl_cli.system.nvml import open_driver
-from exl_cli.system.units import gib
+from exl_cli.system.units import MIB, gib
 
 # NVIDIA's "CUDA Compatibility": the oldest driver on Linux for each major version.
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 # CUDA and the smallest model.
-_LEAST_FREE = 1_200 * 2**20
+_LEAST_FREE = 1_200 * MIB
 _CROWDED = 0.5
 _NVIDIA, _DISPLAY = "0x10de", "0x03"
 

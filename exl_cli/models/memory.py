@@ -28,18 +28,17 @@ from exl_cli.errors import OutOfMemoryError, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType
 from exl_cli.system.nvml import Driver, open_driver
+from exl_cli.system.units import MIB, gib
 
-GIB = 2**30
-_MIB = 2**20
 PAGE = 256
 CACHE_TYPES: tuple[CacheType, ...] = ("fp16", "q8", "q6", "q4")
 
 # Bits per stored value, scales included; q6 keeps keys at 8 bits and values at 4.
 CACHE_BITS: dict[str, float] = {"fp16": 16, "q8": 8.5, "q6": 6.5, "q4": 4.5}
 _CHUNK, _CHUNK_LOW_MEM = 2048, 1024
-_LARGEST_DEQUANTIZED = 512 * 2**20
-_HELD_BACK, _HELD_BACK_LATER = (192 + 256) * _MIB, (64 + 256) * _MIB
-_CUDA_CONTEXT = 512 * _MIB
+_LARGEST_DEQUANTIZED = 512 * MIB
+_HELD_BACK, _HELD_BACK_LATER = (192 + 256) * MIB, (64 + 256) * MIB
+_CUDA_CONTEXT = 512 * MIB
 _ROUNDING = 0.03
 
 # Parts of multimodal checkpoints that the text model does without.
@@ -263,16 +262,16 @@ def check(
         OutOfMemoryError: with need, free and the largest context that fits.
     """
     needed = estimate(info, context, cache, low_mem=low_mem)
-    have = f"{sum(free) / GIB:.1f} GiB {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
+    have = f"{gib(sum(free))} {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
     if draft is not None and free:
         taken = beside(draft, context, cache, low_mem=low_mem)
         largest = max(free)
         free = [largest - taken, *sorted(free)[:-1]]
-        have += f", of which the draft model takes {taken / GIB:.1f} GiB"
+        have += f", of which the draft model takes {gib(taken)}"
     if needed is None or needed.allocated <= usable(needed, free):
         return needed
     message = (
-        f"{info.name} needs about {needed.allocated / GIB:.1f} GiB of GPU memory for a context of {context:,} tokens "
+        f"{info.name} needs about {gib(needed.allocated)} of GPU memory for a context of {context:,} tokens "
         f"with {cache} cache, and {have}"
     )
     raise OutOfMemoryError(message, _advice(info, context, cache, free, low_mem))

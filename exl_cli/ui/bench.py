@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from exl_cli.bench import limits, outputs
 from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
 from exl_cli.bench.result import Measured, Result, Run, mean
+from exl_cli.system.units import mib
 from exl_cli.ui.console import Console, harmless
 from exl_cli.ui.models import show, table
 from exl_cli.ui.progress import Live, bar_column, text_column
@@ -141,11 +142,11 @@ def _lines(run: Run) -> list[tuple[str, str]]:
 
 
 def _memory(run: Run) -> str:
-    parts = [f"{(run.memory.host or 0) / 2**20:,.0f} MiB resident"]
+    parts = [f"{mib(run.memory.host or 0)} resident"]
     if run.memory.allocator is not None:
-        parts.insert(0, f"GPU {run.memory.allocator / 2**20:,.0f} MiB allocated")
+        parts.insert(0, f"GPU {mib(run.memory.allocator)} allocated")
     if run.memory.device is not None:
-        parts.insert(1, f"{run.memory.device / 2**20:,.0f} MiB in use on the card")
+        parts.insert(1, f"{mib(run.memory.device)} in use on the card")
     return f"{', '.join(parts)} (peaks)"
 
 

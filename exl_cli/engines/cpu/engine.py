@@ -25,6 +25,7 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.machine import available_memory
 from exl_cli.system.readings import DeviceMemory
+from exl_cli.system.units import gib
 
 # Prompt tokens evaluated in a step.
 _PREFILL_CHUNK = 128
@@ -171,7 +172,7 @@ def _choose_dtype(info: ModelInfo) -> torch.dtype:
         if info.parameters * size * 1.05 < free:
             return dtype
     raise OutOfMemoryError(
-        f"{info.name} unpacks to {info.parameters * 2 / 2**30:.1f} GiB on the CPU, {free / 2**30:.1f} GiB are free",
+        f"{info.name} unpacks to {gib(info.parameters * 2)} on the CPU, {gib(free)} are free",
         "run it on a GPU, or choose a smaller model",
     )
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from exl_cli.errors import DamagedModelError, EngineError, OutOfMemoryError, UsageError, param
-from exl_cli.models import memory
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
+from exl_cli.system.units import gib
 
 _LESS = f"use {param('cache')} q4, a smaller {param('max_seq_len')} or {param('low_mem')}"
 
@@ -83,11 +83,11 @@ def free_bytes() -> list[int]:
 
 def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryError:
     held = torch.cuda.memory_reserved()
-    have = f"{(sum(free_bytes()) + held) / memory.GIB:.1f} GiB of GPU memory are free"
+    have = f"{gib(sum(free_bytes()) + held)} of GPU memory are free"
     if info is None:
         return OutOfMemoryError(f"the GPU ran out of memory; {have}", _LESS)
-    need = info.size_bytes / memory.GIB
+    need = f"{gib(info.size_bytes)} for its weights and more for a context of {context_length:,} tokens"
     return OutOfMemoryError(
-        f"{info.name} needs {need:.1f} GiB for its weights and more for a context of {context_length:,} tokens; {have}",
+        f"{info.name} needs {need}; {have}",
         f"{_LESS}, or free the GPU (nvidia-smi shows who uses it)",
     )

@@ -16,6 +16,7 @@ from exl_cli.models.hub.files import Choice, Listing, check_runnable, select, we
 from exl_cli.models.hub.names import Repository
 from exl_cli.models.info import Format, ModelInfo
 from exl_cli.models.load_options import CacheType
+from exl_cli.system.units import GIB, gib
 
 if TYPE_CHECKING:
     from exl_cli.models.hub.download import Plan
@@ -166,9 +167,8 @@ def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
         return ""
     if needed is None or memory.fits(needed, [gpu.total for gpu in gpus]):
         return ""
-    need = f"{needed.total / memory.GIB:.1f}"
-    have = " + ".join(f"{gpu.total / memory.GIB:.0f}" for gpu in gpus)
+    have = " + ".join(f"{gpu.total / GIB:.0f}" for gpu in gpus)
     return (
-        f"{plan.wanted.repository} will need about {need} GiB of GPU memory, and here are {have} GiB; "
+        f"{plan.wanted.repository} will need about {gib(needed.total)} of GPU memory, and here are {have} GiB; "
         f"exl download {plan.wanted.repository.id} --branches shows what fits"
     )
