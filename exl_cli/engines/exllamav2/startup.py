@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import sys
@@ -41,6 +40,8 @@ def wake_gpu() -> None:
 
 
 def _retain_context() -> None:
+    import ctypes
+
     # Errors recur when torch initializes the GPU; it reports them.
     with contextlib.suppress(OSError, AttributeError):
         driver = ctypes.CDLL("libcuda.so.1")
