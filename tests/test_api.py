@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections import deque
@@ -270,7 +271,11 @@ def test_download_follows_the_notebook(
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         hub.repository("owner/fable-GPTQ", files)
         assert download("owner/fable-GPTQ") == "./models/owner_fable-GPTQ"
-        assert capsys.readouterr().out == ""
+        out, err = capsys.readouterr()
+        assert out == ""
+        first, *_ = err.splitlines()
+        place = "models/owner_fable-GPTQ"
+        assert re.fullmatch(rf"Downloading owner/fable-GPTQ \(commit \w{{8}}\) to {place}: \d+ files, .* MB", first)
         fetched = len(hub.requests())
         assert download("owner/fable-GPTQ") == "./models/owner_fable-GPTQ"
         assert capsys.readouterr().out == "owner/fable-GPTQ already exists in the models directory\n"

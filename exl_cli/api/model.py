@@ -37,14 +37,15 @@ _DEFAULTS = Sampling()
 _log = logging.getLogger("exl_cli")
 
 
-class _LogObserver:
-    """A `loader.Observer` that writes to the log."""
+class LogObserver:
+    """Writes to the log how a model is loaded; see `loader.Observer`."""
 
     def note(self, message: str) -> None:
+        """See `Observer.note`."""
         _log.info(spell(message))
 
     def progress(self, done: int, total: int) -> None:
-        pass
+        """A log has no use for it."""
 
 
 def load(
@@ -92,7 +93,7 @@ def load(
 def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:
     """`load` for a model that `loader.resolve` has found."""
     tokenizer = Tokenizer(info.path)
-    model = Model(info, tokenizer, loader.load(info, tokenizer, options, _LogObserver()))
+    model = Model(info, tokenizer, loader.load(info, tokenizer, options, LogObserver()))
     _log.info("loaded %s (%s) with engine %s", info.name, info.format_name, model.facts["engine"])
     return model
 

@@ -239,25 +239,18 @@ _PROMPT_TOKENS = 12
 _LONGEST = 256
 
 
-class _Silent:
-    def note(self, message: str) -> None:
-        """See `loader.Observer.note`."""
-
-    def progress(self, done: int, total: int) -> None:
-        """See `loader.Observer.progress`."""
-
-
 def _load(model: str, models_dir: str | None, engine: EngineChoice) -> tuple[Any, list[int], dict[str, Any]]:
     """The engine, the text's ids, and the facts that both questions about a model have in common."""
     from exl_cli import loader
     from exl_cli.api.engine_thread import EngineThread
+    from exl_cli.api.model import LogObserver
     from exl_cli.engines import scoring
     from exl_cli.models.tokenizer import Tokenizer
 
     info = loader.resolve(model, Path(models_dir) if models_dir else None)
     tokenizer = Tokenizer(info.path)
     begun = time.perf_counter()
-    loaded = EngineThread(loader.load(info, tokenizer, LoadOptions(engine=engine), _Silent(), needed=_LONGEST))
+    loaded = EngineThread(loader.load(info, tokenizer, LoadOptions(engine=engine), LogObserver(), needed=_LONGEST))
     seconds = time.perf_counter() - begun
     ids = tokenizer.encode(_TEXT, add_special_tokens=True)[:_LONGEST]
     perplexity = scoring.perplexity(loaded, ids)

@@ -28,7 +28,7 @@ class ChatExLlamaV2(LocalModel, BaseChatModel):  # type: ignore[misc]  # `_strea
     model_config = LocalModel.model_config
 
     streaming: bool = False
-    """Generate by streaming, so that callbacks are told of every new token, also when the whole answer is asked for."""
+    """Generate by streaming, with a callback for every new token, also when the whole answer is asked for."""
 
     @property
     def _llm_type(self) -> str:

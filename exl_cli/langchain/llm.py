@@ -51,7 +51,7 @@ class ExLlamaV2(LocalModel, LLM):
     ) -> LLMResult:
         done: list[Response] = []
         with self._calling(stop, kwargs) as call, ExitStack() as stack:
-            # All are asked for at once, so that an engine which computes several in one pass can.
+            # All at once: an engine may compute several in one forward pass.
             for stream in [stack.enter_context(call.stream(prompt)) for prompt in prompts]:
                 for text in stream:
                     if run_manager and self.streaming:

@@ -1,4 +1,4 @@
-"""What both LangChain classes are: the constructor's fields, the engine behind them, the options of one call."""
+"""The base of both LangChain classes: their fields, the engines that they share, a call and its options."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REFUSED = {
     "tokenizer": "exl reads the model's tokenizer itself",
 }
 
-# The fields that decide how a model is loaded; what is `kv_cache` here is `cache` in `LoadOptions`.
+# The fields that decide how a model is loaded; `kv_cache` is `cache` in `LoadOptions`.
 _LOADING = ("engine", "max_seq_len", "kv_cache", "gpu_split", "low_mem", "speculate", "draft")
 
 # Arguments that LangChain gives hosted models to call tools with.
@@ -93,7 +93,7 @@ class Call:
         return self.model.astream(as_prompt(prompt), **self.options)
 
     def facts(self, generation: Generation) -> dict[str, Any]:
-        """What is worth knowing of a response besides its text: why it ended, tokens, seconds, the seed."""
+        """Metadata of a response: why it ended, tokens, seconds, the seed."""
         summary = generation.summary
         return {
             "model_name": self.model_name,
@@ -297,7 +297,7 @@ class LocalModel(BaseModel):
         raise NotImplementedError
 
     def _last_chunk(self, call: Call, response: Generation) -> Any:
-        """What comes after the text: numbers, which add up over chunks, so that they must come once."""
+        """The chunk after the text: its numbers, which LangChain adds up over chunks, stand nowhere else."""
         raise NotImplementedError
 
     def _stream(

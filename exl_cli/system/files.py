@@ -1,4 +1,4 @@
-"""Where exl keeps what is the user's, and writing files that are whole at any moment."""
+"""The user's folders for exl's data, and files that are whole at any moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def user_cache() -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
-    """Write a file, its folder made where needed, so that at any moment the old or the new one is there, whole.
+    """Write a file and its folder; at any moment the old or the new one is there, whole.
 
     Args:
         path: where to.

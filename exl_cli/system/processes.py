@@ -48,13 +48,13 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 def _session(session: int) -> list[int]:
     """The processes of a session."""
-    found = []
+    pids = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             fields = entry.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] not in "ZX":
-                found.append(int(entry.parent.name))
-    return found
+                pids.append(int(entry.parent.name))
+    return pids
 
 
 def signal_name(number: int) -> str:

@@ -97,7 +97,7 @@ class Console:
     # --- stderr ---------------------------------------------------------------------------------------------------
 
     def note(self, message: str) -> None:
-        """A dim line about what is going on."""
+        """A dim line on stderr."""
         if not self.quiet:
             self.err.print(harmless(flags(message)), style="dim", markup=False, highlight=False, soft_wrap=True)
 
@@ -219,5 +219,5 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def abandon_stdout() -> None:
-    """After a closed pipe: let nothing more be written, so that the interpreter ends without a word."""
+    """Write nothing more to a closed pipe: the interpreter then ends without a word."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -87,7 +87,7 @@ class Transfers(Live, Lines):
 
 
 def transfers(console: Console) -> Lines:
-    """Shows a download to whoever reads stderr."""
+    """Shows a download on stderr."""
     return Transfers(console) if console.is_live else Lines(console.note)
 
 
