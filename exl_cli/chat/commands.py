@@ -75,16 +75,8 @@ def is_command(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command.
-
-    Attributes:
-        name: what is typed, without the slash.
-        arguments: what may follow, as help shows it; empty for nothing.
-        help: what it does, in a line.
-        aliases: other names.
-        run: does it, given the text that followed the name.
-        complete: what that text may become.
-    """
+    """A slash command: `arguments` is what may follow its name, as help shows it; `complete` lists what the text there
+    may become."""
 
     name: str
     arguments: str
@@ -113,11 +105,7 @@ def _command(
 
 
 def find(word: str) -> Command:
-    """The command of a name.
-
-    Raises:
-        UsageError: there is none; the nearest is named.
-    """
+    """The command of a name; a UsageError suggests the nearest."""
     name = word.lower().removeprefix("/")
     if name not in _BY_ANY_NAME:
         near = difflib.get_close_matches(name, filter(str.isalpha, _BY_ANY_NAME), 1, 0.5)
@@ -127,11 +115,7 @@ def find(word: str) -> Command:
 
 
 def run(chat: Conversation, text: str) -> None:
-    """Do what a command says.
-
-    Raises:
-        UsageError: there is no such command, or it takes nothing. And as the command.
-    """
+    """Do what a command says."""
     match = _WORD.match(text)
     command = find(match[1] if match else text)
     rest = text[match.end() :].strip() if match else ""
@@ -141,15 +125,7 @@ def run(chat: Conversation, text: str) -> None:
 
 
 def complete(chat: Conversation, text: str) -> tuple[int, list[tuple[str, str]]]:
-    """What a text may become.
-
-    Args:
-        chat: whose models, sessions and settings are offered.
-        text: what stands before the cursor.
-
-    Returns:
-        How many characters at its end are replaced, and by what, each with a remark.
-    """
+    """How many characters at the end of a text to replace, and (replacement, remark) of each completion."""
     if match := re.match(r"/([a-zA-Z]*)$", text):
         start = match[1].lower()
         return len(text), [(f"/{name}", command.help) for name, command in COMMANDS.items() if name.startswith(start)]
@@ -385,11 +361,7 @@ def _quit(chat: Conversation, text: str) -> None:
 
 
 def _attachment(file: Path) -> tuple[str, str]:
-    """A file's name, and how it stands in a message: fenced by more backticks than it has itself.
-
-    Raises:
-        PromptError: it cannot be read, or is not text.
-    """
+    """A file's name, and how it stands in a message: fenced by more backticks than it has itself."""
     hint = "only text can go into a message"
     try:
         data = file.read_bytes()
@@ -408,11 +380,7 @@ def _attachment(file: Path) -> tuple[str, str]:
 
 def _edited(text: str) -> str:
     """A text as the user leaves it in `$VISUAL`, else `$EDITOR`, else an editor that is there, without the line break
-    that editors add.
-
-    Raises:
-        UsageError: there is no editor, or it failed.
-    """
+    that editors add."""
     hint, unchanged = "set $VISUAL or $EDITOR to yours", "the message is as it was"
     chosen = (os.environ.get(variable, "").strip() for variable in ("VISUAL", "EDITOR"))
     command = shlex.split(next(filter(None, (*chosen, *filter(shutil.which, _EDITORS))), ""))
@@ -436,12 +404,9 @@ def _edited(text: str) -> str:
 
 
 def _fill_clipboard(text: str) -> bool:
-    """Give a text to a clipboard program of the screen in front of the user; returns whether there is one.
+    """Give a text to a clipboard program of the screen in front of the user; returns whether there is such a program.
 
-    Over ssh such a program would fill the clipboard of the far machine.
-
-    Raises:
-        UsageError: it failed.
+    Over ssh it would fill the clipboard of the far machine.
     """
     commands = (command.split() for variable, command in _CLIPBOARDS if not variable or os.environ.get(variable))
     command = next((command for command in commands if shutil.which(command[0])), None)

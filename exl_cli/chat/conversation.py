@@ -34,6 +34,10 @@ LEAST_ROOM = 16
 class Conversation:
     """A session, the model it is with, the settings of its answers, and the lines that carry it on.
 
+    Its methods raise ExlError: UsageError where nothing was said yet, PromptError where there is no room or the model's
+    template refuses, DiskError where the session cannot be saved, and what the engine raises. Whatever came by then is
+    kept, and nothing else has changed. `enter` shows these errors.
+
     Args:
         model: loaded.
         session: the turns so far; a last message without an answer becomes the draft.
@@ -153,12 +157,7 @@ class Conversation:
     # --- saying and answering -----------------------------------------------------------------------------------------
 
     def send(self, text: str) -> None:
-        """Say something and get an answer.
-
-        Raises:
-            PromptError: there is no room for it, or the model's template refuses; it is not said then.
-            ExlError: the engine failed; what came until then is kept.
-        """
+        """Say something and get an answer."""
         if not text.strip():
             raise PromptError("the message is empty", "write something")
         attachments, self.attachments = self.attachments, []
@@ -172,28 +171,15 @@ class Conversation:
                 self.save()
 
     def retry(self) -> None:
-        """Answer the last message again; the old answer stays unless a new one comes.
-
-        Raises:
-            UsageError: nothing was said yet. And as `send`.
-        """
+        """Answer the last message again; the old answer stays unless a new one comes."""
         self._redo(self.session.last_user() + 1, self._answer)
 
     def revise(self, text: str) -> None:
-        """Say something else instead of the last message; the old exchange stays unless that gets an answer.
-
-        Raises:
-            UsageError: nothing was said yet. And as `send`.
-        """
+        """Say something else instead of the last message; the old exchange stays unless that gets an answer."""
         self._redo(self.session.last_user(), lambda: self.send(text))
 
     def resume(self) -> None:
-        """Let a cut-off answer go on.
-
-        Raises:
-            UsageError: there is none.
-            PromptError: the context has no room left. And as `send`.
-        """
+        """Let a cut-off answer go on."""
         turn = self.last_answer()
         if turn.finish_reason == "stop":
             raise UsageError("the last answer came to its own end", "/retry makes another")
@@ -203,21 +189,13 @@ class Conversation:
             self.save()
 
     def undo(self) -> str:
-        """Take back the last message and its answer; returns the message.
-
-        Raises:
-            UsageError: nothing was said yet.
-        """
+        """Take back the last message and its answer; returns the message."""
         message = self.session.cut(self.session.last_user())[0].content
         self.save()
         return message
 
     def attach(self, name: str, text: str) -> int:
-        """Put a file into the next message; returns how many tokens it has.
-
-        Raises:
-            PromptError: there is no room for it.
-        """
+        """Put a file into the next message; returns how many tokens it has."""
         size, context = self.model.encoder.count(text), self.model.engine.context_length
         if size > context - LEAST_ROOM:
             raise PromptError(
@@ -228,11 +206,7 @@ class Conversation:
         return size
 
     def last_answer(self) -> Turn:
-        """The last answer.
-
-        Raises:
-            UsageError: there is none.
-        """
+        """The last answer."""
         if self.session.last is None:
             raise UsageError("there is no answer yet", "say something first")
         return self.session.last
@@ -328,10 +302,6 @@ class Conversation:
         A quarter of the context, or `max_new_tokens` if that is less, is kept free for the answer. When the prompt
         grows into it, the oldest exchanges are dropped until the prompt takes three quarters of its room or less; the
         system message stays.
-
-        Raises:
-            PromptError: there is no room for the last message alone, or nothing may be dropped, or the model's template
-                refuses the conversation. Nothing has changed then.
         """
         session, settings, context = self.session, self.settings, self.model.engine.context_length
         encoded: dict[int, Encoded] = {}
@@ -371,11 +341,7 @@ class Conversation:
         return True
 
     def save_or_fail(self) -> None:
-        """Save the session if it is to be saved.
-
-        Raises:
-            DiskError: it cannot be written.
-        """
+        """Save the session if it is to be saved."""
         session = self.session
         if self.saving and not session.turns and session.name and session.name == self._name_of_ours:
             # All of it was taken back: its next message names it.
@@ -392,11 +358,7 @@ class Conversation:
             self._name_of_ours = session.name
 
     def rename(self, name: str) -> None:
-        """Save under another name; a file whose name the user did not choose is removed.
-
-        Raises:
-            DiskError: it cannot be written.
-        """
+        """Save under another name; a file whose name the user did not choose is removed."""
         before, saving = self.session.name, self.saving
         self.session.name, self.saving = name, True
         try:
@@ -408,11 +370,7 @@ class Conversation:
             self.store.remove(before)
 
     def adopt(self, session: Session) -> None:
-        """Save this session and go on with another.
-
-        Raises:
-            DiskError: it cannot be saved; nothing changes then.
-        """
+        """Save this session and go on with another."""
         self.save_or_fail()
         self.session = session
         if session.settings:
@@ -420,11 +378,7 @@ class Conversation:
         self._withdraw()
 
     def switch(self, name: str) -> None:
-        """Go on with another model.
-
-        Raises:
-            ExlError: it cannot be loaded; the old one stays, loaded again.
-        """
+        """Go on with another model; if that cannot be loaded, with the old one, loaded again."""
         old, new = self.model, self.loader.find(name)
         old.engine.close()
         try:

@@ -45,11 +45,7 @@ class ChatModel:
         return str(path.resolve()) if path.is_dir() else self.info.name
 
     def check_system(self, session: Session) -> None:
-        """See whether a session's system message can be said to this model.
-
-        Raises:
-            PromptError: its template refuses.
-        """
+        """Raise PromptError if the model's template refuses a session's system message."""
         self.format.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
 
 
@@ -57,7 +53,7 @@ class ModelLoader:
     """Finds and loads the models of a chat.
 
     Args:
-        load: `loader.load`, or what an embedder has in its place; see `cli.state.State`.
+        load: `loader.load`, or what an embedder has in its place; see `cli.options.State`.
         options: how to load each of them.
         models_dir: the folder of downloaded models, or None for the usual one.
         view: shows the loading.
@@ -72,22 +68,13 @@ class ModelLoader:
         self._view = view
 
     def find(self, name: str | None) -> ChatModel:
-        """Open a model's files, without reading a weight. Whatever is wrong with them is raised here.
-
-        Raises:
-            ModelNotFoundError, UnsupportedModelError, DamagedModelError, PromptError, UsageError: see `loader.resolve`,
-                `Tokenizer`, `load_format` and `loader.context_to_allocate`.
-        """
+        """Open a model's files, without reading a weight. Raises all that can be wrong with them."""
         info = loader.resolve(name, self._models_dir)
         loader.context_to_allocate(info, self._options)
         return ChatModel(info, Tokenizer(info.path), load_format(info.path))
 
     def load(self, model: ChatModel) -> None:
-        """Start a model's engine, with nothing computed yet.
-
-        Raises:
-            EngineError, OutOfMemoryError, UnsupportedModelError, DamagedModelError: see `loader.load`.
-        """
+        """Start a model's engine, with nothing computed yet; see `loader.load`."""
         info = model.info
         with insist_on_interrupt(), self._view.loading(f"{info.name} ({info.format_name})") as progress:
             engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)

@@ -138,11 +138,7 @@ class Session:
         return excerpt(self.turns[0].content) if self.turns else ""
 
     def last_user(self) -> int:
-        """The index of the user's last turn.
-
-        Raises:
-            UsageError: there is none yet.
-        """
+        """The index of the user's last turn; UsageError if there is none yet."""
         if not self.turns:
             raise UsageError("nothing was said yet", "say something first")
         return (len(self.turns) - 1) // 2 * 2
@@ -286,11 +282,7 @@ class SessionStore:
         self._seen: dict[str, _Signature | None] = {}
 
     def path(self, name: str) -> Path:
-        """The file of a name.
-
-        Raises:
-            UsageError: it cannot be a session's name.
-        """
+        """The file of a name; UsageError if it cannot be a session's name."""
         if not _NAME.fullmatch(name):
             raise UsageError(
                 f"{name!r} cannot be a session's name", "use up to 80 letters, digits, '-', '_' and '.', a letter first"

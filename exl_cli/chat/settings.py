@@ -63,14 +63,9 @@ class Settings:
         return {**{name: getattr(self, name) for name in _OWN}, **self.sampling(generation_config).to_dict()}
 
     def with_value(self, name: str, text: str) -> Settings:
-        """These settings with one changed.
+        """These settings with another value for a field, or for the flag that sets it, with or without dashes.
 
-        Args:
-            name: a field, or the flag that sets it, with or without dashes.
-            text: the value as typed; "default" takes back what was set.
-
-        Raises:
-            UsageError: no such setting, or no such value.
+        The text is the value as typed; "default" takes back what was set.
         """
         key = resolve(name)
         if key == "preset":
@@ -146,11 +141,7 @@ def examples(name: str) -> list[str]:
 
 
 def resolve(name: str) -> str:
-    """The setting that a name or flag means.
-
-    Raises:
-        UsageError: none.
-    """
+    """The setting that a name or flag means; a UsageError suggests the nearest."""
     key = name.lower().lstrip("-").replace("-", "_")
     if key in names():
         return key

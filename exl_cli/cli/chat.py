@@ -98,15 +98,7 @@ def chat(
     models.load(opened)
     interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
     talk = Conversation(
-        opened,
-        saved,
-        settings,
-        models,
-        console,
-        store,
-        saving=not no_save,
-        interactive=interactive,
-        debug=state.debug,
+        opened, saved, settings, models, console, store, saving=not no_save, interactive=interactive, debug=state.debug
     )
     try:
         if saved.turns:

@@ -159,13 +159,11 @@ class ChatConsole(Console):
         """See `ChatView.sessions`."""
         table = _plain_table(("session", "last change", "turns", "model", "begins"))
         for name, updated, session in overviews:
-            facts = (
-                ("-", "-", session)
-                if isinstance(session, str)
-                else (str(len(session.turns)), session.model, session.title)
-            )
-            shown = f"{name} *" if name == current else name
-            table.add_row(shown, f"{updated:%Y-%m-%d %H:%M}", *map(harmless, facts))
+            shown, when = f"{name} *" if name == current else name, f"{updated:%Y-%m-%d %H:%M}"
+            if isinstance(session, str):
+                table.add_row(shown, when, "-", "-", harmless(session))
+            else:
+                table.add_row(shown, when, str(len(session.turns)), harmless(session.model), harmless(session.title))
         self.err.print(table, markup=False, highlight=False)
 
     def resumed(self, session: Session) -> None:
