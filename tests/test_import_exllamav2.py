@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,14 @@ def test_one_that_exllamav2_compiled_by_itself_is_tried_and_copied(machine: Mach
     assert {path: path.stat().st_mtime_ns for path in machine.torchs.iterdir()} == before
 
 
-def test_one_that_exllamav2_compiled_with_another_torch_is_left_where_it_is(machine: Machine) -> None:
+@pytest.mark.parametrize("fault", ["of another torch", "older than torch"])
+def test_one_that_exllamav2_compiled_and_that_does_not_fit_is_left_where_it_is(machine: Machine, fault: str) -> None:
     theirs = machine.torchs / "exllamav2_ext.so"
-    compile_module(module_source("namespace c10 { int gone(int); }", init="c10::gone(1);"), theirs)
+    if fault == "of another torch":
+        compile_module(module_source("namespace c10 { int gone(int); }", init="c10::gone(1);"), theirs)
+    else:
+        compile_module(module_source(), theirs)
+        os.utime(theirs, (0, 0))
     before = theirs.read_bytes()
     result = import_on(machine)
     assert result["file"] == str(machine.built)

@@ -31,7 +31,7 @@ class Doctor:
         models_dir: likewise.
         seconds: the time limit of each question; loading a model has five times as long.
         terminal: the one that this runs on.
-        on_wait: called with what is being waited for.
+        on_wait: takes the name of a check that takes long.
     """
 
     model: str | None

@@ -43,7 +43,7 @@ class State:
     """The extension, and what it takes to compile it.
 
     Attributes:
-        extension: what is there.
+        extension: as `compiled.find` returns it.
         tried: how loading it in another process ended; None where that was not asked.
         tools: None where torch has no CUDA.
         torch: the installed torch.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -173,15 +171,7 @@ def _free_it(processes: list[dict[str, Any]]) -> str:
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
-
-def installed_version(distribution: str, module: str) -> str | None:
-    """A package's version; None where it is not installed."""
-    if importlib.util.find_spec(module) is None:
-        return None
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "of unknown version"
+_UNKNOWN = "of unknown version"
 
 
 def attention(answer: Answer | None) -> CheckResult:
@@ -215,7 +205,7 @@ def decoding(answer: Answer | None) -> CheckResult:
 
 def triton(answer: Answer | None, chosen: Answer | None) -> CheckResult:
     """Triton, in which exl's attention kernels are written."""
-    here = installed_version("triton", "triton")
+    here = environment.installed_version("triton", _UNKNOWN)
     if here is None:
         return CheckResult("Triton", "skip", "not installed")
     if answer is None:
@@ -231,5 +221,5 @@ def triton(answer: Answer | None, chosen: Answer | None) -> CheckResult:
 
 def flash_attn() -> CheckResult:
     """flash-attn, which exl does without."""
-    here = installed_version("flash-attn", "flash_attn")
+    here = environment.installed_version("flash-attn", _UNKNOWN)
     return CheckResult("flash-attn", "skip", f"{here or 'not installed'}; exl does without")

@@ -299,7 +299,7 @@ def main() -> None:
     try:
         facts = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
     except ExlError as error:
-        # A traceback would spell parameters by name; whoever shows the answer decides on that.
+        # A traceback would spell parameters by name; here they stay marked for the CLI.
         said = "; ".join(filter(None, (error.message, error.hint)))
         sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
         sys.exit(1)

@@ -29,7 +29,7 @@ class Checklist:
         self._status: Any = None
 
     def waiting_for(self, what: str) -> None:
-        """Say on a terminal what is being checked."""
+        """Name on a terminal the check in progress."""
         if self._status is not None:
             self._status.update(dim(f"checking {what}"))
 
@@ -82,7 +82,7 @@ class Checklist:
         """While this lasts, a terminal shows that something is going on."""
         err = self._console.err
         if err.is_terminal and self._console.out.is_terminal:
-            # On stdout's console, so that the results are printed above it.
+            # On stdout's console: the results are printed above it.
             self._status = self._console.out.status(dim("checking"), spinner="dots")
         if self._status is None:
             yield

@@ -29,8 +29,7 @@ def import_exllamav2(observer: build.Observer | None = None) -> None:
     """Import exllamav2's model, with an extension that fits this machine. Later calls do nothing.
 
     Args:
-        observer: shows a build, and what is left out because it is broken. Without one nothing is compiled, since that
-            takes minutes: the error says what to do.
+        observer: shows a build. Without one nothing is compiled, since that takes minutes: the error says what to do.
 
     Raises:
         EngineError: it cannot be imported here; the message says why and the hint how to mend that.

@@ -123,7 +123,7 @@ def build(
         observer: shows how it is going.
         archs: GPU architectures, as `compiled.parse_archs` gives them; empty for the GPUs that are here.
         max_jobs: compilers at once; None for as many as there are cores and memory for.
-        again: compile everything, also what is compiled already.
+        again: compile everything, also the files that are there.
         gpus: those it must serve, as far as known.
 
     Raises:
@@ -158,7 +158,7 @@ def holder(root: Path) -> tuple[str, float] | None:
             return None
     except Timeout:
         return _read_holder(root)
-    except OSError:  # not ours to write, so that nothing can be compiled here anyway
+    except OSError:  # not ours to write: nothing can be compiled here anyway
         return None
 
 

@@ -44,7 +44,7 @@ class Torch:
 
 
 def major_minor(text: str) -> tuple[int, int]:
-    """ "2.11.0+cu130" to (2, 11); what is no number counts as 0."""
+    """ "2.11.0+cu130" to (2, 11); anything but a number counts as 0."""
     parts = [int(part) if part.isdigit() else 0 for part in text.partition("+")[0].split(".")[:2]]
     return (parts[0], parts[1] if len(parts) > 1 else 0)
 
@@ -67,14 +67,19 @@ def python_tag() -> str:
     return str(sysconfig.get_config_var("SOABI") or "")
 
 
-def exllamav2_version() -> str | None:
-    """The installed exllamav2's version, with a prebuilt wheel's "+cu128.torch2.8.0"; None where there is none."""
-    if importlib.util.find_spec(EXLLAMAV2) is None:
+def installed_version(package: str, unknown: str = "unknown") -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
         return None
     try:
-        return version(EXLLAMAV2)
+        return version(package)
     except PackageNotFoundError:
-        return "unknown"
+        return unknown
+
+
+def exllamav2_version() -> str | None:
+    """The installed exllamav2's version, with a prebuilt wheel's "+cu128.torch2.8.0"; None where there is none."""
+    return installed_version(EXLLAMAV2)
 
 
 def exllamav2_release() -> str:

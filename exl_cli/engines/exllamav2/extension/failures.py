@@ -22,7 +22,7 @@ class Failure:
     """One failure.
 
     Attributes:
-        what: what is wrong, lower case, without a final stop.
+        what: the fault, lower case, without a final stop.
         fix: the command or step that mends it.
         rebuild: whether compiling the extension again mends it.
     """

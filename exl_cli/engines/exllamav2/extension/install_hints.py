@@ -1,4 +1,4 @@
-"""Commands that install what is missing: with this Python, this package manager, sudo where it is needed."""
+"""Commands that install a missing tool: with this Python, this package manager, sudo where it is needed."""
 
 from __future__ import annotations
 

@@ -107,5 +107,5 @@ def remaining(done: Iterable[str], waiting: Iterable[str], seconds: float, jobs:
         return None
     rest = list(waiting)
     pace = seconds / finished
-    # Towards the end fewer files are left than jobs, so that the pace falls to that of a single one.
+    # Towards the end fewer files than jobs are left: the pace falls to that of a single file.
     return max([pace * sum(weight(name, archs) for name in rest), *(pace * jobs * weight(n, archs) / 2 for n in rest)])

@@ -33,7 +33,7 @@ class Tool:
         name: as people call it.
         path: None where it is not there.
         version: empty where it has none.
-        problem: what is wrong, in a few words; empty where nothing is.
+        problem: the fault, in a few words; empty where there is none.
         fix: the command that mends it.
     """
 

@@ -90,7 +90,7 @@ def _import_extension(*, asked: bool, again: bool) -> None:
 
     Args:
         asked: whether the user gave the architectures; else they are exllamav2's choice, the GPUs that are here.
-        again: compile what is compiled already, too.
+        again: compile everything, also what an interrupted build has finished.
     """
     import torch
     from torch.utils import cpp_extension
