@@ -22,7 +22,7 @@ from hubtools import WEIGHTS, Fetcher, contents, model_files, shell
 
 from exl_cli import loader
 from exl_cli.api.download import Lines
-from exl_cli.cli.fetching import ensure
+from exl_cli.cli.inputs import ensure
 from exl_cli.errors import ModelNotFoundError
 from exl_cli.models.hub.download import prepare
 from exl_cli.ui.console import Console
@@ -205,7 +205,7 @@ def test_at_a_terminal_a_person_is_asked_with_the_size(
     hub: FakeHub, folder: Path, tmp_path: Path, answer: str, here: bool
 ) -> None:
     script = (
-        "from exl_cli.cli.fetching import ensure; from exl_cli.ui.console import Console;"
+        "from exl_cli.cli.inputs import ensure; from exl_cli.ui.console import Console;"
         "print('got', ensure('acme/tiny', None, allow=False, console=Console()).name)"
     )
     env = shell(hub, tmp_path, TERM="xterm")

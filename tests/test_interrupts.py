@@ -53,7 +53,7 @@ def test_an_error_without_an_interrupt_is_that_error() -> None:
 def test_the_first_interrupt_cancels_and_the_second_ends() -> None:
     cancel = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    with cancel_on_interrupt(cancel):
+    with cancel_on_interrupt(cancel.set):
         interrupt()
         assert cancel.is_set()
         with pytest.raises(KeyboardInterrupt):

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import ScriptedLoader
+from fakes import ScriptedEngine, ScriptedLoader
 from helpers import exl
 from typer.testing import CliRunner, Result
 
+from exl_cli.api.engine_thread import EngineThread
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
 from exl_cli.models.tokenizer import Tokenizer
@@ -273,7 +274,9 @@ def test_multibyte_text_comes_in_whole_characters(exl2_dir: Path) -> None:
     assert len(tokenizer.encode(text, add_special_tokens=False)) > 3 * len(text) / 2
     run(loader, "-p", "x")
     request = loader.engines[0].requests[0]
-    chunks = [chunk.text for chunk in loader.engines[0].stream(request)]
+    engine = EngineThread(ScriptedEngine(tokenizer, text, 4096))
+    chunks = [chunk.text for chunk in engine.stream(request)]
+    engine.close()
     assert "".join(chunks) == text
     assert not any("\ufffd" in chunk for chunk in chunks)
 

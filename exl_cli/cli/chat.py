@@ -108,7 +108,7 @@ def chat(
         with _leaving_in_order():
             talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
-        talk.model.engine.close()
+        state.close(talk.model.engine)
     if talk.exit_code:
         raise typer.Exit(talk.exit_code)
 

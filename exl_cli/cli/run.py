@@ -15,7 +15,7 @@ from exl_cli import sampling as samplings
 from exl_cli.api import records
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.cli import inputs
-from exl_cli.cli.fetching import ensure
+from exl_cli.cli.inputs import ensure
 from exl_cli.cli.options import (
     Json,
     Model,
@@ -142,7 +142,7 @@ def run(
             console.memory(gpus, host)
             console.cut_off(summary, engine.context_length, info.context_length)
     finally:
-        engine.close()
+        state.close(engine)
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
 
