@@ -121,13 +121,10 @@ class Doctor:
 
     def _check_tools(self) -> Iterator[CheckResult]:
         state = self._extension
-        if state is not None and state.tools is not None:
-            tools = state.tools.tools
-        else:
-            tools = (toolchain.compiler(), toolchain.ninja(), toolchain.headers())
+        if state is None:
             yield CheckResult("nvcc", "skip", "of no use to a torch without CUDA")
         needed = state is not None and bool(state.capabilities) and not state.ready
-        for tool in tools:
+        for tool in state.tools if state else (toolchain.compiler(), toolchain.ninja(), toolchain.headers()):
             yield extension.tool(tool, needed=needed)
 
     def _check_model(self, name: str, cards: list[CheckResult]) -> Iterator[CheckResult]:

@@ -45,14 +45,14 @@ class State:
     Attributes:
         extension: as `compiled.find` returns it.
         tried: how loading it in another process ended; None where that was not asked.
-        tools: None where torch has no CUDA.
+        tools: to compile it with.
         torch: the installed torch.
         capabilities: of the GPUs.
     """
 
     extension: Extension
     tried: Answer | None
-    tools: Toolchain | None
+    tools: Toolchain
     torch: environment.Torch
     capabilities: list[Capability]
 
@@ -60,11 +60,6 @@ class State:
     def ready(self) -> bool:
         """Whether `exl run` can load it as it is."""
         return self.extension.usable and self.tried is not None and self.tried.value is not None
-
-    @property
-    def buildable(self) -> bool:
-        """Whether `exl run` and `exl build` can compile it."""
-        return self.tools is not None and not self.tools.problems
 
 
 def extension(state: State) -> CheckResult:
@@ -79,11 +74,10 @@ def extension(state: State) -> CheckResult:
     problem = _problem(state)
     if not state.capabilities:
         return CheckResult("Extension", "skip", f"{problem}; without a GPU it is not needed", "", "gpu", details)
-    if state.buildable:
+    if not state.tools.problems:
         # No obstacle: `exl run` does it by itself.
         return CheckResult("Extension", "warn", f"{problem}; exl run compiles it first", _build(state), "", details)
-    missing = install_hints.joined([tool.fix for tool in state.tools.problems]) if state.tools else ""
-    fix = install_hints.joined([missing, failures.BUILD])
+    fix = install_hints.joined([state.tools.fix, failures.BUILD])
     return CheckResult("Extension", "fail", problem, fix, "gpu", details)
 
 

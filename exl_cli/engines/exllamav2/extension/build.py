@@ -237,8 +237,7 @@ def _compiled(
     tools = toolchain.find(torch)
     if tools.problems:
         what = ", ".join(f"{tool.name} {tool.problem}" for tool in tools.problems)
-        fix = install_hints.joined([tool.fix for tool in tools.problems])
-        raise EngineError(f"exllamav2's extension cannot be compiled: {what}", fix)
+        raise EngineError(f"exllamav2's extension cannot be compiled: {what}", tools.fix)
     plan = jobs.plan(max_jobs)
     variables = toolchain.variables(tools, environment.build_root() / "lib")
     variables |= {"MAX_JOBS": str(plan.jobs), "NINJA_STATUS": worker.STATUS}

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import NamedTuple
 
 from exl_cli.engines.exllamav2.extension import install_hints
 from exl_cli.engines.exllamav2.extension.environment import Torch
@@ -44,9 +45,8 @@ class Tool:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class Toolchain:
-    """All of them."""
+class Toolchain(NamedTuple):
+    """All of them, in the order in which to mend them."""
 
     nvcc: Tool
     compiler: Tool
@@ -54,14 +54,14 @@ class Toolchain:
     headers: Tool
 
     @property
-    def tools(self) -> tuple[Tool, ...]:
-        """In the order in which to mend them."""
-        return (self.nvcc, self.compiler, self.ninja, self.headers)
-
-    @property
     def problems(self) -> list[Tool]:
         """Those that something is wrong with."""
-        return [tool for tool in self.tools if tool.problem]
+        return [tool for tool in self if tool.problem]
+
+    @property
+    def fix(self) -> str:
+        """The commands that mend them."""
+        return install_hints.joined([tool.fix for tool in self.problems])
 
 
 def find(torch: Torch) -> Toolchain:
