@@ -38,6 +38,10 @@ Json = Annotated[bool, output_option("--json", help="Print one JSON object inste
 Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, model and stop strings.")]
 
 
+# Engines that end with the process: one that nobody refers to closes itself.
+_kept: list[EngineThread] = []
+
+
 @dataclasses.dataclass
 class State:
     """Typer's context object: what the commands of one call share.
@@ -53,8 +57,10 @@ class State:
     owns_process: bool = False
 
     def close(self, engine: EngineThread) -> None:
-        """Free an engine's memory; the end of a process does that faster."""
-        if not self.owns_process:
+        """Free an engine's memory, unless the end of the process does that, and faster."""
+        if self.owns_process:
+            _kept.append(engine)
+        else:
             engine.close()
 
 
