@@ -56,7 +56,7 @@ def _extension(observer: build.Observer | None) -> ModuleType:
     torch_ = build.torch_for_cuda()
     gpus = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     why = ""
-    for candidate in (compiled.installed(torch_, gpus), *compiled.compiled(torch_, gpus)):
+    for candidate in (compiled.installed(torch_, gpus), *compiled.built(torch_, gpus)):
         if candidate.path is None:
             continue
         if candidate.problem:

@@ -118,7 +118,7 @@ def installed(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extensio
     return Extension("installed", path, facts, facts.mismatch(torch, capabilities) if facts else "")
 
 
-def compiled(torch: Torch, capabilities: Sequence[Capability] = (), archs: Iterable[str] = ()) -> list[Extension]:
+def built(torch: Torch, capabilities: Sequence[Capability] = (), archs: Iterable[str] = ()) -> list[Extension]:
     """What exl compiled for this installation with code for all of `archs`; those that fit the GPUs come first."""
     made = []
     for path in sorted(environment.build_root().glob(f"{environment.build_prefix(torch)}-sm*/{LIBRARY}")):
@@ -129,7 +129,7 @@ def compiled(torch: Torch, capabilities: Sequence[Capability] = (), archs: Itera
 
 def ready(torch: Torch, capabilities: Sequence[Capability], archs: Iterable[str] = ()) -> tuple[Path, Facts] | None:
     """The first of these that fits."""
-    for extension in compiled(torch, capabilities, archs):
+    for extension in built(torch, capabilities, archs):
         if extension.usable and extension.path and extension.facts:
             return extension.path, extension.facts
     return None
@@ -142,7 +142,7 @@ def find(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extension:
         torch: the installed torch.
         capabilities: of the GPUs it must serve.
     """
-    on_path, ours = installed(torch, capabilities), next(iter(compiled(torch, capabilities)), None)
+    on_path, ours = installed(torch, capabilities), next(iter(built(torch, capabilities)), None)
     for extension in (on_path, ours):
         if extension and extension.usable:
             return extension
