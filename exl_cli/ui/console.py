@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
 from exl_cli.api import notebook, records
@@ -48,23 +49,17 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._out: RichConsole | None = None
-        self._err: RichConsole | None = None
         self._at_line_start = True
 
-    @property
+    @cached_property
     def out(self) -> RichConsole:
         """Rich's console on stdout."""
-        if self._out is None:
-            self._out = _rich(sys.stdout)
-        return self._out
+        return _rich(sys.stdout)
 
-    @property
+    @cached_property
     def err(self) -> RichConsole:
         """Rich's console on stderr."""
-        if self._err is None:
-            self._err = _rich(sys.stderr)
-        return self._err
+        return _rich(sys.stderr)
 
     @property
     def is_live(self) -> bool:

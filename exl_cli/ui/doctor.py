@@ -12,7 +12,7 @@ from exl_cli.doctor.check_result import CheckResult
 from exl_cli.ui.console import Console, dim, flags, harmless
 
 _TITLE = 15
-_MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("-", "dim")}
+_MARKS = {"ok": ("✓", "green"), "warn": ("!", "bold yellow"), "fail": ("✗", "bold red"), "skip": ("-", "dim")}
 _PLAIN = {"✓": "+", "✗": "x", "→": "->"}
 
 
@@ -35,23 +35,17 @@ class Checklist:
 
     def show(self, result: CheckResult) -> None:
         """One result."""
-        result = spelled(result)
         from rich.text import Text
 
+        result = spelled(result)
         mark, style = _MARKS[result.status]
-        indent = 2 + _TITLE + 1
-        lines = self._wrapped(harmless(result.message), indent)
-        head = Text.assemble(
-            (self._shown(mark), f"bold {style}" if result.status in ("warn", "fail") else style),
-            " ",
-            f"{result.check:<{_TITLE}} ",
-        )
-        for number, line in enumerate(lines):
-            text = head if number == 0 else Text(" " * indent)
-            text.append(line, "dim" if result.status == "skip" else "")
-            self._print(text)
+        text = Text.assemble((self._shown(mark), style), f" {result.check:<{_TITLE}} ")
+        indent = " " * len(text)
+        for line in self._wrapped(harmless(result.message), len(indent)):
+            self._print(text.append(line, "dim" if result.status == "skip" else ""))
+            text = Text(indent)
         if result.fix:
-            self._print(Text.assemble(" " * indent, self._shown("→") + " ", (harmless(result.fix), "bold")))
+            self._print(Text.assemble(indent, self._shown("→") + " ", (harmless(result.fix), "bold")))
 
     def conclude(self, summary: str) -> None:
         """The verdict."""
@@ -80,12 +74,9 @@ class Checklist:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """While this lasts, a terminal shows that something is going on."""
-        err = self._console.err
-        if err.is_terminal and self._console.out.is_terminal:
-            # On stdout's console: the results are printed above it.
-            self._status = self._console.out.status(dim("checking"), spinner="dots")
-        if self._status is None:
+        if not (self._console.err.is_terminal and self._console.out.is_terminal):
             yield
             return
-        with self._status:
+        # On stdout's console: the results are printed above it.
+        with self._console.out.status(dim("checking"), spinner="dots") as self._status:
             yield
