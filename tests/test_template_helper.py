@@ -220,4 +220,4 @@ def test_a_python_that_does_not_start_is_said(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     assert "failed: no process can be started for it" in refusal("x", TemplateHelper()).message
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert "was stopped: it ended the process that renders it" in refusal("x", TemplateHelper()).message
+    assert "failed: the process for it ends while it starts" in refusal("x", TemplateHelper()).message

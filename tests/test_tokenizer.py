@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -101,3 +102,65 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DamagedModelError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path)
+
+
+def replace(text: str, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": {"String": text}, "content": content}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BOS = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+TEXT_A = {"Sequence": {"id": "A", "type_id": 0}}
+HOSTILE = {
+    "doubles nine times": {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa")] * 9}},
+    "doubles forty times": {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa")] * 40}},
+    "grows one rare letter": {"normalizer": replace("\u16a0", "a" * 1_000_000)},
+    "splits into bytes twelve times": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 12}},
+    "adds many special tokens": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [BOS] * 100_000 + [TEXT_A],
+            "pair": [TEXT_A, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+        }
+    },
+    "writes much": {"decoder": replace("a", "a" * 1_000_000)},
+}
+
+
+def with_parts(folder: Path, parts: dict[str, object]) -> Path:
+    shutil.copytree(FABLE, folder, ignore=lambda _, names: [name for name in names if name.endswith("safetensors")])
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+    return folder
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_tokenizer_that_grows_a_text_without_measure_is_refused(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = with_parts(tmp_path / "model", HOSTILE[name])
+    for _ in range(2):  # it is not remembered as harmless
+        with pytest.raises(DamagedModelError, match="was refused: tried on a short text, it "):
+            Tokenizer(folder)
+
+
+def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = with_parts(tmp_path / "model", {"normalizer": {"type": "NFKC"}})
+    assert Tokenizer(folder).encode("\ufb01", add_special_tokens=False) == Tokenizer(FABLE).encode(
+        "fi", add_special_tokens=False
+    )
+    (remembered,) = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert remembered.name == hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    # Another content is tried, unless it is known.
+    bomb = with_parts(tmp_path / "bomb", HOSTILE["adds many special tokens"])
+    with pytest.raises(DamagedModelError):
+        Tokenizer(bomb)
+    (remembered.parent / hashlib.sha256((bomb / "tokenizer.json").read_bytes()).hexdigest()).touch()
+    assert len(Tokenizer(bomb).encode("a", add_special_tokens=True)) > 100_000
+
+
+def test_the_built_in_tokenizer_needs_no_trial(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Tokenizer(FABLE)
+    assert not (tmp_path / "cache").exists()

@@ -1,10 +1,11 @@
-"""The process in which a model's chat template renders: Jinja as transformers sets it up, and nothing else in reach.
+"""The process in which a stranger's chat template renders or tokenizer is tried, with nothing else in reach.
 
-`template_helper` starts it by its path, with `python -I -S` and the folders that hold Jinja; it imports nothing of exl.
-It imports Jinja, renders once to have all of it imported, gives up files, processes and memory for good, and then
-answers requests until its standard input ends.
+`template_helper` starts it by its path, with `python -I -S` and the folders that hold Jinja or tokenizers; it imports
+nothing of exl. It imports what its program needs, gives up files, processes and memory for good, and then answers
+requests until its standard input ends.
 
-A request is the bytes that follow and then JSON: the template, the time, the variables. A reply is `HEADER` and text.
+A request is its size and its bytes: JSON (the template, the time, the variables), or a tokenizer.json. A reply is
+`HEADER` and text.
 """
 
 from __future__ import annotations
@@ -29,6 +30,22 @@ _NOBODY = 65534
 _WARM_UP = """{% macro m(x) %}{{ x|tojson(indent=1) }}{% endmacro %}{{ m(1.5) }}{{ strftime_now('%c') }}{{ lipsum(1) }}
 {{ 'a b'|wordwrap(1) }}{{ [1]|pprint }}{{ '<'|e }}{% generation %}{% endgeneration %}{{ 'x'.encode('ascii') }}
 {{ a.b.c }}"""
+
+
+# A tokenizer may make so many times the text's characters of it.
+_MAX_GROWTH = 16
+# Letters, digits and signs; scripts of one to four bytes a character; runs, on which some patterns take quadratic time.
+_SAMPLE = (
+    "".join(map(chr, range(32, 127)))
+    + " The quick brown fox jumps over the lazy dog.\n\tÄpfel, naïve œuvre; Ελλάδα, Привет, "
+    + " שלום, مرحبا, हिन्दी, ไทย, 日本語, 한국어, "
+    + "🙂👩\u200d👩\u200d👧 ﬁ ① Ａ \u0301\u00a0\ufeff\u0000"
+    + "a" * 500
+    + " " * 200
+    + "\n" * 50
+    + "1" * 100
+    + "=" * 100
+)
 
 
 def max_text(request: int) -> int:
@@ -155,6 +172,47 @@ def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
     return render
 
 
+def trier() -> Callable[[bytes], tuple[bytes, int, str]]:
+    """A function that tries the tokenizer of a tokenizer.json on a short text, and replies whether it is harmless.
+
+    One that cannot be read is: the parent reads it again, and says what is wrong.
+    """
+    from tokenizers import Tokenizer
+
+    def grown(tokenizer: Any) -> tuple[int, int]:
+        """The characters of the sample, and the largest of what a tokenizer makes of them."""
+        normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
+        # Also what its patterns name: a text that makes it grow holds that.
+        text = _SAMPLE + "".join(
+            sorted({char for part in (normalizer, splitter) if part for char in part.__getstate__().decode()})
+        )
+        normalized = normalizer.normalize_str(text) if normalizer else text
+        most = len(normalized)
+        if splitter and most <= _MAX_GROWTH * len(text):
+            most = max(most, sum(len(piece) for piece, _ in splitter.pre_tokenize_str(normalized)))
+        if most <= _MAX_GROWTH * len(text):
+            ids = tokenizer.encode(text, add_special_tokens=True).ids
+            most = max(most, len(ids))
+        if most <= _MAX_GROWTH * len(text):
+            most = max(most, len(tokenizer.decode(ids, skip_special_tokens=False)))
+        return len(text), most
+
+    def attempt(request: bytes) -> tuple[bytes, int, str]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no thread can be started
+        try:
+            tokenizer = Tokenizer.from_buffer(request)
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            size, most = grown(tokenizer)
+        except Exception:
+            return TEXT, 0, ""
+        if most > _MAX_GROWTH * size:
+            return STOPPED, 0, f"it makes {most:,} characters or tokens of a text of {size:,} characters"
+        return TEXT, 0, ""
+
+    return attempt
+
+
 def _line_of(error: BaseException) -> int:
     """The template's line, from the traceback that Jinja rewrote to point there; 0 where it does not."""
     line, trace = 0, error.__traceback__
@@ -171,13 +229,18 @@ def _reply(kind: bytes, line: int, text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def main(cpu_seconds: int, memory: int, *folders: str) -> None:
+def _templates() -> Callable[[bytes], tuple[bytes, int, str]]:
+    render = renderer()
+    render(_WARM_UP, "2000-01-01", {})
+    return lambda request: render(*json.loads(request.decode("utf-8", "surrogatepass")))
+
+
+def main(program: str, cpu_seconds: int, memory: int, *folders: str) -> None:
     """Answer requests, each within so many seconds of computing, all within so many bytes of memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path += folders
     try:
-        render = renderer()
-        render(_WARM_UP, "2000-01-01", {})
+        answer = {"templates": _templates, "tokenizers": trier}[program]()
         give_up(memory)
     except Exception as error:
         return _reply(FAILED, 0, f"{type(error).__name__}: {error}")
@@ -186,8 +249,7 @@ def main(cpu_seconds: int, memory: int, *folders: str) -> None:
         allow_cpu(cpu_seconds)
         (size,) = SIZE.unpack(head)
         try:
-            request = sys.stdin.buffer.read(size)
-            kind, line, text = render(*json.loads(request.decode("utf-8", "surrogatepass")))
+            kind, line, text = answer(sys.stdin.buffer.read(size))
             if len(text) > max_text(size):
                 kind, line, text = STOPPED, 0, "it writes too much text"
             _reply(kind, line, text)
@@ -200,4 +262,4 @@ def main(cpu_seconds: int, memory: int, *folders: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

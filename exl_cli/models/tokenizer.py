@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.errors import DamagedModelError, UnsupportedModelError
+from exl_cli.models import template_helper
 from exl_cli.models.config import read_json, require_regular
+from exl_cli.models.template_worker import STOPPED, TEXT
+from exl_cli.system.files import user_cache
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+# SHA-256 of the built-in model's tokenizer.json, which needs no trial.
+BUILTIN_SHA256 = "8ca15f966f4c3efdcf43743e81754c3a4650514f51da785ad0401d3bfc30b653"
 
 
 class Tokenizer:
@@ -24,7 +33,7 @@ class Tokenizer:
 
     Raises:
         UnsupportedModelError: the folder has only a SentencePiece `tokenizer.model`.
-        DamagedModelError: no tokenizer, or an unreadable one.
+        DamagedModelError: no tokenizer, an unreadable one, or one that would take all memory or time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +49,12 @@ class Tokenizer:
             raise DamagedModelError(f"{file} is missing", "download the model again, tokenizer.json included")
         require_regular(file)
         try:
-            self._backend: tokenizers.Tokenizer = Backend.from_buffer(file.read_bytes().removeprefix(BOM_UTF8))
+            data = file.read_bytes().removeprefix(BOM_UTF8)
+        except OSError as error:
+            raise DamagedModelError(f"{file} cannot be read: {error.strerror}", "check its permissions") from error
+        _try(file, data)
+        try:
+            self._backend: tokenizers.Tokenizer = Backend.from_buffer(data)
         except Exception as error:  # the Rust side raises bare Exception
             raise DamagedModelError(f"{file} cannot be read: {error}", "download the file again") from error
         # Settings of training time that would cut or pad prompts.
@@ -143,6 +157,30 @@ class DecodeStream:
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is still incomplete."""
         return self._stream.step(self._tokenizer, token_id) or ""
+
+
+def _try(file: Path, data: bytes) -> None:
+    """Refuse a tokenizer that would take all memory or time, found out in a bounded process, once for each content.
+
+    Raises:
+        DamagedModelError: so it is.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    if digest == BUILTIN_SHA256:
+        return
+    # The folder's name has a number: stricter limits must not trust what was tried with these.
+    passed = user_cache() / "tokenizers-1" / digest
+    if passed.exists():
+        return
+    reply = template_helper.try_tokenizer(data)
+    if reply.kind == STOPPED:
+        raise DamagedModelError(
+            f"{file} was refused: tried on a short text, {reply.text}", "take it from the original model's repository"
+        )
+    if reply.kind == TEXT:  # not where no process could be started
+        with contextlib.suppress(OSError):
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
 
 
 def _token_text(token: Any) -> str:
