@@ -20,6 +20,11 @@ def spell(text: str, spelling: Callable[[str], str] = str) -> str:
     return _MARK.sub(lambda match: spelling(match[1]), text)
 
 
+def brief(text: str, length: int = 160) -> str:
+    """A name for a message: a stranger's can have thousands of characters. Its middle is left out."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"
+
+
 class ExitCode(IntEnum):
     """What `exl` returns to the shell. README lists these; a number never changes its meaning."""
 

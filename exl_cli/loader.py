@@ -12,12 +12,13 @@ from typing import Protocol
 from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
-from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, param
+from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, brief, param
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, known_models, models_dir
 from exl_cli.models.hub import names, store
 from exl_cli.models.info import ModelInfo, inspect
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.files import expanded, is_folder, is_there
 from exl_cli.system.interrupts import hold_interrupt
 
 _MIN_ALLOCATION = 4096
@@ -56,16 +57,16 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
         raise UsageError("the name of the model is empty", f"give a name or a folder, or {BUILTIN}")
     if model is None or model == BUILTIN:
         return inspect(BUILTIN_FOLDER, BUILTIN)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = expanded(Path(model))
+    if is_folder(path):
         return _open(path, model)
-    if path.is_file():
-        raise ModelNotFoundError(f"{model} is a file", "give the folder that holds config.json and the weights")
+    if is_there(path):
+        raise ModelNotFoundError(f"{brief(model)} is a file", "give the folder that holds config.json and the weights")
     folder = models_dir(models)
     repository = names.parse(model)
     here = folder / (repository.folder if repository else model)
     # Two repositories can share a folder's name: a_b/c and a/b_c.
-    if here.is_dir() and not (repository and store.holds_another(here, repository)):
+    if is_folder(here) and not (repository and store.holds_another(here, repository)):
         return _open(here, model)
     raise _not_found(model, folder)
 
@@ -79,6 +80,7 @@ def _open(path: Path, name: str) -> ModelInfo:
 
 
 def _not_found(model: str, folder: Path) -> ModelNotFoundError:
+    model = brief(model)
     repository = names.parse(model)
     typed = repository.folder if repository else model
     near = difflib.get_close_matches(typed, known_models(folder), 1, 0.8 if repository else 0.6)

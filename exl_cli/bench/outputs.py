@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from exl_cli.bench import limits
 from exl_cli.bench.result import Measured, Perplexity, Result, Run, deviation, mean, percentile, read
-from exl_cli.errors import DiskError, ExlError, UsageError, param, spell
-from exl_cli.system.files import write_atomically
+from exl_cli.errors import DiskError, ExlError, UsageError, brief, param, spell
+from exl_cli.system.files import expanded, is_folder, read_file, write_atomically
 
 OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
 
@@ -207,9 +207,9 @@ def load(path: Path) -> Result:
         UsageError: it cannot be read, or is not a result.
     """
     try:
-        value = json.loads(_expanded(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(read_file(expanded(path), pipes=True).decode("utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+        raise UsageError(f"cannot read {brief(str(path))}: {error.strerror or error}", "check the path") from error
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"{path} is not JSON: {problem}", "give a file written by exl bench -o json") from error
@@ -222,7 +222,7 @@ def saved_result(names: Sequence[str]) -> Path | None:
     Raises:
         UsageError: it does not stand alone.
     """
-    saved = [name for name in names if name.endswith(".json") and not _expanded(Path(name)).is_dir()]
+    saved = [name for name in names if name.endswith(".json") and not is_folder(expanded(Path(name)))]
     if saved and len(names) > 1:
         hint = f"compare two with {param('compare')} OLD.json NEW.json"
         raise UsageError(f"{saved[0]} is a saved result and stands alone", hint)
@@ -236,7 +236,7 @@ def require_writable(path: Path, name: str) -> None:
         UsageError: it is a folder or a device.
         DiskError: no file can be made there.
     """
-    path = _expanded(path)
+    path = expanded(path)
     with _explained(path):
         try:
             kind = path.stat().st_mode
@@ -264,7 +264,7 @@ def keep(
     for kind, path in kinds.items():
         if path is not None:
             try:
-                _write(_expanded(path), render(result, kind, spelling))
+                _write(expanded(path), render(result, kind, spelling))
             except DiskError as error:
                 failures.append(error)
     return failures
@@ -285,14 +285,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror or error}", "check folder and disk space") from error
-
-
-def _expanded(path: Path) -> Path:
-    """The path, `~` at its start replaced by that user's folder; as it is where there is no such user."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def size_text(count: int) -> str:

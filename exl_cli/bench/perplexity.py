@@ -13,8 +13,9 @@ from pathlib import Path
 
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench.result import Perplexity, deviation, mean
-from exl_cli.errors import PromptError, param
+from exl_cli.errors import PromptError, brief, param
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.files import expanded, read_file
 
 WINDOW = 1024
 # Few enough rows for the kernels that generation uses, and whole blocks of a quantized cache.
@@ -28,10 +29,12 @@ def read(file: Path) -> tuple[str, str]:
         PromptError: it cannot be read, or is not UTF-8.
     """
     try:
-        data = file.expanduser().read_bytes()
+        data = read_file(expanded(file), pipes=True)
         return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()
     except OSError as error:
-        raise PromptError(f"cannot read {file}: {error.strerror or error}", f"check {param('perplexity')}") from error
+        raise PromptError(
+            f"cannot read {brief(str(file))}: {error.strerror or error}", f"check {param('perplexity')}"
+        ) from error
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is not UTF-8 text: byte {error.start}", "convert it with iconv -t UTF-8") from error
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from exl_cli.chat import settings
 from exl_cli.chat.session import Session, excerpt, export
-from exl_cli.errors import PromptError, UsageError, param
+from exl_cli.errors import PromptError, UsageError, brief, param
 from exl_cli.models.prompt import not_utf8
 from exl_cli.sampling import PRESETS
 from exl_cli.system import readings
+from exl_cli.system.files import expanded, read_file, read_text
 
 if TYPE_CHECKING:
     from exl_cli.chat.conversation import Conversation
@@ -141,7 +142,7 @@ def _paths(chat: Conversation, text: str) -> list[str]:
     """Files and folders that begin with the text, folders with a slash."""
     folder, _, beginning = text.rpartition("/")
     prefix = text[: len(text) - len(beginning)]
-    place = Path(folder or ("/" if prefix else ".")).expanduser()
+    place = expanded(Path(folder or ("/" if prefix else ".")))
     try:
         entries = sorted(entry for entry in place.iterdir() if not entry.name.startswith(".") or beginning)
         return [prefix + entry.name + ("/" if entry.is_dir() else "") for entry in entries]
@@ -321,7 +322,7 @@ def _export(chat: Conversation, text: str) -> None:
         raise UsageError("/export needs a path", "its ending, .md or .json, chooses the format")
     if not chat.session.turns:
         raise UsageError("there is nothing to export yet", "say something first")
-    file = export(chat.session, text, replace=Path(text).expanduser() in chat.exported)
+    file = export(chat.session, text, replace=expanded(Path(text)) in chat.exported)
     chat.exported.add(file)
     chat.view.say(f"written to {file}")
 
@@ -339,7 +340,7 @@ def _model(chat: Conversation, text: str) -> None:
 def _file(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/file needs a path", "the file goes with the next message")
-    name, block = _attachment(Path(text).expanduser())
+    name, block = _attachment(expanded(Path(text)))
     size = chat.attach(name, block)
     chat.view.say(f"{name} ({size:,} tokens) goes with the next message; /undo takes it out")
 
@@ -364,10 +365,10 @@ def _attachment(file: Path) -> tuple[str, str]:
     """A file's name, and how it stands in a message: fenced by more backticks than it has itself."""
     hint = "only text can go into a message"
     try:
-        data = file.read_bytes()
+        data = read_file(file, pipes=True)
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise PromptError(f"cannot read {file}: {error.strerror or error}", "check the path") from error
+        raise PromptError(f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path") from error
     except UnicodeDecodeError as error:
         raise not_utf8(str(file), error.start, data[error.start], hint) from error
     if "\0" in text:
@@ -398,7 +399,7 @@ def _edited(text: str) -> str:
         if status:
             raise UsageError(f"the editor {command[0]} ended with status {status}", unchanged)
         try:
-            return file.read_text(encoding="utf-8").removesuffix("\n")
+            return read_text(file).removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"the editor left nothing readable: {error}", unchanged) from error
 

@@ -17,6 +17,7 @@ from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.files import expanded, is_folder
 from exl_cli.system.interrupts import insist_on_interrupt
 
 # The context to allocate, in tokens, where the model allows it and the user asks for nothing else.
@@ -41,8 +42,8 @@ class ChatModel:
     @property
     def name(self) -> str:
         """The name to find it by from anywhere: a folder's path is made absolute."""
-        path = Path(self.info.name).expanduser()
-        return str(path.resolve()) if path.is_dir() else self.info.name
+        path = expanded(Path(self.info.name))
+        return str(path.resolve()) if is_folder(path) else self.info.name
 
     def check_system(self, session: Session) -> None:
         """Raise PromptError if the model's template refuses a session's system message."""

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_type_hints
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
 from exl_cli.errors import DiskError, UsageError
-from exl_cli.system.files import user_data, write_atomically
+from exl_cli.system.files import expanded, is_there, user_data, write_atomically
 
 FORMAT = "exl-session"
 VERSION = 1
@@ -400,12 +400,12 @@ def export(session: Session, path: str, *, replace: bool = False) -> Path:
         UsageError: another ending, or a file that is there.
         DiskError: the file cannot be written.
     """
-    file = Path(path).expanduser()
+    file = expanded(Path(path))
     writers = {".json": dumps, ".md": _markdown}
     writer = writers.get(file.suffix.lower())
     if writer is None:
         raise UsageError(f"{path} ends neither in .md nor in .json", "its ending chooses the format")
-    if file.exists() and not replace:
+    if is_there(file) and not replace:
         raise UsageError(f"{file} exists already", "choose another name, or remove it first")
     try:
         write_atomically(file, writer(session))

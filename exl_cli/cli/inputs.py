@@ -9,13 +9,14 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.api.download import fetch
-from exl_cli.errors import ModelNotFoundError, PromptError, UsageError
+from exl_cli.errors import ModelNotFoundError, PromptError, UsageError, brief
 from exl_cli.models import folders
 from exl_cli.models.hub import names
 from exl_cli.models.hub.download import Wanted, prepare
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.prompt import check_text, not_utf8
 from exl_cli.system import units
+from exl_cli.system.files import expanded, read_file, read_stream
 from exl_cli.ui.console import Console
 from exl_cli.ui.models import confirm
 from exl_cli.ui.progress import finished, transfers
@@ -72,15 +73,20 @@ def _explain_silence(note: Callable[[str], None]) -> None:
 
 def _read_stdin() -> str:
     buffer = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read() if buffer is None else _decode(buffer.read(), "standard input")
+    if buffer is None:
+        return sys.stdin.read()
+    try:
+        return _decode(read_stream(buffer), "standard input")
+    except OSError as error:
+        raise PromptError(f"cannot read standard input: {error.strerror or error}", "give a shorter prompt") from error
 
 
 def _read_file(file: Path) -> str:
     try:
-        return _decode(file.expanduser().read_bytes(), str(file))
+        return _decode(read_file(expanded(file), pipes=True), str(file))
     except OSError as error:
         raise PromptError(
-            f"cannot read {file}: {error.strerror or error}", "check the path given with --file"
+            f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path given with --file"
         ) from error
 
 

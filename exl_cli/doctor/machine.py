@@ -13,6 +13,7 @@ from exl_cli.doctor.check_result import CheckResult
 from exl_cli.doctor.probes import Answer
 from exl_cli.engines.exllamav2.extension import install_hints
 from exl_cli.models import folders
+from exl_cli.system.files import is_there
 from exl_cli.system.machine import available_memory, usable_cores
 from exl_cli.system.units import GIB, gib, size
 
@@ -58,9 +59,9 @@ def models(folder: Path | None) -> CheckResult:
     """The models folder and its disk."""
     path = folders.models_dir(folder)
     names = folders.known_models(folder)[1:]
-    standing = next(parent for parent in (path, *path.parents) if parent.exists())
+    standing = next(parent for parent in (path, *path.parents) if is_there(parent))
     free = shutil.disk_usage(standing).free
-    count = f"{len(names)} model{'' if len(names) == 1 else 's'}" if path.exists() else "not made yet"
+    count = f"{len(names)} model{'' if len(names) == 1 else 's'}" if is_there(path) else "not made yet"
     message = f"{path} ({count}), {size(free)} free"
     details = {"path": str(path), "models": names, "free_bytes": free}
     if not os.access(standing, os.W_OK | os.X_OK) or not standing.is_dir():

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from exl_cli.errors import DamagedModelError, ExlError, PromptError, param
 from exl_cli.models.template_helper import Reply, TemplateHelper
 from exl_cli.models.template_worker import BROKEN, REFUSED, STOPPED, TEXT
+from exl_cli.system.files import read_text
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -286,7 +287,7 @@ def _special_tokens(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any
 
 from exl_cli.errors import DamagedModelError
+from exl_cli.system.files import read_file
 
 _GEMMA_2 = {
     "vocab_size": 256000,
@@ -100,7 +101,7 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
     require_regular(path)
     try:
         # Windows' editors put a byte order mark first.
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(read_file(path).decode("utf-8-sig"))
     except OSError as error:
         raise DamagedModelError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
     except RecursionError as error:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError
+from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError, brief
 from exl_cli.models.hub import names, store
 from exl_cli.models.hub.store import Marker
 from exl_cli.models.info import ModelInfo, inspect
-from exl_cli.system.files import user_data
+from exl_cli.system.files import expanded, is_folder, read_file, user_data
 
 BUILTIN = "fable-7m"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / BUILTIN
@@ -35,7 +35,7 @@ def known_models(models: Path | None = None) -> list[str]:
 def model_folders(models: Path | None = None) -> list[Path]:
     """The folders of models, those half downloaded among them, sorted."""
     folder = models_dir(models)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     entries = (path for path in folder.iterdir() if not path.name.startswith("."))
     return sorted(path for path in entries if (path / "config.json").exists() or (path / store.STAGING).exists())
@@ -197,7 +197,7 @@ def licence(path: Path, marker: Marker | None) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        return read_file(path).decode("utf-8", errors="replace").splitlines()
     except OSError:
         return []
 
@@ -217,11 +217,11 @@ def find_to_remove(model: str, models: Path | None = None) -> Path:
         raise UsageError(f"{model} comes with exl and is not removed", "uninstall exl-cli to be rid of it")
     home = models_dir(models)
     repository = names.parse(model)
-    given = Path(model).expanduser()
+    given = expanded(Path(model))
     if repository is not None and not os.path.lexists(given):
         path = home / repository.folder
         if store.holds_another(path, repository):
-            raise ModelNotFoundError(f"{model} is not in {home}", "exl list shows what is")
+            raise ModelNotFoundError(f"{brief(model)} is not in {home}", "exl list shows what is")
     elif given.name == model and model not in (".", ".."):
         path = home / model
     else:
@@ -229,10 +229,10 @@ def find_to_remove(model: str, models: Path | None = None) -> Path:
         path = given.absolute()
         if path.name in ("", ".", "..") or path.parent.resolve() != home.resolve():
             raise UsageError(
-                f"{model} is not directly in {home}, and exl rm deletes nothing else", "remove it yourself"
+                f"{brief(model)} is not directly in {home}, and exl rm deletes nothing else", "remove it yourself"
             )
     if not os.path.lexists(path):
-        raise ModelNotFoundError(f"{model} is not in {home}", "exl list shows what is")
+        raise ModelNotFoundError(f"{brief(model)} is not in {home}", "exl list shows what is")
     if not path.is_symlink() and not _is_model(path):
         raise ModelNotFoundError(f"{path} is no model, so exl rm leaves it alone", "remove it yourself")
     return path

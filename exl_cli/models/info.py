@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, ModelNotFoundError, UnsupportedModelError, brief
 from exl_cli.models.config import (
     check_layers,
     check_values,
@@ -19,6 +19,7 @@ from exl_cli.models.config import (
     with_quantization,
 )
 from exl_cli.models.formats.headers import TensorHeader, read_header
+from exl_cli.system.files import is_there
 
 Format = Literal["exl2", "gptq", "float"]
 
@@ -148,7 +149,11 @@ def weight_files(path: Path) -> list[Path]:
     """
     index = read_json(path / "model.safetensors.index.json").get("weight_map")
     if isinstance(index, dict):
-        files = [path / str(file) for file in sorted(set(index.values()))]
+        if not all(isinstance(file, str) for file in index.values()):
+            raise DamagedModelError(
+                f"{path}/model.safetensors.index.json names files by something else than text", "download it again"
+            )
+        files = [path / file for file in sorted(set(index.values()))]
         if any(file.parent != path for file in files):
             raise DamagedModelError(
                 f"{path}/model.safetensors.index.json points outside the folder", "do not use this model"
@@ -165,11 +170,11 @@ def weight_files(path: Path) -> list[Path]:
         if match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", file.name):
             stem, width, total = match[1], len(match[2]), int(match[3])
             wanted |= {f"{stem}-{i:0{width}d}-of-{match[3]}.safetensors" for i in range(1, total + 1)}
-    missing = sorted(name for name in wanted if not (path / name).exists())
+    missing = sorted(name for name in wanted if not is_there(path / name))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DamagedModelError(
-            f"{path / missing[0]}{more} missing", "download the model again: it goes on where it stopped"
+            f"{path / brief(missing[0])}{more} missing", "download the model again: it goes on where it stopped"
         )
     return files
 

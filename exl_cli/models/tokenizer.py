@@ -13,7 +13,7 @@ from exl_cli.errors import DamagedModelError, UnsupportedModelError
 from exl_cli.models import template_helper
 from exl_cli.models.config import read_json, require_regular
 from exl_cli.models.template_worker import STOPPED, TEXT
-from exl_cli.system.files import user_cache
+from exl_cli.system.files import read_file, user_cache
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,7 +49,7 @@ class Tokenizer:
             raise DamagedModelError(f"{file} is missing", "download the model again, tokenizer.json included")
         require_regular(file)
         try:
-            data = file.read_bytes().removeprefix(BOM_UTF8)
+            data = read_file(file).removeprefix(BOM_UTF8)
         except OSError as error:
             raise DamagedModelError(f"{file} cannot be read: {error.strerror}", "check its permissions") from error
         _try(file, data)

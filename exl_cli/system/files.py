@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
 def user_data() -> Path:
@@ -19,6 +22,75 @@ def user_cache() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_path("exl", appauthor=False))
+
+
+def expanded(path: Path) -> Path:
+    """The path, `~` at its start replaced by that user's folder; as it is where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, as far as the user can see; False too for a name that no folder can have."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything, as far as the user can see; False too for a name that nothing can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+LARGEST_TEXT = 256 << 20
+
+
+def read_file(path: Path, *, limit: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
+    """A file's bytes: a device would be read without end, and a pipe that nobody writes to waited for.
+
+    Args:
+        path: the file.
+        limit: the most bytes that are read.
+        pipes: read a pipe too, as a shell's `<(command)` gives one.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than the limit.
+    """
+    mode = path.stat().st_mode  # before it is opened: opening a pipe waits for a writer
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
+        raise OSError(errno.EINVAL, f"it is a device{'' if pipes else ' or a pipe'}", str(path))
+    with path.open("rb") as stream:
+        return read_stream(stream, limit)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends as \\n; see `read_file`.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is something else.
+    """
+    return io.StringIO(read_file(path).decode("utf-8"), newline=None).read()
+
+
+def read_stream(stream: BinaryIO, limit: int = LARGEST_TEXT) -> bytes:
+    """All bytes of a stream.
+
+    Raises:
+        OSError: there are more than `limit`.
+    """
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB")
+    return data
 
 
 def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:

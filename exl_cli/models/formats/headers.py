@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import DamagedModelError
+from exl_cli.errors import DamagedModelError, brief
 
 # The format's own limit; a larger number is a file of another kind.
 _MAX_HEADER = 100_000_000
+# A file has some 100,000 where a model of many experts is quantized into one; twice as many keep a computer busy.
+_MAX_TENSORS = 150_000
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def read_header(file: Path) -> list[TensorHeader]:
         raise _damaged(file, "has an unreadable header") from error
     if not isinstance(header, dict):
         raise _damaged(file, "has an unreadable header")
+    if len(header) > _MAX_TENSORS:
+        raise _damaged(file, f"describes {len(header):,} tensors, far more than any model has in a file")
     tensors = [_tensor(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + sum(t.nbytes for t in tensors)
     if expected != size:
@@ -90,7 +94,7 @@ def _tensor(file: Path, name: str, entry: Any) -> TensorHeader:
         shape = tuple(int(size) for size in entry["shape"])
         return TensorHeader(name, str(entry["dtype"]), shape, int(end) - int(begin), file)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _damaged(file, f"describes tensor {name!r} in a way that cannot be read") from error
+        raise _damaged(file, f"describes tensor {brief(name)!r} in a way that cannot be read") from error
 
 
 def _damaged(file: Path, what: str) -> DamagedModelError:

@@ -27,6 +27,7 @@ from exl_cli.models.hub.store import Marker
 from exl_cli.models.hub.transfer import Transfer, run_all
 from exl_cli.models.info import inspect
 from exl_cli.models.memory import gpus
+from exl_cli.system.files import is_there
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def check_disk(plan: Plan) -> None:
         DiskError: with both numbers.
     """
     place = plan.wanted.folder.absolute()
-    while not place.exists():
+    while not is_there(place):
         place = place.parent
     free = shutil.disk_usage(place).free
     if plan.remaining > free:

@@ -61,6 +61,8 @@ def parse(text: str, revision: str | None = None) -> Repository | None:
     if inside and revision and inside != revision:
         raise UsageError(f"{text} names revision {inside}, {param('revision')} says {revision}", "give one of them")
     chosen = revision or inside or "main"
+    if len(chosen) > _LONGEST:
+        raise UsageError(f"no revision has a name of {len(chosen):,} characters", "give a branch, a tag or a commit")
     if not re.fullmatch(_REVISION, chosen, re.ASCII) or ".." in chosen:
         raise UsageError(f"{chosen!r} is not a revision", "give a branch, a tag or a commit of the repository")
     return Repository(match["owner"], match["name"], chosen)

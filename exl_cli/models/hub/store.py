@@ -20,7 +20,7 @@ from typing import Any, Literal
 from exl_cli.errors import DiskError, DownloadError, param
 from exl_cli.models.hub.files import File
 from exl_cli.models.hub.names import Repository, is_reserved
-from exl_cli.system.files import write_atomically
+from exl_cli.system.files import is_folder, read_file, write_atomically
 
 MARKER = ".exl.json"
 STAGING = ".exl-download"
@@ -78,7 +78,7 @@ def size_of(path: Path) -> int:
 def read_marker(folder: Path) -> Marker | None:
     """The marker in a folder; None where there is none that can be understood."""
     try:
-        value = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        value = json.loads(read_file(folder / MARKER))
         files = {name: File(name=name, **entry) for name, entry in value["files"].items() if not is_reserved(name)}
         known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
         known |= {key: tuple(value[key]) for key in ("include", "exclude")}
@@ -105,7 +105,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
     """Of a model's folder; see the module's first lines."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return "empty"
     if read_marker(folder) is not None:
         return "complete"

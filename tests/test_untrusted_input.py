@@ -1,0 +1,108 @@
+"""Input that would take all memory or time, or that no file system takes: one line and an exit code of README."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import exl
+
+from exl_cli.errors import DamagedModelError, ExitCode
+from exl_cli.models.info import inspect
+
+LONG = "a" * 5000
+
+
+def only_line(run: subprocess.CompletedProcess[str]) -> str:
+    line = run.stderr.removesuffix("\n")
+    assert "\n" not in line
+    assert "unexpected" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["run", LONG, "-p", "x"], ExitCode.MODEL_NOT_FOUND),
+        (["run", "a/" * 2500, "-p", "x"], ExitCode.MODEL_NOT_FOUND),
+        (["show", "~nosuchuser/model"], ExitCode.MODEL_NOT_FOUND),
+        (["run", "--draft", LONG, "-p", "x"], ExitCode.MODEL_NOT_FOUND),
+        (["rm", LONG], ExitCode.MODEL_NOT_FOUND),
+        (["show", f"owner/name:{LONG}"], ExitCode.USAGE),
+        (["download", f"owner/name:{LONG}"], ExitCode.USAGE),
+        (["bench", f"{LONG}.json"], ExitCode.USAGE),
+        (["run", "--file", LONG], ExitCode.PROMPT),
+        (["run", "--file", "~nosuchuser/prompt"], ExitCode.PROMPT),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_said_in_a_line(args: list[str], code: ExitCode) -> None:
+    run = exl(*args)
+    assert run.returncode == code
+    assert len(only_line(run)) < 600
+
+
+@pytest.mark.parametrize("args", [["run", "--file", "/dev/zero"], ["bench", "--perplexity", "/dev/zero"]])
+def test_a_device_is_no_text(args: list[str]) -> None:
+    run = exl(*args)
+    assert run.returncode == ExitCode.PROMPT
+    assert "cannot read /dev/zero: it is a device" in only_line(run)
+
+
+def test_standard_input_is_read_up_to_a_bound() -> None:
+    with Path("/dev/zero").open("rb") as zeros:
+        command = [sys.executable, "-m", "exl_cli", "run"]
+        run = subprocess.run(command, stdin=zeros, capture_output=True, text=True, timeout=60)
+    assert run.returncode == ExitCode.PROMPT
+    assert "cannot read standard input: it is larger than 256 MiB" in only_line(run)
+
+
+def test_a_pipe_can_be_a_prompt_file(exl2_dir: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"from a pipe")
+    os.close(writing)
+    command = [sys.executable, "-m", "exl_cli", "run", "--raw", "--show-prompt", "--file", f"/dev/fd/{reading}"]
+    run = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, pass_fds=[reading], timeout=60
+    )
+    os.close(reading)
+    assert run.stdout == "from a pipe"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_a_pipe_in_a_model_folder_is_not_waited_for(exl2_dir: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(exl2_dir, tmp_path / "model")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    run = exl("run", str(folder), "-p", "x", "--show-prompt")
+    if run.returncode:  # a template that is no file counts as none
+        assert run.returncode == ExitCode.DAMAGED_MODEL
+        assert name in only_line(run)
+    else:
+        assert name == "chat_template.jinja"
+
+
+@pytest.mark.parametrize("file", ["a" * 5000, "nul\0.safetensors", 7, ["a"], None])
+def test_an_index_with_a_name_that_no_file_can_have(exl2_dir: Path, tmp_path: Path, file: object) -> None:
+    folder = shutil.copytree(exl2_dir, tmp_path / "model")
+    index = {"weight_map": {"model.norm.weight": file, "lm_head.weight": "output.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DamagedModelError) as refused:
+        inspect(folder)
+    assert len(str(refused.value)) < 600
+
+
+def test_a_header_of_more_tensors_than_any_model_has(exl2_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exl2_dir, tmp_path / "model")
+    header = json.dumps({f"t{i}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)})
+    (folder / "output.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    began = time.process_time()
+    with pytest.raises(DamagedModelError, match="describes 200,000 tensors"):
+        inspect(folder)
+    assert time.process_time() - began < 10
