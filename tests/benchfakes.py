@@ -26,6 +26,9 @@ class SilentDecoder:
     def push(self, token_id: int) -> str:
         return ""
 
+    def special(self, token_id: int) -> str:
+        return ""
+
 
 def spin(seconds: float) -> None:
     """Take so much time, computing."""

@@ -49,10 +49,13 @@ def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:
 
 
 class Letters:
-    """A decoder for which token 0 is "a", 1 is "b" and so on."""
+    """A decoder for which token 0 is "a", 1 is "b" and so on, and the last two of 26 are special."""
 
     def push(self, token_id: int) -> str:
-        return chr(ord("a") + token_id)
+        return chr(ord("a") + token_id) if token_id < 24 else ""
+
+    def special(self, token_id: int) -> str:
+        return {24: "<end>", 25: "<pad>"}.get(token_id, "")
 
 
 def request(tokens: int = 100, **more: object) -> Request:
@@ -108,3 +111,24 @@ def test_closing_the_stream_closes_the_job() -> None:
 def test_prompts_that_do_not_fit(tokens: int, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         check_fits(tokens, 100)
+
+
+@pytest.mark.parametrize("group", [1, 4, 26])
+@pytest.mark.parametrize(
+    ("stop", "text", "count"),
+    [
+        ("<end>", "abcdefghijklmnopqrstuvwx", 25),
+        ("x<end>", "abcdefghijklmnopqrstuvw", 25),
+        ("<end><pad>", "abcdefghijklmnopqrstuvwx", 26),
+        ("d><p", "abcdefghijklmnopqrstuvwx", 26),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens(stop: str, text: str, count: int, group: int) -> None:
+    steps = alphabet([], group)
+    out, ids, summary = collect(respond(request(stop_strings=(stop,)), Letters(), 1000, steps))
+    assert (out, len(ids), summary.finish_reason) == (text, count, "stop")
+
+
+def test_special_tokens_that_end_nothing_are_not_shown() -> None:
+    out, ids, summary = collect(respond(request(stop_strings=("x<pad>",)), Letters(), 1000, alphabet([])))
+    assert (out, len(ids), summary.finish_reason) == ("abcdefghijklmnopqrstuvwx", 26, "length")

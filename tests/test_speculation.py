@@ -37,6 +37,9 @@ class SilentDecoder:
     def push(self, token_id: int) -> str:
         return ""
 
+    def special(self, token_id: int) -> str:
+        return ""
+
 
 # A model that knows 20 tokens and looks at two of them soon repeats itself, also where it is sampled from.
 REPEATING = {"memory": 2, "vocab_size": 20}

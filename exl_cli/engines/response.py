@@ -37,7 +37,11 @@ class Decoder(Protocol):
     """Turns tokens into text one at a time, holding back incomplete characters."""
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes."""
+        """The text that this token completes; special tokens have none."""
+        ...
+
+    def special(self, token_id: int) -> str:
+        """A special token as it is written in text; empty for any other token."""
         ...
 
 
@@ -45,30 +49,37 @@ class StopScanner:
     """Finds the first stop string in a stream of text, holding back what may still become one.
 
     Of several stop strings the one that begins first wins; of those that begin together, the longest already complete.
+    Hidden text, that of special tokens, is searched as well but never output: a stop string may be a special token, or
+    hold some.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
+        self._hidden: list[bool] = []  # of each held character
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, hidden: bool = False) -> tuple[str, bool]:
         """Text that is certain to be output, and whether a stop string was met."""
         if not self._stops:
-            return text, False
+            return "" if hidden else text, False
         self._held += text
+        self._hidden += [hidden] * len(text)
         places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if places:
-            out, self._held = self._held[: min(places)], ""
+            out = self._release(min(places))
+            self._held, self._hidden = "", []
             return out, True
-        keep = max(self._overlap(stop) for stop in self._stops)
-        cut = len(self._held) - keep
-        out, self._held = self._held[:cut], self._held[cut:]
-        return out, False
+        return self._release(len(self._held) - max(self._overlap(stop) for stop in self._stops)), False
 
     def flush(self) -> str:
         """What was held back: no stop string came of it."""
-        out, self._held = self._held, ""
-        return out
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        """Output the first `count` held characters, those that are not hidden."""
+        text, hidden = self._held[:count], self._hidden[:count]
+        self._held, self._hidden = self._held[count:], self._hidden[count:]
+        return "".join(char for char, is_hidden in zip(text, hidden, strict=True) if not is_hidden)
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest end of the held text that begins this stop string."""
@@ -170,6 +181,9 @@ class Response:
                 text, self.ended = self._scanner.flush(), True
             else:
                 text, self.ended = self._scanner.push(self._decoder.push(token_id))
+                if self._request.stop_strings and not self.ended and (name := self._decoder.special(token_id)):
+                    more, self.ended = self._scanner.push(name, hidden=True)
+                    text += more
             pieces += text
             if self.ended:
                 self._reason = "stop"

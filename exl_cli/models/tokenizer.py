@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from codecs import BOM_UTF8
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._config = read_json(path / "tokenizer_config.json")
+        added = self._backend.get_added_tokens_decoder()
+        self._special = {id_: token.content for id_, token in added.items() if token.special}
         ids = self._backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(ids, default=-1)
         self.eos_ids = self._find_eos_ids(path)
@@ -84,7 +86,7 @@ class Tokenizer:
 
     def decode_stream(self, prompt_ids: Sequence[int]) -> DecodeStream:
         """A decoder for tokens that follow a prompt."""
-        return DecodeStream(self._backend, prompt_ids)
+        return DecodeStream(self._backend, prompt_ids, self._special)
 
     def pieces(self) -> list[str]:
         """The text of every token on its own, by id; empty for ids that are special or not in use."""
@@ -92,7 +94,7 @@ class Tokenizer:
 
     def special_ids(self) -> set[int]:
         """Ids of the special tokens."""
-        return {id_ for id_, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        return set(self._special)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its exact name; None where there is none."""
@@ -148,15 +150,20 @@ class DecodeStream:
 
     _CONTEXT = 8
 
-    def __init__(self, backend: tokenizers.Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, prompt_ids: Sequence[int], special: Mapping[int, str]) -> None:
         from tokenizers.decoders import DecodeStream as Backend
 
         self._tokenizer = backend
+        self._special = special
         self._stream: Any = Backend(ids=list(prompt_ids)[-self._CONTEXT :], skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is still incomplete."""
         return self._stream.step(self._tokenizer, token_id) or ""
+
+    def special(self, token_id: int) -> str:
+        """A special token as it is written in text; empty for any other token."""
+        return self._special.get(token_id, "")
 
 
 def _try(file: Path, data: bytes) -> None:
