@@ -109,6 +109,10 @@ class EngineError(ExlError):
     exit_code = ExitCode.ENGINE
 
 
+class ResponseTimeoutError(EngineError, TimeoutError):
+    """A response that was not complete within the time given."""
+
+
 class DownloadError(ExlError):
     """A model that cannot be had from the Hub: not there, not allowed, not reachable, or not what it should be."""
 

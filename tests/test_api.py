@@ -286,3 +286,23 @@ def test_download_follows_the_notebook(
         assert model.generate(STORY, seed=1, max_new_tokens=3).summary.new_tokens == 3
     with pytest.raises(UsageError, match="not a name"):
         download("not a name")
+
+
+@pytest.mark.parametrize(
+    "prompt", [[1], b"abc", 7, None, [["user", "Hello"]], [{"content": "Hello"}], {"role": "user"}]
+)
+def test_what_is_no_prompt_is_refused(model: Model, prompt: Any) -> None:
+    with pytest.raises(UsageError, match="a prompt is text or a list of messages"):
+        model.generate(prompt, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, "soon"])
+def test_what_is_no_timeout_is_refused(model: Model, timeout: Any) -> None:
+    with pytest.raises(UsageError, match="timeout must be seconds"):
+        model.generate(STORY, max_new_tokens=1, timeout=timeout)
+
+
+def test_too_little_time_is_an_error_of_exl_and_of_python(model: Model) -> None:
+    with pytest.raises(ExlError, match=r"no complete response within 0\.01 seconds; give it more time") as caught:
+        model.generate(STORY, max_new_tokens=900, timeout=0.01)
+    assert isinstance(caught.value, TimeoutError)

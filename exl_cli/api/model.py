@@ -9,6 +9,7 @@ What the command line would say on the way (which engine, and why) goes to the l
 from __future__ import annotations
 
 import logging
+import reprlib
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -197,8 +198,11 @@ class Model:
         """The token ids that a prompt comes to, those that the model expects around it included.
 
         Raises:
+            UsageError: it is neither text nor messages.
             PromptError: the chat template does not take the messages.
         """
+        if not isinstance(prompt, str) and not _is_messages(prompt):
+            raise UsageError(f"a prompt is text or a list of messages with a role each, got {reprlib.repr(prompt)}")
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, add_special_tokens=True)
         format_ = self._chat_format()
@@ -261,6 +265,14 @@ class Model:
             stop_strings=tuple(stops),
             stop_ids=self._tokenizer.eos_ids,
         )
+
+
+def _is_messages(prompt: object) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, (bytes, bytearray))
+        and all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in prompt)
+    )
 
 
 def choose(generation_config: Mapping[str, Any], *layers: Any) -> Sampling:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Chunk, Request, Summary
-from exl_cli.errors import EngineError, spell
+from exl_cli.errors import EngineError, ResponseTimeoutError, UsageError, spell
 
 # None wakes whoever waits for the next one: the stream was closed.
 Item = Chunk | BaseException | None
@@ -44,6 +44,8 @@ class _Reader:
     def __init__(
         self, thread: EngineThread, request: Request, deliver: Callable[[Item], None], timeout: float | None
     ) -> None:
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
+            raise UsageError(f"timeout must be seconds from 0 on, got {timeout!r}")
         self._closed = False
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -89,8 +91,8 @@ class _Reader:
         """Seconds left, at least 0; None without a limit."""
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
-    def _too_late(self) -> TimeoutError:
-        return TimeoutError(f"no complete response within {self._timeout:g} seconds")
+    def _too_late(self) -> ResponseTimeoutError:
+        return ResponseTimeoutError(f"no complete response within {self._timeout:g} seconds", "give it more time")
 
     def _complete(self) -> Generation:
         if self._generation is None:
@@ -108,7 +110,7 @@ class Stream(_Reader, Iterator[str]):
         EngineError: the model was closed meanwhile, or the engine failed.
         UsageError: the engine has no such sampler setting.
         OutOfMemoryError: the device ran out of memory.
-        TimeoutError: the time given was not enough.
+        ResponseTimeoutError: the time given was not enough; a TimeoutError, too.
     """
 
     def __init__(self, thread: EngineThread, request: Request, timeout: float | None = None) -> None:
