@@ -273,6 +273,7 @@ def test_prompts_without_the_stray_token_go_on_working(
         ("Mistral3ForConditionalGeneration", "mistral3", "reads images as well"),
         ("Qwen2VLForConditionalGeneration", "qwen2_vl", "reads images as well"),
         ("T5ForConditionalGeneration", "t5", "no model that continues a text"),
+        ("OpenAIGPTLMHeadModel", "openai-gpt", "takes no KV cache"),
     ],
 )
 def test_a_model_of_another_kind_is_called_so(tmp_path: Path, architecture: str, kind: str, said: str) -> None:

@@ -19,7 +19,7 @@ from exl_cli.engines.cpu import transformers_model
 from exl_cli.engines.cpu.kv_cache import KvCache
 from exl_cli.engines.response import Decoder, GeneratorEngine, Step, check_known
 from exl_cli.engines.sampling.sampler import Samplers
-from exl_cli.errors import DamagedModelError, OutOfMemoryError
+from exl_cli.errors import DamagedModelError, OutOfMemoryError, UnsupportedModelError
 from exl_cli.models.formats import exl2, gptq
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class CpuEngine(GeneratorEngine):
         self._rows: int = model.get_input_embeddings().num_embeddings
         self._samplers = Samplers(tokenizer, model.config.get_text_config().vocab_size)
         self._cache: KvCache | None = KvCache(model.config)
-        self._kv_name = _kv_parameter(model)
+        self._kv_name = _kv_parameter(type(model))
         self.context_length = context_length
         self.facts = {
             "device": "cpu",
@@ -131,10 +131,19 @@ class CpuEngine(GeneratorEngine):
         return [layer.register_forward_pre_hook(check) for layer in layers]
 
 
-def _kv_parameter(model: Any) -> str:
-    """What a model's forward calls its KV cache: `cache` since transformers 5.24, by other names before."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "cache_params") if name in parameters), "past_key_values")
+def _kv_parameter(model_class: Any) -> str:
+    """What a model's forward calls its KV cache: `cache` since transformers 5.24, by other names before.
+
+    Raises:
+        UnsupportedModelError: it takes none, so that each new token would be computed without those before it.
+    """
+    parameters = inspect.signature(model_class.forward).parameters
+    for name in ("cache", "cache_params", "past_key_values"):
+        if name in parameters:
+            return name
+    raise UnsupportedModelError(
+        f"{model_class.__name__} takes no KV cache in transformers, and exl generates with one", "choose another model"
+    )
 
 
 def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: Progress) -> CpuEngine:
@@ -152,6 +161,7 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
         DamagedModelError: a tensor is missing, of the wrong shape, or cannot be read; or config.json makes no sense.
     """
     config, model_class = transformers_model.choose_class(info)
+    _kv_parameter(model_class)
     dtype = _choose_dtype(info)
     state = _state_dict(info, dtype, progress)
     if "lm_head.weight" in state:
