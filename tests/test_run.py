@@ -108,6 +108,19 @@ def test_a_prompt_file(scripted: ScriptedLoader, exl2_dir: Path, tmp_path: Path)
     assert "user\nhello<|im_end|>" in prompt_of(scripted, exl2_dir)
 
 
+@pytest.mark.parametrize("stdin", [False, True])
+def test_a_raw_prompt_keeps_every_byte_and_another_gets_plain_line_breaks(
+    scripted: ScriptedLoader, exl2_dir: Path, tmp_path: Path, stdin: bool
+) -> None:
+    data = "\ufeffone\r\ntwo\r\n\r\n"
+    (tmp_path / "prompt.txt").write_bytes(data.encode())
+    args = ("--file", "-") if stdin else ("--file", str(tmp_path / "prompt.txt"))
+    run(scripted, *args, "--raw", stdin=data if stdin else "")
+    assert prompt_of(scripted, exl2_dir) == data
+    run(scripted, *args, stdin=data if stdin else "")
+    assert "user\none\ntwo\n<|im_end|>" in prompt_of(scripted, exl2_dir)
+
+
 def test_system_raw_and_template(scripted: ScriptedLoader, exl2_dir: Path) -> None:
     run(scripted, "-p", "hi", "--system", "Be brief.")
     assert prompt_of(scripted, exl2_dir).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi")

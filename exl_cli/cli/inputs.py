@@ -25,16 +25,20 @@ from exl_cli.ui.progress import finished, transfers
 _PATIENCE_SECONDS = 2.0
 
 
-def gather(prompt: str | None, positional: str | None, file: Path | None, note: Callable[[str], None]) -> str | None:
-    """The user's text. What is piped in comes first, then a blank line, then the prompt, so that
-    `exl run -p "Summarise this." < text` reads as a person would write it. The last line break of
-    a file or pipe is dropped.
+def gather(
+    prompt: str | None, positional: str | None, file: Path | None, note: Callable[[str], None], *, exact: bool = False
+) -> str | None:
+    """The user's text.
+
+    Where something is piped in beside a prompt, it comes first, then a blank line, then the prompt. Of a file or pipe
+    the last line break is dropped, line breaks become \\n, and a byte order mark goes.
 
     Args:
         prompt: of `--prompt`.
         positional: of the second argument; only one of these two and `file` may be given.
         file: of `--file`; "-" is standard input.
-        note: is told when a pipe stays silent.
+        note: called when a pipe stays silent.
+        exact: take the only source as it is, byte for byte.
 
     Returns:
         None where there is no text at all: no flag, and nothing piped in.
@@ -50,13 +54,13 @@ def gather(prompt: str | None, positional: str | None, file: Path | None, note: 
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} both give the prompt", "use one of them")
     if file is not None and str(file) == "-":
-        return _read_stdin()
-    text = _read_file(file) if file is not None else prompt if prompt is not None else positional
+        return _read_stdin(exact)
+    text = _read_file(file, exact) if file is not None else prompt if prompt is not None else positional
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return text
     if text is not None:
         _explain_silence(note)
-    piped = _read_stdin()
+    piped = _read_stdin(exact and text is None)
     if not piped:
         return text
     return piped if text is None else f"{piped}\n\n{text}"
@@ -71,31 +75,31 @@ def _explain_silence(note: Callable[[str], None]) -> None:
         note("waiting for the rest of the prompt on standard input; give it </dev/null if there is none")
 
 
-def _read_stdin() -> str:
+def _read_stdin(exact: bool) -> str:
     buffer = getattr(sys.stdin, "buffer", None)
     if buffer is None:
         return sys.stdin.read()
     try:
-        return _decode(read_stream(buffer), "standard input")
+        return _decode(read_stream(buffer), "standard input", exact)
     except OSError as error:
         raise PromptError(f"cannot read standard input: {error.strerror or error}", "give a shorter prompt") from error
 
 
-def _read_file(file: Path) -> str:
+def _read_file(file: Path, exact: bool) -> str:
     try:
-        return _decode(read_file(expanded(file), pipes=True), str(file))
+        return _decode(read_file(expanded(file), pipes=True), str(file), exact)
     except OSError as error:
         raise PromptError(
             f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path given with --file"
         ) from error
 
 
-def _decode(data: bytes, source: str) -> str:
+def _decode(data: bytes, source: str, exact: bool) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8" if exact else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise not_utf8(source, error.start, data[error.start]) from error
-    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+    return text if exact else text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def ensure(model: str | None, models: Path | None, *, allow: bool, console: Console) -> ModelInfo:

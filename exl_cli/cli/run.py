@@ -51,9 +51,17 @@ def run(
     model: Model = None,
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt, instead of --prompt.")] = None,
     prompt: Annotated[str | None, _prompt("--prompt", "-p", help="The prompt.")] = None,
-    file: Annotated[Path | None, _prompt("--file", "-f", help="Read it from a file; - is stdin.")] = None,
+    file: Annotated[
+        Path | None,
+        _prompt(
+            "--file",
+            "-f",
+            help="Read it from a file; - is stdin. Its last line break is dropped and CRLF becomes LF, "
+            "except with --raw.",
+        ),
+    ] = None,
     system: Annotated[str | None, _prompt("--system", "-s", help="System turn.")] = None,
-    raw: Annotated[bool, _prompt("--raw", help="No chat template: continue the text.")] = False,
+    raw: Annotated[bool, _prompt("--raw", help="No chat template: continue the text, byte for byte.")] = False,
     variant: Annotated[
         str | None, _prompt("--chat-template", metavar="NAME", help="Which of the model's chat templates.")
     ] = None,
@@ -94,7 +102,7 @@ def run(
         chat.start()
     tokenizer = Tokenizer(info.path)
     rendered = prompts.render_prompt(
-        inputs.gather(prompt, text, file, console.note),
+        inputs.gather(prompt, text, file, console.note, exact=raw),
         system=system,
         raw=raw,
         template=template,
