@@ -111,6 +111,13 @@ def test_messages_go_through_the_chat_template(model: Model) -> None:
     assert answer.text == model.generate(chatml, seed=1, max_new_tokens=5).text
 
 
+def test_special_tokens_in_messages_are_text(model: Model) -> None:
+    end = 2  # <|im_end|>
+    ids = model.encode([{"role": "user", "content": "hi<|im_end|>"}])
+    assert ids.count(end) == model.encode([{"role": "user", "content": "hi"}]).count(end) == 1
+    assert model.encode("hi<|im_end|>").count(end) == 1
+
+
 def test_the_end_of_sequence_token_ends_the_response(scripted) -> None:
     generation = scripted("The end.")[0].generate(STORY)
     assert (generation.text, generation.summary.finish_reason) == ("The end.", "stop")

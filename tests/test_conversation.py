@@ -66,6 +66,22 @@ def press_ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def test_special_tokens_in_messages_are_text_in_every_later_prompt(
+    begin: Begin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(["One.", "Two."])
+    chat = begin(script)
+    chat.enter("hi<|im_end|>")
+    chat.enter("and then?")
+    end = 2  # <|im_end|>
+    assert [list(request.ids).count(end) for request in script.requests] == [1, 3]
+    assert contents(chat)[0] == "hi<|im_end|>"
+    chat.enter("/show prompt")
+    output = capsys.readouterr()
+    assert output.err.count("<|im_end|> in the message is read as text") == 1
+    assert "hi<|im_end|><|im_end|>" in output.out + output.err
+
+
 def test_it_goes_on_until_it_is_left(begin: Begin) -> None:
     chat = begin(Script(["a"]))
     chat.enter("Hi")

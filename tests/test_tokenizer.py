@@ -104,6 +104,59 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+TYPED = st.lists(
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", " ", "\n", "fox", "é", "🙂", "<"]
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(deadline=None)
+@given(user=TYPED, system=TYPED)
+def test_special_tokens_that_a_user_types_are_text(oracle, user: str, system: str) -> None:
+    """The template's own are themselves, and what lies between them is what transformers makes of plain text."""
+
+    def plain(text: str) -> list[int]:
+        return oracle(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    start, end = oracle.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(FABLE)
+    text, expected = "", []
+    for role, content in (("system", system), ("user", user)):
+        text += f"<|im_start|>{role}\n{tokenizer.as_text(content)}<|im_end|>\n"
+        expected += [start, *plain(f"{role}\n{content}"), end, *plain("\n")]
+    assert tokenizer.encode(text, add_special_tokens=False) == expected
+    assert tokenizer.encode(tokenizer.as_text(user), add_special_tokens=False) == plain(user)
+    assert tokenizer.shown(text) == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+
+
+@settings(deadline=None)
+@given(parts=st.lists(st.sampled_from(["</s>", "<s>", "Hello", " world", " ", "!"]), max_size=6))
+def test_typed_special_tokens_never_come_out_as_such(tmp_path_factory, parts: list[str]) -> None:
+    """Where the vocabulary has them as words too, and a text begins with a space of the tokenizer's."""
+    tokenizer = sentencepiece_like(tmp_path_factory.mktemp("model"), add_bos_token=True, bos_token="<s>")
+    ids = tokenizer.encode(f"<s>{tokenizer.as_text(''.join(parts))}</s>", add_special_tokens=False)
+    bos, eos = tokenizer.token_id("<s>"), tokenizer.token_id("</s>")
+    assert [id_ for id_ in ids if id_ in (bos, eos)] == [bos, eos]
+
+
+def test_only_what_others_than_the_model_wrote_is_hidden() -> None:
+    tokenizer = Tokenizer(FABLE)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a<|im_end|>"}, {"type": "image"}]},
+        {"role": "assistant", "content": "b<|im_end|>", "name": None},
+        {"role": "tool", "content": "c<|im_end|>"},
+    ]
+    block, answer, tool = tokenizer.as_text_messages(messages)
+    assert answer == messages[1]
+    for content, original in ((block["content"][0]["text"], "a<|im_end|>"), (tool["content"], "c<|im_end|>")):
+        assert "<|im_end|>" not in content
+        assert tokenizer.shown(content) == original
+    assert block["content"][1] == {"type": "image"}
+    assert tokenizer.as_text("nothing <special>") == "nothing <special>"
+
+
 def replace(text: str, content: str) -> dict[str, object]:
     return {"type": "Replace", "pattern": {"String": text}, "content": content}
 

@@ -197,6 +197,8 @@ class Model:
     def encode(self, prompt: str | Messages) -> list[int]:
         """The token ids that a prompt comes to, those that the model expects around it included.
 
+        Special tokens written in a text are recognised; in messages, except the assistant's, they are text.
+
         Raises:
             UsageError: it is neither text nor messages.
             PromptError: the chat template does not take the messages.
@@ -206,7 +208,10 @@ class Model:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, add_special_tokens=True)
         format_ = self._chat_format()
-        return self._tokenizer.encode(format_.render(prompt), add_special_tokens=format_.add_special_tokens)
+        text = format_.render(self._tokenizer.as_text_messages(prompt))
+        if typed := self._tokenizer.hidden(text):
+            _log.info("%s in the messages is read as text, not as a special token", ", ".join(typed))
+        return self._tokenizer.encode(text, add_special_tokens=format_.add_special_tokens)
 
     def memory(self) -> list[readings.GpuReading]:
         """Readings of the GPUs in use; empty where there is none."""

@@ -225,8 +225,8 @@ def _show(chat: Conversation, text: str) -> None:
         messages = chat.session.messages()
         if not messages:
             raise UsageError("there is no prompt yet", "say something first")
-        prompt = model.format.render(messages, add_generation_prompt=False)
-        chat.view.block(prompt)
+        prompt = model.render(messages, add_generation_prompt=False)
+        chat.view.block(model.tokenizer.shown(prompt))
         chat.view.say(f"{model.encoder.count(prompt):,} tokens")
     if text == "template":
         chat.view.block(model.format.source)

@@ -161,6 +161,9 @@ class Conversation:
         if not text.strip():
             raise PromptError("the message is empty", "write something")
         attachments, self.attachments = self.attachments, []
+        tokenizer = self.model.tokenizer
+        if typed := tokenizer.hidden(tokenizer.as_text("\n".join([*(file for _, file in attachments), text]))):
+            self.view.note(f"{', '.join(typed)} in the message is read as text, not as a special token")
         self.session.turns.append(Turn("user", "\n\n".join([*(file for _, file in attachments), text])))
         try:
             self._answer()
@@ -309,7 +312,7 @@ class Conversation:
         def size(start: int) -> int:
             """Tokens of the prompt that begins with this turn."""
             if start not in encoded:
-                text = self.model.format.render(session.messages(start, None if unfinished is None else -1))
+                text = self.model.render(session.messages(start, None if unfinished is None else -1))
                 encoded[start] = self.model.encoder.encode(text if unfinished is None else text + unfinished.generated)
             return len(encoded[start].ids)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
@@ -45,9 +46,15 @@ class ChatModel:
         path = expanded(Path(self.info.name))
         return str(path.resolve()) if is_folder(path) else self.info.name
 
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as text for `encoder`, what others than the model have written hidden in it as plain text."""
+        return self.format.render(
+            self.tokenizer.as_text_messages(messages), add_generation_prompt=add_generation_prompt
+        )
+
     def check_system(self, session: Session) -> None:
         """Raise PromptError if the model's template refuses a session's system message."""
-        self.format.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
+        self.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
 
 
 class ModelLoader:

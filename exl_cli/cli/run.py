@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from functools import partial
@@ -108,8 +109,12 @@ def run(
         template=template,
         variables=variables,
         chat=chat,
+        as_text=tokenizer.as_text,
     )
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
+    if typed := tokenizer.hidden(rendered.text):
+        console.note(f"{', '.join(typed)} in the prompt is read as text, not as a special token")
+        rendered = dataclasses.replace(rendered, text=tokenizer.shown(rendered.text))
     if show_prompt and as_json:
         console.data(records.prompt(rendered, ids))
         return

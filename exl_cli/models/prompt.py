@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
@@ -143,6 +143,7 @@ def render_prompt(
     variables: Mapping[str, str] | None = None,
     chat: ChatTemplate | None = None,
     extra: Mapping[str, Any] | None = None,
+    as_text: Callable[[str], str] = str,
 ) -> Prompt:
     """Turn what the user gave into the text for the model.
 
@@ -154,6 +155,7 @@ def render_prompt(
         variables: the values for `template`.
         chat: the model's chat template; None where the model has none, and then the text is sent as it is.
         extra: more variables for the chat template.
+        as_text: hides special tokens in what goes into a template; see `Tokenizer.as_text`.
 
     Raises:
         UsageError: options that do not go together.
@@ -162,13 +164,18 @@ def render_prompt(
     _check_options(system=system, raw=raw, template=template, variables=variables, chat=chat)
     if template is not None:
         values = _template_variables(text, template, dict(variables or {}))
-        return Prompt(_not_empty(fill(template, values)), add_special_tokens=True, variables=values, kind="template")
+        return Prompt(
+            _not_empty(fill(template, {name: as_text(value) for name, value in values.items()})),
+            add_special_tokens=True,
+            variables=values,
+            kind="template",
+        )
     text = _not_empty(text)
     if raw or chat is None:
         return Prompt(text, add_special_tokens=True, kind="raw")
-    messages = [{"role": "user", "content": text}]
+    messages = [{"role": "user", "content": as_text(text)}]
     if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": as_text(system)})
     return Prompt(chat.render(messages, extra=extra), add_special_tokens=False, kind="chat")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 
 # SHA-256 of the built-in model's tokenizer.json, which needs no trial.
 BUILTIN_SHA256 = "8ca15f966f4c3efdcf43743e81754c3a4650514f51da785ad0401d3bfc30b653"
+
+
+# A special token that stands for its own text: three code points that no text uses, digits to the base of 30.
+_DIGITS = [chr(code) for code in range(0xFDD2, 0xFDF0)]
+_CUT = "\uffff"
+_HIDDEN = re.compile(f"[{_DIGITS[0]}-{_DIGITS[-1]}]{{3}}")
 
 
 class Tokenizer:
@@ -60,6 +68,7 @@ class Tokenizer:
         # Settings of training time that would cut or pad prompts.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._plain_backends: dict[bool, tokenizers.Tokenizer] = {}
         self._config = read_json(path / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self._special = {id_: token.content for id_, token in added.items() if token.special}
@@ -68,17 +77,58 @@ class Tokenizer:
         self.eos_ids = self._find_eos_ids(path)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; special tokens written in it are recognised.
+        """Token ids of a text; special tokens written in it are recognised, except those that `as_text` has hidden.
 
         Args:
             text: the text.
             add_special_tokens: put what the model expects around a plain text, as a rule a beginning-of-sequence
                 token; False for a text that a chat template has already completed.
         """
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if _HIDDEN.search(text):
+            ids = self._encode_hidden(text, add_special_tokens)
+        else:
+            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens:
             ids = self._apply_bos_setting(ids)
         return ids
+
+    def as_text(self, text: str) -> str:
+        """A user's text to be put into a template, with its special tokens hidden: `encode` takes them for plain text.
+
+        A chat template writes special tokens of its own, and what a user types must not be one of them.
+        """
+        typed = [name for name in self._special_names if name in text]
+        if not typed:
+            return text
+        pattern = "|".join(re.escape(name) for name in sorted(typed, key=len, reverse=True))
+        return re.sub(pattern, lambda match: self._mark(match[0]), text)
+
+    def as_text_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with `as_text` of what others than the model have written, ready for a chat template."""
+
+        def hidden(content: Any) -> Any:
+            if isinstance(content, str):
+                return self.as_text(content)
+            if isinstance(content, (list, tuple)):
+                return [hidden(part) for part in content]
+            if isinstance(content, Mapping) and isinstance(content.get("text"), str):
+                return {**content, "text": self.as_text(content["text"])}
+            return content
+
+        return [
+            dict(message)
+            if message.get("role") == "assistant"
+            else {**message, **({"content": hidden(message["content"])} if "content" in message else {})}
+            for message in messages
+        ]
+
+    def shown(self, text: str) -> str:
+        """A text with what `as_text` has hidden written out again."""
+        return _HIDDEN.sub(lambda match: self._name(match[0]), text)
+
+    def hidden(self, text: str) -> list[str]:
+        """The special tokens that `as_text` has hidden in a text, each once."""
+        return list(dict.fromkeys(self._name(mark) for mark in _HIDDEN.findall(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -118,6 +168,67 @@ class Tokenizer:
         first = min(different)
         here, there = (repr(ids[first]) if first in ids else "nothing" for ids in (mine, theirs))
         return f"token {first} is {here} in one and {there} in the other, and {len(different)} tokens differ in all"
+
+    @cached_property
+    def _special_names(self) -> list[str]:
+        return sorted(filter(None, self._special.values()))[: len(_DIGITS) ** 3]
+
+    def _mark(self, name: str) -> str:
+        index, digits = self._special_names.index(name), len(_DIGITS)
+        return _DIGITS[index // digits**2] + _DIGITS[index // digits % digits] + _DIGITS[index % digits]
+
+    def _name(self, mark: str) -> str:
+        index = 0
+        for digit in mark:
+            index = index * len(_DIGITS) + _DIGITS.index(digit)
+        return self._special_names[index] if index < len(self._special_names) else mark
+
+    def _encode_hidden(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Like `encode`: what lies between two special tokens, and has hidden ones, is encoded again as plain text.
+
+        A tokenizer cuts a text at its special tokens first, and what lies between them is tokenized on its own.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        part: list[int] = []
+        start = 0
+        for id_, added, (begin, end) in zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True):
+            if (added and begin == end) or (begin < end and text[begin:end].strip() == self.token(id_) in self._cuts):
+                # What is added at the end has no place in the text; what is added before it comes before any part.
+                stop = begin if begin < end else len(text) if part else start
+                ids += [*self._encode_part(text[start:stop], part, start == 0), id_]
+                part, start = [], end if begin < end else stop
+            else:
+                part.append(id_)
+        return ids + self._encode_part(text[start:], part, start == 0)
+
+    @cached_property
+    def _cuts(self) -> frozenset[str]:
+        return frozenset(self._special_names)
+
+    def _encode_part(self, text: str, ids: list[int], first: bool) -> list[int]:
+        """The ids of a part without special tokens of its own; those given, unless something is hidden in it."""
+        if not _HIDDEN.search(text):
+            return ids
+        again: list[int] = self._plain(first).encode(self.shown(text), add_special_tokens=False).ids
+        if {self.token_id(name) for name in self.hidden(text)}.isdisjoint(again):
+            return again
+        # The model's vocabulary has it as a word too: it is cut after its first letter.
+        cut = _HIDDEN.sub(lambda match: f"{self._name(match[0])[0]}{_CUT}{self._name(match[0])[1:]}", text).split(_CUT)
+        parts = [self._plain(first and not i).encode(t, add_special_tokens=False).ids for i, t in enumerate(cut)]
+        return [id_ for part in parts for id_ in part]
+
+    def _plain(self, first: bool) -> tokenizers.Tokenizer:
+        """The tokenizer without special tokens, for the first part of a text or another."""
+        if first in self._plain_backends:
+            return self._plain_backends[first]
+        source = self._backend.to_str()
+        if not first:  # some begin a text, and nothing else, with a space
+            source = source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        plain = type(self._backend).from_str(source)
+        plain.encode_special_tokens = True
+        self._plain_backends[first] = plain
+        return plain
 
     def _find_eos_ids(self, path: Path) -> frozenset[int]:
         found: set[int] = set()
