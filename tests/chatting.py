@@ -41,6 +41,7 @@ class Script:
         spelled: generate each character as a token of its own, as tokenizing the text would not.
         before: called with each request before its first token.
         pause: called at each `PAUSE`.
+        cancelled: called when a generation that waits there has been cancelled.
         loads_fail: names of models that cannot be loaded.
         requests: all requests so far.
         engines: all engines loaded so far.
@@ -50,6 +51,7 @@ class Script:
     spelled: bool = False
     before: Callable[[Request], object] = lambda request: None
     pause: Callable[[], object] = lambda: None
+    cancelled: Callable[[], object] = lambda: None
     loads_fail: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
     engines: list[TalkingEngine] = field(default_factory=list)
@@ -107,6 +109,7 @@ class TalkingEngine(GeneratorEngine):
                 while not is_cancelled():
                     assert time.monotonic() < give_up
                     time.sleep(0.001)
+                self._script.cancelled()
                 return
             elif part == FAIL:
                 raise OutOfMemoryError("the GPU ran out of memory", "use --cache q4")
