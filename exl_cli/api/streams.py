@@ -14,7 +14,7 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.errors import EngineError, ResponseTimeoutError, UsageError, spell
 
-# None wakes whoever waits for the next one: the stream was closed.
+# None wakes the reader: the stream was closed.
 Item = Chunk | BaseException | None
 
 
@@ -81,7 +81,7 @@ class _Reader:
         self._ids += item.token_ids
         if item.summary is not None and not self._closed:
             if item.summary.finish_reason == "cancelled":
-                # Not by whoever reads this: a part must not pass for the whole.
+                # Not by the reader: a part must not pass for the whole.
                 raise EngineError("the model was closed before the response was complete", "keep it open until then")
             summary = dataclasses.replace(item.summary, note=spell(item.summary.note))
             self._generation = Generation("".join(self._text), tuple(self._ids), self._seed, summary)

@@ -133,7 +133,7 @@ app.command("build", cls=_Command)(build.build)
 
 
 def main() -> int:
-    """The `exl` command, in a process of its own; returns its exit code."""
+    """The `exl` command, in a separate process; returns its exit code."""
     standard_streams.prepare()
     try:
         return app(obj=State(owns_process=True), standalone_mode=False) or 0

@@ -48,7 +48,7 @@ class State:
 
     Attributes:
         debug: show tracebacks.
-        load: how a model is loaded; a program that embeds the app may have an engine of its own.
+        load: how a model is loaded; a program that embeds the app may bring another engine.
         owns_process: this process runs the command and nothing else, so its settings may be changed.
     """
 

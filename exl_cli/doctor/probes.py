@@ -61,7 +61,7 @@ class Answer:
 def ask(
     probe: str, seconds: float, arguments: Mapping[str, Any] | None = None, module: str = "exl_cli.doctor.probes"
 ) -> Answer:
-    """Run a probe in a process and a session of its own.
+    """Run a probe in a separate process and session.
 
     Args:
         probe: the function's name.
@@ -164,7 +164,7 @@ def _readings() -> dict[str, dict[str, Any]]:
 
 def _process(driver: Driver, process: Any) -> dict[str, Any]:
     name = str(driver.ask("SystemGetProcessName", process.pid) or "").rpartition("/")[2].split(" ")[0]
-    # A container has numbers of its own for processes: there the driver's are of no use.
+    # A container numbers processes separately: there the driver's are of no use.
     here = Path(f"/proc/{process.pid}").exists()
     return {"pid": process.pid, "here": here, "name": name, "bytes": process.usedGpuMemory}
 

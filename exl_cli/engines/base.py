@@ -64,7 +64,7 @@ class Summary:
             where no token came.
         drafted_tokens: tokens that speculation proposed and a pass computed; 0 without speculation.
         accepted_tokens: how many of them were what the sampler chose.
-        note: what else whoever reads the numbers should know, as a rule nothing.
+        note: a remark for readers of the numbers, usually empty.
     """
 
     finish_reason: FinishReason

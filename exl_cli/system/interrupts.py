@@ -33,7 +33,7 @@ def cancel_on_interrupt(cancel: Callable[[], object]) -> Iterator[None]:
 def hold_interrupt() -> Iterator[None]:
     """Within it, a first SIGINT waits for the end; a second one counts at once. For imports of seconds, not for more.
 
-    In the midst of torch's own start an exception can come up where its C++ ends the whole process for it, with a page
+    While torch starts, an exception can come up where its C++ ends the whole process for it, with a page
     of its frames. Does nothing outside of the main thread.
     """
     previous = signal.getsignal(signal.SIGINT)

@@ -86,7 +86,7 @@ class Console:
         self._at_line_start = True
 
     def data(self, value: Any) -> None:
-        """One JSON value on a line of its own."""
+        """One JSON value on one line."""
         _write(sys.stdout, flags(json.dumps(value, ensure_ascii=False)) + "\n")
 
     # --- stderr ---------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ class Embeddings:
             if copied is not None:
                 copied.synchronize()
             source, some = buffer[: len(target)], ids[index * _LOOKED_UP : index * _LOOKED_UP + len(target)]
-            # In the default mode NumPy would write to memory of its own first.
+            # In the default mode NumPy would write to a temporary array first.
             self.rows.take(some, axis=0, out=source.view(torch.int16).numpy(), mode="clip")
             target.copy_(source, non_blocking=True)
             if copied is not None:

@@ -88,7 +88,7 @@ def captured(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph
 
     Args:
         work: has run in this thread before.
-        pool: another graph's, to allocate from; None for one of its own.
+        pool: another graph's, to allocate from; None for a new one.
 
     Raises:
         RuntimeError, EngineError: the work does what no graph can hold, or raises them; torch is as it was.

@@ -11,7 +11,7 @@ number of times it followed one. Two defects of exllamav2 0.3.2 are not repeated
 - its index ends where a match of `max_ngram` tokens does, so one that long or longer is not penalized at all; here it
   counts as one of `max_ngram` tokens.
 
-The history is searched anew for every token. In NumPy that takes some 20 microseconds at 8,000 tokens, less than it
+The history is searched again for every token. In NumPy that takes some 20 microseconds at 8,000 tokens, less than it
 would take Python to keep an index of n-grams up to date.
 """
 

@@ -76,7 +76,7 @@ def _has_grouped_kernel(device: torch.device) -> bool:
 
 @cache
 def install() -> None:
-    """Give exllamav2 this attention instead of its own and of flash-attn's."""
+    """Give exllamav2 this attention in place of its two."""
     from exllamav2 import attn
 
     original = attn.ExLlamaV2Attention._attn_torch
@@ -101,5 +101,5 @@ def install() -> None:
 
     attn.ExLlamaV2Attention._attn_torch = attend
     attn.has_flash_attn = False
-    # cuDNN's kernels plan anew for every key length, about 70 ms for each new token of a process's first answer.
+    # cuDNN's kernels plan again for every key length, about 70 ms for each new token of a process's first answer.
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -18,7 +18,7 @@ _FUSED = {"enable_fp_fusion": True}
 _LOG2_E = math.log2(math.e)
 # More splits of one sequence than this cost more in merging than they bring.
 _MOST_SPLITS = 64
-# Counters of arrived programs; calls that need more of them merge in a kernel of its own.
+# Counters of arrived programs; calls that need more of them merge in a separate kernel.
 _COUNTERS = 16384
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}

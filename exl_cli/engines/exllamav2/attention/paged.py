@@ -145,7 +145,7 @@ def try_ahead(heads: Heads = _USUAL, *, decodes: bool = True) -> None:
         return
 
     def trial() -> None:
-        with _trying, contextlib.suppress(Exception):  # recurs for whoever needs the choice
+        with _trying, contextlib.suppress(Exception):  # recurs where the choice is needed
             if (chosen := _choose(device, "", heads, decodes=decodes)).name == "triton":
                 _chosen.setdefault((device, "", heads.dim), chosen)
 

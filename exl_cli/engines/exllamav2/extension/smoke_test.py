@@ -1,4 +1,4 @@
-"""Loads an extension and computes something with it: `run` in a process of its own, where it may crash.
+"""Loads an extension and computes something with it: `run` in a separate process, where it may crash.
 
 As a program, with LIBRARY and ARCHS, it prints a line of JSON, or a traceback and ends with another code than 0. GPUs
 that ARCHS, where given, leave out are not tried.

@@ -1,6 +1,6 @@
 """The program that compiles: it imports `exllamav2.ext`, which hands its sources to `torch.utils.cpp_extension.load`.
 
-Run by `build` in a process and a session of its own, with what to do as JSON; it ends when its stdin does. On stdout,
+Run by `build` in a separate process and session, with what to do as JSON; it ends when its stdin does. On stdout,
 among whatever else is printed there, ninja writes a line "@exl DONE/TOTAL COMMAND" for each file that is finished, and
 the worker "@exl {…}" with one of:
 

@@ -1,4 +1,4 @@
-"""Results computed in the background before they are asked for; whoever asks sooner computes them on the spot."""
+"""Results computed in the background before they are asked for; a caller that asks sooner computes them on the spot."""
 
 from __future__ import annotations
 
