@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from exl_cli import sampling
 from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, brief, param
-from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, known_models, models_dir
+from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, in_hub_cache, known_models, models_dir
 from exl_cli.models.hub import names, store
 from exl_cli.models.info import ModelInfo, inspect
 from exl_cli.models.load_options import LoadOptions
@@ -46,7 +47,8 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
     Args:
         model: None for the built-in model, a path, a built-in name, `owner/name[:revision]`, or the name of a folder
             in the models folder.
-        models: the folder of downloaded models; see `models_dir`.
+        models: the folder of downloaded models; see `models_dir`. A repository that is not there is looked for in the
+            cache of the Hub's own library.
 
     Raises:
         UsageError: the name is empty.
@@ -68,6 +70,8 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
     # Two repositories can share a folder's name: a_b/c and a/b_c.
     if is_folder(here) and not (repository and store.holds_another(here, repository)):
         return _open(here, model)
+    if repository and (snapshot := in_hub_cache(repository)):
+        return inspect(snapshot, model)
     raise _not_found(model, folder)
 
 
@@ -150,6 +154,8 @@ def load(
         OutOfMemoryError, DamagedModelError, UsageError: see the engines.
     """
     context = context_to_allocate(info, options, needed)
+    for name, value in sampling.unusable(info.generation_config).items():
+        observer.note(f"generation_config.json: {name} {brief(repr(value))} is left out")
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with hold_interrupt(), startup.collector_paused():

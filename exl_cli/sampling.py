@@ -223,6 +223,22 @@ def build(
     return Sampling(**values)
 
 
+def unusable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `generation_config.json` sets to a value that is left out: one of the wrong type, or out of range."""
+    odd = {
+        theirs: config[theirs]
+        for theirs, ours in _GENERATION_CONFIG_NAMES.items()
+        if config.get(theirs) is not None and ours not in from_generation_config({theirs: config[theirs]})
+    }
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ends):
+        odd["eos_token_id"] = config["eos_token_id"]
+    if not isinstance(config.get("do_sample"), (bool, type(None))):
+        odd["do_sample"] = config["do_sample"]
+    return odd
+
+
 def from_generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a `generation_config.json` sets. Values that are null, of the wrong type or out of range are
     ignored: a model file must not be able to stop a run that sets them itself."""

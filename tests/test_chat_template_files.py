@@ -9,6 +9,7 @@ import pytest
 
 from exl_cli.errors import DamagedModelError, PromptError
 from exl_cli.models.chat_template import load_chat_template
+from exl_cli.ui.console import flags
 
 TURN = [{"role": "user", "content": "a"}]
 
@@ -58,14 +59,19 @@ def test_a_model_may_have_no_template(tmp_path, files):
     ("files", "name", "message"),
     [
         (NAMED_CONFIG, "nope", "the model has no chat template 'nope'; it has: default, rag"),
-        (MORE, None, "the model has several chat templates and none is the default; it has: rag, tool_use"),
+        (
+            MORE,
+            None,
+            "the model has several chat templates and none is the default: rag, tool_use; "
+            "exl run --chat-template NAME takes one of them",
+        ),
         (JINJA, "rag", "the model has no chat template 'rag'; it has: default"),
     ],
 )
 def test_the_names_are_listed_when_the_wanted_one_is_missing(tmp_path, files, name, message):
     with pytest.raises(PromptError) as caught:
         load_chat_template(write(tmp_path, **files), name)
-    assert f"{caught.value.message}; {caught.value.hint}" == message
+    assert flags(f"{caught.value.message}; {caught.value.hint}") == message
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from exl_cli import loader
 from exl_cli.api import records
 from exl_cli.cli.options import Json, Model, ModelsDir
 from exl_cli.engines.exllamav2 import support
+from exl_cli.errors import ExlError
 from exl_cli.models import folders, memory
 from exl_cli.models.chat_template import load_chat_template
 from exl_cli.models.hub import store
@@ -22,7 +23,14 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     info = loader.resolve(model, models_dir)
     marker = store.read_marker(info.path)
     entry = folders.Entry(info.name, info.path, folders.folder_bytes(info.path, linked=True), info, marker=marker)
-    template = load_chat_template(info.path)
+    template = None
+    try:
+        template = load_chat_template(info.path)
+        problem = template.problem() if template else ""
+    except ExlError as error:
+        problem = str(error)
+    if problem:
+        console.note(problem)
     source = template.source if template else ""
     licence = folders.licence(info.path, marker)
     why_not = support.why_not(info)

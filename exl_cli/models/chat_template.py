@@ -25,6 +25,10 @@ _DROP_SYSTEM = f"drop {param('system')}, or say it in the prompt"
 _MAX_REPORT = 300
 
 
+class RefusedError(PromptError):
+    """The template does not take this conversation; it may take another."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A model's chat template.
@@ -96,11 +100,19 @@ class ChatTemplate:
             raise self._explain(reply, turns)
         return reply.text if final is None else _cut_after(reply.text, final)
 
+    def problem(self) -> str:
+        """What keeps it from rendering any conversation; empty where nothing does."""
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except PromptError as error:
+            return "" if isinstance(error, RefusedError) else error.message
+        return ""
+
     def _explain(self, reply: Reply, turns: list[dict[str, Any]]) -> PromptError:
         reason = _one_line(reply.text)
         if reply.kind == REFUSED:
             message = f"the model's chat template refuses this conversation: {reason}"
-            return PromptError(message, _refusal_hint(reason, turns))
+            return RefusedError(message, _refusal_hint(reason, turns))
         verb = {BROKEN: "is broken", STOPPED: "was stopped"}.get(reply.kind, "failed")
         place = f"{self.origin}, line {reply.line}" if reply.line else self.origin
         return PromptError(f"the model's chat template {verb}: {reason} ({place})", _WITHOUT)
@@ -235,8 +247,12 @@ def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate
     wanted = "default" if name is None else name
     if wanted not in found:
         names = ", ".join(sorted(found))
-        what = "several chat templates and none is the default" if name is None else f"no chat template {name!r}"
-        raise PromptError(f"the model has {what}", f"it has: {names}")
+        if name is not None:
+            raise PromptError(f"the model has no chat template {name!r}", f"it has: {names}")
+        raise PromptError(
+            f"the model has several chat templates and none is the default: {names}",
+            f"exl run {param('chat_template')} NAME takes one of them",
+        )
     origin, source = found[wanted]
     return ChatTemplate(source, origin, _special_tokens(model_dir, config), wanted)
 

@@ -100,8 +100,10 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
         return {}
     require_regular(path)
     try:
+        data = read_file(path)
+        refuse_pointer(path, data)
         # Windows' editors put a byte order mark first.
-        value = json.loads(read_file(path).decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise DamagedModelError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
     except RecursionError as error:
@@ -158,6 +160,36 @@ def context_length_of(config: Mapping[str, Any]) -> int:
     lengths.append(value_of(config, _CONTEXT_KEYS[0]))
     # exllamav2's own default for a config that does not say is 2,048.
     return next((value for value in lengths if isinstance(value, int) and value > 0), 2048)
+
+
+_ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope"}
+
+
+def unknown_rope(config: Mapping[str, Any]) -> str:
+    """The type of rotary embedding that a config.json names, if it is none that is known; else empty."""
+    for source in (config, _text(config)):
+        for rope in (source.get("rope_scaling"), source.get("rope_parameters")):
+            if not isinstance(rope, dict):
+                continue
+            # Models with several kinds of layers have an object for each.
+            for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+                kind = part.get("rope_type", part.get("type", "default"))
+                if kind not in _ROPE_TYPES if isinstance(kind, str) else kind is not None:
+                    return str(kind)
+    return ""
+
+
+def refuse_pointer(path: Path, data: bytes) -> None:
+    """Refuse what a clone without Git LFS has in place of a file's content.
+
+    Raises:
+        DamagedModelError: so it is.
+    """
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise DamagedModelError(
+            f"{path} is a Git LFS pointer, not the file itself",
+            "run git lfs pull in its folder, or get the model with exl download",
+        )
 
 
 def check_values(path: Path, config: Mapping[str, Any]) -> None:

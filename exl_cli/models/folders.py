@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError, 
 from exl_cli.models.hub import names, store
 from exl_cli.models.hub.store import Marker
 from exl_cli.models.info import ModelInfo, inspect
-from exl_cli.system.files import expanded, is_folder, read_file, user_data
+from exl_cli.system.files import expanded, is_folder, is_there, read_file, user_data
 
 BUILTIN = "fable-7m"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin" / BUILTIN
@@ -53,6 +54,22 @@ def complete_model(incomplete: str) -> list[str]:
         if store.state(path) != "partial" and (marker is None or ":" in marker.name):
             names_here.append(path.name)
     return [name for name in names_here if name.startswith(incomplete)]
+
+
+def in_hub_cache(repository: names.Repository) -> Path | None:
+    """The repository's snapshot in the cache of the Hub's own library, where one with weights is there."""
+    env, cache = os.environ.get, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    home = Path(env("HF_HOME") or cache / "huggingface")
+    hub = expanded(Path(env("HF_HUB_CACHE") or env("HUGGINGFACE_HUB_CACHE") or home / "hub"))
+    folder = hub / f"models--{repository.owner}--{repository.name}"
+    try:
+        commit = (folder / "refs" / repository.revision).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        commit = repository.revision
+    snapshot = folder / "snapshots" / commit
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not is_there(snapshot / "config.json"):
+        return None
+    return snapshot if any(snapshot.glob("*.safetensors")) else None
 
 
 @dataclass(frozen=True)

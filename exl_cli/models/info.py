@@ -115,7 +115,10 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     if not isinstance(architecture, str) or not architecture:
-        raise DamagedModelError(f"{path / 'config.json'} names no architecture", "download the file again")
+        raise DamagedModelError(
+            f"{path / 'config.json'} names no architecture",
+            'add the name of its class in transformers, as "architectures": ["LlamaForCausalLM"]',
+        )
     check_layers(path, config, tensors)
     parameters, bits = _count(config, tensors)
     extra: dict[str, Any] = {}

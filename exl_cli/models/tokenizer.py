@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exl_cli.errors import DamagedModelError, UnsupportedModelError
 from exl_cli.models import template_helper
-from exl_cli.models.config import read_json, require_regular
+from exl_cli.models.config import read_json, refuse_pointer, require_regular
 from exl_cli.models.template_worker import STOPPED, TEXT
 from exl_cli.system.files import read_file, user_cache
 
@@ -60,6 +60,7 @@ class Tokenizer:
             data = read_file(file).removeprefix(BOM_UTF8)
         except OSError as error:
             raise DamagedModelError(f"{file} cannot be read: {error.strerror}", "check its permissions") from error
+        refuse_pointer(file, data)
         _try(file, data)
         try:
             self._backend: tokenizers.Tokenizer = Backend.from_buffer(data)

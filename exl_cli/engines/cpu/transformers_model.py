@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from exl_cli.errors import DamagedModelError, ExlError, UnsupportedModelError
+from exl_cli.models.config import unknown_rope
 from exl_cli.models.info import ModelInfo
 
 _LONGEST_REASON = 300
@@ -95,9 +96,10 @@ def build(info: ModelInfo, config: Any, model_class: Any, state: dict[str, torch
         raise _at_odds(info, error) from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise DamagedModelError(
-            f"{info.path} has no weights for {missing[0]} ({len(missing)} missing)", "download it again"
-        )
+        hint = "take the weights and config.json from the same repository"
+        if missing == ["lm_head.weight"]:
+            hint = 'if its embeddings are its output layer too, set "tie_word_embeddings": true in config.json'
+        raise DamagedModelError(f"{info.path} has no weights for {missing[0]} ({len(missing)} missing)", hint)
     return model.eval()
 
 
@@ -119,6 +121,11 @@ def _check_sizes(info: ModelInfo, config: Any, model_class: Any, state: dict[str
 
 
 def _at_odds(info: ModelInfo, error: Exception) -> ExlError:
+    if rope := unknown_rope(info.config):
+        return UnsupportedModelError(
+            f"{info.path / 'config.json'} names the rope type {rope!r}, which transformers does not know",
+            "update transformers, or correct rope_type where it is misspelled",
+        )
     # Its checks of single fields and of their relations wrap what they found in a sentence about themselves.
     while type(error).__name__.startswith("StrictDataclass") and isinstance(error.__cause__, Exception):
         error = error.__cause__

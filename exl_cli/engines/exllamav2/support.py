@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
+from exl_cli.models.config import unknown_rope
 from exl_cli.models.info import ModelInfo
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def why_not(info: ModelInfo) -> str:
     """Why exllamav2 cannot run this model, in a few words; empty where it can."""
     if info.architecture not in ARCHITECTURES:
         return f"exllamav2 does not know {info.architecture}"
+    if rope := unknown_rope(info.config):
+        return f"exllamav2 does not know the rope type {rope!r}"
     for tensor in info.tensors.values():
         if tensor.dtype not in _DTYPES:
             return f"exllamav2 cannot read {tensor.dtype} tensors ({tensor.name})"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli.errors import DamagedModelError, brief
+from exl_cli.models.config import refuse_pointer
 
 # The format's own limit; a larger number is a file of another kind.
 _MAX_HEADER = 100_000_000
@@ -62,6 +63,8 @@ def read_header(file: Path) -> list[TensorHeader]:
         size = status.st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
+            refuse_pointer(file, prefix + stream.read(64))
+            stream.seek(8)
             if len(prefix) < 8:
                 raise _damaged(file, f"is truncated: {size} bytes")
             (length,) = struct.unpack("<Q", prefix)
