@@ -51,7 +51,7 @@ def test_an_unknown_rope_type_is_named(folder: Path, key: str) -> None:
     change(folder / "config.json", lambda config: (config.pop("rope_parameters", None), config.update({key: rope})))
     assert "does not know the rope type 'spiral'" in " ".join(exl("show", str(folder)).stdout.split())
     run = exl("run", str(folder), "-p", "x", "--engine", "cpu")
-    assert run.returncode == ExitCode.UNSUPPORTED_MODEL
+    assert run.returncode == ExitCode.DAMAGED_MODEL
     assert "names the rope type 'spiral', which transformers does not know; update transformers" in run.stderr
 
 

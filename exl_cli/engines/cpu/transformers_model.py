@@ -122,7 +122,7 @@ def _check_sizes(info: ModelInfo, config: Any, model_class: Any, state: dict[str
 
 def _at_odds(info: ModelInfo, error: Exception) -> ExlError:
     if rope := unknown_rope(info.config):
-        return UnsupportedModelError(
+        return DamagedModelError(
             f"{info.path / 'config.json'} names the rope type {rope!r}, which transformers does not know",
             "update transformers, or correct rope_type where it is misspelled",
         )
