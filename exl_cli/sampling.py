@@ -18,8 +18,15 @@ from exl_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What is known of one field besides its default: the flag that sets it, its help, its range, and the name that
-    others have for the flag."""
+    """What is known of one field besides its default.
+
+    Attributes:
+        flag: the flag that sets it.
+        help: one line, which names the values that are off.
+        low, high, low_open: its range.
+        alias: the name that others have for the flag.
+        off: the values with which it does nothing.
+    """
 
     flag: str
     help: str
@@ -27,6 +34,7 @@ class FieldInfo:
     high: float = math.inf
     low_open: bool = False
     alias: str = ""
+    off: tuple[float, ...] = ()
 
     @property
     def range(self) -> str:
@@ -55,8 +63,12 @@ def _setting(
     high: float = math.inf,
     low_open: bool = False,
     alias: str = "",
+    off: tuple[float, ...] = (),
 ) -> Any:
-    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open, alias)})
+    if off:
+        values = " and ".join(f"{value:g}" for value in off)
+        help = f"{help.removesuffix('.')}; {values} {'is' if len(off) == 1 else 'are'} off."
+    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open, alias, off)})
 
 
 @dataclass(frozen=True)
@@ -74,38 +86,49 @@ class Sampling:
     temperature: float = _setting(
         0.85, "--temperature", "Softmax temperature; below 0.01 is greedy.", high=100.0, alias="--temp"
     )
-    top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens (tokens).")
-    top_p: float = _setting(0.8, "--top-p", "Keep the likeliest tokens up to this total probability.", high=1.0)
-    min_p: float = _setting(0.0, "--min-p", "Drop tokens below this share of the top probability.", high=1.0)
-    top_a: float = _setting(0.0, "--top-a", "Drop tokens below A times the top probability squared.", high=1.0)
-    tfs: float = _setting(0.0, "--tfs", "Tail-free sampling: share of the second derivative kept.", high=1.0)
-    typical: float = _setting(0.0, "--typical", "Locally typical sampling: probability mass kept.", high=1.0)
+    top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens (tokens).", off=(0,))
+    top_p: float = _setting(
+        0.8, "--top-p", "Keep the likeliest tokens up to this total probability.", high=1.0, off=(0, 1)
+    )
+    min_p: float = _setting(0.0, "--min-p", "Drop tokens below this share of the top probability.", high=1.0, off=(0,))
+    top_a: float = _setting(
+        0.0, "--top-a", "Drop tokens below A times the top probability squared.", high=1.0, off=(0,)
+    )
+    tfs: float = _setting(
+        0.0, "--tfs", "Tail-free sampling: share of the second derivative kept.", high=1.0, off=(0, 1)
+    )
+    typical: float = _setting(
+        0.0, "--typical", "Locally typical sampling: probability mass kept.", high=1.0, off=(0, 1)
+    )
     skew: float = _setting(
-        0.0, "--skew", "Push the draw toward likelier (negative) or rarer tokens.", low=-10.0, high=10.0
+        0.0, "--skew", "Push the draw toward likelier (negative) or rarer tokens.", low=-10.0, high=10.0, off=(0,)
     )
     temperature_last: bool = _setting(False, "--temperature-last", "Apply the temperature after all filters.")
     token_repetition_penalty: float = _setting(
         1.05,
         "--repetition-penalty",
-        "Divide the logits of tokens already seen; 1 is off.",
+        "Divide the logits of tokens already seen.",
         # Divided by less, logits leave the range of a float32, and all tokens seen are alike.
         low=0.01,
         high=100.0,
         alias="--repeat-penalty",
+        off=(1,),
     )
     token_repetition_range: int = _setting(
-        -1, "--repetition-range", "How far back penalties reach (tokens); -1 is the whole context.", low=-1
+        -1, "--repetition-range", "How far back penalties reach (tokens); -1 is the whole context, 0 none.", low=-1
     )
     token_repetition_decay: int = _setting(
-        0, "--repetition-decay", "Over how many more tokens the penalties fade out (tokens)."
+        0, "--repetition-decay", "Over how many more tokens the penalties fade out (tokens).", off=(0,)
     )
     token_frequency_penalty: float = _setting(
-        0.0, "--frequency-penalty", "Subtract this for every time a token was seen.", low=-100.0, high=100.0
+        0.0, "--frequency-penalty", "Subtract this for every time a token was seen.", low=-100.0, high=100.0, off=(0,)
     )
     token_presence_penalty: float = _setting(
-        0.0, "--presence-penalty", "Subtract this once from tokens already seen.", low=-100.0, high=100.0
+        0.0, "--presence-penalty", "Subtract this once from tokens already seen.", low=-100.0, high=100.0, off=(0,)
     )
-    smoothing_factor: float = _setting(0.0, "--smoothing-factor", "Quadratic smoothing of the logits.", high=100.0)
+    smoothing_factor: float = _setting(
+        0.0, "--smoothing-factor", "Quadratic smoothing of the logits.", high=100.0, off=(0,)
+    )
     min_temp: float = _setting(
         0.0, "--min-temp", "Dynamic temperature: lowest, used where the model is sure.", high=100.0
     )
@@ -121,7 +144,7 @@ class Sampling:
     )
     mirostat_eta: float = _setting(0.1, "--mirostat-eta", "Mirostat: learning rate.", high=1.0)
     dry_multiplier: float = _setting(
-        0.0, "--dry-multiplier", "DRY: strength of the penalty on repeated sequences.", high=100.0
+        0.0, "--dry-multiplier", "DRY: strength of the penalty on repeated sequences.", high=100.0, off=(0,)
     )
     dry_base: float = _setting(
         1.75, "--dry-base", "DRY: growth of the penalty with each repeated token.", low=1.0, high=100.0
@@ -129,7 +152,9 @@ class Sampling:
     dry_allowed_length: int = _setting(2, "--dry-allowed-length", "DRY: repeats this long are free (tokens).", low=1)
     dry_range: int = _setting(0, "--dry-range", "DRY: how far back to look (tokens); 0 is the whole context.")
     dry_max_ngram: int = _setting(20, "--dry-max-ngram", "DRY: longest repeat to consider (tokens).", low=1)
-    xtc_probability: float = _setting(0.0, "--xtc-probability", "XTC: chance of excluding the top choices.", high=1.0)
+    xtc_probability: float = _setting(
+        0.0, "--xtc-probability", "XTC: chance of excluding the top choices.", high=1.0, off=(0,)
+    )
     xtc_threshold: float = _setting(0.1, "--xtc-threshold", "XTC: a top choice is at least this probable.", high=1.0)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from samplertools import SEEDS_AND_SIZES, by_top_k, dense, kept, make, of, plain, ranked, softmax, some_logits
 
 from exl_cli.engines.sampling.sampler import Sampler
-from exl_cli.sampling import Sampling
+from exl_cli.sampling import FIELDS, Sampling
 
 # --- each filter against its definition
 
@@ -232,3 +233,25 @@ def test_notebook_settings_are_the_chain_of_transformers(seed: int, size: int) -
     np.testing.assert_allclose(
         dense(Sampler(Sampling(), 0, vocab_size=size), logits, history), expected, rtol=1e-3, atol=1e-7
     )
+
+
+# --- values that turn a setting off
+
+OFF = [(name, value) for name, info in FIELDS.items() for value in info.off]
+
+
+@pytest.mark.parametrize(("name", "value"), OFF)
+def test_a_value_that_is_off_leaves_the_models_distribution(name: str, value: float) -> None:
+    logits, history = some_logits(1, 60), [3, 3, 7]
+    np.testing.assert_allclose(dense(make(60, **{name: value}), logits, history), softmax(logits), rtol=1e-5)
+    assert re.search(rf"\b{value:g}\b.* (is|are) off\.", FIELDS[name].help)
+
+
+def test_every_filter_says_what_turns_it_off() -> None:
+    """The rest is a limit, an amount, or a part of a filter that another setting turns on."""
+    without = {
+        name for name, info in FIELDS.items() if not info.off and not isinstance(getattr(Sampling(), name), bool)
+    }
+    parts = {"min_temp", "max_temp", "temp_exponent", "mirostat_tau", "mirostat_eta", "xtc_threshold"}
+    parts |= {name for name in FIELDS if name.startswith("dry_") and name != "dry_multiplier"}
+    assert without == {"temperature", "token_repetition_range"} | parts
