@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from chatting import FAIL, PAUSE, Script
 
 from exl_cli.chat.conversation import Conversation
 from exl_cli.chat.model import ModelLoader
-from exl_cli.chat.session import Session, SessionStore
+from exl_cli.chat.session import Session, SessionStore, Turn
 from exl_cli.chat.settings import Settings
 from exl_cli.errors import ExitCode
 from exl_cli.models.load_options import LoadOptions
@@ -268,3 +269,14 @@ def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tm
     assert session.dropped > 300
     # Fifty exchanges of text and numbers, and nothing else.
     assert growth < 250_000
+
+
+def test_a_turn_of_many_megabytes_is_dropped_without_taking_gigabytes(begin: Begin) -> None:
+    turns = [Turn("user", "a fox and " * 2_000_000), Turn("assistant", "ok")]
+    script = Script(["Yes."])
+    chat = begin(script, Session(turns=turns))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chat.enter("Hi")
+    assert contents(chat)[-1] == "Yes."
+    assert len(script.requests[0].ids) < 100
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -208,3 +209,24 @@ def test_overviews_list_what_cannot_be_read_too(tmp_path: Path) -> None:
     assert listed.keys() == {"bad", session.name}
     assert isinstance(listed["bad"], str)
     assert listed[session.name] == session
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path)
+    store.save(Session(name="good", turns=[Turn("user", "hi")]))
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zeros.json").symlink_to("/dev/zero")
+    (tmp_path / "lost.json").symlink_to(tmp_path / "nothing")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(DiskError, match="it is a device or a pipe"):
+            store.load(name)
+    listed = {name: session for name, _, session in store.overviews()}
+    assert listed.keys() == {"good", "pipe", "zeros"}
+    assert isinstance(listed["good"], Session)
+
+
+def test_a_file_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.json").open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(DiskError, match="larger than 64 MiB"):
+        SessionStore(tmp_path).load("huge")

@@ -106,3 +106,14 @@ def test_a_header_of_more_tensors_than_any_model_has(exl2_dir: Path, tmp_path: P
     with pytest.raises(DamagedModelError, match="describes 200,000 tensors"):
         inspect(folder)
     assert time.process_time() - began < 10
+
+
+def test_a_prompt_of_many_megabytes_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("a fox and " * 10_000_000)
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))"
+    command = [sys.executable, "-c", f"{code}; from exl_cli.cli.app import app; app()", "run", "--raw", "--file"]
+    run = subprocess.run(
+        [*command, str(tmp_path / "prompt.txt")], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert run.returncode == ExitCode.PROMPT
+    assert "tokens or more, the context holds 1,024" in only_line(run)

@@ -19,7 +19,7 @@ from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.api.streams import AsyncStream, Generation, Stream
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.response import check_fits
+from exl_cli.engines.response import check_can_fit, check_fits
 from exl_cli.errors import UsageError, spell
 from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.info import ModelInfo
@@ -203,15 +203,20 @@ class Model:
             UsageError: it is neither text nor messages.
             PromptError: the chat template does not take the messages.
         """
+        text, add_special_tokens = self._text(prompt)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _text(self, prompt: str | Messages) -> tuple[str, bool]:
+        """The text to encode, and whether the tokenizer adds special tokens to it."""
         if not isinstance(prompt, str) and not _is_messages(prompt):
             raise UsageError(f"a prompt is text or a list of messages with a role each, got {reprlib.repr(prompt)}")
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt, add_special_tokens=True)
+            return prompt, True
         format_ = self._chat_format()
         text = format_.render(self._tokenizer.as_text_messages(prompt))
         if typed := self._tokenizer.hidden(text):
             _log.info("%s in the messages is read as text, not as a special token", ", ".join(typed))
-        return self._tokenizer.encode(text, add_special_tokens=format_.add_special_tokens)
+        return text, format_.add_special_tokens
 
     def memory(self) -> list[readings.GpuReading]:
         """Readings of the GPUs in use; empty where there is none."""
@@ -260,7 +265,9 @@ class Model:
             raise UsageError(f"stop must be a text or a list of texts, got {stop!r}")
         if not isinstance(prompt, str):
             stops += self._chat_format().stops
-        ids = self.encode(prompt)
+        text, add_special_tokens = self._text(prompt)
+        check_can_fit(self._tokenizer.least_tokens(text), self.context_length)
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         check_fits(len(ids), self.context_length)
         return Request(
             ids=ids,

@@ -199,7 +199,9 @@ class Conversation:
 
     def attach(self, name: str, text: str) -> int:
         """Put a file into the next message; returns how many tokens it has."""
-        size, context = self.model.encoder.count(text), self.model.engine.context_length
+        context = self.model.engine.context_length
+        size = self.model.tokenizer.least_tokens(text)
+        size = size if size > context else self.model.encoder.count(text)
         if size > context - LEAST_ROOM:
             raise PromptError(
                 f"{name} has {size:,} tokens, the context holds {context:,}, the answer included",
@@ -313,6 +315,9 @@ class Conversation:
             """Tokens of the prompt that begins with this turn."""
             if start not in encoded:
                 text = self.model.render(session.messages(start, None if unfinished is None else -1))
+                least = self.model.tokenizer.least_tokens(text)
+                if least > context:  # it is dropped, or refused, without being tokenized
+                    return least
                 encoded[start] = self.model.encoder.encode(text if unfinished is None else text + unfinished.generated)
             return len(encoded[start].ids)
 

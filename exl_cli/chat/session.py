@@ -22,7 +22,7 @@ from typing import Any, Literal, get_type_hints
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
 from exl_cli.errors import DiskError, UsageError
-from exl_cli.system.files import expanded, is_there, user_data, write_atomically
+from exl_cli.system.files import expanded, is_there, read_file, user_data, write_atomically
 
 FORMAT = "exl-session"
 VERSION = 1
@@ -30,6 +30,8 @@ VERSION = 1
 Role = Literal["user", "assistant"]
 Ending = FinishReason | Literal[""]
 
+# Bytes of a session's file: a hundred thousand turns. One may come from anywhere, and all of it is held in memory.
+_LARGEST = 64 << 20
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 # Inode, time of change and size: enough to tell whether a file is still the one that was read or written.
 _Signature = tuple[int, int, int]
@@ -297,9 +299,11 @@ class SessionStore:
         """The names of all sessions, the latest first."""
         try:
             files = [file for file in self.folder.glob("*.json") if _NAME.fullmatch(file.stem)]
-            return [file.stem for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
-        except OSError:  # no such folder, not ours to read, or a file that has just gone
+        except OSError:  # no such folder, or not ours to read
             return []
+        # Without those that have just gone, and links to nothing.
+        changed = {file.stem: seen[1] for file in files if (seen := _signature(file))}
+        return sorted(changed, key=lambda name: changed[name], reverse=True)
 
     def load(self, name: str) -> Session:
         """Read a session.
@@ -310,7 +314,7 @@ class SessionStore:
         """
         path = self.path(name)
         try:
-            session = loads(path.read_text("utf-8-sig"), name, str(path))
+            session = loads(_text(path), name, str(path))
         except FileNotFoundError:
             near = difflib.get_close_matches(name, self.names(), 1)
             hint = f"did you mean {near[0]}?" if near else f"the sessions are in {self.folder}"
@@ -328,7 +332,7 @@ class SessionStore:
             with contextlib.suppress(FileNotFoundError):
                 updated = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
                 try:
-                    yield name, updated, loads(path.read_text("utf-8-sig"), name, name)
+                    yield name, updated, loads(_text(path), name, name)
                 except (DiskError, OSError, UnicodeDecodeError) as error:
                     yield name, updated, str(error)
 
@@ -375,6 +379,10 @@ class SessionStore:
         """The name, with a number where a session has it already."""
         candidates = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
         return next(candidate for candidate in candidates if not self.exists(candidate))
+
+
+def _text(path: Path) -> str:
+    return read_file(path, limit=_LARGEST).decode("utf-8-sig")
 
 
 def _signature(path: Path) -> _Signature | None:

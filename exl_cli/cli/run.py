@@ -30,7 +30,7 @@ from exl_cli.cli.options import (
     with_sampling,
 )
 from exl_cli.engines.base import Request, Summary
-from exl_cli.engines.response import check_fits
+from exl_cli.engines.response import check_can_fit, check_fits
 from exl_cli.errors import ExitCode, ModelNotFoundError
 from exl_cli.models import prompt as prompts
 from exl_cli.models.chat_template import load_chat_template
@@ -111,6 +111,9 @@ def run(
         chat=chat,
         as_text=tokenizer.as_text,
     )
+    context = loading.max_seq_len or info.context_length
+    if not show_prompt:
+        check_can_fit(tokenizer.least_tokens(rendered.text), context)
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
     if typed := tokenizer.hidden(rendered.text):
         console.note(f"{', '.join(typed)} in the prompt is read as text, not as a special token")
@@ -123,7 +126,7 @@ def run(
         console.end_text()
         console.note(f"{len(ids):,} tokens")
         return
-    check_fits(len(ids), loading.max_seq_len or info.context_length)
+    check_fits(len(ids), context)
     request = Request(
         ids=ids,
         sampling=settings,

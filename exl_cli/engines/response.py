@@ -89,6 +89,20 @@ class StopScanner:
         return 0
 
 
+def check_can_fit(least_tokens: int, context_length: int) -> None:
+    """Refuse a text that cannot fit before it is tokenized; see `Tokenizer.least_tokens`.
+
+    Raises:
+        PromptError: with both numbers.
+    """
+    if least_tokens >= context_length:
+        raise PromptError(
+            f"the prompt has {least_tokens:,} tokens or more, the context holds {context_length:,}, "
+            "the response included",
+            f"shorten the prompt, or raise {param('max_seq_len')} if the model allows it",
+        )
+
+
 def check_fits(prompt_tokens: int, context_length: int) -> None:
     """Refuse a prompt that leaves no room for a single new token.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import re
 import stat
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,6 +52,8 @@ def is_there(path: Path) -> bool:
 
 
 LARGEST_TEXT = 256 << 20
+_TEMPORARY = re.compile(r"\..{1,40}\.([0-9]+)\.tmp")
+_LEFT_SECONDS = 5
 
 
 def read_file(path: Path, *, limit: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
@@ -107,6 +112,7 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(path.parent)
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
@@ -117,3 +123,23 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what writes that were killed have left in a folder."""
+    for file in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(file.name)
+        with contextlib.suppress(OSError):
+            # A few seconds are for a process of the same id in another container or on another machine.
+            if match and not _is_running(int(match[1])) and time.time() - file.stat().st_mtime > _LEFT_SECONDS:
+                file.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
