@@ -58,9 +58,9 @@ def complete_model(incomplete: str) -> list[str]:
 
 def in_hub_cache(repository: names.Repository) -> Path | None:
     """The repository's snapshot in the cache of the Hub's own library, where one with weights is there."""
-    env, cache = os.environ.get, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    home = Path(env("HF_HOME") or cache / "huggingface")
-    hub = expanded(Path(env("HF_HUB_CACHE") or env("HUGGINGFACE_HUB_CACHE") or home / "hub"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    hub = expanded(Path(os.environ.get("HF_HUB_CACHE") or home / "hub"))
     folder = hub / f"models--{repository.owner}--{repository.name}"
     try:
         commit = (folder / "refs" / repository.revision).read_text("ascii").strip()
