@@ -183,7 +183,7 @@ class Tokenizer:
 
     @cached_property
     def _special_names(self) -> list[str]:
-        return sorted(filter(None, self._special.values()))[: len(_DIGITS) ** 3]
+        return sorted(name for name in self._special.values() if name.strip())[: len(_DIGITS) ** 3]
 
     def _mark(self, name: str) -> str:
         index, digits = self._special_names.index(name), len(_DIGITS)
