@@ -92,37 +92,29 @@ def _run(engine: EngineThread, requests: Sequence[Request], energy: Energy) -> t
         What came when, and three moments: the call, and the begin and end of the time in which all requests generate,
         from the last one's first token to the first one's last.
     """
-    inbox: queue.SimpleQueue[tuple[int, Chunk | BaseException]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[int, int, Chunk | BaseException]] = queue.SimpleQueue()
 
     def deliver_to(index: int) -> Callable[[Chunk | BaseException], None]:
-        return lambda item: inbox.put((index, item))
-
-    def mark_before() -> _Mark:
-        joules, cpu = energy(), time.process_time()
-        return _Mark(time.perf_counter_ns(), cpu, joules)
-
-    def mark_after() -> _Mark:
-        at = time.perf_counter_ns()
-        return _Mark(at, time.process_time(), energy())
+        # The time is taken in the engine's thread: this one may have to wait for its turn.
+        return lambda item: inbox.put((index, time.perf_counter_ns(), item))
 
     traces = [_Trace() for _ in requests]
     begin = end = None
-    start = mark_before()
+    joules, cpu = energy(), time.process_time()
+    start = _Mark(time.perf_counter_ns(), cpu, joules)
     ids = [engine.submit(request, deliver_to(index)) for index, request in enumerate(requests)]
     try:
         while any(trace.summary is None for trace in traces):
-            index, chunk = inbox.get()
+            index, now, chunk = inbox.get()
             if isinstance(chunk, BaseException):
                 raise chunk
             trace, most = traces[index], requests[index].max_new_tokens
             if chunk.token_ids:
-                now = time.perf_counter_ns()
                 if begin is None and all(other.arrivals for other in traces if other is not trace):
-                    begin = mark_before()
-                    now = begin.at
+                    begin = _Mark(now, time.process_time(), energy())
                 trace.arrivals += [now] * len(chunk.token_ids)
                 if end is None and len(trace.arrivals) >= most:
-                    end = mark_after()
+                    end = _Mark(now, time.process_time(), energy())
             trace.summary = chunk.summary
             if trace.summary is not None and len(trace.arrivals) < most:
                 problem = f"the engine ended after {len(trace.arrivals)} of {most} tokens"
