@@ -19,7 +19,7 @@ Steps = Generator[Step, None, None]
 
 
 class Batch:
-    """Streams over a scheduler: whoever pulls one that has nothing ready does the next step, which serves all."""
+    """Streams over a scheduler: pulling one that has nothing ready does the next step, which serves all."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler

@@ -107,7 +107,7 @@ class Tokenizer:
     def as_text(self, text: str) -> str:
         """A user's text to be put into a template, with its special tokens hidden: `encode` takes them for plain text.
 
-        A chat template writes special tokens of its own, and what a user types must not be one of them.
+        A chat template writes special tokens, and what a user types must not become one.
         """
         typed = [name for name in self._special_names if name in text]
         if not typed:
@@ -219,7 +219,7 @@ class Tokenizer:
         return frozenset(self._special_names)
 
     def _encode_part(self, text: str, ids: list[int], first: bool) -> list[int]:
-        """The ids of a part without special tokens of its own; those given, unless something is hidden in it."""
+        """The ids of a part that holds no special tokens; those given, unless something is hidden in it."""
         if not _HIDDEN.search(text):
             return ids
         again: list[int] = self._plain(first).encode(self.shown(text), add_special_tokens=False).ids

@@ -55,8 +55,8 @@ def _retain_context() -> None:
 def nothing_drawn() -> Iterator[None]:
     """Keep torch's modules from drawing random weights on the meta device, where they have no memory to hold them.
 
-    exllamav2 makes an embedding or a linear layer there for each of its own, to know its shape. Torch computes on that
-    device in Python, and imports its compiler for it: up to five seconds.
+    exllamav2 makes an embedding or a linear layer there for each of the model, to know its shape. Torch computes on the
+    meta device in Python, and imports its compiler for it: up to five seconds.
     """
     import torch
 
