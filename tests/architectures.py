@@ -922,12 +922,22 @@ def expected(kind: str, fmt: str) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def quiet() -> None:
+    """Keep transformers from remarking on each model."""
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="*", help="names of kinds, as a glob")
     parser.add_argument("--format", choices=FORMATS, action="append", help="all three where not given")
     args = parser.parse_args()
+    quiet()
     for kind in fnmatch.filter(KINDS, args.only):
         for fmt in args.format or FORMATS:
             folder = make(kind, args.folder / f"{kind}-{fmt}", fmt)
@@ -936,9 +946,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     main()
