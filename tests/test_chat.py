@@ -178,10 +178,6 @@ def test_a_named_session_without_a_word_leaves_no_file(data: Path) -> None:
     [
         (b"{", "is damaged: it is not JSON"),
         (
-            b'{"format": "exl-session", "version": 1, "turns": [{"role": "system", "content": ""}]}',
-            "has the role 'system'",
-        ),
-        (
             b'{"format": "exl-session", "version": 2}',
             "was written by a newer exl: its format is 2, this one reads up to 1",
         ),
@@ -202,6 +198,14 @@ def test_a_damaged_or_newer_file_is_an_error_and_left_alone(data: Path, content:
     assert message in result.stderr
     assert (result.exit_code, result.stdout) == (10, "ok\n")
     assert file.read_bytes() == content
+
+
+def test_a_byte_order_mark_is_passed_over(data: Path) -> None:
+    chat(Script(["a"]), "Hi\n", "--session", "trip")
+    file = data / "sessions" / "trip.json"
+    file.write_text(file.read_text("utf-8"), "utf-8-sig")
+    assert chat(Script(["ok"]), "/sessions\nAnd now?\n", "--continue").exit_code == 0
+    assert [text for _, text in turns(data)] == ["Hi", "a", "And now?", "ok"]
 
 
 def test_a_session_that_cannot_be_saved_is_said_and_fails_the_run(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`exl chat` on a real pseudo-terminal."""
+"""`exl chat` on a real pseudo-terminal: typing, answers that come, keys pressed meanwhile, and how it ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import re
 import signal
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pexpect
 import pytest
@@ -25,47 +25,41 @@ Start = Callable[..., pexpect.spawn]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    def spawn(answers: list[str], *args: str, **env: str) -> pexpect.spawn:
-        # pexpect answers no questions about the cursor's position.
-        kept = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY", "TMUX")}
-        variables = {
-            **kept,
-            "EXL_DATA_DIR": str(tmp_path),
-            "TERM": "xterm-256color",
-            "PROMPT_TOOLKIT_NO_CPR": "1",
-            **env,
-        }
-        command = [str(TESTS / "chatting.py"), json.dumps(answers), "chat", *args]
+    # pexpect answers no questions about the cursor's position.
+    kept = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY", "TMUX")}
+    settings = {"EXL_DATA_DIR": str(tmp_path), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+
+    def spawn(command: list[str], prompt: str = PROMPT, **env: str) -> pexpect.spawn:
+        variables: dict[str, str] = {**kept, **settings, **env}
         child = pexpect.spawn(
-            sys.executable,
-            command,
-            encoding="utf-8",
-            timeout=30,
-            dimensions=(40, 100),
-            env=variables,
-            cwd=str(tmp_path),
+            command[0], command[1:], 30, dimensions=(40, 100), env=variables, cwd=str(tmp_path), encoding="utf-8"
         )
         child.delaybeforesend = None
-        child.expect_exact(PROMPT)
+        child.expect_exact(prompt)
         return child
 
     return spawn
+
+
+def chat(answers: list[str], *args: str) -> list[str]:
+    return [sys.executable, str(TESTS / "chatting.py"), json.dumps(answers), "chat", *args]
 
 
 def type_in(child: pexpect.spawn, *keys: str) -> None:
     child.send("".join(KEYS.get(key, key) for key in keys))
 
 
-def answer_to(child: pexpect.spawn, text: str, answer: str) -> None:
-    """Enter a line, and wait for the answer and the next prompt."""
+def answer_to(child: pexpect.spawn, text: str, answer: str) -> str:
+    """Enter a line, and wait for the answer and the next prompt; returns what was shown after the answer."""
     type_in(child, text, "enter")
     child.expect_exact(answer)
     child.expect("context [0-9]")
     child.expect_exact(PROMPT)
+    return str(child.before)
 
 
-def leave(child: pexpect.spawn) -> str:
-    type_in(child, "ctrl-d")
+def leave(child: pexpect.spawn, *keys: str) -> str:
+    type_in(child, *(keys or ["ctrl-d"]))
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
@@ -73,137 +67,70 @@ def leave(child: pexpect.spawn) -> str:
     return str(child.before)
 
 
-def turns(tmp_path: Path) -> list[dict[str, Any]]:
-    (file,) = (tmp_path / "sessions").glob("*.json")
-    found: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["turns"]
-    return found
-
-
-def contents(tmp_path: Path) -> list[str]:
-    return [turn["content"] for turn in turns(tmp_path)]
-
-
-def test_ctrl_c_in_the_middle_of_an_answer_keeps_it_and_goes_on(start: Start, tmp_path: Path) -> None:
-    child = start([f"Once upon a time{PAUSE} never", "And then."])
-    type_in(child, "Hi", "enter")
-    child.expect_exact("Once upon a time")
-    type_in(child, "ctrl-c")
-    child.expect_exact("stopped: /continue")
-    child.expect_exact(PROMPT)
-    answer_to(child, "Go on", "And then.")
-    assert "saved as" in leave(child)
-    assert contents(tmp_path) == ["Hi", "Once upon a time", "Go on", "And then."]
-    assert turns(tmp_path)[1]["finish_reason"] == "cancelled"
+def said(folder: Path) -> list[str]:
+    """The user's messages and the answers of the only session."""
+    (file,) = (folder / "sessions").glob("*.json")
+    return [turn["content"] for turn in json.loads(file.read_text("utf-8"))["turns"]]
 
 
 @pytest.mark.smoke
-def test_a_paste_of_several_lines_is_one_message(start: Start, tmp_path: Path) -> None:
-    child = start(["ok"])
+def test_several_lines_history_completion_and_drafts(start: Start, tmp_path: Path) -> None:
+    child = start(chat(["ok"], "--max-seq-len", "200", "-n", "20"))
     type_in(child, "\x1b[200~first\n\n  /quit\r\nlast\x1b[201~")
     answer_to(child, "", "ok")
-    leave(child)
-    assert contents(tmp_path) == ["first\n\n  /quit\nlast", "ok"]
-
-
-def test_alt_enter_and_quotation_marks_break_lines(start: Start, tmp_path: Path) -> None:
-    child = start(["ok"])
     type_in(child, "one", "alt-enter", "two")
     answer_to(child, "", "ok")
     type_in(child, '"""', "enter", "three", "enter", 'four"""')
     answer_to(child, "", "ok")
-    leave(child)
-    assert contents(tmp_path)[::2] == ["one\ntwo", "three\nfour"]
-
-
-def test_history_is_kept_from_one_chat_to_the_next(start: Start, tmp_path: Path) -> None:
-    child = start(["ok"])
-    answer_to(child, "first message", "ok")
-    type_in(child, "thrown away", "ctrl-c")
-    leave(child)
-    child = start(["ok"])
-    type_in(child, "up", "up")
-    child.expect_exact("first message")
-    answer_to(child, "", "ok")
-    leave(child)
-    sessions = [json.loads(file.read_text()) for file in (tmp_path / "sessions").glob("*.json")]
-    assert [session["turns"][0]["content"] for session in sessions] == ["first message"] * 2
-    assert "+thrown away\n" in (tmp_path / "chat_history").read_text()
-
-
-def test_commands_settings_models_and_sessions_are_completed(start: Start, tmp_path: Path) -> None:
-    child = start(["ok"])
-    answer_to(child, "Hi", "ok")
     for typed, completed, outcome in (
         ("/ret", "/retry", "context"),
         ("/set mirostat_t", "/set mirostat_tau", r"mirostat_tau +1\.5"),
         ("/model fab", "/model fable-7m", "fable-7m"),
-        ("/load 20", "-hi", "going on with 20"),
+        ("/load 20", "-first-quit-last", "going on with 20"),
         ("/export cha", "/export chat_history", "ends neither in .md nor in .json"),
     ):
         type_in(child, typed, "tab", "enter")
         child.expect_exact(completed)
         child.expect(outcome)
         child.expect_exact(PROMPT)
-    leave(child)
-
-
-def test_typing_a_slash_lists_what_can_follow(start: Start) -> None:
-    child = start(["ok"])
+    # A slash lists what may follow.
     type_in(child, "/s")
     child.expect_exact("/system")
     child.expect_exact("list the saved conversations")
-    type_in(child, "ctrl-c")
-    leave(child)
-
-
-@pytest.mark.parametrize("terminal", [{}, {"TERM": "dumb"}], ids=["editor", "plain"])
-def test_ctrl_c_at_an_empty_prompt_hints_and_twice_leaves(start: Start, terminal: dict[str, str]) -> None:
-    child = start(["ok"], **terminal)
-    type_in(child, "ctrl-c")
-    child.expect_exact("Ctrl-C again leaves")
-    child.expect_exact(PROMPT)
-    type_in(child, "ctrl-c")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
-def test_a_refused_message_is_there_to_be_shortened(start: Start, tmp_path: Path) -> None:
-    child = start(["ok"], "--max-seq-len", "64")
-    type_in(child, "word " * 60, "enter")
-    child.expect_exact("the context holds 64")
+    type_in(child, "ctrl-c", "thrown away", "ctrl-c")
+    # A refused message is there to be shortened.
+    type_in(child, "word " * 250, "enter")
+    child.expect_exact("the context holds 200")
     child.expect_exact(PROMPT)
     child.expect_exact("word word")
     type_in(child, "\x15")
     answer_to(child, "short", "ok")
     leave(child)
-    assert contents(tmp_path) == ["short", "ok"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_closed_terminal_loses_nothing(start: Start, tmp_path: Path, number: signal.Signals) -> None:
-    child = start([f"Half an answer{PAUSE}"])
-    type_in(child, "Hi", "enter")
-    child.expect_exact("Half an answer")
-    child.kill(number)
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 128 + number
-    assert contents(tmp_path) == ["Hi", "Half an answer"]
-
-
-def test_copy_goes_through_the_terminal_over_ssh(start: Start) -> None:
-    child = start(["Grüße"], SSH_CONNECTION="10.0.0.1 1 10.0.0.2 22")
-    answer_to(child, "Hi", "Grüße")
-    type_in(child, "/copy", "enter")
-    child.expect_exact(f"\x1b]52;c;{base64.b64encode('Grüße'.encode()).decode()}\x07")
-    child.expect_exact("copied 5 characters")
-    child.expect_exact(PROMPT)
+    assert said(tmp_path)[::2] == ["first\n\n  /quit\nlast", "one\ntwo", "three\nfour", "short"]
+    # History is kept from one chat to the next.
+    child = start(chat(["ok"], "--continue"))
+    type_in(child, "up", "up", "up")
+    child.expect_exact("thrown away")
+    answer_to(child, "", "ok")
     leave(child)
+    assert said(tmp_path)[-2:] == ["thrown away", "ok"]
 
 
-def test_reasoning_is_dim_and_can_be_hidden(start: Start) -> None:
-    child = start(["<think>hmm</think>\n\nFour."])
+def test_nothing_typed_or_said_in_an_answer_disturbs_the_terminal(start: Start, tmp_path: Path) -> None:
+    answers = [f"Once upon a time{PAUSE} never", "And then.", "<think>hmm</think>\n\nFour.", "<think>hmm</think>Five."]
+    child = start(
+        chat([*answers, "\x1b]52;c;AAAA\x07\x1b[2J", "Grüße", f"Hm{PAUSE}"]), SSH_CONNECTION="10.0.0.1 1 10.0.0.2 22"
+    )
+    type_in(child, "Hi", "enter")
+    child.expect_exact("Once upon a time")
+    assert not termios.tcgetattr(child.child_fd)[3] & termios.ECHO
+    # What is typed meanwhile is not seen in the answer, and is the next message.
+    type_in(child, "typed ahead", "enter")
+    child.kill(signal.SIGINT)
+    child.expect_exact("stopped: /continue")
+    assert "typed" not in str(child.before)
+    child.expect_exact("And then.")
+    child.expect_exact(PROMPT)
     type_in(child, "2+2?", "enter")
     child.expect(r"\x1b\[2m[^\x1b]*h")
     child.expect("Four")
@@ -212,43 +139,105 @@ def test_reasoning_is_dim_and_can_be_hidden(start: Start) -> None:
     child.expect_exact("thinking: on → off")
     type_in(child, "/retry", "enter")
     child.expect_exact("thinking…")
-    child.expect("Four")
+    child.expect("Five")
     assert "hmm" not in str(child.before)
     child.expect_exact(PROMPT)
-    leave(child)
+    # The model's text cannot command the terminal, and bytes that are not UTF-8 are refused when typed too.
+    answer_to(child, "And?", "␛]52;c;AAAA␇␛[2J")
+    os.write(child.child_fd, b"a\xffb\r")
+    child.expect_exact("the line is not UTF-8 text: byte 1 is 0xff")
+    child.expect_exact(PROMPT)
+    answer_to(child, "Greet me", "Grüße")
+    type_in(child, "/copy", "enter")
+    child.expect_exact(f"\x1b]52;c;{base64.b64encode('Grüße'.encode()).decode()}\x07")
+    child.expect_exact("copied 5 characters")
+    child.expect_exact(PROMPT)
+    # Of a ^C nothing is seen.
+    type_in(child, "Why?", "enter")
+    child.expect_exact("Hm")
+    type_in(child, "ctrl-c")
+    child.expect_exact("stopped: /continue")
+    assert "^C" not in str(child.before)
+    child.expect_exact(PROMPT)
+    assert "saved as" in leave(child)
+    assert said(tmp_path)[:6] == ["Hi", "Once upon a time", "typed ahead", "And then.", "2+2?", "Five."]
 
 
-def test_markdown_is_rendered_block_by_block(start: Start) -> None:
-    child = start(["# A title\n\nSome **bold** words.\n\n- one\n- two\n\n```\ncode\n```\n"], "--markdown")
+def test_markdown_is_rendered_block_by_block_and_ctrl_c_twice_leaves(start: Start) -> None:
+    answer = "# A title\n\nSome **bold** words.\n\n- one\n- two\n\n```\ncode\n```\n"
+    child = start(chat([answer], "--markdown"))
     type_in(child, "Hi", "enter")
     child.expect(r"\x1b\[1m[^\x1b]*bold\x1b\[0m words\.")
     child.expect(r"• .*one")
     child.expect(r"\x1b\[[0-9;]*mcode")
     child.expect("context")
     child.expect_exact(PROMPT)
-    leave(child)
+    type_in(child, "ctrl-c")
+    child.expect_exact("Ctrl-C again leaves")
+    child.expect_exact(PROMPT)
+    leave(child, "ctrl-c")
 
 
-def test_the_models_text_cannot_command_the_terminal(start: Start) -> None:
-    child = start(["\x1b]52;c;AAAA\x07\x1b[2J"])
-    answer_to(child, "Hi", "␛]52;c;AAAA␇␛[2J")
-    leave(child)
+def test_a_terminal_that_can_do_little_gets_plain_lines(start: Start, tmp_path: Path) -> None:
+    child = start(chat(["<think>hm</think>ok", "And then."]), TERM="dumb")
+    seen = answer_to(child, "Hi", "ok")
+    type_in(child, '"""one', "enter")
+    child.expect_exact("... ")
+    seen += str(child.before) + answer_to(child, 'two"""', "And then.")
+    type_in(child, "ctrl-c")
+    child.expect_exact("Ctrl-C again leaves")
+    child.expect_exact(PROMPT)
+    seen += leave(child, "ctrl-c")
+    assert not re.search(r"\x1b", seen)
+    assert said(tmp_path) == ["Hi", "ok", "one\ntwo", "And then."]
+
+
+def test_a_shell_gets_its_terminal_back_and_nothing_is_lost(start: Start, tmp_path: Path) -> None:
+    """Where the shell is dash, it leaves the terminal as it finds it."""
+    shell = start(["/bin/sh", "-i"], "shell% ", PS1="shell% ", ENV="")
+
+    def echoes() -> bool:
+        shell.sendline("stty -a")
+        index = shell.expect([r"\s-echo\s", r"\secho\s"])
+        shell.expect_exact("shell% ")
+        return bool(index)
+
+    def begin(name: str) -> None:
+        shell.sendline(f"{sys.executable} {TESTS}/chatting.py '[\"Half an answer{PAUSE}\"]' chat -q --session {name}")
+        shell.expect_exact(PROMPT)
+        type_in(shell, "Hi", "enter")
+        shell.expect_exact("Half an answer")
+
+    def kill(number: signal.Signals) -> None:
+        os.kill(int(os.tcgetpgrp(shell.child_fd)), number)
+        shell.expect_exact("shell% ")
+        shell.sendline("echo status=$?")
+        shell.expect_exact(f"status={128 + number}")
+        shell.expect_exact("shell% ")
+        assert echoes()
+
+    begin("first")
+    shell.send("\x1a")
+    shell.expect_exact("Stopped")
+    shell.expect_exact("shell% ")
+    assert echoes()
+    shell.sendline("fg")
+    shell.expect_exact("chatting.py")
+    kill(signal.SIGHUP)
+    assert said(tmp_path) == ["Hi", "Half an answer"]
+    (tmp_path / "sessions" / "first.json").unlink()
+    begin("second")
+    kill(signal.SIGTERM)
+    assert said(tmp_path) == ["Hi", "Half an answer"]
+    shell.close(force=True)
 
 
 def test_answers_go_to_a_file_while_a_person_types(start: Start, tmp_path: Path) -> None:
-    command = f"{sys.executable} {TESTS / 'chatting.py'} '[\"Hello.\"]' chat --no-save > {tmp_path}/answers"
-    child = pexpect.spawn(
-        "/bin/sh",
-        ["-c", command],
-        encoding="utf-8",
-        timeout=30,
-        env={**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "EXL_DATA_DIR": str(tmp_path / "data")},
-    )
-    child.expect_exact(PROMPT)
+    command = " ".join(f"'{part}'" for part in chat(["Hello."], "--no-save"))
+    child = start(["/bin/sh", "-c", f"{command} > {tmp_path}/answers"], EXL_DATA_DIR=str(tmp_path / "data"))
     type_in(child, "Hi", "enter")
     child.expect("context")
     child.expect_exact(PROMPT)
-    leave(child)
+    assert "Hello" not in str(child.before) + leave(child)
     assert (tmp_path / "answers").read_text() == "Hello.\n"
-    assert not re.search("Hello", str(child.before))
     assert not (tmp_path / "data").exists()

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,8 +65,15 @@ def on_disk(tmp_path: Path) -> list[str]:
     return [turn["content"] for turn in json.loads(file.read_text())["turns"]]
 
 
+_HANDLER = signal.getsignal(signal.SIGINT)
+
+
 def press_ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)  # the main thread gets it, as from a terminal
+    """As on a terminal, where the main thread gets it; it may not have begun to wait for the answer yet."""
+    give_up = time.monotonic() + 30
+    while signal.getsignal(signal.SIGINT) is _HANDLER:
+        assert time.monotonic() < give_up
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_special_tokens_in_messages_are_text_in_every_later_prompt(
@@ -82,14 +90,6 @@ def test_special_tokens_in_messages_are_text_in_every_later_prompt(
     output = capsys.readouterr()
     assert output.err.count("<|im_end|> in the message is read as text") == 1
     assert "hi<|im_end|><|im_end|>" in output.out + output.err
-
-
-def test_it_goes_on_until_it_is_left(begin: Begin) -> None:
-    chat = begin(Script(["a"]))
-    chat.enter("Hi")
-    assert not chat.over
-    chat.enter("/quit")
-    assert (chat.over, chat.exit_code) == (True, ExitCode.OK)
 
 
 def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,21 +185,18 @@ def test_an_unsaved_conversation_is_left_only_on_a_second_word(
     begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "sessions").write_text("in the way")
-    chat = begin(Script(["a"]))
+    script = Script(["a"])
+    chat = begin(script)
+    chat.run(Typist("Hi").read)
+    assert (chat.over, chat.exit_code) == (True, ExitCode.DISK)
+    chat = begin(script)
     chat.enter("Hi")
     chat.enter(None)
     assert not chat.over
-    assert "leaving once more gives it up" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("leaving once more gives it up") == 2
     (tmp_path / "sessions").unlink()
     chat.enter("/quit")
     assert (chat.over, chat.exit_code, on_disk(tmp_path)) == (True, ExitCode.OK, ["Hi", "a"])
-
-
-def test_leaving_an_unsaved_conversation_twice_gives_it_up(begin: Begin, tmp_path: Path) -> None:
-    (tmp_path / "sessions").write_text("in the way")
-    chat = begin(Script(["a"]))
-    chat.run(Typist("Hi").read)
-    assert (chat.over, chat.exit_code) == (True, ExitCode.DISK)
 
 
 def test_an_answer_of_nothing_is_an_answer_if_the_model_means_it(begin: Begin) -> None:
@@ -246,12 +243,12 @@ def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin
     assert "Tw" not in tokenizer.decode(script.requests[1].ids)
 
 
-def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path: Path) -> None:
+def test_sixty_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path: Path) -> None:
     script = Script(["A short answer.", "A somewhat longer answer, of more words than the other has. " * 3])
-    chat = begin(script)
-    context = chat.model.engine.context_length
-    for turn in range(200):
-        if turn == 150:
+    context = 512
+    chat = begin(script, context=context)
+    for turn in range(60):
+        if turn == 40:
             tracemalloc.start()
         chat.enter(f"Question {turn}, which asks for something.")
         script.requests[:-1] = [None] * (len(script.requests) - 1)  # type: ignore[list-item]
@@ -262,17 +259,17 @@ def test_two_hundred_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tm
     growth = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     session = chat.session
-    assert len(on_disk(tmp_path)) == len(session.turns) == 400
+    assert len(on_disk(tmp_path)) == len(session.turns) == 120
     reused = [turn.timings["reused_tokens"] / turn.timings["prompt_tokens"] for turn in session.turns[3::2]]
     # Only the few answers after something was dropped begin anew.
-    assert sum(share < 0.5 for share in reused) < 40
-    assert session.dropped > 300
-    # Fifty exchanges of text and numbers, and nothing else.
-    assert growth < 250_000
+    assert sum(share < 0.5 for share in reused) < 20
+    assert session.dropped > 90
+    # Twenty exchanges of text and numbers, and nothing else.
+    assert growth < 150_000
 
 
 def test_a_turn_of_many_megabytes_is_dropped_without_taking_gigabytes(begin: Begin) -> None:
-    turns = [Turn("user", "a fox and " * 2_000_000), Turn("assistant", "ok")]
+    turns = [Turn("user", "a fox and " * 800_000), Turn("assistant", "ok")]
     script = Script(["Yes."])
     chat = begin(script, Session(turns=turns))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exl_cli.chat.session import Session, SessionStore, Totals, Turn, dumps, loads
+from exl_cli.chat.settings import Settings, from_dict
 from exl_cli.engines.base import Summary
 from exl_cli.errors import DiskError, UsageError
 
@@ -100,11 +101,14 @@ def test_a_session_comes_back_as_it_was(
     assert loads(dumps(session), "x", "x.json") == session
 
 
-def test_fields_of_a_later_minor_version_are_passed_over() -> None:
+def test_fields_and_settings_of_a_later_minor_version_are_passed_over() -> None:
     value = json.loads(dumps(talk("a", "b")))
     value["mood"] = "good"
     value["turns"][0]["language"] = "en"
-    assert [turn.content for turn in loads(json.dumps(value), "x", "x.json").turns] == ["a", "b"]
+    value["settings"] = {"preset": "of tomorrow", "on_overflow": "grow", "stop": ["END"], "mood": 1}
+    session = loads(json.dumps(value), "x", "x.json")
+    assert [turn.content for turn in session.turns] == ["a", "b"]
+    assert from_dict(session.settings) == Settings(stop=("END",))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,14 @@ def test_fields_of_a_later_minor_version_are_passed_over() -> None:
         ({"totals": {"answers": "many"}}, "answers of totals is 'many'"),
         ({"version": "1"}, "its version is '1'"),
         ({"version": None}, "its version is None"),
+        ({"system": "\ud800"}, "it has half a character, U+D800"),
+        ({"settings": {"stop": None}}, "stop of the settings is null"),
+        ({"settings": {"stop": 5}}, "stop of the settings is 5"),
+        ({"settings": {"stop": "END"}}, 'stop of the settings is "END"'),
+        ({"settings": {"stop": ["a", 1]}}, 'stop of the settings is ["a", 1]'),
+        ({"settings": {"given": []}}, "given of the settings is []"),
+        ({"settings": {"max_new_tokens": "9"}}, 'max_new_tokens of the settings is "9"'),
+        ({"settings": {"seed": True}}, "seed of the settings is true"),
     ],
 )
 def test_what_is_wrong_with_a_damaged_file_is_said(change: dict[str, object], why: str) -> None:
@@ -131,9 +143,10 @@ def test_what_is_wrong_with_a_damaged_file_is_said(change: dict[str, object], wh
     assert why in caught.value.message
 
 
-def test_deep_nesting_is_damage_too() -> None:
+@pytest.mark.parametrize("text", ["", "{", "[" * 200_000])
+def test_what_is_not_json_is_damage_too(text: str) -> None:
     with pytest.raises(DiskError, match="not JSON"):
-        loads("[" * 200_000, "x", "x.json")
+        loads(text, "x", "x.json")
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
