@@ -57,13 +57,6 @@ def test_full_pages_are_shared_but_the_last_token_is_to_be_computed() -> None:
     )
 
 
-def test_pages_with_another_beginning_are_not_shared() -> None:
-    pages, _ = make(10)
-    keep(pages, [1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert begin(pages, [9, 2, 3, 4, 5, 6, 7, 8, 9]).num_reused_tokens == 0
-    assert begin(pages, [5, 6, 7, 8, 9]).num_reused_tokens == 0
-
-
 @pytest.mark.parametrize("length", range(1, 14))
 def test_a_conversation_goes_on_in_the_page_where_it_stopped(length: int) -> None:
     pages, copies = make(10)
@@ -185,18 +178,6 @@ def test_what_two_compute_alike_is_kept_once() -> None:
     assert begin(pages, [1, 2, 3, 4, 5, 6]).num_reused_tokens == 5, "eight others can be had without losing these two"
 
 
-def test_a_page_that_takes_the_place_of_ones_own_is_not_given_to_others() -> None:
-    pages, _ = make(4)
-    late = begin(pages, [1, 2, 3, 4, 5])
-    pages.grow(late, 5)
-    (kept, _) = keep(pages, [1, 2, 3, 4, 5])
-    pages.mark_computed(late, 5)
-    assert late.block_table[0] == kept
-    wide = begin(pages, [9] * 8, room=0)
-    pages.grow(wide, 8)
-    assert kept not in wide.block_table
-
-
 @pytest.mark.parametrize("other", [[1, 2, 3], [1, 2, 3, 4], [1, 2]])
 def test_ends_that_two_compute_alike_are_kept_once(other: list[int]) -> None:
     pages, _ = make(3)
@@ -221,20 +202,6 @@ def test_a_copy_that_fails_leaves_nothing_behind() -> None:
         pages.allocate([1, 2, 3, 4], 8)
     assert (pages.num_allocated, pages.num_available) == (1, 3)
     pages.free(held)
-
-
-def test_room_is_promised_once() -> None:
-    pages, _ = make(4)
-    first = begin(pages, [1, 2], room=6)
-    assert (pages.num_available, first.block_table) == (2, [])
-    assert pages.allocate([3, 4], 9) is None
-    second = begin(pages, [3, 4], room=6)
-    assert pages.num_available == 0
-    pages.grow(first, 8)
-    pages.grow(second, 8)
-    assert not {*first.block_table} & {*second.block_table}
-    pages.free(first)
-    assert pages.num_available == 2
 
 
 def test_promises_count_what_is_shared() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,10 +13,14 @@ from pathlib import Path
 import pytest
 import tinymodels
 import torch
-from helpers import Recorder, collect, exl
+from chatting import turns
+from helpers import Recorder, collect
+from typer.testing import CliRunner
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import ChunkStream, EngineThread
+from exl_cli.cli.app import app
+from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine, Request
 from exl_cli.engines.cpu.kv_cache import KvCache
 from exl_cli.models.load_options import LoadOptions
@@ -115,27 +117,9 @@ def test_a_pass_that_fails_leaves_the_cache_right(engine: EngineThread) -> None:
     check_greedy(engine, ids, 10, range(150, 300))
 
 
-def test_two_streams_read_in_turn_do_not_disturb_each_other(engine: EngineThread) -> None:
-    first, second = prompt(40, seed=7), prompt(40, seed=8)
-    alone = [collect(engine.stream(Request(ids, GREEDY, 12, 0)))[1] for ids in (first, second)]
-    streams = [engine.stream(Request(ids, GREEDY, 12, 0)) for ids in (first, second)]
-    tokens: list[list[int]] = [[], []]
-    for _ in range(13):
-        for index, stream in enumerate(streams):
-            tokens[index] += next(stream).token_ids
-    assert tokens == alone
-    check_greedy(engine, first, 12, range(0, 40))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # looking at all objects wakes deprecated ones
-def test_closing_gives_the_cache_back(tmp_path: Path) -> None:
-    tinymodels.write(tmp_path / "model", tinymodels.VARIANTS["float16"])
-    engine = load(tmp_path / "model")
-    collect(engine.stream(Request(prompt(20), GREEDY, 3, 0)))
+def caches() -> int:
     gc.collect()
-    before = sum(isinstance(thing, KvCache) for thing in gc.get_objects())
-    engine.close()
-    assert sum(isinstance(thing, KvCache) for thing in gc.get_objects()) == before - 1
+    return sum(type(thing) is KvCache for thing in gc.get_objects())
 
 
 def test_a_sliding_window_is_continued_but_cut_only_while_it_is_whole(tmp_path: Path) -> None:
@@ -149,6 +133,9 @@ def test_a_sliding_window_is_continued_but_cut_only_while_it_is_whole(tmp_path: 
     tokens = check_greedy(engine, long, 10, 0)
     check_greedy(engine, [*long, *tokens, *prompt(5, seed=4)], 5, 49)
     check_greedy(engine, long, 5, 0)
+    before = caches()
+    engine.close()
+    assert caches() == before - 1
 
 
 def test_rotary_embeddings_that_change_with_the_length_are_not_mixed(tmp_path: Path) -> None:
@@ -170,17 +157,15 @@ def test_rotary_embeddings_that_change_with_the_length_are_not_mixed(tmp_path: P
     check_greedy(engine, short, 5, 0)
 
 
-def test_a_real_conversation(tmp_path: Path) -> None:
-    env = {**os.environ, "EXL_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    lines = b"Tell me a story about a fox.\nAnd then?\n/retry\n"
-    result = exl("chat", "--engine", "cpu", "-n", "15", "--seed", "1", stdin=lines, env=env)
-    assert result.returncode == 0
+def test_a_real_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXL_DATA_DIR", str(tmp_path))
+    args = ["chat", "--engine", "cpu", "-n", "15", "--seed", "1"]
+    result = CliRunner().invoke(app, args, input="Tell me a story about a fox.\nAnd then?\n/retry\n", obj=State())
+    assert result.exit_code == 0
     rows = re.findall(r"^prompt (\d+) tokens \((\d+) reused\) · (\d+) new", result.stderr, re.M)
     (first, zero, new), (second, reused, _), (again, all_but_one, _) = [tuple(map(int, row)) for row in rows]
     assert (zero, reused, again, all_but_one) == (0, first + new - 1, second, second - 1)
-    (file,) = (tmp_path / "sessions").glob("*.json")
-    turns = json.loads(file.read_text("utf-8"))["turns"]
-    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
-    answers = result.stdout
-    assert answers.startswith(turns[1]["content"].lstrip() + "\n")
-    assert answers.endswith(turns[3]["content"].lstrip() + "\n")
+    said = turns(tmp_path)
+    assert [role for role, _ in said] == ["user", "assistant"] * 2
+    assert result.stdout.startswith(said[1][1].lstrip() + "\n")
+    assert result.stdout.endswith(said[3][1].lstrip() + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,9 @@ from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
-from exl_cli.engines.base import Request
 from exl_cli.errors import DamagedModelError, PromptError, UnsupportedModelError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
-from exl_cli.sampling import Sampling, build
 
 IDS = [1, 40, 300, 4000, 17, 250, 999, 31, 2048, 5, 77, 640]
 
@@ -39,153 +37,48 @@ def test_logits_are_those_of_transformers_with_the_same_weights(name: str, tmp_p
     torch.testing.assert_close(engine.logits(IDS), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("key", ["fable-7m-exl2", "fable-7m-gptq"])
+@pytest.fixture(scope="module", params=["fable-7m-exl2", "fable-7m-gptq"])
+def fable(request: pytest.FixtureRequest, exl2_dir: Path, gptq_dir: Path) -> Iterator[tuple[str, EngineThread]]:
+    engine, _ = load({"fable-7m-exl2": exl2_dir, "fable-7m-gptq": gptq_dir}[request.param])
+    yield request.param, engine
+    engine.close()
+    engine.close()
+
+
 @pytest.mark.parametrize("prompt", [0, 1])
-def test_logits_are_what_exllamav2_computes_on_a_gpu(
-    key: str, prompt: int, exl2_dir: Path, gptq_dir: Path, golden_path: Path
+def test_logits_and_greedy_text_are_exllamav2s_on_a_gpu(
+    fable: tuple[str, EngineThread], prompt: int, golden_path: Path
 ) -> None:
-    engine, _ = load(exl2_dir if key.endswith("exl2") else gptq_dir)
+    key, engine = fable
     with np.load(golden_path) as golden:
-        ids = golden[f"{key}.{prompt}.ids"].tolist()
+        ids, greedy = (golden[f"{key}.{prompt}.{name}"].tolist() for name in ("ids", "greedy"))
         expected = golden[f"{key}.{prompt}.logits"].astype(np.float32)
     logits = engine.logits(ids).numpy()[-len(expected) :]
     assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) <= 0.003
     assert np.mean(logits.argmax(1) == expected.argmax(1)) >= 0.95
+    _, tokens, _ = collect(engine.stream(request_for(ids, "greedy", 32)))
+    parted = next((i for i, (a, b) in enumerate(zip(tokens, greedy[:32], strict=True)) if a != b), None)
+    if parted is not None:  # at a near tie
+        last = engine.logits([*ids, *tokens[:parted]])[-1]
+        assert last.max() - last[greedy[parted]] < 0.02
 
 
-@pytest.mark.parametrize("key", ["fable-7m-exl2", "fable-7m-gptq"])
-@pytest.mark.parametrize("prompt", [0, 1])
-def test_greedy_text_is_exllamav2s_up_to_a_near_tie(
-    key: str, prompt: int, exl2_dir: Path, gptq_dir: Path, golden_path: Path
+def test_a_prompt_that_leaves_no_room_is_refused_and_a_limit_is_the_context_too(
+    fable: tuple[str, EngineThread],
 ) -> None:
-    engine, _ = load(exl2_dir if key.endswith("exl2") else gptq_dir)
-    with np.load(golden_path) as golden:
-        ids, expected = golden[f"{key}.{prompt}.ids"].tolist(), golden[f"{key}.{prompt}.greedy"].tolist()
-    tokens = [token for chunk in engine.stream(request_for(ids, "greedy", 64)) for token in chunk.token_ids]
-    parted = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), None)
-    if parted is not None:
-        logits = engine.logits([*ids, *tokens[:parted]])[-1]
-        gap = logits.max() - logits[expected[parted]]
-        assert gap < 0.02, f"parts at {parted} where the logits differ by {gap}"
-
-
-@pytest.fixture(scope="module")
-def fable() -> Iterator[tuple[EngineThread, Tokenizer]]:
-    engine, tokenizer = load(None)
-    yield engine, tokenizer
-    engine.close()
-    engine.close()
-
-
-Start = Callable[..., Request]
-
-
-@pytest.fixture
-def start(fable: tuple[EngineThread, Tokenizer]) -> Start:
-    _, tokenizer = fable
-
-    def make(
-        text: str = "Once upon a time",
-        tokens: int = 40,
-        sampling: Sampling | None = None,
-        seed: int = 7,
-        **more: object,
-    ) -> Request:
-        ids = tokenizer.encode(text, add_special_tokens=True)
-        return Request(ids, sampling or Sampling(), tokens, seed, **more)  # type: ignore[arg-type]
-
-    return make
-
-
-def test_same_seed_same_text_other_seed_other_text(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, _ = fable
-    first, again, other = (collect(engine.stream(start(seed=seed)))[0] for seed in (7, 7, 8))
-    assert first == again
-    assert first != other
-
-
-def test_greedy_ignores_the_seed(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, _ = fable
-    greedy = build({}, "greedy")
-    assert (
-        collect(engine.stream(start(sampling=greedy, seed=1)))[0]
-        == collect(engine.stream(start(sampling=greedy, seed=2)))[0]
-    )
-
-
-def test_the_token_limit_holds_and_is_said(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, tokenizer = fable
-    text, ids, summary = collect(engine.stream(start(tokens=5)))
-    assert (len(ids), summary.new_tokens, summary.finish_reason) == (5, 5, "length")
-    assert text == tokenizer.decode([*start().ids, *ids])[len("Once upon a time") :]
-    assert summary.prompt_tokens == len(start().ids)
+    _, engine = fable
+    with pytest.raises(PromptError, match=r"1,024 tokens.*1,024"):
+        engine.stream(request_for([300] * 1024, "greedy", 1))
+    _, tokens, summary = collect(engine.stream(request_for([300] * 1021, "greedy", 100)))
+    assert (len(tokens), summary.finish_reason) == (3, "length")
     assert 0 < summary.first_token_seconds <= summary.prompt_seconds + summary.generation_seconds
 
 
-def test_the_context_is_a_limit_too(fable: tuple[EngineThread, Tokenizer]) -> None:
-    engine, _ = fable
-    ids = [300] * (engine.context_length - 3)
-    _, tokens, summary = collect(engine.stream(request_for(ids, "greedy", 100)))
-    assert (len(tokens), summary.finish_reason) == (3, "length")
-
-
-@pytest.mark.parametrize("length", [1024, 5000])
-def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(
-    fable: tuple[EngineThread, Tokenizer], length: int
-) -> None:
-    engine, _ = fable
-    with pytest.raises(PromptError, match=rf"{length:,} tokens.*1,024"):
-        next(iter(engine.stream(request_for([300] * length, "greedy", 1))))
-
-
-def test_a_stop_string_ends_the_text_before_it(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, _ = fable
-    whole, _, _ = collect(engine.stream(start(tokens=60)))
-    stop = whole[40:47]
-    text, _, summary = collect(engine.stream(start(tokens=60, stop_strings=(stop,))))
-    assert text == whole[: whole.index(stop)]
-    assert summary.finish_reason == "stop"
-
-
-def test_a_stop_id_ends_the_text_and_is_counted(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, _ = fable
-    _, ids, _ = collect(engine.stream(start(tokens=30)))
-    stop = next(token for token in ids[5:] if ids.index(token) >= 5)
-    _, stopped, summary = collect(engine.stream(start(tokens=30, stop_ids=frozenset({stop}))))
-    assert stopped == ids[: ids.index(stop) + 1]
-    assert (summary.finish_reason, summary.new_tokens) == ("stop", len(stopped))
-
-
-def test_cancelling_keeps_what_came(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, _ = fable
-    request = start(tokens=500)
-    text, summary = "", None
-    stream = engine.stream(request)
-    for chunk in stream:
-        text += chunk.text
-        if len(text) > 20:
-            stream.cancel()
-        summary = chunk.summary
-    assert summary is not None
-    assert summary.finish_reason == "cancelled"
-    assert 20 < len(text) < 200
-
-
-def test_cancelling_in_the_prompt_gives_no_token(fable: tuple[EngineThread, Tokenizer]) -> None:
-    engine, _ = fable
-    request = request_for([300] * 1000, "greedy", 10)
-    stream = engine.stream(request)
+def test_cancelling_in_the_prompt_gives_no_token(fable: tuple[str, EngineThread]) -> None:
+    stream = fable[1].stream(request_for([300, *range(1000)], "greedy", 10))
     stream.cancel()
     _, ids, summary = collect(stream)
     assert (ids, summary.finish_reason, summary.first_token_seconds) == ([], "cancelled", 0.0)
-
-
-def test_closing_early_leaves_the_engine_ready(fable: tuple[EngineThread, Tokenizer], start: Start) -> None:
-    engine, _ = fable
-    stream = engine.stream(start(tokens=100))
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert collect(engine.stream(start(tokens=3)))[2].new_tokens == 3
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

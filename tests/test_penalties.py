@@ -100,28 +100,10 @@ def test_dry_penalizes_what_would_extend_a_repeat(history: list[int], penalties:
     assert dry(history) == penalties
 
 
-def test_dry_allowed_length_is_free() -> None:
-    history = [7, 8, 1, 2, 3, 9, 7, 8, 1, 2]
-    assert dry(history, dry_allowed_length=4) == {3: -1.0}
-    assert dry(history, dry_allowed_length=5) == {}
-
-
 def test_dry_matches_end_at_breakers_and_breakers_are_free() -> None:
     assert dry([8, 1, 2, 3, 9, 8, 1, 2], breakers=[8]) == {3: -1.0}
     assert dry([8, 1, 2, 3, 9, 8, 1, 2], breakers=[2]) == {}
     assert dry([8, 1, 2, 3, 9, 8, 1, 2], breakers=[3]) == {}
-
-
-def test_dry_looks_back_as_far_as_its_range() -> None:
-    history = [1, 2, 3, *range(10, 30), 1, 2]  # "1 2 3" begins 24 tokens before the last
-    assert dry(history, dry_range=24) == {3: -1.0}
-    assert dry(history, dry_range=23) == {}
-
-
-def test_dry_counts_no_more_than_max_ngram() -> None:
-    history = [*range(10), 30, *range(9)]
-    assert dry(history, dry_max_ngram=20) == {9: -(2.0**7)}
-    assert dry(history, dry_max_ngram=5) == {9: -(2.0**3)}
 
 
 def test_dry_treats_ids_beyond_the_vocabulary_as_breakers() -> None:
@@ -140,7 +122,7 @@ def test_dry_penalty_stays_finite() -> None:
 
 
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 4), st.integers(2, 8), st.sampled_from([0, 9, 15]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_dry_agrees_with_a_search_by_slices(history: list[int], allowed: int, longest: int, reach: int) -> None:
     n, breakers = len(history), {0}
     first = max(0, n - 1 - reach) if reach else 0
@@ -158,28 +140,7 @@ def test_dry_agrees_with_a_search_by_slices(history: list[int], allowed: int, lo
 
 
 def test_default_breakers_and_protected_tokens() -> None:
-    pieces = [
-        "<s>",
-        "a",
-        " the.",
-        "x,",
-        "!",
-        "?",
-        "[",
-        "]",
-        "(",
-        ")",
-        "{",
-        "}",
-        ">",
-        "\n\n",
-        "\t",
-        '"',
-        "\\",
-        "'",
-        ":",
-        "",
-    ]
+    pieces = ["<s>", "a", " the.", "x,", *"!?[](){}>", "\n\n", "\t", '"', "\\", "'", ":", ""]
     assert dry_breakers(pieces, {0, 25}) == {0, *range(2, 16), 25}
     assert xtc_protected(pieces, {0, 25}) == {0, 13, 25}
 

@@ -25,10 +25,10 @@ def test_mirostat_holds_the_surprise_at_tau(tau: float) -> None:
     logits = some_logits(8, 500)  # of more than 3.5 bits of entropy
     sampler = make(500, mirostat=True, mirostat_tau=tau, mirostat_eta=0.1)
     surprise = []
-    for _ in range(1500):
+    for _ in range(1000):
         probs = dense(sampler, logits)
         surprise.append(-math.log2(probs[sampler.sample(logits, ())]))
-    assert np.mean(surprise[500:]) == pytest.approx(tau, abs=0.05)
+    assert np.mean(surprise[300:]) == pytest.approx(tau, abs=0.05)
 
 
 # --- drawing
@@ -58,7 +58,7 @@ def chi_square(tokens: list[int], probs: np.ndarray) -> float:
 def test_frequencies_match_the_distribution() -> None:
     logits = some_logits(10, 1000)
     sampler = make(1000, seed=1, top_k=11, temperature=1.5)
-    tokens = [sampler.sample(logits, ()) for _ in range(20_000)]
+    tokens = [sampler.sample(logits, ()) for _ in range(5_000)]
     assert chi_square(tokens, by_top_k(softmax(logits / 1.5), 11)) < 29.59  # 0.1 % point for 10 degrees of freedom
 
 
@@ -68,7 +68,7 @@ def test_skew_raises_the_cumulated_probabilities_to_a_power(skew: float) -> None
     sampler = make(4, seed=2, skew=skew)
     cumulated = np.array([0.0, 0.5, 0.75, 0.9, 1.0]) ** math.exp(skew)  # likeliest first: tokens 1, 3, 2, 0
     expected = np.diff(cumulated)[[3, 0, 2, 1]]
-    tokens = [sampler.sample(logits, ()) for _ in range(20_000)]
+    tokens = [sampler.sample(logits, ()) for _ in range(5_000)]
     assert chi_square(tokens, expected) < 16.27  # 0.1 % point for 3 degrees of freedom
 
 
@@ -100,7 +100,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(SETTINGS, st.integers(0, 2**32), st.sampled_from([1, 2, 3, 64]), st.sampled_from([0.0, 1e-3, 2.0, 60.0]))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_settings_draw_from_a_distribution_and_again_the_same(
     changes: dict[str, Any], seed: int, size: int, spread: float
 ) -> None:
@@ -119,17 +119,11 @@ def test_any_settings_draw_from_a_distribution_and_again_the_same(
     assert runs[0] == runs[1]
 
 
-def test_another_seed_gives_other_tokens() -> None:
-    logits = some_logits(11, 100)
-    first, second = (make(100, seed=seed) for seed in (1, 2))
-    assert [first.sample(logits, ()) for _ in range(50)] != [second.sample(logits, ()) for _ in range(50)]
-
-
 @pytest.mark.parametrize(
     "changes", [{"top_k": 1}, {"temperature": 0.0}, {"temperature": 0.009, "temperature_last": True}]
 )
 def test_greedy_takes_the_likeliest_whatever_the_seed(changes: dict[str, Any]) -> None:
-    for seed in range(20):
+    for seed in range(5):
         logits = some_logits(seed, 4096)
         sampler = make(4096, seed=seed, mirostat=True, xtc_probability=1.0, **changes)
         assert sampler.sample(logits, ()) == logits.argmax()
@@ -163,13 +157,15 @@ def test_something_must_be_left_to_choose() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 2}, {"token_repetition_penalty": 1.5}])
-@pytest.mark.parametrize(
-    ("value", "words"), [(math.nan, "NaN: 1 of 4"), (math.inf, "infinite"), (-math.inf, "infinite")]
-)
-def test_logits_that_are_no_numbers_are_refused(changes: dict[str, Any], value: float, words: str) -> None:
-    logits = np.array([1.0, 2.0, value, 0.0], dtype=np.float32)
+@pytest.mark.parametrize(("size", "at"), [(4, 2), (4096, 0), (4096, 7), (4096, 4095)])
+@pytest.mark.parametrize(("value", "words"), [(math.nan, "NaN: 1 of"), (math.inf, "infinite"), (-math.inf, "infinite")])
+def test_a_logit_that_is_no_number_is_refused(
+    changes: dict[str, Any], size: int, at: int, value: float, words: str
+) -> None:
+    logits = some_logits(0, size)
+    logits[at] = value
     with pytest.raises(EngineError, match=words) as error:
-        make(4, **changes).sample(logits, [0])
+        make(size, **changes).sample(logits, [0])
     assert error.value.hint
 
 
@@ -202,9 +198,3 @@ def test_min_p_fills_the_places_of_dropped_tokens_from_the_end() -> None:
     """exllamav2's partition; a random number is laid against this order."""
     ids, _ = make(6, min_p=0.5).distribution(of(0.3, 0.02, 0.02, 0.27, 0.37, 0.02), ())
     assert ids.tolist() == [0, 4, 3]
-
-
-def test_equal_logits_at_the_end_of_top_k() -> None:
-    """exllamav2's heap: it fills with the first k, a higher logit pushes out the lowest of the lowest id."""
-    ids, _ = make(6, top_k=3).distribution(np.array([1, 1, 1, 2, 1, 0], dtype=np.float32), ())
-    assert ids.tolist() == [3, 2, 1]

@@ -18,7 +18,6 @@ from samplertools import make
 
 from exl_cli.engines.sampling.filters import draw
 from exl_cli.engines.sampling.sampler import Sampler
-from exl_cli.errors import EngineError
 from exl_cli.sampling import Sampling
 
 SIZES = (2047, 2048, 4096, 5000, 32000)
@@ -84,7 +83,7 @@ def test_top_k_is_that_of_a_heap(kind: str, seed: int, size: int, k: int) -> Non
     st.sampled_from([0, 20, 50]),
     st.floats(0.5, 0.999),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_top_p_keeps_the_likeliest_and_of_equals_the_highest_ids(kind: str, seed: int, k: int, mass: float) -> None:
     """Whether the candidates come in that order, as after top-k, or not."""
     logits = logits_of(kind, seed, 60)
@@ -175,7 +174,7 @@ CHANGES = st.one_of(
         },
     ),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_penalties_of_any_reach_give_what_those_of_a_long_reach_give(
     kind: str, seed: int, size: int, changes: list[Any], options: dict[str, Any]
 ) -> None:
@@ -201,18 +200,6 @@ def test_a_penalty_that_raises_reaches_tokens_far_down(raising: dict[str, Any]) 
     logits = np.arange(4096, dtype=np.float32) / 100
     ids, _ = make(4096, top_k=2, **raising).distribution(logits, [2000])
     assert ids.tolist() == [2000, 4095]
-
-
-@pytest.mark.parametrize("at", [0, 7, 4095])
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-@pytest.mark.parametrize(
-    ("value", "words"), [(math.nan, "NaN: 1 of 4096"), (math.inf, "infinite"), (-math.inf, "infinite")]
-)
-def test_one_logit_that_is_no_number_is_found(value: float, words: str, penalty: float, at: int) -> None:
-    logits = logits_of("normal", 0, 4096)
-    logits[at] = value
-    with pytest.raises(EngineError, match=words):
-        make(4096, top_k=50, token_repetition_penalty=penalty).sample(logits, [7])
 
 
 def test_padding_beyond_the_vocabulary_takes_no_part() -> None:

@@ -32,17 +32,6 @@ def test_a_conversation_is_computed_once() -> None:
         assert model.run(second)[1] == len(second.ids) - 1
 
 
-def test_two_conversations_on_one_model_keep_theirs() -> None:
-    model = Model(pages=24)
-    texts = [[1, 2, 3, 4, 5], [1, 2, 3, 9]]
-    for turn in range(4):
-        for who, ids in enumerate(texts):
-            request = ask([*ids, 50 + who], 4)
-            tokens, reused = model.run(request)
-            assert reused >= len(ids) - 1 if turn else reused in (0, 3)
-            texts[who] = [*request.ids, *tokens]
-
-
 def test_the_next_pass_is_under_way_when_a_token_is_handed_out() -> None:
     model = Model()
     stream = model.steps(ask(range(6), 3))
@@ -63,17 +52,6 @@ def test_streams_read_in_turn_share_their_passes() -> None:
             tokens += next(stream, Step()).token_ids
     assert found == [model.expected(request) for request in requests]
     assert model.forward.rows.count([1, 1, 1]) >= 5
-
-
-def test_a_stream_that_is_not_read_goes_on_with_the_others() -> None:
-    model = Model(pages=40)
-    slow, fast = ask(range(5), 6), ask(range(30, 35), 9)
-    waiting = model.steps(slow)
-    pull(waiting)
-    assert sum((step.token_ids for step in model.steps(fast)), ()) == (*model.expected(fast),)
-    calls = len(model.forward.calls)
-    assert [token for step in waiting for token in step.token_ids] == model.expected(slow)[1:]
-    assert len(model.forward.calls) == calls
 
 
 def test_a_long_prompt_does_not_stop_those_who_are_generating() -> None:
@@ -110,22 +88,6 @@ def test_those_who_ask_at_once_find_what_the_first_computed() -> None:
     assert tokens == [model.expected(request) for request in requests]
 
 
-def test_more_than_a_pass_holds_wait_in_order() -> None:
-    model = Model(pages=60, max_batch=2)
-    requests = [ask(range(begin, begin + 3), 4) for begin in (0, 10, 20, 30)]
-    streams = [model.steps(request) for request in requests]
-    order: list[int] = []
-    found: list[list[int]] = [[] for _ in streams]
-    while any(stream.gi_frame for stream in streams):
-        for index, stream in enumerate(streams):
-            step = next(stream, Step())
-            found[index] += step.token_ids
-            order += [index] if step.prompt_seconds is not None else []
-    assert order == [0, 1, 2, 3]
-    assert found == [model.expected(request) for request in requests]
-    assert max(len(row) for row in model.forward.rows) == 2
-
-
 def test_a_request_waits_for_its_pages_and_none_overtakes_it() -> None:
     model = Model(pages=8)
     first, large, small = ask(range(10), 7), ask(range(20, 36), 9), ask([90], 2)
@@ -155,19 +117,6 @@ def test_prompt_seconds_are_those_of_all_tokens_but_the_last() -> None:
     assert model.clock.now == 5.0 + 4
     again = next(model.steps(request))
     assert (again.prompt_seconds, again.reused_tokens) == (0.0, 10)
-
-
-def test_closing_a_stream_frees_its_pages_at_once() -> None:
-    model = Model(pages=8)
-    one, two = ask(range(10), 20), ask(range(40, 50), 20)
-    first = model.steps(one)
-    pull(first)
-    second = model.steps(two)
-    assert next(second) == Step()
-    held = model.scheduler.num_allocated_pages
-    first.close()
-    assert (held, model.scheduler.num_allocated_pages) == (3, 0)
-    assert [t for step in second for t in step.token_ids] == model.expected(two)
 
 
 @pytest.mark.parametrize("pulls", range(1, 10))

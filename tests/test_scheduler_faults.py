@@ -47,19 +47,6 @@ def test_a_pass_that_fails_ends_those_in_it_and_nothing_else(what: str, when: in
         model.run(request)
 
 
-def test_a_request_that_cannot_begin_is_told_why() -> None:
-    def fail(what: str) -> None:
-        if what == "copy":
-            raise RuntimeError("no copies")
-
-    model = Model(pages=20, fail=fail)
-    running = model.steps(ask(range(6), 9))
-    pull(running)
-    with pytest.raises(RuntimeError, match="no copies"):
-        list(model.steps(ask([*range(5), 60], 3)))
-    assert model.scheduler.num_allocated_pages == 0
-
-
 def test_logits_that_are_no_numbers_end_only_their_own_sequence() -> None:
     class Broken(FakeForward):
         def collect(self) -> torch.Tensor:

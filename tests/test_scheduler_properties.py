@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any
 
 from fakeforward import FakeClock, FakeForward, sampler_for
 from hypothesis import settings
@@ -44,56 +45,30 @@ class Machine(RuleBasedStateMachine):
     """Streams on one scheduler; see the rules."""
 
     @initialize(
-        pages=st.integers(8, 30),
-        max_batch=st.integers(1, 4),
+        shape=st.fixed_dictionaries(
+            {
+                "pages": st.integers(8, 30),
+                "page_size": st.sampled_from([3, 4]),
+                "max_batch": st.integers(1, 4),
+                "growth": st.sampled_from([0.01, 0.7]),
+            }
+        ),
         chunk=st.integers(1, 9),
-        page_size=st.sampled_from([3, 4]),
         greedy=st.booleans(),
         speculate=st.sampled_from(["off", "ngram", "draft"]),
         memory=st.sampled_from([0, 2]),
-        growth=st.sampled_from([0.01, 0.7]),
         wrong=st.sampled_from([0, 30, 100]),
     )
-    def begin(
-        self,
-        pages: int,
-        max_batch: int,
-        chunk: int,
-        page_size: int,
-        greedy: bool,
-        speculate: str,
-        memory: int,
-        growth: float,
-        wrong: int,
-    ) -> None:
+    def begin(self, shape: dict[str, Any], chunk: int, greedy: bool, speculate: str, memory: int, wrong: int) -> None:
         self.fault: Exception | None = None
         self.faults: list[Exception] = []
         self.countdown = 0
         self.preset = build({}, "greedy") if greedy else build({"top_k": 20}, None)
-        clock, spread = FakeClock(), 0.0 if greedy else 2.0
-        self.forward = FakeForward(
-            pages=pages,
-            page_size=page_size,
-            max_batch=max_batch,
-            spread=spread,
-            memory=memory,
-            clock=clock,
-            growth=growth,
-            fail=self.fail,
-        )
+        clock = FakeClock()
+        alike: dict[str, Any] = {"spread": 0.0 if greedy else 2.0, "memory": memory, "clock": clock, "fail": self.fail}
+        self.forward = FakeForward(**shape, **alike)
         # Of another shape, so that nothing depends on both being alike.
-        small = FakeForward(
-            pages=6,
-            page_size=5,
-            max_batch=2,
-            max_tokens=3,
-            spread=spread,
-            memory=memory,
-            clock=clock,
-            seconds=0.1,
-            wrong=wrong,
-            fail=self.fail,
-        )
+        small = FakeForward(pages=6, page_size=5, max_batch=2, max_tokens=3, seconds=0.1, wrong=wrong, **alike)
         self.draft = DraftModel(small, 97, 25, chunk=chunk, clock=clock) if speculate == "draft" else None
         drafter = PromptLookup(3) if speculate == "ngram" else self.draft
         self.scheduler = Scheduler(self.forward, sampler_for, drafter=drafter, chunk=chunk, clock=clock)
@@ -196,4 +171,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=70, stateful_step_count=40, deadline=None)
