@@ -154,6 +154,8 @@ def load(
         OutOfMemoryError, DamagedModelError, UsageError: see the engines.
     """
     context = context_to_allocate(info, options, needed)
+    for note in info.notes:
+        observer.note(note)
     for name, value in sampling.unusable(info.generation_config).items():
         observer.note(f"generation_config.json: {name} {brief(repr(value))} is left out")
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.

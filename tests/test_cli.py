@@ -172,7 +172,6 @@ def test_a_missing_shard(model: Path) -> None:
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "exl3"}, "EXL3"),
         ({"quant_method": "fp8"}, "FP8"),
-        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
     ],
 )

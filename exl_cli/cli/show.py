@@ -23,6 +23,8 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     info = loader.resolve(model, models_dir)
     marker = store.read_marker(info.path)
     entry = folders.Entry(info.name, info.path, folders.folder_bytes(info.path, linked=True), info, marker=marker)
+    for note in info.notes:
+        console.note(note)
     template = None
     try:
         template = load_chat_template(info.path)

@@ -19,6 +19,7 @@ from exl_cli.models.config import (
     with_quantization,
 )
 from exl_cli.models.formats.headers import TensorHeader, read_header
+from exl_cli.models.formats.quantized_layers import gptq_settings, quantized_layers
 from exl_cli.system.files import is_there
 
 Format = Literal["exl2", "gptq", "float"]
@@ -40,7 +41,8 @@ class ModelInfo:
         tensors: every tensor's header, by name.
         has_chat_template: whether it says how to format a conversation.
         group_size, desc_act, symmetric, zero_offset, head_bits: the quantization's parameters, where there are any;
-            `zero_offset` is 1 where GPTQ zero points are stored minus one (the original convention), 0 for "gptq_v2".
+            see `GptqSettings`.
+        notes: where the weights are not what config.json declares, a line each.
         config, generation_config: the parsed files; the latter is empty where there is none.
     """
 
@@ -59,6 +61,7 @@ class ModelInfo:
     symmetric: bool = False
     zero_offset: int = 1
     head_bits: int | None = None
+    notes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     generation_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -107,10 +110,10 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
     config = read_json(path / "config.json", required=True)
     config = with_quantization(config, lambda: read_json(path / "quantize_config.json"))
     quantization = quantization_of(config)
-    refuse_method(path, quantization)
+    refuse_method(path, {**quantization, "bits": 4})  # how many bits GPTQ weights have they tell themselves
     check_values(path, config)
     files = weight_files(path)
-    tensors = {tensor.name: tensor for file in files for tensor in read_header(file)}
+    tensors = _read_headers(files)
     format_ = _detect_format(path, tensors)
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -120,12 +123,16 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
             'add the name of its class in transformers, as "architectures": ["LlamaForCausalLM"]',
         )
     check_layers(path, config, tensors)
-    parameters, bits = _count(config, tensors)
     extra: dict[str, Any] = {}
     if format_ == "gptq":
-        extra = _gptq_parameters(path, quantization, tensors)
-    elif format_ == "exl2":
+        layers = quantized_layers(tensors, format_)
+        extra = gptq_settings(path / "config.json", quantization, layers)._asdict()
+    else:
+        refuse_method(path, quantization)
+    if format_ == "exl2":
+        quantized_layers(tensors, format_)
         extra = {"head_bits": quantization.get("head_bits")}
+    parameters, bits = _count(config, tensors)
     return ModelInfo(
         name=name or str(path),
         path=path,
@@ -141,6 +148,19 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
         generation_config=read_json(path / "generation_config.json"),
         **extra,
     )
+
+
+def _read_headers(files: list[Path]) -> dict[str, TensorHeader]:
+    tensors: dict[str, TensorHeader] = {}
+    for file in files:
+        for tensor in read_header(file):
+            if tensors.setdefault(tensor.name, tensor) is not tensor:
+                raise DamagedModelError(
+                    f"{file.parent} holds the tensor {brief(tensor.name)} twice, in {tensors[tensor.name].file.name} "
+                    f"and in {file.name}",
+                    "remove the file that does not belong to the model",
+                )
+    return tensors
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -216,16 +236,13 @@ def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
         raise _unsupported(path, _OTHER_METHODS[method], hint)
     if method == "gptq":
         bits = quantization.get("bits")
-        if isinstance(bits, (int, float)):
-            _refuse_gptq_bits(path, bits)
+        if isinstance(bits, (int, float)) and bits != 4:
+            raise UnsupportedModelError(
+                f"{path} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only", _ADVICE
+            )
         layout = str(quantization.get("checkpoint_format") or "gptq").lower()
         if layout not in ("gptq", "gptq_v2"):
             raise _unsupported(path, f"GPTQ repacked as {layout}")
-
-
-def _refuse_gptq_bits(path: Path, bits: float) -> None:
-    if bits != 4:
-        raise UnsupportedModelError(f"{path} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only", _ADVICE)
 
 
 def _refuse_other_kinds(path: Path) -> None:
@@ -262,9 +279,9 @@ def _detect_format(path: Path, tensors: dict[str, TensorHeader]) -> Format:
     for name, tensor in tensors.items():
         if name.endswith(".qweight"):
             scales = tensors.get(name[: -len("qweight")] + "scales")
-            if scales is not None and scales.shape[-1] == tensor.shape[-1]:
-                return "gptq"
-            raise _unsupported(path, "AWQ")
+            if scales is not None and scales.shape[-1:] != tensor.shape[-1:]:
+                raise _unsupported(path, "AWQ")
+            return "gptq"
         if name.endswith(".trellis"):
             raise _unsupported(path, "EXL3", "run EXL3 models with exllamav3")
         if tensor.dtype.startswith("F8"):
@@ -272,22 +289,6 @@ def _detect_format(path: Path, tensors: dict[str, TensorHeader]) -> Format:
         if ".quant_state" in name or name.endswith(".absmax"):
             raise _unsupported(path, "bitsandbytes")
     return "float"
-
-
-def _gptq_parameters(path: Path, quantization: dict[str, Any], tensors: dict[str, TensorHeader]) -> dict[str, Any]:
-    first = next(name for name in tensors if name.endswith(".qweight"))
-    qweight, qzeros = tensors[first], tensors.get(first[: -len("qweight")] + "qzeros")
-    if qzeros is None or not qzeros.shape or not qweight.shape[-1]:
-        raise DamagedModelError(f"{path}: {first} has no qzeros beside it", "download the model again")
-    bits = 32 * qzeros.shape[-1] / qweight.shape[-1]
-    _refuse_gptq_bits(path, bits)
-    group = quantization.get("group_size")
-    return {
-        "group_size": group if isinstance(group, int) else -(-qweight.shape[0] * 8 // qzeros.shape[0]),
-        "desc_act": bool(quantization.get("desc_act", False)),
-        "symmetric": bool(quantization.get("sym", False)),
-        "zero_offset": 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1,
-    }
 
 
 _QUANTIZED_PART = re.compile(r"\.(q_weight|q_scale|q_scale_max|q_groups|q_invperm|q_perm|qweight|qzeros|scales|g_idx)$")

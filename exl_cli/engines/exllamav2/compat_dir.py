@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from exl_cli.models.config import quantization_of
 from exl_cli.models.info import ModelInfo
 
 
@@ -66,5 +67,10 @@ def folder_for_exllamav2(info: ModelInfo) -> Iterator[Path]:
                 (folder / file.name).symlink_to(file.resolve())
         for file in {tensor.file for tensor in info.tensors.values()}:
             (folder / file.name).symlink_to(file.resolve())
-        (folder / "config.json").write_text(json.dumps(legacy_config(info.config)), encoding="utf-8")
+        config = legacy_config(info.config)
+        if info.format == "gptq":
+            # It trusts what is declared here; zero_offset is what the tensors say.
+            stored = "gptq" if info.zero_offset else "gptq_v2"
+            config["quantization_config"] = {**quantization_of(config), "checkpoint_format": stored}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield folder

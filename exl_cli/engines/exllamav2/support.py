@@ -6,6 +6,13 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from exl_cli.models.config import unknown_rope
+from exl_cli.models.formats.quantized_layers import (
+    group_size_of,
+    quantized_layers,
+    rows_and_groups,
+    sample,
+    stored_groups,
+)
 from exl_cli.models.info import ModelInfo
 
 if TYPE_CHECKING:
@@ -58,14 +65,27 @@ def why_not(info: ModelInfo) -> str:
     for tensor in info.tensors.values():
         if tensor.dtype not in _DTYPES:
             return f"exllamav2 cannot read {tensor.dtype} tensors ({tensor.name})"
-    group = info.group_size or 0
-    if info.format == "gptq" and group > 0 and group & (group - 1):
-        return f"exllamav2 computes GPTQ group sizes that are powers of two, not {group}"
-    if info.format == "gptq" and 0 < group < 32:
-        # Its kernels look for the next group at every 32nd row only: with groups of 16 logits were off by 120 %.
-        return f"exllamav2 computes GPTQ groups of 32 rows and more, not of {group}"
+    if info.format == "gptq" and (reason := _groups_not_computed(info)):
+        return reason
     if info.format == "gptq" and info.zero_offset == 0 and not info.symmetric and (name := _zero_point_of_zero(info)):
         return f"exllamav2 cannot represent a zero point of 0 in gptq_v2 ({name})"
+    return ""
+
+
+def _groups_not_computed(info: ModelInfo) -> str:
+    layers = quantized_layers(info.tensors, "gptq")
+    sizes = {group_size_of(*rows_and_groups(parts)) for parts in layers.values() if rows_and_groups(parts)[1] > 1}
+    for size in {info.group_size} if info.group_size is not None else sizes:
+        if size & (size - 1) and size > 0:
+            return f"exllamav2 computes GPTQ group sizes that are powers of two, not {size}"
+        if 0 <= size < 32:
+            # Its kernels look for the next group at every 32nd row only: with groups of 16 logits were off by 120 %.
+            return f"exllamav2 computes GPTQ groups of 32 rows and more, not of {size}"
+    for name, parts in sample(layers).items():
+        # It sorts the rows by their groups, and then takes all groups to be of one size.
+        size = group_size_of(*rows_and_groups(parts))
+        if (groups := stored_groups(parts)) and sorted(groups) != [row // size for row in range(len(groups))]:
+            return f"exllamav2 computes GPTQ groups of one size, and those of {name} differ"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What the two packed formats share: checked access to their tensors, and the arithmetic from codes to weights.
+"""The arithmetic from codes to weights, which both packed formats share.
 
 Both keep a weight of `K` input and `N` output features with the inputs along the rows. A column's codes are little
 numbers written one after another, lowest bits first, into the 32-bit words of that column; words are stored as int32
@@ -8,13 +8,12 @@ one scale per column, and the weight is `(code - zero) * scale`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from exl_cli.errors import DamagedModelError
+from exl_cli.models.formats.quantized_layers import damaged
 
 # A block of this many weights keeps the intermediate tensors (five, of four bytes each) in or near the CPU's caches.
 BLOCK_WEIGHTS = 1 << 19
@@ -38,35 +37,6 @@ class Layout:
     shift: Tensor
     bits: Tensor
     group: Tensor
-
-
-def damaged(name: str, key: str, problem: str) -> DamagedModelError:
-    """Return the error for tensor `key` of the layer `name`, ready to raise."""
-    where = f"{name}.{key}" if name else key
-    return DamagedModelError(f"{where}: {problem}", "download the model again, or convert it anew")
-
-
-def require(tensors: Mapping[str, Tensor], key: str, dims: int, dtypes: tuple[torch.dtype, ...], name: str) -> Tensor:
-    """Return the tensor `key`, known to be there, not empty, with so many dimensions and one of the dtypes.
-
-    Raises:
-        DamagedModelError: where it is not.
-    """
-    if key not in tensors:
-        raise damaged(name, key, "the tensor is missing")
-    tensor = tensors[key]
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise damaged(name, key, f"expected {wanted}, found {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.dim() != dims or not tensor.numel():
-        raise damaged(name, key, f"expected {dims} dimensions, none of them 0, found shape {list(tensor.shape)}")
-    return tensor
-
-
-def require_shape(tensor: Tensor, shape: tuple[int, ...], key: str, name: str) -> None:
-    """Raise DamagedModelError unless the tensor has that shape."""
-    if tuple(tensor.shape) != shape:
-        raise damaged(name, key, f"expected shape {list(shape)}, found {list(tensor.shape)}")
 
 
 def require_finite(tensor: Tensor, key: str, name: str) -> None:

@@ -38,16 +38,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from exl_cli.models.formats.common import (
-    Layout,
-    damaged,
-    dequantize,
-    output,
-    require,
-    require_finite,
-    require_shape,
-    unpack_nibbles,
-)
+from exl_cli.models.formats.common import Layout, dequantize, output, require_finite, unpack_nibbles
+from exl_cli.models.formats.quantized_layers import damaged
 
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -58,17 +50,17 @@ def unpack(
     """Return the weight of a layer as `torch.nn.Linear` has it: [N, K], output features first.
 
     Args:
-        tensors: the layer's tensors as the module's docstring lists them; others, such as `bias`, are ignored.
+        tensors: the layer's tensors, of the types and shapes that `quantized_layers` requires.
         dtype: of the result. The arithmetic is float32 in any case.
         out: a tensor to fill instead of a new one; its dtype and device count, then. It may have up to 31 rows fewer
             than N: converters pad the output features to a multiple of 32, and the padding is left out.
         name: the layer's name, for error messages.
 
     Raises:
-        DamagedModelError: a tensor is missing, or has a shape, type or content that the format does not allow.
+        DamagedModelError: a tensor holds what the format does not allow, or the weight is not of the shape of `out`.
     """
-    words = require(tensors, "q_weight", 2, (torch.int32,), name)
-    scales = _scales(tensors, words.shape[1], name)
+    words = tensors["q_weight"]
+    scales = _scales(tensors, name)
     order = _order(tensors, name)
     bits, layout = _layout(tensors, len(scales), words, len(order), name)
     zeros = (1 << (bits - 1)).to(torch.float32)[:, None]
@@ -83,22 +75,17 @@ def _unsigned(tensor: Tensor) -> Tensor:
     return wide & 0xFFFF if tensor.dtype == torch.int16 else wide
 
 
-def _scales(tensors: Mapping[str, Tensor], columns: int, name: str) -> Tensor:
+def _scales(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the scale of every group and column, float32 [groups, N]."""
-    if columns % 8:
-        raise damaged(name, "q_weight", f"expected a multiple of 8 columns, found {columns}")
-    packed = require(tensors, "q_scale", 2, (torch.int32,), name)
-    require_shape(packed, (len(packed), columns // 8), "q_scale", name)
-    factor = require(tensors, "q_scale_max", 1, (torch.float16,), name)
-    require_shape(factor, (len(packed),), "q_scale_max", name)
+    factor = tensors["q_scale_max"]
     require_finite(factor, "q_scale_max", name)
-    steps = unpack_nibbles(packed).add_(1).square_().to(torch.float16)
+    steps = unpack_nibbles(tensors["q_scale"]).add_(1).square_().to(torch.float16)
     return (steps * (factor / 256)[:, None]).to(torch.float32)
 
 
 def _order(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the packed row of every input feature, int64 [K]."""
-    order = _unsigned(require(tensors, "q_invperm", 1, (torch.int32, torch.int16), name))
+    order = _unsigned(tensors["q_invperm"])
     if not torch.equal(order.sort().values, torch.arange(len(order))):
         raise damaged(name, "q_invperm", f"is not a permutation of 0 to {len(order) - 1}")
     return order
@@ -106,9 +93,7 @@ def _order(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _layout(tensors: Mapping[str, Tensor], groups: int, words: Tensor, rows: int, name: str) -> tuple[Tensor, Layout]:
     """Return the bits of every group, int64 [groups], and where the code of each packed row lies."""
-    table = require(tensors, "q_groups", 1, (torch.int16,), name)
-    require_shape(table, (2 * groups,), "q_groups", name)
-    bits, start = _unsigned(table).view(groups, 2).unbind(1)
+    bits, start = _unsigned(tensors["q_groups"]).view(groups, 2).unbind(1)
     height = _heights(bits, start, len(words), rows, name)
     group = torch.arange(groups).repeat_interleave(height)
     first = height.cumsum(0) - height

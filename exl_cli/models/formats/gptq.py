@@ -11,10 +11,9 @@ A layer of K input and N output features is stored as
 
 Weights. Row k of column n is `(code - zero) * scale` with the zero and the scale of row k's group.
 
-Zero points. Files whose config says `"checkpoint_format": "gptq"`, or does not say, store the zero less one
-(`zero_offset=1`); those of `"gptq_v2"` store the zero itself (`zero_offset=0`). A stored 15 of the older convention
-gives 16, as in exllamav2's kernels; some versions of AutoGPTQ made 0 of it. Symmetric models have zeros of 8
-throughout, which needs no care.
+Zero points. The original convention ("gptq") stores the zero less one (`zero_offset=1`), "gptq_v2" the zero itself
+(`zero_offset=0`). A stored 15 of the former gives 16, as in exllamav2's kernels; some versions of AutoGPTQ made 0 of
+it. Which of them a file follows `quantized_layers.gptq_settings` finds out.
 
 Groups. With act-order (`desc_act`) rows were quantized in the order of their importance but stay where they were, so
 that `g_idx` may name the groups in any order. Without, group g has the rows from g * group_size on; the last group
@@ -33,18 +32,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from exl_cli.models.formats.common import (
-    Layout,
-    damaged,
-    dequantize,
-    output,
-    require,
-    require_finite,
-    require_shape,
-    unpack_nibbles,
-)
-
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from exl_cli.models.formats.common import Layout, dequantize, output, require_finite, unpack_nibbles
+from exl_cli.models.formats.quantized_layers import damaged, group_size_of
 
 
 def unpack(
@@ -59,7 +48,7 @@ def unpack(
     """Return the weight of a layer as `torch.nn.Linear` has it: [N, K], output features first.
 
     Args:
-        tensors: the layer's tensors as the module's docstring lists them; others, such as `bias`, are ignored.
+        tensors: the layer's tensors, of the types and shapes that `quantized_layers` requires.
         zero_offset: what to add to the stored zero points: 1 for "gptq", 0 for "gptq_v2".
         group_size: rows in a group, -1 for all. It counts only where `g_idx` does not tell; None derives it from K
             and the number of groups.
@@ -69,14 +58,12 @@ def unpack(
         name: the layer's name, for error messages.
 
     Raises:
-        DamagedModelError: a tensor is missing, or has a shape, type or content that the format does not allow.
+        DamagedModelError: a tensor holds what the format does not allow, or the weight is not of the shape of `out`.
     """
-    words = require(tensors, "qweight", 2, (torch.int32,), name)
+    words, scales = tensors["qweight"], tensors["scales"]
     rows, columns = 8 * words.shape[0], words.shape[1]
-    scales = require(tensors, "scales", 2, SCALE_DTYPES, name)
-    require_shape(scales, (len(scales), columns), "scales", name)
     require_finite(scales, "scales", name)
-    zeros = _zeros(tensors, len(scales), columns, name) + zero_offset
+    zeros = unpack_nibbles(tensors["qzeros"]) + zero_offset
     group = _groups(tensors, len(scales), rows, group_size, name).to(words.device)
     out = output(out, (columns, rows), words, dtype, "qweight", name)
     row = torch.arange(rows, device=words.device)
@@ -84,46 +71,21 @@ def unpack(
     return dequantize(words, layout, zeros.to(torch.float32), scales.to(torch.float32), out)
 
 
-def _zeros(tensors: Mapping[str, Tensor], groups: int, columns: int, name: str) -> Tensor:
-    """Return the zero points as stored, int32 [groups, N]."""
-    packed = require(tensors, "qzeros", 2, (torch.int32,), name)
-    # The width of qzeros is the one place where a layer's own tensors tell how many bits a code has.
-    bits, odd = divmod(32 * packed.shape[1], columns)
-    if not odd and bits in (2, 3, 8):
-        raise damaged(name, "qzeros", f"belongs to {bits}-bit GPTQ weights, only 4 bits are supported")
-    if columns % 8:
-        raise damaged(name, "qweight", f"expected a multiple of 8 columns, found {columns}")
-    require_shape(packed, (groups, columns // 8), "qzeros", name)
-    return unpack_nibbles(packed)
-
-
 def _groups(tensors: Mapping[str, Tensor], groups: int, rows: int, group_size: int | None, name: str) -> Tensor:
     """Return the group of every row, int64 [K]."""
     if "g_idx" in tensors:
-        index = require(tensors, "g_idx", 1, (torch.int32, torch.int64), name)
-        require_shape(index, (rows,), "g_idx", name)
+        index = tensors["g_idx"]
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups:
             raise damaged(name, "g_idx", f"names groups {low} to {high}, scales has 0 to {groups - 1}")
         if high > 0:
             return index.to(torch.int64)
     if group_size is None:
-        group_size = _derive_group_size(rows, groups, name)
+        group_size = group_size_of(rows, groups)
+        if not group_size:
+            raise damaged(name, "scales", f"has {groups} groups, which cannot divide {rows} rows between them")
     elif group_size <= 0:
         group_size = rows
     if -(-rows // group_size) != groups:
         raise damaged(name, "scales", f"has {groups} groups, {rows} rows in groups of {group_size} need another number")
     return torch.arange(rows) // group_size
-
-
-def _derive_group_size(rows: int, groups: int, name: str) -> int:
-    """Return the number of rows in a group where all groups but the last have it.
-
-    Several sizes may fit. A power of two goes first, since quantizers offer hardly anything else and exllamav2 assumes
-    it; then groups of one size, then the smallest size.
-    """
-    least = -(-rows // groups)
-    for size in (1 << (least - 1).bit_length(), least):
-        if -(-rows // size) == groups:
-            return size
-    raise damaged(name, "scales", f"has {groups} groups, which cannot divide {rows} rows between them")

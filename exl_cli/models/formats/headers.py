@@ -7,6 +7,7 @@ each tensor name to `dtype`, `shape` and `data_offsets` (relative to the end of 
 from __future__ import annotations
 
 import json
+import math
 import stat
 import struct
 from dataclasses import dataclass
@@ -16,10 +17,17 @@ from typing import Any
 from exl_cli.errors import DamagedModelError, brief
 from exl_cli.models.config import refuse_pointer
 
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8"), 8),
+}
 # The format's own limit; a larger number is a file of another kind.
 _MAX_HEADER = 100_000_000
 # A file has some 100,000 where a model of many experts is quantized into one; twice as many keep a computer busy.
 _MAX_TENSORS = 150_000
+_MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class TensorHeader:
         shape: its dimensions.
         nbytes: bytes of data.
         file: the file it is in.
+        offset: byte of that file at which its data begins.
     """
 
     name: str
@@ -39,14 +48,25 @@ class TensorHeader:
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    offset: int = 0
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    def read(self, most: int) -> bytes:
+        """The first bytes of its data.
+
+        Raises:
+            DamagedModelError: the file cannot be read.
+        """
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self.offset)
+                return stream.read(min(most, self.nbytes))
+        except OSError as error:
+            raise _unreadable(self.file, error) from error
 
 
 def read_header(file: Path) -> list[TensorHeader]:
@@ -74,31 +94,51 @@ def read_header(file: Path) -> list[TensorHeader]:
                 raise _damaged(file, f"is truncated: {size:,} bytes, its header alone takes {8 + length:,}")
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise DamagedModelError(
-            f"cannot read {file}: {error.strerror or error}", "check the file's permissions"
-        ) from error
+        raise _unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
         raise _damaged(file, "has an unreadable header") from error
     if not isinstance(header, dict):
         raise _damaged(file, "has an unreadable header")
     if len(header) > _MAX_TENSORS:
         raise _damaged(file, f"describes {len(header):,} tensors, far more than any model has in a file")
-    tensors = [_tensor(file, name, entry) for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + sum(t.nbytes for t in tensors)
-    if expected != size:
-        state = "truncated" if size < expected else "longer than its header says"
-        raise _damaged(file, f"is {state}: {expected:,} bytes expected, {size:,} found")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(file, 8 + length, name, entry) for name, entry in header.items()]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            state = "overlap" if tensor.offset < end else "have a gap"
+            raise _damaged(file, f"is no safetensors file: its tensors {state} at {brief(tensor.name)!r}")
+        end += tensor.nbytes
+    if end != size:
+        state = "truncated" if size < end else "longer than its header says"
+        raise _damaged(file, f"is {state}: {end:,} bytes expected, {size:,} found")
     return tensors
 
 
-def _tensor(file: Path, name: str, entry: Any) -> TensorHeader:
+def _tensor(file: Path, start: int, name: str, entry: Any) -> TensorHeader:
+    """The tensor that an entry of the header describes, where the data begins at byte `start` of the file."""
     try:
         begin, end = entry["data_offsets"]
-        shape = tuple(int(size) for size in entry["shape"])
-        return TensorHeader(name, str(entry["dtype"]), shape, int(end) - int(begin), file)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        numbers = (*shape, begin, end - begin)
+        if (
+            not isinstance(dtype, str)
+            or len(shape) > _MAX_DIMENSIONS
+            or any(type(n) is not int or n < 0 for n in numbers)
+        ):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"describes tensor {brief(name)!r} in a way that cannot be read") from error
+    tensor = TensorHeader(name, dtype, shape, end - begin, file, start + begin)
+    if dtype in _BITS and _BITS[dtype] * tensor.numel != 8 * tensor.nbytes:
+        size = f"{tensor.nbytes:,} bytes for {brief(str(list(shape)))} of {dtype}"
+        raise _damaged(file, f"gives tensor {brief(name)!r} {size}")
+    return tensor
 
 
 def _damaged(file: Path, what: str) -> DamagedModelError:
     return DamagedModelError(f"{file} {what}", "download the file again")
+
+
+def _unreadable(file: Path, error: OSError) -> DamagedModelError:
+    return DamagedModelError(f"cannot read {file}: {error.strerror or error}", "check the file's permissions")
