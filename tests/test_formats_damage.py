@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,18 @@ from torch import Tensor
 
 from exl_cli.errors import DamagedModelError
 from exl_cli.models.formats import gptq
+from exl_cli.models.formats.headers import TensorHeader
+from exl_cli.models.formats.quantized_layers import quantized_layers
 
 LAYER = "model.layers.0.mlp.up_proj"
+
+_DTYPES = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
 
 Damage = Callable[[dict[str, Tensor]], object]
 
@@ -39,13 +50,13 @@ def remove(key: str) -> Damage:
 # The layer has 64 rows of 6 bits, 64 of 5 and 72 of 4, which begin at rows 0, 12 and 22 of q_weight's 31.
 EXL2_DAMAGE: list[tuple[str, Damage, str]] = [
     *((key, remove(key), "missing") for key in ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm")),
-    ("q_weight", replace("q_weight", lambda t: t.long()), "expected int32, found int64"),
+    ("q_weight", replace("q_weight", lambda t: t.long()), "expected I32, found I64"),
     ("q_weight", replace("q_weight", lambda t: t[0]), "expected 2 dimensions, none of them 0, found shape [64]"),
     ("q_weight", replace("q_weight", lambda t: t[:, :0]), "found shape [31, 0]"),
     ("q_weight", replace("q_weight", lambda t: t[:, :60]), "a multiple of 8 columns, found 60"),
     ("q_scale", replace("q_scale", lambda t: t[:, 1:]), "expected shape [3, 8], found [3, 7]"),
-    ("q_scale_max", replace("q_scale_max", lambda t: t[1:]), "expected shape [3], found [2]"),
-    ("q_scale_max", replace("q_scale_max", lambda t: t.float()), "expected float16, found float32"),
+    ("q_scale", replace("q_scale_max", lambda t: t[1:]), "expected shape [2, 8], found [3, 8]"),
+    ("q_scale_max", replace("q_scale_max", lambda t: t.float()), "expected F16, found F32"),
     ("q_scale_max", put("q_scale_max", 1, math.nan), "not finite"),
     ("q_groups", replace("q_groups", lambda t: t[:-1]), "expected shape [6], found [5]"),
     ("q_groups", put("q_groups", 2, 7), "group 1 has 7 bits"),
@@ -62,33 +73,39 @@ EXL2_DAMAGE: list[tuple[str, Damage, str]] = [
     ("q_invperm", put("q_invperm", 0, 200), "not a permutation of 0 to 199"),
     ("q_invperm", replace("q_invperm", lambda t: t % 199), "not a permutation"),
     ("q_invperm", replace("q_invperm", lambda t: -t), "not a permutation"),
-    ("q_invperm", replace("q_invperm", lambda t: t.float()), "expected int32 or int16, found float32"),
+    ("q_invperm", replace("q_invperm", lambda t: t.float()), "expected I16 or I32, found F32"),
 ]
 
 # The layer has 200 rows in groups of 64, four of them.
 GPTQ_DAMAGE: list[tuple[str, Damage, str]] = [
     *((key, remove(key), "missing") for key in ("qweight", "qzeros", "scales")),
-    ("qweight", replace("qweight", lambda t: t.short()), "expected int32, found int16"),
+    ("qweight", replace("qweight", lambda t: t.short()), "expected I32, found I16"),
     ("qweight", replace("qweight", lambda t: t.flatten()), "expected 2 dimensions"),
-    ("scales", replace("scales", lambda t: t.int()), "expected float16 or bfloat16 or float32, found int32"),
+    ("scales", replace("scales", lambda t: t.int()), "expected F16 or BF16 or F32, found I32"),
     ("scales", replace("scales", lambda t: t[:, 1:]), "expected shape [4, 64], found [4, 63]"),
     ("scales", put("scales", (2, 5), math.inf), "not finite"),
     ("qzeros", replace("qzeros", lambda t: t[1:]), "expected shape [4, 8], found [3, 8]"),
     ("qzeros", replace("qzeros", lambda t: t[:, 1:]), "expected shape [4, 8], found [4, 7]"),
-    ("qzeros", replace("qzeros", lambda t: t.repeat(1, 2)), "belongs to 8-bit GPTQ weights"),
-    ("qzeros", replace("qzeros", lambda t: t[:, :6]), "belongs to 3-bit GPTQ weights"),
-    ("qzeros", replace("qzeros", lambda t: t[:, :4]), "belongs to 2-bit GPTQ weights"),
+    ("scales", replace("qweight", lambda t: t[:, :60]), "expected shape [4, 60], found [4, 64]"),
     ("g_idx", replace("g_idx", lambda t: t[1:]), "expected shape [200], found [199]"),
     ("g_idx", put("g_idx", 7, 4), "names groups 0 to 4, scales has 0 to 3"),
     ("g_idx", put("g_idx", 7, -1), "names groups -1 to 3"),
-    ("g_idx", replace("g_idx", lambda t: t.float()), "expected int32 or int64, found float32"),
+    ("g_idx", replace("g_idx", lambda t: t.float()), "expected I32 or I64, found F32"),
 ]
 
 
-def check_damage(tensors: dict[str, Tensor], unpack: Unpack, damage: Damage, key: str, message: str) -> None:
+def read(format_: str, tensors: dict[str, Tensor], unpack: Unpack) -> None:
+    """Read a layer as both engines do: its header before any weight."""
+    shown = {f"{LAYER}.{key}": (_DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    quantized_layers({name: TensorHeader(name, *each, 0, Path()) for name, each in shown.items()}, format_)
+    unpack(tensors, name=LAYER)
+
+
+def check_damage(format_: str, layer: tuple[dict[str, Tensor], Unpack], damage: Damage, key: str, message: str) -> None:
+    tensors, unpack = layer
     damage(tensors)
     with pytest.raises(DamagedModelError) as caught:
-        unpack(tensors, name=LAYER)
+        read(format_, tensors, unpack)
     assert caught.value.message.startswith(f"{LAYER}.{key}: ")
     assert message in caught.value.message
     assert "\n" not in caught.value.message
@@ -96,22 +113,12 @@ def check_damage(tensors: dict[str, Tensor], unpack: Unpack, damage: Damage, key
 
 @pytest.mark.parametrize(("key", "damage", "message"), EXL2_DAMAGE)
 def test_damaged_exl2_layers(key: str, damage: Damage, message: str) -> None:
-    check_damage(*an_exl2_layer(), damage, key, message)
+    check_damage("exl2", an_exl2_layer(), damage, key, message)
 
 
 @pytest.mark.parametrize(("key", "damage", "message"), GPTQ_DAMAGE)
 def test_damaged_gptq_layers(key: str, damage: Damage, message: str) -> None:
-    check_damage(*a_gptq_layer(), damage, key, message)
-
-
-def test_gptq_columns_come_in_eights() -> None:
-    tensors = {
-        "qweight": torch.zeros(4, 12, dtype=torch.int32),
-        "qzeros": torch.zeros(1, 1, dtype=torch.int32),
-        "scales": torch.ones(1, 12),
-    }
-    with pytest.raises(DamagedModelError, match=r"^qweight: expected a multiple of 8 columns, found 12; "):
-        gptq.unpack(tensors, zero_offset=1)
+    check_damage("gptq", a_gptq_layer(), damage, key, message)
 
 
 @pytest.mark.parametrize(
