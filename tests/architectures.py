@@ -7,7 +7,9 @@ config object and the weights come from here, not from the folder, and nothing g
     python tests/architectures.py DIR [--only GLOB] [--format gptq]
 
 writes all folders, each with an `expected.npz`: for prompt i `ids{i}`, `logits{i}`, the logits of every position, and
-`greedy{i}`, the greedy continuation, with `gaps{i}`, how far behind the second choice was at each of its tokens.
+`greedy{i}`, the greedy continuation, with `gaps{i}`, how far behind the second choice was at each of its tokens: 0 from
+a near tie of a router on. Where the rotary embedding depends on the length, `steps{i}` holds the logits of each
+position as the last of its prefix.
 
 Not to be generated, since transformers has no class of them nor one that computes the same: GemMoE.
 """
@@ -50,7 +52,7 @@ GROUP = 32
 LENGTHS = (24, 100)
 NEW_TOKENS = 24
 # A router's choice closer than this may fall the other way in float16, and what follows is another text.
-ROUTER_GAP = 0.1
+ROUTER_GAP = 0.05
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def qwen2(**more: Any) -> Config:
 
 
 def moe(**more: Any) -> Config:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": GROUP * 2}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": GROUP * 2}
     return text("qwen3_moe", **{**experts, "norm_topk_prob": True, **more})
 
 
@@ -239,7 +241,7 @@ def gemma(model_type: str, **more: Any) -> Config:
 
 
 def gemma2(**more: Any) -> Config:
-    caps = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+    caps = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
     return gemma("gemma2", **{**caps, "sliding_window": WINDOW, "num_hidden_layers": 4, **more})
 
 
@@ -248,7 +250,7 @@ def gemma3(**more: Any) -> Config:
         "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
-    own = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW, "rope_parameters": parameters}
+    own = {"query_pre_attn_scalar": 8, "sliding_window": WINDOW, "rope_parameters": parameters}
     return gemma("gemma3_text", **{**own, "num_hidden_layers": 6, **more})
 
 
@@ -346,8 +348,13 @@ def flat_vl(version: str) -> Config:
     """Qwen 2's vision models as published: the text model's keys stand at the top, no object of their own."""
     body = older(qwen_vl(version)["text_config"])
     body.pop("model_type")
+    vision = {key: value for key, value in qwen_vl(version)["vision_config"].items() if key != "model_type"}
+    patches = {"patch_size": 14, "spatial_patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"in_chans": 3, **patches}
+    if version == "2_5":
+        vision |= {"hidden_act": "silu", "fullatt_block_indexes": [0], "window_size": 112, "tokens_per_second": 2}
     scaling = {"type": "mrope", "mrope_section": [4, 6, 6]}
-    return {"text_config": None, **body, "rope_theta": 1000000.0, "rope_scaling": scaling}
+    return {"text_config": None, "vision_config": vision, **body, "rope_theta": 1000000.0, "rope_scaling": scaling}
 
 
 LLAMA3 = rope(
@@ -358,7 +365,7 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=ORIGINAL,
 )
-YARN_KEYS = yarn(attention_factor=1.3, beta_fast=16.0, beta_slow=2.0)
+YARN_KEYS = yarn(attention_factor=1.3, beta_fast=2.0, beta_slow=0.25)
 WINDOWED = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 SCALES = {"embedding_multiplier": 12.0, "attention_multiplier": HEAD_DIM**-0.5, "logits_scaling": HIDDEN / 16}
 DEPTH = {"residual_multiplier": 1.4 / LAYERS**0.5}
@@ -708,7 +715,7 @@ def _random(kind: str) -> State:
             elif parameter is model.get_input_embeddings().weight:
                 values = rng.normal(0, embedding, shape)
             else:
-                values = rng.normal(0, 0.6 if _ROUTER.search(name) else KINDS[kind].scale, shape)
+                values = rng.normal(0, 0.3 if _ROUTER.search(name) else KINDS[kind].scale, shape)
             parameter.copy_(torch.from_numpy(values))
     state = revert_weight_conversion(model, model.state_dict())
     head = model.get_output_embeddings().weight
@@ -770,11 +777,25 @@ def make(kind: str, folder: Path, fmt: str = "gptq") -> Path:
     (folder / "config.json").write_text(json.dumps(written, indent=1))
     tensors = {name: tensor.contiguous() for name, tensor in weights(kind, fmt).stored.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if hasattr(config, "vision_config"):
+        images = {**PREPROCESSOR[config.vision_config.model_type], **_IMAGES}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder
 
 
+_IMAGES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255}
+_PIXELS = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 784, "max_pixels": 7840}
+PREPROCESSOR: dict[str, Config] = {
+    "siglip_vision_model": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}}
+    | _IMAGES,
+    "pixtral": {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 28}, "patch_size": 14}
+    | _IMAGES,
+    "clip_vision_model": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}} | _IMAGES,
+    "qwen2_vl_vision": {"image_processor_type": "Qwen2VLImageProcessor"} | _IMAGES | _PIXELS,
+    "qwen2_5_vl_vision": {"image_processor_type": "Qwen2VLImageProcessor"} | _IMAGES | _PIXELS,
+}
 SPECIAL = ("<s>", "</s>", "<pad>", "<image>", "<video>", "<vision>", "</vision>", "<unk>")
 
 
@@ -859,12 +880,17 @@ def step_reference(kind: str, fmt: str, ids: Sequence[int], start: int = 0) -> T
 
 
 def greedy(kind: str, fmt: str, ids: Sequence[int], count: int = NEW_TOKENS) -> tuple[list[int], list[float]]:
-    """The most probable continuation, and how far behind the second choice was at each of its tokens."""
+    """The most probable continuation, and its `gaps`: see the module's first lines."""
     tokens, gaps = list(ids), []
     for _ in range(count):
         best = reference(kind, fmt, tokens)[-1].topk(2)
         tokens.append(int(best.indices[0]))
         gaps.append(float(best.values[0] - best.values[1]))
+    routing = _router_gaps(kind, fmt, tokens)
+    if routing is not None:
+        # From a near tie of the router on, another text is as right.
+        open_from = (routing[len(ids) - 1 : -1] < ROUTER_GAP / 2).int().cummax(0).values
+        gaps = [0.0 if is_open else gap for gap, is_open in zip(gaps, open_from.tolist(), strict=True)]
     return tokens[len(ids) :], gaps
 
 

@@ -1,6 +1,7 @@
 """Every kind of tiny model on one engine against transformers' float32 logits.
 
-    PYTHONPATH=.:tests python tests/gpu/architecture_table.py [--only GLOB] [--format gptq] [--engine cpu] [--folders DIR]
+    PYTHONPATH=.:tests python tests/gpu/architecture_table.py [--only GLOB] [--format FORMAT] [--engine cpu]
+                                                              [--folders DIR]
 
 prints a line for each: relative L2 of the logits, the whole prompt at once and token by token through the cache,
 how many greedy tokens are transformers', and whose kernels ran; or the sentence with which the engine refuses.
