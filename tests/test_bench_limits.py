@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
-from exl_cli.bench import limits, perplexity
+from exl_cli.bench import limits, measure
 from exl_cli.bench.machine import Watch
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Probe
@@ -234,7 +234,7 @@ def test_the_probe_measures_this_machine() -> None:
 @pytest.mark.parametrize(("length", "window", "stride"), [(2, 8, 4), (8, 8, 4), (9, 8, 4), (37, 8, 4), (100, 8, 3)])
 def test_windows_predict_every_token_once(length: int, window: int, stride: int) -> None:
     predicted: list[int] = []
-    for begin, end, count in perplexity.windows(length, window, stride):
+    for begin, end, count in measure.windows(length, window, stride):
         assert end - begin <= window
         assert begin == 0 or end - count - begin >= window - stride  # the context that even its first token has
         predicted += range(end - count, end)
@@ -263,14 +263,14 @@ def test_perplexity_of_a_known_distribution(tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
     engine = StepEngine(context_length=8)
     thread = EngineThread(engine)
-    found = perplexity.perplexity(thread, Numbers(), tmp_path / "text", lambda *at: progress.append(at))  # type: ignore[arg-type]
+    found = measure.perplexity(thread, Numbers(), tmp_path / "text", lambda *at: progress.append(at))  # type: ignore[arg-type]
     thread.close()
     nlls = [-math.log(2 / 51)] * 19 + [-math.log(1 / 51)] * 10
     assert found.tokens == 29
     assert found.mean_nll == pytest.approx(np.mean(nlls), rel=1e-5)
     assert found.value == pytest.approx(math.exp(np.mean(nlls)), rel=1e-5)
     assert found.error == pytest.approx(found.value * np.std(nlls, ddof=1) / math.sqrt(29), rel=1e-5)
-    assert (found.window, found.stride, found.step, engine.step_asked) == (8, 4, perplexity.STEP, perplexity.STEP)
+    assert (found.window, found.stride, found.step, engine.step_asked) == (8, 4, measure.STEP, measure.STEP)
     assert progress[-1] == (29, 29)
 
 
@@ -280,7 +280,7 @@ def test_perplexity_of_the_built_in_model(exl2_dir: Path, tmp_path: Path) -> Non
     engine = EngineThread(loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder()))
     text = "Once upon a time there was a girl who lived in a small house near the forest."
     (tmp_path / "text").write_text(text)
-    found = perplexity.perplexity(engine, tokenizer, tmp_path / "text", lambda *_: None)
+    found = measure.perplexity(engine, tokenizer, tmp_path / "text", lambda *_: None)
     ids = tokenizer.encode(text, add_special_tokens=True)
     logits = engine.logits(ids).double().numpy()
     nlls = [
@@ -298,4 +298,4 @@ def test_texts_that_have_no_perplexity(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("one", "1 tokens"), ("bytes", "not UTF-8"), ("none", "No such file")):
         with pytest.raises(PromptError, match=words):
-            perplexity.perplexity(EngineThread(PacedEngine()), Numbers(), tmp_path / name, lambda *_: None)  # type: ignore[arg-type]
+            measure.perplexity(EngineThread(PacedEngine()), Numbers(), tmp_path / name, lambda *_: None)  # type: ignore[arg-type]

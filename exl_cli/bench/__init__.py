@@ -2,9 +2,9 @@
 
 | module | holds |
 |---|---|
-| `plan` | settings, the tests of a run, their order and prompts; a worker's job |
-| `measure`, `perplexity` | one repetition of one test, through the engine's stream; the quality beside the speed |
-| `worker`, `runner` | a model with a cache type, from import to the last test; the run as a whole |
+| `plan` | settings, the tests of a run, their order and prompts; a process's job |
+| `runner` | the run as a whole, and the process that measures a model with a cache type |
+| `measure` | one repetition of one test, through the engine's stream; the quality beside the speed |
 | `machine` | the machine, and its GPUs while they work |
 | `result`, `limits` | the records and their statistics; what the hardware allows, and what holds a test back |
 | `outputs` | JSON and back (`schema.json` is the published schema), JSON lines, CSV, Markdown, files |

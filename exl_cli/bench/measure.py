@@ -1,6 +1,6 @@
-"""One repetition of one test, through an engine's stream, as any user of it would see it.
+"""What is measured: one repetition of one test, the kernels of a generation, the perplexity of a text.
 
-What is timed, by the kind of test:
+A repetition goes through an engine's stream, as any user of it would see it. What is timed, by the kind of test:
 
 - a prompt: what the engine reports as the evaluation of the prompt, up to the moment the device has finished;
 - a generation: from the arrival of the first new token to the arrival of the last: every timed token is one forward
@@ -13,22 +13,30 @@ Choosing and tokenizing the prompt is in none of them.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import queue
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench.plan import Case
-from exl_cli.bench.result import Sample
+from exl_cli.bench.result import Perplexity, Sample, deviation, mean
 from exl_cli.engines.base import Chunk, Request, Summary
-from exl_cli.errors import EngineError, param
+from exl_cli.errors import EngineError, PromptError, brief, param
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.system.files import expanded, read_file
 
 Energy = Callable[[], "float | None"]
 
 # Tokens whose kernels are traced.
 _TRACED = 16
+
+WINDOW = 1024
+# Few enough rows for the kernels that generation uses, and whole blocks of a quantized cache.
+STEP = 8
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,13 @@ class _Mark:
     joules: float | None
 
 
-@dataclass
-class _Trace:
-    """When the tokens of one request came."""
-
-    arrivals: list[int] = field(default_factory=list)
-    summary: Summary | None = None
-
-
-def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energy: Energy = lambda: None) -> Sample:
+def measure(
+    engine: EngineThread,
+    test: Case,
+    requests: Sequence[Request],
+    energy: Energy = lambda: None,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Sample:
     """Run a test once.
 
     Args:
@@ -56,12 +62,13 @@ def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energ
         test: what is run.
         requests: one for each of the test's parallel requests, with `test.prompt_ids` and `test.new_tokens` tokens.
         energy: joules that the GPUs have taken since some moment.
+        clock: in nanoseconds; read in the engine's thread when it delivers.
 
     Raises:
         EngineError: the engine stopped early, or did not compute the requests at the same time.
     """
-    traces, start, begin, end = _run(engine, requests, energy)
-    summaries = [trace.summary for trace in traces if trace.summary is not None]
+    arrivals, summaries, start, begin, end = _run(engine, requests, energy, clock)
+    scale = 1.0
     if test.kind == "prompt":
         begin, end = start, begin
         ns = round(max(summary.prompt_seconds for summary in summaries) * 1e9)
@@ -69,74 +76,81 @@ def measure(engine: EngineThread, test: Case, requests: Sequence[Request], energ
         begin = start
         ns = end.at - start.at
     else:
-        ns = round((end.at - begin.at) * test.tokens / _inside(traces, begin.at, end.at))
+        ns = round(test.tokens / _pace(arrivals, begin.at, end.at))
+        scale = ns / (end.at - begin.at)
     if ns <= 0:
         raise EngineError(f"the engine gave no time for {test.name}", "report it: its numbers cannot be trusted")
-    steps = (after - before for trace in traces for before, after in itertools.pairwise(trace.arrivals))
+    steps = (after - before for times in arrivals for before, after in itertools.pairwise(times))
     return Sample(
         ns=ns,
-        ttft_ns=max(trace.arrivals[0] for trace in traces) - start.at,
+        ttft_ns=max(times[0] for times in arrivals) - start.at,
         itl_ns=() if test.kind == "prompt" else tuple(steps),
         reused_tokens=sum(summary.reused_tokens for summary in summaries),
-        joules=None if begin.joules is None or end.joules is None else end.joules - begin.joules,
+        joules=None if begin.joules is None or end.joules is None else (end.joules - begin.joules) * scale,
         cpu_share=1e9 * (end.cpu - begin.cpu) / (end.at - begin.at) if end.at > begin.at else 0.0,
         drafted_tokens=sum(summary.drafted_tokens for summary in summaries),
         accepted_tokens=sum(summary.accepted_tokens for summary in summaries),
     )
 
 
-def _run(engine: EngineThread, requests: Sequence[Request], energy: Energy) -> tuple[list[_Trace], _Mark, _Mark, _Mark]:
+def _run(
+    engine: EngineThread, requests: Sequence[Request], energy: Energy, clock: Callable[[], int]
+) -> tuple[list[list[int]], list[Summary], _Mark, _Mark, _Mark]:
     """Run all requests at once, and note when their tokens arrive, in the order in which the engine delivers them.
 
     Returns:
-        What came when, and three moments: the call, and the begin and end of the time in which all requests generate,
-        from the last one's first token to the first one's last.
+        When each request's tokens came, their summaries, and three moments: the call, and the begin and end of the time
+        in which all requests generate, from the last one's first token to the first one's last.
     """
     inbox: queue.SimpleQueue[tuple[int, int, Chunk | BaseException]] = queue.SimpleQueue()
 
     def deliver_to(index: int) -> Callable[[Chunk | BaseException], None]:
         # The time is taken in the engine's thread: this one may have to wait for its turn.
-        return lambda item: inbox.put((index, time.perf_counter_ns(), item))
+        return lambda item: inbox.put((index, clock(), item))
 
-    traces = [_Trace() for _ in requests]
-    begin = end = None
+    arrivals: list[list[int]] = [[] for _ in requests]
+    summaries: list[Summary] = []
     joules, cpu = energy(), time.process_time()
-    start = _Mark(time.perf_counter_ns(), cpu, joules)
+    begin = end = start = _Mark(clock(), cpu, joules)
     ids = [engine.submit(request, deliver_to(index)) for index, request in enumerate(requests)]
     try:
-        while any(trace.summary is None for trace in traces):
+        while len(summaries) < len(requests):
             index, now, chunk = inbox.get()
             if isinstance(chunk, BaseException):
                 raise chunk
-            trace, most = traces[index], requests[index].max_new_tokens
+            times, most = arrivals[index], requests[index].max_new_tokens
             if chunk.token_ids:
-                if begin is None and all(other.arrivals for other in traces if other is not trace):
+                times += [now] * len(chunk.token_ids)
+                if begin is start and all(arrivals):
                     begin = _Mark(now, time.process_time(), energy())
-                trace.arrivals += [now] * len(chunk.token_ids)
-                if end is None and len(trace.arrivals) >= most:
+                if end is start and len(times) >= most:
                     end = _Mark(now, time.process_time(), energy())
-            trace.summary = chunk.summary
-            if trace.summary is not None and len(trace.arrivals) < most:
-                problem = f"the engine ended after {len(trace.arrivals)} of {most} tokens"
-                raise EngineError(problem, "report it: nothing should end a benchmark's generation early")
+            if chunk.summary is not None:
+                summaries.append(chunk.summary)
+                if len(times) < most:
+                    problem = f"the engine ended after {len(times)} of {most} tokens"
+                    raise EngineError(problem, "report it: nothing should end a benchmark's generation early")
     except BaseException:
         for id_ in ids:
             engine.cancel(id_)
         raise
-    if begin is None or end is None:
-        raise RuntimeError("a stream ended without its tokens")
-    return traces, start, begin, end
+    return arrivals, summaries, start, begin, end
 
 
-def _inside(traces: Sequence[_Trace], begin: int, end: int) -> int:
-    """New tokens that came after `begin`, up to `end`."""
-    count = sum(
-        bisect.bisect_right(trace.arrivals, end) - bisect.bisect_right(trace.arrivals, begin) for trace in traces
-    )
-    if count <= 0:
-        problem = "the engine computed the requests one after the other, not at the same time"
-        raise EngineError(problem, f"use {param('batch')} 1")
-    return count
+def _pace(arrivals: Sequence[Sequence[int]], begin: int, end: int) -> float:
+    """Tokens per nanosecond of all requests, while all of them generate.
+
+    A pass delivers its tokens one after the other, so `begin` and `end` lie among the deliveries of a pass. Therefore
+    each request is taken from its own token nearest to `begin` to the one nearest to `end`: whole passes.
+    """
+    pace = 0.0
+    for times in arrivals:
+        first, last = (min(times, key=lambda time: abs(time - moment)) for moment in (begin, end))
+        if last <= first:
+            problem = "the engine computed the requests one after the other, not at the same time"
+            raise EngineError(problem, f"use {param('batch')} 1")
+        pace += (bisect.bisect_right(times, last) - bisect.bisect_right(times, first)) / (last - first)
+    return pace
 
 
 def trace_kernels(engine: EngineThread, request: Request) -> tuple[float, float] | None:
@@ -154,3 +168,65 @@ def trace_kernels(engine: EngineThread, request: Request) -> tuple[float, float]
     traced = clock.stop()
     chunks.close()
     return None if traced is None else (1e9 * traced[0] / (count - 1), traced[1] / (count - 1))
+
+
+def read_text(file: Path) -> tuple[str, str]:
+    """A text and the SHA-256 of its file.
+
+    Raises:
+        PromptError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        data = read_file(expanded(file), pipes=True)
+        return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()
+    except OSError as error:
+        problem = f"cannot read {brief(str(file))}: {error.strerror or error}"
+        raise PromptError(problem, f"check {param('perplexity')}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file} is not UTF-8 text: byte {error.start}", "convert it with iconv -t UTF-8") from error
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """First token, end and count of tokens to predict of each window over a text of so many tokens."""
+    predicted = 1  # nothing comes before the first token
+    for begin in itertools.count(0, stride):
+        if predicted >= length:
+            return
+        end = min(begin + window, length)
+        yield begin, end, end - predicted
+        predicted = end
+
+
+def perplexity(
+    engine: EngineThread, tokenizer: Tokenizer, file: Path, progress: Callable[[int, int], None]
+) -> Perplexity:
+    """Evaluate a text: the quality beside the speed.
+
+    A window slides over the text by half its length; of each window only the tokens that no earlier window has
+    predicted count, so that each (but those of the first window) is predicted from at least half a window of context.
+    This is the strided evaluation of transformers' documentation ("Perplexity of fixed-length models").
+
+    Args:
+        engine: a loaded model.
+        tokenizer: its tokenizer.
+        file: the text.
+        progress: called with (tokens predicted, tokens in all).
+
+    Raises:
+        PromptError: the file cannot be read or has fewer than two tokens.
+    """
+    from exl_cli.engines.scoring import log_likelihoods
+
+    text, digest = read_text(file)
+    ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=True)
+    if len(ids) < 2:
+        raise PromptError(f"{file} has {len(ids)} tokens", "perplexity needs two at least")
+    window = min(WINDOW, engine.context_length)
+    stride = max(window // 2, 1)
+    step = STEP if engine.has_cached_scoring else 0
+    losses: list[float] = []
+    for begin, end, count in windows(len(ids), window, stride):
+        losses += [-value for value in log_likelihoods(engine, ids[begin:end], count, STEP)]
+        progress(len(losses), len(ids) - 1)
+    error = deviation(losses) / len(losses) ** 0.5
+    return Perplexity(str(file), digest, len(losses), window, stride, step, mean(losses), error)

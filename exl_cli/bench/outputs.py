@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from exl_cli.bench import limits
-from exl_cli.bench.result import Measured, Perplexity, Result, Run, deviation, mean, percentile, read
+from exl_cli.bench.result import Measured, Perplexity, Result, Run, Sample, deviation, mean, percentile
 from exl_cli.errors import DiskError, ExlError, UsageError, brief, param, spell
 from exl_cli.system.files import expanded, is_folder, read_file, write_atomically
 
@@ -77,7 +77,7 @@ def to_json(result: Result) -> dict[str, Any]:
         "partial": result.partial,
         "started": result.started,
         "seconds": round(result.seconds, 3),
-        "settings": asdict(result.settings),
+        "settings": dataclasses.asdict(result.settings),
         "sampling": result.sampling,
         "method": list(METHOD),
         "environment": result.environment,
@@ -95,15 +95,14 @@ def tests_json(result: Result) -> list[dict[str, Any]]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    value = asdict(run)
+    value = dataclasses.asdict(run)
     del value["tests"]
     value["load_seconds"] = round(run.load_seconds, 6)
-    for name, computed in (
-        ("cold", ("first_token_seconds", "start_to_token_seconds", "generation_rate")),
-        ("perplexity", ("value", "error")),
-    ):
-        if record := getattr(run, name):
-            value[name] |= {part: getattr(record, part) for part in computed}
+    if run.cold:
+        computed = "first_token_seconds", "start_to_token_seconds", "generation_rate"
+        value["cold"] |= {name: getattr(run.cold, name) for name in computed}
+    if run.perplexity:
+        value["perplexity"] |= {"value": run.perplexity.value, "error": run.perplexity.error}
     return value
 
 
@@ -145,13 +144,11 @@ def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, An
         "joules_per_token": entry.joules_per_token,
         "samples_joules": [sample.joules for sample in samples],
         "samples_cpu_share": [round(sample.cpu_share, 3) for sample in samples],
-        "samples_reused_tokens": [sample.reused_tokens for sample in samples],
-        "samples_drafted_tokens": [sample.drafted_tokens for sample in samples],
-        "samples_accepted_tokens": [sample.accepted_tokens for sample in samples],
-        "step_bytes": entry.step_bytes,
-        "flops": entry.flops,
-        "kernel_ns": entry.kernel_ns,
-        "kernels": entry.kernels,
+        **{
+            f"samples_{name}": [getattr(sample, name) for sample in samples]
+            for name in ("reused_tokens", "drafted_tokens", "accepted_tokens")
+        },
+        **{name: getattr(entry, name) for name in ("step_bytes", "flops", "kernel_ns", "kernels")},
         "limit": limit and limit.what,
         "limit_ns": limit and limit.ns,
         "share_of_limit": limit and limit.share,
@@ -166,54 +163,50 @@ def latency(entry: Measured) -> dict[str, int | None]:
     return {name: round(percentile(steps, percent)) if steps else None for name, percent in percents.items()}
 
 
-def from_json(value: Any, source: str) -> Result:
-    """A result from what `to_json` gave; `source` is what to call it in an error.
-
-    Raises:
-        UsageError: it is something else, or of a schema that this version does not know.
-    """
-    if not isinstance(value, dict) or "schema" not in value or "tests" not in value:
-        raise UsageError(f"{source} is not a result of exl bench", "give a file written by exl bench -o json")
-    if value["schema"] != SCHEMA:
-        problem = f"{source} is written in schema {value['schema']}, this exl reads schema {SCHEMA}"
-        raise UsageError(problem, "run the benchmark again")
-    try:
-        runs = [
-            {**run, "tests": [_measured(test) for test in value["tests"] if test["run"] == index]}
-            for index, run in enumerate(value["runs"])
-        ]
-        return read(Result, {**{field.name: value[field.name] for field in fields(Result)}, "runs": runs})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__} {error}"
-        if details := getattr(error, "errors", None):  # pydantic's, which takes a paragraph to say all of it
-            first = details()[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UsageError(f"{source} is damaged: {problem}", "run the benchmark again") from error
-
-
-def _measured(test: dict[str, Any]) -> dict[str, Any]:
-    columns = ["ns", "ttft_ns", "itl_ns", "reused_tokens", "joules", "cpu_share"]
-    # Files written before there was speculation do not have these.
-    columns += [name for name in ("drafted_tokens", "accepted_tokens") if f"samples_{name}" in test]
-    rows = zip(*(test[f"samples_{column}"] for column in columns), strict=True)
-    samples = [dict(zip(columns, row, strict=True)) for row in rows]
-    return {**test, "test": test, "time": test["test_time"], "samples": samples}
-
-
 def load(path: Path) -> Result:
-    """A result from a file.
+    """A result from a file that holds what `to_json` gives.
 
     Raises:
-        UsageError: it cannot be read, or is not a result.
+        UsageError: it cannot be read, is something else, or of a schema that this version does not know.
     """
+    again, written = "run the benchmark again", "give a file written by exl bench -o json"
     try:
         value = json.loads(read_file(expanded(path), pipes=True).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {brief(str(path))}: {error.strerror or error}", "check the path") from error
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UsageError(f"{path} is not JSON: {problem}", "give a file written by exl bench -o json") from error
-    return from_json(value, str(path))
+        raise UsageError(f"{path} is not JSON: {problem}", written) from error
+    if not isinstance(value, dict) or "schema" not in value or "tests" not in value:
+        raise UsageError(f"{path} is not a result of exl bench", written)
+    if value["schema"] != SCHEMA:
+        raise UsageError(f"{path} is written in schema {value['schema']}, this exl reads schema {SCHEMA}", again)
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        runs = [
+            {**run, "tests": [_measured(test) for test in value["tests"] if test["run"] == index]}
+            for index, run in enumerate(value["runs"])
+        ]
+        fields = {field.name: value[field.name] for field in dataclasses.fields(Result)}
+        result = TypeAdapter(Result).validate_python({**fields, "runs": runs})
+        for output in (tests_json, markdown):
+            output(result)  # what cannot be computed and shown is damaged as well
+    except ValidationError as error:
+        first = error.errors()[0]  # of a paragraph
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UsageError(f"{path} is damaged: {problem}", again) from error
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged: {type(error).__name__} {error}", again) from error
+    return result
+
+
+def _measured(test: dict[str, Any]) -> dict[str, Any]:
+    # Files written before there was speculation have no columns for its tokens.
+    names = [field.name for field in dataclasses.fields(Sample) if f"samples_{field.name}" in test]
+    rows = zip(*(test[f"samples_{name}"] for name in names), strict=True)
+    samples = [dict(zip(names, row, strict=True)) for row in rows]
+    return {**test, "test": test, "time": test["test_time"], "samples": samples}
 
 
 def saved_result(names: Sequence[str]) -> Path | None:
@@ -264,19 +257,11 @@ def keep(
     for kind, path in kinds.items():
         if path is not None:
             try:
-                _write(expanded(path), render(result, kind, spelling))
+                with _explained(path := expanded(path)):
+                    write_atomically(path, render(result, kind, spelling))
             except DiskError as error:
                 failures.append(error)
     return failures
-
-
-def _write(path: Path, text: str) -> None:
-    with _explained(path):
-        write_atomically(path, text)
-        # A report is for others as well: the permissions that any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
@@ -329,28 +314,24 @@ def _backend(run: Run) -> str:
 
 def markdown(result: Result) -> str:
     """llama-bench's table; a column more for cache types and parallel requests, where there are several."""
-    titles = ["model", "size", "params", "backend"]
     caches = len({run.cache for run in result.runs}) > 1
     parallel = any(entry.test.n_parallel > 1 for _, entry in result.measured())
+    titles = ["model", "size", "params", "backend"]
     titles += ["type_k", "type_v"] * caches + ["n_parallel"] * parallel + ["test", "t/s"]
-    rows = [dict(zip(titles, _cells(run, entry, caches, parallel), strict=True)) for run, entry in result.measured()]
-    left = {"model", "backend", "type_k", "type_v"}
-    widths = {title: max([len(title), 8, *(len(row[title]) for row in rows)]) for title in titles}
-
-    def line(cells: dict[str, str]) -> str:
-        padded = (cells[t].ljust(widths[t]) if t in left else cells[t].rjust(widths[t]) for t in titles)
-        return f"| {' | '.join(padded)} |\n"
-
-    rule = " | ".join("-" * (widths[t] - 1) + ("-" if t in left else ":") for t in titles)
-    text = line({title: title for title in titles}) + f"| {rule} |\n" + "".join(line(row) for row in rows)
-    return f"{text}\nbuild: exl {result.exl_version}\n" + "".join(f"\n- {note}" for note in _notes(result)) + "\n"
-
-
-def _cells(run: Run, entry: Measured, caches: bool, parallel: bool) -> list[str]:
-    name = run.label.replace("|", "\\|")
-    cells = [name, size_text(run.model["size_bytes"]), parameters_text(run.model["parameters"]), _backend(run)]
-    cells += [run.cache, run.cache] * caches + [str(entry.test.n_parallel)] * parallel
-    return [*cells, entry.test.llama_name, f"{entry.avg_ts:.2f} ± {entry.stddev_ts:.2f}"]
+    rows = [titles]
+    for run, entry in result.measured():
+        row = [run.label.replace("|", "\\|"), size_text(run.model["size_bytes"])]
+        row += [parameters_text(run.model["parameters"]), _backend(run)]
+        row += [run.cache, run.cache] * caches + [str(entry.test.n_parallel)] * parallel
+        rows.append([*row, entry.test.llama_name, f"{entry.avg_ts:.2f} ± {entry.stddev_ts:.2f}"])
+    widths = [max(8, *map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ["<" if title in ("model", "backend", "type_k", "type_v") else ">" for title in titles]
+    rows.insert(1, ["-" * (width - 1) + ("-" if to == "<" else ":") for width, to in zip(widths, aligned, strict=True)])
+    table = ""
+    for row in rows:
+        cells = (f"{cell:{to}{width}}" for cell, to, width in zip(row, aligned, widths, strict=True))
+        table += f"| {' | '.join(cells)} |\n"
+    return f"{table}\nbuild: exl {result.exl_version}\n" + "".join(f"\n- {note}" for note in _notes(result)) + "\n"
 
 
 def _notes(result: Result) -> list[str]:

@@ -11,6 +11,7 @@ import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from exl_cli.errors import UsageError, param
 from exl_cli.models.load_options import CacheType, LoadOptions
@@ -85,16 +86,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker measures: a model with a type of KV cache."""
+    """What one process measures: a model with a type of KV cache."""
 
     model: str | None  # this and the next as `loader.resolve` takes them
-    models_dir: str | None
+    models_dir: Path | None
     loading: LoadOptions
     settings: Settings  # this and the next are the same in all jobs of a benchmark
     sampling: Sampling
-    perplexity: str | None = None  # the path of a text to evaluate
-    # When the worker's process was started, on the system's monotonic clock. None where it runs in a process that did
-    # other things before, whose first generation says nothing.
+    perplexity: Path | None = None  # a text to evaluate
+    # When the process was started, on the system's monotonic clock. None in a process that did other things before,
+    # whose first generation says nothing.
     spawned: float | None = None
 
 

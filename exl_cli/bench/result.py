@@ -5,32 +5,13 @@ Times are in nanoseconds where llama-bench has them so, elsewhere in seconds; de
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from exl_cli.bench.plan import Case, Settings
-
-_Record = TypeVar("_Record")
-
-
-def read(record: type[_Record], value: Any) -> _Record:
-    """A record from what JSON gives for it; a record that is one already is returned as it is.
-
-    Raises:
-        ValueError: a field is missing or of another type.
-    """
-    return _adapter(record).validate_python(value)  # type: ignore[arg-type, no-any-return]
-
-
-@functools.cache
-def _adapter(record: type[Any]) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(record)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -97,20 +78,11 @@ class Cold:
 
 @dataclass(frozen=True)
 class Memory:
-    """The most memory in use, in bytes; None where it cannot be read."""
+    """The most memory in use so far, in bytes; None where it cannot be read."""
 
     host: int  # resident memory of the process
     allocator: int | None  # reserved on the GPUs by this process's torch
     device: int | None  # in use on these GPUs by everything, at the end of a repetition
-
-    def union(self, other: Memory) -> Memory:
-        """The larger of each."""
-
-        def larger(a: int | None, b: int | None) -> int | None:
-            return max((value for value in (a, b) if value is not None), default=None)
-
-        devices = larger(self.allocator, other.allocator), larger(self.device, other.device)
-        return Memory(max(self.host, other.host), *devices)
 
 
 @dataclass(frozen=True)
@@ -125,7 +97,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well the model predicts a text; see `bench.perplexity`."""
+    """How well the model predicts a text; see `measure.perplexity`."""
 
     file: str
     sha256: str

@@ -1,30 +1,45 @@
-"""A whole benchmark: one worker after the other, their events made into a `Result`."""
+"""A whole benchmark: for each model and type of KV cache a process that measures, from import to the last test.
+
+A process for each, because the first generation of a process is one of the things to measure, because peaks of memory
+count from the start of a process, and because what one model leaves behind must not slow down the next. It reads a
+pickled `Job` from stdin and writes to stdout, one JSON list a line, the calls that it makes to the `Collector` of the
+process that started it; libraries print on stderr.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import os
 import pickle
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from exl_cli import loader
-from exl_cli.bench import limits, perplexity, plan, worker
-from exl_cli.bench.plan import Job, Settings
-from exl_cli.bench.result import Memory, Perplexity, Probe, Result, Run, Sample, read
-from exl_cli.engines.base import Engine
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.bench import limits, machine, measure, plan
+from exl_cli.bench.plan import Case, Job, Settings
+from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Result, Run, Sample
+from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import EngineError, ExitCode, ExlError, param
 from exl_cli.models import folders
+from exl_cli.models.hub.store import read_marker
+from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
-from exl_cli.system import processes
+from exl_cli.system import processes, readings
+from exl_cli.system.nvml import open_driver
 from exl_cli.system.version import installed_version
 
 # A share of a limit that no noise in measuring the two explains.
@@ -68,13 +83,12 @@ def jobs(
     """
     tests = plan.grid(settings)
     if text is not None:
-        perplexity.read(text)
+        measure.read_text(text)
     for model in models:
         info = loader.resolve(model, models_dir)
         plan.fitting(tests, loadings[0].max_seq_len or info.context_length, info.name)
     loadings = [loader.with_draft(loading, models_dir) for loading in loadings]
-    paths = [None if path is None else str(path) for path in (models_dir, text)]
-    return [Job(model, paths[0], loading, settings, sampling, paths[1]) for model in models for loading in loadings]
+    return [Job(model, models_dir, loading, settings, sampling, text) for model in models for loading in loadings]
 
 
 def run(
@@ -84,29 +98,26 @@ def run(
 
     Args:
         jobs: in the order in which they are done.
-        load: `loader.load`, which a worker process calls; another function is called here, without cold figures.
+        load: `loader.load`, which a separate process calls; another function is called here, without cold figures.
         observer: shows how it goes.
-        debug: let workers write to this process's stderr.
+        debug: let the processes write to this one's stderr.
 
     Returns:
         What was measured, its `partial` saying why if something is missing; and the error that ended it early, None
         where it was interrupted.
     """
-    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result = Result(installed_version(), jobs[0].settings, jobs[0].sampling.to_dict(), started)
+    result = Result(installed_version(), jobs[0].settings, jobs[0].sampling.to_dict(), _now())
     begin = time.monotonic()
-    collector = _Collector(jobs, result, observer)
+    collector = Collector(result, observer, jobs)
     failure = None
     try:
         for job in jobs:
-            if collector.repeats(job):
+            if not collector.begin(job):
                 continue
-            collector.start(job)
             if load is loader.load:
-                for event in _spawn(job, debug):
-                    collector.receive(**event)
+                _spawn(job, collector, debug)
             else:
-                worker.run(job, load, collector.receive)
+                work(job, load, collector)
     except KeyboardInterrupt:
         result.partial = "interrupted"
     except ExlError as error:
@@ -118,27 +129,30 @@ def run(
     return result, failure
 
 
-def _spawn(job: Job, debug: bool) -> Iterator[dict[str, Any]]:
-    """The events of a worker process, which Ctrl-C at the terminal does not reach but through us."""
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _spawn(job: Job, collector: Collector, debug: bool) -> None:
+    """Do a job in a process that Ctrl-C at the terminal does not reach but through us."""
     with tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as noise:
         pickle.dump(dataclasses.replace(job, spawned=time.monotonic()), order)
         order.seek(0)
         process = subprocess.Popen(  # noqa: S603 - this interpreter, and this program's own code
-            processes.command("exl_cli.bench.worker"),
+            processes.command("exl_cli.bench.runner"),
             stdin=order,
             stdout=subprocess.PIPE,
             stderr=None if debug else noise,
             start_new_session=True,
             encoding="utf-8",
         )
+        from pydantic import validate_call
+
+        calls = functools.cache(lambda call: validate_call(getattr(collector, call)))
         try:
             for line in process.stdout or ():
-                event = json.loads(line)
-                if event["event"] == "error":
-                    error = ExlError(event["message"], event["hint"])
-                    error.exit_code = ExitCode(event["exit_code"])
-                    raise error
-                yield event
+                call, *arguments = json.loads(line)
+                calls(call)(*arguments)
             if process.wait() != 0:
                 noise.seek(0)
                 raise _crashed(job, process.returncode, noise.read().decode("utf-8", "replace"))
@@ -151,119 +165,332 @@ def _crashed(job: Job, code: int, noise: str) -> EngineError:
     name, debug = job.model or folders.BUILTIN, param("debug")
     if code < 0:
         hint = "the system may have run out of memory" if -code == signal.SIGKILL else f"see {debug}"
-        return EngineError(f"the process that measured {name} was ended by {signal.Signals(-code).name}", hint)
+        return EngineError(f"the process that measured {name} was ended by {processes.signal_name(-code)}", hint)
     last = f": {lines[-1]}" if lines else ""
     return EngineError(f"the process that measured {name} failed{last}", f"run again with {debug} to see where")
 
 
-class _Collector:
-    """Makes runs of events, and estimates the time that is left. Its methods `_on_…` take `worker.run`'s events."""
+@dataclass
+class Collector:
+    """Makes a result of what the jobs measure, and estimates the time that is left."""
 
-    def __init__(self, jobs: Sequence[Job], result: Result, observer: Observer) -> None:
-        self._result = result
-        self._observer = observer
-        self._repetitions = 1 + jobs[0].settings.repetitions
-        self._jobs_left = len(jobs)
-        self._tests = len(plan.grid(jobs[0].settings))
-        self._done = 0
-        self._total = len(jobs) * self._tests * self._repetitions
-        self._seconds: dict[str, float] = {}
-        self._left: dict[str, int] = {}
+    result: Result
+    observer: Observer
+    jobs: Sequence[Job]
+
+    def __post_init__(self) -> None:
+        settings = self.jobs[0].settings
+        self._repetitions, self._tests = settings.repetitions, len(plan.grid(settings))
+        self._jobs_left = len(self.jobs)  # the one under way included
         self._job: Job | None = None
-        self._label = ""
+        self._done = self._done_before = 0  # all in all, and when the job began
+        self._seconds: dict[Case, float] = {}  # of each test of the job, as it was run last
         self._notes: set[str] = set()
 
-    def repeats(self, job: Job) -> bool:
-        """Whether a job differs from the last one in the cache type only, which the last one's engine does not have."""
-        last, runs = self._job, self._result.runs
-        if last is None or last.model != job.model or "cache" in runs[-1].engine:
-            return False
-        self._jobs_left -= 1
-        self._total -= self._tests * self._repetitions
-        cache = f"cache {job.loading.cache} left out for {job.model or folders.BUILTIN}"
-        self._skip(f"{cache}: the {runs[-1].engine['name']} engine keeps its KV cache in {runs[-1].cache}")
-        return True
+    def begin(self, job: Job) -> bool:
+        """The next job; False where there is nothing to it: it differs from the last one in the cache type only, which
+        the engine does not have."""
+        last, self._job = self._job, job
+        self._jobs_left -= last is not None
+        self._done_before, self._seconds = self._done, {}
+        if last is None or last.model != job.model or "cache" in self.result.runs[-1].engine:
+            return True
+        engine, cache = self.result.runs[-1].engine["name"], self.result.runs[-1].cache
+        left_out = f"cache {job.loading.cache} left out for {self._label}"
+        self._skip(f"{left_out}: the {engine} engine keeps its KV cache in {cache}")
+        return False
 
-    def start(self, job: Job) -> None:
-        """The next job."""
-        self._job = job
-        self._jobs_left -= 1
-        self._label = job.model or folders.BUILTIN
-        self._seconds, self._left = {}, {}
+    @property
+    def _label(self) -> str:
+        return (self._job and self._job.model) or folders.BUILTIN
 
-    def receive(self, event: str, **fields: Any) -> None:
-        """An event of the job that is under way."""
-        getattr(self, f"_on_{event}")(**fields)
-
-    def _on_note(self, text: str) -> None:
-        if text not in self._notes:  # each worker says it again
+    def note(self, text: str) -> None:
+        """Something worth telling, once."""
+        if text not in self._notes:  # each process says it again
             self._notes.add(text)
-            self._observer.note(text)
+            self.observer.note(text)
 
-    def _on_stage(self, text: str) -> None:
-        self._tell(text)
+    def stage(self, text: str) -> None:
+        """What the job is doing now."""
+        total = self._done_before + self._jobs_left * self._tests * (1 + self._repetitions)
+        self.observer.update(Progress(f"{self._label}: {text}", self._done, total, self._eta()))
 
-    def _on_loaded(self, run: Any, skipped: list[str], environment: dict[str, Any]) -> None:
-        run = read(Run, run)
-        self._result.environment = self._result.environment or environment
-        self._result.runs.append(run)
+    def _eta(self) -> float | None:
+        if len(self._seconds) < self._tests:
+            return None
+        left = {entry.test: self._repetitions - len(entry.samples) for entry in self.result.runs[-1].tests}
+        if not any(left.values()):
+            return None
+        now = sum(seconds * left[test] for test, seconds in self._seconds.items())
+        return now + (self._jobs_left - 1) * self._repetitions * sum(self._seconds.values())
+
+    def loaded(self, run: Run, skipped: list[str], environment: dict[str, Any]) -> None:
+        """The model can answer; `run` has no samples yet."""
+        self.result.environment = self.result.environment or environment
+        self.result.runs.append(run)
+        self._tests = len(run.tests)
+        self._done += run.cold is not None  # which is the untimed run of its test
         for reason in skipped:
             self._skip(reason)
-        self._total += (len(run.tests) - self._tests) * self._repetitions * (1 + self._jobs_left)
-        self._tests = len(run.tests)
-        self._left = {entry.test.name: self._repetitions - 1 for entry in run.tests}
-        if run.cold is not None:
-            self._done += 1  # the first generation counts as the untimed one of its test
 
-    def _on_warmed(self, test: str, seconds: float) -> None:
+    def ran(self, test: Case, seconds: float) -> None:
+        """A test was run."""
         self._done += 1
         self._seconds[test] = seconds
 
-    def _on_sample(self, test: str, seconds: float, sample: Any, time: str, memory: Any) -> None:
-        self._on_warmed(test, seconds)
-        self._left[test] -= 1
-        run = self._result.runs[-1]
-        entry = next(entry for entry in run.tests if entry.test.name == test)
-        entry.samples.append(read(Sample, sample))
-        entry.time = entry.time or time
-        run.memory = run.memory.union(read(Memory, memory))
-        self._result.order.append(test)
+    def sample(self, test: Case, sample: Sample, memory: Memory) -> None:
+        """It was a timed repetition."""
+        run = self.result.runs[-1]
+        entry = next(entry for entry in run.tests if entry.test == test)
+        entry.samples.append(sample)
+        entry.time = entry.time or _now()
+        run.memory = memory
+        self.result.order.append(test.name)
 
-    def _on_finished(
-        self, memory: Any, warnings: list[str], others_cpu: float | None, perplexity: Any, probe: Any, traces: Any
+    def finished(
+        self,
+        memory: Memory,
+        others_cpu: float | None,
+        perplexity: Perplexity | None,
+        probe: Probe | None,
+        kernels: dict[str, tuple[float, float] | None],
+        warnings: list[str],
     ) -> None:
-        run = self._result.runs[-1]
-        run.memory = run.memory.union(read(Memory, memory))
-        run.probe = probe and read(Probe, probe)
-        run.perplexity = perplexity and read(Perplexity, perplexity)
-        run.others_cpu = others_cpu
+        """The last figures of the job; `kernels` by the names of tests."""
+        run = self.result.runs[-1]
+        run.memory, run.others_cpu, run.perplexity, run.probe = memory, others_cpu, perplexity, probe
         for entry in run.tests:
-            entry.kernel_ns, entry.kernels = traces.get(entry.test.name) or (None, None)
-        self._result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
+            entry.kernel_ns, entry.kernels = kernels.get(entry.test.name) or (None, None)
+        self.result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
+
+    def fail(self, message: str, hint: str, exit_code: ExitCode) -> None:
+        """The job's process met an error."""
+        error = ExlError(message, hint)
+        error.exit_code = exit_code
+        raise error
 
     def _skip(self, reason: str) -> None:
-        if reason not in self._result.skipped:
-            self._result.skipped.append(reason)
-            self._observer.note(reason)
-
-    def _tell(self, what: str) -> None:
-        eta = None
-        if any(self._left.values()) and all(name in self._seconds for name in self._left):
-            round_seconds = sum(self._seconds[name] for name in self._left)
-            left = sum(self._seconds[name] * count for name, count in self._left.items())
-            eta = left + self._jobs_left * self._repetitions * round_seconds
-        self._observer.update(Progress(f"{self._label}: {what}", self._done, self._total, eta))
+        if reason not in self.result.skipped:
+            self.result.skipped.append(reason)
+            self.observer.note(reason)
 
 
-def _doubts(run: Run) -> list[str]:
+def _doubts(run: Run) -> Iterator[str]:
     """What the samples themselves give away."""
-    doubts = []
     for entry in run.tests:
         if reused := sum(sample.reused_tokens for sample in entry.samples):
-            doubts.append(f"{entry.test.name} is too fast: {reused} prompt tokens were not computed but reused")
+            yield f"{entry.test.name} is too fast: {reused} prompt tokens were not computed but reused"
         limit = limits.limit(run, entry)
         if limit is not None and limit.share > _IMPOSSIBLE:
-            doubts.append(f"{entry.test.name} beats its limit, which was measured too low: do not trust its share")
+            yield f"{entry.test.name} beats its limit, which was measured too low: do not trust its share"
     if limits.disturbed(run):
-        doubts.append(f"other programs kept {run.others_cpu:.1f} cores busy meanwhile")
-    return doubts
+        yield f"other programs kept {run.others_cpu:.1f} cores busy meanwhile"
+
+
+@dataclass
+class _Loading:
+    """A `loader.Observer`. The first progress that it sees is where importing ends and reading begins."""
+
+    out: Collector
+    reading_since: float | None = None
+    last: float = 0.0
+
+    def note(self, message: str) -> None:
+        self.out.note(message)
+
+    def progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.reading_since = self.reading_since or now
+        if now - self.last > 0.2 or done == total:
+            self.last = now
+            _share(self.out, "loading", done, total)
+
+
+def _share(out: Collector, stage: str, done: int, total: int) -> None:
+    out.stage(f"{stage} {100 * done // total} %" if total else stage)
+
+
+def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
+    """Do a job in this process.
+
+    Args:
+        job: what to measure.
+        load: as `loader.load`.
+        out: is given what comes of it.
+
+    Raises:
+        ExlError: whatever resolving, loading or running the model raises.
+    """
+    out.stage("starting")
+    info = loader.resolve(job.model, job.models_dir)
+    context = job.loading.max_seq_len or info.context_length
+    tests, skipped = plan.fitting(plan.grid(job.settings), context, info.name)
+    tokenizer = Tokenizer(info.path)
+    watch, others = machine.Watch(open_driver()), machine.OthersClock()
+    observer, begin = _Loading(out), time.monotonic()
+    loading = dataclasses.replace(job.loading, sequences=max(test.n_parallel for test in tests))
+    engine = EngineThread(load(info, tokenizer, loading, observer, needed=max(test.context for test in tests)))
+    ready = time.monotonic()
+    try:
+        watch.attach([card.uuid for card in engine.memory()])
+        tests, single = plan.batchable(tests, engine.max_batch, engine.name)
+        bench = _Bench(job, info, tokenizer, engine, watch, tests, out)
+        first, cold = None, None
+        if job.spawned is not None:
+            reading = observer.reading_since or begin
+            first = plan.answer(tests)
+            sizes = first.prompt_ids, first.new_tokens
+            cold = Cold(reading - job.spawned, ready - reading, *sizes, bench.sample(first))
+        out.loaded(bench.run(ready - begin, cold), [*skipped, *single], machine.describe(engine, watch))
+        bench.repetitions(warm=first)
+        bench.finish(others)
+    finally:
+        engine.close()
+        watch.close()
+
+
+@dataclass
+class _Bench:
+    """A loaded engine and the tests that it is given."""
+
+    job: Job
+    info: ModelInfo
+    tokenizer: Tokenizer
+    engine: EngineThread
+    watch: machine.Watch
+    tests: list[Case]
+    out: Collector
+
+    def __post_init__(self) -> None:
+        size = self.tokenizer.vocab_size
+        ids = set(range(min(size, int(self.info.text_config("vocab_size", size))))) - self.tokenizer.special_ids()
+        self._prompts, self._given = plan.Prompts(sorted(ids), self.job.settings.seed), 0
+        self._facts = dict(self.engine.facts)
+        self._used: int | None = None
+
+    def run(self, load_seconds: float, cold: Cold | None) -> Run:
+        """All that is known before the first timed repetition."""
+        marker, facts = read_marker(self.info.path), self._facts
+        return Run(
+            model={**self.info.to_dict(), "commit": marker and marker.commit},
+            engine={"name": self.engine.name, "context_length": self.engine.context_length, **facts},
+            cache=facts.get("cache") or facts.get("dtype", self.job.loading.cache),
+            load_seconds=load_seconds,
+            cold=cold,
+            memory=self._memory(),
+            tests=[Measured(test, step_bytes=self._step_bytes(test), flops=self._flops(test)) for test in self.tests],
+        )
+
+    def _step_bytes(self, test: Case) -> int | None:
+        if test.kind != "generation":
+            return None
+        dtype, unpacked = self.engine.facts.get("dtype", ""), not self.engine.memory()
+        return limits.step_bytes(self.info, test, self.job.loading.cache, dtype, unpacked=unpacked)
+
+    def _flops(self, test: Case) -> int | None:
+        return limits.prompt_flops(self.info, test) if test.kind == "prompt" else None
+
+    def _request(self, test: Case) -> Request:
+        self._given += 1
+        seed = self.job.settings.seed + self._given
+        return Request(self._prompts.draw(test.prompt_ids), self.job.sampling, test.new_tokens, seed)
+
+    def sample(self, test: Case) -> Sample:
+        """One repetition, with prompts that were not used before."""
+        requests = [self._request(test) for _ in range(test.n_parallel)]
+        sample = measure.measure(self.engine, test, requests, self.watch.joules)
+        self.watch.look()
+        return sample
+
+    def _memory(self) -> Memory:
+        """The peaks of this process so far, and the most that was in use on the GPUs when this was called."""
+        cards, used = self.engine.memory(), self.watch.used_bytes()
+        self._used = max((value for value in (self._used, used) if value is not None), default=None)
+        allocator = sum(card.peak_bytes for card in cards) if cards else None
+        return Memory(readings.read_host().peak_bytes, allocator, self._used)
+
+    def repetitions(self, warm: Case | None) -> None:
+        """Each test once untimed, but the one that has been run; then the repetitions."""
+        for test in self.tests:
+            if test != warm:
+                self._run(test, "warming up")
+        for repetition, index in plan.schedule(self.tests, self.job.settings):
+            test = self.tests[index]
+            sample = self._run(test, f"{repetition + 1} of {self.job.settings.repetitions}")
+            self.out.sample(test, sample, self._memory())
+
+    def _run(self, test: Case, which: str) -> Sample:
+        self.out.stage(f"{test.name}, {which}")
+        start = time.monotonic()
+        sample = self.sample(test)
+        self.out.ran(test, time.monotonic() - start)
+        return sample
+
+    def finish(self, others: machine.OthersClock) -> None:
+        """What is measured after the timed repetitions, in order not to disturb them."""
+        memory, others_cpu = self._memory(), others.cores()
+        warnings = [
+            f"{name} was {self._facts.get(name, 'nothing')} at first, and then {now}: the figures are of both"
+            for name, now in self.engine.facts.items()
+            if self._facts.get(name) != now
+        ]
+        warnings += self.watch.warnings()
+        kernels, perplexity, probe = {}, None, None
+        if self.engine.memory():
+            self.out.stage("tracing kernels")
+            singles = [test for test in self.tests if test.kind == "generation" and test.n_parallel == 1]
+            kernels = {test.name: measure.trace_kernels(self.engine, self._request(test)) for test in singles}
+        if text := self.job.perplexity:
+            self.out.stage("perplexity")
+            progress = functools.partial(_share, self.out, "perplexity")
+            perplexity = measure.perplexity(self.engine, self.tokenizer, text, progress)
+        self.out.stage("measuring memory bandwidth")
+        try:
+            probe = self._probe()
+        except (RuntimeError, AttributeError) as error:
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.append(f"the device's own limits could not be measured: {problem}")
+        self.out.finished(memory, others_cpu, perplexity, probe, kernels, warnings)
+
+    def _probe(self) -> Probe:
+        """What the device can do, with a buffer of the size that a step reads."""
+        from exl_cli.engines import probe
+
+        size = max(self._step_bytes(test) or 0 for test in self.tests) or self.info.size_bytes
+        device = next((card.device for card in self.engine.memory()), "cpu")
+        dtype = self.engine.facts.get("dtype", "float32")
+        return Probe(*probe.bandwidth(device, size), probe.matrix_rate(device, dtype), dtype)
+
+
+class _Wire:
+    """A `Collector` in the process at the other end of a stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, call: str) -> Callable[..., None]:
+        def send(*arguments: object) -> None:
+            self._stream.write(json.dumps([call, *arguments], default=dataclasses.asdict) + "\n")
+            self._stream.flush()
+
+        return send
+
+
+def main() -> None:
+    """The process that does a job."""
+    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # where libraries may print
+    out = cast(Collector, _Wire(stream))
+    try:
+        work(pickle.load(sys.stdin.buffer), loader.load, out)  # noqa: S301 - written by the process that started this one
+    except ExlError as error:
+        out.fail(error.message, error.hint, error.exit_code)
+        sys.exit(ExitCode.INTERNAL)
+    except BrokenPipeError:  # the process that started this one is gone
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(ExitCode.BROKEN_PIPE)
+
+
+if __name__ == "__main__":
+    main()

@@ -89,7 +89,7 @@ def _heading(console: Console, run: Run) -> None:
     from rich.text import Text
 
     facts = [outputs.size_text(run.model["size_bytes"]), outputs.parameters_text(run.model["parameters"])]
-    facts += [str(run.engine["name"]), f"cache {run.cache}"]
+    facts += [str(run.engine.get("name")), f"cache {run.cache}"]
     console.out.print(Text.assemble((harmless(run.label), "bold"), harmless(f"  {', '.join(facts)}")), soft_wrap=True)
 
 
