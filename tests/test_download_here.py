@@ -186,14 +186,14 @@ def test_two_repositories_whose_folders_are_called_alike_are_told_apart(hub: Fak
 
 def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetcher) -> None:
     hub.repository("acme/tiny", model_files())
-    plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
+    plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"))
     assert plan.remaining == plan.total == sum(map(len, model_files().values()))
     assert not fetch.models.exists()
 
     file = next(item.file for item in plan.items if item.file.name == WEIGHTS)
     begin(plan.wanted.folder, "acme/tiny", plan.total)
     store.part(plan.wanted.folder, file).write_bytes(b"x" * 1000)
-    again = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
+    again = prepare(fetch.hub(), fetch.wanted("acme/tiny"))
     assert again.remaining == plan.total - 1000
     assert {item.file.name: item.state for item in again.items}[WEIGHTS] == "partial"
 

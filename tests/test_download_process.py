@@ -91,7 +91,7 @@ def test_ctrl_c_at_a_terminal_keeps_what_came_and_says_so(hub: FakeHub, folder: 
     env = shell(hub, tmp_path, TERM="xterm")
     with pexpect.spawn(*COMMAND_LINE, env=env, timeout=20, encoding="utf-8", dimensions=(24, 100)) as terminal:
         # Bytes of bytes, rate, time left; for the whole and for the file.
-        line = r"{} .*1\.\d/3\.0 MB{} *{}[\d.]+ MB/s *{} *{}\d:\d\d:\d\d"
+        line = r"{} .*1\.\d/3\.0 MB{} *{}[\d.]+ [kM]B/s *{} *{}\d:\d\d:\d\d"
         for name in ("total", WEIGHTS):
             terminal.expect(line.format(re.escape(name), *[_COLOURS] * 4))
         until(lambda: weights_here(folder) == 1_500_000)
@@ -170,7 +170,7 @@ def test_plain_lines_come_with_each_tenth_but_in_no_flood(
     hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetch = Fetcher(hub, tmp_path)
-    plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"), fetch.watcher.note)
+    plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"))
     now = 100.0
     shown = Lines(Console().note, clock=lambda: now)
     shown.begin(plan)

@@ -112,7 +112,7 @@ def _cards(text: str) -> list[int]:
 def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool) -> None:
     from exl_cli.models.hub.client import Hub
 
-    plan = prepare(Hub(token, console.note), wanted, console.note)
+    plan = prepare(Hub(token, console.note), wanted)
     if as_json:
         console.data(records.plan(plan))
         return

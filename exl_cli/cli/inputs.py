@@ -125,7 +125,7 @@ def ensure(model: str | None, models: Path | None, *, allow: bool, console: Cons
         if not allow:
             from exl_cli.models.hub.client import Hub
 
-            plan = prepare(Hub(note=console.note), wanted, console.note)
+            plan = prepare(Hub(note=console.note), wanted)
             question = f"{repository} is not here. Download {units.size(plan.remaining)} to {wanted.folder}?"
             if not confirm(console, question):
                 raise

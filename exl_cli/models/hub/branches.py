@@ -75,7 +75,7 @@ def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, c
         name, commit = branch
         place = replace(repository, revision=name)
         try:
-            return _describe(hub, hub.listing(place, commit), context, cache, cards)
+            return _describe(hub, hub.listing(place, commit=commit), context, cache, cards)
         except ExlError as error:  # one bad branch is no reason to hide the others
             return Branch(name, commit, problem=error.message.replace(f" of {place}", ""))
 

@@ -8,17 +8,17 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from exl_cli.errors import DownloadError, UsageError, param
+from exl_cli.errors import DownloadError, UsageError, brief, param
 from exl_cli.models.config import with_quantization
 from exl_cli.models.hub import failures
 from exl_cli.models.hub.failures import BrokenTransferError, Patience
-from exl_cli.models.hub.files import File, Listing
-from exl_cli.models.hub.names import Repository, is_safe
+from exl_cli.models.hub.files import ALL_NEEDED, Choice, File, Listing, check_commit, select
+from exl_cli.models.hub.names import Repository
 from exl_cli.models.hub.xet import Xet
 from exl_cli.system.version import installed_version
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _SECONDS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_LARGEST_SMALL_FILE = 2**24
+_LARGEST_SMALL_FILE, _MOST_FILES = 2**24, 100_000
 
 
 def _ignore(message: str) -> None:
@@ -85,12 +85,14 @@ class Hub:
         """A counter of failures for a task of that name."""
         return Patience(task, self.note, self._wait)
 
-    def listing(self, repository: Repository, commit: str | None = None) -> Listing:
+    def listing(self, repository: Repository, choice: Choice = ALL_NEEDED, commit: str | None = None) -> Listing:
         """The files of a repository's revision, or of another commit.
 
+        A mirror may list neither hashes nor sizes, but serve files with the Hub's headers: they say it of what is
+        chosen.
+
         Raises:
-            DownloadError: a file whose name could lead out of the model's folder. The Hub cannot store such a name, so
-                nothing is fetched from a server that sends one.
+            ValueError: nothing that the Hub, or git, could hold.
         """
 
         def ask() -> Any:
@@ -99,22 +101,18 @@ class Hub:
 
         with _readable("its list of files"):
             info = self._ask(str(repository), ask)
-            for entry in info.siblings or ():
-                if not is_safe(entry.rfilename):
-                    raise DownloadError(
-                        f"{repository} lists a file named {entry.rfilename!r}, "
-                        "which could be written outside its folder",
-                        "do not use this model",
-                    )
-            if not re.fullmatch("[0-9a-f]{40,64}", info.sha):
-                raise ValueError(f"{info.sha!r} for a commit")
-            return Listing(repository, info.sha, tuple(map(_file, info.siblings or ())), _license(info))
+            if len(info.siblings or ()) > _MOST_FILES:
+                raise ValueError(f"{repository} of {len(info.siblings):,} files")
+            listing = Listing(repository, info.sha, tuple(map(_file, info.siblings or ())), _license(info))
+        chosen = {file.name for file in select(listing.files, choice)}
+        files = (self._identified(listing, file) if file.name in chosen else file for file in listing.files)
+        return replace(listing, files=tuple(files))
 
     def branches(self, repository: Repository) -> list[tuple[str, str]]:
         """Names and commits of the branches, main first."""
         with _readable("its list of branches"):
             refs = self._ask(str(repository), lambda: self._api.list_repo_refs(repository.id))
-            pairs = [(str(branch.name), str(branch.target_commit)) for branch in refs.branches]
+            pairs = [(str(branch.name), check_commit(branch.target_commit)) for branch in refs.branches]
         return sorted(pairs, key=lambda branch: (branch[0] != "main", _natural(branch[0])))
 
     def near(self, repository: Repository) -> list[str]:
@@ -124,29 +122,22 @@ class Hub:
         ids = [str(model.id) for search in searches for model in self._api.list_models(**search, limit=100)]
         return difflib.get_close_matches(repository.id, dict.fromkeys(ids), 3, 0.6)
 
-    def identify(self, listing: Listing, chosen: Collection[File]) -> Listing:
-        """The listing with the hashes that the chosen files' own addresses give, where it has none itself.
-
-        A mirror may list no hashes, but serve files with the Hub's headers.
-        """
-
-        def identified(file: File) -> File:
-            if file.identity or file not in chosen:
-                return file
-            try:
-                metadata = self._ask(file.name, lambda: self._metadata(listing, file))
-            except Exception as error:
-                if failures.status_of(error) in (405, 501):  # a server that answers no HEAD
-                    return file
-                raise
-            file = replace(file, size=file.size or metadata.size or 0)
-            # An ETag is the SHA-256 of a file in LFS and git's id of any other (huggingface_hub, `hf_hub_url`).
-            etag = str(metadata.etag or "").lower()
-            with contextlib.suppress(ValueError):  # some other server's ETag
-                return replace(file, blob_id=etag) if len(etag) == 40 else replace(file, sha256=etag)
+    def _identified(self, listing: Listing, file: File) -> File:
+        """The file with the hash and size that its own address gives, where the listing has no hash."""
+        if file.identity:
             return file
-
-        return replace(listing, files=tuple(map(identified, listing.files)))
+        try:
+            metadata = self._ask(file.name, lambda: self._metadata(listing, file))
+        except Exception as error:
+            if failures.status_of(error) in (405, 501):  # a server that answers no HEAD
+                return file
+            raise
+        file = replace(file, size=file.size or metadata.size or 0)
+        # An ETag is the SHA-256 of a file in LFS and git's id of any other (huggingface_hub, `hf_hub_url`).
+        etag = str(metadata.etag or "").lower()
+        with contextlib.suppress(ValueError):  # some other server's ETag
+            return replace(file, blob_id=etag) if len(etag) == 40 else replace(file, sha256=etag)
+        return file
 
     def read_config(self, listing: Listing) -> dict[str, Any]:
         """config.json of a revision, with its quantization; empty where it has none.
@@ -158,46 +149,56 @@ class Hub:
         return with_quantization(config, lambda: self._read_json(listing, "quantize_config.json")) if config else {}
 
     def _read_json(self, listing: Listing, name: str) -> dict[str, Any]:
-        file = next((file for file in listing.files if file.name == name), None)
-        if file is None:
+        listed = next((file for file in listing.files if file.name == name), None)
+        if listed is None:
             return {}
+        file = self._identified(listing, listed)
 
         def ask() -> bytes:
-            if file.size > _LARGEST_SMALL_FILE:
-                raise BrokenTransferError(f"{name} has {file.size:,} bytes")
-            with self._http(listing, file, 0) as (_, chunks):
-                content = b"".join(chunks)
+            content = b""
+            with contextlib.closing(self.chunks(listing, file, 0)) as chunks:
+                while len(content) <= file.size and (chunk := next(chunks, b"")):
+                    content += chunk
             if len(content) != file.size or not file.is_right(file.digest(content)):
                 raise BrokenTransferError(f"{name} arrived damaged")
             return content
 
-        value, content = None, self._ask(name, ask)
-        with contextlib.suppress(ValueError):
+        value, content = None, self._ask(name, ask) if file.size <= _LARGEST_SMALL_FILE else b""
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(content)
         if not isinstance(value, dict):
             raise DownloadError(f"{name} of {listing.repository} is not a JSON object", "do not use this revision")
         return value
 
-    @contextlib.contextmanager
-    def stream(self, listing: Listing, file: File, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        """The bytes of a file as they come.
+    def chunks(self, listing: Listing, file: File, offset: int) -> Generator[bytes, None, None]:
+        """The bytes of a file, from `offset` on, as they come; close it to end the request."""
+        from huggingface_hub import get_session, hf_raise_for_status
 
-        Args:
-            listing: the commit.
-            file: one of its files.
-            offset: where to begin.
-
-        Yields:
-            Where the bytes really begin (0 from a server that ignores the offset), and the bytes.
-        """
         # Only large files are in xet storage, and asking costs a request.
-        if self._xet.usable and file.sha256:
-            source = self._metadata(listing, file).xet_file_data
-            if source is not None:
-                yield offset, self._xet.chunks(source, file.size, offset)
-                return
-        with self._http(listing, file, offset) as (begin, chunks):
-            yield begin, chunks
+        source = self._metadata(listing, file).xet_file_data if self._xet.usable and file.sha256 else None
+        # The token goes along to where access is renewed: to the Hub, and nowhere else.
+        if source is not None and source.refresh_route.startswith(f"{self.endpoint}/"):
+            yield from self._xet.chunks(source, file.size, offset)
+            return
+        # Compressed, a small file would have neither a length nor meaningful ranges.
+        headers = {**self._headers, "Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        url = self._url(listing, file)
+        with get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            if response.is_redirect or response.status_code not in (200, 206):
+                raise ValueError(f"{response.status_code} for {file.name}, without its content")
+            self._reached = True
+            sent = response.headers.get("Content-Range") or "nothing"
+            if response.status_code == 206 and not sent.startswith(f"bytes {offset}-"):
+                raise BrokenTransferError(f"the server sends {brief(sent)} instead of bytes {offset}-")
+            skip = offset if response.status_code == 200 else 0
+            if skip:
+                self.note(f"{file.name}: the server cannot go on in the middle: starting anew")
+            for chunk in response.iter_bytes():
+                yield chunk[skip:]
+                skip = max(0, skip - len(chunk))
 
     def _metadata(self, listing: Listing, file: File) -> Any:
         """huggingface_hub's `HfFileMetadata`, from the headers of the file's own address."""
@@ -210,26 +211,6 @@ class Hub:
         from huggingface_hub import hf_hub_url
 
         return str(hf_hub_url(listing.repository.id, file.name, revision=listing.commit, endpoint=self.endpoint))
-
-    @contextlib.contextmanager
-    def _http(self, listing: Listing, file: File, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        from huggingface_hub import get_session, hf_raise_for_status
-
-        # Compressed, a small file would have neither a length nor meaningful ranges.
-        headers = {**self._headers, "Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-        url = self._url(listing, file)
-        with get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
-            hf_raise_for_status(response)
-            if response.is_redirect or response.status_code not in (200, 206):
-                raise ValueError(f"{response.status_code} for {file.name}, without its content")
-            self._reached = True
-            sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-            begin = int(sent[1]) if sent and response.status_code == 206 else 0
-            if begin not in (0, offset):
-                raise BrokenTransferError(f"the server sends bytes from {begin:,} on instead of {offset:,}")
-            yield begin, response.iter_bytes()
 
     def close(self) -> None:
         """Stop what is still being received."""
@@ -258,8 +239,13 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _file(entry: Any) -> File:
-    size = int(entry.lfs.size if entry.lfs else entry.size or 0)
-    return File(entry.rfilename, size, str(entry.blob_id or ""), str(entry.lfs.sha256 or "") if entry.lfs else "")
+    blob_id, sha256 = str(entry.blob_id or "").lower(), ""
+    if entry.lfs:
+        # Of an LFS file, git's id is that of the pointer.
+        sha256 = str(entry.lfs.sha256 or "").lower()
+        blob_id = blob_id if sha256 else ""
+    size = entry.lfs.size if entry.lfs else entry.size
+    return File(entry.rfilename, 0 if size is None else size, blob_id, sha256)
 
 
 def _license(info: Any) -> str:
@@ -284,17 +270,17 @@ def _check_variables() -> None:
         UsageError: naming the variable.
     """
     for name in _SECONDS:
-        value = os.environ.get(name, "0")
         try:
-            int(value)
+            int(os.environ.get(name, "0"))
         except ValueError:
-            raise UsageError(f"{name} is {value!r}, not a whole number of seconds", "correct or unset it") from None
-    if endpoint := os.environ.get("HF_ENDPOINT"):
-        _check_endpoint(endpoint)
+            wrong = f"{name} is {os.environ[name]!r}, not a whole number of seconds"
+            raise UsageError(wrong, "correct or unset it") from None
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         path = os.environ.get(name)
         if path and not os.access(path, os.R_OK):
             raise UsageError(f"{name} is {path!r}, which cannot be read", "correct or unset it")
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        _check_endpoint(endpoint)
 
 
 def _check_endpoint(endpoint: str) -> str:
@@ -303,15 +289,12 @@ def _check_endpoint(endpoint: str) -> str:
     Raises:
         UsageError: it is no address.
     """
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(endpoint)
-        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        right = False
-    if not right:
-        hint = f"write it as {_DEFAULT_ENDPOINT}, or unset it"
-        raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not an address", hint)
-    return endpoint.rstrip("/")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return endpoint.rstrip("/")
+    hint = f"write it as {_DEFAULT_ENDPOINT}, or unset it"
+    raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not an address", hint)
 
 
 def _find_token(given: str | None) -> str | None:
@@ -329,7 +312,6 @@ def _find_token(given: str | None) -> str | None:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{stored} cannot be read: {reason}", "check HF_HOME and HF_TOKEN_PATH") from error
     if token and not (token.isascii() and token.isprintable() and " " not in token):
-        named = [param("token")] if given else [name for name in _TOKENS if os.environ.get(name)]
-        where = named[0] if named else stored
+        where = param("token") if given else next((name for name in _TOKENS if os.environ.get(name)), stored)
         raise UsageError(f"{where} holds characters that no token has", "copy it again, without blanks and line breaks")
     return token

@@ -5,19 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from exl_cli.errors import (
-    DamagedModelError,
-    DiskError,
-    DownloadError,
-    ModelNotFoundError,
-    UnsupportedModelError,
-    param,
-)
+from exl_cli.errors import DamagedModelError, DiskError, DownloadError, ModelNotFoundError, UnsupportedModelError, param
 from exl_cli.models.hub import store
 from exl_cli.models.hub.branches import fit_warning
 from exl_cli.models.hub.client import Hub
@@ -56,12 +49,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Item:
-    """A file to have, and how much of it is here.
+    """A file to have, and how many of its bytes need no fetching.
 
-    Attributes:
-        file: the file.
-        state: "here" (in its place), "staged" (complete, waiting), "partial" or "missing".
-        bytes_here: how many of its bytes need no fetching.
+    It is in its place ("here"), complete and waiting ("staged"), "partial" or "missing".
     """
 
     file: File
@@ -71,14 +61,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a download will do.
-
-    Attributes:
-        wanted: the order.
-        listing: the commit to fetch.
-        items: the files.
-        config: config.json, empty where there is none.
-    """
+    """What a download will do: the order, the commit to fetch, its files, and config.json or nothing."""
 
     wanted: Wanted
     listing: Listing
@@ -132,11 +115,7 @@ class Outcome:
 
 
 class Observer(Protocol):
-    """Takes what a download has to tell."""
-
-    def note(self, message: str) -> None:
-        """Something worth a line. Called from several threads."""
-        ...
+    """Takes what a download has to show."""
 
     def begin(self, plan: Plan) -> None:
         """The bytes start to come."""
@@ -155,23 +134,28 @@ def already(wanted: Wanted) -> Outcome | None:
     Raises:
         DownloadError: the folder belongs to another model.
     """
-    folder = wanted.folder
+    return None if wanted.verify else _look_here(wanted)[1]
+
+
+def _look_here(wanted: Wanted) -> tuple[set[File], Outcome | None]:
+    """The files that need no fetching, as far as a marker tells, and the outcome if nothing does."""
+    folder, marker = wanted.folder, store.read_marker(wanted.folder)
     if other := store.holds_another(folder, wanted.repository):
         raise DownloadError(
             f"{folder} holds {other}, not {wanted.repository}",
             f"move it away, or use another {param('models_dir')}",
         )
-    if wanted.force or wanted.verify:
-        return None
-    marker = store.read_marker(folder)
-    if marker is not None:
-        files = _chosen(marker, wanted.choice)
-        damaged = marker.damaged(folder)
-        whole = files and not any(file.name in damaged for file in files)
-        return Outcome(wanted, marker.commit, files) if whole else None
-    if store.state(folder) == "manual" and not wanted.choice.include and _is_model(folder):
-        return Outcome(wanted, "", (), by_hand=True)
-    return None
+    if wanted.force:
+        return set(), None
+    if marker is None:
+        usable = not (wanted.verify or wanted.choice.include) and store.state(folder) == "manual" and _is_model(folder)
+        return set(), Outcome(wanted, "", (), by_hand=True) if usable else None
+    files = marker.files.values()
+    whole = {file for file in files if wanted.verify or store.size_of(folder / file.name) == file.size}
+    if wanted.verify:
+        whole = {file for file in whole if file.matches(folder / file.name)}
+    chosen = _chosen(marker, wanted.choice)
+    return whole, Outcome(wanted, marker.commit, chosen) if chosen and whole.issuperset(chosen) else None
 
 
 def _chosen(marker: Marker, choice: Choice) -> tuple[File, ...]:
@@ -180,9 +164,8 @@ def _chosen(marker: Marker, choice: Choice) -> tuple[File, ...]:
         return tuple(marker.files.values())
     if marker.others is None:
         return ()
-    listed = [*marker.files.values(), *(File(name, 0) for name in marker.others)]
-    files = tuple(select(listed, choice))
-    return files if all(file.name in marker.files for file in files) else ()
+    files = select([*marker.files.values(), *(File(name, 0) for name in marker.others)], choice)
+    return tuple(files) if all(file.name in marker.files for file in files) else ()
 
 
 def _is_model(folder: Path) -> bool:
@@ -193,61 +176,47 @@ def _is_model(folder: Path) -> bool:
     return True
 
 
-def prepare(hub: Hub, wanted: Wanted, note: Callable[[str], None], whole: Collection[File] | None = None) -> Plan:
+def prepare(hub: Hub, wanted: Wanted, whole: Collection[File] | None = None) -> Plan:
     """Ask the Hub what there is, and look at what of it is here.
 
     Args:
-        hub: where to ask.
+        hub: where to ask; it notes which files have changed or cannot be verified.
         wanted: the order.
-        note: takes a line about each file that changed.
-        whole: see `survey`.
+        whole: files in their places that need no reading; None to look.
 
     Raises:
-        ExlError: see `failures.explain`, `files.check_runnable` and `survey`.
+        ExlError: see `failures.explain`, `files.check_runnable` and `DownloadError` of files put there by hand.
     """
     marker = store.read_marker(wanted.folder)
     with hub.explained(wanted.repository):
         # What is missing of a complete download comes from the same commit as the rest.
-        listing = hub.listing(wanted.repository, marker.commit if marker and not wanted.force else None)
-        listing = hub.identify(listing, select(listing.files, wanted.choice))
-        chosen = select(listing.files, wanted.choice)
-        config = hub.read_config(listing)
+        commit = marker.commit if marker and not wanted.force else None
+        listing = hub.listing(wanted.repository, wanted.choice, commit)
+        chosen, config = select(listing.files, wanted.choice), hub.read_config(listing)
     check_runnable(listing, chosen, wanted.choice, config)
     if unknown := [file.name for file in chosen if not file.identity]:
-        note(f"the Hub gives no hash of {', '.join(unknown)}: only the size is checked")
-    return Plan(wanted, listing, survey(wanted, chosen, note, whole), config)
+        hub.note(f"the Hub gives no hash of {', '.join(unknown)}: only the size is checked")
+    return Plan(wanted, listing, _survey(hub, wanted, chosen, whole), config)
 
 
-def survey(
-    wanted: Wanted, files: Sequence[File], note: Callable[[str], None], whole: Collection[File] | None = None
-) -> tuple[Item, ...]:
-    """What of these files is here.
-
-    Args:
-        wanted: the order.
-        files: to look for.
-        note: takes a line about each file that changed.
-        whole: files in their places that need no reading; None for those that the marker vouches for.
-
-    Raises:
-        DownloadError: files put there by hand differ from the Hub's.
-    """
-    folder = wanted.folder
-    marker = store.read_marker(folder)
-    if whole is None:
-        damaged = marker.damaged(folder) if marker else []
-        trusted = marker.files.values() if marker and not (wanted.verify or wanted.force) else ()
-        whole = {file for file in trusted if file.name not in damaged}
+def _survey(hub: Hub, wanted: Wanted, files: Sequence[File], whole: Collection[File] | None) -> tuple[Item, ...]:
+    """What of these files is here."""
+    folder, state = wanted.folder, store.state(wanted.folder)
+    whole = _look_here(wanted)[0] if whole is None else whole
     items: list[Item] = []
     foreign = []
     for file in files:
-        item = Item(file, "here", file.size) if file in whole else _look(wanted, file)
-        items.append(item)
-        if item.state == "here" or wanted.force or not (folder / file.name).exists():
+        path, part = folder / file.name, min(store.size_of(store.part(folder, file)), file.size)
+        if file in whole or (not wanted.force and file.matches(path)):
+            items.append(Item(file, "here", file.size))
             continue
-        if marker is not None:
-            note(f"{folder / file.name} is not as it was downloaded: fetching it again")
-        elif store.state(folder) == "manual":
+        if store.size_of(store.staged(folder, file)) == file.size:
+            items.append(Item(file, "staged", file.size))
+        else:
+            items.append(Item(file, "partial", part) if part > 0 else Item(file, "missing", 0))
+        if state == "complete" and not wanted.force and path.exists():
+            hub.note(f"{path} is not as it was downloaded: fetching it again")
+        elif state == "manual" and not wanted.force and path.exists():
             foreign.append(file.name)
     if foreign:
         differ = f"{', '.join(foreign)} {'differ' if len(foreign) > 1 else 'differs'} from the Hub's"
@@ -255,23 +224,13 @@ def survey(
     return tuple(items)
 
 
-def _look(wanted: Wanted, file: File) -> Item:
-    folder = wanted.folder
-    if not wanted.force and file.matches(folder / file.name):
-        return Item(file, "here", file.size)
-    if store.size_of(store.staged(folder, file)) == file.size:
-        return Item(file, "staged", file.size)
-    part = min(store.size_of(store.part(folder, file)), file.size)
-    return Item(file, "partial", part) if part > 0 else Item(file, "missing", 0)
-
-
 def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = None) -> Outcome:
     """Have a model here, whole.
 
     Args:
-        hub: where from.
+        hub: where from; it takes the lines that there are to read.
         wanted: what, and where to.
-        observer: takes what there is to tell.
+        observer: shows the progress.
         plan: from `prepare`, where that has been done.
 
     Raises:
@@ -279,40 +238,27 @@ def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = N
         DiskError: the disk is full or cannot be written.
         KeyboardInterrupt: Ctrl-C; what has come stays, and the next call goes on from there.
     """
-    folder = wanted.folder
-
-    def waiting() -> None:
-        observer.note(f"another exl is downloading {wanted.repository}: waiting for it to finish")
-
-    with store.lock(folder, waiting):
+    waiting = f"another exl is downloading {wanted.repository}: waiting for it to finish"
+    with store.lock(wanted.folder, lambda: hub.note(waiting)):
         # The other one may have done all of it.
-        if done := already(wanted):
+        whole, done = _look_here(wanted)
+        if done is not None:
             return done
-        if plan is not None:
-            plan = replace(plan, items=survey(wanted, [item.file for item in plan.items], observer.note))
+        if plan is None:
+            plan = prepare(hub, wanted, whole)
         else:
-            marker, whole = store.read_marker(folder), None
-            if marker is not None and wanted.verify and not wanted.force:
-                whole = {file for file in marker.files.values() if file.matches(folder / file.name)}
-                if len(whole) == len(marker.files):
-                    return Outcome(wanted, marker.commit, tuple(marker.files.values()))
-            plan = prepare(hub, wanted, observer.note, whole)
-        for message in (plan.left_out, fit_warning(plan, gpus())):
-            if message:
-                observer.note(message)
-        check_disk(plan)
+            plan = replace(plan, items=_survey(hub, wanted, [item.file for item in plan.items], whole))
+        for message in filter(None, (plan.left_out, fit_warning(plan, gpus()))):
+            hub.note(message)
+        _check_disk(plan)
         begun = time.monotonic()
         _carry_out(hub, plan, observer)
         files = tuple(item.file for item in plan.items)
         return Outcome(wanted, plan.listing.commit, files, plan.remaining, time.monotonic() - begun)
 
 
-def check_disk(plan: Plan) -> None:
-    """Raise before the first byte if the disk cannot take the last.
-
-    Raises:
-        DiskError: with both numbers.
-    """
+def _check_disk(plan: Plan) -> None:
+    """Raise before the first byte if the disk cannot take the last."""
     place = plan.wanted.folder.absolute()
     while not is_there(place):
         place = place.parent
@@ -326,22 +272,19 @@ def check_disk(plan: Plan) -> None:
 
 
 def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
-    folder, listing = plan.wanted.folder, plan.listing
+    folder, old, marker = plan.wanted.folder, store.read_marker(plan.wanted.folder), _marker(plan)
     to_install = [item.file for item in plan.items if item.state != "here"]
-    marker, old = _marker(plan), store.read_marker(folder)
     if old is not None and not to_install:
         if marker != old:
             with store.explained(folder):
                 store.write_marker(folder, marker)
         return
-    for file in to_install:
-        store.check_destination(folder, file.name)
-    store.prepare_staging(folder, marker)
+    store.prepare_staging(folder, marker, to_install)
     observer.begin(plan)
     stop = threading.Event()
     # The largest first: a small one at the end keeps no one waiting.
     rest = sorted((i for i in plan.items if i.state in ("partial", "missing")), key=lambda i: -i.file.size)
-    transfers = [Transfer(hub, listing, item.file, folder, item.bytes_here, stop) for item in rest]
+    transfers = [Transfer(hub, plan.listing, item.file, folder, item.bytes_here, stop) for item in rest]
     with hub.explained(plan.wanted.repository):
         run_all(transfers, stop, hub.close, observer.advance)
     store.install(folder, to_install, marker)
@@ -349,10 +292,11 @@ def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
 
 def _marker(plan: Plan) -> Marker:
     """What to declare: the files of this order, and those of earlier ones that the commit still has."""
-    old = store.read_marker(plan.wanted.folder)
-    files = {file.name: file for file in plan.listing.files if old and old.files.get(file.name) == file}
-    files |= {item.file.name: item.file for item in plan.items}
-    repository, choice, listing = plan.wanted.repository, plan.wanted.choice, plan.listing
-    origin = (repository.id, repository.revision, listing.commit)
+    old, listing, choice = store.read_marker(plan.wanted.folder), plan.listing, plan.wanted.choice
+    before = old.files if old else {}
+    same = old is not None and old.commit == listing.commit
+    kept = [file for file in listing.files if file.name in before and (same or before[file.name] == file)]
+    files = {file.name: before[file.name] for file in kept} | {item.file.name: item.file for item in plan.items}
     others = tuple(file.name for file in listing.files if file.name not in files)
+    origin = plan.wanted.repository.id, plan.wanted.repository.revision, listing.commit
     return Marker(*origin, files, listing.license, choice.include, choice.exclude, others)

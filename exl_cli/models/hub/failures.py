@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from exl_cli.errors import DownloadError, ExlError, UsageError, param
+from exl_cli.errors import DownloadError, ExlError, brief, param
 from exl_cli.models.hub.names import Repository
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Failures in a row, without a byte of progress, after which to give up; the wait doubles after each of them. A longer
 # Retry-After than the last is not obeyed: give up and say so.
 _TRIES = 5
-_FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 1.0, 30.0, 600.0
+_LONGEST_WAIT, _LONGEST_ASKED = 30.0, 600.0
 _PASSING = {408: "timed out", 429: "limits requests", 500: "failed", 502: "failed", 503: "is busy", 504: "timed out"}
 
 _GOES_ON = "the same command goes on where it stopped"
@@ -36,7 +36,7 @@ class BrokenTransferError(Exception):
 
 
 class Patience:
-    """Counts the failures of one task and waits after each.
+    """Counts the failures in a row of one task, and waits after each.
 
     Args:
         task: its name, for notes.
@@ -44,13 +44,14 @@ class Patience:
         wait: lets so many seconds pass.
     """
 
-    def __init__(self, task: str, note: Callable[[str], None], wait: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, task: str, note: Callable[[str], None], wait: Callable[[float], None]) -> None:
         self._task, self._note, self._wait = task, note, wait
-        self._failures = 0
+        self._failures = self._furthest = 0
 
-    def progressed(self) -> None:
-        """Something came: count from zero again."""
-        self._failures = 0
+    def reached(self, size: int) -> None:
+        """Count from zero again if so many bytes are more than ever: a hopeless server gets no more tries."""
+        if size > self._furthest:
+            self._furthest, self._failures = size, 0
 
     def failed(self, error: Exception, *, reconnect: bool = True) -> None:
         """Wait before the next try, or raise `error` if it will not pass or has come too often.
@@ -59,23 +60,21 @@ class Patience:
             error: the failure.
             reconnect: also try again where no connection could be made at all.
         """
-        reason = passing(error, reconnect=reconnect)
-        asked = asked_wait(error)
+        reason, asked = _passing(error, reconnect), asked_wait(error)
         self._failures += 1
         if not reason or self._failures > _TRIES or asked > _LONGEST_ASKED:
             raise error
-        seconds = max(min(_FIRST_WAIT * 2 ** (self._failures - 1), _LONGEST_WAIT), asked)
+        seconds = max(min(2.0 ** (self._failures - 1), _LONGEST_WAIT), asked)
         self._note(f"{self._task}: {reason}; trying again in {seconds:g} s")
         self._wait(seconds)
 
 
-def passing(error: Exception, *, reconnect: bool = True) -> str:
+def _passing(error: Exception, reconnect: bool) -> str:
     """Why `error` may pass by itself, in a few words; empty where it will not."""
     http = http_library()
     if isinstance(error, BrokenTransferError):
         return str(error)
-    status = status_of(error)
-    if status in _PASSING:
+    if (status := status_of(error)) in _PASSING:
         return f"the Hub {_PASSING[status]} ({status})"
     if isinstance(error, http.TimeoutException):
         return "no answer in time"
@@ -127,53 +126,50 @@ def _reason(error: BaseException) -> str:
 
 def explain(error: Exception, repository: Repository, hub: Hub) -> ExlError:
     """The error that a person should read about a failure, on the way to a repository, that did not pass."""
+    return error if isinstance(error, ExlError) else DownloadError(*_explained(error, repository, hub))
+
+
+def _explained(error: Exception, repository: Repository, hub: Hub) -> tuple[str, str]:
+    """Message and hint."""
     from huggingface_hub import errors
 
     http = http_library()
-    page = f"{hub.endpoint}/{repository.id}"
-    log_in = f"log in with hf auth login, or give {param('token')}"
+    page, log_in = f"{hub.endpoint}/{repository.id}", f"log in with hf auth login, or give {param('token')}"
     names: list[str] = []
-    if isinstance(error, ExlError):
-        return error
     if isinstance(error, errors.GatedRepoError):
         then = "then wait for its owner's approval" if hub.logged_in else f"then {log_in}"
-        return DownloadError(f"{repository.id} is gated: accept its licence first", f"do so at {page}, {then}")
+        return f"{repository.id} is gated: accept its licence first", f"do so at {page}, {then}"
     if isinstance(error, errors.RevisionNotFoundError):
         with contextlib.suppress(Exception):
             names = [name for name, _ in hub.branches(repository)]
         listed = f"its branches: {', '.join(names)}" if names else f"see {page}/tree/main"
-        return DownloadError(f"{repository.id} has no branch, tag or commit named {repository.revision!r}", listed)
+        return f"{repository.id} has no branch, tag or commit named {repository.revision!r}", listed
     if isinstance(error, errors.RepositoryNotFoundError):
         with contextlib.suppress(Exception):
             names = hub.near(repository)
         check = f"near names: {', '.join(names)}" if names else "check the name"
         if not names and not hub.logged_in:
             check += f"; if it is private, {log_in}"
-        return DownloadError(f"the Hub has no model {repository.id}, or it is private", check)
+        return f"the Hub has no model {repository.id}, or it is private", check
     if isinstance(error, errors.EntryNotFoundError):
-        return DownloadError(f"a file of {repository} is no longer on the Hub", "run the command again")
+        return f"a file of {repository} is no longer on the Hub", "run the command again"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return DownloadError("HF_HUB_OFFLINE is set: nothing is downloaded", f"unset it; {_HERE}")
-    if isinstance(error, errors.HFValidationError):
-        return UsageError(f"{repository.id!r} is not the name of a repository", "write it as owner/name")
+        return "HF_HUB_OFFLINE is set: nothing is downloaded", f"unset it; {_HERE}"
     if isinstance(error, http.ConnectError | http.ProxyError | http.TimeoutException):
         reason = "no answer in time" if isinstance(error, http.TimeoutException) else _reason(error)
-        return DownloadError(f"cannot reach {hub.endpoint}: {reason}", f"check the network; {_HERE}")
+        return f"cannot reach {hub.endpoint}: {reason}", f"check the network; {_HERE}"
     if status := status_of(error):
-        return DownloadError(*_by_status(error, status, repository, page, log_in))
+        return _by_status(error, status, repository, page, log_in)
     if isinstance(error, (http.TransportError, BrokenTransferError)) and not _is_wrong_address(error):
-        return DownloadError(f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON)
-    if isinstance(error, (ValueError, KeyError, TypeError, http.HTTPError)):
-        wrong = f"{hub.endpoint} does not answer like the Hub: {_reason(error)}"
-        return DownloadError(wrong, "check HF_ENDPOINT and proxies")
+        return f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON
+    if isinstance(error, (ValueError, KeyError, TypeError, RecursionError, http.HTTPError)):
+        return f"{hub.endpoint} does not answer like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
     reason = _reason(error) or type(error).__name__
-    hint = f"run again with {param('debug')} to see where"
-    return DownloadError(f"{repository} could not be downloaded: {reason}", hint)
+    return f"{repository} could not be downloaded: {reason}", f"run again with {param('debug')} to see where"
 
 
 def _by_status(error: Exception, status: int, repository: Repository, page: str, log_in: str) -> tuple[str, str]:
-    """Message and hint."""
-    said = _header(error, "x-error-message")
+    said = brief(_header(error, "x-error-message"), 400)
     said = f": {said}" if said else ""
     if status == 401:
         return f"the Hub does not accept the token{said}", log_in

@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import DiskError, DownloadError, UnsupportedModelError, UsageError, param
+from exl_cli.errors import DiskError, DownloadError, UnsupportedModelError, UsageError, brief, param
 from exl_cli.models.config import quantization_of
-from exl_cli.models.hub.names import Repository, is_reserved, is_safe
+from exl_cli.models.hub.names import Repository
 from exl_cli.models.info import refuse_method
 
 # Files in the repository's root; engines read no others.
@@ -38,6 +39,17 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib",
 _BLOCK = 2**20
 
 
+_LARGEST = 2**63 - 1  # of what a file system can hold
+_LONGEST_NAME, _LONGEST_PART = 1024, 255
+# What could lead out of a folder, here or on Windows: parts like "", "." and "..", backslashes, drives, control codes.
+_UNSAFE = re.compile(r"(^|/)\.{0,2}(/|\Z)|\\|^[A-Za-z]:|[\0-\x1f\x7f]")
+
+
+def is_reserved(name: str) -> bool:
+    """Whether exl keeps something under this name in a model's folder: `.exl.json`, `.exl-download/`."""
+    return name.lower().startswith(".exl")
+
+
 @dataclass(frozen=True)
 class File:
     """A file of a repository.
@@ -58,14 +70,17 @@ class File:
     sha256: str = ""
 
     def __post_init__(self) -> None:
+        if _UNSAFE.search(self.name):
+            raise ValueError(f"a file named {self.name!r}, which could be written outside its folder")
         # Half a character (a lone surrogate) cannot be encoded, which is a ValueError too.
-        if not is_safe(self.name) or any(len(part) > 255 for part in self.name.encode().split(b"/")):
-            raise ValueError(f"a file named {self.name!r}")
-        if self.size < 0:
-            raise ValueError(f"{self.name} of {self.size} bytes")
+        encoded = self.name.encode()
+        if len(encoded) > _LONGEST_NAME or any(len(part) > _LONGEST_PART for part in encoded.split(b"/")):
+            raise ValueError(f"a file named {brief(self.name)!r}, which is too long")
+        if type(self.size) is not int or not 0 <= self.size <= _LARGEST:
+            raise ValueError(f"{self.name} of {brief(repr(self.size))} bytes")
         for value, digits in ((self.blob_id, 40), (self.sha256, 64)):
             if value and not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
-                raise ValueError(f"{self.name} with {value!r} for a hash")
+                raise ValueError(f"{self.name} with {brief(value)!r} for a hash")
 
     @property
     def identity(self) -> str:
@@ -109,6 +124,13 @@ class File:
         return self.is_right(digest)
 
 
+def check_commit(commit: str) -> str:
+    """The commit, unless it is none: ValueError."""
+    if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40,64}", commit):
+        raise ValueError(f"{brief(str(commit))!r} for a commit")
+    return commit
+
+
 @dataclass(frozen=True)
 class Listing:
     """The files of a repository at one commit.
@@ -118,12 +140,23 @@ class Listing:
         commit: the commit that its revision stands for.
         files: all of them.
         license: the model card's licence, or empty.
+
+    Raises:
+        ValueError: a commit or files that no git repository has.
     """
 
     repository: Repository
     commit: str
     files: tuple[File, ...]
     license: str = ""
+
+    def __post_init__(self) -> None:
+        check_commit(self.commit)
+        # In this order a folder comes right before what is in it.
+        paths = sorted(file.name.split("/") for file in self.files)
+        for path, after in pairwise(paths):
+            if after[: len(path)] == path:
+                raise ValueError(f"{'/'.join(path)!r} twice in its list of files")
 
 
 @dataclass(frozen=True)
@@ -139,6 +172,9 @@ class Choice:
     exclude: tuple[str, ...] = ()
 
 
+ALL_NEEDED = Choice()
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
 
@@ -150,21 +186,26 @@ def is_pickle(name: str) -> bool:
 
 def select(files: Sequence[File], choice: Choice) -> list[File]:
     """The files of a listing that are wanted; never a pickled one, nor one with a name that exl keeps for itself."""
-    safe = [file for file in files if not (is_pickle(file.name) or is_reserved(file.name))]
-    safe = [file for file in safe if not _matches(file.name, choice.exclude)]
+
+    def is_chosen(name: str) -> bool:
+        if choice.include:
+            return _matches(name, choice.include)
+        return _matches(name, _NEEDED_BELOW) if "/" in name else _matches(name.lower(), _NEEDED)
+
+    chosen = [file for file in files if is_chosen(file.name)]
+    chosen = [file for file in chosen if not (is_pickle(file.name) or is_reserved(file.name))]
+    chosen = [file for file in chosen if not _matches(file.name, choice.exclude)]
     if choice.include:
-        return [file for file in safe if _matches(file.name, choice.include)]
-    chosen = [file for file in safe if _matches(file.name.lower(), _NEEDED) and "/" not in file.name]
-    chosen += [file for file in safe if _matches(file.name, _NEEDED_BELOW)]
+        return chosen
+    weights = {file.name for file in chosen if file.name.endswith(".safetensors")}
     # Mistral's repositories carry the same weights twice, once in its own naming.
-    weights = [file for file in chosen if file.name.endswith(".safetensors")]
-    twins = [file for file in weights if file.name.startswith("consolidated")]
-    return [file for file in chosen if file not in twins] if len(twins) < len(weights) else chosen
+    twins = {name for name in weights if name.startswith("consolidated")}
+    return [file for file in chosen if file.name not in twins] if twins < weights else chosen
 
 
 def left_out_pickles(files: Sequence[File], choice: Choice) -> list[str]:
     """Names of the pickled files that the user asked for with `include`."""
-    return [file.name for file in files if is_pickle(file.name) and _matches(file.name, choice.include)]
+    return [file.name for file in files if _matches(file.name, choice.include) and is_pickle(file.name)]
 
 
 def weight_bytes(files: Sequence[File]) -> int:

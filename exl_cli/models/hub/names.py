@@ -1,4 +1,4 @@
-"""Names: which repository and revision a text means, and which of a repository's file names are safe to write."""
+"""Which repository and revision a text means."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ _LONGEST = 96
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository at a revision.
-
-    Attributes:
-        owner, name: the two halves of its id.
-        revision: a branch, tag or commit.
-    """
+    """A model repository at a revision: a branch, a tag or a commit."""
 
     owner: str
     name: str
@@ -47,15 +42,13 @@ class Repository:
 def parse(text: str, revision: str | None = None) -> Repository | None:
     """The repository that a text names, as `owner/name[:revision]` or as the address of its page; None for neither.
 
-    Args:
-        text: what the user typed.
-        revision: given on its own.
-
     Raises:
-        UsageError: two revisions that differ.
+        UsageError: `revision` is none, or another than the text's.
     """
     match = _NAME.fullmatch(text) or _URL.fullmatch(text)
     if match is None or len(match["owner"]) + len(match["name"]) >= _LONGEST or ".." in match[0]:
+        return None
+    if "--" in match["owner"] + match["name"] or match["name"].endswith(".git"):
         return None
     inside = match["revision"]
     if inside and revision and inside != revision:
@@ -77,18 +70,3 @@ def require(text: str, revision: str | None = None) -> Repository:
     if repository := parse(text, revision):
         return repository
     raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")
-
-
-def is_reserved(name: str) -> bool:
-    """Whether exl keeps something under this name in a model's folder: `.exl.json`, `.exl-download/`."""
-    return name.lower().startswith(".exl")
-
-
-def is_safe(name: str) -> bool:
-    """Whether a file name stays inside its folder, on this system and on Windows."""
-    return not (
-        any(part in ("", ".", "..") for part in name.split("/"))
-        or "\\" in name
-        or re.match(r"[A-Za-z]:", name)
-        or any(ord(character) < 32 or ord(character) == 127 for character in name)
-    )

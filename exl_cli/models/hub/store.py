@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from exl_cli.errors import DiskError, DownloadError, param
-from exl_cli.models.hub.files import File
-from exl_cli.models.hub.names import Repository, is_reserved
+from exl_cli.models.hub.files import File, is_reserved
+from exl_cli.models.hub.names import Repository
 from exl_cli.system.files import is_folder, read_file, write_atomically
 
 MARKER = ".exl.json"
@@ -62,10 +62,6 @@ class Marker:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
 
-    def damaged(self, folder: Path) -> list[str]:
-        """Names of the files that are missing or of another size."""
-        return [name for name, file in self.files.items() if size_of(folder / name) != file.size]
-
 
 def size_of(path: Path) -> int:
     """Bytes of a file; -1 where there is none."""
@@ -84,7 +80,7 @@ def read_marker(folder: Path) -> Marker | None:
         known |= {key: tuple(value[key]) for key in ("include", "exclude")}
         others = tuple(map(str, value["others"])) if value.get("others") is not None else None
         return Marker(**known, files=files, others=others, by_hand=bool(value.get("by_hand")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -95,12 +91,8 @@ def read_unfinished(folder: Path) -> Marker | None:
 
 def write_marker(folder: Path, marker: Marker) -> None:
     """Declare a folder complete: all at once, or not at all."""
-    value: dict[str, Any] = {"version": _VERSION, **asdict(marker)}
-    for file in value["files"].values():
-        del file["name"]
-    if not value["by_hand"]:
-        del value["by_hand"]
-    write_atomically(folder / MARKER, json.dumps(value, indent=1))
+    files = {name: {"size": it.size, "blob_id": it.blob_id, "sha256": it.sha256} for name, it in marker.files.items()}
+    write_atomically(folder / MARKER, json.dumps({"version": _VERSION, **vars(marker), "files": files}, indent=1))
 
 
 def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
@@ -141,12 +133,17 @@ def staged_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for suffix in ("part", "whole") for path in place.glob(f"*.{suffix}"))
 
 
-def prepare_staging(folder: Path, marker: Marker) -> None:
+def prepare_staging(folder: Path, marker: Marker, to_install: Collection[File] = ()) -> None:
     """Make the place where the files of a download are collected.
 
     Raises:
+        DownloadError: a link inside the folder leads out of it, where one of the files would be written.
         DiskError: it cannot be made, or a link stands in its place.
     """
+    for file in to_install:
+        if not _is_inside(folder, folder / file.name):
+            leads = f"a link inside {folder} leads out of it; {file.name} would be written there"
+            raise DownloadError(leads, "remove the link")
     place = folder / STAGING
     if place.is_symlink():
         raise DiskError(f"{place} is a link; files written there could land anywhere", "remove it")
@@ -156,29 +153,17 @@ def prepare_staging(folder: Path, marker: Marker) -> None:
         write_marker(place, replace(marker, by_hand=by_hand))
 
 
-def check_destination(folder: Path, name: str) -> None:
-    """Make sure that a file of this name lands inside the model's folder.
-
-    Raises:
-        DownloadError: links inside the folder lead out of it.
-    """
-    if not _is_inside(folder, folder / name):
-        raise DownloadError(f"a link inside {folder} leads out of it; {name} would be written there", "remove the link")
-
-
 def _is_inside(folder: Path, path: Path) -> bool:
     """Whether a file written at `path`, links followed, would be inside `folder`."""
     return path.parent.resolve().is_relative_to(folder.resolve())
 
 
-def install(folder: Path, files: list[File], marker: Marker) -> None:
+def install(folder: Path, files: Collection[File], marker: Marker) -> None:
     """Move staged files to their places and declare the folder complete.
 
     Raises:
-        DiskError, DownloadError: see `check_destination`.
+        DiskError: something is in the way.
     """
-    for file in files:
-        check_destination(folder, file.name)
     old = read_marker(folder)
     with explained(folder):
         # From here to the new marker this is half a model.

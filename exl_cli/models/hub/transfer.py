@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 
 from exl_cli.errors import DiskError, DownloadError
@@ -41,7 +39,6 @@ class Transfer:
         self.file, self.size = file, size
         self._hub, self._listing, self._stop = hub, listing, stop
         self._part, self._staged = store.part(folder, file), store.staged(folder, file)
-        self._patience = hub.patience(file.name)
 
     def run(self) -> None:
         """Bring the file to its staged place, complete and verified.
@@ -76,13 +73,11 @@ class Transfer:
 
     def _read_part(self) -> None:
         """Hash the bytes that an earlier download left; too many of them are none."""
-        self._digest, size = self.file.digest(), 0
+        self._digest, self.size = self.file.digest(), os.fstat(self._stream).st_size
+        if self.size > self.file.size:
+            self._restart()
         while block := os.read(self._stream, _BLOCK):
             self._digest.update(block)
-            size += len(block)
-        self.size = size
-        if size > self.file.size:
-            self._restart()
 
     def _restart(self) -> None:
         """Throw the bytes away."""
@@ -92,13 +87,10 @@ class Transfer:
 
     def _receive(self) -> None:
         """Fill the part up to the file's size, going on after failures that pass."""
-        name, wanted, furthest = self.file.name, self.file.size, self.size
+        wanted, patience = self.file.size, self._hub.patience(self.file.name)
         while self.size < wanted:
             try:
-                with self._hub.stream(self._listing, self.file, self.size) as (begin, chunks):
-                    if begin != self.size:
-                        self._hub.note(f"{name}: the server cannot go on in the middle: starting anew")
-                        self._restart()
+                with closing(self._hub.chunks(self._listing, self.file, self.size)) as chunks:
                     for chunk in chunks:
                         if self._stop.is_set():
                             raise SystemExit
@@ -106,10 +98,7 @@ class Transfer:
                             self._restart()
                             raise BrokenTransferError(f"more than the {wanted:,} bytes that the Hub lists")
                         self._write(chunk)
-                        # Bytes that were here before a restart are no progress: a hopeless server gets no more tries.
-                        if self.size > furthest:
-                            furthest = self.size
-                            self._patience.progressed()
+                        patience.reached(self.size)
                 if self.size < wanted:
                     raise BrokenTransferError(f"only {self.size:,} of {wanted:,} bytes came")
             except Exception as error:
@@ -118,17 +107,16 @@ class Transfer:
                 if status_of(error) == 416:
                     self._restart()
                     error = BrokenTransferError("the server refuses to go on in the middle")
-                self._patience.failed(error)
+                patience.failed(error)
 
     def _write(self, chunk: bytes) -> None:
         """Append; what is written survives the end of the process at any moment."""
-        rest = memoryview(chunk)
         try:
-            while rest:
-                written = os.write(self._stream, rest)
-                self._digest.update(rest[:written])
+            while chunk:
+                written = os.write(self._stream, chunk)
+                self._digest.update(chunk[:written])
                 self.size += written
-                rest = rest[written:]
+                chunk = chunk[written:]
         except OSError as error:
             if error.errno in _FULL:
                 raise DiskError(
@@ -154,35 +142,29 @@ def run_all(
         abort: ends what does not watch it.
         advance: called, from this thread, with a file's name and the bytes that it gained; negative where it lost some.
     """
-    waiting = deque(transfers)
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    waiting, reported = iter(transfers), [transfer.size for transfer in transfers]
+    failures: list[BaseException] = []
 
     def work() -> None:
-        with suppress(IndexError):
-            while not stop.is_set():
-                transfer = waiting.popleft()
-                try:
-                    transfer.run()
-                    ended.put(None)
-                except BaseException as error:
-                    ended.put(error)
+        try:
+            for transfer in waiting:
+                transfer.run()
+        except BaseException as error:
+            failures.append(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_WORKERS, len(transfers)))]
-    told = {transfer: transfer.size for transfer in transfers}
-    left = len(transfers)
     try:
         for thread in threads:
             thread.start()
-        while left:
-            with suppress(queue.Empty):
-                error = ended.get(timeout=_REPORT_SECONDS)
-                if error is not None:
-                    raise error
-                left -= 1
-            for transfer, before in told.items():
-                told[transfer] = now = transfer.size
-                if now != before:
-                    advance(transfer.file.name, now - before)
+        while running := [thread for thread in threads if thread.is_alive()]:
+            running[0].join(_REPORT_SECONDS)
+            if failures:
+                raise failures[0]
+            for index, transfer in enumerate(transfers):
+                gained = transfer.size - reported[index]
+                reported[index] += gained
+                if gained:
+                    advance(transfer.file.name, gained)
     except BaseException:
         stop.set()
         abort()

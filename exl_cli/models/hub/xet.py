@@ -37,20 +37,15 @@ class Xet:
         self._headers, self._note = headers, note
         self._lock = threading.Lock()
         self._session: Any = None
-        self._failures = 0 if _is_here() else _FAILURES
+        self._tries = _FAILURES if _is_here() else 0
 
     @property
     def usable(self) -> bool:
         """Whether to ask for files in xet storage."""
-        return self._failures < _FAILURES
+        return self._tries > 0
 
     def chunks(self, source: Any, size: int, offset: int) -> Iterator[bytes]:
-        """The bytes of a file.
-
-        Args:
-            source: huggingface_hub's `XetFileData` of it.
-            size: of the whole file, in bytes.
-            offset: where to begin.
+        """The bytes of a file of `size` from `offset` on; `source` is huggingface_hub's `XetFileData`.
 
         Raises:
             BrokenTransferError: hf-xet failed.
@@ -69,8 +64,8 @@ class Xet:
                 raise EOFError(f"ended at {offset:,} of {size:,} bytes")
         except Exception as error:  # its errors have no common base
             with self._lock:
-                self._failures += 1
-                if self._failures == _FAILURES:
+                self._tries -= 1
+                if self._tries == 0:
                     self._note("hf-xet keeps failing: going on over plain HTTP")
             raise BrokenTransferError(f"hf-xet: {str(error).strip().partition(chr(10))[0]}") from error
 
