@@ -18,7 +18,7 @@ def main() -> NoReturn:
     if waiting:
         signal.signal(signal.SIGINT, _end)
     from exl_cli.cli.app import main as command
-    from exl_cli.cli.standard_streams import leave
+    from exl_cli.system.processes import leave
 
     code = 130
     try:

@@ -298,17 +298,6 @@ def test_a_sentence_in_the_models_place_is_meant_as_a_prompt(scripted: ScriptedL
         assert "-p" not in result.stderr
 
 
-def test_a_pipe_gets_the_text_byte_for_byte() -> None:
-    answer = "[bold]not markup[/bold] \x1b[31mred\x07 tab\tcr\r\n" + "long " * 60 + "日本🎉 end "
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "scripted_app.py"), answer, "run", "-p", "x"],
-        input=b"",
-        capture_output=True,
-        env={"LC_ALL": "C", "PATH": ""},
-    )
-    assert result.stdout == answer.encode()
-
-
 def test_multibyte_text_comes_in_whole_characters(exl2_dir: Path) -> None:
     text = "问题🎉👩‍👩‍👧‍👦é 答"
     loader = ScriptedLoader(text)

@@ -19,7 +19,6 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.files import expanded, is_folder
-from exl_cli.system.interrupts import insist_on_interrupt
 
 # The context to allocate, in tokens, where the model allows it and the user asks for nothing else.
 CONTEXT = 8192
@@ -84,7 +83,7 @@ class ModelLoader:
     def load(self, model: ChatModel) -> None:
         """Start a model's engine, with nothing computed yet; see `loader.load`."""
         info = model.info
-        with insist_on_interrupt(), self._view.loading(f"{info.name} ({info.format_name})") as progress:
+        with self._view.loading(f"{info.name} ({info.format_name})") as progress:
             engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
         model.engine = EngineThread(engine)
         model.encoder = PromptEncoder(model.tokenizer, add_special_tokens=model.format.add_special_tokens)

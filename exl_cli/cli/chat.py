@@ -95,7 +95,9 @@ def chat(
     opened = _find(models, model, saved)
     if saved.system is not None:
         opened.check_system(saved)
+    console.leaves_on_interrupt = state.owns_process  # there is nothing to lose yet
     models.load(opened)
+    console.leaves_on_interrupt = False
     interactive = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
     talk = Conversation(
         opened, saved, settings, models, console, store, saving=not no_save, interactive=interactive, debug=state.debug

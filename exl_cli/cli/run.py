@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -37,7 +38,7 @@ from exl_cli.models.chat_template import load_chat_template
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system import readings
-from exl_cli.system.interrupts import cancel_on_interrupt, insist_on_interrupt
+from exl_cli.system.interrupts import cancel_on_interrupt
 from exl_cli.ui.console import Console
 
 _prompt = partial(typer.Option, rich_help_panel="Prompt")
@@ -138,7 +139,8 @@ def run(
     if verbose:
         console.note(str(settings.brief()))
     start = time.perf_counter()
-    with insist_on_interrupt(), console.loading(f"{info.name} ({info.format_name})") as progress:
+    console.leaves_on_interrupt = state.owns_process
+    with console.loading(f"{info.name} ({info.format_name})") as progress:
         engine = EngineThread(state.load(info, tokenizer, loading, progress, needed=len(ids) + max_new_tokens))
     load_seconds = time.perf_counter() - start
     try:
@@ -168,14 +170,12 @@ def _stream(engine: EngineThread, request: Request, console: Console, *, live: b
     pieces: list[str] = []
     summary: Summary | None = None
     stream = engine.stream(request)
-    with cancel_on_interrupt(stream.cancel):
+    with cancel_on_interrupt(stream.cancel), console.streaming() if live else nullcontext() as show:
         for chunk in stream:
             pieces.append(chunk.text)
-            if live:
-                console.text(chunk.text)
+            if show is not None:
+                show(chunk.text)
             summary = chunk.summary or summary
-    if live:
-        console.end_text()
     if summary is None:
         raise RuntimeError("the engine ended without a summary")
     return "".join(pieces), summary

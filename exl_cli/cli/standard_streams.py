@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import errno
 import io
 import logging
 import os
-import signal
 import sys
 import warnings
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from exl_cli.errors import DiskError
 
@@ -46,23 +43,6 @@ def silence_libraries() -> None:
         warnings.showwarning = lambda *_, **__: None
     logging.disable(logging.WARNING)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def leave(code: int) -> NoReturn:
-    """End the process at once, without the seconds that Python takes to free the modules of torch and transformers.
-
-    What has to be undone is undone before, in a `finally`. Python waits for no thread here: each computes what nobody
-    will read, and writes files in a way that can be cut off.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(Exception):
-        # Of libraries: matplotlib removes its temporary folder, say. exl itself registers none.
-        atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError, DiskError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-    os._exit(code)
 
 
 class _Output(io.FileIO):

@@ -1,23 +1,19 @@
-"""An answer of a chat as it comes: reasoning apart from the answer, Markdown rendered block by block, keys unseen."""
+"""An answer of a chat as it comes: reasoning apart from the answer, Markdown rendered block by block."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import signal
-import sys
-import termios
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from exl_cli.ui.console import harmless
+from exl_cli.ui.text import closing, harmless_lines
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import ConsoleOptions
     from rich.live import Live
+    from rich.segment import Segment
 
     from exl_cli.structured.reasoning import Piece
     from exl_cli.ui.chat import ChatConsole
@@ -48,7 +44,7 @@ class Answer:
             if piece.kind == "answer":
                 self._answer(text)
             elif self._thinking:
-                self._console.dim_text(text)
+                self._console.stream(text, "dim")
 
     def end(self) -> None:
         """Show what was held back."""
@@ -57,12 +53,12 @@ class Answer:
         if kind == "reasoning" and not self._thinking:
             self._console.note("thinking…")
         if self._kind == "reasoning" and self._thinking:
-            self._console.end_line()
-            self._console.text("\n")
+            self._console.end_text()
+            self._console.stream("\n")
         self._kind = kind
 
     def _answer(self, text: str) -> None:
-        self._console.text(text)
+        self._console.stream(text)
 
 
 class MarkdownAnswer(Answer):
@@ -101,15 +97,28 @@ class MarkdownAnswer(Answer):
             if self._begun:
                 self._console.out.print()
             self._begun = True
-            self._console.out.print(Markdown(harmless(block), hyperlinks=False))
+            self._console.out.print(_Closed(Markdown(harmless_lines(block), hyperlinks=False)))
 
     def _tail(self) -> Any:
         """The end of the growing block, as much of it as the screen can take away again."""
         from rich.text import Text
 
         out = self._console.out
-        lines = Text(harmless(self._blocks.pending)).wrap(out, out.width)
-        return Text("\n").join(lines[-max(out.height - 2, 1) :])
+        lines = Text(harmless_lines(self._blocks.pending)).wrap(out, out.width)
+        return Text("\n").join(Text(harmless_lines(line.plain)) for line in lines[-max(out.height - 2, 1) :])
+
+
+class _Closed:
+    """Something for Rich to render, each line of it with the end of what changes the writing direction there."""
+
+    def __init__(self, content: Any) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for line in console.render_lines(self._content, options, pad=False):
+            yield from [*line, Segment(closing("".join(part.text for part in line)) + "\n")]
 
 
 class BlockSplitter:
@@ -160,56 +169,3 @@ def _is_finished(kind: str, markup: str, start: int, end: int, lines: list[str])
         closing = lines[end - 1].strip()
         return end - 1 > start and closing.startswith(markup) and not closing.strip(markup[0])
     return kind in _ENDED_BY_EMPTY_LINE and any(not line.strip() for line in lines[end:])
-
-
-# --- keys pressed while an answer comes -------------------------------------------------------------------------------
-
-
-@contextmanager
-def unseen_keys() -> Iterator[None]:
-    """Within it, the terminal does not show what is typed, nor `^C`; it keeps the lines for the next to read.
-
-    Ctrl-Z stops the program with the echo on, and off again when it goes on. Does nothing where standard input is no
-    terminal, or one that another program has in hand. Main thread only.
-    """
-    terminal = _terminal()
-    if terminal is None or not _echo(terminal, on=False):
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        _echo(terminal, on=True)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        # Here it goes on, perhaps in the background.
-        _echo(terminal, on=False)
-
-    previous = signal.signal(signal.SIGTSTP, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTSTP, previous)
-        _echo(terminal, on=True)
-
-
-def _terminal() -> int | None:
-    """The file descriptor of standard input, if that is a terminal."""
-    try:
-        number = sys.stdin.fileno()
-    except (AttributeError, OSError, ValueError):  # none, a stand-in of an embedder, or closed
-        return None
-    return number if os.isatty(number) else None
-
-
-def _echo(terminal: int, *, on: bool) -> bool:
-    """Let the terminal show what is typed, or not; returns whether that has changed.
-
-    Nothing changes in the background: the terminal stops a job there that tries.
-    """
-    with contextlib.suppress(OSError, termios.error):  # it has been closed
-        modes = termios.tcgetattr(terminal)
-        flags = modes[3] | termios.ECHO if on else modes[3] & ~termios.ECHO
-        if flags != modes[3] and os.tcgetpgrp(terminal) == os.getpgrp():
-            modes[3] = flags
-            termios.tcsetattr(terminal, termios.TCSANOW, modes)
-            return True
-    return False

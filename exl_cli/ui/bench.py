@@ -9,9 +9,10 @@ from exl_cli.bench import limits, outputs
 from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
 from exl_cli.bench.result import Measured, Result, Run, mean
 from exl_cli.system.units import mib
-from exl_cli.ui.console import Console, harmless
+from exl_cli.ui.console import Console
 from exl_cli.ui.models import show, table
 from exl_cli.ui.progress import Live, bar_column, text_column
+from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
     from exl_cli.bench.runner import Progress

@@ -17,8 +17,9 @@ from exl_cli.api.notebook import accepted
 from exl_cli.chat.session import Session, Turn, excerpt
 from exl_cli.engines.base import Summary
 from exl_cli.system.readings import GpuReading, HostReading
-from exl_cli.ui.answers import Answer, MarkdownAnswer, unseen_keys
-from exl_cli.ui.console import Console, harmless
+from exl_cli.ui.answers import Answer, MarkdownAnswer
+from exl_cli.ui.console import Console
+from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,26 +42,17 @@ class ChatConsole(Console):
     def answering(self, *, thinking: bool, markdown: bool) -> Iterator[Callable[[Iterable[Piece]], None]]:
         """See `ChatView.answering`."""
         answer = (MarkdownAnswer if markdown and sys.stdout.isatty() else Answer)(self, thinking=thinking)
-        with unseen_keys():
+        with self.streaming():
             try:
                 yield answer.show
             finally:
                 answer.end()
-                self.end_line()
 
-    def dim_text(self, text: str) -> None:
-        """Model text that is not the answer: dim on a terminal, like any other in a pipe."""
-        if sys.stdout.isatty() and text:
-            self.out.out(harmless(text), end="", highlight=False, style="dim")
-            self.out.file.flush()
-            self._at_line_start = text.endswith("\n")
-        else:
-            self.text(text)
-
-    def end_line(self) -> None:
-        """End a line of stdout that was begun, also in a pipe: the next answer is not to stick to this one."""
-        if not self._at_line_start:
+    def end_text(self, *, more: bool = True) -> None:
+        """End a line of text that was begun, also in a pipe: the next answer is not to stick to this one."""
+        if not self._at_line_start and not sys.stdout.isatty():
             self.text("\n")
+        super().end_text()
 
     def turn(self, summary: Summary, context_length: int, *, answered: bool) -> None:
         """The line after an answer."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
 from exl_cli.api import notebook, records
 from exl_cli.engines.base import Summary
 from exl_cli.errors import ExlError, spell
+from exl_cli.system.interrupts import insist_on_interrupt, unseen_keys
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.system.units import MIB, mib
+from exl_cli.ui.text import Wrapper, harmless, harmless_json
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -21,18 +24,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from exl_cli.ui.progress import Loading
-
-# Control characters that would act on a terminal, shown as the pictures Unicode has for them. Line feed and tab stay.
-_HARMLESS = {
-    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
-    127: 0x2421,
-    **dict.fromkeys(range(128, 160), 0xFFFD),
-}
-
-
-def harmless(text: str) -> str:
-    """Text that cannot move the cursor, recolour, retitle or otherwise command a terminal."""
-    return text.translate(_HARMLESS)
 
 
 def flags(text: str) -> str:
@@ -45,10 +36,16 @@ class Console:
 
     Args:
         quiet: keep stderr for errors alone.
+
+    Attributes:
+        leaves_on_interrupt: Ctrl-C ends the process at once while a model loads; else it raises KeyboardInterrupt.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self.leaves_on_interrupt = False
+        self._wrapper = Wrapper()
+        self._style: str | None = None
         self._at_line_start = True
 
     @cached_property
@@ -68,33 +65,63 @@ class Console:
 
     # --- stdout ---------------------------------------------------------------------------------------------------
 
-    def text(self, text: str) -> None:
-        """Model text, as it comes: byte for byte into a pipe or file, harmless on a terminal."""
-        if not text:
-            return
+    def text(self, text: str, *, is_json: bool = False) -> None:
+        """What was asked for: byte for byte into a pipe or file, harmless on a terminal."""
         if sys.stdout.isatty():
-            self.out.out(harmless(text), end="", highlight=False)
-            self.out.file.flush()
-        else:
+            self._show(harmless_json(text) if is_json else harmless(text))
+        elif text:
             _write(sys.stdout, text)
-        self._at_line_start = text.endswith("\n")
-
-    def end_text(self) -> None:
-        """Put the cursor of a terminal at the start of a line after model text; a pipe gets nothing added."""
-        if not self._at_line_start and sys.stdout.isatty():
-            self.out.out("")
-        self._at_line_start = True
+            self._at_line_start = text.endswith("\n")
 
     def data(self, value: Any) -> None:
         """One JSON value on one line."""
-        _write(sys.stdout, flags(json.dumps(value, ensure_ascii=False)) + "\n")
+        self.text(flags(json.dumps(value, ensure_ascii=False)) + "\n", is_json=True)
+
+    @contextmanager
+    def streaming(self) -> Iterator[Callable[[str], None]]:
+        """Within it, model text goes to `stream`, and typed keys stay unseen; after it, others can write."""
+        with unseen_keys():
+            try:
+                yield self.stream
+            except BaseException:
+                self.end_text(more=True)
+                raise
+            self.end_text(more=not self.quiet)
+
+    def stream(self, text: str, style: str | None = None) -> None:
+        """Model text, as it comes: byte for byte into a pipe or file; on a terminal harmless, and broken at words."""
+        if not sys.stdout.isatty():
+            self.text(text)
+            return
+        self._style = style
+        self._show(self._wrapper.push(text), style)
+
+    def end_text(self, *, more: bool = True) -> None:
+        """End a line of text that was begun, where anything else would follow it there.
+
+        A pipe or file gets nothing added, unless stderr goes there too and there is `more` to come on it.
+        """
+        if sys.stdout.isatty():
+            self._show(self._wrapper.end(), self._style)
+            if not self._at_line_start:
+                self._show("\n")
+            self._wrapper.column = 0
+        elif more and not self._at_line_start and _same_file(sys.stdout, sys.stderr):
+            _write(sys.stderr, "\n")
+        self._at_line_start = True
+
+    def _show(self, text: str, style: str | None = None) -> None:
+        if text:
+            self.out.out(text, end="", highlight=False, style=style)
+            self.out.file.flush()
+            self._at_line_start = text.endswith("\n")
 
     # --- stderr ---------------------------------------------------------------------------------------------------
 
     def note(self, message: str) -> None:
         """A dim line on stderr."""
         if not self.quiet:
-            self.err.print(harmless(flags(message)), style="dim", markup=False, highlight=False, soft_wrap=True)
+            self._line(flags(message))
 
     def summary(self, summary: Summary) -> None:
         """The notebook's two lines, and those about speculation where there was some."""
@@ -128,11 +155,14 @@ class Console:
         else:
             self.note(f"Memory: {mib(host.resident_bytes)} resident, {mib(host.peak_bytes)} peak")
 
-    def loading(self, model: str) -> Loading:
+    @contextmanager
+    def loading(self, model: str) -> Iterator[Loading]:
         """Shows in a `with` block that a model loads."""
         from exl_cli.ui.progress import Loading
 
-        return Loading(self, model)
+        shown = Loading(self, model)
+        with insist_on_interrupt(shown.interrupt), shown:
+            yield shown
 
     def error(self, error: ExlError) -> None:
         """What is wrong and the next step."""
@@ -148,15 +178,21 @@ class Console:
         """Where a failure came from, for --debug."""
         import traceback
 
-        self.err.out(harmless("".join(traceback.format_exception(error)).rstrip("\n")), highlight=False)
+        self.err.out(self._clean("".join(traceback.format_exception(error)).rstrip("\n")), highlight=False)
 
     def _error_lines(self, message: str, hint: str) -> None:
         from rich.text import Text
 
-        line = Text.assemble(("error: ", "bold red"), harmless(message))
+        line = Text.assemble(("error: ", "bold red"), self._clean(message))
         if hint:
-            line.append("; " + harmless(hint), "dim")
+            line.append("; " + self._clean(hint), "dim")
         self.err.print(line, highlight=False, soft_wrap=True)
+
+    def _line(self, message: str) -> None:
+        self.err.print(self._clean(message), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def _clean(self, text: str) -> str:
+        return harmless(text, terminal=self.err.is_terminal)
 
 
 def dim(text: str) -> Text:
@@ -201,6 +237,13 @@ def _rich(file: TextIO) -> RichConsole:
     from rich.console import Console as RichConsole
 
     return RichConsole(file=file)
+
+
+def _same_file(stream: TextIO, other: TextIO) -> bool:
+    try:
+        return os.path.sameopenfile(stream.fileno(), other.fileno())
+    except (OSError, ValueError):  # closed, or a stand-in of an embedder
+        return False
 
 
 def _write(stream: TextIO, text: str) -> None:

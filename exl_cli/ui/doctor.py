@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from exl_cli.doctor.check_result import CheckResult
-from exl_cli.ui.console import Console, dim, flags, harmless
+from exl_cli.ui.console import Console, dim, flags
+from exl_cli.ui.text import harmless
 
 _TITLE = 15
 _MARKS = {"ok": ("✓", "green"), "warn": ("!", "bold yellow"), "fail": ("✗", "bold red"), "skip": ("-", "dim")}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from exl_cli.models.folders import BUILTIN
 from exl_cli.models.memory import Estimate, Gpu, fits, shape_of
 from exl_cli.system.units import gib, parameters, size
-from exl_cli.ui.console import Console, harmless
+from exl_cli.ui.console import Console
+from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.api.download import Lines
+from exl_cli.errors import ExitCode
+from exl_cli.system.processes import leave
 from exl_cli.system.units import Milestones, clock_time, size
-from exl_cli.ui.console import Console, dim, harmless
+from exl_cli.ui.console import Console, dim
+from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
     from exl_cli.engines.exllamav2.extension.jobs import Progress as BuildProgress
@@ -165,13 +168,15 @@ class _Countdown:
 
 
 class Loading(Live):
-    """One line while a model loads, with a spinner on a terminal; see `loader.Observer`."""
+    """One line while a model loads, with a spinner on a terminal; see `loader.Observer`. Ctrl-C ends it at once, or
+    shows at once that it will."""
 
     def __init__(self, console: Console, model: str) -> None:
         super().__init__(console)
         self._line = f"Loading model: {model}"
         self._status: Any = None
         self._build: Build | None = None
+        self._interrupted = False
 
     def __enter__(self) -> Loading:
         if self._console.is_live:
@@ -187,6 +192,16 @@ class Loading(Live):
             self._status.stop()
             if kind is None:
                 self.note(self._line)
+
+    def interrupt(self) -> None:
+        """Called by the handler of SIGINT. What a build has finished is kept, and said, before it ends."""
+        if self._console.leaves_on_interrupt and (self._interrupted or self._build is None):
+            if self._status is not None:
+                self._status.stop()
+            leave(ExitCode.INTERRUPTED)
+        elif not self._interrupted:
+            self.note("stopping")
+        self._interrupted = True
 
     def progress(self, done: int, total: int) -> None:
         """See `loader.Observer.progress`."""
