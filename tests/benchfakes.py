@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+import json
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from typer.testing import CliRunner, Result
 
+import exl_cli
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine, Event, Request
@@ -19,6 +22,10 @@ from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.readings import DeviceMemory
 
+MS = 1_000_000  # nanoseconds
+
+SCHEMA = json.loads((Path(exl_cli.__file__).parent / "bench" / "schema.json").read_text())
+
 
 class SilentDecoder:
     """Decodes nothing."""
@@ -26,23 +33,15 @@ class SilentDecoder:
     def push(self, token_id: int) -> str:
         return ""
 
-    def special(self, token_id: int) -> str:
-        return ""
-
-
-def spin(seconds: float) -> None:
-    """Take so much time, computing."""
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+    special = push
 
 
 class PacedEngine(GeneratorEngine):
-    """Generates token 7 for ever, at a known pace.
+    """Generates token 7 without end, at a known pace by a clock of its own, `now`, which nothing else moves.
 
     Args:
         prompt_seconds: reported for a prompt, whatever it takes.
-        first, step: seconds that the first new token and each further one take.
+        first, step: milliseconds that the first new token and each further one take.
         reused: prompt tokens that it says it found in its cache.
         tokens: the most that it generates; None for as many as are wanted.
         on_request: called with each request, before anything else.
@@ -53,20 +52,21 @@ class PacedEngine(GeneratorEngine):
     def __init__(
         self,
         prompt_seconds: float = 0.25,
-        first: float = 0.001,
-        step: float = 0.001,
+        first: int = 1,
+        step: int = 1,
         reused: int = 0,
         tokens: int | None = None,
         context_length: int = 1024,
         on_request: Callable[[Request], None] = lambda request: None,
     ) -> None:
         super().__init__()
-        self.prompt_seconds, self.first, self.seconds = prompt_seconds, first, step
+        self.prompt_seconds, self.first, self.each = prompt_seconds, first, step
         self.reused, self.tokens, self.on_request = reused, tokens, on_request
         self.context_length = context_length
         self.facts: dict[str, str] = {"device": "none", "dtype": "float32", "threads": "2"}
         self.requests: list[Request] = []
         self.closed = False
+        self.now = 0
 
     def add(self, request_id: int, request: Request) -> None:
         self.requests.append(request)
@@ -85,7 +85,7 @@ class PacedEngine(GeneratorEngine):
             yield Step((7,))
 
     def _compute(self, count: int) -> None:
-        spin(self.seconds if count else self.first)
+        self.now += MS * (self.each if count else self.first)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Every token is twice as likely as each other one to be followed by its successor, of 50 in all."""
@@ -102,13 +102,33 @@ class PacedEngine(GeneratorEngine):
 
 
 class BatchEngine(PacedEngine):
-    """Computes up to four requests together, and leaves the processor to others meanwhile, as a GPU does."""
+    """Computes up to four requests together: passes of 20 ms, 1 ms more for each token, and one prompt a pass.
+
+    Args:
+        size: requests that it waits for before it begins.
+    """
 
     name = "batching"
     max_batch = 4
 
-    def _compute(self, count: int) -> None:
-        time.sleep(0.02)
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.gate = threading.Event()  # to be cleared while requests are being queued
+        self.gate.set()
+        self._begun: set[int] = set()
+
+    def step(self) -> Iterable[Event]:
+        self.gate.wait()
+        self._begun &= self._responses.keys()
+        prompts = [request_id for request_id in self._responses if request_id not in self._begun]
+        if not self._begun and len(prompts) < self.size:
+            return
+        self._begun.update(prompts[:1])
+        waiting = {request_id: self._responses.pop(request_id) for request_id in prompts[1:]}
+        self.now += 20 * MS
+        yield from super().step()
+        self._responses |= waiting
 
 
 class TurnsEngine(PacedEngine):
@@ -117,7 +137,7 @@ class TurnsEngine(PacedEngine):
     name = "turns"
     max_batch = 4
 
-    def step(self) -> Iterator[Event]:
+    def step(self) -> Iterable[Event]:
         waiting = dict(self._responses)
         first = next(iter(waiting))
         self._responses = {first: waiting.pop(first)}
@@ -144,18 +164,15 @@ class PacedLoader:
         return self.engines[-1]
 
 
-def stopping_after(requests: int, error: BaseException | None = None) -> Callable[[], PacedEngine]:
-    """Makes an engine whose request of that number raises: Ctrl-C, or an error."""
+def stopping_after(requests: int, error: BaseException | None = None) -> PacedLoader:
+    """Loads an engine whose request of that number raises: Ctrl-C, or an error."""
 
-    def make() -> PacedEngine:
-        def count(request: Request) -> None:
-            if len(engine.requests) >= requests:
-                raise error or KeyboardInterrupt
+    def count(request: Request) -> None:
+        if len(loader.engines[-1].requests) >= requests:  # type: ignore[attr-defined]
+            raise error or KeyboardInterrupt
 
-        engine = PacedEngine(on_request=count)
-        return engine
-
-    return make
+    loader = PacedLoader(lambda: PacedEngine(on_request=count))
+    return loader
 
 
 FAILURE = EngineError("the device fell off", "put it back")

@@ -15,7 +15,6 @@ import pytest
 import tinymodels
 import torch
 from benchfakes import PacedEngine
-from helpers import Recorder
 from safetensors import safe_open
 
 from exl_cli import loader
@@ -24,10 +23,8 @@ from exl_cli.bench import limits, measure
 from exl_cli.bench.machine import Watch
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Probe
-from exl_cli.engines import probe, scoring
+from exl_cli.engines import probe
 from exl_cli.errors import PromptError
-from exl_cli.models.load_options import LoadOptions
-from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.nvml import Driver
 
 
@@ -38,9 +35,12 @@ def test_the_bytes_of_a_step_on_the_cpu(exl2_dir: Path) -> None:
     expected = 4 * 7_344_384 + 8 * 2 * 2 * 64 * 4 * (100 + 12 / 2)
     case = Case(0, 11, 100)
     assert limits.step_bytes(info, case, "fp16", "float32", unpacked=True) == pytest.approx(expected, abs=1)
-    parallel = replace(case, n_parallel=3)
-    more = limits.step_bytes(info, parallel, "fp16", "float32", unpacked=True)
+    more = limits.step_bytes(info, replace(case, n_parallel=3), "fp16", "float32", unpacked=True)
     assert more == pytest.approx(expected + 2 * 8 * 2 * 128 * 4 * 106, abs=1)
+    # A sliding window bounds what is read of the cache.
+    narrow = replace(info, config={**info.config, "sliding_window": 64})
+    less = limits.step_bytes(narrow, case, "fp16", "float32", unpacked=True)
+    assert less == pytest.approx(expected - 8 * 2 * 128 * 4 * (106 - 64), abs=1)
 
 
 def test_the_bytes_of_a_step_on_a_gpu_are_those_of_the_file(gptq_dir: Path) -> None:
@@ -52,17 +52,8 @@ def test_the_bytes_of_a_step_on_a_gpu_are_those_of_the_file(gptq_dir: Path) -> N
     weights = sum(stored.values()) - embeddings + 2 * 4096 * 256
     values = 8 * 2 * 128 * (512 + 129 / 2)
     for cache, bits in (("fp16", 16), ("q8", 8.5), ("q4", 4.5)):
-        found = limits.step_bytes(info, Case(0, 128, 512), cache, "float16", unpacked=False)
-        assert found == pytest.approx(weights + values * bits / 8, rel=1e-6)
-
-
-def test_a_window_bounds_the_cache_that_is_read(exl2_dir: Path) -> None:
-    info = loader.resolve(str(exl2_dir))
-    narrow = replace(info, config={**info.config, "sliding_window": 64})
-    sizes = [
-        limits.step_bytes(model, Case(0, 4, 500), "fp16", "float32", unpacked=True) or 0 for model in (info, narrow)
-    ]
-    assert sizes[0] - sizes[1] == pytest.approx(8 * 2 * 128 * 4 * (500 + 2.5 - 64), abs=1)
+        size = limits.step_bytes(info, Case(0, 128, 512), cache, "float16", unpacked=False)
+        assert size == pytest.approx(weights + values * bits / 8, rel=1e-6)
 
 
 def test_experts_that_are_not_used_are_not_read(tmp_path: Path) -> None:
@@ -90,8 +81,8 @@ def test_the_work_of_a_prompt(exl2_dir: Path) -> None:
     queries, keys = 4 * 64, 2 * 64
     layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * inner
     expected = 512 * 2 * layers * layer + layers * sum(4 * queries * seen for seen in range(1, 513))
-    found = limits.prompt_flops(loader.resolve(str(exl2_dir)), Case(512, 0))
-    assert found == pytest.approx(expected, rel=0.01)
+    flops = limits.prompt_flops(loader.resolve(str(exl2_dir)), Case(512, 0))
+    assert flops == pytest.approx(expected, rel=0.01)
 
 
 def generation(run: Any, **changes: Any) -> Any:
@@ -104,10 +95,10 @@ def generation(run: Any, **changes: Any) -> Any:
 def test_the_share_of_the_limit() -> None:
     run = benchdata.gpu_run(deviation=0.0)
     entry = generation(run)
-    found = limits.limit(run, entry)
-    assert found is not None
+    limit = limits.limit(run, entry)
+    assert limit is not None
     # 4.1 GB at 3.03 TB/s, of the 1/240 s that a token takes.
-    assert (found.ns, found.share) == (pytest.approx(4.1 / 3.03 * 1e6), pytest.approx(4.1 / 3030 * 240, rel=1e-3))
+    assert (limit.ns, limit.share) == (pytest.approx(4.1 / 3.03 * 1e6), pytest.approx(4.1 / 3030 * 240, rel=1e-3))
     prompt = limits.limit(run, run.tests[0])
     assert prompt is not None
     assert prompt.share == pytest.approx(2 * 6.98e9 * 14_600 / 7.9e14, rel=1e-3)
@@ -148,67 +139,37 @@ def test_what_holds_a_cpu_back() -> None:
     assert limits.verdict(run, entry).startswith("held up: it got 0.6 cores of processor time" + busy)
 
 
-class FakeNvml:
-    """The part of NVML that a watch asks, for one card."""
-
-    nvmlClocksEventReasonSwPowerCap = 4  # noqa: N815
-    nvmlClocksEventReasonSwThermalSlowdown = 32  # noqa: N815
-
-    def __init__(self, processes: set[int]) -> None:
-        self.processes = processes
-        self.millijoules = 1000
-        self.reasons = 0
-        self.closed = False
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
-        return f"card {index}"
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        if uuid != "GPU-1":
-            raise ValueError(uuid)
-        return "card 0"
-
-    def nvmlDeviceGetUUID(self, handle: str) -> str:  # noqa: N802
-        return "GPU-1"
-
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
-        return "580.1"
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:  # noqa: N802
-        return [SimpleNamespace(pid=pid) for pid in self.processes]
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
-        return self.millijoules
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
-        return self.reasons
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.closed = True
-
-
 def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
-    nvml = FakeNvml({100})
+    processes, reasons, closed = {100}, [0, 4, 4 | 32, 1], []
+    nvml = SimpleNamespace(
+        nvmlClocksEventReasonSwPowerCap=4,
+        nvmlClocksEventReasonSwThermalSlowdown=32,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: f"card {index}",
+        nvmlDeviceGetHandleByUUID={"GPU-1": "card 0"}.__getitem__,
+        nvmlDeviceGetUUID={"card 0": "GPU-1"}.__getitem__,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=pid) for pid in processes],
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 1000,
+        nvmlDeviceGetCurrentClocksEventReasons=lambda handle: reasons.pop(0),
+        nvmlShutdown=lambda: closed.append(True),
+    )
     watch = Watch(Driver(nvml))
     watch.attach(["GPU-1"])
     assert (watch.driver, watch.joules()) == ("580.1", 1.0)
     assert watch.used_bytes() is None  # this card withholds it
-    for nvml.reasons in (0, 4, 4 | 32, 1):
+    for _ in range(4):
         watch.look()
-    nvml.processes = {100, 7}  # ours, under whatever number
+    processes.add(7)  # ours, under whatever number
     assert watch.warnings() == [
         "the GPU's clock was held back at the end of some of 4 repetitions: power cap 2, heat 1",
         "1 other process held memory of the GPU (nvidia-smi shows which)",
     ]
-    nvml.processes = {7}
-    nvml.reasons = 0
+    processes.remove(100)
     watch.slowed.clear()
     assert watch.warnings() == []
     watch.close()
-    assert nvml.closed
+    assert closed
     assert watch.joules() is None
 
 
@@ -263,34 +224,15 @@ def test_perplexity_of_a_known_distribution(tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
     engine = StepEngine(context_length=8)
     thread = EngineThread(engine)
-    found = measure.perplexity(thread, Numbers(), tmp_path / "text", lambda *at: progress.append(at))  # type: ignore[arg-type]
+    result = measure.perplexity(thread, Numbers(), tmp_path / "text", lambda *at: progress.append(at))  # type: ignore[arg-type]
     thread.close()
     nlls = [-math.log(2 / 51)] * 19 + [-math.log(1 / 51)] * 10
-    assert found.tokens == 29
-    assert found.mean_nll == pytest.approx(np.mean(nlls), rel=1e-5)
-    assert found.value == pytest.approx(math.exp(np.mean(nlls)), rel=1e-5)
-    assert found.error == pytest.approx(found.value * np.std(nlls, ddof=1) / math.sqrt(29), rel=1e-5)
-    assert (found.window, found.stride, found.step, engine.step_asked) == (8, 4, measure.STEP, measure.STEP)
+    assert result.tokens == 29
+    assert result.mean_nll == pytest.approx(np.mean(nlls), rel=1e-5)
+    assert result.value == pytest.approx(math.exp(np.mean(nlls)), rel=1e-5)
+    assert result.error == pytest.approx(result.value * np.std(nlls, ddof=1) / math.sqrt(29), rel=1e-5)
+    assert (result.window, result.stride, result.step, engine.step_asked) == (8, 4, measure.STEP, measure.STEP)
     assert progress[-1] == (29, 29)
-
-
-def test_perplexity_of_the_built_in_model(exl2_dir: Path, tmp_path: Path) -> None:
-    info = loader.resolve(str(exl2_dir))
-    tokenizer = Tokenizer(info.path)
-    engine = EngineThread(loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder()))
-    text = "Once upon a time there was a girl who lived in a small house near the forest."
-    (tmp_path / "text").write_text(text)
-    found = measure.perplexity(engine, tokenizer, tmp_path / "text", lambda *_: None)
-    ids = tokenizer.encode(text, add_special_tokens=True)
-    logits = engine.logits(ids).double().numpy()
-    nlls = [
-        np.log(np.exp(row - row.max()).sum()) - (row[token] - row.max())
-        for row, token in zip(logits, ids[1:], strict=False)
-    ]
-    assert (found.tokens, found.step) == (len(ids) - 1, 0)
-    assert found.mean_nll == pytest.approx(np.mean(nlls), rel=1e-4)
-    assert 3 < found.value < 60  # a story in its own manner; of 4,096 tokens
-    assert scoring.log_likelihoods(engine, ids, 3, 1) == pytest.approx([-value for value in nlls[-3:]], rel=1e-3)
 
 
 def test_texts_that_have_no_perplexity(tmp_path: Path) -> None:

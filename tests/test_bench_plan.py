@@ -3,67 +3,55 @@
 from __future__ import annotations
 
 import itertools
-import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
-from benchfakes import BatchEngine, PacedEngine, TurnsEngine
+from benchfakes import MS, BatchEngine, PacedEngine, TurnsEngine
+from gpu import fast_path
 
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench import plan
-from exl_cli.bench.measure import Energy, measure
+from exl_cli.bench.measure import measure
 from exl_cli.bench.plan import Case, Prompts, Settings
 from exl_cli.bench.result import Sample
-from exl_cli.engines.base import Request
-from exl_cli.errors import EngineError, UsageError, spell
+from exl_cli.engines.base import Chunk, Request
+from exl_cli.errors import ExlError, UsageError, spell
 from exl_cli.sampling import Sampling
 
 
-def run(engine: PacedEngine, test: Case, energy: Energy = lambda: None) -> Sample:
+def run(engine: PacedEngine, test: Case, joules: Iterator[int] | None = None) -> Sample:
+    """A repetition by the engine's own clock. Energy is what `joules` gives each time it is asked for."""
     requests = [Request([1] * test.prompt_ids, Sampling(), test.new_tokens, 0) for _ in range(test.n_parallel)]
     thread = EngineThread(engine)
     try:
-        return measure(thread, test, requests, energy)
+        return measure(thread, test, requests, lambda: joules and float(next(joules)), lambda: engine.now)
     finally:
         thread.close()
 
 
-@pytest.mark.parametrize(
-    ("test", "name"),
-    [
-        (Case(512, 0), "pp512"),
-        (Case(0, 128), "tg128"),
-        (Case(0, 128, 4096), "tg128 @ d4096"),
-        (Case(512, 128), "pp512+tg128"),
-        (Case(0, 16, 512, 4), "tg16 @ d512 x4"),
-    ],
-)
-def test_names_are_those_of_llama_bench(test: Case, name: str) -> None:
-    assert test.name == name
-
-
-def test_a_list_of_counts() -> None:
-    assert plan.parse_counts("512, 2048,512", "prompt_tokens", 0) == (512, 2048)
+def names(tests: list[Case]) -> list[str]:
+    return [test.name for test in tests]
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,,2", "-1", "1.5", "99999999999"])
-def test_what_is_no_list_of_counts(text: str) -> None:
+def test_a_list_of_counts(text: str) -> None:
+    assert plan.parse_counts("512, 2048,512", "prompt_tokens", 0) == (512, 2048)
     with pytest.raises(UsageError, match=r"^depth "):
         plan.parse_counts(text, "depth", 0)
 
 
-def test_the_grid_is_every_depth_with_every_batch() -> None:
+def test_the_grid_is_every_depth_with_every_batch_by_llama_benchs_names() -> None:
     settings = Settings(prompt_tokens=(64, 128), new_tokens=(8,), depths=(0, 32), batches=(1, 4))
-    names = [test.name for test in plan.grid(settings)]
-    assert names == ["pp64", "pp128", "tg8", "tg8 @ d32", "tg8 x4", "tg8 @ d32 x4", "pp64+tg8"]
-    assert [test.name for test in plan.grid(Settings(prompt_tokens=(0,), new_tokens=(8,)))] == ["tg8"]
-    with pytest.raises(UsageError, match="nothing"):
-        plan.grid(Settings(prompt_tokens=(0,), new_tokens=(0,)))
+    expected = ["pp64", "pp128", "tg8", "tg8 @ d32", "tg8 x4", "tg8 @ d32 x4", "pp64+tg8"]
+    assert names(plan.grid(settings)) == expected
+    assert names(plan.grid(Settings(prompt_tokens=(0,), new_tokens=(8,)))) == ["tg8"]
 
 
 def test_what_does_not_fit_is_left_out_by_name() -> None:
     tests = plan.grid(Settings(prompt_tokens=(100,), new_tokens=(10,), depths=(0, 500)))
     kept, skipped = plan.fitting(tests, 120, "tiny")
-    assert [test.name for test in kept] == ["pp100", "tg10", "pp100+tg10"]
+    assert names(kept) == ["pp100", "tg10", "pp100+tg10"]
     assert skipped == ["tg10 @ d500 left out for tiny: it needs 511 tokens of context, there are 120"]
     with pytest.raises(UsageError, match=r"tg10 needs 12 tokens, there are 8"):
         plan.fitting(tests, 8, "tiny")
@@ -74,21 +62,18 @@ def test_batches_are_refused_by_the_engines_name() -> None:
     kept, skipped = plan.batchable(tests, 1, "cpu")
     assert all(test.n_parallel == 1 for test in kept)
     assert [spell(text) for text in skipped] == ["batch 4,16 left out: the cpu engine computes one request at a time"]
-    with pytest.raises(UsageError, match="the cpu engine computes one request at a time, so it cannot run batch 4"):
-        plan.batchable(plan.grid(Settings(batches=(4,))), 1, "cpu")
     assert plan.batchable(tests, 16, "other") == (tests, [])
 
 
-def test_every_repetition_has_all_tests_in_an_order_of_its_own() -> None:
+def test_every_repetition_has_all_tests_in_another_order() -> None:
     tests = plan.grid(Settings(depths=(0, 1, 2, 3)))
     settings = Settings(repetitions=6, seed=3)
     order = list(plan.schedule(tests, settings))
     rounds = [[index for repetition, index in order if repetition == number] for number in range(6)]
     assert [repetition for repetition, _ in order] == sorted(repetition for repetition, _ in order)
-    assert all(sorted(one) == list(range(len(tests))) for one in rounds)
-    assert len({tuple(one) for one in rounds}) > 1
-    assert order == list(plan.schedule(tests, settings))
-    assert order != list(plan.schedule(tests, Settings(repetitions=6, seed=4)))
+    assert all(sorted(indices) == list(range(len(tests))) for indices in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert order == list(plan.schedule(tests, settings)) != list(plan.schedule(tests, Settings(repetitions=6, seed=4)))
 
 
 def test_no_two_prompts_share_a_first_token() -> None:
@@ -96,83 +81,88 @@ def test_no_two_prompts_share_a_first_token() -> None:
     drawn = [prompts.draw(length) for length in itertools.islice(itertools.cycle((1, 5, 20)), 50)]
     assert len({prompt[0] for prompt in drawn}) == 50
     assert {token for prompt in drawn for token in prompt} <= set(range(10, 60))
-    assert [len(prompt) for prompt in drawn[:4]] == [1, 5, 20, 1]
     again = Prompts(range(10, 60), seed=1)
     assert [again.draw(len(prompt)) for prompt in drawn] == drawn
-    assert len(prompts.draw(3)) == 3  # more prompts than first tokens: they begin anew
+    assert len(prompts.draw(3)) == 3  # more prompts than first tokens
 
 
 def test_a_prompt_is_timed_by_the_engine_and_has_one_token_more() -> None:
-    test = Case(100, 0)
-    engine = PacedEngine(prompt_seconds=0.25)
-    sample = run(engine, test)
-    assert sample.ns == 250_000_000
-    assert sample.itl_ns == ()
+    engine = PacedEngine(prompt_seconds=0.25, reused=8)
+    sample = run(engine, Case(100, 0), itertools.count())
+    assert (sample.ns, sample.itl_ns, sample.reused_tokens, sample.joules) == (250 * MS, (), 8, 1)
     assert (len(engine.requests[0].ids), engine.requests[0].max_new_tokens) == (101, 1)
 
 
 def test_a_generation_is_timed_from_its_first_token_to_its_last() -> None:
-    test = Case(0, 10, 20)
-    engine = PacedEngine(first=0.05, step=0.002)
-    start = time.perf_counter()
-    sample = run(engine, test)
-    whole = time.perf_counter() - start
+    engine = PacedEngine(first=50, step=2)
+    sample = run(engine, Case(0, 10, 20), itertools.count())
+    assert (sample.ns, sample.ttft_ns, sample.itl_ns, sample.joules) == (20 * MS, 50 * MS, (2 * MS,) * 10, 1)
     assert len(engine.requests[0].ids) == 20
-    assert len(sample.itl_ns) == 10
-    assert sum(sample.itl_ns) == pytest.approx(sample.ns, rel=0.02)
-    assert 0.020 <= sample.ns / 1e9 <= whole - 0.05
-    assert 0.05 <= sample.ttft_ns / 1e9 <= whole - 0.020
 
 
 def test_an_answer_is_timed_from_the_call_to_its_last_token() -> None:
-    test = Case(20, 5)
-    start = time.perf_counter()
-    sample = run(PacedEngine(first=0.01, step=0.002), test)
-    assert 0.018 <= sample.ns / 1e9 <= time.perf_counter() - start
-    assert len(sample.itl_ns) == 4
+    sample = run(PacedEngine(first=10, step=2), Case(20, 5), itertools.count())
+    assert (sample.ns, sample.itl_ns, sample.joules) == (18 * MS, (2 * MS,) * 4, 2)
 
 
-def test_the_energy_is_that_of_the_timed_part() -> None:
-    # One joule more each time it is read: at the call, at the first token, at the last one.
-    for test, joules in ((Case(10, 0), 1), (Case(0, 4), 1), (Case(10, 4), 2)):
-        counter = itertools.count(100)
-        sample = run(PacedEngine(), test, lambda counter=counter: float(next(counter)))
-        assert sample.joules == joules
+@pytest.mark.parametrize("new_tokens", [4, 20])
+def test_a_batch_is_timed_while_all_of_it_runs(new_tokens: int) -> None:
+    engine = BatchEngine(4)
+    sample = run(engine, Case(0, new_tokens, 4, 4), itertools.count())
+    # A pass takes 20 ms and 1 ms for each of its four tokens, whichever prompts came before.
+    assert sample.ns == new_tokens * 24 * MS
+    assert len(sample.itl_ns) == 4 * new_tokens
+    # A joule was counted from the fourth request's first token to the first one's last: three passes less.
+    assert sample.joules == pytest.approx(new_tokens * 24 / ((new_tokens - 3) * 24 - 3))
 
 
-def test_reused_tokens_are_not_hidden() -> None:
-    test = Case(10, 0)
-    assert run(PacedEngine(reused=8), test).reused_tokens == 8
+def test_the_script_for_gpus_counts_a_batch_as_it_runs() -> None:
+    engine = BatchEngine(4)
+    thread = EngineThread(engine)
+
+    def prepare(new_tokens: int) -> Callable[[], list[object]]:
+        def start() -> list[object]:
+            engine.gate.clear()
+            streams = [thread.stream(Request([1], Sampling(), new_tokens, 0)) for _ in range(8)]
+            engine.gate.set()
+            return [Stream(stream) for stream in streams]
+
+        return start
+
+    rate, first = fast_path.steady(prepare, 8, 64, lambda: engine.now / 1e9)
+    thread.close()
+    # Of eight requests four run at a time: four tokens in 24 ms, however the second four begin.
+    assert rate == pytest.approx(4 / 0.024)
+    assert first > 0
 
 
-def test_an_engine_that_stops_early_is_an_error() -> None:
-    test = Case(0, 10)
-    with pytest.raises(EngineError, match="after 6 of 11 tokens"):
-        run(PacedEngine(tokens=6), test)
+class Stream(Iterator[Chunk]):
+    """What the script uses of `exl_cli.Model.stream`."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self._taken: list[int] = []
+        self._chunks = chunks
+
+    def __next__(self) -> Chunk:
+        chunk = next(self._chunks)
+        self._taken += chunk.token_ids
+        return chunk
+
+    def result(self) -> SimpleNamespace:
+        for _ in self:
+            pass
+        return SimpleNamespace(token_ids=self._taken)
 
 
-def test_an_engine_without_a_prompt_time_is_an_error() -> None:
-    test = Case(10, 0)
-    with pytest.raises(EngineError, match="no time for pp10"):
-        run(PacedEngine(prompt_seconds=0.0), test)
-
-
-def test_requests_of_a_batch_run_at_the_same_time() -> None:
-    test = Case(0, 20, 4, 3)
-    engine = BatchEngine()
-    sample = run(engine, test)
-    assert len(engine.requests) == 3
-    assert len(sample.itl_ns) == 3 * 20
-    assert sample.ns > 0
-
-
-def test_an_engine_that_takes_turns_is_found_out() -> None:
-    test = Case(0, 20, 4, 2)
-    with pytest.raises(EngineError, match="one after the other"):
-        run(TurnsEngine(), test)
-
-
-def test_an_error_in_one_of_several_requests_comes_out() -> None:
-    test = Case(0, 5, 2000, 2)
-    with pytest.raises(Exception, match="2,000 tokens"):
-        run(PacedEngine(), test)
+@pytest.mark.parametrize(
+    ("engine", "test", "words"),
+    [
+        (PacedEngine(tokens=6), Case(0, 10), "after 6 of 11 tokens"),
+        (PacedEngine(prompt_seconds=0.0), Case(10, 0), "no time for pp10"),
+        (TurnsEngine(), Case(0, 20, 4, 2), "one after the other"),
+        (PacedEngine(), Case(0, 5, 2000, 2), "2,000 tokens"),
+    ],
+)
+def test_a_repetition_that_says_nothing_is_an_error(engine: PacedEngine, test: Case, words: str) -> None:
+    with pytest.raises(ExlError, match=words):
+        run(engine, test)

@@ -9,7 +9,6 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import benchdata
 import pytest
 from benchfakes import PacedEngine, PacedLoader
 from fakes import ScriptedEngine, ScriptedLoader
@@ -20,8 +19,6 @@ import exl_cli
 from exl_cli import loader
 from exl_cli.api import records
 from exl_cli.api.engine_thread import EngineThread
-from exl_cli.bench import outputs
-from exl_cli.bench.plan import Case
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine
@@ -213,13 +210,3 @@ def test_bench_shows_how_it_did() -> None:
     assert value["tests"][0]["samples_drafted_tokens"] == [9, 9]
     assert value["tests"][0]["samples_accepted_tokens"] == [3, 3]
     assert "accepted" not in run(PacedLoader(), "bench", "-p", "0", "-n", "4", "-r", "2").stdout
-
-
-def test_results_from_before_are_still_read() -> None:
-    result = benchdata.result(benchdata.gpu_run())
-    value = json.loads(outputs.render(result, "json"))
-    for entry in value["tests"]:
-        del entry["samples_drafted_tokens"], entry["samples_accepted_tokens"]
-    again = outputs.from_json(value, "old.json")
-    assert [entry.acceptance for _, entry in again.measured()] == [None] * len(value["tests"])
-    assert benchdata.measured(Case(0, 4), [1.0]).acceptance is None

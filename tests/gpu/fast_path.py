@@ -21,11 +21,14 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+# Begins streams, as `exl_cli.Model.stream` returns them.
+Start = Callable[[], "list[Any]"]
 WORDS = ("the", "a", "fox", "river", "under", "house", "went", "old", "said", "tree", "little", "once", "upon", "time")
 
 
@@ -49,24 +52,32 @@ def worker(args: argparse.Namespace) -> None:
                 del words[args.prompt_tokens - count :]
             return " ".join(words)
 
-        def run(new_tokens: int) -> tuple[float, float, int]:
-            """Seconds, those to the first text of the first one, and tokens of all."""
+        def prepare(new_tokens: int) -> Start:
             prompts = [prompt() for _ in range(size)]
-            begin = time.perf_counter()
-            streams = [model.stream(text, max_new_tokens=new_tokens, seed=seed) for seed, text in enumerate(prompts)]
-            next(streams[0], "")
-            first = time.perf_counter()
-            tokens = sum(len(stream.result().token_ids) for stream in streams)
-            return time.perf_counter() - begin, first - begin, tokens
+            return lambda: [model.stream(text, max_new_tokens=new_tokens, seed=n) for n, text in enumerate(prompts)]
 
-        whole, _, _ = run(args.new_tokens)
-        rates, firsts = [], []
-        for _ in range(args.runs):
-            (short, _, made), (long, first, more) = run(few), run(args.new_tokens)
-            rates.append((more - made) / (long - short))
-            firsts.append(first)
-        found = {"facts": model.facts, "first_s": whole, "first_token_s": min(firsts), "rate": max(rates)}
-        print(json.dumps({**found, "peak_bytes": torch.cuda.max_memory_allocated()}))
+        whole, _, _ = timed(prepare(args.new_tokens))
+        rates, firsts = zip(*(steady(prepare, few, args.new_tokens) for _ in range(args.runs)), strict=True)
+        figures = {"facts": model.facts, "first_s": whole, "first_token_s": min(firsts), "rate": max(rates)}
+        print(json.dumps({**figures, "peak_bytes": torch.cuda.max_memory_allocated()}))
+
+
+def timed(start: Start, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, int]:
+    """Seconds of some streams, those to the first text of the first one, and tokens of all."""
+    begin = clock()
+    streams = start()
+    next(streams[0], "")
+    first = clock()
+    tokens = sum(len(stream.result().token_ids) for stream in streams)
+    return clock() - begin, first - begin, tokens
+
+
+def steady(
+    prepare: Callable[[int], Start], few: int, many: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """Tokens per second while all requests run, and seconds to the first text."""
+    (short, _, made), (long, first, more) = (timed(prepare(new_tokens), clock) for new_tokens in (few, many))
+    return (more - made) / (long - short), first
 
 
 def measured(command: list[str], tree: Path = ROOT) -> Any:
@@ -94,14 +105,14 @@ def whole_process(model: str, args: argparse.Namespace, tree: Path) -> float:
 
 def stock(model: str, sizes: list[str]) -> dict[str, Any]:
     """exllamav2's own API, in the form of what a worker prints."""
-    found = measured([sys.executable, str(HERE / "stock_exllamav2.py"), model, *sizes])
-    steady = found["runs"][1:]
+    run = measured([sys.executable, str(HERE / "stock_exllamav2.py"), model, *sizes])
+    first, *warm = run["runs"]
     return {
-        "first_s": found["runs"][0]["all_s"],
-        "first_token_s": min(run["first_token_s"] for run in steady),
-        "rate": max(run["rate"] for run in steady),
-        "peak_bytes": found["peak_bytes"],
-        "process_s": found["import_s"] + found["load_s"] + found["runs"][0]["all_s"],
+        "first_s": first["all_s"],
+        "first_token_s": min(each["first_token_s"] for each in warm),
+        "rate": max(each["rate"] for each in warm),
+        "peak_bytes": run["peak_bytes"],
+        "process_s": run["import_s"] + run["load_s"] + first["all_s"],
     }
 
 
