@@ -46,7 +46,8 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
-    """Downloads from it, in this process."""
-    from hubtools import Fetcher
+    """Downloads from it, in this process; acme/tiny is there."""
+    from hubtools import Fetcher, model_files
 
+    hub.repository("acme/tiny", model_files())
     return Fetcher(hub, tmp_path / "models")

@@ -77,6 +77,13 @@ class Fetcher:
     def wanted(self, model: str, **options: Any) -> Wanted:
         return Wanted(names.require(model), self.models, **options)
 
+    def leave_part(self, model: str, content: bytes) -> None:
+        """Leave so much of the weights as an interrupted download does."""
+        wanted = self.wanted(model)
+        file = next(file for file in self.hub().listing(wanted.repository).files if file.name == WEIGHTS)
+        begin(wanted.folder, model, 1)
+        store.part(wanted.folder, file).write_bytes(content)
+
     def __call__(self, model: str, token: str | None = None, timeout: float = 10.0, **options: Any) -> Outcome:
         return download(self.hub(token, timeout), self.wanted(model, **options), self.watcher)
 
