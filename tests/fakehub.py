@@ -64,6 +64,10 @@ class Repository:
         self.commits[commit] = entries
         return commit
 
+    def files(self, branch: str = "main") -> dict[str, Entry]:
+        """The files of a branch by name."""
+        return {entry.name: entry for entry in self.commits[self.branches[branch]]}
+
     def claim(self, name: str, **claims: Any) -> None:
         """Let listings say something else of a file, whatever its commit."""
         for entries in self.commits.values():

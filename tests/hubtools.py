@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fakehub import FakeHub
+from typer.testing import CliRunner, Result
 
+from exl_cli.cli.app import app
 from exl_cli.models.hub import names, store
 from exl_cli.models.hub.client import Hub
 from exl_cli.models.hub.download import Outcome, Plan, Wanted, download
@@ -86,6 +88,12 @@ class Fetcher:
 
     def __call__(self, model: str, token: str | None = None, timeout: float = 10.0, **options: Any) -> Outcome:
         return download(self.hub(token, timeout), self.wanted(model, **options), self.watcher)
+
+
+def download_command(fake: FakeHub, models: Path, *args: str, **env: str) -> Result:
+    """`exl download` in this process."""
+    arguments = ["download", *args, "--models-dir", str(models)]
+    return CliRunner().invoke(app, arguments, env={"HF_ENDPOINT": fake.url, **env})
 
 
 def shell(fake: FakeHub, home: Path, **more: str) -> dict[str, str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from fakehub import FakeHub
-from helpers import exl
-from hubtools import Fetcher, config, contents, model_files, safetensors, shell
+from hubtools import Fetcher, config, contents, download_command, model_files, safetensors
 
 from exl_cli import loader
 from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError
@@ -141,39 +139,43 @@ def test_repositories_are_named_as_people_write_them(
     assert (found.id, found.revision, found.folder) == expected
 
 
-@pytest.mark.parametrize("text", ["tiny", "a/b/c", "../tiny", "acme/..", "acme/tiny:", "/acme", "a b/c", ""])
+@pytest.mark.parametrize("text", ["tiny", "a/b/c", "../tiny", "a/..", "a/b:", "/a", "a b/c", "", "a/b--c", "a/b.git"])
 def test_what_names_no_repository_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         names.require(text)
 
 
-def test_two_revisions_at_once_are_refused() -> None:
-    with pytest.raises(UsageError, match="names revision a, revision says b"):
-        names.require("acme/tiny:a", "b")
+@pytest.mark.parametrize(
+    ("text", "revision", "message"),
+    [
+        ("acme/tiny:a", "b", "names revision a, revision says b"),
+        *(("acme/tiny", odd, "is not a revision") for odd in ("../x", "a/../b", "a?b", "a#b", "a b", "-x", "a\n")),
+        ("acme/tiny", "x" * 97, "no revision has a name of 97 characters"),
+    ],
+)
+def test_a_revision_that_cannot_be_is_refused(text: str, revision: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        names.require(text, revision)
 
 
 def test_the_command_prints_the_folder_and_json(hub: FakeHub, tmp_path: Path) -> None:
     files = model_files()
-    commit = hub.repository("acme/tiny", files).branches["main"]
-    env, folder = shell(hub, tmp_path), tmp_path / "models" / "acme_tiny"
+    commit, folder = hub.repository("acme/tiny", files).branches["main"], tmp_path / "acme_tiny"
 
-    dry = exl("download", "acme/tiny", "--dry-run", "--json", env=env)
-    plan = json.loads(dry.stdout)
+    plan = json.loads(download_command(hub, tmp_path, "acme/tiny", "--dry-run", "--json").stdout)
     assert (plan["remaining_bytes"], plan["path"]) == (sum(map(len, files.values())), str(folder))
     assert {entry["name"]: entry["state"] for entry in plan["files"]} == dict.fromkeys(files, "missing")
     assert not folder.exists()
 
-    first = exl("download", "acme/tiny", env=env)
-    assert (first.returncode, first.stdout) == (0, f"{folder}\n")
+    first = download_command(hub, tmp_path, "acme/tiny")
+    assert (first.exit_code, first.stdout) == (0, f"{folder}\n")
     lines = first.stderr.splitlines()
-    assert (
-        lines[0]
-        == f"Downloading acme/tiny (commit {commit[:8]}) to {folder}: 4 files, {plan['total_bytes'] / 1e3:.0f} kB"
-    )
+    here = f"{plan['total_bytes'] / 1e3:.0f} kB"
+    assert lines[0] == f"Downloading acme/tiny (commit {commit[:8]}) to {folder}: 4 files, {here}"
     assert lines[-1].startswith(f"acme/tiny is in {folder}: ")
 
-    shutil.rmtree(tmp_path / "hf", ignore_errors=True)
-    again = exl("download", "acme/tiny", "--json", "--quiet", env={**env, "HF_HUB_OFFLINE": "1"})
-    assert (again.returncode, again.stderr) == (0, "")
+    hub.seen.clear()
+    again = download_command(hub, tmp_path, "acme/tiny", "--json", "--quiet")
+    assert (again.exit_code, again.stderr, hub.seen) == (0, "", [])
     told = json.loads(again.stdout)
     assert (told["commit"], told["downloaded_bytes"], told["path"]) == (commit, 0, str(folder))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakehub import FakeHub, Repository
-from helpers import exl
-from hubtools import Fetcher, config, shell
+from hubtools import Fetcher, config, download_command
 
+from exl_cli.errors import ExitCode
 from exl_cli.models.hub.branches import Branch, describe, fit_warning
 from exl_cli.models.memory import Gpu
 from exl_cli.system.units import GIB
@@ -27,19 +30,6 @@ MISTRAL: dict[str, Any] = {
     "max_position_embeddings": 32768,
 }
 SMALL = {"tokenizer.json": b'{"model": {}}', "README.md": b"# Mistral\n"}
-
-FAKE_NVML = """
-class _Memory:
-    def __init__(self, total): self.total, self.free = total, total - 2**30
-_CARDS = {"GPU-aaaa": 6 * 2**30, "GPU-bbbb": 80 * 2**30}
-def nvmlInit(): pass
-def nvmlShutdown(): pass
-def nvmlDeviceGetCount(): return len(_CARDS)
-def nvmlDeviceGetHandleByIndex(index): return list(_CARDS)[index]
-def nvmlDeviceGetUUID(handle): return handle
-def nvmlDeviceGetName(handle): return "Card " + handle
-def nvmlDeviceGetMemoryInfo(handle): return _Memory(_CARDS[handle])
-"""
 
 
 def quantized(method: str, **more: Any) -> bytes:
@@ -141,12 +131,27 @@ def test_an_old_exl2_file_that_says_nothing_is_told_by_its_name_and_size(hub: Fa
     assert branch.fits is None
 
 
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards as NVIDIA's library tells of them."""
+    memory = {"GPU-aaaa": 6 * GIB, "GPU-bbbb": 80 * GIB}
+    library = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(memory),
+        nvmlDeviceGetHandleByIndex=list(memory).__getitem__,
+        nvmlDeviceGetUUID=str,
+        nvmlDeviceGetName="Card {}".format,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=memory[handle], free=memory[handle] - GIB),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+
+
+@pytest.mark.usefixtures("cards")
 def test_the_table_names_the_cards_that_are_here(hub: FakeHub, repository: Repository, tmp_path: Path) -> None:
-    (tmp_path / "pynvml.py").write_text(FAKE_NVML)
-    python_path = f"{tmp_path}:{Path(__file__).parent.parent}"
-    env = shell(hub, tmp_path, PYTHONPATH=python_path, CUDA_VISIBLE_DEVICES="GPU-aaaa")
-    result = exl("download", repository.id, "--branches", "--cache", "q4", env=env)
-    assert result.returncode == 0
+    ask = partial(download_command, hub, tmp_path, repository.id, "--branches")
+    result = ask("--cache", "q4", CUDA_VISIBLE_DEVICES="GPU-aaaa", COLUMNS="120")
+    assert result.exit_code == 0
     assert result.stderr == "fits: on Card GPU-aaaa, 6.0 GiB\n"
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines() if line.strip()}
     assert rows["4.0bpw"].startswith("EXL2 4.0 bpw 4.1 GB ")
@@ -154,11 +159,10 @@ def test_the_table_names_the_cards_that_are_here(hub: FakeHub, repository: Repos
     assert rows["fp16"].endswith("no")
     assert rows["awq"].startswith("holds AWQ weights, which exl does not run")
 
-    both = exl("download", repository.id, "--branches", "--json", env={**env, "CUDA_VISIBLE_DEVICES": "0,1"})
+    both = ask("--json", CUDA_VISIBLE_DEVICES="0,1")
     assert {branch["name"]: branch["fits"] for branch in json.loads(both.stdout)}["fp16"] is True
-    none = exl("download", repository.id, "--branches", env={**env, "CUDA_VISIBLE_DEVICES": ""})
-    assert none.stderr == "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB\n"
-    assert exl("download", repository.id, "--branches", "--vram", "much", env=env).returncode == 2
+    assert ask(CUDA_VISIBLE_DEVICES="").stderr == "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB\n"
+    assert ask("--vram", "much").exit_code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("odd", [{"hidden_size": 10**400}, {"quantization_config": [1]}, {"architectures": {"a": 1}}])
@@ -171,13 +175,14 @@ def test_an_odd_config_is_no_obstacle_to_a_download(hub: FakeHub, tmp_path: Path
     assert isinstance(fit_warning(fetch.watcher.plan, [Gpu("card", GIB, GIB)]), str)
 
 
-def test_a_download_that_will_not_fit_is_said_before_it(hub: FakeHub, tmp_path: Path) -> None:
-    (tmp_path / "pynvml.py").write_text(FAKE_NVML)
+@pytest.mark.usefixtures("cards")
+def test_a_download_that_will_not_fit_is_said_before_it(
+    hub: FakeHub, fetch: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     large = {**MISTRAL, "hidden_size": 32768, "vocab_size": 128_000}
     hub.repository("acme/wide", {"config.json": config(**large), "model.safetensors": b"w", **SMALL})
-    env = shell(hub, tmp_path, PYTHONPATH=f"{tmp_path}:{Path(__file__).parent.parent}", CUDA_VISIBLE_DEVICES="0")
-    result = exl("download", "acme/wide", env=env)
-    assert result.returncode == 0
-    first = result.stderr.splitlines()[0]
-    assert first.startswith("acme/wide will need about ")
-    assert first.endswith(" and here are 6 GiB; exl download acme/wide --branches shows what fits")
+    fetch("acme/wide")
+    (line,) = fetch.watcher.notes
+    assert line.startswith("acme/wide will need about ")
+    assert line.endswith(" and here are 6 GiB; exl download acme/wide --branches shows what fits")

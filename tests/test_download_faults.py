@@ -181,8 +181,7 @@ def test_an_etag_that_is_no_hash_is_not_taken_for_one(hub: FakeHub, fetch: Fetch
 def test_hashes_in_capitals_and_ids_of_lfs_pointers_are_understood(hub: FakeHub, fetch: Fetcher) -> None:
     """Of a file in LFS, git's id is that of its pointer, and says nothing of the content."""
     repository = hub.repositories["acme/tiny"]
-    entries = {entry.name: entry for entry in repository.commits[repository.branches["main"]]}
-    repository.claim("tokenizer.json", blobId=entries["tokenizer.json"].blob_id.upper())
+    repository.claim("tokenizer.json", blobId=repository.files()["tokenizer.json"].blob_id.upper())
     repository.claim(WEIGHTS, lfs={"sha256": None, "size": SIZE, "pointerSize": 134})
     damaged = hub.fault("*/tokenizer.json", times=1, corrupt=True)
     fetch("acme/tiny")
@@ -226,7 +225,12 @@ DOUBLING = [1.0, 2.0, 4.0, 8.0, 16.0]
             "",
             None,
         ),
-        ({"status": 200, "body": b"not gzip at all", "headers": {"Content-Encoding": "gzip"}}, "http://", "check HF_ENDPOINT", []),
+        (
+            {"status": 200, "body": b"not gzip at all", "headers": {"Content-Encoding": "gzip"}},
+            "http://",
+            "check HF_ENDPOINT",
+            [],
+        ),
     ],
 )
 def test_what_does_not_pass_is_given_up(

@@ -17,36 +17,11 @@ from exl_cli.models.hub.files import Choice
 
 
 def test_what_is_here_and_whole_is_not_asked_for_again(hub: FakeHub, fetch: Fetcher) -> None:
-    hub.repository("acme/tiny", model_files())
-    fetch("acme/tiny")
-    hub.seen.clear()
-
-    outcome = fetch("acme/tiny")
-
-    assert hub.seen == []
-    assert outcome.fetched_bytes == 0
-    assert {file.name for file in outcome.files} == set(model_files())
-
-
-def test_a_wider_choice_later_fetches_only_the_rest(hub: FakeHub, fetch: Fetcher) -> None:
-    files = model_files()
-    hub.repository("acme/tiny", files)
-    fetch("acme/tiny", choice=Choice(("*.json",)))
-    hub.seen.clear()
-
-    fetch("acme/tiny")
-
-    assert contents(fetch.models / "acme_tiny") == files
-    assert hub.sent("*tokenizer.json") == 0
-    assert fetch("acme/tiny").fetched_bytes == 0
-
-
-def test_a_narrower_choice_is_known_to_be_here(hub: FakeHub, fetch: Fetcher) -> None:
     hub.repository("acme/tiny", {**model_files(), "training.py": b"print()"})
     fetch("acme/tiny")
     hub.seen.clear()
-
     for choice, names in (
+        (Choice(), set(model_files())),
         (Choice(exclude=("*.md",)), {"config.json", "tokenizer.json", WEIGHTS}),
         (Choice(include=("*.json",)), {"config.json", "tokenizer.json"}),
     ):
@@ -61,6 +36,16 @@ def test_a_narrower_choice_is_known_to_be_here(hub: FakeHub, fetch: Fetcher) -> 
     assert fetch("acme/tiny", choice=Choice(include=("*.json",))).fetched_bytes > 0
     fetch("acme/tiny", choice=Choice(include=("*.py",)))
     assert hub.sent("*/training.py") == 7
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_wider_choice_later_fetches_only_the_rest(hub: FakeHub, fetch: Fetcher, verify: bool) -> None:
+    fetch("acme/tiny", choice=Choice(("*.json",)))
+    hub.seen.clear()
+    fetch("acme/tiny", verify=verify)
+    assert contents(fetch.models / "acme_tiny") == model_files()
+    assert hub.sent("*tokenizer.json") == 0
+    assert fetch("acme/tiny").fetched_bytes == 0
 
 
 def test_the_marker_of_an_older_exl_learns_what_else_there_is(hub: FakeHub, fetch: Fetcher) -> None:
@@ -123,7 +108,6 @@ def test_a_missing_or_cut_file_is_fetched_again_from_the_same_commit(hub: FakeHu
 
 
 def test_verify_finds_and_mends_a_changed_byte_and_is_silent_otherwise(hub: FakeHub, fetch: Fetcher) -> None:
-    hub.repository("acme/tiny", model_files())
     fetch("acme/tiny")
     folder = fetch.models / "acme_tiny"
     hub.seen.clear()
@@ -142,7 +126,6 @@ def test_verify_finds_and_mends_a_changed_byte_and_is_silent_otherwise(hub: Fake
 
 def test_a_folder_put_there_by_hand_is_used_and_never_overwritten_unasked(hub: FakeHub, fetch: Fetcher) -> None:
     files = model_files()
-    hub.repository("acme/tiny", files)
     folder = fetch.models / "acme_tiny"
     folder.mkdir(parents=True)
     for name, content in files.items():
@@ -161,7 +144,6 @@ def test_a_folder_put_there_by_hand_is_used_and_never_overwritten_unasked(hub: F
 
 def test_files_that_another_program_left_are_adopted(hub: FakeHub, fetch: Fetcher) -> None:
     files = model_files()
-    hub.repository("acme/tiny", files)
     folder = fetch.models / "acme_tiny"
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(files[WEIGHTS])
@@ -185,7 +167,6 @@ def test_two_repositories_whose_folders_are_called_alike_are_told_apart(hub: Fak
 
 
 def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetcher) -> None:
-    hub.repository("acme/tiny", model_files())
     plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"))
     assert plan.remaining == plan.total == sum(map(len, model_files().values()))
     assert not fetch.models.exists()
@@ -199,7 +180,6 @@ def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetch
 
 
 def test_half_a_model_is_never_taken_for_one(hub: FakeHub, fetch: Fetcher) -> None:
-    hub.repository("acme/tiny", model_files())
     fetch("acme/tiny")
     folder = fetch.models / "acme_tiny"
     # As a kill leaves it between the first and the last file that move to their places.
@@ -218,7 +198,6 @@ def test_half_a_model_is_never_taken_for_one(hub: FakeHub, fetch: Fetcher) -> No
 
 
 def test_a_failure_while_files_move_to_their_places_leaves_no_model(hub: FakeHub, fetch: Fetcher) -> None:
-    hub.repository("acme/tiny", model_files())
     folder = fetch.models / "acme_tiny"
     (folder / WEIGHTS / "in the way").mkdir(parents=True)
     with pytest.raises(DiskError, match="Is a directory"):

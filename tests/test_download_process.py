@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import resource
 import signal
@@ -18,12 +17,13 @@ import pexpect
 import pytest
 from fakehub import FakeHub
 from helpers import exl
-from hubtools import WEIGHTS, Fetcher, contents, model_files, shell
+from hubtools import WEIGHTS, Fetcher, contents, download_command, model_files, shell
 
 from exl_cli import loader
 from exl_cli.api.download import Lines
 from exl_cli.cli.inputs import ensure
-from exl_cli.errors import ModelNotFoundError
+from exl_cli.errors import DownloadError, ModelNotFoundError, spell
+from exl_cli.models import folders
 from exl_cli.models.hub.download import prepare
 from exl_cli.ui.console import Console
 
@@ -70,16 +70,13 @@ def test_a_killed_download_goes_on_with_the_bytes_that_are_missing(hub: FakeHub,
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(ModelNotFoundError, match="only partly downloaded"):
         loader.resolve("acme/tiny", folder.parent)
-    assert [entry["complete"] for entry in json.loads(exl("list", "--json", env=shell(hub, tmp_path)).stdout)] == [
-        True,
-        False,
-    ]
+    assert [entry.complete for entry in folders.entries(folder.parent)] == [True, False]
     fault.release.set()
     hub.seen.clear()
 
-    result = exl("download", "acme/tiny", env=shell(hub, tmp_path))
+    result = download_command(hub, folder.parent, "acme/tiny")
 
-    assert (result.returncode, result.stdout) == (0, f"{folder}\n")
+    assert (result.exit_code, result.stdout) == (0, f"{folder}\n")
     assert "of it are here" in result.stderr.splitlines()[0]
     assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1000000-"]
     assert hub.sent("/cdn/*") == SIZE - 1_000_000
@@ -100,9 +97,6 @@ def test_ctrl_c_at_a_terminal_keeps_what_came_and_says_so(hub: FakeHub, folder: 
         terminal.expect(pexpect.EOF)
     assert terminal.exitstatus == 130
     assert weights_here(folder) == 1_500_000
-    hub.seen.clear()
-    assert exl("download", "acme/tiny", env=env).returncode == 0
-    assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1500000-"]
 
 
 def test_a_full_disk_is_said_and_the_rest_comes_when_there_is_room(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
@@ -116,7 +110,7 @@ def test_a_full_disk_is_said_and_the_rest_comes_when_there_is_room(hub: FakeHub,
         "make room; the same command goes on where it stopped"
     )
     hub.seen.clear()
-    assert exl("download", "acme/tiny", env=shell(hub, tmp_path)).returncode == 0
+    Fetcher(hub, folder.parent)("acme/tiny")
     assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1200000-"]
     assert contents(folder) == FILES
 
@@ -149,21 +143,19 @@ def test_offline_is_one_line(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.seen == []
 
 
-def test_who_is_not_logged_in_is_told_how_to(hub: FakeHub, tmp_path: Path) -> None:
+def test_who_is_not_logged_in_is_told_how_to(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     hub.repository("meta/llama", FILES, gated=True)
-    env = shell(hub, tmp_path)
-    gated = exl("download", "meta/llama", env=env)
-    assert gated.returncode == 9
-    assert gated.stderr == (
-        "error: meta/llama is gated: accept its licence first; "
-        f"do so at {hub.url}/meta/llama, then log in with hf auth login, or give --token\n"
-    )
-    private = exl("download", "nobody/nothing", env=env)
-    assert private.stderr == (
-        "error: the Hub has no model nobody/nothing, or it is private; "
-        "check the name; if it is private, log in with hf auth login, or give --token\n"
-    )
-    assert exl("download", "meta/llama", "--token", "hf_good", env=env).returncode == 0
+    log_in = "log in with hf auth login, or give token"
+    for model, message, hint in (
+        ("meta/llama", "is gated: accept its licence first", f"do so at {hub.url}/meta/llama, then {log_in}"),
+        ("nobody/nothing", "or it is private", f"check the name; if it is private, {log_in}"),
+    ):
+        with pytest.raises(DownloadError, match=message) as caught:
+            Fetcher(hub, tmp_path)(model)
+        assert spell(caught.value.hint) == hint
 
 
 def test_plain_lines_come_with_each_tenth_but_in_no_flood(

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 from fakehub import FakeHub
-from hubtools import WEIGHTS, Fetcher, begin, contents, model_files
-
-from exl_cli.models.hub import store
+from hubtools import WEIGHTS, Fetcher, contents, model_files
 
 hf_xet = pytest.importorskip("hf_xet")
 
 FILES = model_files(2_000_000)
 SIZE = len(FILES[WEIGHTS])
+
+
+@pytest.fixture
+def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
+    return Fetcher(hub, tmp_path / "models")
 
 
 @pytest.fixture
@@ -26,20 +29,14 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
         made = fake.repository("acme/tiny", FILES)
         with hf_xet.XetSession().new_upload_commit(endpoint=fake.xet_endpoint) as commit:
             upload = commit.start_upload_bytes(FILES[WEIGHTS])
-        entry = next(entry for entry in made.commits[made.branches["main"]] if entry.name == WEIGHTS)
-        entry.xet_hash = upload.result().xet_info.hash
+        made.files()[WEIGHTS].xet_hash = upload.result().xet_info.hash
         yield fake
 
 
 def test_a_file_in_xet_storage_arrives_and_goes_on_where_it_stopped(hub: FakeHub, fetch: Fetcher) -> None:
-    wanted = fetch.wanted("acme/tiny")
-    file = next(file for file in fetch.hub().listing(wanted.repository).files if file.name == WEIGHTS)
-    begin(wanted.folder, "acme/tiny", 1)
-    store.part(wanted.folder, file).write_bytes(FILES[WEIGHTS][:1_234_567])
-
+    fetch.leave_part("acme/tiny", FILES[WEIGHTS][:1_234_567])
     fetch("acme/tiny")
-
-    assert contents(wanted.folder) == FILES
+    assert contents(fetch.models / "acme_tiny") == FILES
     assert fetch.watcher.bytes[WEIGHTS] == SIZE - 1_234_567
     assert (fetch.watcher.notes, fetch.waits) == ([], [])
     assert hub.requests("/cdn/*") == []
@@ -51,3 +48,15 @@ def test_where_xet_storage_cannot_be_reached_plain_http_takes_over(hub: FakeHub,
     assert contents(fetch.models / "acme_tiny") == FILES
     assert "hf-xet keeps failing: going on over plain HTTP" in fetch.watcher.notes
     assert hub.sent("/cdn/*") == SIZE
+
+
+def test_the_token_is_sent_to_no_address_but_the_hubs(hub: FakeHub, fetch: Fetcher) -> None:
+    """Where access to xet storage is to be renewed, a header says."""
+    sha256 = hub.repositories["acme/tiny"].files()[WEIGHTS].sha256
+    with FakeHub() as other:
+        route = {"X-Xet-Hash": "0" * 64, "Link": f'<{other.url}/renew>; rel="xet-auth"'}
+        storage = f"{hub.url.replace('127.0.0.1', 'localhost')}/cdn/{sha256}"
+        hub.fault(f"*/{WEIGHTS}", status=302, headers={**route, "Location": storage})
+        fetch("acme/tiny", token="hf_secret")
+        assert other.seen == []
+    assert contents(fetch.models / "acme_tiny") == FILES
