@@ -29,10 +29,6 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _LARGEST_SMALL_FILE, _MOST_FILES = 2**24, 100_000
 
 
-def _ignore(message: str) -> None:
-    return None
-
-
 class Hub:
     """A connection to the Hub.
 
@@ -50,7 +46,7 @@ class Hub:
     def __init__(
         self,
         token: str | None = None,
-        note: Callable[[str], None] = _ignore,
+        note: Callable[[str], object] = lambda message: None,
         endpoint: str | None = None,
         timeout: float | None = None,
         wait: Callable[[float], None] = time.sleep,

@@ -160,8 +160,6 @@ def _look_here(wanted: Wanted) -> tuple[set[File], Outcome | None]:
 
 def _chosen(marker: Marker, choice: Choice) -> tuple[File, ...]:
     """The files of a complete download that a choice takes; none where it takes any that are not among them."""
-    if (marker.include, marker.exclude) == (choice.include, choice.exclude):
-        return tuple(marker.files.values())
     if marker.others is None:
         return ()
     files = select([*marker.files.values(), *(File(name, 0) for name in marker.others)], choice)
@@ -292,11 +290,11 @@ def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
 
 def _marker(plan: Plan) -> Marker:
     """What to declare: the files of this order, and those of earlier ones that the commit still has."""
-    old, listing, choice = store.read_marker(plan.wanted.folder), plan.listing, plan.wanted.choice
+    repository, listing = plan.wanted.repository, plan.listing
+    old = store.read_marker(plan.wanted.folder)
     before = old.files if old else {}
     same = old is not None and old.commit == listing.commit
     kept = [file for file in listing.files if file.name in before and (same or before[file.name] == file)]
     files = {file.name: before[file.name] for file in kept} | {item.file.name: item.file for item in plan.items}
     others = tuple(file.name for file in listing.files if file.name not in files)
-    origin = plan.wanted.repository.id, plan.wanted.repository.revision, listing.commit
-    return Marker(*origin, files, listing.license, choice.include, choice.exclude, others)
+    return Marker(repository.id, repository.revision, listing.commit, files, listing.license, others)

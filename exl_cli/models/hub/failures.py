@@ -44,7 +44,7 @@ class Patience:
         wait: lets so many seconds pass.
     """
 
-    def __init__(self, task: str, note: Callable[[str], None], wait: Callable[[float], None]) -> None:
+    def __init__(self, task: str, note: Callable[[str], object], wait: Callable[[float], None]) -> None:
         self._task, self._note, self._wait = task, note, wait
         self._failures = self._furthest = 0
 

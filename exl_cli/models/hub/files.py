@@ -18,24 +18,12 @@ from exl_cli.models.hub.names import Repository
 from exl_cli.models.info import refuse_method
 
 # Files in the repository's root; engines read no others.
-_NEEDED = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "vocab*.txt",
-    "merges*.txt",
-    "license*",
-    "licence*",
-    "copying*",
-    "notice*",
-    "use_policy*",
-    "readme.md",
+_NEEDED = re.compile(
+    r".*\.(safetensors|json|jinja|model|tiktoken)|tokenizer.*|(vocab|merges).*\.txt"
+    r"|(licen[cs]e|copying|notice|use_policy).*|readme\.md"
 )
-_NEEDED_BELOW = ("additional_chat_templates/*.jinja",)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.dill")
+_NEEDED_BELOW = re.compile(r"additional_chat_templates/.*\.jinja")
+_PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|joblib|dill)")
 _BLOCK = 2**20
 
 
@@ -107,11 +95,7 @@ class File:
         return not self.identity or digest.hexdigest() == self.identity
 
     def matches(self, path: Path) -> bool:
-        """Whether the file at `path` has this content; where no hash is known, this size.
-
-        Raises:
-            DiskError: it cannot be read.
-        """
+        """Whether the file at `path` has this content; where no hash is known, this size. DiskError if unreadable."""
         digest = self.digest()
         try:
             if not path.is_file() or path.stat().st_size != self.size:
@@ -133,13 +117,7 @@ def check_commit(commit: str) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a repository at one commit.
-
-    Attributes:
-        repository: as it was asked for.
-        commit: the commit that its revision stands for.
-        files: all of them.
-        license: the model card's licence, or empty.
+    """All files of a repository at the commit that its revision stands for, and the model card's licence, or empty.
 
     Raises:
         ValueError: a commit or files that no git repository has.
@@ -161,12 +139,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which files are wanted.
-
-    Attributes:
-        include: patterns that replace exl's own choice; empty for that.
-        exclude: patterns of files to leave out.
-    """
+    """Which files are wanted: patterns that replace exl's own choice (empty for that), and patterns to leave out."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -181,7 +154,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def is_pickle(name: str) -> bool:
     """Whether a file is of a kind that can run code when it is opened."""
-    return _matches(name.lower(), _PICKLES)
+    return _PICKLE.fullmatch(name.lower()) is not None
 
 
 def select(files: Sequence[File], choice: Choice) -> list[File]:
@@ -190,7 +163,7 @@ def select(files: Sequence[File], choice: Choice) -> list[File]:
     def is_chosen(name: str) -> bool:
         if choice.include:
             return _matches(name, choice.include)
-        return _matches(name, _NEEDED_BELOW) if "/" in name else _matches(name.lower(), _NEEDED)
+        return bool(_NEEDED_BELOW.fullmatch(name) if "/" in name else _NEEDED.fullmatch(name.lower()))
 
     chosen = [file for file in files if is_chosen(file.name)]
     chosen = [file for file in chosen if not (is_pickle(file.name) or is_reserved(file.name))]
@@ -221,8 +194,7 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         UsageError: the patterns choose nothing.
         DownloadError: a revision without weights.
     """
-    where = str(listing.repository)
-    include = param("include")
+    where, include = str(listing.repository), param("include")
     if not chosen:
         raise UsageError(f"no file of {where} matches", f"look at its files with {include} '*' {param('dry_run')}")
     if choice.include:
@@ -243,5 +215,6 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
             f"{where} holds pickled weights only; a pickle can run code when it is opened, so exl never fetches one",
             "look for a safetensors version of the model",
         )
-    look = f"exl download {listing.repository.id} --branches"
-    raise DownloadError(f"{where} holds no weights", f"they may be in its branches: {look}")
+    raise DownloadError(
+        f"{where} holds no weights", f"they may be in its branches: exl download {listing.repository.id} --branches"
+    )

@@ -37,7 +37,6 @@ class Marker:
         commit: the commit that the revision stood for.
         files: by name.
         license: the model card's, or empty.
-        include, exclude: the patterns that chose the files; empty for exl's own choice.
         others: names of the commit's files that were not fetched; None where an older exl did not note them.
         by_hand: of an unfinished download: the folder was put there by hand, and is still as it was.
     """
@@ -47,8 +46,6 @@ class Marker:
     commit: str
     files: dict[str, File] = field(default_factory=dict)
     license: str = ""
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
     others: tuple[str, ...] | None = None
     by_hand: bool = False
 
@@ -77,8 +74,7 @@ def read_marker(folder: Path) -> Marker | None:
         value = json.loads(read_file(folder / MARKER))
         files = {name: File(name=name, **entry) for name, entry in value["files"].items() if not is_reserved(name)}
         known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
-        known |= {key: tuple(value[key]) for key in ("include", "exclude")}
-        others = tuple(map(str, value["others"])) if value.get("others") is not None else None
+        others = None if value.get("others") is None else tuple(File(name, 0).name for name in value["others"])
         return Marker(**known, files=files, others=others, by_hand=bool(value.get("by_hand")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -101,11 +97,9 @@ def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
         return "empty"
     if read_marker(folder) is not None:
         return "complete"
-    unfinished = read_unfinished(folder)
-    if unfinished is not None and unfinished.by_hand:
-        return "manual"
     if (folder / STAGING).exists() or (folder / MARKER).exists():
-        return "partial"
+        unfinished = read_unfinished(folder)
+        return "manual" if unfinished is not None and unfinished.by_hand else "partial"
     return "manual" if any(folder.iterdir()) else "empty"
 
 
@@ -191,7 +185,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+def lock(folder: Path, waiting: Callable[[], object] | None) -> Iterator[None]:
     """Be the only one at work on a model's folder.
 
     Args:

@@ -33,7 +33,7 @@ class Xet:
         note: takes a line when it steps aside.
     """
 
-    def __init__(self, headers: dict[str, str], note: Callable[[str], None]) -> None:
+    def __init__(self, headers: dict[str, str], note: Callable[[str], object]) -> None:
         self._headers, self._note = headers, note
         self._lock = threading.Lock()
         self._session: Any = None
