@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers import exl
+from typer.testing import CliRunner, Result
 
+from exl_cli.cli.app import app
 from exl_cli.errors import ExitCode
 
 HEAVY = ("torch", "transformers", "exllamav2", "huggingface_hub", "tokenizers", "safetensors", "jinja2", "pynvml")
@@ -34,135 +34,90 @@ print(sorted(set({HEAVY!r}) & set(sys.modules)))
     assert "run" in out
 
 
-def test_version() -> None:
-    result = exl("--version")
-    assert result.returncode == 0
-    assert result.stdout.startswith("exl ")
+@pytest.mark.smoke
+def test_the_command_itself() -> None:
+    assert exl("--version").stdout.startswith("exl ")
+    failed = exl("--debug", "run", "fabel-7m", "-p", "x")
+    assert failed.returncode == ExitCode.MODEL_NOT_FOUND
+    assert "Traceback" in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: no model named 'fabel-7m'; did you mean fable-7m?")
 
 
-def copy_model(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target
+def run(*args: str, stdin: bytes = b"", **env: str) -> Result:
+    return CliRunner().invoke(app, ["run", *args], input=stdin, env=env)
+
+
+def check_error(result: Result, code: ExitCode, *words: str) -> None:
+    """One line on stderr with these words, nothing on stdout."""
+    assert result.stdout == ""
+    (line,) = (line for line in result.stderr.splitlines() if line != "Loading model: fable-7m (EXL2 5.0 bpw)")
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert result.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["fabel-7m", "-p", "x"], ExitCode.MODEL_NOT_FOUND, ["fabel-7m", "did you mean fable-7m?"]),
+        (["nobody/nothing", "-p", "x", "--models-dir", "/no/such"], ExitCode.MODEL_NOT_FOUND, ["nothing", "/no/such"]),
+        (["Once upon a time"], ExitCode.MODEL_NOT_FOUND, ["Once upon a time", "with -p"]),
+        ([], ExitCode.PROMPT, ["prompt"]),
+        (["fable-7m", "one", "-p", "two"], ExitCode.USAGE, ["--prompt and PROMPT"]),
+        (["-f", "/no/such.txt"], ExitCode.PROMPT, ["/no/such.txt", "No such file"]),
+        (["-p", "x", "--top-p", "1.5"], ExitCode.USAGE, ["top_p", "at most 1", "--top-p"]),
+        (["-p", "x", "--preset", "wild"], ExitCode.USAGE, ["wild", "greedy"]),
+        (["--template", "{question}?"], ExitCode.PROMPT, ["question", "--var"]),
+        (["--template", "{a}?", "--var", "a=a", "--var", "qestion=b"], ExitCode.PROMPT, ["qestion"]),
+        (["-p", "story " * 3000], ExitCode.PROMPT, ["3,0", "1,024"]),
+        (["-p", "x", "--max-seq-len", "9999"], ExitCode.USAGE, ["9,999", "1,024"]),
+    ],
+)
+def test_what_is_refused_before_a_model_loads(args: list[str], code: ExitCode, words: list[str]) -> None:
+    check_error(run(*args), code, *words)
+
+
+def test_a_prompt_that_is_not_text() -> None:
+    check_error(run(stdin=b"abc\xff\xfe"), ExitCode.PROMPT, "not UTF-8", "byte 3")
 
 
 @pytest.fixture
 def model(gptq_dir: Path, tmp_path: Path) -> Path:
-    return copy_model(gptq_dir, tmp_path / "model")
+    return Path(shutil.copytree(gptq_dir, tmp_path / "model"))
 
 
-def edit_config(model: Path, **changes: object) -> None:
-    file = model / "config.json"
-    config = json.loads(file.read_text())
-    config.update(changes)
-    file.write_text(json.dumps(config))
+WEIGHTS, SHARD = "model.safetensors", "model-00001-of-00002.safetensors"
 
 
-def check_error(result: subprocess.CompletedProcess[str], code: ExitCode, *words: str) -> None:
-    """One line on stderr with these words, nothing on stdout, no traceback."""
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in lines[0]
-    assert result.returncode == code
-
-
-def test_no_such_model_suggests_the_near_one() -> None:
-    check_error(exl("run", "fabel-7m", "-p", "x"), ExitCode.MODEL_NOT_FOUND, "fabel-7m", "did you mean fable-7m?")
-
-
-def test_no_such_model_at_all(tmp_path: Path) -> None:
-    result = exl("run", "nobody/nothing", "-p", "x", "--models-dir", str(tmp_path))
-    check_error(result, ExitCode.MODEL_NOT_FOUND, "nobody/nothing", str(tmp_path))
-
-
-def test_a_prompt_in_the_place_of_the_model() -> None:
-    check_error(exl("run", "Once upon a time"), ExitCode.MODEL_NOT_FOUND, "Once upon a time", "with -p")
-
-
-def test_no_prompt() -> None:
-    check_error(exl("run"), ExitCode.PROMPT, "prompt")
-
-
-def test_two_prompts() -> None:
-    check_error(exl("run", "fable-7m", "one", "-p", "two"), ExitCode.USAGE, "--prompt and PROMPT")
-
-
-def test_a_prompt_file_that_is_not_there(tmp_path: Path) -> None:
-    check_error(exl("run", "-f", str(tmp_path / "no.txt")), ExitCode.PROMPT, "no.txt", "No such file")
-
-
-def test_a_prompt_that_is_not_text() -> None:
-    check_error(exl("run", stdin=b"abc\xff\xfe"), ExitCode.PROMPT, "not UTF-8", "byte 3")
-
-
-@pytest.mark.smoke
-def test_a_value_out_of_range() -> None:
-    check_error(exl("run", "-p", "x", "--top-p", "1.5"), ExitCode.USAGE, "top_p", "at most 1", "--top-p")
-
-
-def test_an_unknown_preset() -> None:
-    check_error(exl("run", "-p", "x", "--preset", "wild"), ExitCode.USAGE, "wild", "greedy")
-
-
-def test_a_variable_missing_from_the_command_line() -> None:
-    check_error(exl("run", "--template", "{question}?"), ExitCode.PROMPT, "question", "--var")
-
-
-def test_a_variable_that_the_template_does_not_use() -> None:
-    result = exl("run", "--template", "{question}?", "--var", "question=a", "--var", "qestion=b")
-    check_error(result, ExitCode.PROMPT, "qestion")
-
-
-def test_a_prompt_longer_than_the_context_is_refused_before_loading() -> None:
-    start = time.perf_counter()
-    result = exl("run", stdin=b"story " * 3000)
-    check_error(result, ExitCode.PROMPT, "3,0", "1,024")
-    assert "Loading" not in result.stderr
-    assert time.perf_counter() - start < 5
-
-
-def test_more_context_than_the_model_has() -> None:
-    check_error(exl("run", "-p", "x", "--max-seq-len", "9999"), ExitCode.USAGE, "9,999", "1,024")
-
-
-def test_no_config(model: Path) -> None:
-    (model / "config.json").unlink()
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.DAMAGED_MODEL, "config.json", "missing")
-
-
-def test_config_that_is_not_json(model: Path) -> None:
-    (model / "config.json").write_text("{")
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.DAMAGED_MODEL, "config.json", "not valid JSON")
-
-
-def test_no_tokenizer(model: Path) -> None:
-    (model / "tokenizer.json").unlink()
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.DAMAGED_MODEL, "tokenizer.json")
-
-
-def test_a_sentencepiece_tokenizer_alone(model: Path) -> None:
-    (model / "tokenizer.json").rename(model / "tokenizer.model")
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.UNSUPPORTED_MODEL, "tokenizer.model", "tokenizer.json")
-
-
-def test_truncated_weights(model: Path) -> None:
-    with (model / "model.safetensors").open("r+b") as file:
-        file.truncate(1_000_000)
-    result = exl("run", str(model), "-p", "x")
-    check_error(result, ExitCode.DAMAGED_MODEL, "model.safetensors", "truncated", "1,000,000")
-
-
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0{not json at all"])
-def test_weights_that_are_not_safetensors(model: Path, content: bytes) -> None:
-    (model / "model.safetensors").write_bytes(content)
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.DAMAGED_MODEL, "model.safetensors")
-
-
-def test_a_missing_shard(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.DAMAGED_MODEL, "model-00002-of-00002.safetensors")
+@pytest.mark.parametrize(
+    ("file", "change", "code", "words"),
+    [
+        ("config.json", None, ExitCode.DAMAGED_MODEL, ["config.json", "missing"]),
+        ("config.json", b"{", ExitCode.DAMAGED_MODEL, ["config.json", "not valid JSON"]),
+        ("tokenizer.json", None, ExitCode.DAMAGED_MODEL, ["tokenizer.json"]),
+        ("tokenizer.json", "tokenizer.model", ExitCode.UNSUPPORTED_MODEL, ["tokenizer.model", "tokenizer.json"]),
+        (WEIGHTS, 1_000_000, ExitCode.DAMAGED_MODEL, [WEIGHTS, "truncated", "1,000,000"]),
+        (WEIGHTS, b"", ExitCode.DAMAGED_MODEL, [WEIGHTS]),
+        (WEIGHTS, b"abc", ExitCode.DAMAGED_MODEL, [WEIGHTS]),
+        (WEIGHTS, b"\xff" * 100, ExitCode.DAMAGED_MODEL, [WEIGHTS]),
+        (WEIGHTS, b"\x10\0\0\0\0\0\0\0{not json at all", ExitCode.DAMAGED_MODEL, [WEIGHTS]),
+        (WEIGHTS, SHARD, ExitCode.DAMAGED_MODEL, ["model-00002-of-00002.safetensors"]),
+    ],
+)
+def test_files_that_are_not_well(
+    model: Path, file: str, change: bytes | str | int | None, code: ExitCode, words: list[str]
+) -> None:
+    path = model / file
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, str):
+        path.rename(model / change)
+    elif isinstance(change, int):
+        path.write_bytes(path.read_bytes()[:change])
+    else:
+        path.unlink()
+    check_error(run(str(model), "-p", "x"), code, *words)
 
 
 @pytest.mark.parametrize(
@@ -176,31 +131,25 @@ def test_a_missing_shard(model: Path) -> None:
     ],
 )
 def test_other_formats_are_refused_by_name(model: Path, quantization: dict[str, object], words: str) -> None:
-    edit_config(model, quantization_config=quantization)
-    check_error(exl("run", str(model), "-p", "x"), ExitCode.UNSUPPORTED_MODEL, words)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    check_error(run(str(model), "-p", "x"), ExitCode.UNSUPPORTED_MODEL, words)
 
 
 @pytest.mark.parametrize(("name", "word"), [("model.gguf", "GGUF"), ("pytorch_model.bin", "pickle")])
 def test_folders_of_another_kind(tmp_path: Path, name: str, word: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    check_error(exl("run", str(tmp_path), "-p", "x"), ExitCode.UNSUPPORTED_MODEL, word)
+    check_error(run(str(tmp_path), "-p", "x"), ExitCode.UNSUPPORTED_MODEL, word)
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
 def test_the_gpu_engine_without_a_gpu() -> None:
-    check_error(exl("run", "-p", "x", "--engine", "exllamav2"), ExitCode.ENGINE, "exllamav2", "--engine cpu")
-
-
-def test_debug_shows_the_traceback() -> None:
-    result = exl("--debug", "run", "fabel-7m", "-p", "x")
-    assert "Traceback" in result.stderr
-    assert "ModelNotFoundError" in result.stderr
+    result = run("-p", "x", "--engine", "exllamav2", "-q")
+    check_error(result, ExitCode.ENGINE, "exllamav2", "--engine cpu")
 
 
 def test_a_model_is_found_in_the_models_folder_by_both_names(model: Path) -> None:
     shutil.move(model, model.parent / "owner_name@4.0bpw")
     for name in ("owner/name:4.0bpw", "owner_name@4.0bpw"):
-        result = exl("run", name, "-p", "x", "--show-prompt", "--models-dir", str(model.parent))
-        assert result.returncode == 0, result.stderr
-    environment = os.environ | {"EXL_MODELS_DIR": str(model.parent)}
-    assert exl("run", "owner/name:4.0bpw", "-p", "x", "--show-prompt", env=environment).returncode == 0
+        assert run(name, "-p", "x", "--show-prompt", "--models-dir", str(model.parent)).exit_code == 0
+    assert run("owner/name:4.0bpw", "-p", "x", "--show-prompt", EXL_MODELS_DIR=str(model.parent)).exit_code == 0
