@@ -9,7 +9,7 @@
 | `result`, `limits` | the records and their statistics; what the hardware allows, and what holds a test back |
 | `outputs` | JSON and back (`schema.json` is the published schema), JSON lines, CSV, Markdown, files |
 | `compare` | two results side by side, with a test of significance |
-| `report`, `charts` | the HTML report |
+| `report` | the HTML report and its charts |
 
 Nothing here sees a tensor: `engines.probe` and `engines.scoring` do.
 """

@@ -139,7 +139,7 @@ def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, An
         "ttft_stddev_ns": round(deviation(entry.ttft_ns)),
         "ttft_median_ns": round(percentile(entry.ttft_ns, 50)),
         "samples_ttft_ns": entry.ttft_ns,
-        **{f"itl_{name}_ns": value for name, value in latency(entry).items()},
+        **{f"itl_{name}_ns": value for name, value in entry.latency.items()},
         "samples_itl_ns": [list(sample.itl_ns) for sample in samples],
         "joules_per_token": entry.joules_per_token,
         "samples_joules": [sample.joules for sample in samples],
@@ -154,13 +154,6 @@ def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, An
         "share_of_limit": limit and limit.share,
         "verdict": limits.verdict(run, entry),
     }
-
-
-def latency(entry: Measured) -> dict[str, int | None]:
-    """Median, 5th and 95th percentile of the time between tokens; None of a prompt."""
-    steps = entry.itl_ns
-    percents = {"median": 50, "p5": 5, "p95": 95}
-    return {name: round(percentile(steps, percent)) if steps else None for name, percent in percents.items()}
 
 
 def load(path: Path) -> Result:

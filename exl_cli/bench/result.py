@@ -162,6 +162,12 @@ class Measured:
         return [step for sample in self.samples for step in sample.itl_ns]
 
     @property
+    def latency(self) -> dict[str, int | None]:
+        """Median, 5th and 95th percentile of the time between tokens; None of a prompt."""
+        steps, percents = self.itl_ns, {"median": 50, "p5": 5, "p95": 95}
+        return {name: round(percentile(steps, percent)) if steps else None for name, percent in percents.items()}
+
+    @property
     def ttft_ns(self) -> list[int]:
         """Time to first token of each sample."""
         return [sample.ttft_ns for sample in self.samples]

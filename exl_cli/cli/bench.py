@@ -73,8 +73,9 @@ def bench(
 ) -> None:
     """Measure models: prompts, generation, first use, memory, distance from the hardware's limit."""
     # Its parts are imported only now: `exl --help` need not wait for them.
-    from exl_cli.bench import charts, outputs, plan, runner
+    from exl_cli.bench import outputs, plan, runner
     from exl_cli.bench.compare import compare as compared
+    from exl_cli.bench.report import require_matplotlib
     from exl_cli.ui import bench
     from exl_cli.ui.console import flags
 
@@ -87,7 +88,7 @@ def bench(
         if path is not None:
             outputs.require_writable(path, name)
     if report is not None:
-        charts.require_matplotlib()
+        require_matplotlib()
     failure = None
     saved = outputs.saved_result(models or [])
     if saved is not None:

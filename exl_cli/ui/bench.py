@@ -117,7 +117,7 @@ def _rate(entry: Measured) -> str:
 
 
 def _latencies(entry: Measured) -> str:
-    times = outputs.latency(entry)
+    times = entry.latency
     if times["median"] is None:
         return "-"
     return " · ".join(outputs.three_digits((times[name] or 0) / 1e6) for name in ("p5", "median", "p95"))
