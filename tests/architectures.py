@@ -684,6 +684,12 @@ def config_of(kind: str) -> Any:
     return AutoConfig.for_model(**copy.deepcopy(KINDS[kind].config))
 
 
+def architecture(kind: str) -> str:
+    """What its config.json calls it."""
+    named: list[str] = KINDS[kind].written.get("architectures", [_class_of(config_of(kind)).__name__])
+    return named[0]
+
+
 def _class_of(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -763,7 +769,7 @@ def make(kind: str, folder: Path, fmt: str = "gptq") -> Path:
     it, config = KINDS[kind], config_of(kind)
     folder.mkdir(parents=True, exist_ok=True)
     written = json.loads(config.to_json_string(use_diff=True))
-    written |= {"architectures": [_class_of(config).__name__], "dtype": "float16"}
+    written |= {"architectures": [architecture(kind)], "dtype": "float16"}
     written["transformers_version"] = "5.2.0" if it.style == 5 else "4.46.0"
     if it.style == 4:
         written = older(written)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.cpu import transformers_model
+from exl_cli.engines.cpu import converted_names, transformers_model
 from exl_cli.engines.cpu.kv_cache import KvCache
 from exl_cli.engines.response import Decoder, GeneratorEngine, Step, check_known
 from exl_cli.engines.sampling.sampler import Samplers
@@ -163,11 +163,11 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
     config, model_class = transformers_model.choose_class(info)
     _kv_parameter(model_class)
     dtype = _choose_dtype(info)
-    state = _state_dict(info, dtype, progress)
-    if "lm_head.weight" in state:
+    state = converted_names.restore(str(info.config.get("model_type")), _state_dict(info, dtype, progress))
+    if head := next((name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in state), None):
         # EXL2 quantizes a tied head on its own, so it is no longer the embedding matrix, and pads it to 32 rows.
-        config.tie_word_embeddings = False
-        state["lm_head.weight"] = state["lm_head.weight"][: config.get_text_config().vocab_size]
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        state[head] = state[head][: config.get_text_config().vocab_size]
     model = transformers_model.build(info, config, model_class, state, dtype)
     return CpuEngine(model, tokenizer, context_length)
 
@@ -215,10 +215,11 @@ def _unpack(
     layer: str, parts: dict[str, torch.Tensor], info: ModelInfo, dtype: torch.dtype, state: dict[str, torch.Tensor]
 ) -> None:
     if "q_weight" in parts:
-        state[f"{layer}.weight"] = exl2.unpack(parts, dtype=dtype, name=layer)
+        weight = exl2.unpack(parts, dtype=dtype, name=layer)
     else:
-        state[f"{layer}.weight"] = gptq.unpack(
-            parts, zero_offset=info.zero_offset, group_size=info.group_size, dtype=dtype, name=layer
-        )
+        weight = gptq.unpack(parts, zero_offset=info.zero_offset, group_size=info.group_size, dtype=dtype, name=layer)
+    if converted_names.is_transposed(str(info.config.get("model_type")), layer):
+        weight = weight.T
+    state[f"{layer}.weight"] = weight
     if "bias" in parts:
         state[f"{layer}.bias"] = parts["bias"].to(dtype)

@@ -53,6 +53,8 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
     raw = {key: value for key, value in info.config.items() if key not in _NOT_OURS}
     if "text_config" not in CONFIG_MAPPING[kind].sub_configs:
         raw.pop("text_config", None)
+    if kind == "dbrx":
+        raw = _dbrx(raw)
     try:
         config = transformers.AutoConfig.for_model(**raw)
     except Exception as error:
@@ -69,6 +71,17 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
             f"{info.architecture} is no model that continues a text; exl runs no others",
             "choose a model for text generation, whose architecture ends in ForCausalLM as a rule",
         ) from None
+
+
+def _dbrx(raw: dict[str, Any]) -> dict[str, Any]:
+    """DBRX's config with what transformers 5 does not read in it: the rotary base, and that nothing is clipped."""
+    attention = raw.get("attn_config")
+    if not isinstance(attention, dict):
+        return raw
+    base = {"rope_theta": attention["rope_theta"]} if "rope_theta" in attention else {}
+    # None of both bounds is an error of torch.clamp.
+    clip = math.inf if attention.get("clip_qkv") is None else attention["clip_qkv"]
+    return {**base, **raw, "attn_config": {**attention, "clip_qkv": clip}}
 
 
 def build(info: ModelInfo, config: Any, model_class: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:

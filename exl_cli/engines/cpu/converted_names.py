@@ -1,0 +1,77 @@
+"""Back from exllamav2's names for tensors to those of transformers.
+
+exllamav2's converter writes EXL2 files with the names that exllamav2 itself works with: some architectures take
+Llama's, fused projections come apart, stacked experts as well, and what transformers calls a Conv1D is a linear layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+State = dict[str, torch.Tensor]
+
+_GPT2 = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.wpe.": "transformer.wpe.",
+    "model.norm.": "transformer.ln_f.",
+    "model.layers.": "transformer.h.",
+    ".self_attn.o_proj.": ".attn.c_proj.",
+    ".self_attn.": ".attn.",
+}
+_NAMES: dict[str, dict[str, str]] = {
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "dbrx": {
+        "model.embed_tokens.": "transformer.wte.",
+        "model.norm.": "transformer.norm_f.",
+        "model.layers.": "transformer.blocks.",
+        ".input_layernorm.": ".norm_attn_norm.norm_1.",
+        ".post_attention_layernorm.": ".norm_attn_norm.norm_2.",
+        ".self_attn.o_proj.": ".norm_attn_norm.attn.out_proj.",
+        ".self_attn.": ".norm_attn_norm.attn.",
+        ".block_sparse_moe.gate.": ".ffn.router.layer.",
+        ".block_sparse_moe.experts.": ".ffn.experts.mlp.",
+    },
+}
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_FUSED: dict[str, dict[str, Sequence[str]]] = {
+    "phi3": {"qkv_proj": _QKV, "gate_up_proj": _GATE_UP},
+    "glm4": {"gate_up_proj": _GATE_UP},
+    "gpt2": {"c_attn": _QKV},
+    "gpt_bigcode": {"c_attn": _QKV},
+    "dbrx": {"Wqkv": _QKV},
+}
+_EXPERT = re.compile(r"(.*\.ffn\.experts\.mlp)\.(\d+)\.(w1|v1|w2)\.weight")
+
+
+def is_transposed(model_type: str, layer: str) -> bool:
+    """Whether transformers holds the weight of a quantized layer as [in, out], in a Conv1D."""
+    return model_type == "gpt2" and layer != "lm_head"
+
+
+def restore(model_type: str, state: State) -> State:
+    """Unpacked tensors under transformers' names; those that have them already stay as they are."""
+    if names := _NAMES.get(model_type):
+        pattern = re.compile("|".join(map(re.escape, names)))
+        state = {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in state.items()}
+    for whole, parts in _FUSED.get(model_type, {}).items():
+        for first in [name for name in state if f".{parts[0]}." in name]:
+            pieces = [state.pop(first.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
+            axis = -1 if is_transposed(model_type, whole) else 0
+            state[first.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(pieces, axis)
+    return _stack_experts(state) if model_type == "dbrx" else state
+
+
+def _stack_experts(state: State) -> State:
+    """DBRX has the matrices of all experts in one, the last of the three as [in, out]."""
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for name in list(state):
+        if match := _EXPERT.fullmatch(name):
+            matrix = state.pop(name)
+            stacks.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = matrix.T if match[3] == "w2" else matrix
+    for name, experts in stacks.items():
+        state[name] = torch.cat([experts[index] for index in sorted(experts)])
+    return state
