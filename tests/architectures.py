@@ -865,7 +865,11 @@ def model(kind: str, fmt: str) -> Any:
 @torch.inference_mode()
 def reference(kind: str, fmt: str, ids: Sequence[int]) -> Tensor:
     """Float32 logits [len(ids), VOCAB]."""
-    logits: Tensor = model(kind, fmt)(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    it = model(kind, fmt)
+    for module in it.modules():
+        if hasattr(module, "max_seq_len_cached"):
+            module.max_seq_len_cached = 0  # else "dynamic" embeddings remain those of the longest text so far
+    logits: Tensor = it(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits
 
 

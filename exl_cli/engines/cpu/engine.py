@@ -50,6 +50,7 @@ class CpuEngine(GeneratorEngine):
         self._samplers = Samplers(tokenizer, model.config.get_text_config().vocab_size)
         self._cache: KvCache | None = KvCache(model.config)
         self._kv_name = _kv_parameter(type(model))
+        self._rotary = [module for module in model.modules() if hasattr(module, "max_seq_len_cached")]
         self.context_length = context_length
         self.facts = {
             "device": "cpu",
@@ -68,6 +69,7 @@ class CpuEngine(GeneratorEngine):
         """Float32 logits of every position: shape (len(ids), vocabulary)."""
         check_known(ids, self._rows, self._tokenizer)
         with torch.inference_mode():
+            self._forget_length()
             out = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
             logits: torch.Tensor = out.logits[0].float()
         return logits
@@ -94,12 +96,14 @@ class CpuEngine(GeneratorEngine):
         start = time.perf_counter()
         try:
             reused = cache.rewind(ids)
-            for begin in range(reused, len(ids) - 1, _PREFILL_CHUNK):
-                self._forward(ids[begin : min(begin + _PREFILL_CHUNK, len(ids) - 1)], cache)
+            # Beyond that length the first tokens' angles depend on how many follow: all at once, then.
+            chunk = _PREFILL_CHUNK if len(ids) <= cache.fixed_until else len(ids)
+            for begin in range(reused, len(ids) - 1, chunk):
+                self._forward(ids[: min(begin + chunk, len(ids) - 1)], cache)
                 yield Step()
             yield Step(prompt_seconds=time.perf_counter() - start, reused_tokens=reused)
             while True:
-                logits = self._forward(ids[-1:], cache)
+                logits = self._forward(ids, cache)
                 token = sampler.sample(logits.numpy(), ids)
                 ids.append(token)
                 yield Step((token,))
@@ -111,14 +115,20 @@ class CpuEngine(GeneratorEngine):
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], cache: KvCache) -> torch.Tensor:
-        """Float32 logits of the last of these tokens, which follow those in the cache: shape (vocabulary,)."""
+        """Float32 logits [vocabulary] of the last token; those before it come from the cache as far as it has them."""
 
-        def compute(states: Any) -> Any:
-            tokens = {"input_ids": torch.tensor([ids]), self._kv_name: states}
+        def compute(new: list[int], states: Any) -> Any:
+            tokens = {"input_ids": torch.tensor([new]), self._kv_name: states}
             return self._model(**tokens, use_cache=True, logits_to_keep=1)
 
+        self._forget_length()
         logits: torch.Tensor = cache.extend(ids, compute).logits[0, -1].float()
         return logits
+
+    def _forget_length(self) -> None:
+        """Have "dynamic" rotary embeddings follow this sequence: transformers keeps those of the longest so far."""
+        for module in self._rotary:
+            module.max_seq_len_cached = 0
 
     def _watch(self, is_cancelled: Callable[[], bool]) -> list[Any]:
         """Look for a cancellation before each layer: a single pass of a large model can take many seconds here."""

@@ -7,7 +7,7 @@ and that only where it leaves exactly the state of a cache that never held it:
 - a sliding window has thrown positions away once it was full, and the state of a recurrent layer cannot be turned back.
   Such a sequence can be continued, but not cut;
 - rotary embeddings that change with the length of the sequence ("dynamic", "longrope") have turned what is kept by
-  angles that a longer or shorter sequence would not use.
+  angles that a longer or shorter sequence would not use. Where they change, all is computed again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class KvCache:
     Attributes:
         ids: the tokens whose keys and values are held, in order.
         states: what the model's forward takes as its cache.
+        fixed_until: up to which length of a sequence the rotary embeddings do not depend on it.
     """
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        self._fixed_until = _fixed_until(config.get_text_config())
+        self._dynamic, self.fixed_until = _length_rule(config.get_text_config())
         self.reset()
 
     def reset(self) -> None:
@@ -41,6 +42,7 @@ class KvCache:
 
         self.ids: list[int] = []
         self.states: Any = DynamicCache(config=self._config)
+        self._angles = 0.0
 
     def rewind(self, ids: Sequence[int]) -> int:
         """Keep what a prompt begins with, but never its last token, whose logits are wanted.
@@ -48,29 +50,36 @@ class KvCache:
         Returns:
             How many tokens of the prompt are held.
         """
-        common = _common(self.ids, ids[:-1])
-        if max(len(self.ids), len(ids)) > self._fixed_until:
-            common = 0
+        common = _common(self.ids, ids[:-1]) if self._angles_at(len(ids)) == self._angles else 0
         if common < len(self.ids):
             self._truncate(common)
         return len(self.ids)
 
-    def extend(self, ids: Sequence[int], compute: Callable[[Any], T]) -> T:
-        """Compute the next tokens.
+    def extend(self, ids: Sequence[int], compute: Callable[[list[int], Any], T]) -> T:
+        """Compute the tokens that are not held yet.
 
         Args:
-            ids: these.
-            compute: runs the model with the states it is given, and extends them; the tokens of one that raises are
-                not held.
+            ids: the whole sequence, which begins with the tokens held.
+            compute: runs the model on tokens, with the states it is given, and extends them; the tokens of one that
+                raises are not held.
         """
+        if self._angles_at(len(ids)) != self._angles:
+            self.reset()
+            self._angles = self._angles_at(len(ids))
         try:
-            result = compute(self.states)
+            result = compute(list(ids[len(self.ids) :]), self.states)
         except BaseException:
             # Some layers have them already, others do not.
             self._truncate(len(self.ids))
             raise
-        self.ids.extend(ids)
+        self.ids = list(ids)
         return result
+
+    def _angles_at(self, length: int) -> float:
+        """A number that changes with the angles by which a sequence of that length is turned."""
+        if length <= self.fixed_until:
+            return 0.0
+        return length if self._dynamic else 1.0
 
     def _truncate(self, count: int) -> None:
         """Hold the first `count` tokens only; nothing at all where that cannot be done exactly."""
@@ -101,16 +110,16 @@ def _is_whole(layer: Any) -> bool:
     return layer.keys is None or bool(layer.keys.shape[-2] == layer.cumulative_length)
 
 
-def _fixed_until(config: Any) -> float:
-    """Up to which length of a sequence the rotary embeddings of its tokens do not depend on it."""
+def _length_rule(config: Any) -> tuple[bool, float]:
+    """Whether the rotary embeddings change with each token, rather than once; and beyond which length they change."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # One setting for the model, or one for each type of layer.
-    settings = (
-        [rope] if "rope_type" in rope or "type" in rope else [one for one in rope.values() if isinstance(one, dict)]
-    )
-    limits = [
-        one.get("original_max_position_embeddings") or config.max_position_embeddings
-        for one in settings
-        if one.get("rope_type", one.get("type")) in ("dynamic", "longrope")
-    ]
-    return min(limits, default=math.inf)
+    settings = [rope] if "rope_type" in rope or "type" in rope else [it for it in rope.values() if isinstance(it, dict)]
+    limits = {
+        setting.get("rope_type", setting.get("type")): (
+            setting.get("original_max_position_embeddings") or config.max_position_embeddings
+        )
+        for setting in settings
+    }
+    lengths = [limits[kind] for kind in ("dynamic", "longrope") if kind in limits]
+    return "dynamic" in limits, min(lengths, default=math.inf)
