@@ -63,6 +63,17 @@ def get_device_properties(index):
     return SimpleNamespace(name="Fake GPU", major=_gpus[index][0], minor=_gpus[index][1], total_memory=8 * 2**30)
 """
 
+_PYNVML = """
+import os
+_gpus = [tuple(map(int, text.split("."))) for text in os.environ.get("FAKE_GPUS", "").split(",") if text]
+def nvmlInit():
+    if not _gpus: raise RuntimeError("Driver Not Loaded")
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return len(_gpus)
+def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetCudaComputeCapability(index): return _gpus[index]
+"""
+
 _CPP_EXTENSION = """
 import importlib.util, os, shlex, subprocess
 def _run_ninja_build(build_directory, verbose, error_prefix):
@@ -93,6 +104,8 @@ def load(name, sources, extra_include_paths, verbose, extra_ldflags, extra_cuda_
     finally:
         os.close(handle)
         os.remove(lock)
+    return _import_module_from_library(name, folder, True)
+def _import_module_from_library(name, folder, is_python_module):
     spec = importlib.util.spec_from_file_location(name, os.path.join(folder, name + ".so"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -182,6 +195,7 @@ class Machine:
             "torch/version.py", f"__version__ = '{self.torch}+cu{self.cuda.replace('.', '')}'\ncuda = {self.cuda!r}\n"
         )
         self.write("torch/cuda.py", _CUDA)
+        self.write("pynvml.py", _PYNVML)
         self.write("torch/utils/__init__.py", "")
         self.write("torch/utils/cpp_extension.py", f"INCLUDE = {include}\n{_CPP_EXTENSION}")
         self.write("exllamav2/__init__.py", "from exllamav2.model import ext_c\n")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakecuda import Machine
 
 from exl_cli.doctor import extension, gpu, model, probes
-from exl_cli.doctor.check_result import CheckResult, verdict
-from exl_cli.doctor.probes import Answer
-from exl_cli.engines.exllamav2.extension.environment import Torch
+from exl_cli.doctor.check_result import CheckResult
+from exl_cli.engines.exllamav2.extension import compiled
+from exl_cli.engines.exllamav2.extension.compiled import Facts, Torch
+from exl_cli.system import questions
+from exl_cli.system.questions import Answer
 
 TORCH = Torch("2.11.0+cu130", "13.0", None, Path("/nowhere/torch"))
 GIB = 2**30
@@ -27,46 +32,13 @@ H100 = {
 ARCHS = ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"]
 
 
-def ask(name: str, seconds: float = 30.0, **arguments: object) -> Answer:
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        return probes.ask(name, seconds, arguments, module="doctor_questions")
-    finally:
-        sys.path.pop(0)
-
-
-def test_an_answer_comes_whatever_libraries_print() -> None:
-    answer = ask("echo", one=1)
-    assert answer.value == {"given": {"one": 1}, "path": [str(Path(__file__).parent)]}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "problem"),
-    [
-        ("crash", "crash", "crashed (SIGSEGV)"),
-        ("fail", "error", "what is wrong"),
-        ("nothing", "error", "ended without an answer"),
-    ],
-)
-def test_a_question_that_ends_badly_is_an_answer_too(name: str, kind: str, problem: str) -> None:
-    answer = ask(name)
-    assert (answer.value, answer.kind, answer.problem) == (None, kind, problem)
-
-
 @pytest.mark.parametrize("name", ["torch", "kernels", "attention"])
 def test_the_doctors_own_questions_are_answered(name: str) -> None:
     """Also where there is no GPU; what asks for more needs it."""
-    assert probes.ask(name, 120.0).value is not None
-
-
-def test_a_question_that_hangs_is_ended() -> None:
-    answer = ask("hang", 0.2)
-    assert (answer.kind, answer.problem) == ("hang", "hung: no answer in 0.2 s")
-
-
-def test_an_exceptions_class_is_left_out() -> None:
-    assert Answer(None, "exl_cli.errors.EngineError: too bad: really", "error").said == "too bad: really"
-    assert Answer(None, "no class here: but a colon", "error").said == "no class here: but a colon"
+    if name == "attention":
+        assert questions.ask(probes.__name__, name, 120.0).value is not None
+    else:
+        assert getattr(probes, name)()
 
 
 def cards(*gpus: dict[str, Any]) -> list[CheckResult]:
@@ -114,21 +86,16 @@ def test_whether_torch_holds_code_for_a_gpu(capability: list[int], fits: bool) -
 
 def test_one_good_gpu_of_two_is_enough() -> None:
     results = cards({**H100, "free": 0}, {**H100, "index": 1})
-    assert [result.check for result in results] == ["GPU 0", "GPU 1"]
-    assert verdict(results) == "gpu"
+    assert [(result.check, result.status, result.blocks) for result in results] == [
+        ("GPU 0", "warn", ""),
+        ("GPU 1", "ok", ""),
+    ]
 
 
 def test_torch_that_cannot_be_imported() -> None:
     result = gpu.torch(TORCH, Answer(None, "ImportError: libcudnn.so.9: cannot open shared object file", "error"))
     assert (result.status, result.blocks) == ("fail", "all")
     assert "torch==2.11.0" in result.fix
-
-
-def test_the_verdict() -> None:
-    fine, no_gpu, nothing = (CheckResult("x", "ok", "", blocks=blocks) for blocks in ("", "gpu", "all"))  # type: ignore[arg-type]
-    assert verdict([fine]) == "gpu"
-    assert verdict([fine, no_gpu]) == "cpu"
-    assert verdict([no_gpu, nothing]) == "none"
 
 
 def test_decoding_kernels_in_words() -> None:
@@ -148,21 +115,80 @@ def test_attention_in_words() -> None:
     assert "triton: no compiler" in slow.message
 
 
-def test_the_typical_files_are_those_of_exllamav2() -> None:
-    # exllamav2 0.3.2's ext.py lists 47 sources, of which 28 are CUDA; the library is one more.
-    assert len(extension._TYPICAL) == 48
-    assert sum(".cuda." in name for name in extension._TYPICAL) == 28
+# --- the extension ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """nvcc of CUDA 77.1, which no toolkit of this machine has, and nothing compiled."""
+    machine = Machine(tmp_path, cuda="77.1", nvcc="77.1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(machine.extensions))
+    return machine
+
+
+FUTURE = Torch("2.11.0+cu771", "77.1", None, Path("/nowhere/torch"))
+
+
+def examine(answer: Answer | None = None) -> dict[str, CheckResult]:
+    def try_out(library: Path) -> Answer:
+        assert answer is not None
+        return answer
+
+    return {result.check: result for result in extension.check(FUTURE, [(9, 0)], try_out)}
+
+
+def publish(folder: Path) -> Path:
+    """An extension that seems to fit."""
+    library = folder / "library.so"
+    library.write_bytes(b"machine code")
+    release = compiled.exllamav2_release()
+    facts = Facts(release, FUTURE.version, "77.1", compiled.python_tag(), ("9.0",), 12, "2026-11-29T00:00:00")
+    return compiled.publish(library, facts, FUTURE)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("exllamav2_ext") is not None, reason="an extension is installed")
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        (Answer({"gpus": ["H100"]}), "ok", "compiled here on 2026-11-29 for sm_90, loads and computes"),
+        (
+            Answer(None, "ImportError: /x.so: undefined symbol: _ZN3c104goneEi", "error"),
+            "warn",
+            "built for another torch (here: 2.11.0+cu771): undefined symbol _ZN3c104goneEi ({library})",
+        ),
+        (Answer(None, "crashed (SIGABRT)", "crash"), "warn", "{library}: loading it crashed (SIGABRT)"),
+    ],
+)
+def test_an_extension_that_was_tried(toolkit: Machine, answer: Answer, status: str, words: str) -> None:
+    library = publish(toolkit.root)
+    result = examine(answer)["Extension"]
+    assert result.status == status
+    assert words.format(library=library) in result.message
+    assert result.fix.startswith("exl build") is (status == "warn")
+
+
+def test_without_nvcc_nothing_can_be_compiled(toolkit: Machine) -> None:
+    nvcc = toolkit.root / "toolkit" / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("77.1", "12.4"))
+    results = examine()
+    assert results["nvcc"].status == "fail"
+    assert "is of CUDA 12.4, and torch 2.11.0+cu771 needs CUDA 77" in results["nvcc"].message
+    assert results["nvcc"].fix.endswith("pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==77.1.*'")
+    assert (results["Extension"].status, results["Extension"].blocks) == ("fail", "gpu")
+    assert results["Extension"].fix.endswith(" && exl build")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
-SOUND = {
+SOUND: dict[str, Any] = {
     "load_seconds": 1.0,
     "perplexity": 20.0,
     "vocabulary": 4096,
     "prompt": [1, 2],
     "tokens": list(range(32)),
     "text": "a story",
+    "shortfalls": [0.0] * 32,
     "facts": {},
     "tokens_per_second": 100.0,
 }
@@ -171,35 +197,81 @@ SOUND = {
 def about(generated: Answer, compared: Answer, free: int = 79 * GIB) -> dict[str, CheckResult]:
     """What is found about fable-7m on a GPU that answers so."""
 
-    def answer(name: str, seconds: float, arguments: dict[str, Any]) -> Answer:
+    def answer(name: str, arguments: dict[str, Any]) -> Answer:
         assert arguments["model"] == "fable-7m"
         return generated if name == "generate" and arguments["engine"] == "exllamav2" else compared
 
-    results = model.check("fable-7m", None, [free], gpu=True, ask=answer, seconds=1.0)
-    return {result.check: result for result in results}
+    return {result.check: result for result in model.check("fable-7m", None, [free], gpu=True, ask=answer)}
 
 
-def agreement(*shortfalls: float) -> Answer:
+def agreement(*shortfalls: float, relative_l2: float = 0.0012) -> Answer:
     below = [*shortfalls, *([0.0] * (32 - len(shortfalls)))]
-    return Answer({"perplexity": 20.1, "shortfalls": below, "vocabulary": 4096})
+    distances = {
+        "prompt": {"relative_l2": 0.001, "kl": 1e-7},
+        "decoding": {"relative_l2": relative_l2, "kl": 2e-6},
+    }
+    return Answer({"perplexity": 20.1, "shortfalls": below, "distances": distances})
 
 
 def test_engines_that_agree() -> None:
     results = about(Answer(SOUND), agreement())
     assert results["Fits"].status == results["On the GPU"].status == results["Engines agree"].status == "ok"
-    assert results["Engines agree"].message.startswith("on all 32 tokens; perplexity 20.0 on the GPU, 20.1 on the CPU")
+    assert results["Engines agree"].message == (
+        "on all 32 tokens; logits 0.0012 apart (relative L2, KL 2e-06) over 256 tokens; "
+        "perplexity 20.0 on the GPU, 20.1 on the CPU"
+    )
 
 
-def test_near_ties_are_no_disagreement() -> None:
-    result = about(Answer(SOUND), agreement(0.0, 0.03, 0.01))["Engines agree"]
-    assert result.status == "ok"
-    assert "on 30 of 32 tokens, the others near ties (0.03 below)" in result.message
+@pytest.mark.parametrize(
+    ("compared", "status", "blocks", "words"),
+    [
+        (agreement(0.0, 0.03, 0.01), "ok", "", "on 30 of 32 tokens, the others near ties (0.03 below)"),
+        (agreement(0.0, 0.1, 7.25), "fail", "gpu", "token 3 is 7.2 below the CPU engine's choice"),
+        (agreement(relative_l2=0.07), "warn", "", "but not on logits 0.07 apart"),
+        (Answer(None, "crashed (SIGSEGV)", "crash"), None, "", "not compared: crashed (SIGSEGV)"),
+    ],
+)
+def test_engines_that_differ(compared: Answer, status: str | None, blocks: str, words: str) -> None:
+    results = about(Answer(SOUND), compared)
+    result = results["Engines agree" if status else "On the CPU"]
+    assert (result.status, result.blocks) == (status or "warn", blocks)
+    assert words in result.message
 
 
-def test_engines_that_disagree() -> None:
-    result = about(Answer(SOUND), agreement(0.0, 0.1, 7.25))["Engines agree"]
-    assert (result.status, result.blocks) == ("fail", "gpu")
-    assert "token 3 is 7.2 below" in result.message
+def with_config(source: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def in_this_process(gpu: Path, cpu: Path) -> dict[str, CheckResult]:
+    """Both engines are the CPU's, each with another model."""
+
+    def ask(probe: str, arguments: dict[str, Any]) -> Answer:
+        folder, given = cpu, {**arguments, **({"engine": "cpu"} if "engine" in arguments else {})}
+        if arguments.get("engine") == "exllamav2":
+            folder = gpu
+        return Answer(getattr(probes, probe)(**{**given, "model": str(folder)}))
+
+    return {result.check: result for result in model.check(str(cpu), None, [79 * GIB], gpu=True, ask=ask)}
+
+
+def test_a_window_that_an_engine_ignores_shows_in_logits_past_it(gptq_dir: Path, tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    without = with_config(gptq_dir, tmp_path / "without", **mistral, sliding_window=None)
+    windowed = with_config(gptq_dir, tmp_path / "windowed", **mistral, sliding_window=300)
+    same = in_this_process(windowed, windowed)["Engines agree"]
+    assert same.status == "ok", same.message
+    assert "over 600 tokens, more than its window of 300" in same.message
+    assert same.details["distances"]["prompt"]["relative_l2"] < 1e-6
+    other = in_this_process(without, windowed)["Engines agree"]
+    assert other.status in ("warn", "fail")
+    assert other.details["distances"]["prompt"]["relative_l2"] > 0.02
+    # Beyond the context, or too much to compute: the text stays within the window.
+    (tmp_path / "windowed" / "config.json").unlink()
+    long = with_config(gptq_dir, tmp_path / "long", **mistral, sliding_window=1000)
+    assert "over 256 tokens, within its window of 1,000" in in_this_process(long, long)["Engines agree"].message
 
 
 @pytest.mark.parametrize(
@@ -218,6 +290,38 @@ def test_nonsense_on_the_gpu(changes: dict[str, Any], words: str) -> None:
     assert results["On the CPU"].status == "ok"
 
 
+def test_passes_of_one_engine_that_part() -> None:
+    bad = Answer({**SOUND, "shortfalls": [0.0, 3.0]})
+    result = about(Answer({**SOUND, "perplexity": None}), bad)["Engines agree"]
+    assert result.status == "warn"
+    assert "its prompt pass and its decoding do not: token 2 is 3.0 below its own choice" in result.message
+
+
+def test_a_model_whose_weights_are_noise(gptq_dir: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(gptq_dir, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    random = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith(".qweight"):
+            tensors[name] = torch.randint(-(2**31), 2**31, tensor.shape, generator=random).to(torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = in_this_process(folder, folder)["On the CPU"]
+    assert (result.status, result.blocks) == ("fail", "all")
+    assert "nonsense: it hesitates between" in result.message
+
+
+def test_a_model_that_is_not_here() -> None:
+    def ask(probe: str, arguments: dict[str, Any]) -> Answer:
+        raise AssertionError(probe)
+
+    (result,) = model.check("fabel-7m", None, [], gpu=False, ask=ask)
+    assert (result.status, result.blocks) == ("fail", "all")
+    assert (result.message, result.fix) == ("no model named 'fabel-7m'", "did you mean fable-7m?")
+
+
 def test_a_model_that_does_not_fit_is_not_loaded() -> None:
     results = about(Answer(None, "must not be asked", "error"), Answer(SOUND), free=GIB // 2)
     assert (results["Fits"].status, results["Fits"].blocks) == ("fail", "gpu")
@@ -226,6 +330,5 @@ def test_a_model_that_does_not_fit_is_not_loaded() -> None:
 
 
 def test_a_model_that_crashes_the_engine() -> None:
-    results = about(Answer(None, "crashed (SIGSEGV)", "crash"), Answer(SOUND))
-    assert results["On the GPU"].message == "crashed (SIGSEGV)"
-    assert verdict(list(results.values())) == "cpu"
+    result = about(Answer(None, "crashed (SIGSEGV)", "crash"), Answer(SOUND))["On the GPU"]
+    assert (result.message, result.blocks) == ("crashed (SIGSEGV)", "gpu")

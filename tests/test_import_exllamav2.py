@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 from fakecuda import HAS_COMPILERS, Machine, compile_module, module_source
+from helpers import python
 
-pytestmark = pytest.mark.skipif(not HAS_COMPILERS, reason="there is no C++ compiler here")
+compilers = pytest.mark.skipif(not HAS_COMPILERS, reason="there is no C++ compiler here")
 
 CALL = """
 import json, os, sys
@@ -24,8 +26,9 @@ try:
     end = {"file": exllamav2_ext.__file__, "same": sys.modules["exllamav2.ext"].ext_c is exllamav2_ext}
 except ExlError as error:
     end = {"error": type(error).__name__, "message": error.message, "hint": spell(error.hint)}
-left_out = sorted(name for name in os.environ if name.startswith("EXLLAMA_NO_"))
-print(json.dumps({**end, "notes": notes, "left_out": left_out}))
+left = [name for name in os.environ if name.startswith("EXLLAMA_NO_")]
+left += {"exllamav2" if "error" in end else "", "torch.utils.cpp_extension"} & set(sys.modules)
+print(json.dumps({**end, "notes": notes, "left": left}))
 """
 
 
@@ -53,9 +56,12 @@ def import_on(machine: Machine, how: str = "observed", **variables: str) -> dict
     lines = done.stdout.splitlines()
     # exllamav2's own prints go to stderr.
     assert len(lines) == 1, done.stdout
-    return dict(json.loads(lines[0]))
+    result = dict(json.loads(lines[0]))
+    assert result["left"] == []
+    return result
 
 
+@compilers
 def test_what_is_compiled_is_loaded_with_no_compiler_at_hand(built: Machine) -> None:
     result = import_on(built, "alone", CUDA_HOME="/nowhere", CXX="no-such-g++")
     assert result["file"] == str(built.built)
@@ -63,15 +69,12 @@ def test_what_is_compiled_is_loaded_with_no_compiler_at_hand(built: Machine) -> 
     assert result["notes"] == []
 
 
-def test_where_nobody_can_be_told_nothing_is_compiled(machine: Machine) -> None:
-    result = import_on(machine, "alone")
-    assert result["error"] == "EngineError"
-    assert result["message"] == "exllamav2's extension is not compiled yet"
-    assert "exl build" in result["hint"]
+@compilers
+def test_it_is_compiled_in_the_open_or_not_at_all(machine: Machine) -> None:
+    alone = import_on(machine, "alone")
+    assert (alone["error"], alone["message"]) == ("EngineError", "exllamav2's extension is not compiled yet")
+    assert "exl build" in alone["hint"]
     assert not machine.ours.exists()
-
-
-def test_it_is_compiled_in_the_open(machine: Machine) -> None:
     result = import_on(machine)
     assert result["file"] == str(machine.built)
     notes = result["notes"]
@@ -88,6 +91,7 @@ def test_what_is_missing_is_said_with_the_way_out(tmp_path: Path) -> None:
     assert "engine cpu" in result["hint"]
 
 
+@compilers
 def test_a_prebuilt_extension_of_another_torch_is_replaced(machine: Machine) -> None:
     library = machine.site / "exllamav2_ext.so"
     compile_module(module_source("namespace c10 { int gone(int); }", init="c10::gone(1);"), library)
@@ -98,81 +102,90 @@ def test_a_prebuilt_extension_of_another_torch_is_replaced(machine: Machine) -> 
     assert "built for another torch" in result["notes"][0]
     assert result["file"] == str(machine.built)
     assert result["same"]
-
-
-def test_a_prebuilt_wheel_whose_version_says_another_torch_is_not_even_loaded(machine: Machine) -> None:
-    compile_module(module_source("#include <cstdlib>", init="abort();"), machine.site / "exllamav2_ext.so")
+    # One whose version says so is not even loaded.
+    compile_module(module_source("#include <cstdlib>", init="abort();"), library)
     machine.write("exllamav2-0.3.2.dist-info/METADATA", "Name: exllamav2\nVersion: 0.3.2+cu128.torch2.8.0\n")
-    result = import_on(machine, "alone")
-    assert "built for torch 2.8.0, and torch 2.11.0+cu130 is here" in result["message"]
+    assert import_on(machine, "alone")["file"] == str(machine.built)
 
 
+@compilers
 def test_an_extension_for_another_gpu_is_not_taken(built: Machine) -> None:
     built.gpus = "7.5"
-    result = import_on(built, "alone")
-    assert "built for sm_90, and the GPU here is sm_75" in result["message"]
+    assert "built for sm_90, and the GPU here is sm_75" in import_on(built, "alone")["message"]
 
 
-def test_one_that_exllamav2_compiled_by_itself_is_tried_and_copied(machine: Machine) -> None:
-    plain = machine.python("-c", "import exllamav2", PATH=f"{machine.ninja_folder}:{machine.environment['PATH']}")
-    assert plain.returncode == 0, plain.stderr
+@compilers
+@pytest.mark.parametrize("fault", ["", "of another torch", "older than torch"])
+def test_one_that_exllamav2_compiled_by_itself_is_copied_where_it_fits(machine: Machine, fault: str) -> None:
     theirs = machine.torchs / "exllamav2_ext.so"
-    before = {path: path.stat().st_mtime_ns for path in machine.torchs.iterdir()}
-    # No compiler is needed for that.
-    result = import_on(machine, CUDA_HOME="/nowhere", CXX="no-such-g++")
-    assert result["file"] == str(machine.built)
-    assert machine.built.read_bytes() == theirs.read_bytes()
-    assert json.loads((machine.folder() / "exllamav2_ext.json").read_text())["archs"] == ["9.0"]
-    assert {path: path.stat().st_mtime_ns for path in machine.torchs.iterdir()} == before
-
-
-@pytest.mark.parametrize("fault", ["of another torch", "older than torch"])
-def test_one_that_exllamav2_compiled_and_that_does_not_fit_is_left_where_it_is(machine: Machine, fault: str) -> None:
-    theirs = machine.torchs / "exllamav2_ext.so"
-    if fault == "of another torch":
-        compile_module(module_source("namespace c10 { int gone(int); }", init="c10::gone(1);"), theirs)
-    else:
-        compile_module(module_source(), theirs)
+    source = module_source("namespace c10 { int gone(int); }", init="c10::gone(1);") if "of" in fault else None
+    compile_module(source or module_source(), theirs)
+    if fault == "older than torch":
         os.utime(theirs, (0, 0))
-    before = theirs.read_bytes()
-    result = import_on(machine)
+    before = theirs.stat().st_mtime_ns, theirs.read_bytes()
+    # No compiler is needed for a copy.
+    result = import_on(machine, **({} if fault else {"CUDA_HOME": "/nowhere", "CXX": "no-such-g++"}))
     assert result["file"] == str(machine.built)
-    assert result["notes"][-1].startswith("compiled 4 of 4 files")
-    assert theirs.read_bytes() == before
+    assert (machine.built.read_bytes() == before[1]) is not bool(fault)
+    assert json.loads((machine.folder() / "exllamav2_ext.json").read_text())["archs"] == ["9.0"]
+    assert (theirs.stat().st_mtime_ns, theirs.read_bytes()) == before
+    assert list(machine.torchs.iterdir()) == [theirs]
 
 
-def test_a_broken_flash_attn_is_not_imported(built: Machine) -> None:
-    built.write("flash_attn.py", "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN2at4_ops5zeros4call')")
-    built.write(
-        "exllamav2/model.py",
-        "import os\nfrom exllamav2.ext import ext_c\n"
-        "if 'EXLLAMA_NO_FLASH_ATTN' not in os.environ:\n    import flash_attn\n",
-    )
+@compilers
+@pytest.mark.parametrize(
+    ("module", "message", "hint"),
+    [
+        # A broken flash-attn is not imported.
+        ("import os\nif 'EXLLAMA_NO_FLASH_ATTN' not in os.environ: raise ImportError('flash_attn')", "", ""),
+        ("import no_such_package", "the Python package no_such_package is missing", "pip install no_such_package"),
+        ("raise SystemError('first\\nand last')", "exllamav2 cannot be imported: and last", "exl doctor"),
+        # Not the fault of the extension, which has been tried.
+        (
+            "raise ImportError('/x/other.so: undefined symbol: y')",
+            "exllamav2 cannot be imported: /x/other.so: undefined symbol: y",
+            "exl doctor",
+        ),
+    ],
+)
+def test_what_the_import_itself_runs_into(built: Machine, module: str, message: str, hint: str) -> None:
+    built.write("exllamav2/model.py", f"from exllamav2.ext import ext_c\n{module}\n")
     result = import_on(built)
-    assert "file" in result, result
-    assert result["notes"] == []
+    assert result.get("message", "") == message
+    assert hint in result.get("hint", "")
 
 
-def test_a_missing_package_of_exllamav2_is_named(built: Machine) -> None:
-    built.write("exllamav2/model.py", "import no_such_package\n")
-    result = import_on(built)
-    assert result["message"] == "the Python package no_such_package is missing"
-    assert "pip install no_such_package" in result["hint"]
-
-
-def test_an_unknown_failure_is_passed_on_in_a_line(built: Machine) -> None:
-    built.write("exllamav2/model.py", "raise SystemError('first\\nand last')\n")
-    result = import_on(built)
-    assert result["message"] == "exllamav2 cannot be imported: and last"
-
-
-def test_a_linkers_complaint_about_another_library_is_not_blamed_on_the_extension(built: Machine) -> None:
-    built.write("exllamav2/model.py", "raise ImportError('/x/other.so: undefined symbol: y')\n")
-    result = import_on(built)
-    assert result["message"] == "exllamav2 cannot be imported: /x/other.so: undefined symbol: y"
-
-
+@compilers
 def test_a_full_gpu_is_no_broken_extension(built: Machine) -> None:
     result = import_on(built, FAKE_FULL="1")
     assert result["error"] == "OutOfMemoryError"
     assert "the GPU is full" in result["message"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("exllamav2") is None, reason="exllamav2 is not installed")
+def test_the_real_import_brings_in_no_compiler_and_later_imports_get_it() -> None:
+    code = """
+import json, os, sys
+import fakeextension, torch
+fakeextension.install()
+torch_alone = set(sys.modules)
+from exl_cli.engines.exllamav2 import engine
+from exl_cli.engines.exllamav2.attention import causal, paged
+from exl_cli.engines.exllamav2.import_exllamav2 import import_exllamav2
+import_exllamav2()
+causal.install()
+paged.install_paged()
+heavy = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed", "setuptools", "torch.utils.cpp_extension")
+new = set(sys.modules) - torch_alone
+from exllamav2 import attn
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.cpp_extension import BuildExtension
+print(json.dumps({"heavy": sorted(set(heavy) & new), "new": len(new), "sdpa": attn.has_lower_right_sdpa,
+    "left": "EXLLAMA_NO_SDPA" in os.environ, "mask": causal_lower_right(2, 3).variant.name,
+    "class": isinstance(BuildExtension, type)}))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.pop("new") < 300  # 1,122 with all of it
+    assert result == {"heavy": [], "sdpa": False, "left": False, "mask": "LOWER_RIGHT", "class": True}

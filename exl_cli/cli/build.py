@@ -9,7 +9,7 @@ import typer
 
 from exl_cli.cli.options import Json, Quiet
 from exl_cli.engines.exllamav2.extension import build as extension
-from exl_cli.engines.exllamav2.extension import compiled, environment
+from exl_cli.engines.exllamav2.extension import compiled
 from exl_cli.engines.exllamav2.extension.wheel import write_wheel
 from exl_cli.errors import DiskError, UsageError
 from exl_cli.system.interrupts import insist_on_interrupt
@@ -46,7 +46,7 @@ def build(
     console = Console(quiet=quiet)
     archs = _archs(arch)
     torch = extension.torch_for_cuda()
-    gpus = environment.capabilities()
+    gpus = compiled.capabilities(ask_torch=not archs)
     if archs and (missing := compiled.uncovered(archs, gpus)):
         if out is None:
             raise UsageError(

@@ -1,13 +1,14 @@
-"""The result of one check, and the verdict that follows from all of them."""
+"""The result of a check."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from exl_cli.errors import param
+from exl_cli.system.questions import Answer
+
 Status = Literal["ok", "warn", "fail", "skip"]
-Verdict = Literal["gpu", "cpu", "none"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class CheckResult:
         return {**fixed, "fix": self.fix or None, "blocks": self.blocks or None, **details}
 
 
-def verdict(results: Iterable[CheckResult]) -> Verdict:
-    """Where `exl run` will work."""
-    blocked = {result.blocks for result in results}
-    return "none" if "all" in blocked else "cpu" if "gpu" in blocked else "gpu"
+def patience(answer: Answer, otherwise: str) -> str:
+    """The next step after a question without an answer: more patience where it hung."""
+    slow = f"exl doctor {param('timeout')} 300, in case this machine is slow"
+    return slow if answer.kind == "hang" else otherwise

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from exl_cli.doctor.check_result import CheckResult
-from exl_cli.doctor.probes import Answer
-from exl_cli.engines.exllamav2.extension import environment, failures, install_hints
-from exl_cli.engines.exllamav2.extension.compiled import capability_of, parse_archs, sm, uncovered
+from exl_cli.doctor.check_result import CheckResult, patience
+from exl_cli.engines.exllamav2.extension import hints
+from exl_cli.engines.exllamav2.extension.compiled import Torch, capability_of, parse_archs, sm, uncovered
 from exl_cli.errors import param
 from exl_cli.system.nvml import open_driver
+from exl_cli.system.questions import Answer
 from exl_cli.system.units import MIB, gib
+from exl_cli.system.version import package_version
 
 # NVIDIA's "CUDA Compatibility": the oldest driver on Linux for each major version.
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -24,15 +25,14 @@ _CROWDED = 0.5
 _NVIDIA, _DISPLAY = "0x10de", "0x03"
 
 
-def torch(installed: environment.Torch | None, answer: Answer) -> CheckResult:
+def torch(installed: Torch | None, answer: Answer) -> CheckResult:
     """Torch itself."""
     if installed is None:
-        return CheckResult("torch", "fail", "not installed", install_hints.pip("torch"), "all")
+        return CheckResult("torch", "fail", "not installed", hints.pip("torch"), "all")
     if answer.value is None:
-        known = failures.explain(answer.problem, installed)
+        known = hints.explain(answer.problem, installed)
         what = known.what if known and answer.kind == "error" else answer.problem
-        again = install_hints.pip("--force-reinstall", f"torch=={installed.version.partition('+')[0]}")
-        fix = answer.fix(known.fix if known and not known.rebuild else again)
+        fix = patience(answer, known.fix if known and not known.rebuild else hints.torch_again(installed))
         return CheckResult("torch", "fail", f"{installed.version}, importing it: {what}", fix, "all")
     details = {key: answer.value[key] for key in ("version", "cuda", "archs")}
     if installed.cuda:
@@ -41,11 +41,11 @@ def torch(installed: environment.Torch | None, answer: Answer) -> CheckResult:
         return CheckResult("torch", "warn", f"{installed.version}, for ROCm: exl does not use it", "", "gpu", details)
     message = f"{installed.version}, built without CUDA"
     if has_nvidia_card():
-        return CheckResult("torch", "fail", message, install_hints.torch_with_cuda(installed), "gpu", details)
+        return CheckResult("torch", "fail", message, hints.torch_again(installed), "gpu", details)
     return CheckResult("torch", "ok", message, "", "gpu", details)
 
 
-def driver(installed: environment.Torch | None) -> CheckResult:
+def driver(installed: Torch | None) -> CheckResult:
     """The NVIDIA driver."""
     with open_driver() as opened:
         if not opened:
@@ -100,7 +100,7 @@ def in_container() -> bool:
 # --- the GPUs ---------------------------------------------------------------------------------------------------------
 
 
-def gpus(answer: Answer, installed: environment.Torch | None) -> list[CheckResult]:
+def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
     """Each GPU that torch sees."""
     if answer.value is None or installed is None or installed.cuda is None:
         return [CheckResult("GPU", "skip", "not looked at: torch cannot use one", blocks="gpu")]
@@ -116,18 +116,18 @@ def gpus(answer: Answer, installed: environment.Torch | None) -> list[CheckResul
     ]
 
 
-def _no_gpu(why: str, installed: environment.Torch) -> CheckResult:
+def _no_gpu(why: str, installed: Torch) -> CheckResult:
     if not has_nvidia_card():
         return CheckResult("GPU", "skip", "none: models run on the CPU", blocks="gpu")
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         message = f"hidden: CUDA_VISIBLE_DEVICES{'=' + hidden if hidden else ' is empty'}"
         return CheckResult("GPU", "fail", message, "unset CUDA_VISIBLE_DEVICES", "gpu")
-    known = failures.explain(why, installed)
+    known = hints.explain(why, installed)
     message, fix = (known.what, known.fix) if known else (why or "torch finds none", "nvidia-smi")
     return CheckResult("GPU", "fail", message, fix, "gpu")
 
 
-def _gpu(gpu: dict[str, Any], archs: list[str], installed: environment.Torch) -> CheckResult:
+def _gpu(gpu: dict[str, Any], archs: list[str], installed: Torch) -> CheckResult:
     check = f"GPU {gpu['index']}"
     capability = (int(gpu["capability"][0]), int(gpu["capability"][1]))
     message = f"{gpu['name']}, {sm(capability)}"
@@ -137,7 +137,7 @@ def _gpu(gpu: dict[str, Any], archs: list[str], installed: environment.Torch) ->
         message += f": torch {installed.version} holds code for {', '.join(archs)} only"
         older = capability < min(map(capability_of, codes))
         fix = "an older CUDA build of torch knows it, cu126 for instance: see pytorch.org, Get Started" if older else ""
-        return CheckResult(check, "fail", message, fix or install_hints.pip("--upgrade", "torch"), "gpu", gpu)
+        return CheckResult(check, "fail", message, fix or hints.pip("--upgrade", "torch"), "gpu", gpu)
     if gpu["free"] is None:
         return CheckResult(check, "ok", f"{message}, {gib(gpu['total'])}", details=gpu)
     message += f", {gib(gpu['free'])} of {gib(gpu['total'])} free"
@@ -171,8 +171,6 @@ def _free_it(processes: list[dict[str, Any]]) -> str:
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
-_UNKNOWN = "of unknown version"
-
 
 def attention(answer: Answer | None) -> CheckResult:
     """The back ends of attention, and what they mean for the user."""
@@ -196,30 +194,25 @@ def decoding(answer: Answer | None) -> CheckResult:
         return CheckResult("Kernels", "skip", "not tried: there is no GPU")
     if answer.value is None:
         # A crash or a hang would come on the way to a model, too; this leaves them out.
-        fix = answer.fix("EXL_KERNELS=exllamav2 in the environment")
+        fix = patience(answer, "EXL_KERNELS=exllamav2 in the environment")
         return CheckResult("Kernels", "fail", f"compiling exl's own: {answer.said}", fix, "gpu")
     if reason := answer.value["why_not"]:
         return CheckResult("Kernels", "warn", f"exllamav2's own, at most half as fast: {reason}")
     return CheckResult("Kernels", "ok", "exl's own, compiled for this GPU by the NVRTC of torch")
 
 
-def triton(answer: Answer | None, chosen: Answer | None) -> CheckResult:
-    """Triton, in which exl's attention kernels are written."""
-    here = environment.installed_version("triton", _UNKNOWN)
+def triton(attention: Answer | None) -> CheckResult:
+    """Triton, in which exl's attention kernels are written, by what was found out about these."""
+    here = package_version("triton")
     if here is None:
         return CheckResult("Triton", "skip", "not installed")
-    if answer is None:
+    if attention is None:
         return CheckResult("Triton", "skip", f"{here}, not tried: there is no GPU")
-    if answer.value is None:
-        fix = install_hints.pip("--force-reinstall", "triton")
-        return CheckResult("Triton", "warn", f"{here} cannot be imported: {answer.said}", fix)
-    if reason := (chosen.value or {}).get("why_not", {}).get("triton", "") if chosen else "":
-        fix = install_hints.compiler()
-        return CheckResult("Triton", "warn", f"{here}: exl's kernels do not run: {reason}", fix)
+    if reason := (attention.value or {}).get("why_not", {}).get("triton", ""):
+        return CheckResult("Triton", "warn", f"{here}: exl's kernels do not run: {reason}", hints.compiler())
     return CheckResult("Triton", "ok", here)
 
 
 def flash_attn() -> CheckResult:
     """flash-attn, which exl does without."""
-    here = environment.installed_version("flash-attn", _UNKNOWN)
-    return CheckResult("flash-attn", "skip", f"{here or 'not installed'}; exl does without")
+    return CheckResult("flash-attn", "skip", f"{package_version('flash-attn') or 'not installed'}; exl does without")

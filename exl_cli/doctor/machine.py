@@ -9,12 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from exl_cli.doctor.check_result import CheckResult
-from exl_cli.doctor.probes import Answer
-from exl_cli.engines.exllamav2.extension import install_hints
+from exl_cli.doctor.check_result import CheckResult, patience
+from exl_cli.engines.exllamav2.extension import hints
 from exl_cli.models import folders
 from exl_cli.system.files import is_there
 from exl_cli.system.machine import available_memory, usable_cores
+from exl_cli.system.questions import Answer
 from exl_cli.system.units import GIB, gib, size
 
 _NEWEST_TRIED = (3, 13)
@@ -50,7 +50,7 @@ def processor() -> CheckResult:
 def cpu_engine(answer: Answer) -> CheckResult:
     """Whether the engine that every machine has can be imported."""
     if answer.value is None:
-        fix = answer.fix(install_hints.pip("--upgrade", "transformers", "torch"))
+        fix = patience(answer, hints.pip("--upgrade", "transformers", "torch"))
         return CheckResult("CPU engine", "fail", f"importing it: {answer.said}", fix, "all")
     return CheckResult("CPU engine", "ok", f"transformers {answer.value['transformers']}", details=answer.value)
 

@@ -64,3 +64,20 @@ def shortfalls(engine: CachedScoring, ids: Sequence[int], count: int) -> list[fl
     chosen = torch.tensor(list(ids[len(ids) - count :]))[:, None]
     differences: list[float] = (logits.max(-1).values - logits.gather(1, chosen)[:, 0]).tolist()
     return differences
+
+
+def distance(logits: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """How far logits are from those of a reference.
+
+    Args:
+        logits, reference: of the same positions; where one has more columns than the other, these are padding.
+
+    Returns:
+        The L2 norm of their difference, relative to the reference's, and the Kullback-Leibler divergence of the
+        distributions from the reference's, in nats, on average over the positions.
+    """
+    width = min(logits.shape[-1], reference.shape[-1])
+    logits, reference = logits[:, :width].float(), reference[:, :width].float()
+    ours, theirs = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    return float((logits - reference).norm() / reference.norm()), float(divergence)

@@ -14,7 +14,7 @@ from exl_cli.ui.console import Console, dim
 from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
-    from exl_cli.engines.exllamav2.extension.jobs import Progress as BuildProgress
+    from exl_cli.engines.exllamav2.extension.build import Progress as BuildProgress
     from exl_cli.models.hub.download import Outcome, Plan
 
 

@@ -9,20 +9,22 @@ one line with the step that mends it.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 import sys
 import threading
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2 import light_import, startup
-from exl_cli.engines.exllamav2.extension import build, compiled, environment, failures, smoke_test
-from exl_cli.engines.exllamav2.extension.failures import Failure
+from exl_cli.engines.exllamav2 import startup
+from exl_cli.engines.exllamav2.extension import build, compiled, hints, smoke_test
 from exl_cli.errors import EngineError, ExlError, OutOfMemoryError, param
 
-_ELSE = f"or use {param('engine')} cpu"
-_turns = threading.Lock()
+_OR_CPU = f"or use {param('engine')} cpu"
+_lock = threading.Lock()
 
 
 def import_exllamav2(observer: build.Observer | None = None) -> None:
@@ -35,17 +37,16 @@ def import_exllamav2(observer: build.Observer | None = None) -> None:
         EngineError: it cannot be imported here; the message says why and the hint how to mend that.
         OutOfMemoryError: the GPU has no room even for CUDA itself.
     """
-    with _turns:
-        if light_import.is_done():
+    with _lock:
+        if compiled.EXLLAMAV2 in sys.modules:
             return
         # exllamav2 prints to stdout, which belongs to the model's text.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), startup.collector_paused():
             try:
                 sys.modules[compiled.MODULE] = _extension(observer)
-                with startup.collector_paused():
-                    light_import.import_model()
+                _import_lightly()
             except Exception as error:  # it imports much: anything can come out
-                raise _told(error, "exllamav2 cannot be imported") from error
+                raise _explained(error, "exllamav2 cannot be imported") from error
 
 
 def _extension(observer: build.Observer | None) -> ModuleType:
@@ -56,26 +57,21 @@ def _extension(observer: build.Observer | None) -> ModuleType:
     torch_ = build.torch_for_cuda()
     gpus = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     why = ""
-    for candidate in (compiled.installed(torch_, gpus), *compiled.built(torch_, gpus)):
-        if candidate.path is None:
-            continue
+    for candidate in compiled.candidates(torch_, gpus):
         if candidate.problem:
             why = why or f"{candidate.path} was {candidate.problem}"
             continue
         try:
             return _load(candidate.path)
         except Exception as error:  # loading it runs a linker and its own start-up code
-            if smoke_test.is_out_of_memory(error):
-                raise _no_room() from error
-            failure = failures.explain(str(error), torch_)
-            if failure is not None and not failure.rebuild:
-                raise EngineError(failure.what, f"{failure.fix}, {_ELSE}") from error
-            what = failure.what if failure else f"it does not load: {failures.last_line(str(error))}"
+            failure = hints.explain(str(error), torch_)
+            if smoke_test.is_out_of_memory(error) or (failure and not failure.rebuild):
+                raise _explained(error, "") from error
+            what = failure.what if failure else f"it does not load: {hints.last_line(str(error))}"
             why = why or f"{what} ({candidate.path})"
     if observer is None:
-        raise EngineError(
-            why or "exllamav2's extension is not compiled yet", f"exl build compiles it for this machine, {_ELSE}"
-        )
+        what = why or "exllamav2's extension is not compiled yet"
+        raise EngineError(what, f"exl build compiles it for this machine, {_OR_CPU}")
     if why:
         observer.note(f"{why}: another is needed for this machine")
     else:
@@ -83,35 +79,63 @@ def _extension(observer: build.Observer | None) -> ModuleType:
     try:
         result = build.build(observer, gpus=gpus)
     except EngineError as error:
-        raise EngineError(error.message, f"{error.hint}, {_ELSE}" if error.hint else _ELSE[3:]) from error
+        raise EngineError(error.message, _or_cpu(error.hint)) from error
     try:
         return _load(result.path)
     except Exception as error:
-        raise _told(error, "exllamav2's compiled extension does not load") from error
+        raise _explained(error, "exllamav2's compiled extension does not load") from error
 
 
 def _load(library: Path) -> ModuleType:
     module = smoke_test.load(library)
-    smoke_test.compute(module)
+    smoke_test.compute_with(module)
     return module
 
 
-def _no_room() -> OutOfMemoryError:
-    return OutOfMemoryError(
-        "the GPU is full: it has no room even for CUDA itself",
-        f"nvidia-smi shows who uses it; CUDA_VISIBLE_DEVICES chooses another GPU, {_ELSE}",
-    )
+def _import_lightly() -> None:
+    """Import exllamav2, with the extension ready in `sys.modules`, without what exl does not use.
+
+    That takes most of the time: 7.8 s of the whole import on one machine, where files open slowly, 1.1 s on a fast one.
+    Left out, with seconds of the fast one:
+
+    - `torch.nn.attention.bias`, 0.95 s: it brings in torch's compiler, and sympy with that. `attn.py` wants it for an
+      attention that exl replaces (`attention/causal.py`), and asks EXLLAMA_NO_SDPA before it looks;
+    - `torch.utils.cpp_extension`, 0.12 s: it brings in setuptools. `ext.py` would compile the extension with it;
+    - flash-attn and xformers, where they are installed: a broken one would end the import.
+
+    Later imports of any of these in the same process get the real module.
+    """
+    names = ("EXLLAMA_NO_SDPA", "EXLLAMA_NO_FLASH_ATTN", "EXLLAMA_NO_XFORMERS")
+    switches = [name for name in names if name not in os.environ]
+    stand_in: Any = ModuleType("torch.utils.cpp_extension")
+    stand_in.load = None
+    os.environ.update(dict.fromkeys(switches, "1"))
+    sys.modules.setdefault(stand_in.__name__, stand_in)
+    try:
+        importlib.import_module(compiled.EXLLAMAV2)
+    finally:
+        for name in switches:
+            os.environ.pop(name, None)
+        if sys.modules[stand_in.__name__] is stand_in:
+            del sys.modules[stand_in.__name__]
 
 
-def _told(error: Exception, what: str) -> ExlError:
+def _explained(error: Exception, what: str) -> ExlError:
     """What an exception means, in one line."""
     if isinstance(error, ExlError):
         return error
     if smoke_test.is_out_of_memory(error):
-        return _no_room()
+        return OutOfMemoryError(
+            "the GPU is full: it has no room even for CUDA itself",
+            f"nvidia-smi shows who uses it; CUDA_VISIBLE_DEVICES chooses another GPU, {_OR_CPU}",
+        )
     text = str(error) or type(error).__name__
-    failure = failures.explain(text, environment.torch_here())
+    failure = hints.explain(text, compiled.torch_here())
     if failure is None or failure.rebuild:
         # The extension was found good before: a linker's complaint now is about something else's.
-        failure = Failure(f"{what}: {failures.last_line(text)}", "exl doctor")
-    return EngineError(failure.what, f"{failure.fix}, {_ELSE}" if failure.fix else _ELSE[3:])
+        return EngineError(f"{what}: {hints.last_line(text)}", _or_cpu("exl doctor"))
+    return EngineError(failure.what, _or_cpu(failure.fix))
+
+
+def _or_cpu(hint: str) -> str:
+    return f"{hint}, {_OR_CPU}" if hint else _OR_CPU.removeprefix("or ")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from exl_cli.engines.exllamav2.extension import environment
+from exl_cli.engines.exllamav2.extension.compiled import torch_here
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def wake_gpu() -> None:
 
     Does nothing if torch is imported already or built without CUDA.
     """
-    if "torch" not in sys.modules and (torch := environment.torch_here()) is not None and torch.cuda:
+    if "torch" not in sys.modules and (torch := torch_here()) is not None and torch.cuda:
         # The driver reads it on initialization; torch sets the same.
         os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
         threading.Thread(target=_retain_context, name="wake GPU", daemon=True).start()

@@ -7,38 +7,44 @@ That folder is one for each combination of versions and GPU architectures (`comp
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, NamedTuple, Protocol, runtime_checkable
 
-from exl_cli.engines.exllamav2.extension import (
-    compiled,
-    environment,
-    failures,
-    install_hints,
-    jobs,
-    smoke_test,
-    toolchain,
-    worker,
-)
-from exl_cli.engines.exllamav2.extension.compiled import Capability, Facts, spoken
-from exl_cli.engines.exllamav2.extension.environment import Torch
-from exl_cli.engines.exllamav2.extension.jobs import Progress
-from exl_cli.errors import EngineError
+from exl_cli.engines.exllamav2.extension import compiled, hints, smoke_test, toolchain, worker
+from exl_cli.engines.exllamav2.extension.compiled import Capability, Facts, Torch, spoken
+from exl_cli.errors import EngineError, param
 from exl_cli.system import processes
 from exl_cli.system.files import user_cache
+from exl_cli.system.machine import available_memory, usable_cores
+from exl_cli.system.units import GIB, gib
 
-_STEP = re.compile(rf"{worker.MARK}(\d+)/(\d+) (.*)")
 _LOCK, _HOLDER = ".lock", ".holder"
+_POLL_SECONDS = 0.2
+
+
+class Progress(NamedTuple):
+    """How far a build is.
+
+    Attributes:
+        done, total: files compiled, and in all; the link counts as one.
+        seconds: since the first was begun.
+        left: seconds that the rest will take, about.
+        name: the file that was finished last.
+    """
+
+    done: int
+    total: int
+    seconds: float
+    left: float
+    name: str = ""
 
 
 @runtime_checkable
@@ -55,26 +61,19 @@ class Observer(Protocol):
 
 
 class Notes:
-    """An `Observer` that has only lines: a quarter of the files at a time.
-
-    Args:
-        note: takes a line.
-    """
+    """An `Observer` that has only lines: a quarter of the files at a time."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
-        self._told = 0
 
     def building(self, progress: Progress) -> None:
         """See `Observer.building`."""
-        quarter = 4 * progress.done // max(progress.total, 1)
-        if quarter > self._told:
-            self._told = quarter
-            self.note(f"compiled {progress.done} of {progress.total} files in {progress.seconds:.0f} s")
+        done, total = progress.done, progress.total
+        if done and 4 * done // total > 4 * (done - 1) // total:
+            self.note(f"compiled {done} of {total} files in {progress.seconds:.0f} s")
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """An extension that is ready.
 
     Attributes:
@@ -87,7 +86,7 @@ class Result:
 
     path: Path
     facts: Facts
-    gpus: tuple[str, ...] = ()
+    gpus: Sequence[str] = ()
     log: str = ""
     compiled: int = 0
 
@@ -98,14 +97,14 @@ def torch_for_cuda() -> Torch:
     Raises:
         EngineError: it is not.
     """
-    torch = environment.torch_here()
+    torch = compiled.torch_here()
     if torch is None:
-        raise EngineError("torch is not installed", install_hints.pip("torch"))
+        raise EngineError("torch is not installed", hints.pip("torch"))
     if torch.cuda is None:
         built = "for ROCm" if torch.hip else "without CUDA"
-        raise EngineError(f"torch {torch.version} is built {built}", install_hints.torch_with_cuda(torch))
-    if environment.exllamav2_version() is None:
-        raise EngineError("exllamav2 is not installed", install_hints.pure_exllamav2())
+        raise EngineError(f"torch {torch.version} is built {built}", hints.torch_again(torch))
+    if compiled.exllamav2_version() is None:
+        raise EngineError("exllamav2 is not installed", hints.pip(f"exllamav2=={hints.EXLLAMAV2_RELEASE}"))
     return torch
 
 
@@ -130,21 +129,181 @@ def build(
         EngineError: it cannot be compiled here, or the compiler fails, with the way to mend it.
         KeyboardInterrupt: passed on after every compiler was stopped.
     """
-    torch = torch_for_cuda()
-    root = environment.build_root()
+    torch, root = torch_for_cuda(), compiled.build_root()
     try:
         with _alone(root, observer.note) as waited, _log() as log:
             if waited and not again and (made := compiled.ready(torch, gpus, archs)):
                 return Result(*made)
             if not again and not archs and (result := _taken_over(torch, log)):
                 return result
-            return _compiled(torch, log, observer, archs, max_jobs, again)
+            return _compiled(torch, log, observer, _choose_archs(archs, gpus), plan(max_jobs), again)
     except OSError as error:
-        where = f"TORCH_EXTENSIONS_DIR={os.path.join('/tmp', 'torch_extensions')}"  # noqa: PTH118, S108 - an example
         raise EngineError(
             f"exllamav2's extension cannot be compiled: {error.filename or root}: {error.strerror or error}",
-            f"choose a folder that can be written: {where} exl build",
+            "choose folders that can be written: TORCH_EXTENSIONS_DIR=/tmp/extensions XDG_CACHE_HOME=/tmp/cache "
+            "exl build",
         ) from error
+
+
+def _choose_archs(asked: tuple[str, ...], gpus: Sequence[Capability]) -> tuple[str, ...]:
+    """The architectures that the user asked for, else those of TORCH_CUDA_ARCH_LIST, else the GPUs'."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked or not listed:
+        if not asked and not gpus:
+            arch = param("arch")
+            raise EngineError(f"there is no GPU here to compile for: say which with {arch}, as {arch} 8.6")
+        return asked or tuple(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
+    try:
+        archs = compiled.parse_archs(listed)
+    except ValueError as error:
+        what = f"TORCH_CUDA_ARCH_LIST={listed}: {str(error)!r} is no GPU architecture"
+        raise EngineError(what, "write it as 8.6, or unset TORCH_CUDA_ARCH_LIST") from error
+    # It may be left over from something else.
+    if missing := compiled.uncovered(archs, gpus):
+        what = f"TORCH_CUDA_ARCH_LIST={listed} leaves out the GPU here ({compiled.sm(missing[0])})"
+        raise EngineError(what, "unset TORCH_CUDA_ARCH_LIST")
+    return archs
+
+
+def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
+    """The extension in torch's own folder, where it is newer than torch and exllamav2 and computes on the GPUs here."""
+    library = compiled.torch_build_folder(torch) / compiled.LIBRARY
+    sources = [torch.folder / "version.py", torch.folder.parent / compiled.EXLLAMAV2 / "ext.py"]
+    if not library.is_file() or any(s.exists() and s.stat().st_mtime > library.stat().st_mtime for s in sources):
+        return None
+    try:
+        tested = smoke_test.run(library, (), torch, log)
+    except EngineError:
+        return None
+    if not tested.gpus:
+        return None
+    facts = _facts(torch, tested.archs, library)
+    return Result(compiled.publish(library, facts, torch), facts, tested.gpus, log.name)
+
+
+def _compiled(
+    torch: Torch, log: IO[str], observer: Observer, archs: tuple[str, ...], plan: Plan, again: bool
+) -> Result:
+    begun = time.monotonic()
+    tools = toolchain.find(torch)
+    if tools.problems:
+        what = ", ".join(f"{tool.name} {tool.problem}" for tool in tools.problems)
+        raise EngineError(f"exllamav2's extension cannot be compiled: {what}", tools.fix)
+    root = compiled.build_folder(torch, archs) / "build"
+    if again:
+        shutil.rmtree(root, ignore_errors=True)
+    folder = root / compiled.MODULE
+    folder.mkdir(parents=True, exist_ok=True)
+    # torch waits while its lock is there. Under exl's own lock no one else builds here: it is a killed build's.
+    (folder / "lock").unlink(missing_ok=True)
+    variables = toolchain.variables(tools, compiled.build_root() / "lib")
+    variables |= {
+        "TORCH_EXTENSIONS_DIR": str(root),
+        "TORCH_CUDA_ARCH_LIST": ";".join(archs),
+        "MAX_JOBS": str(plan.jobs),
+    }
+    library = folder / compiled.LIBRARY
+    try:
+        slower = toolchain.try_nvcc(archs, variables, log) / _TRIAL_SECONDS
+        files = _compile(folder, variables, log, observer, archs, plan, slower)
+        tested = smoke_test.run(library, archs, torch, log)
+    except (subprocess.CalledProcessError, EngineError) as error:
+        failure = error if isinstance(error, EngineError) else _failure(log, torch)
+        hint = f"{failure.hint}; see {log.name}" if failure.hint else f"see {log.name}"
+        raise EngineError(f"exllamav2's extension was not compiled: {failure.message}", hint) from error
+    compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
+    facts = _facts(torch, archs, library, round(time.monotonic() - begun, 1), compilers)
+    path = compiled.publish(library, facts, torch)
+    shutil.rmtree(root, ignore_errors=True)
+    return Result(path, facts, tested.gpus, log.name, files)
+
+
+def _compile(
+    folder: Path,
+    variables: dict[str, str],
+    log: IO[str],
+    observer: Observer,
+    archs: tuple[str, ...],
+    plan: Plan,
+    slower: float,
+) -> int:
+    """Run the worker in this environment and show how far ninja is, by its log; the number of files compiled.
+
+    Raises:
+        CalledProcessError: it failed; the log says why.
+    """
+    waiting = [name for name in _all_files() if name not in _finished(folder)]
+    left = seconds_left(waiting, plan.jobs, len(archs), slower)
+    if waiting:
+        observer.note(
+            f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about {_duration(left)} "
+            f"with {plan}; log: {log.name}"
+        )
+        observer.building(Progress(0, len(waiting), 0.0, left))
+    command, begun = processes.command(worker.__name__), time.monotonic()
+    done: list[str] = []
+    process = subprocess.Popen(  # noqa: S603
+        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, text=True, start_new_session=True
+    )
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+            before, done = done, [name for name in _finished(folder) if name in waiting]
+            if len(done) > len(before):
+                seconds, rest = time.monotonic() - begun, [name for name in waiting if name not in done]
+                # The pace so far: how many times as long as expected these files took.
+                pace = seconds / seconds_left(done, plan.jobs, len(archs))
+                left = seconds_left(rest, plan.jobs, len(archs), pace)
+                observer.building(Progress(len(done), len(waiting), seconds, left, done[-1]))
+    finally:
+        processes.stop(process)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return len(done)
+
+
+def _all_files() -> list[str]:
+    """What torch has ninja make of exllamav2's sources."""
+    spec = importlib.util.find_spec(compiled.EXLLAMAV2)
+    folders = [Path(place) / compiled.MODULE for place in (spec and spec.submodule_search_locations) or ()]
+    objects = {".cpp": ".o", ".cu": ".cuda.o"}
+    sources = [path for folder in folders for path in folder.rglob("*.c*") if path.suffix in objects]
+    return [*(path.stem + objects[path.suffix] for path in sources), compiled.LIBRARY]
+
+
+def _finished(folder: Path) -> list[str]:
+    """The files that ninja has made: start, end, time, name and hash are a line of its log."""
+    try:
+        lines = (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    names = dict.fromkeys(fields[3] for line in lines if len(fields := line.split("\t")) > 4)
+    return [name for name in names if (folder / name).exists()]
+
+
+def _failure(log: IO[str], torch: Torch) -> EngineError:
+    text = Path(log.name).read_text(encoding="utf-8", errors="replace")
+    if known := hints.explain(text, torch):
+        return EngineError(known.what, known.fix)
+    return EngineError(hints.first_error(text) or "the compiler failed")
+
+
+def _facts(torch: Torch, archs: Iterable[str], library: Path, seconds: float = 0.0, compilers: str = "") -> Facts:
+    return Facts(
+        exllamav2=compiled.exllamav2_release(),
+        torch=torch.version,
+        cuda=torch.cuda or "",
+        python=compiled.python_tag(),
+        archs=tuple(archs),
+        size=library.stat().st_size,
+        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=seconds,
+        compilers=compilers,
+    )
+
+
+# --- one at a time ----------------------------------------------------------------------------------------------------
 
 
 def holder(root: Path) -> tuple[str, float] | None:
@@ -179,8 +338,7 @@ def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / _LOCK)
-    waited = False
+    lock, waited = FileLock(root / _LOCK), False
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -191,8 +349,7 @@ def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
         (root / _HOLDER).write_text(f"process {os.getpid()} (exl build)", encoding="utf-8")
         yield waited
     finally:
-        with contextlib.suppress(OSError):
-            (root / _HOLDER).unlink()
+        (root / _HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
@@ -200,142 +357,74 @@ def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
 def _log() -> Iterator[IO[str]]:
     """A new log; the last one is kept beside it."""
     path = user_cache() / "logs" / "build.log"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.replace(path.with_name("build.previous.log"))
-        log = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise EngineError(
-            f"the log of the build cannot be written: {path}: {error.strerror}",
-            "choose a folder that can be written: XDG_CACHE_HOME=/tmp/cache exl build",
-        ) from error
-    with log:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(path.with_name("build.previous.log"))
+    with path.open("w", encoding="utf-8") as log:
         yield log
 
 
-def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
-    """The extension in torch's own folder, where it is newer than torch and exllamav2 and computes on the GPUs here."""
-    library = environment.torch_build_folder(torch) / compiled.LIBRARY
-    sources = [torch.folder / "version.py", torch.folder.parent / environment.EXLLAMAV2 / "ext.py"]
-    if not library.is_file() or any(s.exists() and s.stat().st_mtime > library.stat().st_mtime for s in sources):
-        return None
-    try:
-        gpus, archs = smoke_test.run(library, (), torch, log)
-    except EngineError:
-        return None
-    if not gpus:
-        return None
-    facts = _facts(torch, archs, library)
-    return Result(compiled.publish(library, facts, torch), facts, gpus, log.name)
+# --- how many compilers, and how long ---------------------------------------------------------------------------------
+
+# The figures are those of one build of exllamav2 0.3.2 for one architecture on one core (torch 2.11, nvcc 13.0, g++ 12,
+# November 2026): 48 files, 645 seconds of CPU time. A C++ file that includes torch's headers takes 18 seconds and
+# 1.6 GiB (the bindings 26 and 2.1), a CUDA file 7 seconds and 0.6 GiB, the EXL2 kernels 23 or 44 seconds.
+_TRIAL_SECONDS = 1.0  # `toolchain.try_nvcc`
+_JOB_BYTES = round(1.7 * GIB)
+# Cores that share their parts, as most do, are together slower than so many times one.
+_SHARED = 1.4
 
 
-def _compiled(
-    torch: Torch, log: IO[str], observer: Observer, archs: tuple[str, ...], max_jobs: int | None, again: bool
-) -> Result:
-    begun = time.monotonic()
-    tools = toolchain.find(torch)
-    if tools.problems:
-        what = ", ".join(f"{tool.name} {tool.problem}" for tool in tools.problems)
-        raise EngineError(f"exllamav2's extension cannot be compiled: {what}", tools.fix)
-    plan = jobs.plan(max_jobs)
-    variables = toolchain.variables(tools, environment.build_root() / "lib")
-    variables |= {"MAX_JOBS": str(plan.jobs), "NINJA_STATUS": worker.STATUS}
-    if archs:
-        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
-    process = subprocess.Popen(  # noqa: S603
-        processes.command(worker.__name__, json.dumps({"asked": bool(archs), "again": again})),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=variables,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        try:
-            library, archs, files = _follow(process, plan, torch, log, observer)
-        finally:
-            processes.stop(process)
-        gpus, _ = smoke_test.run(library, archs, torch, log)
-    except EngineError as error:
-        see = f"see {log.name}"
-        hint = see if error.hint in ("", "see the log") else f"{error.hint}; {see}"
-        raise EngineError(f"exllamav2's extension was not compiled: {error.message}", hint) from error
-    compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
-    facts = _facts(torch, archs, library, round(time.monotonic() - begun, 1), compilers)
-    path = compiled.publish(library, facts, torch)
-    shutil.rmtree(path.parent / "build", ignore_errors=True)
-    return Result(path, facts, gpus, log.name, files)
+class Plan(NamedTuple):
+    """How many compilers run at once, and what limits that, in a few words."""
+
+    jobs: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.jobs} job{'s' if self.jobs > 1 else ''} ({self.reason})"
 
 
-def _follow(
-    process: subprocess.Popen[str], plan: jobs.Plan, torch: Torch, log: IO[str], observer: Observer
-) -> tuple[Path, tuple[str, ...], int]:
-    """Read what the worker prints until it has built the library; that, its architectures, and the files compiled."""
-    archs: tuple[str, ...] = ()
-    waiting: list[str] = []
-    done: list[str] = []
-    said: deque[str] = deque(maxlen=200)
-    begun = time.monotonic()
-    for line in process.stdout or ():
-        log.write(line)
-        log.flush()
-        if step := _STEP.search(line):
-            done.append((re.findall(r"-o (\S+)", step[3]) or [""])[-1])
-            seconds = time.monotonic() - begun
-            rest = [name for name in waiting if name not in done]
-            left = jobs.remaining(done, rest, seconds, plan.jobs, len(archs))
-            observer.building(Progress(int(step[1]), int(step[2]), seconds, left, done[-1]))
-        elif not line.startswith(worker.MARK):
-            said.append(line)
-        elif "built" in (event := json.loads(line.removeprefix(worker.MARK))):
-            return Path(event["built"]), archs, len(done)
-        elif "failed" in event:
-            raise _failure(event, "".join(said), torch)
-        else:
-            archs, waiting, begun = tuple(event["archs"]), event["waiting"], time.monotonic()
-            said.clear()
-            if waiting:
-                left = jobs.expected_seconds(waiting, plan.jobs, len(archs), event["slower"])
-                observer.note(
-                    f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about "
-                    f"{_duration(left)} with {plan}; log: {log.name}"
-                )
-                observer.building(Progress(0, len(waiting), 0.0, left))
-    raise EngineError(f"the build ended without a word (code {process.wait()})")
+def plan(asked: int | None = None) -> Plan:
+    """As many jobs as the user asked for, else as MAX_JOBS says, else as there are cores and memory for."""
+    if asked:
+        return Plan(asked, "as asked")
+    if (variable := os.environ.get("MAX_JOBS", "")).isdigit() and int(variable):
+        return Plan(int(variable), "MAX_JOBS")
+    cores, free = usable_cores(), available_memory()
+    by_memory = cores if free is None else max(1, (free - GIB) // _JOB_BYTES)
+    if free is not None and by_memory < cores:
+        return Plan(by_memory, f"{gib(free)} of memory are free")
+    return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
 
 
-def _failure(event: dict[str, str], said: str, torch: Torch) -> EngineError:
-    text = event["failed"]
-    if "fix" in event:
-        return EngineError(text, event["fix"])
-    if text.startswith(worker.COMPILER_FAILED):
-        failure = failures.explain_compiler(said, torch)
-    elif (known := failures.explain(text, torch)) is None:
-        return EngineError(f"the build cannot be set up: {failures.last_line(text)}")
-    else:
-        failure = known
-    return EngineError(failure.what, failure.fix)
+def seconds_left(names: Iterable[str], jobs: int, architectures: int = 1, slower: float = 1.0) -> float:
+    """How long these files take, about: the work shared out, and the longest of them at least.
+
+    Args:
+        names: the files to make.
+        jobs: how many at once.
+        architectures: for so many GPU architectures.
+        slower: how many times as long as on the figures' machine.
+    """
+    weights = [_cpu_seconds(name, architectures) for name in names]
+    pace = slower * (_SHARED if jobs > 1 else 1.0)
+    return pace * max([sum(weights) / jobs, *weights, 0.0])
 
 
-def _facts(torch: Torch, archs: tuple[str, ...], library: Path, seconds: float = 0.0, compilers: str = "") -> Facts:
-    return Facts(
-        exllamav2=environment.exllamav2_release(),
-        torch=torch.version,
-        cuda=torch.cuda or "",
-        python=environment.python_tag(),
-        archs=archs,
-        size=library.stat().st_size,
-        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=seconds,
-        compilers=compilers,
-    )
+def seconds_for_all(jobs: int, architectures: int) -> float:
+    """How long a whole build takes, about."""
+    return seconds_left(_all_files(), jobs, architectures)
+
+
+def _cpu_seconds(name: str, architectures: int) -> float:
+    if "unit_exl2" in name:
+        return 4.0 + (40.0 if re.search(r"\db\.", name) else 19.0) * architectures
+    if ".cu" in name:
+        return 5.0 + 2.0 * architectures
+    return 18.0 if name.startswith(("ext_", "quantize_func")) else 2.0
 
 
 def _duration(seconds: float) -> str:
     """ "40 seconds", "3 minutes": as exact as a guess may be."""
-    if seconds < 90:
-        return f"{max(10, round(seconds / 10) * 10)} seconds"
-    return f"{round(seconds / 60)} minutes"
+    return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 90 else f"{round(seconds / 60)} minutes"

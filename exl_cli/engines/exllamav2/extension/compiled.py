@@ -1,35 +1,132 @@
-"""The compiled extensions that are here, and whether they fit; found without importing torch or exllamav2.
+"""The installation, the compiled extensions that are here, and whether they fit it; without importing torch.
 
-They lie in three kinds of places: on the path as module `exllamav2_ext` (a prebuilt wheel of exllamav2, a wheel of
-`exl build --out`, or a bare library), in a folder of exl's own (`environment.build_root`), and in torch's build folder,
-where exllamav2's own import compiles. A file beside the library, `exllamav2_ext.json`, says what it was made for; it
-counts only for a library of the size that it names.
+Extensions lie in three kinds of places: on the path as module `exllamav2_ext` (a prebuilt wheel of exllamav2, a wheel
+of `exl build --out`, or a bare library), in a folder of exl's (`build_root`), and in torch's build folder, where
+exllamav2's own import compiles. A file beside the library, `exllamav2_ext.json`, says what it was made for; it counts
+only for a library of the size that it names.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import json
+import os
 import re
+import runpy
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from exl_cli.engines.exllamav2.extension import environment
-from exl_cli.engines.exllamav2.extension.environment import Torch, major_minor
-from exl_cli.system.files import write_atomically
+from exl_cli.system.files import user_cache, write_atomically
+from exl_cli.system.nvml import open_driver
+from exl_cli.system.version import package_version
 
+EXLLAMAV2 = "exllamav2"
 MODULE = "exllamav2_ext"
-FACTS = f"{MODULE}.json"
-LIBRARY = f"{MODULE}.so"
-_FORMAT = 1
+FACTS, LIBRARY = f"{MODULE}.json", f"{MODULE}.so"
 
 Capability = tuple[int, int]
+
+
+# --- the installation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The installed torch.
+
+    Attributes:
+        version: e.g. "2.11.0+cu130".
+        cuda: the CUDA version it was built with, e.g. "13.0"; None for a build without.
+        hip: likewise for ROCm.
+        folder: the package's folder.
+    """
+
+    version: str
+    cuda: str | None
+    hip: str | None
+    folder: Path
+
+    @property
+    def cuda_major(self) -> int:
+        """0 for a build without CUDA."""
+        return int(self.cuda.split(".")[0]) if self.cuda else 0
+
+
+def torch_here() -> Torch | None:
+    """The installed torch, read from its `version.py`; None where there is none, or half of one."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    try:
+        facts = runpy.run_path(str(folder / "version.py"))
+        return Torch(str(facts["__version__"]), facts.get("cuda"), facts.get("hip"), folder)
+    except Exception:  # half an installation can hold anything
+        return None
+
+
+def python_tag() -> str:
+    """This Python's binary interface and machine, e.g. "cpython-312-x86_64-linux-gnu"."""
+    return str(sysconfig.get_config_var("SOABI") or "")
+
+
+def exllamav2_version() -> str | None:
+    """The installed exllamav2's version, with a prebuilt wheel's "+cu128.torch2.8.0"; None where there is none."""
+    return package_version(EXLLAMAV2) or "unknown" if importlib.util.find_spec(EXLLAMAV2) else None
+
+
+def exllamav2_release() -> str:
+    """The same without the wheel's tag: the version of the sources."""
+    return (exllamav2_version() or "").partition("+")[0]
+
+
+def capabilities(*, ask_torch: bool = False) -> list[Capability]:
+    """Compute capabilities of this machine's GPUs from the driver, hidden ones included.
+
+    Args:
+        ask_torch: import torch where NVML tells nothing, as in a container without it.
+    """
+    with open_driver() as driver:
+        answers = [driver.ask("DeviceGetCudaComputeCapability", handle) for handle in driver.gpus()]
+    if answers or not ask_torch:
+        return [(int(answer[0]), int(answer[1])) for answer in answers if answer]
+    import torch
+
+    return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+def build_root() -> Path:
+    """The folder of everything that exl compiles: under TORCH_EXTENSIONS_DIR where set, else in the user's cache."""
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(chosen) / "exl" if chosen else user_cache() / "extensions"
+
+
+def build_folder(torch: Torch, archs: Iterable[str]) -> Path:
+    """exl's folder for an extension that fits this installation and has code for these architectures."""
+    key = f"exllamav2-{exllamav2_release()}-torch{_minor(torch.version)}-cu{torch.cuda}-{python_tag()}"
+    return build_root() / f"{key}-{tag(archs)}"
+
+
+def torch_build_folder(torch: Torch) -> Path:
+    """Where a plain import of exllamav2 compiles; see `torch.utils.cpp_extension._get_build_directory`."""
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen) / MODULE
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - no error without HOME
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    return Path(cache) / "torch_extensions" / f"{python}_cu{(torch.cuda or '').replace('.', '')}" / MODULE
+
+
+def _minor(version: str) -> str:
+    """ "2.11.0+cu130" to "2.11": torch's C++ interface holds within a minor version, and only there."""
+    return ".".join(version.partition("+")[0].split(".")[:2])
+
+
+# --- extensions -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,7 +135,7 @@ class Facts:
 
     Attributes:
         exllamav2, torch, cuda: versions.
-        python: the binary interface's tag, as `environment.python_tag`.
+        python: the binary interface's tag, as `python_tag`.
         archs: GPU architectures, as TORCH_CUDA_ARCH_LIST has them: "9.0", or "9.0+PTX" where later ones can be served.
         size: bytes of the library.
         built: when, in ISO 8601; seconds: how long that took; compilers: which.
@@ -54,111 +151,80 @@ class Facts:
     seconds: float = 0.0
     compilers: str = ""
 
-    def mismatch(self, torch: Torch, capabilities: Sequence[Capability] = ()) -> str:
-        """Why this does not fit here, in a few words; empty where it does. Unknown facts count as fitting.
+    def mismatch(self, torch: Torch, gpus: Sequence[Capability] = ()) -> str:
+        """Why this does not fit the installed torch and the GPUs, in a few words; empty where it does.
 
-        Args:
-            torch: the installed torch.
-            capabilities: the GPUs'.
+        Unknown facts count as fitting.
         """
-        if self.torch and major_minor(self.torch) != torch.release:
+        wanted = exllamav2_release()
+        if self.torch and _minor(self.torch) != _minor(torch.version):
             return f"built for torch {self.torch}, and torch {torch.version} is here"
         if self.cuda and int(self.cuda.split(".")[0]) != torch.cuda_major:
             return f"built for CUDA {self.cuda}, and this torch has {torch.cuda or 'none'}"
-        if self.python and self.python != environment.python_tag():
-            return f"built for {self.python}, and this Python is {environment.python_tag()}"
-        wanted = environment.exllamav2_release()
+        if self.python and self.python != python_tag():
+            return f"built for {self.python}, and this Python is {python_tag()}"
         if self.exllamav2 and wanted and self.exllamav2.partition("+")[0] != wanted:
             return f"built from exllamav2 {self.exllamav2}, and {wanted} is here"
-        missing = uncovered(self.archs, capabilities) if self.archs else []
-        if missing:
+        if self.archs and (missing := uncovered(self.archs, gpus)):
             return f"built for {spoken(self.archs)}, and the GPU here is {', '.join(map(sm, missing))}"
         return ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"format": _FORMAT, **asdict(self), "archs": list(self.archs)}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Facts:
-        """The same back; unknown keys are left out."""
-        names = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
-        return cls(**{**names, "archs": tuple(map(str, value.get("archs", ())))})
+        return {"format": 1, **asdict(self), "archs": list(self.archs)}
 
 
 @dataclass(frozen=True)
 class Extension:
-    """A compiled extension, or none.
+    """A compiled extension.
 
     Attributes:
-        kind: "installed" (importable), "compiled" (by exl), "unproven" (in torch's folder, for nobody knows what) or
-            "missing".
+        kind: "installed" (importable), "compiled" (by exl) or "unproven" (in torch's folder, for nobody knows what).
         path: the library.
         facts: what it was made for, where that is known.
         problem: why it cannot serve here, as far as can be told without loading it.
     """
 
-    kind: Literal["installed", "compiled", "unproven", "missing"]
-    path: Path | None = None
+    kind: Literal["installed", "compiled", "unproven"]
+    path: Path
     facts: Facts | None = None
     problem: str = ""
 
     @property
     def usable(self) -> bool:
         """Whether it may be loaded as it is."""
-        return self.kind in ("installed", "compiled") and not self.problem
+        return self.kind != "unproven" and not self.problem
 
 
-def installed(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extension:
-    """The importable extension."""
-    path = _importable()
-    if path is None:
-        return Extension("missing", problem=_of_another_python())
-    facts = read_facts(path) or _facts_of_wheel()
-    return Extension("installed", path, facts, facts.mismatch(torch, capabilities) if facts else "")
+def candidates(torch: Torch, gpus: Sequence[Capability] = ()) -> list[Extension]:
+    """The importable extension, then those that exl compiled for this installation, each group's fitting ones first."""
+    extensions = []
+    if library := _importable():
+        facts = read_facts(library) or _facts_of_wheel()
+        extensions.append(Extension("installed", library, facts, facts.mismatch(torch, gpus) if facts else ""))
+    return [*extensions, *_built(torch, gpus)]
 
 
-def built(torch: Torch, capabilities: Sequence[Capability] = (), archs: Iterable[str] = ()) -> list[Extension]:
-    """What exl compiled for this installation with code for all of `archs`; those that fit the GPUs come first."""
-    made = []
-    for path in sorted(environment.build_root().glob(f"{environment.build_prefix(torch)}-sm*/{LIBRARY}")):
-        if (facts := read_facts(path)) and set(archs) <= set(facts.archs):
-            made.append(Extension("compiled", path, facts, facts.mismatch(torch, capabilities)))
-    return sorted(made, key=lambda extension: bool(extension.problem))
-
-
-def ready(torch: Torch, capabilities: Sequence[Capability], archs: Iterable[str] = ()) -> tuple[Path, Facts] | None:
-    """The first of these that fits."""
-    for extension in built(torch, capabilities, archs):
-        if extension.usable and extension.path and extension.facts:
+def ready(torch: Torch, gpus: Sequence[Capability], archs: Iterable[str] = ()) -> tuple[Path, Facts] | None:
+    """One that exl compiled, with code for all of `archs` and for the GPUs."""
+    for extension in _built(torch, gpus):
+        if extension.usable and extension.facts and set(archs) <= set(extension.facts.archs):
             return extension.path, extension.facts
     return None
 
 
-def find(torch: Torch, capabilities: Sequence[Capability] = ()) -> Extension:
-    """The extension that exl would load; where none will do, the one that says most about why.
-
-    Args:
-        torch: the installed torch.
-        capabilities: of the GPUs it must serve.
-    """
-    on_path, ours = installed(torch, capabilities), next(iter(built(torch, capabilities)), None)
-    for extension in (on_path, ours):
-        if extension and extension.usable:
-            return extension
-    if on_path.kind == "missing" and (path := environment.torch_build_folder(torch) / LIBRARY).is_file():
+def find(torch: Torch, gpus: Sequence[Capability] = ()) -> Extension | None:
+    """The extension that exl would load; where none will do, the one that says most about why."""
+    here = candidates(torch, gpus)
+    if usable := next((extension for extension in here if extension.usable), None):
+        return usable
+    if not (here and here[0].kind == "installed") and (path := torch_build_folder(torch) / LIBRARY).is_file():
         return Extension("unproven", path)
-    return on_path if on_path.kind == "installed" or ours is None else ours
+    return here[0] if here else None
 
 
 def publish(library: Path, facts: Facts, torch: Torch) -> Path:
-    """Copy a tested library into exl's folder for its architectures, whole at any moment.
-
-    Args:
-        library: somewhere else.
-        facts: what it was made for.
-        torch: the installed torch.
-    """
+    """Copy a tested library into exl's folder for its architectures, whole at any moment."""
     folder = build_folder(torch, facts.archs)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{LIBRARY}.new"
@@ -169,24 +235,24 @@ def publish(library: Path, facts: Facts, torch: Torch) -> Path:
     return folder / LIBRARY
 
 
-def build_folder(torch: Torch, archs: Iterable[str]) -> Path:
-    """exl's folder for an extension with code for these architectures."""
-    return environment.build_root() / f"{environment.build_prefix(torch)}-{tag(archs)}"
-
-
 def read_facts(library: Path) -> Facts | None:
     """What stands beside a library; None where nothing does, or it is about another one."""
     try:
-        facts = Facts.from_dict(json.loads((library.parent / FACTS).read_text(encoding="utf-8")))
+        value = json.loads((library.parent / FACTS).read_text(encoding="utf-8"))
+        known = {name: value[name] for name in Facts.__dataclass_fields__ if name in value}
+        facts = Facts(**{**known, "archs": tuple(map(str, value.get("archs", ())))})
         return facts if facts.size == library.stat().st_size else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
+def _built(torch: Torch, gpus: Sequence[Capability]) -> list[Extension]:
+    own = sorted(build_root().glob(f"{build_folder(torch, ()).name}sm*/{LIBRARY}"))
+    extensions = [Extension("compiled", p, facts, facts.mismatch(torch, gpus)) for p in own if (facts := read_facts(p))]
+    return sorted(extensions, key=lambda extension: bool(extension.problem))
+
+
 def _importable() -> Path | None:
-    if (module := sys.modules.get(MODULE)) is not None:
-        origin = getattr(module, "__file__", None)
-        return Path(origin) if origin else None
     try:
         spec = importlib.util.find_spec(MODULE)
     except (ImportError, ValueError):
@@ -196,24 +262,11 @@ def _importable() -> Path | None:
 
 def _facts_of_wheel() -> Facts | None:
     """From the version of a prebuilt wheel: "0.3.2+cu128.torch2.8.0"."""
-    try:
-        match = re.fullmatch(r"([\d.]+)\+cu(\d+)(\d)\.torch([\d.]+)", version(environment.EXLLAMAV2))
-    except PackageNotFoundError:
-        return None
+    match = re.fullmatch(r"([\d.]+)\+cu(\d+)(\d)\.torch([\d.]+)", package_version(EXLLAMAV2) or "")
     return Facts(match[1], match[4], f"{match[2]}.{match[3]}", "") if match else None
 
 
-def _of_another_python() -> str:
-    """Says so where an extension lies on the path that this Python does not see."""
-    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    for folder in sys.path:
-        for path in Path(folder or ".").glob(f"{MODULE}.*.so"):
-            if not path.name.endswith(suffixes):
-                return f"{path} is for another Python than this one ({environment.python_tag()})"
-    return ""
-
-
-# --- architectures ----------------------------------------------------------------------------------------------------
+# --- GPU architectures ------------------------------------------------------------------------------------------------
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
@@ -224,11 +277,10 @@ def parse_archs(text: str) -> tuple[str, ...]:
     """
     archs = []
     for word in filter(None, re.split(r"[\s,;]+", text)):
-        match = re.fullmatch(r"(?:sm_|compute_)?(?:(\d+)\.(\d)|(\d{1,2})(\d))([af]?)(\+PTX)?", word, re.IGNORECASE)
+        match = re.fullmatch(r"(?:sm_|compute_)?(\d{1,2})\.?(\d)([af]?)(\+PTX)?", word, re.IGNORECASE)
         if match is None:
             raise ValueError(word)
-        major, minor = (match[1], match[2]) if match[1] else (match[3], match[4])
-        archs.append(f"{int(major)}.{minor}{match[5].lower()}{(match[6] or '').upper()}")
+        archs.append(f"{int(match[1])}.{match[2]}{match[3].lower()}{(match[4] or '').upper()}")
     return tuple(dict.fromkeys(archs))
 
 
@@ -238,18 +290,14 @@ def capability_of(arch: str) -> Capability:
     return int(major), int(minor)
 
 
-def uncovered(archs: Iterable[str], capabilities: Iterable[Capability]) -> list[Capability]:
+def uncovered(archs: Iterable[str], gpus: Iterable[Capability]) -> list[Capability]:
     """The GPUs for which there is no code.
 
     Machine code runs on its own major version from its minor version on, PTX on everything later (CUDA C++
     Programming Guide, "Binary Compatibility" and "PTX Compatibility").
     """
     codes = [(capability_of(arch), arch.endswith("+PTX")) for arch in archs]
-
-    def covered(gpu: Capability) -> bool:
-        return any((code[0] == gpu[0] and code <= gpu) or (ptx and code <= gpu) for code, ptx in codes)
-
-    return [gpu for gpu in capabilities if not covered(gpu)]
+    return [gpu for gpu in gpus if not any(code <= gpu and (ptx or code[0] == gpu[0]) for code, ptx in codes)]
 
 
 def sm(capability: Capability) -> str:

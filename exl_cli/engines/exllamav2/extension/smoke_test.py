@@ -1,68 +1,73 @@
-"""Loads an extension and computes something with it: `run` in a separate process, where it may crash.
-
-As a program, with LIBRARY and ARCHS, it prints a line of JSON, or a traceback and ends with another code than 0. GPUs
-that ARCHS, where given, leave out are not tried.
-"""
+"""Loads an extension and computes something with it: `run` in a separate process, where it may crash."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from exl_cli.engines.exllamav2.extension import failures
-from exl_cli.engines.exllamav2.extension.compiled import MODULE, parse_archs, uncovered
-from exl_cli.engines.exllamav2.extension.environment import Torch
+from exl_cli.engines.exllamav2.extension import hints
+from exl_cli.engines.exllamav2.extension.compiled import MODULE, Torch, uncovered
 from exl_cli.errors import EngineError
-from exl_cli.system import processes
+from exl_cli.system import questions
 
 _SCALE = 30.0
 _SECONDS = 300.0
 
 
-def run(library: Path, archs: tuple[str, ...], torch: Torch, log: IO[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+class Tested(NamedTuple):
+    """The names of the GPUs that computed, and their architectures as TORCH_CUDA_ARCH_LIST has them."""
+
+    gpus: Sequence[str]
+    archs: Sequence[str]
+
+
+def run(library: Path, archs: Sequence[str], torch: Torch, log: IO[str]) -> Tested:
     """Load and compute in another process, for five minutes at most.
 
-    Returns:
-        The names of the GPUs that computed, and their architectures as TORCH_CUDA_ARCH_LIST has them.
+    Args:
+        library: the extension.
+        archs: where given, GPUs that these leave out are not tried.
+        torch: the installed torch.
+        log: takes what is printed.
 
     Raises:
         EngineError: it crashes, hangs, does not load or computes something else.
     """
+    answer = questions.ask(__name__, "examine", _SECONDS, {"library": str(library), "archs": list(archs)})
+    log.write(answer.output)
+    if answer.value is not None:
+        return Tested(**answer.value)
+    if answer.kind != "error":
+        what, signal = ("hangs", "") if answer.kind == "hang" else ("crashes", answer.problem.removeprefix("crashed"))
+        raise EngineError(f"the compiled extension {what} when it is loaded{signal}")
+    if known := hints.explain(answer.problem, torch):
+        raise EngineError(known.what, known.fix)
+    raise EngineError(f"the compiled extension does not load: {answer.problem}")
+
+
+def examine(library: str, archs: Sequence[str] = (), compute: bool = True) -> dict[str, Any]:
+    """Load it and, unless told otherwise, have it compute; the fields of `Tested`."""
+    import torch
+
+    module, gpus = load(Path(library)), []
     try:
-        done = subprocess.run(  # noqa: S603
-            processes.command("exl_cli.engines.exllamav2.extension.smoke_test", str(library), *archs),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_SECONDS,
-            check=False,
-            text=True,
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EngineError("the compiled extension hangs when it is loaded") from error
-    log.write(done.stdout + done.stderr)
-    if done.returncode < 0:
-        name = processes.signal_name(-done.returncode)
-        raise EngineError(f"the compiled extension crashes when it is loaded ({name})")
-    if done.returncode:
-        said = failures.last_line(done.stderr)
-        if known := failures.explain(said, torch):
-            raise EngineError(known.what, known.fix)
-        raise EngineError(f"the compiled extension does not load: {said}")
-    facts = json.loads(failures.last_line(done.stdout))
-    return tuple(facts["gpus"]), tuple(facts["archs"])
+        gpus = compute_with(module, archs) if compute else []
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise  # else others fill the GPU: nothing against the extension
+    capabilities = sorted({torch.cuda.get_device_capability(index) for index in gpus})
+    names = [torch.cuda.get_device_name(index) for index in gpus]
+    return {"gpus": names, "archs": [f"{major}.{minor}" for major, minor in capabilities]}
 
 
 def load(library: Path) -> ModuleType:
     """The module in that file, under the name that exllamav2 imports.
 
     Raises:
-        ImportError: it does not fit; see `failures.explain`.
+        ImportError: it does not fit; see `hints.explain`.
     """
     import torch  # noqa: F401 - its libraries must be loaded first
 
@@ -74,8 +79,8 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-def compute(module: Any, archs: tuple[str, ...] = ()) -> list[int]:
-    """Run one of its kernels on each GPU, or each that `archs` cover, and compare with torch; those GPUs.
+def compute_with(module: Any, archs: Sequence[str] = ()) -> list[int]:
+    """Run a kernel of it on each GPU, or each that `archs` cover, and compare with torch; those GPUs.
 
     Torch computes on the CPU: on a GPU each of its own kernels would have to be loaded first.
 
@@ -107,21 +112,5 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error: out of memory" in str(error)
 
 
-def main() -> None:
-    """The process."""
-    import torch
-
-    module = load(Path(sys.argv[1]))
-    try:
-        gpus = compute(module, parse_archs(" ".join(sys.argv[2:])))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        gpus = []  # others fill the GPU: nothing against the extension
-    archs = sorted({torch.cuda.get_device_capability(index) for index in gpus})
-    names = [torch.cuda.get_device_name(index) for index in gpus]
-    sys.stdout.write(json.dumps({"gpus": names, "archs": [f"{major}.{minor}" for major, minor in archs]}) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    questions.answer(globals())

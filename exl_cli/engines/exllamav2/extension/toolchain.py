@@ -13,21 +13,22 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from exl_cli.engines.exllamav2.extension import install_hints
-from exl_cli.engines.exllamav2.extension.environment import Torch
+from exl_cli.engines.exllamav2.extension import hints
+from exl_cli.engines.exllamav2.extension.compiled import Torch, capability_of
 
 _SECONDS = 20.0
+# What every .cu file of the extension includes by way of torch's headers.
 _HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
+_FEW_LINES = "".join(f"#include <{name}>\n" for name in _HEADERS) + "__global__ void f(float* x) { *x = 1; }\n"
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(NamedTuple):
     """One of the tools.
 
     Attributes:
@@ -61,7 +62,7 @@ class Toolchain(NamedTuple):
     @property
     def fix(self) -> str:
         """The commands that mend them."""
-        return install_hints.joined([tool.fix for tool in self.problems])
+        return hints.joined([tool.fix for tool in self.problems])
 
 
 def find(torch: Torch) -> Toolchain:
@@ -93,11 +94,36 @@ def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
     return environment
 
 
+def try_nvcc(archs: Iterable[str], variables: Mapping[str, str], log: IO[str]) -> float:
+    """Compile a few lines: whether nvcc, its headers, this g++ and the GPU go together shows in a second or two.
+
+    Returns how long it took.
+
+    Raises:
+        CalledProcessError: it failed; the log says why.
+    """
+    numbers = ["{}{}".format(*capability_of(arch)) for arch in archs]
+    flags = ["-std=c++17", *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers)]
+    if compiler := os.environ.get("CC"):
+        flags += ["-ccbin", compiler]  # as torch does
+    home = Path(variables["CUDA_HOME"])
+    command = shlex.split(os.environ.get("PYTORCH_NVCC", "")) or [str(home / "bin" / "nvcc")]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "check.cu"
+        source.write_text(_FEW_LINES, encoding="utf-8")
+        flags += ["-isystem", str(home / "include"), "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        begun = time.monotonic()
+        subprocess.run([*command, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, check=True)  # noqa: S603
+        return time.monotonic() - begun
+
+
 def nvcc(torch: Torch) -> Tool:
     """CUDA's compiler, of torch's major version; if there are only others, the problem of the first."""
-    fix = install_hints.toolkit(torch)
+    fix = hints.toolkit(torch)
     first = Tool("nvcc", problem="is not found", fix=fix)
-    for path in _nvccs(torch):
+    for path in dict.fromkeys(home / "bin" / "nvcc" for home in _homes(torch)):
+        if not os.access(path, os.X_OK):
+            continue
         version = _version([str(path), "--version"], r"release (\d+\.\d+)")
         if not version:
             problem = "does not run"
@@ -114,33 +140,18 @@ def nvcc(torch: Torch) -> Tool:
 def compiler() -> Tool:
     """The C++ compiler that torch will call: CXX, else c++."""
     command = shlex.split(os.environ.get("CXX") or "c++")
-    path = shutil.which(command[0])
     name = "g++" if command[0] == "c++" else Path(command[0]).name
-    if path is None:
-        return Tool(name, problem="is not found", fix=install_hints.compiler())
     # gcc of 7 and later tells its whole version by the first flag, earlier ones and clang by the second.
-    return _running(name, [*command, "-dumpfullversion", "-dumpversion"], Path(path), install_hints.compiler())
+    flags = [*command[1:], "-dumpfullversion", "-dumpversion"]
+    return _program(name, shutil.which(command[0]), flags, hints.compiler())
 
 
 def ninja() -> Tool:
-    """The build program: on PATH, or beside this Python."""
-    fix = install_hints.pip("ninja")
-    for folder in (None, sysconfig.get_path("scripts"), str(Path(sys.executable).parent)):
-        if path := shutil.which("ninja", path=folder):
-            return _running("ninja", [path, "--version"], Path(path), fix)
-    try:
-        listed = [Path(str(entry.locate())) for entry in files("ninja") or [] if entry.name == "ninja"]
-    except PackageNotFoundError:
-        listed = []
-    for entry in listed:
-        if entry.is_file() and os.access(entry, os.X_OK):
-            return _running("ninja", [str(entry), "--version"], entry, fix)
-    return Tool("ninja", problem="is not found", fix=fix)
-
-
-def _running(name: str, command: list[str], path: Path, fix: str) -> Tool:
-    version = _version(command, r"(\d+(?:\.\d+)*)")
-    return Tool(name, path, version) if version else Tool(name, path, problem="does not run", fix=fix)
+    """The build program: on PATH, or where pip puts it for this Python or this user."""
+    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
+    paths = (shutil.which("ninja", path=folder) for folder in (None, *folders))
+    return _program("ninja", next(filter(None, paths), None), ["--version"], hints.pip("ninja"))
 
 
 def headers() -> Tool:
@@ -148,17 +159,11 @@ def headers() -> Tool:
     path = Path(sysconfig.get_path("include", scheme="posix_prefix")) / "Python.h"
     if path.is_file():
         return Tool("Python headers", path)
-    return Tool("Python headers", problem=f"are not in {path.parent}", fix=install_hints.headers())
-
-
-def _nvccs(torch: Torch) -> Iterator[Path]:
-    """Every nvcc at the usual places, torch's own first choice first."""
-    for path in dict.fromkeys(home / "bin" / "nvcc" for home in _homes(torch)):
-        if path.is_file() and os.access(path, os.X_OK):
-            yield path
+    return Tool("Python headers", problem=f"are not in {path.parent}", fix=hints.headers())
 
 
 def _homes(torch: Torch) -> Iterator[Path]:
+    """The folders that may hold a toolkit, torch's own first choice first."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if chosen := os.environ.get(variable):
             yield Path(chosen)
@@ -186,6 +191,14 @@ def _missing_header(home: Path) -> str:
 def _runtime(home: Path, pattern: str) -> Path | None:
     folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
     return next((path for folder in folders for path in sorted(folder.glob(pattern))), None)
+
+
+def _program(name: str, path: str | None, flags: list[str], fix: str) -> Tool:
+    """A program that tells its version when called with these flags."""
+    if path is None:
+        return Tool(name, problem="is not found", fix=fix)
+    version = _version([path, *flags], r"(\d+(?:\.\d+)*)")
+    return Tool(name, Path(path), version) if version else Tool(name, Path(path), problem="does not run", fix=fix)
 
 
 def _version(command: list[str], pattern: str) -> str:

@@ -1,0 +1,115 @@
+"""Questions that may crash or hang, each a function of some module that is asked in a child process with a time limit.
+
+The module ends with `if __name__ == "__main__": questions.answer(globals())`. Its functions take keyword arguments and
+return facts; both are JSON-ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from exl_cli.errors import ExlError
+from exl_cli.system import processes
+
+_asked: set[subprocess.Popen[str]] = set()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a question ended.
+
+    Attributes:
+        value: the facts; None where there is no answer.
+        problem: why there is none, in a few words: "crashed (SIGSEGV)", "hung: no answer in 30 s", an exception's text.
+        kind: of the problem: "hang", "crash" or "error".
+        output: what else the child printed.
+    """
+
+    value: dict[str, Any] | None
+    problem: str = ""
+    kind: str = ""
+    output: str = ""
+
+    @property
+    def said(self) -> str:
+        """The problem without an exception's class: "exl_cli.errors.EngineError: …"."""
+        head, colon, rest = self.problem.partition(": ")
+        return rest if self.kind == "error" and colon and " " not in head else self.problem
+
+    @property
+    def failure(self) -> str:
+        """The problem as a predicate: "crashed (SIGSEGV)", "fails: no such file"."""
+        return f"fails: {self.said}" if self.kind == "error" else self.problem
+
+
+def ask(module: str, question: str, seconds: float, arguments: Mapping[str, Any] | None = None) -> Answer:
+    """Run a function in a separate process and session; after so many seconds it counts as hanging."""
+    process = subprocess.Popen(  # noqa: S603
+        processes.command(module, question, json.dumps(dict(arguments or {}))),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    _asked.add(process)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return Answer(None, f"hung: no answer in {seconds:g} s", "hang")
+    finally:
+        _asked.discard(process)
+        if process.poll() is None:
+            _kill(process)
+            process.communicate()
+    if process.returncode < 0:
+        return Answer(None, f"crashed ({processes.signal_name(-process.returncode)})", "crash", err)
+    if process.returncode:
+        return Answer(None, _last_line(err) or f"ended with code {process.returncode}", "error", err)
+    try:
+        return Answer(dict(json.loads(_last_line(out))), output=err)
+    except ValueError:
+        return Answer(None, "ended without an answer", "error", err)
+
+
+def stop() -> None:
+    """Kill every question that any thread still waits for."""
+    for process in list(_asked):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _last_line(text: str) -> str:
+    return ([line.strip() for line in text.splitlines() if line.strip()] or [""])[-1]
+
+
+def answer(functions: Mapping[str, Any]) -> None:
+    """The child: `QUESTION ARGUMENTS`, the latter a JSON object."""
+    # Libraries print to stdout, from C as well: the answer goes where they cannot reach.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        facts = functions[sys.argv[1]](**json.loads(sys.argv[2]))
+    except ExlError as error:
+        # A traceback would spell parameters by name; here they stay marked for the CLI.
+        said = "; ".join(filter(None, (error.message, error.hint)))
+        sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
+        sys.exit(1)
+    out.write(json.dumps(facts) + "\n")
+    out.flush()
+    # The question is answered: nothing that an exit handler does may still change how this ends.
+    sys.stderr.flush()
+    os._exit(0)
