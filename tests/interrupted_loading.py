@@ -7,7 +7,7 @@ from typing import Any
 
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
-from exl_cli.engines.exllamav2.extension.jobs import Progress
+from exl_cli.engines.exllamav2.extension.build import Progress
 from exl_cli.system.interrupts import hold_interrupt
 
 
