@@ -1,8 +1,8 @@
 """The report: one HTML file with everything in it, readable on a screen, light or dark, on paper and on a phone.
 
 It needs no network and no script. `report.html` is the page around it all, with the style sheet. Every chart stands
-beside a table with its figures. Charts are SVG by matplotlib, narrow enough for a phone to show them at full size; their
-text stays text. Every colour is drawn as a number that stands for a CSS variable and is replaced by it afterwards: one
+beside a table with its figures. Charts are SVG by matplotlib, their text as text, narrow enough for a phone to show them
+at full size. Every colour is drawn as a number that stands for a CSS variable and is replaced by it afterwards: one
 drawing serves light, dark and paper.
 """
 
@@ -61,41 +61,23 @@ def page(result: Result) -> str:
     """The whole file."""
     report = _Report(result)
     key = "".join(f'<span class="key s{place}">{name}</span> ' for place, name in enumerate(_FIRST_USE, 1))
+    every = "Each new token attends to all before it, so a longer context costs time at every step."
+    shared = "Requests that are computed together share one reading of the weights."
+    often = "How often each time occurs, over all repetitions; the line is the median."
+    fresh = f"<span>What a fresh process does before its first token:</span> {key}"
+    bounds = "Generation against reading weights and KV cache once a step at the measured bandwidth, a prompt against "
+    bounds += "the measured rate of a large matrix product."
+    lower = "Lower is better. The same text through each setting: a faster one that computes something else shows here."
     sections = [
         report.warnings(),
         *(report.run(run) for run in result.runs),
-        _section(
-            "Generation against depth",
-            "Each new token attends to all before it, so a longer context costs time at every step.",
-            report.depths(),
-        ),
-        _section(
-            "Throughput against batch",
-            "Requests that are computed together share one reading of the weights.",
-            report.batches(),
-        ),
-        _section(
-            "Time between tokens",
-            "How often each time occurs, over all repetitions; the line is the median.",
-            report.latencies(),
-        ),
-        _section(
-            "Cold against warm",
-            f"<span>What a fresh process does before its first token:</span> {key}",
-            report.first_use(),
-        ),
-        _section(
-            "Share of the limit",
-            "Generation against reading weights and KV cache once a step at the measured bandwidth, a prompt against "
-            "the measured rate of a large matrix product.",
-            report.shares(),
-        ),
+        _section("Generation against depth", every, report.depths()),
+        _section("Throughput against batch", shared, report.batches()),
+        _section("Time between tokens", often, report.latencies()),
+        _section("Cold against warm", fresh, report.first_use()),
+        _section("Share of the limit", bounds, report.shares()),
         _section("Memory", "Peaks, beside the weight files on disk.", report.memory()),
-        _section(
-            "Perplexity",
-            "Lower is better. The same text through each setting: a faster one that computes something else shows here.",
-            report.perplexities(),
-        ),
+        _section("Perplexity", lower, report.perplexities()),
         report.method(),
         report.environment(),
     ]
