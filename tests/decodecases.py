@@ -28,6 +28,7 @@ class Step:
         tokens: new ones of each.
         turned: how much of a head turns; 0 for all.
         normed: whether heads are normed.
+        rounds_up: whether averages that are 65,504 exceed it by the rounding of their weights.
     """
 
     lengths: tuple[int, ...]
@@ -40,7 +41,19 @@ class Step:
     window: int = 0
     softcap: float = 0.0
     page_size: int = 256
+    rounds_up: bool = False
     seed: int = 0
+
+
+def round_up(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Plant what `Step.rounds_up` says: in the last dims, which need not turn, of queries and keys by their position.
+
+    Every sixteenth key scores 0, the others slightly more than where a weight of 1/2 is rounded up to the next float16.
+    """
+    dim = q.shape[-1]
+    q[..., -2:] = dim**0.5
+    q[..., :-2], k[:], v[:] = 0, 0, 65504
+    k[torch.arange(len(k)) % 16 > 0, :, -2:] = torch.tensor([-1418 / 2048, -0.00024], dtype=k.dtype)
 
 
 def random_step(rng: random.Random, head_dim: int, tiles: int, page_size: int, longest: int) -> Step:
@@ -99,6 +112,11 @@ class Memory:
         self.past: list[Tensor] = []
         for index, length in enumerate(step.lengths):
             past = normal(2, length, kv_heads, dim)
+            if step.rounds_up:
+                new = rows[index * tokens : index * tokens + tokens, :width].view(tokens, -1, dim)
+                whole = torch.cat((past[0], new[:, heads : heads + kv_heads]))
+                round_up(new[:, :heads], whole, new[:, heads + kv_heads :])
+                past[0], past[1], new[:, heads : heads + kv_heads] = whole[:length], 65504, whole[length:]
             self.past.append(past)
             for place in range(owned[index]):
                 table[index, place] = page = pages.pop()

@@ -27,6 +27,8 @@ CASES = {
     "window of one key": Case((300,), dim=64, window=1),
     "first prompt": Case((150,), q_len=150, heads=4, dim=64),
     "prompt with a past, split": Case((1100,), q_len=20, heads=2, kv_heads=1, dim=64),
+    "prompt whose averages are rounded up": Case((90,), 90, heads=4, dim=64, softcap=1e4, rounds_up=True),
+    "shares whose averages are rounded up": Case((300,), 1, heads=2, kv_heads=1, dim=64, rounds_up=True),
     "prompts with pasts, window, softcap": Case((100, 600), 100, 4, 2, 64, window=33, softcap=20.0, fresh=False),
 }
 

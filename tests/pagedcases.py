@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from decodecases import round_up
 
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
 
@@ -20,6 +21,7 @@ class Case:
         lengths: keys of each sequence, its new ones included.
         q_len: queries of each; the last ones.
         fresh: whether their keys and values come with the call, rather than being in the cache.
+        rounds_up: see `decodecases.Step`.
     """
 
     lengths: tuple[int, ...]
@@ -30,6 +32,7 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     fresh: bool = True
+    rounds_up: bool = False
     seed: int = 0
 
 
@@ -49,6 +52,10 @@ class Built:
         both = normal(batch, case.q_len, 2 * kv_heads, dim)
         self.k, self.v = both[:, :, :kv_heads], both[:, :, kv_heads:]
         self.sequences = [(normal(n, kv_heads, dim), normal(n, kv_heads, dim)) for n in case.lengths]
+        if case.rounds_up:
+            for row, (k, v) in enumerate(self.sequences):
+                round_up(self.q[row], k, v)
+                self.k[row], self.v[row] = k[-case.q_len :], v[-case.q_len :]
         owned = [-(-n // PAGE) for n in case.lengths]
         self.before = torch.full(
             (2, sum(owned) + 2, PAGE, kv_heads, dim), torch.nan, dtype=torch.float16, device=device

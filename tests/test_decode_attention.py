@@ -49,6 +49,12 @@ def test_random_steps(folder: Path, head_dim: int, page_size: int, tiles: int, w
         assert memory.error() < TOLERANCE, (step, shares, least)
 
 
+@pytest.mark.parametrize("shares", [1, 3])
+def test_averages_stay_within_the_range_of_float16(folder: Path, shares: int) -> None:
+    step = Step((700, 90), head_dim=64, turned=32, page_size=32, rounds_up=True)
+    assert attend(folder, step, shares=shares).error() < TOLERANCE
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_lengths_at_borders(folder: Path, length: int) -> None:
     memory = attend(folder, Step((length, 3), tokens=4, heads=4, kv_heads=2, page_size=256), warps=8, shares=3)

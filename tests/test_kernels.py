@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,11 @@ def multiply(
 
 def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
+
+
+def in_range(t: Tensor) -> Tensor:
+    """What float16 can hold of it; a NaN stays one."""
+    return t.clamp(-65504, 65504)
 
 
 def inputs(rng: np.random.Generator, rows: int, k: int) -> Tensor:
@@ -205,6 +211,41 @@ def test_a_residual_is_added_and_a_bias(folder: Path) -> None:
     assert error(got, x.double() @ torch.from_numpy(weight).T + bias + residual) < 1e-3
 
 
+@pytest.mark.parametrize("make", [gptq, exl2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sums_past_the_range_of_float16_become_its_ends(folder: Path, rows: int, make: Any) -> None:
+    rng = np.random.default_rng(13)
+    details = (256, 128, False) if make is gptq else ((4,), (256,))
+    (gate, gate_weight), (up, up_weight) = (make(rng, 64, *details) for _ in range(2))
+    x, residual = inputs(rng, rows, 256) * 10000, inputs(rng, rows, 64) * 30000
+    (got,) = multiply(folder, [gate], [x], add=residual)
+    sums = x.double() @ gate_weight.T + residual.double()
+    assert sums.abs().max() > 65536
+    torch.testing.assert_close(got, in_range(sums), rtol=2e-3, atol=64)
+    got, _ = multiply(folder, [gate, up], [x, x], paired=True)
+    products = torch.nn.functional.silu(x.double() @ gate_weight.T) * (x.double() @ up_weight.T)
+    assert products.abs().max() > 65536
+    torch.testing.assert_close(got, in_range(products), rtol=5e-3, atol=64)
+
+
+def test_a_row_that_passed_the_range_is_normed_as_if_at_its_end(folder: Path) -> None:
+    """What other kernels left infinite; normed rows may pass it, too. A NaN is not hidden."""
+    rng = np.random.default_rng(14)
+    matrix, weight = gptq(rng, 64, 256, 128, False)
+    x, scale = inputs(rng, 2, 256) * 1000, inputs(rng, 1, 256)[0]
+    x[0, 3], x[0, 77], x[1, 5], scale[3] = -torch.inf, torch.inf, torch.nan, 60000
+    wide = in_range(x.double())
+    normed = in_range(wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double())
+    assert normed[0].abs().max() == 65504
+    out = rms_norm(folder, x, scale)[0]
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[0].double(), normed[0], rtol=2e-3, atol=1e-3)
+    (got,) = multiply(folder, [matrix], [x[:1]], norm=scale)
+    torch.testing.assert_close(got[0], in_range(normed[0] @ weight.T), rtol=5e-3, atol=64)
+    (got,) = multiply(folder, [matrix], [x[1:]])
+    assert got.isnan().all()
+
+
 def test_the_same_input_gives_the_same_bits(folder: Path) -> None:
     rng = np.random.default_rng(6)
     matrix, _ = exl2(rng, 32, (4, 3), (256, 256))
@@ -248,36 +289,50 @@ def test_one_row_is_normed_and_put_in_order_on_the_way(folder: Path, paired: boo
         assert error(out, wanted) < 2e-3
 
 
+def rms_norm(folder: Path, x: Tensor, weight: Tensor, *orders: Tensor) -> list[Tensor]:
+    """In the order of x, and in others."""
+    rows, dim = x.shape
+    outs = [torch.full_like(x, float("nan")) for _ in range(1 + len(orders))]
+    argument = norm_rope.NormArgument(x=x.data_ptr(), weight=weight.data_ptr(), epsilon=1e-5, dim=dim, outs=len(outs))
+    for index, (out, order) in enumerate(zip(outs, (None, *orders), strict=True)):
+        argument.out[index] = out.data_ptr()
+        argument.perm[index] = None if order is None else order.data_ptr()
+    Emulated(folder, norm_rope.FILE, "rms_norm", "Norm", {})(argument, (rows, 1), norm_rope.norm_threads(dim))
+    return outs
+
+
 @pytest.mark.parametrize("dim", [64, 288, 4096])
 def test_rms_norm_in_several_orders(folder: Path, dim: int) -> None:
     rng = np.random.default_rng(dim)
     x, weight = inputs(rng, 3, dim), inputs(rng, 1, dim)[0]
     perm = torch.from_numpy(rng.permutation(dim)).to(torch.int16)
-    outs = [torch.full((3, dim), float("nan"), dtype=torch.float16) for _ in range(2)]
-    argument = norm_rope.NormArgument(x=x.data_ptr(), weight=weight.data_ptr(), epsilon=1e-5, dim=dim, outs=2)
-    for index, (out, order) in enumerate(zip(outs, (None, perm), strict=True)):
-        argument.out[index] = out.data_ptr()
-        argument.perm[index] = None if order is None else order.data_ptr()
-    Emulated(folder, norm_rope.FILE, "rms_norm", "Norm", {})(argument, (3, 1), norm_rope.norm_threads(dim))
+    outs = rms_norm(folder, x, weight, perm)
     wide = x.double()
     expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
     assert error(outs[0].double(), expected) < 5e-4
     assert torch.equal(outs[1], outs[0][:, perm.long()])
 
 
-@pytest.mark.parametrize(("head_dim", "turned", "normed"), [(64, 64, False), (128, 128, True), (80, 40, False)])
-def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int, normed: bool) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "turned", "normed", "past_the_range"),
+    [(64, 64, False, False), (128, 128, True, False), (80, 40, False, False), (64, 64, False, True)],
+)
+def test_rotary_embedding_and_the_cache(
+    folder: Path, head_dim: int, turned: int, normed: bool, past_the_range: bool
+) -> None:
     """Two sequences of three tokens, on pages out of order; transformers' definition of the rotation."""
     rng = np.random.default_rng(head_dim)
     heads, kv_heads, tokens, page_size = 4, 2, 3, 4
     lengths = torch.tensor([6, 1], dtype=torch.int32)
     table = torch.tensor([[4, 1, 3], [2, 0, 5]], dtype=torch.int32)
     qkv = inputs(rng, 2 * tokens, (heads + 2 * kv_heads) * head_dim)
+    if past_the_range:
+        qkv *= torch.inf
     angles = torch.outer(torch.arange(16.0), 10000.0 ** (-torch.arange(0, turned, 2) / turned)).repeat(1, 2)
     sine, cosine = angles.sin().half(), angles.cos().half()
     q_weight, k_weight = inputs(rng, heads, head_dim), inputs(rng, kv_heads, head_dim)
     keys, values = (torch.full((6, page_size, kv_heads, head_dim), float("nan"), dtype=torch.float16) for _ in "kv")
-    before = qkv.view(2, tokens, heads + 2 * kv_heads, head_dim).double().clone()
+    before = qkv.view(2, tokens, heads + 2 * kv_heads, head_dim).double().clamp(-65504, 65504)
     argument = norm_rope.RopeArgument(
         qkv=qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
         table=table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
@@ -303,9 +358,9 @@ def test_rotary_embedding_and_the_cache(folder: Path, head_dim: int, turned: int
         return torch.cat((turned_part, t[..., turned:]), -1)
 
     after = qkv.view(2, tokens, heads + 2 * kv_heads, head_dim).double()
-    assert error(after[:, :, :heads], rotated(q)) < 1e-3
+    assert error(after[:, :, :heads], in_range(rotated(q))) < 1e-3
     pages, places = table.long().gather(1, positions // page_size), positions % page_size
-    assert error(keys.double()[pages, places], rotated(k)) < 1e-3
+    assert error(keys.double()[pages, places], in_range(rotated(k))) < 1e-3
     assert torch.equal(values.double()[pages, places], v)
     assert int(keys.isnan().all(-1).sum()) == (6 * page_size - 2 * tokens) * kv_heads
 

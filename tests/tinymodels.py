@@ -185,8 +185,8 @@ def _save(folder: Path, stored: dict[str, Tensor], variant: Variant) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def reference_logits(state: dict[str, Tensor], variant: Variant, ids: list[int]) -> Tensor:
-    """Float32 logits [len(ids), VOCAB] of transformers' own model with those weights."""
+def reference_model(state: dict[str, Tensor], variant: Variant) -> Any:
+    """Transformers' own model with those weights, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     raw = {key: value for key, value in config_of(variant).items() if key != "quantization_config"}
@@ -195,8 +195,13 @@ def reference_logits(state: dict[str, Tensor], variant: Variant, ids: list[int])
     assert not report.unexpected_keys
     assert set(report.missing_keys) <= {"lm_head.weight"}
     model.tie_weights()
+    return model
+
+
+def reference_logits(state: dict[str, Tensor], variant: Variant, ids: list[int]) -> Tensor:
+    """Float32 logits [len(ids), VOCAB] of transformers' own model with those weights."""
     with torch.inference_mode():
-        logits: Tensor = model(torch.tensor([ids])).logits[0]
+        logits: Tensor = reference_model(state, variant)(torch.tensor([ids])).logits[0]
     return logits
 
 

@@ -62,7 +62,7 @@ static void __syncwarp() { Warp& w = warps[current / 32]; meet(w.count, w.phase,
 static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
 static unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
 DEVICE float to_float(unsigned short h) { return half_to_float(h); }
-DEVICE unsigned short to_half(float f) { return float_to_half(f); }
+DEVICE unsigned short nearest_half(float f) { return float_to_half(f); }
 template <class F> static unsigned each_half(F f)
 {
     return float_to_half(f(0)) | (unsigned) float_to_half(f(16)) << 16;
@@ -70,6 +70,10 @@ template <class F> static unsigned each_half(F f)
 DEVICE float part(unsigned a, int shift) { return half_to_float((unsigned short) (a >> shift)); }
 DEVICE unsigned h2_add(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) + part(b, s); }); }
 DEVICE unsigned h2_mul(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) * part(b, s); }); }
+DEVICE unsigned saturate(unsigned w)
+{
+    return each_half([&](int s) { float f = part(w, s); return f != f ? f : max(-65504.0f, min(f, 65504.0f)); });
+}
 DEVICE void prefetch(const void*) {}
 DEVICE float small_float(unsigned v) { return (float) v; }
 DEVICE unsigned same_in_warp(unsigned v) { return v; }
@@ -142,7 +146,7 @@ DEVICE float quad_sum(float v)
     float* all = given(v) + current % 32 / 4 * 16;
     return (all[0] + all[4]) + (all[8] + all[12]);
 }
-DEVICE unsigned to_halves(float low, float high) { return float_to_half(low) | (unsigned) float_to_half(high) << 16; }
+DEVICE unsigned nearest_halves(float low, float high) { return float_to_half(low) | (unsigned) float_to_half(high) << 16; }
 DEVICE unsigned low_halves(unsigned a, unsigned b) { return (a & 0xffff) | b << 16; }
 DEVICE unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
 DEVICE float reciprocal(float v) { return 1.0f / v; }

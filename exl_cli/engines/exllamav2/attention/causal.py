@@ -39,26 +39,32 @@ def causal_attention(
         k, v = k[:, :, -window:], v[:, :, -window:]
     q_len, k_len, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     windowed, offset = 0 < window < k_len, 1 < q_len < k_len
-    if not windowed and not softcap and _has_grouped_kernel(q.device):
-        # is_causal aligns its mask to the upper left corner. This bias means the lower right one to flash attention,
-        # and takes no memory there.
-        corner = _lower_right(q_len, k_len) if offset else None
-        is_causal = q_len > 1 and not offset
-        out = F.scaled_dot_product_attention(q, k, v, corner, is_causal=is_causal, scale=scale, enable_gqa=groups > 1)
-        return out.transpose(1, 2)
-    if groups > 1:
+    flash = not windowed and not softcap and _has_grouped_kernel(q.device)
+    if groups > 1 and not flash:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if not (windowed or offset or softcap):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q_len > 1, scale=scale).transpose(1, 2)
-    key, query = torch.arange(k_len, device=q.device), torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
+    if softcap:
+        scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+        scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~_seen(q, k, window), float("-inf"))
+        out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
+    else:
+        mask: torch.Tensor | None = None
+        if windowed or offset:
+            # is_causal aligns its mask to the upper left corner. A bias for the lower right one takes no memory where
+            # flash attention computes it.
+            mask = _lower_right(q_len, k_len) if flash else _seen(q, k, window)
+        causal, grouped = mask is None and q_len > 1, flash and groups > 1
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    # Weights are rounded, so that an average may exceed what it is of, and the dtype's range.
+    limits = torch.finfo(out.dtype)
+    return out.clamp_(limits.min, limits.max).transpose(1, 2)
+
+
+def _seen(q: torch.Tensor, k: torch.Tensor, window: int) -> torch.Tensor:
+    """Which keys each query sees, shape (q_len, k_len)."""
+    key = torch.arange(k.shape[2], device=q.device)
+    query = key[k.shape[2] - q.shape[2] :, None]
     seen = key <= query
-    if windowed:
-        seen &= key > query - window
-    if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(1, 2)
-    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
-    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~seen, float("-inf"))
-    return torch.matmul(scores.softmax(-1).to(v.dtype), v).transpose(1, 2)
+    return seen & (key > query - window) if window else seen
 
 
 def _lower_right(q_len: int, k_len: int) -> torch.Tensor:

@@ -71,6 +71,12 @@ def _accumulate(s, v, peak, mass, acc):
 
 
 @triton.jit
+def _finite(x):
+    """Within float16's range: weights are rounded for the product, so that an average may exceed what it is of."""
+    return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _merge_rows(
     parts, lses, out, o_t, o_h, kv_head, first, stop, rows, groups, active,
     head_dim: tl.constexpr, block_d: tl.constexpr, merged_rows: tl.constexpr, merged_splits: tl.constexpr,
@@ -103,7 +109,7 @@ def _merge_rows(
         peak = higher
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
     target = out + (r // groups).to(tl.int64) * o_t + (kv_head * groups + r % groups) * o_h
-    tl.store(target[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=real)
+    tl.store(target[:, None] + d[None, :], _finite(acc).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["q_len", "added", "splits", "window", "table_b"])
@@ -209,7 +215,7 @@ def attend_kernel(
     out += b * o_b
     if active == 1:
         target = out + (r // groups).to(tl.int64) * o_t + head * o_h
-        tl.store(target[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=real)
+        tl.store(target[:, None] + d[None, :], _finite(acc).to(out.dtype.element_ty), mask=real)
     else:
         # Laid out (batch, kv_heads, splits, rows, head_dim).
         before = (b * kv_heads + kv_head) * splits * rows

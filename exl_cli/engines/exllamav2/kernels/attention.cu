@@ -214,8 +214,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) atten
         {
             float &w0 = s[0][2 * tile], &w1 = s[0][2 * tile + 1], &w2 = s[1][2 * tile], &w3 = s[1][2 * tile + 1];
             decay[tile] = soften(w0, w1, w2, w3, marks[tile], nothing);
-            weights[tile][0] = to_halves(w0, w1);
-            weights[tile][1] = to_halves(w2, w3);
+            weights[tile][0] = nearest_halves(w0, w1);
+            weights[tile][1] = nearest_halves(w2, w3);
         }
         copies_wait<1>();
         if (fresh) renew_values(l, shared, own, piece, length, r.tokens);

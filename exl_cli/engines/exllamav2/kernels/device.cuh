@@ -16,12 +16,20 @@ extern __shared__ Words shared_memory[];
 DEVICE u32 h2_add(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 h2_mul(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE float to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-DEVICE u16 to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
-DEVICE u32 to_halves(float low, float high)
+DEVICE u16 nearest_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
+DEVICE u32 nearest_halves(float low, float high)
 {
     u32 d;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
+}
+// Infinities become the largest finite halves, NaNs stay what they are.
+DEVICE u32 saturate(u32 w)
+{
+    u32 d;
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(w), "r"(0x7bff7bffu));
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(w) : "r"(d), "r"(0xfbfffbffu));
+    return w;
 }
 // The low, and the high, halves of two words.
 DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
@@ -126,6 +134,12 @@ DEVICE void let_next_start()
 }
 
 #endif
+
+// Numbers on their way to memory. Sums may leave the range of half precision: models with massive activations (Sun, Chen,
+// Kolter and Liu 2024, arXiv 2402.17762) come near its end, and a norm of an infinity, or a sum of two, would be NaN.
+DEVICE u16 to_half(float f) { return (u16) saturate(nearest_half(f)); }
+DEVICE u32 to_halves(float low, float high) { return saturate(nearest_halves(low, high)); }
+DEVICE Words saturate(Words w) { return Words{saturate(w.x), saturate(w.y), saturate(w.z), saturate(w.w)}; }
 
 // The sum over a block's threads, in every one of them, always in the same order. `scratch`: a number for each warp.
 DEVICE float block_sum(float v, float* scratch)

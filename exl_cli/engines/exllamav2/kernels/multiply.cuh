@@ -119,7 +119,7 @@ DEVICE void compute(const Lane& l, u32 chunk, u32 stage_index, u64 copied, Sums&
     {
         u32 root = (four >> (4 * c) & 15) + 1;
         factor[c] = FORMAT == 0 ? both(scales >> (16 * c) & 0xffff)
-                                : h2_mul(both(to_half((float) (root * root))), both(scales));
+                                : h2_mul(both(nearest_half((float) (root * root))), both(scales));
     }
     // A warp's product needs all its lanes. Where the width changes inside a chunk each width takes a turn, and lanes
     // of another one take part with a factor of zero on the finite numbers that their bits make.

@@ -45,8 +45,9 @@ DEVICE Pair pair_of(const Rope& p, u32 i, u32 position, const u16* weight)
 
 DEVICE void fetch(Pair& pair, const u16* head)
 {
-    pair.a = to_float(head[pair.first]);
-    pair.b = to_float(head[pair.second]);
+    u32 halves = saturate(head[pair.first] | (u32) head[pair.second] << 16);
+    pair.a = to_float((u16) halves);
+    pair.b = to_float((u16) (halves >> 16));
 }
 
 DEVICE float square(const Pair& pair) { return pair.a * pair.a + pair.b * pair.b; }

@@ -32,6 +32,7 @@ DEVICE void stage_row(const Matrix& m, Words* to, Words* raw, u32 first, u32 thr
         for (u32 j = 0; j < AT_ONCE; j++)
         {
             u32 i = from + j * WARPS * 32;
+            if (m.norm) w[j] = saturate(w[j]);
             if (i < units) (raw ? raw[i] : to[row_place(i)]) = w[j];
             if (m.norm) squares += square(w[j].x) + square(w[j].y) + square(w[j].z) + square(w[j].w);
         }

@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rms_norm(const Nor
     float squares = 0.0f;
     for (u32 i = threadIdx.x * 8; i < p.dim; i += blockDim.x * 8)
     {
-        Words w = *(const Words*) (x + i);
+        Words w = saturate(*(const Words*) (x + i));
         *(Words*) (y + i) = w;
         squares += square(w.x) + square(w.y) + square(w.z) + square(w.w);
     }
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rotate(const Rope 
     }
     if (head >= p.heads + p.kv_heads)
     {
-        if (real) ((u32*) to)[i] = ((const u32*) from)[i];
+        if (real) ((u32*) to)[i] = saturate(((const u32*) from)[i]);
         return;
     }
     const u16* weight = head < p.heads ? p.q_weight : p.k_weight;
