@@ -1,4 +1,4 @@
-"""Whether a model's logits stay finite on our kernels, and how often they choose the token that exllamav2's kernels choose.
+"""Whether a model's logits stay finite on our kernels, and how often they choose the token that exllamav2's choose.
 
     python tests/gpu/overflow.py MODEL... [--positions 300] [--step 8]
 

@@ -65,7 +65,9 @@ def test_hidden_states_past_the_range(format_: str, step: int, tmp_path: Path) -
     assert "exllamav2's modules" in others
     assert ours.isfinite().all()
     same = agreement(ours, theirs), agreement(ours, hidden.logits[0])
-    print(f"\n{format_}, {step} at once: the same token in {100 * same[0]:.1f} %, as transformers {100 * same[1]:.1f} %")
+    print(
+        f"\n{format_}, {step} at once: the same token in {100 * same[0]:.1f} %, as transformers {100 * same[1]:.1f} %"
+    )
     assert min(same) >= 0.95
 
 

@@ -95,7 +95,7 @@ class FusedForward:
             work(stream, most_keys)
         if self._head is None:
             logits: torch.Tensor = self._model.modules[-1].forward(self._normed[0][: len(hidden)])
-            return logits
+            return logits.clamp_(-65504, 65504)  # a float16 product of torch's
         return self._logits[: len(hidden)]
 
     def why_not(self, prepare: Callable[[], None]) -> str:
