@@ -39,7 +39,7 @@ class Row:
     after: float
     p: float  # probability that chance alone sets the means so far apart
     mark: Mark
-    by_chance: bool  # there are enough repetitions to tell, and they say that chance explains the difference
+    can_tell: bool  # there are enough repetitions to tell chance from a difference
     # In one of the two the GPU waited for the CPU. How fast that is differs between processes of the same thing, by
     # more than the repetitions within one can show.
     paced_by_cpu: bool
@@ -48,6 +48,10 @@ class Row:
     def ratio(self) -> float:
         """After over before."""
         return self.after / self.before
+
+    def fails(self, bound: float) -> bool:
+        """Whether the ratio is under a bound and not explained by chance."""
+        return self.ratio < bound and not (self.can_tell and self.p >= LEVEL)
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,6 @@ class Comparison:
     def doubtful(self) -> list[str]:
         """Names of tests that are faster or slower, and may be so again for no reason but the processor's pace."""
         return [row.test for row in self.rows if row.paced_by_cpu and row.mark in ("faster", "slower")]
-
-    def failing(self, bound: float) -> list[Row]:
-        """Rows whose ratio is under a bound and not explained by chance."""
-        return [row for row in self.rows if row.ratio < bound and not row.by_chance]
 
 
 def p_value(before: Sequence[float], after: Sequence[float]) -> float:
@@ -170,10 +170,9 @@ def _arrow(before: str, after: str) -> str:
 
 
 def _row(old: Measured, new: Measured, model: str, cache: str) -> Row:
-    p, mark = judge(old.rates, new.rates)
-    by_chance = can_tell(len(old.rates), len(new.rates)) and p >= LEVEL
+    enough = can_tell(len(old.rates), len(new.rates))
     paced = limits.waits_for_cpu(old) or limits.waits_for_cpu(new)
-    return Row(model, cache, new.test.name, old.avg_ts, new.avg_ts, p, mark, by_chance, paced)
+    return Row(model, cache, new.test.name, old.avg_ts, new.avg_ts, *judge(old.rates, new.rates), enough, paced)
 
 
 def _figures(old: Run, run: Run) -> Iterator[tuple[str, str, float, float, str]]:
@@ -181,11 +180,8 @@ def _figures(old: Run, run: Run) -> Iterator[tuple[str, str, float, float, str]]
     if old.cold and run.cold:
         for name, part in (("start to first token", "start_to_token_seconds"), ("load", "load_seconds")):
             yield name, "s", getattr(old.cold, part), getattr(run.cold, part), ""
-    for name, part in (
-        ("GPU memory, allocator", "allocator"),
-        ("GPU memory, device", "device"),
-        ("host memory", "host"),
-    ):
+    names = {"allocator": "GPU memory, allocator", "device": "GPU memory, device", "host": "host memory"}
+    for part, name in names.items():
         peaks = getattr(old.memory, part), getattr(run.memory, part)
         if None not in peaks:
             yield f"{name} peak", "MiB", peaks[0] / 2**20, peaks[1] / 2**20, ""

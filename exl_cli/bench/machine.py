@@ -51,13 +51,18 @@ class Watch:
 
     def joules(self) -> float | None:
         """Energy that the GPUs have taken since their driver was loaded."""
-        readings = [self._driver.ask("DeviceGetTotalEnergyConsumption", handle) for handle in self._handles.values()]
-        return sum(readings) / 1000 if readings and None not in readings else None
+        readings = self._ask("DeviceGetTotalEnergyConsumption")
+        return sum(readings) / 1000 if readings else None
 
     def used_bytes(self) -> int | None:
         """GPU memory in use, by all processes."""
-        readings = [self._driver.ask("DeviceGetMemoryInfo", handle) for handle in self._handles.values()]
-        return sum(int(reading.used) for reading in readings) if readings and None not in readings else None
+        readings = self._ask("DeviceGetMemoryInfo")
+        return sum(int(reading.used) for reading in readings) if readings else None
+
+    def _ask(self, question: str) -> list[Any]:
+        """The answers of all GPUs; none where one withholds it."""
+        answers = [self._driver.ask(question, handle) for handle in self._handles.values()]
+        return [] if None in answers else answers
 
     def look(self) -> None:
         """Note why the clocks are held back at this moment, if they are."""

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from exl_cli.errors import UsageError, param
 from exl_cli.models.load_options import CacheType, LoadOptions
@@ -142,12 +143,11 @@ def loadings(loading: LoadOptions, caches: str | None) -> list[LoadOptions]:
     """
     if caches is None:
         return [loading]
-    known: dict[str, CacheType] = {kind: kind for kind in CACHE_TYPES}
     names = list(dict.fromkeys(part.strip() for part in caches.split(",")))
     for name in names:
-        if name not in known:
-            raise UsageError(f"no cache type named {name!r}", f"cache types: {', '.join(known)}")
-    return [dataclasses.replace(loading, cache=known[name]) for name in names]
+        if name not in CACHE_TYPES:
+            raise UsageError(f"no cache type named {name!r}", f"cache types: {', '.join(CACHE_TYPES)}")
+    return [dataclasses.replace(loading, cache=cast(CacheType, name)) for name in names]
 
 
 def grid(settings: Settings) -> list[Case]:

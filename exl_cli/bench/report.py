@@ -1,9 +1,9 @@
 """The report: one HTML file with everything in it, readable on a screen, light or dark, on paper and on a phone.
 
 It needs no network and no script. `report.html` is the page around it all, with the style sheet. Every chart stands
-beside a table with its figures. Charts are SVG by matplotlib, their text as text, narrow enough for a phone to show them
-at full size. Every colour is drawn as a number that stands for a CSS variable and is replaced by it afterwards: one
-drawing serves light, dark and paper.
+beside a table with its figures. Charts are SVG by matplotlib, their text as text, narrow enough for a phone to show
+them at full size. Every colour is drawn as a number that stands for a CSS variable and is replaced by it afterwards:
+one drawing serves light, dark and paper.
 """
 
 from __future__ import annotations

@@ -46,16 +46,6 @@ from exl_cli.system.version import installed_version
 _IMPOSSIBLE = 1.05
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a benchmark is."""
-
-    what: str  # what is running
-    done: int  # repetitions, the untimed ones included, as in `total`
-    total: int
-    eta_seconds: float | None  # until the last repetition; known once all tests of a model have been run
-
-
 class Observer(Protocol):
     """Shows how a benchmark is going."""
 
@@ -63,8 +53,14 @@ class Observer(Protocol):
         """Something worth telling."""
         ...
 
-    def update(self, progress: Progress) -> None:
-        """It has come further."""
+    def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
+        """It has come further.
+
+        Args:
+            what: is running now.
+            done, total: repetitions, the untimed ones included.
+            eta_seconds: until the last repetition; known once all tests of a model have been run.
+        """
         ...
 
 
@@ -213,7 +209,7 @@ class Collector:
     def stage(self, text: str) -> None:
         """What the job is doing now."""
         total = self._done_before + self._jobs_left * self._tests * (1 + self._repetitions)
-        self.observer.update(Progress(f"{self._label}: {text}", self._done, total, self._eta()))
+        self.observer.update(f"{self._label}: {text}", self._done, total, self._eta())
 
     def _eta(self) -> float | None:
         if len(self._seconds) < self._tests:

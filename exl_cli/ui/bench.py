@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exl_cli.bench import limits, outputs
 from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
@@ -13,9 +13,6 @@ from exl_cli.ui.console import Console
 from exl_cli.ui.models import show, table
 from exl_cli.ui.progress import Live, bar_column, text_column
 from exl_cli.ui.text import harmless
-
-if TYPE_CHECKING:
-    from exl_cli.bench.runner import Progress
 
 _LINE_EVERY_SECONDS = 30.0
 _NAME_WIDTH = 12
@@ -48,18 +45,16 @@ class Measuring(Live):
             bars.start()
         return self
 
-    def update(self, progress: Progress) -> None:
+    def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
         """See `Observer.update`."""
-        left = "" if progress.eta_seconds is None else f"{_duration(progress.eta_seconds)} left"
-        done, total = progress.done, progress.total
+        left = "" if eta_seconds is None else f"{_duration(eta_seconds)} left"
         if self._bars is not None:
-            what = harmless(progress.what)
-            self._bars.update(self._task, description=what, completed=done, total=total, left=left)
+            self._bars.update(self._task, description=harmless(what), completed=done, total=total, left=left)
             return
-        now, model = time.monotonic(), progress.what.rpartition(": ")[0]
+        now, model = time.monotonic(), what.rpartition(": ")[0]
         if model != self._model or now - self._last_line >= _LINE_EVERY_SECONDS:
             self._model, self._last_line = model, now
-            self.note(f"{done}/{total} {progress.what}{left and ', ' + left}")
+            self.note(f"{done}/{total} {what}{left and ', ' + left}")
 
 
 def tables(console: Console, result: Result) -> None:
@@ -185,13 +180,12 @@ def comparison(console: Console, result: Comparison, *, on_stdout: bool) -> None
 
 def fails(console: Console, result: Comparison, bound: float) -> bool:
     """Whether a test fell under a share of its old rate, said on stderr test by test."""
-    failing = result.failing(bound)
     for row in result.rows:
-        if row in failing:
+        if row.fails(bound):
             console.note(f"{row.test} is at {row.ratio:.3f} of the saved result, under {bound:g}")
         elif row.ratio < bound:
             console.note(f"{row.test} is at {row.ratio:.3f}, which its repetitions cannot tell from chance; raise -r")
-    return bool(failing)
+    return any(row.fails(bound) for row in result.rows)
 
 
 def _verdict(result: Comparison) -> str:
