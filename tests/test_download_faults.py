@@ -271,6 +271,13 @@ def test_the_token_goes_to_the_hub_and_never_to_the_storage_behind_it(hub: FakeH
     assert contents(fetch.models / "meta_llama") == model_files()
     assert {seen.token for seen in hub.requests() if not seen.path.startswith("/cdn/")} == {"hf_good"}
     assert {seen.token for seen in hub.requests("/cdn/*")} == {""}
+    with FakeHub() as other:
+        for where in ("/api/*", "*config.json", "*tokenizer.json"):
+            hub.fault(where, status=307, headers={"Location": f"{other.url}/a/b/c"})
+            fails(fetch, "meta/llama", token="hf_good", force=True)
+            hub.faults.clear()
+        assert {seen.token for seen in other.seen} == {""}
+        assert len(other.seen) >= 3
 
 
 @pytest.mark.parametrize("where", ["/api/models/*", "*config.json", "/cdn/*"])

@@ -2,8 +2,8 @@
 
 | module | holds |
 |---|---|
-| `names` | which repository and revision a text means; which file names are safe to write |
-| `files` | the files of a revision, and which of them inference needs |
+| `names` | which repository and revision a text means |
+| `files` | the files of a revision, checked before any of it becomes a path, and which of them inference needs |
 | `client` | every request to the Hub, with retries, and the user's settings that huggingface_hub reads |
 | `failures` | which failures pass by themselves, and what a person should read about the others |
 | `xet` | bytes from xet storage |
@@ -18,7 +18,8 @@ huggingface_hub does the talking (session, login, proxies, metadata, errors), bu
   nothing to resume from (huggingface_hub pull request 4228, and still so in 2.4);
 - `file_download.http_get` continues a part, but hands bytes on in blocks of 10 MiB (`DOWNLOAD_CHUNK_SIZE`): a kill, a
   reset or Ctrl-C loses or waits for as much of every file, and a line that breaks off more often than that never gets
-  anywhere. It also sleeps through a 429 without a word, however long, and writes its retries to stderr.
+  anywhere. It sleeps through a 429 without a word, however long, appends what a 206 holds, wherever that begins, and
+  goes one call deeper for each retry. In 1.0 it also appends a whole file to its own part.
 
 40 GB over a shaky line need better than that. So the bytes are ours: its session's stream with a Range, or hf-xet's
 from an offset, appended to a part file that stays.
