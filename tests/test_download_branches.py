@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 from fakehub import FakeHub, Repository
+from fakehub_handler import Seen
 from hubtools import Fetcher, config, download_command
 
 from exl_cli.errors import ExitCode
@@ -112,6 +115,19 @@ def test_a_bad_branch_does_not_hide_the_others(
     assert branches["bad"].commit == repository.branches["bad"]
     if problem:
         assert (branches["bad"].problem, branches["bad"].format_name) == (problem, "")
+
+
+def test_ctrl_c_waits_for_no_branch(hub: FakeHub, repository: Repository, fetch: Fetcher) -> None:
+    hub.fault("*/revision/*", hold_at=1)
+
+    def interrupt(seen: Seen) -> None:
+        if "/revision/" in seen.path:
+            hub.watch = lambda seen: None
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hub.watch = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        describe(fetch.hub(timeout=100), fetch.wanted(repository.id).repository, 4096, "fp16", [])
 
 
 def test_only_small_files_are_read(hub: FakeHub, found: dict[str, Branch]) -> None:

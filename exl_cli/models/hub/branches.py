@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from exl_cli.models.config import context_length_of, quantization_of
 from exl_cli.models.hub.client import Hub
 from exl_cli.models.hub.files import Choice, Listing, check_runnable, select, weight_bytes
 from exl_cli.models.hub.names import Repository
+from exl_cli.models.hub.transfer import run_all
 from exl_cli.models.info import Format, ModelInfo
 from exl_cli.models.load_options import CacheType
 from exl_cli.system.units import GIB, gib
@@ -21,7 +23,6 @@ from exl_cli.system.units import GIB, gib
 if TYPE_CHECKING:
     from exl_cli.models.hub.download import Plan
 
-_AT_ONCE = 4
 _USUAL_CONTEXT = 4096
 # Raised where a config.json holds values of other kinds, or of other orders, than a model's.
 _ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -71,16 +72,19 @@ def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, c
         ExlError: see `failures.explain`.
     """
 
-    def describe_branch(branch: tuple[str, str]) -> Branch:
-        name, commit = branch
+    described: dict[str, Branch] = {}
+
+    def describe_branch(name: str, commit: str) -> None:
         place = replace(repository, revision=name)
         try:
-            return _describe(hub, hub.listing(place, commit=commit), context, cache, cards)
+            described[name] = _describe(hub, hub.listing(place, commit=commit), context, cache, cards)
         except ExlError as error:  # one bad branch is no reason to hide the others
-            return Branch(name, commit, problem=error.message.replace(f" of {place}", ""))
+            described[name] = Branch(name, commit, problem=error.message.replace(f" of {place}", ""))
 
-    with hub.explained(repository), ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(describe_branch, hub.branches(repository)))
+    with hub.explained(repository):
+        branches = hub.branches(repository)
+        run_all([partial(describe_branch, *branch) for branch in branches], threading.Event())
+    return [described[name] for name, _ in branches]
 
 
 def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards: Sequence[int]) -> Branch:
@@ -163,7 +167,7 @@ def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
     try:
         info = from_config(plan.listing, plan.config, weight_bytes([item.file for item in plan.items]))
         needed = memory.estimate(info, min(_USUAL_CONTEXT, info.context_length))
-    except _ODD:
+    except (ExlError, *_ODD):
         return ""
     if needed is None or memory.fits(needed, [gpu.total for gpu in gpus]):
         return ""

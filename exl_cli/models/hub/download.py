@@ -17,7 +17,7 @@ from exl_cli.models.hub.client import Hub
 from exl_cli.models.hub.files import Choice, File, Listing, check_runnable, left_out_pickles, select
 from exl_cli.models.hub.names import Repository
 from exl_cli.models.hub.store import Marker
-from exl_cli.models.hub.transfer import Transfer, run_all
+from exl_cli.models.hub.transfer import Transfer, fetch_all
 from exl_cli.models.info import inspect
 from exl_cli.models.memory import gpus
 from exl_cli.system.files import is_there
@@ -284,7 +284,7 @@ def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
     rest = sorted((i for i in plan.items if i.state in ("partial", "missing")), key=lambda i: -i.file.size)
     transfers = [Transfer(hub, plan.listing, item.file, folder, item.bytes_here, stop) for item in rest]
     with hub.explained(plan.wanted.repository):
-        run_all(transfers, stop, hub.close, observer.advance)
+        fetch_all(hub, transfers, stop, observer.advance)
     store.install(folder, to_install, marker)
 
 

@@ -19,7 +19,7 @@ from exl_cli.models.hub.files import File, Listing
 _BLOCK = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORKERS = 4
-_REPORT_SECONDS = 0.1
+_TICK_SECONDS = 0.1
 _STOPPING_SECONDS = 0.3
 
 
@@ -126,48 +126,68 @@ class Transfer:
             raise DiskError(f"cannot write {self._part}: {error.strerror or error}", "check the disk") from error
 
 
-def run_all(
-    transfers: Sequence[Transfer],
-    stop: threading.Event,
-    abort: Callable[[], None],
-    advance: Callable[[str, int], None],
+def fetch_all(
+    hub: Hub, transfers: Sequence[Transfer], stop: threading.Event, advance: Callable[[str, int], None]
 ) -> None:
-    """Run transfers, a few at a time; the first failure, or Ctrl-C, stops them all.
+    """Run transfers; the first failure, or Ctrl-C, stops them all.
+
+    Args:
+        hub: where from.
+        transfers: in the order in which they begin.
+        stop: the event that they watch.
+        advance: called, from this thread, with a file's name and the bytes that it gained; negative where it lost some.
+    """
+    reported = [transfer.size for transfer in transfers]
+
+    def report() -> None:
+        for index, transfer in enumerate(transfers):
+            gained = transfer.size - reported[index]
+            reported[index] += gained
+            if gained:
+                advance(transfer.file.name, gained)
+
+    try:
+        run_all([transfer.run for transfer in transfers], stop, report)
+    except BaseException:
+        hub.close()
+        raise
+
+
+def run_all(
+    jobs: Sequence[Callable[[], object]], stop: threading.Event, tick: Callable[[], object] = lambda: None
+) -> None:
+    """Run jobs, a few at a time; the first failure, or Ctrl-C, is raised here, and sets `stop`.
 
     The threads are daemons: one that hangs in a dead connection must not keep the program from ending.
 
     Args:
-        transfers: in the order in which they begin.
-        stop: the event that they watch.
-        abort: ends what does not watch it.
-        advance: called, from this thread, with a file's name and the bytes that it gained; negative where it lost some.
+        jobs: in the order in which they begin.
+        stop: where it is set no other job begins.
+        tick: called from this thread, ten times a second.
     """
-    waiting, reported = iter(transfers), [transfer.size for transfer in transfers]
+    waiting = iter(jobs)
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
-            for transfer in waiting:
-                transfer.run()
+            for job in waiting:
+                if stop.is_set():
+                    return
+                job()
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_WORKERS, len(transfers)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_WORKERS, len(jobs)))]
     try:
         for thread in threads:
             thread.start()
         while running := [thread for thread in threads if thread.is_alive()]:
-            running[0].join(_REPORT_SECONDS)
+            running[0].join(_TICK_SECONDS)
+            tick()
             if failures:
                 raise failures[0]
-            for index, transfer in enumerate(transfers):
-                gained = transfer.size - reported[index]
-                reported[index] += gained
-                if gained:
-                    advance(transfer.file.name, gained)
     except BaseException:
         stop.set()
-        abort()
         deadline = time.monotonic() + _STOPPING_SECONDS
         for thread in threads:
             if thread.is_alive():
