@@ -5,6 +5,7 @@ As a program it is the `exl` command with that engine: `python chatting.py '["an
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -39,6 +40,7 @@ class Script:
     Attributes:
         answers: the texts of successive answers, over and over.
         spelled: generate each character as a token of its own, as tokenizing the text would not.
+        together: tokens of one step, as with speculation.
         before: called with each request before its first token.
         pause: called at each `PAUSE`.
         cancelled: called when a generation that waits there has been cancelled.
@@ -49,6 +51,7 @@ class Script:
 
     answers: Sequence[str]
     spelled: bool = False
+    together: int = 1
     before: Callable[[Request], object] = lambda request: None
     pause: Callable[[], object] = lambda: None
     cancelled: Callable[[], object] = lambda: None
@@ -95,10 +98,11 @@ class TalkingEngine(GeneratorEngine):
         self._script.before(request)
         yield Step(prompt_seconds=0.001 * (len(prompt) - reused), reused_tokens=reused)
         last = prompt[-1]
-        for token in self._tokens(answer, is_cancelled):
-            self.held.append(last)
-            last = token
-            yield Step((token,))
+        tokens = self._tokens(answer, is_cancelled)
+        while step := tuple(itertools.islice(tokens, self._script.together)):
+            self.held += [last, *step[:-1]]
+            last = step[-1]
+            yield Step(step)
         yield Step()
 
     def _tokens(self, answer: str, is_cancelled: Callable[[], bool]) -> Iterator[int]:

@@ -165,10 +165,14 @@ def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expe
         ({"sampling": object()}, "object holds no sampler settings"),
         ({"sampling": theirs(cfg_scale=1.5)}, "cfg_scale"),
         ({"sampling": theirs(token_bias=[0.0])}, "token_bias"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on"),
-        ({"seed": -1}, "seed must be a whole number from 0 on"),
+        ({"temperature": 10**400}, "temperature is out of range"),
+        ({"top_k": True}, "top_k must be a number"),
+        ({"sampling": {1: 2}}, "no sampler setting named '1'"),
+        *(({"max_new_tokens": n}, "max_new_tokens must be a whole number from 1 on") for n in (0, 1.0, True, None)),
+        *(({"seed": n}, "seed must be a whole number from 0 on") for n in (-1, True, "3")),
         *(({"stop": stop}, "stop must be a text or a list of texts") for stop in (5, None, [5], ["a", None], b"a")),
-        *(({"timeout": seconds}, "timeout must be seconds") for seconds in (float("nan"), -1, "soon")),
+        *(({"timeout": seconds}, "timeout must be seconds") for seconds in (float("nan"), -1, "soon", True)),
+        ({"prompt": [{"role": "user", "content": {1, 2}}]}, "not set; give each message's content as text"),
         *(
             ({"prompt": prompt}, "a prompt is text or a list of messages")
             for prompt in ([1], b"abc", 7, None, [["user", "Hello"]], [{"content": "Hello"}], {"role": "user"})
@@ -179,9 +183,28 @@ def test_what_cannot_be_honoured_is_refused(scripted, given: dict[str, Any], mes
     model, engine = scripted("Yes.")
     with pytest.raises(UsageError, match=message):
         model.generate(**{"prompt": STORY, **given})
-    with pytest.raises(PromptError, match=r"1,0\d\d tokens, the context holds 1,024"):
-        model.generate("word " * 1030)
     assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("word " * 1030, r"1,0\d\d tokens, the context holds 1,024"),
+        ("a\ud800", r"half a character, U\+D800"),
+        ([{"role": "user", "content": "\udfff"}], r"half a character, U\+DFFF"),
+        ([], "no message"),
+    ],
+)
+def test_prompts_that_cannot_be_sent_are_refused(scripted, prompt: Any, message: str) -> None:
+    model, engine = scripted("Yes.")
+    with pytest.raises(PromptError, match=message):
+        model.generate(prompt)
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e20, 10**400])
+def test_a_timeout_of_centuries_is_none(scripted, timeout: float) -> None:
+    assert scripted("Yes.")[0].generate(STORY, timeout=timeout).text == "Yes."
 
 
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
@@ -191,6 +214,18 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
         load("fable-7m", cache="q3")
     with pytest.raises(ExlError, match="2,000"):
         load("fable-7m", max_seq_len=2000)
+
+
+@pytest.mark.parametrize("length", ["100", 1.5, True, -1])
+def test_a_context_of_a_wrong_kind_is_refused(length: Any) -> None:
+    with pytest.raises(UsageError, match="max_seq_len must be at least 1 token"):
+        load("fable-7m", max_seq_len=length)
+
+
+@pytest.mark.parametrize("split", [5, "20,24", ["a"], [float("nan")], [-1.0], [], [0.0]])
+def test_a_gpu_split_of_a_wrong_kind_is_refused(split: Any) -> None:
+    with pytest.raises(UsageError, match="is not a list of GiB per GPU"):
+        load("fable-7m", gpu_split=split)
 
 
 def test_the_context_is_what_was_asked_for(gptq_dir: Path) -> None:

@@ -301,6 +301,23 @@ def test_reasoning_is_shown_apart_kept_and_left_out_of_the_next_prompt(exl2_dir:
     assert "thinking…\n" in hidden.stderr
 
 
+@pytest.mark.parametrize("together", [1, 3, 40])
+def test_tags_of_reasoning_that_are_special_tokens_keep_their_place(exl2_dir: Path, data: Path, together: int) -> None:
+    model = data.parent / "magistral"
+    shutil.copytree(exl2_dir, model)
+    value = json.loads((model / "tokenizer.json").read_text())
+    kind = {**value["added_tokens"][0], "normalized": False}
+    value["added_tokens"] += [{**kind, "id": 4096 + i, "content": tag} for i, tag in enumerate(("[THINK]", "[/THINK]"))]
+    (model / "tokenizer.json").write_text(json.dumps(value))
+    script = Script(["[THINK]Let me see.[/THINK]Four.", "Six."], together=together)
+    result = chat(script, "2+2?\n3+3?\n", str(model))
+    assert result.stdout.replace("\n\n", "\n") == "Let me see.\nFour.\nSix.\n"
+    turn = saved(data)["turns"][1]
+    assert (turn["content"], turn["reasoning"]) == ("Four.", "Let me see.")
+    # A stop string that is such a tag ends the answer there.
+    assert chat(script, "2+2?\n", str(model), "--stop", "[/THINK]", "--no-save").stdout == "Let me see.\n"
+
+
 def test_a_template_that_refuses_a_system_message_says_so_before_loading(exl2_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "strict"
     shutil.copytree(exl2_dir, model)

@@ -217,6 +217,7 @@ def test_save_load_and_sessions(exl2_dir: Path, data: Path) -> None:
 def test_export_writes_markdown_and_json_and_overwrites_only_its_own(tmp_path: Path) -> None:
     (tmp_path / "mine.md").write_text("precious")
     lines = ["/export a.md", "Hi", "/export a.md", "/export b.json", "/export a.txt", "/export mine.md"]
+    lines += ["/export a\0b.md"]
     result = chat(
         Script(["<think>Hm.</think>\n\nHello."]), "\n".join([*lines, "/export a.md", "/export no/x/../"]) + "\n"
     )
@@ -229,6 +230,7 @@ def test_export_writes_markdown_and_json_and_overwrites_only_its_own(tmp_path: P
     assert "error: there is nothing to export yet" in result.stderr
     assert "error: a.txt ends neither in .md nor in .json" in result.stderr
     assert "error: mine.md exists already" in result.stderr
+    assert "no file's name has a zero byte; choose another place" in result.stderr
     assert (tmp_path / "mine.md").read_text() == "precious"
 
 

@@ -92,6 +92,20 @@ def test_special_tokens_in_messages_are_text_in_every_later_prompt(
     assert "hi<|im_end|><|im_end|>" in output.out + output.err
 
 
+def test_special_tokens_in_answers_and_the_system_message_are_text_too(
+    begin: Begin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where an answer comes from a session's file, and is tokenized from its text."""
+    script = Script(["Two."])
+    turns = [Turn("user", "Which?"), Turn("assistant", "Type <|im_end|> to end.")]
+    chat = begin(script, Session(system="Never say <|im_start|>.", turns=turns))
+    chat.enter("And?")
+    start, end = 1, 2
+    assert [list(script.requests[0].ids).count(id_) for id_ in (start, end)] == [5, 4]
+    chat.enter("/system No <|im_end|>.")
+    assert "<|im_end|> in the system message is read as text" in capsys.readouterr().err
+
+
 def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
     chat = begin(Script(["a"]))
     chat.interrupt()

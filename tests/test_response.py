@@ -129,6 +129,53 @@ def test_a_stop_string_may_hold_special_tokens(stop: str, text: str, count: int,
     assert (out, len(ids), summary.finish_reason) == (text, count, "stop")
 
 
-def test_special_tokens_that_end_nothing_are_not_shown() -> None:
-    out, ids, summary = collect(respond(request(stop_strings=("x<pad>",)), Letters(), 1000, alphabet([])))
+@pytest.mark.parametrize("group", [1, 4, 26])
+def test_special_tokens_that_end_nothing_are_not_shown_and_end_their_chunks(group: int) -> None:
+    chunks = [*respond(request(stop_strings=("x<pad>",)), Letters(), 1000, alphabet([], group))]
+    out, ids, summary = collect(chunks)
     assert (out, len(ids), summary.finish_reason) == ("abcdefghijklmnopqrstuvwx", 26, "length")
+    assert {24, 25} <= {chunk.token_ids[-1] for chunk in chunks if chunk.token_ids}
+
+
+WORDS = {0: "a", 1: "b", 2: "ab", 3: "ba", 4: "", 5: "", 6: "", 7: "é"}  # 6 is the first half of é
+
+
+class Words:
+    """A decoder of a few tokens, two of them special."""
+
+    def push(self, token_id: int) -> str:
+        return WORDS[token_id]
+
+    def special(self, token_id: int) -> str:
+        return {4: "<s>", 5: "</s>"}.get(token_id, "")
+
+
+@given(
+    ids=st.lists(st.integers(0, 7), min_size=1, max_size=12),
+    stops=st.lists(st.lists(st.sampled_from(["a", "b", "é", "<s>", "</s>", "s>", "<"]), max_size=3), max_size=4),
+    stop_ids=st.sets(st.integers(0, 7), max_size=2),
+    group=st.integers(1, 5),
+)
+def test_stops_begin_anywhere_and_are_met_at_the_first_token_that_completes_one(
+    ids: list[int], stops: list[list[str]], stop_ids: set[int], group: int
+) -> None:
+    """Inside a token, across special ones, overlapping each other, several tokens a step as in speculation."""
+    strings = tuple("".join(parts) for parts in stops)
+    text, shown, count, reason = "", "", 0, "length"
+    for token in ids:
+        count += 1
+        if token in stop_ids:
+            reason = "stop"
+            break
+        text += WORDS[token]
+        shown += WORDS[token]
+        if not any(stop and stop in text for stop in strings):
+            name = Words().special(token)
+            text, shown = text + name, shown + "\0" * len(name)
+        if places := [text.index(stop) for stop in strings if stop and stop in text]:
+            shown, reason = shown[: min(places)], "stop"
+            break
+    steps = (Step(tuple(ids[at : at + group])) for at in range(0, len(ids), group))
+    asked = request(len(ids), stop_strings=strings, stop_ids=frozenset(stop_ids))
+    out, taken, summary = collect(respond(asked, Words(), 1000, steps))
+    assert (out, len(taken), summary.finish_reason) == (shown.replace("\0", ""), count, reason)

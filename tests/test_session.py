@@ -105,7 +105,13 @@ def test_fields_and_settings_of_a_later_minor_version_are_passed_over() -> None:
     value = json.loads(dumps(talk("a", "b")))
     value["mood"] = "good"
     value["turns"][0]["language"] = "en"
-    value["settings"] = {"preset": "of tomorrow", "on_overflow": "grow", "stop": ["END"], "mood": 1}
+    value["settings"] = {
+        "given": {"temperature": 10**400},
+        "preset": "of tomorrow",
+        "on_overflow": "grow",
+        "stop": ["END"],
+        "mood": 1,
+    }
     session = loads(json.dumps(value), "x", "x.json")
     assert [turn.content for turn in session.turns] == ["a", "b"]
     assert from_dict(session.settings) == Settings(stop=("END",))
@@ -124,6 +130,8 @@ def test_fields_and_settings_of_a_later_minor_version_are_passed_over() -> None:
         ({"dropped": 99}, "dropped is 99"),
         ({"system": 5}, "system of the session is 5"),
         ({"totals": {"answers": "many"}}, "answers of totals is 'many'"),
+        ({"totals": {"prompt_tokens": 10**400}}, "prompt_tokens of totals is 1000"),
+        ({"totals": {"prompt_seconds": float("nan")}}, "prompt_seconds of totals is nan"),
         ({"version": "1"}, "its version is '1'"),
         ({"version": None}, "its version is None"),
         ({"system": "\ud800"}, "it has half a character, U+D800"),
@@ -152,7 +160,7 @@ def test_what_is_not_json_is_damage_too(text: str) -> None:
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", ".hidden", "a b", "x" * 81, "a\0"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", ".hidden", "a b", "x" * 81, "𠮷" * 61, "a\0"])
 def test_names_that_could_leave_the_folder_or_hide_in_it_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="cannot be a session's name"):
         SessionStore(tmp_path).load(name)
@@ -204,12 +212,16 @@ def test_a_file_that_was_removed_is_written_again_and_one_that_changed_is_not(tm
     assert sorted(store.names()) == sorted(["x", session.name])
 
 
-def test_a_file_that_appears_under_a_new_name_is_not_overwritten(tmp_path: Path) -> None:
-    first, second = talk("a", "b"), talk("c", "d")
-    first.name = second.name = "x"
-    SessionStore(tmp_path).save(first)
-    assert SessionStore(tmp_path).save(second) == "x"
-    assert SessionStore(tmp_path).load("x").turns[0].content == "a"
+def test_two_chats_at_once_keep_theirs_under_the_longest_name_too(tmp_path: Path) -> None:
+    sessions = [talk(text, "…") for text in "ab"]
+    for session in sessions:
+        session.name = "x" * 80
+    stores = [SessionStore(tmp_path) for _ in sessions]
+    for _ in range(3):
+        for store, session in zip(stores, sessions, strict=True):
+            store.save(session)
+    assert [SessionStore(tmp_path).load(session.name).turns[0].content for session in sessions] == ["a", "b"]
+    assert len(SessionStore(tmp_path).names()) == 2
 
 
 def test_overviews_list_what_cannot_be_read_too(tmp_path: Path) -> None:

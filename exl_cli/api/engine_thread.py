@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -81,7 +82,7 @@ class EngineThread:
             EngineError: closed, loaded by another process, or the system gives no thread to run it in.
         """
         self._worker.engine.check(request)
-        job = _Job(self._worker.next_id(), request, deliver)
+        job = _Job(next(self._worker.ids), request, deliver)
         self._worker.send(job)
         return job.id
 
@@ -190,19 +191,13 @@ class _Worker:
         # Reentrant, as the garbage collector may have a thread cancel or close something at any moment.
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.RLock()
-        self._last_id = 0
+        self.ids = itertools.count(1)  # a step of it is atomic
         self._thread: threading.Thread | None = None
         self._exiting = False
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
 
     # --- called from any thread -----------------------------------------------------------------------------------
-
-    def next_id(self) -> int:
-        """An id that no other request of this engine has."""
-        with self._lock:
-            self._last_id += 1
-            return self._last_id
 
     def send(self, command: _Command) -> None:
         """Queue a command, and start the thread if need be."""

@@ -8,6 +8,7 @@ What the command line would say on the way (which engine, and why) goes to the l
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import reprlib
 import secrets
@@ -17,13 +18,14 @@ from typing import Any
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
-from exl_cli.api.streams import AsyncStream, Generation, Stream
+from exl_cli.api.streams import AsyncStream, Generation, Stream, is_number
 from exl_cli.engines.base import Engine, Request
 from exl_cli.engines.response import check_can_fit, check_fits
-from exl_cli.errors import UsageError, spell
+from exl_cli.errors import PromptError, UsageError, spell
 from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
+from exl_cli.models.prompt import half_character
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import FIELDS, Sampling, build
 from exl_cli.system import readings
@@ -82,12 +84,12 @@ def load(
         engine=engine,
         max_seq_len=max_seq_len,
         cache=cache,
-        gpu_split=None if gpu_split is None else tuple(gpu_split),
+        gpu_split=tuple(gpu_split) if isinstance(gpu_split, list) else gpu_split,  # type: ignore[arg-type]
         low_mem=low_mem,
         speculate=speculate,
         draft=None if draft is None else str(draft),
     )
-    models = None if models_dir is None else Path(models_dir)
+    models = None if models_dir is None else Path(str(models_dir))
     return load_resolved(loader.resolve(str(model), models), loader.with_draft(options, models))
 
 
@@ -210,13 +212,19 @@ class Model:
         """The text to encode, and whether the tokenizer adds special tokens to it."""
         if not isinstance(prompt, str) and not _is_messages(prompt):
             raise UsageError(f"a prompt is text or a list of messages with a role each, got {reprlib.repr(prompt)}")
-        if isinstance(prompt, str):
-            return prompt, True
-        format_ = self._chat_format()
-        text = format_.render(self._tokenizer.as_text_messages(prompt))
+        text = prompt if isinstance(prompt, str) else self._rendered(prompt)
+        if half := half_character(text):
+            raise PromptError(f"the prompt has half a character, {half}", "give it as whole characters")
+        return text, isinstance(prompt, str) or self._chat_format().add_special_tokens
+
+    def _rendered(self, messages: Messages) -> str:
+        try:
+            text = self._chat_format().render(self._tokenizer.as_text_messages(messages))
+        except TypeError as error:
+            raise UsageError(str(error), "give each message's content as text") from None
         if typed := self._tokenizer.hidden(text):
             _log.info("%s in the messages is read as text, not as a special token", ", ".join(typed))
-        return text, format_.add_special_tokens
+        return text
 
     def memory(self) -> list[readings.GpuReading]:
         """Readings of the GPUs in use; empty where there is none."""
@@ -258,7 +266,9 @@ class Model:
         settings: Mapping[str, Any],
     ) -> Request:
         for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is None and name == "seed":
+                continue
+            if not is_number(value) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
         stops = [stop] if isinstance(stop, str) else [*stop] if isinstance(stop, Iterable) else [stop]
         if not all(isinstance(text, str) for text in stops):
@@ -297,7 +307,7 @@ def choose(generation_config: Mapping[str, Any], *layers: Any) -> Sampling:
     Raises:
         UsageError: an unknown setting, an illegal value, or something that holds no settings.
     """
-    fields = {name: value for layer in layers for name, value in _fields(layer).items() if value is not None}
+    fields = {str(name): value for layer in layers for name, value in _fields(layer).items() if value is not None}
     return build({name: _number(name, value) for name, value in fields.items()}, None, generation_config)
 
 
@@ -306,11 +316,13 @@ def _number(name: str, value: Any) -> Any:
     if name not in FIELDS:
         return value
     kind = type(getattr(_DEFAULTS, name))
-    if not isinstance(value, (int, float)):
+    if not is_number(value) and not (kind is bool and isinstance(value, bool)):
         raise UsageError(f"{name} must be a number, got {value!r}")
-    if kind is int and not float(value).is_integer():
+    if kind is int and isinstance(value, float) and not value.is_integer():
         raise UsageError(f"{name} must be a whole number, got {value!r}")
-    return kind(value)
+    with contextlib.suppress(OverflowError):
+        return kind(value)
+    raise UsageError(f"{name} is out of range")
 
 
 def _fields(layer: Any) -> dict[str, Any]:

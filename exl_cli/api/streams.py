@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from exl_cli.errors import EngineError, ResponseTimeoutError, UsageError, spell
 
 # None wakes the reader: the stream was closed.
 Item = Chunk | BaseException | None
+
+
+def is_number(value: object) -> bool:
+    """Whether an argument is a number: True and False are none here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,10 @@ class _Reader:
     def __init__(
         self, thread: EngineThread, request: Request, deliver: Callable[[Item], None], timeout: float | None
     ) -> None:
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
+        if timeout is not None and (not is_number(timeout) or not timeout >= 0):
             raise UsageError(f"timeout must be seconds from 0 on, got {timeout!r}")
+        if timeout is not None and timeout > threading.TIMEOUT_MAX:  # centuries
+            timeout = None
         self._closed = False
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout

@@ -179,10 +179,11 @@ def _system(chat: Conversation, text: str) -> None:
         return
     old, session.system = session.system, None if text == "none" else unquote(text)
     try:
-        chat.model.check_system(session)
+        spelled = chat.model.check_system(session)
     except PromptError:
         session.system = old
         raise
+    chat.say_spelled("system message", spelled)
     chat.save()
     chat.view.say("the system message is taken away" if session.system is None else "the system message is set")
 

@@ -161,10 +161,9 @@ class Conversation:
         if not text.strip():
             raise PromptError("the message is empty", "write something")
         attachments, self.attachments = self.attachments, []
-        tokenizer = self.model.tokenizer
-        if typed := tokenizer.hidden(tokenizer.as_text("\n".join([*(file for _, file in attachments), text]))):
-            self.view.note(f"{', '.join(typed)} in the message is read as text, not as a special token")
-        self.session.turns.append(Turn("user", "\n\n".join([*(file for _, file in attachments), text])))
+        message = "\n\n".join([*(file for _, file in attachments), text])
+        self.say_spelled("message", self.model.tokenizer.hidden(self.model.tokenizer.as_text(message)))
+        self.session.turns.append(Turn("user", message))
         try:
             self._answer()
         finally:
@@ -172,6 +171,11 @@ class Conversation:
                 self.attachments = attachments
             if not self._redoing:
                 self.save()
+
+    def say_spelled(self, where: str, names: list[str]) -> None:
+        """Say that special tokens written somewhere are none there."""
+        if names:
+            self.view.note(f"{', '.join(names)} in the {where} is read as text, not as a special token")
 
     def retry(self) -> None:
         """Answer the last message again; the old answer stays unless a new one comes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
@@ -45,15 +44,18 @@ class ChatModel:
         path = expanded(Path(self.info.name))
         return str(path.resolve()) if is_folder(path) else self.info.name
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation as text for `encoder`, what others than the model have written hidden in it as plain text."""
-        return self.format.render(
-            self.tokenizer.as_text_messages(messages), add_generation_prompt=add_generation_prompt
-        )
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as text for `encoder`, with the special tokens that it spells hidden as plain text: those of
+        answers too, which the model has spelled out, or an editor of the session's file."""
+        as_text = self.tokenizer.as_text
+        hidden = [{k: v if k == "role" else as_text(v) for k, v in message.items()} for message in messages]
+        return self.format.render(hidden, add_generation_prompt=add_generation_prompt)
 
-    def check_system(self, session: Session) -> None:
-        """Raise PromptError if the model's template refuses a session's system message."""
-        self.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
+    def check_system(self, session: Session) -> list[str]:
+        """The special tokens that a session's system message spells. Raises PromptError if the model's template refuses
+        it."""
+        text = self.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
+        return self.tokenizer.hidden(text)
 
 
 class ModelLoader:

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_type_hints
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
 from exl_cli.errors import DiskError, UsageError
+from exl_cli.models.prompt import half_character
 from exl_cli.system.files import expanded, is_there, read_file, user_data, write_atomically
 
 FORMAT = "exl-session"
@@ -33,6 +34,8 @@ Ending = FinishReason | Literal[""]
 # Bytes of a session's file: a hundred thousand turns. One may come from anywhere, and all of it is held in memory.
 _LARGEST = 64 << 20
 _NAME = re.compile(r"\w[\w.-]{0,79}")
+# In bytes, of the 255 that file systems allow; ".json" and what keeps two apart come to it.
+_LONGEST_NAME = 240
 # Inode, time of change and size: enough to tell whether a file is still the one that was read or written.
 _Signature = tuple[int, int, int]
 
@@ -195,13 +198,11 @@ def loads(text: str, name: str, source: str) -> Session:
     """
     try:
         value = json.loads(text)
-        # JSON can spell half a character, which no file and no model takes.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(error.object[error.start]):04X}"
-        raise _damaged(source, f"it has half a character, {half}") from error
+        half = half_character(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
         raise _damaged(source, f"it is not JSON: {error}") from error
+    if half:
+        raise _damaged(source, f"it has half a character, {half}")
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise DiskError(f"{source} is not a session of exl", "choose another; /sessions lists them")
     version = value.get("version")
@@ -225,6 +226,9 @@ def _session(value: dict[str, Any], name: str) -> Session:
         raise TypeError("it has no list of turns")
     turns = [_read(Turn, turn, f"turn {index}") for index, turn in enumerate(turns, 1)]
     totals = _read(Totals, value.pop("totals", {}), "totals")
+    for entry, number in vars(totals).items():
+        if not 0 <= number < 1 << 63:
+            raise TypeError(f"{entry} of totals is {number}"[:200])
     session: Session = _read(Session, {**value, "name": name}, "the session")
     session.turns, session.totals = turns, totals
     for index, turn in enumerate(turns):
@@ -285,7 +289,7 @@ class SessionStore:
 
     def path(self, name: str) -> Path:
         """The file of a name; UsageError if it cannot be a session's name."""
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
             raise UsageError(
                 f"{name!r} cannot be a session's name", "use up to 80 letters, digits, '-', '_' and '.', a letter first"
             )
@@ -350,7 +354,7 @@ class SessionStore:
         if not before:
             session.name = self._new_name(session)
         elif _signature(self.path(before)) not in (None, self._seen.get(before)):
-            session.name = self._free(f"{before}-{datetime.now():%H%M%S}")
+            session.name = self._free(f"{before[:56]}-{datetime.now():%H%M%S}")
         session.updated = now()
         path = self.path(session.name)
         try:

@@ -106,7 +106,7 @@ def from_dict(value: Mapping[str, Any]) -> Settings:
             if not is_kind(item, hint):
                 raise TypeError(f"{name} of the settings is {json.dumps(item)}"[:200])
             change: dict[str, Any] = {name: tuple(item) if name == "stop" else item}
-            with contextlib.suppress(UsageError, TypeError, ValueError, AttributeError):
+            with contextlib.suppress(UsageError, TypeError, ValueError, AttributeError, OverflowError):
                 settings = replace(settings, **change)
     return settings
 

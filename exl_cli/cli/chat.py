@@ -93,8 +93,7 @@ def chat(
     settings = _settings(saved, sampling, {name: value for name, value in given.items() if value is not None})
     models = ModelLoader(state.load, loader.with_draft(loading, models_dir), models_dir, console)
     opened = _find(models, model, saved)
-    if saved.system is not None:
-        opened.check_system(saved)
+    spelled = [] if saved.system is None else opened.check_system(saved)
     console.leaves_on_interrupt = state.owns_process  # there is nothing to lose yet
     models.load(opened)
     console.leaves_on_interrupt = False
@@ -103,6 +102,7 @@ def chat(
         opened, saved, settings, models, console, store, saving=not no_save, interactive=interactive, debug=state.debug
     )
     try:
+        talk.say_spelled("system message", spelled)
         if saved.turns:
             console.resumed(saved)
         elif interactive:

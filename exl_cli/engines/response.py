@@ -89,7 +89,7 @@ class StopScanner:
         return 0
 
 
-def check_can_fit(least_tokens: int, context_length: int) -> None:
+def check_can_fit(least_tokens: int, context_length: int, *, counted: str = " or more") -> None:
     """Refuse a text that cannot fit before it is tokenized; see `Tokenizer.least_tokens`.
 
     Raises:
@@ -97,25 +97,21 @@ def check_can_fit(least_tokens: int, context_length: int) -> None:
     """
     if least_tokens >= context_length:
         raise PromptError(
-            f"the prompt has {least_tokens:,} tokens or more, the context holds {context_length:,}, "
+            f"the prompt has {least_tokens:,} tokens{counted}, the context holds {context_length:,}, "
             "the response included",
             f"shorten the prompt, or raise {param('max_seq_len')} if the model allows it",
         )
 
 
 def check_fits(prompt_tokens: int, context_length: int) -> None:
-    """Refuse a prompt that leaves no room for a single new token.
+    """Refuse a prompt without tokens, or one that leaves no room for a single new token.
 
     Raises:
         PromptError: with both numbers.
     """
     if prompt_tokens == 0:
         raise PromptError("the prompt has no tokens", f"give some text with {param('prompt')}")
-    if prompt_tokens >= context_length:
-        raise PromptError(
-            f"the prompt has {prompt_tokens:,} tokens, the context holds {context_length:,}, the response included",
-            f"shorten the prompt, or raise {param('max_seq_len')} if the model allows it",
-        )
+    check_can_fit(prompt_tokens, context_length, counted="")
 
 
 def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
@@ -169,13 +165,10 @@ class Response:
         self._drafted += step.drafted_tokens
         self._accepted += step.accepted_tokens
         self._note = self._note if step.note is None else step.note
-        before = self._count
-        text = self._decode(step.token_ids)
-        taken = self._count - before
-        if taken:
+        chunks = self._decode(step.token_ids)
+        if chunks:
             self._last = time.perf_counter()
             self._first = self._first or self._last - self._start
-        chunks = [Chunk(text, step.token_ids[:taken])] if text or taken else []
         if self._count >= self.max_new_tokens:
             self.ended = True
         return [*chunks, self._end()] if self.ended else chunks
@@ -186,23 +179,29 @@ class Response:
             self._reason = "cancelled"
         return self._end()
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        """Text of as many of these tokens as count."""
-        pieces = ""
-        for token_id in token_ids[: self.max_new_tokens - self._count]:
+    def _decode(self, token_ids: tuple[int, ...]) -> list[Chunk]:
+        """Chunks of as many of these tokens as count. A special token ends its chunk: its place is known so."""
+        chunks: list[Chunk] = []
+        token_ids = token_ids[: self.max_new_tokens - self._count]
+        begin, text = 0, ""
+        for end, token_id in enumerate(token_ids, 1):
             self._count += 1
+            special = self._decoder.special(token_id)
             if token_id in self._request.stop_ids:
-                text, self.ended = self._scanner.flush(), True
+                more, self.ended = self._scanner.flush(), True
             else:
-                text, self.ended = self._scanner.push(self._decoder.push(token_id))
-                if self._request.stop_strings and not self.ended and (name := self._decoder.special(token_id)):
-                    more, self.ended = self._scanner.push(name, hidden=True)
+                more, self.ended = self._scanner.push(self._decoder.push(token_id))
+                if special and not self.ended:
                     text += more
-            pieces += text
+                    more, self.ended = self._scanner.push(special, hidden=True)
+            text += more
+            if special or self.ended or end == len(token_ids):
+                chunks.append(Chunk(text, token_ids[begin:end]))
+                begin, text = end, ""
             if self.ended:
                 self._reason = "stop"
                 break
-        return pieces
+        return chunks
 
     def _end(self) -> Chunk:
         summary = Summary(

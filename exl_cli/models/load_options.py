@@ -45,8 +45,10 @@ class LoadOptions:
             raise UsageError(f"no engine named {self.engine!r}", f"engines: {', '.join(get_args(EngineChoice))}")
         if self.cache not in get_args(CacheType):
             raise UsageError(f"no cache type named {self.cache!r}", f"cache types: {', '.join(get_args(CacheType))}")
-        if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise UsageError(f"{param('max_seq_len')} must be at least 1 token, got {self.max_seq_len}")
+        if self.max_seq_len is not None and not (type(self.max_seq_len) is int and self.max_seq_len >= 1):
+            raise UsageError(f"{param('max_seq_len')} must be at least 1 token, got {self.max_seq_len!r}")
+        if self.gpu_split is not None and not _is_split(self.gpu_split):
+            raise UsageError(f"{param('gpu_split')} {self.gpu_split!r} is not a list of GiB per GPU", "as [20, 24]")
         if self.speculate not in get_args(Speculation):
             raise UsageError(
                 f"no kind of speculation named {self.speculate!r}", f"kinds: {', '.join(get_args(Speculation))}"
@@ -75,6 +77,13 @@ class LoadOptions:
             )
 
 
+def _is_split(values: object) -> bool:
+    """Whether these are GiB per GPU, not all of them 0."""
+    if not isinstance(values, tuple) or not all(isinstance(value, (int, float)) for value in values):
+        return False
+    return all(0 <= value < 10_000 for value in values) and any(values)
+
+
 def parse_gpu_split(text: str) -> tuple[float, ...] | None:
     """ "auto" to None, "20,24" to (20.0, 24.0).
 
@@ -87,6 +96,6 @@ def parse_gpu_split(text: str) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or any(not 0 <= value < 10_000 for value in values) or not any(values):
+    if not _is_split(values):
         raise UsageError(f"{param('gpu_split')} {text!r} is not a list of GiB per GPU", "write it as 20,24 or auto")
     return values

@@ -129,6 +129,15 @@ def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
                 raise not_utf8(name, position, ord(value[error.start]) & 0xFF) from error
 
 
+def half_character(text: str) -> str:
+    """A text's first lone surrogate, which neither files nor tokenizers take, as U+D800; empty where it has none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"U+{ord(text[error.start]):04X}"
+    return ""
+
+
 def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
     """The error for bytes that are not UTF-8, which names the first bad byte and its position."""
     return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)

@@ -67,6 +67,7 @@ def read_file(path: Path, *, limit: int = LARGEST_TEXT, pipes: bool = False) -> 
     Raises:
         OSError: it cannot be read, is no regular file, or is larger than the limit.
     """
+    _refuse_zero_byte(path)
     mode = path.stat().st_mode  # before it is opened: opening a pipe waits for a writer
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -109,6 +110,7 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
     Raises:
         OSError: it cannot be written; nothing has changed then.
     """
+    _refuse_zero_byte(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +125,11 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _refuse_zero_byte(path: Path) -> None:
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "no file's name has a zero byte", str(path))
 
 
 def _remove_left(folder: Path) -> None:
