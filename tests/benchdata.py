@@ -13,16 +13,14 @@ from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Resu
 GIB = 2**30
 
 
-def sample_at(
-    test: Case, rate: float, ttft: float = 0.035, spread: float = 0.05, joules: float | None = None
-) -> Sample:
+def sample_at(test: Case, rate: float, ttft: float = 0.035) -> Sample:
     """A sample of so many tokens per second, its steps spread around their mean."""
     ns = round(1e9 * test.tokens / rate)
     steps: tuple[int, ...] = ()
     if test.n_gen:
         numbers = random.Random(ns)
         step = ns / test.n_gen
-        steps = tuple(round(step * numbers.gauss(1, spread)) for _ in range(test.n_parallel * test.n_gen))
+        steps = tuple(round(step * numbers.gauss(1, 0.05)) for _ in range(test.n_parallel * test.n_gen))
     return Sample(ns, round(ttft * 1e9), steps, 0, None, 1.0)
 
 

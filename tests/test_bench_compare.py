@@ -60,25 +60,20 @@ def test_what_counts_as_a_difference(before: list[float], after: list[float], ma
     assert judge(before, after)[1] == mark
 
 
-def test_two_runs_of_the_same_thing_do_not_differ() -> None:
-    compared = compare(benchdata.result(benchdata.gpu_run(seed=1)), benchdata.result(benchdata.gpu_run(seed=2)))
-    assert not compared.differs
-    assert {row.mark for row in compared.rows} == {"same"}
-    assert (len(compared.rows), compared.missing, compared.changed) == (7, [], [])
-
-
 def test_the_cache_types_of_two_results_are_compared() -> None:
     fp16 = benchdata.result(benchdata.gpu_run(perplexity=5.61))
     q4 = benchdata.result(benchdata.gpu_run(cache="q4", factor=0.8, seed=5, perplexity=5.7))
     compared = compare(fp16, q4)
-    marks = {row.test: row.mark for row in compared.rows}
-    assert marks["pp512"] == "same"
-    assert {mark for test, mark in marks.items() if test.startswith("tg")} == {"slower"}
-    assert {row.cache for row in compared.rows} == {"fp16 → q4"}
-    assert next(row for row in compared.rows if row.test == "tg128").ratio == pytest.approx(0.8, rel=0.01)
+    rows = {row.test: row for row in compared.rows}
+    assert {name for name, row in rows.items() if row.mark == "slower"} == rows.keys() - {"pp512"}
+    assert (rows["tg128"].cache, rows["tg128"].ratio) == ("fp16 → q4", pytest.approx(0.8, rel=0.01))
     quality = next(figure for figure in compared.figures if figure.name == "perplexity")
     assert (quality.before, quality.after) == (pytest.approx(5.61), pytest.approx(5.7))
     assert quality.note == "computes something else"
+    # The GPU computes 3.5 ms of a step: at 180 tokens/s and slower it is idle for more than a quarter of it.
+    assert "tg128 @ d16384" in compared.doubtful
+    assert "pp512" not in compared.doubtful
+    assert compare(fp16, fp16).doubtful == []
 
 
 def test_several_models_and_caches_are_compared_each_with_its_own() -> None:
@@ -124,6 +119,8 @@ def bench(*args: str) -> Result:
 def test_comparing_two_files(saved: dict[str, str]) -> None:
     result = bench("--compare", saved["a"], saved["b"], "--fail-under", "0.95")
     assert (result.exit_code, result.stdout.count("no difference")) == (0, 8), result.output
+    assert "only in one" not in result.stderr
+    assert "changed" not in result.stdout
     result = bench("--compare", saved["a"], saved["q4"], "--fail-under", "0.7")
     assert result.exit_code == 0
     assert "cache fp16 → q4" in result.stdout
@@ -159,12 +156,3 @@ def test_what_cannot_be_compared(saved: dict[str, str], tmp_path: Path, args: tu
     result = bench(*(arg.format(folder=tmp_path, **saved) for arg in args))
     assert result.exit_code == ExitCode.USAGE, result.output
     assert words in result.stderr
-
-
-def test_a_difference_at_the_processors_pace_is_said_to_be_doubtful() -> None:
-    before, after = (benchdata.result(benchdata.gpu_run(factor=factor)) for factor in (1.0, 0.8))
-    compared = compare(before, after)
-    # The GPU computes 3.5 ms of a step: at 180 tokens/s and slower it is idle for more than a quarter of it.
-    assert "tg128 @ d16384" in compared.doubtful
-    assert "pp512" not in compared.doubtful
-    assert compare(before, before).doubtful == []
