@@ -109,7 +109,7 @@ def bench(
     comparison = None if before is None else compared(before, result)
     try:
         if output != "table":
-            console.text(outputs.render(result, output, flags))
+            console.text(outputs.render(result, output, flags), is_json=output in ("json", "jsonl"))
         elif comparison is None:
             bench.tables(console, result)
         if comparison is not None:

@@ -95,7 +95,7 @@ def _branches(
     if as_json:
         console.data([asdict(branch) for branch in described])
         return
-    models.show(console, models.branches_table(described, context, cache))
+    models.show_branches(console, described, context, cache)
     console.note(note)
 
 
@@ -116,7 +116,7 @@ def _dry_run(console: Console, wanted: Wanted, token: str | None, as_json: bool)
     if as_json:
         console.data(records.plan(plan))
         return
-    models.show(console, models.files_table(plan))
+    models.show_files(console, plan)
     remaining, total = units.size(plan.remaining), units.size(plan.total)
     console.note(f"{len(plan.items)} files, {total}; {remaining} to download to {wanted.folder}")
     if plan.left_out:

@@ -15,4 +15,4 @@ def list_models(models_dir: ModelsDir = None, as_json: Json = False) -> None:
     if as_json:
         console.data([entry.to_dict() for entry in entries])
     else:
-        models.show(console, models.models_table(entries))
+        models.show_models(console, entries)

@@ -40,9 +40,9 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     if as_json:
         console.data(records.model(info, entry, licence, why_not, source, estimates))
         return
-    models.show(console, models.facts_table(info, entry, licence, why_not))
+    models.show_facts(console, info, entry, licence, why_not)
     if estimates:
-        models.show(console, models.estimates_table(estimates, memory.gpus()))
+        models.show_estimates(console, estimates, memory.gpus())
     if source:
         models.preview(console, "Chat template", source)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from exl_cli.bench import limits, outputs
 from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
 from exl_cli.bench.result import Measured, Result, Run, mean
 from exl_cli.system.units import mib
 from exl_cli.ui.console import Console
-from exl_cli.ui.models import show, table
 from exl_cli.ui.progress import Live, bar_column, text_column
 from exl_cli.ui.text import harmless
 
@@ -61,9 +59,8 @@ def tables(console: Console, result: Result) -> None:
     """The whole result, on stdout."""
     for run in result.runs:
         _heading(console, run)
-        rows = _tests(run)
-        if rows.row_count:
-            show(console, rows)
+        if run.tests:
+            _tests(console, run)
         for name, text in _lines(run):
             _fact(console, name, text)
         console.text("\n")
@@ -82,14 +79,12 @@ def doubts(console: Console, result: Result) -> None:
 
 
 def _heading(console: Console, run: Run) -> None:
-    from rich.text import Text
-
     facts = [outputs.size_text(run.model["size_bytes"]), outputs.parameters_text(run.model["parameters"])]
     facts += [str(run.engine.get("name")), f"cache {run.cache}"]
-    console.out.print(Text.assemble((harmless(run.label), "bold"), harmless(f"  {', '.join(facts)}")), soft_wrap=True)
+    console.line((run.label, "bold"), f"  {', '.join(facts)}", to=console.out)
 
 
-def _tests(run: Run) -> Any:
+def _tests(console: Console, run: Run) -> None:
     energy = any(entry.joules_per_token is not None for entry in run.tests)
     guessed = any(entry.acceptance is not None for entry in run.tests)
     titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"]
@@ -102,7 +97,7 @@ def _tests(run: Run) -> Any:
         row += ["-" if joules is None else f"{joules:.3g}"] * energy
         row += ["-" if accepted is None else f"{accepted:.0%}"] * guessed
         rows.append(row)
-    return table(titles, rows, right=titles[1:])
+    console.table(console.out, titles, rows, right=titles[1:])
 
 
 def _rate(entry: Measured) -> str:
@@ -156,7 +151,7 @@ def comparison(console: Console, result: Comparison, *, on_stdout: bool) -> None
     for model, cache in dict.fromkeys(pairs):
         _fact(console, "compared", f"{model}, cache {cache}")
         rows = [row for row in result.rows if (row.model, row.cache) == (model, cache)]
-        show(console, _differences(rows))
+        _differences(console, rows)
         for figure in result.figures:
             if (figure.model, figure.cache) == (model, cache):
                 _fact(console, figure.name, _figure(figure))
@@ -200,7 +195,7 @@ def _verdict(result: Comparison) -> str:
     return f"{' and '.join(parts)} of {len(result.rows)} tests ({rule})"
 
 
-def _differences(rows: list[Row]) -> Any:
+def _differences(console: Console, rows: list[Row]) -> None:
     from rich.text import Text
 
     titles = ["test", "before t/s", "after t/s", "change", "p", ""]
@@ -208,7 +203,7 @@ def _differences(rows: list[Row]) -> Any:
     for row in rows:
         line = row.test, f"{row.before:,.1f}", f"{row.after:,.1f}", f"{row.ratio - 1:+.1%}", f"{row.p:.3f}"
         lines.append((*line, Text(_MARKS[row.mark], style=_STYLES[row.mark])))
-    return table(titles, lines, right=titles[1:5])
+    console.table(console.out, titles, lines, right=titles[1:5])
 
 
 def _figure(figure: Figure) -> str:
@@ -225,18 +220,10 @@ def _change(before: float, after: float) -> str:
 
 def _fact(console: Console, name: str, text: str) -> None:
     """A line of the form "name  text", wrapped under its text on a terminal."""
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    if not console.out.is_terminal:
-        console.text(harmless(f"  {name:<{_NAME_WIDTH}} {text}").rstrip() + "\n")
-        return
-    made = Table.grid(padding=(0, 1))
-    made.add_column(min_width=_NAME_WIDTH, no_wrap=True)
-    made.add_column(overflow="fold")
-    made.add_row(Text(harmless(name), style="bold"), Text(harmless(text)))
-    console.out.print(Padding(made, (0, 0, 0, 2)))
+    title = Text(f"  {name:<{_NAME_WIDTH}}", "bold", no_wrap=True)
+    console.table(console.out, ("", ""), [(title, text)], box=None, padding=(0, 1, 0, 0))
 
 
 def _ms(nanoseconds: float) -> str:

@@ -19,11 +19,8 @@ from exl_cli.engines.base import Summary
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.ui.answers import Answer, MarkdownAnswer
 from exl_cli.ui.console import Console
-from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from exl_cli.chat.commands import Command
     from exl_cli.chat.model import ChatModel
     from exl_cli.structured.reasoning import Piece
@@ -90,27 +87,24 @@ class ChatConsole(Console):
 
     def say(self, message: str) -> None:
         """The outcome of a command."""
-        self.err.print(harmless(message), style="dim", markup=False, highlight=False, soft_wrap=True)
+        self.line((message, "dim"))
 
     def block(self, text: str) -> None:
         """A text as it is."""
-        self.err.out(harmless(text), highlight=False)
+        self.line(text)
 
     def commands(self, commands: Iterable[Command]) -> None:
         """What commands there are."""
-        table = _plain_table()
+        rows = []
         for command in commands:
             also = f" (also {', '.join('/' + name for name in command.aliases)})" if command.aliases else ""
-            table.add_row(f"/{command.name} {command.arguments}".rstrip(), command.help + also)
-        self.err.print(table, markup=False, highlight=False)
+            rows.append((f"/{command.name} {command.arguments}".rstrip(), command.help + also))
+        self._list(rows)
         self.say('Anything else is a message. """ begins and ends one of several lines; Alt-Enter breaks a line.')
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """Settings and their values."""
-        table = _plain_table()
-        for name, value in values.items():
-            table.add_row(name, _shown(value))
-        self.err.print(table, markup=False, highlight=False)
+        self._list((name, _shown(value)) for name, value in values.items())
 
     def changes(self, changed: Mapping[str, tuple[Any, Any]], unchanged: str) -> None:
         """Settings with their old and new values; `unchanged` names what stayed where nothing else changed."""
@@ -149,14 +143,17 @@ class ChatConsole(Console):
 
     def sessions(self, overviews: Iterable[tuple[str, datetime, Session | str]], current: str) -> None:
         """See `ChatView.sessions`."""
-        table = _plain_table(("session", "last change", "turns", "model", "begins"))
+        rows = []
         for name, updated, session in overviews:
             shown, when = f"{name} *" if name == current else name, f"{updated:%Y-%m-%d %H:%M}"
             if isinstance(session, str):
-                table.add_row(shown, when, "-", "-", harmless(session))
+                rows.append((shown, when, "-", "-", session))
             else:
-                table.add_row(shown, when, str(len(session.turns)), harmless(session.model), harmless(session.title))
-        self.err.print(table, markup=False, highlight=False)
+                rows.append((shown, when, str(len(session.turns)), session.model, session.title))
+        self._list(rows, ("session", "last change", "turns", "model", "begins"))
+
+    def _list(self, rows: Iterable[Iterable[object]], titles: Sequence[str] = ("", "")) -> None:
+        self.table(self.err, titles, rows, box=None, padding=(0, 2, 0, 0), pad_edge=True, header_style="dim")
 
     def resumed(self, session: Session) -> None:
         """Where a saved conversation stands."""
@@ -189,7 +186,7 @@ def _shown(value: Any) -> str:
         return "none"
     if isinstance(value, (tuple, list)):
         return ", ".join(repr(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else harmless(str(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _timed(tokens: int, seconds: float) -> str:
@@ -199,12 +196,3 @@ def _timed(tokens: int, seconds: float) -> str:
 
 def _weights(count: int) -> str:
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
-
-
-def _plain_table(headers: Sequence[str] = ()) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(headers), header_style="dim")
-    for header in headers or ("", ""):
-        table.add_column(header, overflow="fold")
-    return table

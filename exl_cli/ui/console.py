@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,7 +21,6 @@ from exl_cli.ui.text import Wrapper, harmless, harmless_json
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
-    from rich.table import Table
     from rich.text import Text
 
     from exl_cli.ui.progress import Loading
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 def flags(text: str) -> str:
     """Text with its parameters written as flags: `--max-seq-len`."""
     return spell(text, lambda name: "--" + name.replace("_", "-"))
+
+
+_GPU_TITLES = ("GPU", "Temp", "Power", "Memory MiB\nused / total", "Util", "Process\nMiB", "Peak\nMiB")
+# A table that is as wide as its longest line.
+_WIDEST = 100_000
 
 
 class Console:
@@ -116,12 +121,57 @@ class Console:
             self.out.file.flush()
             self._at_line_start = text.endswith("\n")
 
+    def table(
+        self,
+        to: RichConsole,
+        titles: Sequence[str],
+        rows: Iterable[Iterable[object]],
+        *,
+        right: Sequence[str] = (),
+        **layout: Any,
+    ) -> None:
+        """Show a table, fitted to a terminal, and as wide as each line needs to be in a pipe that stdout is.
+
+        Args:
+            to: `out` or `err`.
+            titles: of the columns; empty ones for a table without a head.
+            rows: their cells, which are text from outside unless they are Rich's `Text`.
+            right: the titles of columns that are aligned to the right.
+            layout: of Rich's `Table`, instead of the usual one.
+        """
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        usual = {"box": box.SIMPLE_HEAD, "pad_edge": False, "header_style": "bold", "show_header": any(titles)}
+        made = Table(**{**usual, **layout})
+        for title in titles:
+            made.add_column(title, justify="right" if title in right else "left", overflow="fold")
+        for row in rows:
+            cells = (c if isinstance(c, Text) else Text(harmless(str(c), terminal=to.is_terminal)) for c in row)
+            made.add_row(*cells)
+        if to is self.err or to.is_terminal:
+            to.print(made)
+            return
+        text = io.StringIO()
+        _rich(text, _WIDEST).print(made)
+        self.text("\n".join(line.rstrip(" ") for line in text.getvalue().split("\n")))
+
     # --- stderr ---------------------------------------------------------------------------------------------------
+
+    def line(self, *parts: str | tuple[str, str], to: RichConsole | None = None, end: str = "\n") -> None:
+        """Text from outside, in parts that may have a style; on stderr if not told otherwise."""
+        from rich.text import Text
+
+        to, line = to or self.err, Text()
+        for text, style in ((part, "") if isinstance(part, str) else part for part in parts):
+            line.append(harmless(text, terminal=to.is_terminal), style)
+        to.print(line, highlight=False, soft_wrap=True, end=end)
 
     def note(self, message: str) -> None:
         """A dim line on stderr."""
         if not self.quiet:
-            self._line(flags(message))
+            self.line((flags(message), "dim"))
 
     def summary(self, summary: Summary) -> None:
         """The notebook's two lines, and those about speculation where there was some."""
@@ -151,7 +201,10 @@ class Console:
         if self.quiet:
             return
         if gpus:
-            self.err.print(_gpu_table(gpus))
+            from rich import box
+
+            styles = {"box": box.SQUARE, "style": "dim", "header_style": "dim"}
+            self.table(self.err, _GPU_TITLES, map(_gpu_row, gpus), right=_GPU_TITLES[1:], **styles)
         else:
             self.note(f"Memory: {mib(host.resident_bytes)} resident, {mib(host.peak_bytes)} peak")
 
@@ -166,33 +219,20 @@ class Console:
 
     def error(self, error: ExlError) -> None:
         """What is wrong and the next step."""
-        self._error_lines(flags(error.message), flags(error.hint))
+        hint = [(f"; {flags(error.hint)}", "dim")] if error.hint else []
+        self.line(("error: ", "bold red"), flags(error.message), *hint)
 
     def bug(self, error: BaseException) -> None:
         """A failure that no one foresaw."""
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-        self._error_lines(f"unexpected {what}", "run again with --debug for the traceback, and please report it")
+        self.error(ExlError(f"unexpected {what}", "run again with --debug for the traceback, and please report it"))
 
     def traceback(self, error: BaseException) -> None:
         """Where a failure came from, for --debug."""
         import traceback
 
-        self.err.out(self._clean("".join(traceback.format_exception(error)).rstrip("\n")), highlight=False)
-
-    def _error_lines(self, message: str, hint: str) -> None:
-        from rich.text import Text
-
-        line = Text.assemble(("error: ", "bold red"), self._clean(message))
-        if hint:
-            line.append("; " + self._clean(hint), "dim")
-        self.err.print(line, highlight=False, soft_wrap=True)
-
-    def _line(self, message: str) -> None:
-        self.err.print(self._clean(message), style="dim", markup=False, highlight=False, soft_wrap=True)
-
-    def _clean(self, text: str) -> str:
-        return harmless(text, terminal=self.err.is_terminal)
+        self.line("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def dim(text: str) -> Text:
@@ -202,25 +242,16 @@ def dim(text: str) -> Text:
     return Text(harmless(text), "dim")
 
 
-def _gpu_table(gpus: Sequence[GpuReading]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SQUARE, header_style="dim", style="dim")
-    table.add_column("GPU", min_width=13)
-    for title in ("Temp", "Power", "Memory MiB\nused / total", "Util", "Process\nMiB", "Peak\nMiB"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for gpu in gpus:
-        table.add_row(
-            f"{gpu.device.removeprefix('cuda:')} {gpu.name or 'unknown'}",
-            _amount(gpu.temperature, " C"),
-            _pair(gpu.power, gpu.power_limit, " W"),
-            _pair(gpu.used_bytes, gpu.total_bytes, scale=MIB),
-            _amount(gpu.utilisation, " %"),
-            _amount(gpu.process_bytes, scale=MIB),
-            _amount(gpu.process_peak_bytes, scale=MIB),
-        )
-    return table
+def _gpu_row(gpu: GpuReading) -> tuple[str, ...]:
+    return (
+        f"{gpu.device.removeprefix('cuda:')} {gpu.name or 'unknown'}",
+        _amount(gpu.temperature, " C"),
+        _pair(gpu.power, gpu.power_limit, " W"),
+        _pair(gpu.used_bytes, gpu.total_bytes, scale=MIB),
+        _amount(gpu.utilisation, " %"),
+        _amount(gpu.process_bytes, scale=MIB),
+        _amount(gpu.process_peak_bytes, scale=MIB),
+    )
 
 
 def _amount(value: float | None, unit: str = "", *, scale: int = 1) -> str:
@@ -233,10 +264,10 @@ def _pair(used: float | None, total: float | None, unit: str = "", *, scale: int
     return f"{_amount(used, scale=scale)} / {_amount(total, scale=scale)}{unit}"
 
 
-def _rich(file: TextIO) -> RichConsole:
+def _rich(file: TextIO, width: int | None = None) -> RichConsole:
     from rich.console import Console as RichConsole
 
-    return RichConsole(file=file)
+    return RichConsole(file=file, width=width)
 
 
 def _same_file(stream: TextIO, other: TextIO) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 from exl_cli.doctor.check_result import CheckResult
 from exl_cli.ui.console import Console, dim, flags
-from exl_cli.ui.text import harmless
 
 _TITLE = 15
 _MARKS = {"ok": ("✓", "green"), "warn": ("!", "bold yellow"), "fail": ("✗", "bold red"), "skip": ("-", "dim")}
@@ -36,27 +35,20 @@ class Checklist:
 
     def show(self, result: CheckResult) -> None:
         """One result."""
-        from rich.text import Text
-
-        result = spelled(result)
+        result, out = spelled(result), self._console.out
         mark, style = _MARKS[result.status]
-        text = Text.assemble((self._shown(mark), style), f" {result.check:<{_TITLE}} ")
-        indent = " " * len(text)
-        for line in self._wrapped(harmless(result.message), len(indent)):
-            self._print(text.append(line, "dim" if result.status == "skip" else ""))
-            text = Text(indent)
+        title = f" {result.check:<{_TITLE}} "
+        indent = " " * (len(mark) + len(title))
+        first: list[str | tuple[str, str]] = [(self._shown(mark), style), title]
+        for line in self._wrapped(result.message, len(indent)):
+            self._console.line(*first, (line, "dim" if result.status == "skip" else ""), to=out)
+            first = [indent]
         if result.fix:
-            self._print(Text.assemble(indent, self._shown("→") + " ", (harmless(result.fix), "bold")))
+            self._console.line(indent, self._shown("→") + " ", (result.fix, "bold"), to=out)
 
     def conclude(self, summary: str) -> None:
         """The verdict."""
-        from rich.text import Text
-
-        self._print(Text(""))
-        self._print(Text(harmless(flags(summary)), "bold"))
-
-    def _print(self, text: Any) -> None:
-        self._console.out.print(text, soft_wrap=True, highlight=False, markup=False)
+        self._console.line("\n", (flags(summary), "bold"), to=self._console.out)
 
     def _shown(self, mark: str) -> str:
         """The mark, or what stands for it where it cannot be written."""

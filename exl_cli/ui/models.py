@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exl_cli.models.folders import BUILTIN
 from exl_cli.models.memory import Estimate, Gpu, fits, shape_of
 from exl_cli.system.units import gib, parameters, size
 from exl_cli.ui.console import Console
-from exl_cli.ui.text import harmless
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
-
     from exl_cli.models.folders import Entry
     from exl_cli.models.hub.branches import Branch
     from exl_cli.models.hub.download import Plan
     from exl_cli.models.info import ModelInfo
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_WIDEST = 100_000
 _PREVIEW_LINES, _PREVIEW_WIDTH = 12, 160
 
 
-def table(titles: Sequence[str], rows: Iterable[Iterable[object]], *, right: Sequence[str] = ()) -> Table:
-    """A table: its columns, those in `right` aligned to the right, and its rows; see `cells`."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title in titles:
-        made.add_column(title, justify="right" if title in right else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*cells(row))
-    return made
-
-
-def show(console: Console, made: Table) -> None:
-    """A table as asked-for data: on stdout, fitted to a terminal, and in a pipe as wide as each line needs to be."""
-    if console.out.is_terminal:
-        console.out.print(made, markup=False)
-        return
-    from rich.console import Console as RichConsole
-
-    text = io.StringIO()
-    RichConsole(file=text, width=_WIDEST).print(made, markup=False)
-    console.text("\n".join(line.rstrip(" ") for line in text.getvalue().split("\n")))
-
-
-def cells(row: Iterable[object]) -> list[Text]:
-    """Cells of a row: text from outside is neither markup nor a command to the terminal."""
-    from rich.text import Text
-
-    return [value if isinstance(value, Text) else Text(harmless(str(value))) for value in row]
-
-
-def files_table(plan: Plan) -> Table:
+def show_files(console: Console, plan: Plan) -> None:
     """What a download would fetch."""
     words = {"here": "yes", "staged": "yes", "missing": "no"}
     rows = ((item.file.name, size(item.file.size), words.get(item.state, size(item.bytes_here))) for item in plan.items)
-    return table(("File", "Size", "Here"), rows, right=("Size", "Here"))
+    console.table(console.out, ("File", "Size", "Here"), rows, right=("Size", "Here"))
 
 
-def branches_table(branches: Sequence[Branch], context: int, cache: str) -> Table:
+def show_branches(console: Console, branches: Sequence[Branch], context: int, cache: str) -> None:
     """The branches of a repository and what each would take."""
     titles = "Branch", "Format", "Download", f"VRAM at {context:,}, {cache}", "Fits"
     rows = []
@@ -75,13 +37,13 @@ def branches_table(branches: Sequence[Branch], context: int, cache: str) -> Tabl
             vram, fits = gib(branch.vram_bytes), {True: "yes", False: "no", None: "?"}[branch.fits]
         download = size(branch.download_bytes) if branch.download_bytes else "-"
         rows.append((branch.name, branch.problem or branch.format_name, download, vram, fits))
-    return table(titles, rows, right=titles[2:3])
+    console.table(console.out, titles, rows, right=titles[2:3])
 
 
-def models_table(entries: Sequence[Entry]) -> Table:
+def show_models(console: Console, entries: Sequence[Entry]) -> None:
     """The models that are here."""
     titles = "Name", "Format", "bpw", "Params", "Size", "Context", "Where"
-    return table(titles, map(_model_row, entries), right=titles[2:6])
+    console.table(console.out, titles, map(_model_row, entries), right=titles[2:6])
 
 
 def _model_row(entry: Entry) -> tuple[object, ...]:
@@ -95,9 +57,9 @@ def _model_row(entry: Entry) -> tuple[object, ...]:
     return entry.name, info.format_name, bits, count, here, context, where
 
 
-def facts_table(info: ModelInfo, entry: Entry, licence: str, why_not: str) -> Table:
+def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, why_not: str) -> None:
     """Everything known of one model, a fact to a row."""
-    from rich.table import Table
+    from rich.text import Text
 
     shape, source = shape_of(info), entry.marker
     dimensions = (
@@ -123,16 +85,11 @@ def facts_table(info: ModelInfo, entry: Entry, licence: str, why_not: str) -> Ta
         "Chat template": "yes" if info.has_chat_template else "no",
         "Engine": f"CPU only: {why_not}" if why_not else "exllamav2 on NVIDIA GPUs, or CPU",
     }
-    made = Table(box=None, show_header=False, pad_edge=False)
-    made.add_column(no_wrap=True, style="dim")
-    made.add_column(overflow="fold")
-    for name, value in facts.items():
-        if value:
-            made.add_row(*cells((name, value)))
-    return made
+    rows = [(Text(name, "dim", no_wrap=True), value) for name, value in facts.items() if value]
+    console.table(console.out, ("", ""), rows, box=None)
 
 
-def estimates_table(estimates: Mapping[int, Mapping[str, Estimate]], gpus: Sequence[Gpu]) -> Table:
+def show_estimates(console: Console, estimates: Mapping[int, Mapping[str, Estimate]], gpus: Sequence[Gpu]) -> None:
     """GPU memory by context and cache type; marked where it does not fit the GPUs here."""
     totals = [gpu.total for gpu in gpus]
     rows = (
@@ -143,7 +100,7 @@ def estimates_table(estimates: Mapping[int, Mapping[str, Estimate]], gpus: Seque
         for context, row in estimates.items()
     )
     caches = [f"{kind} cache" for kind in next(iter(estimates.values()))]
-    return table(("Estimated VRAM at", *caches), rows, right=caches)
+    console.table(console.out, ("Estimated VRAM at", *caches), rows, right=caches)
 
 
 def preview(console: Console, title: str, text: str) -> None:
@@ -153,14 +110,14 @@ def preview(console: Console, title: str, text: str) -> None:
         line if len(line) <= _PREVIEW_WIDTH else f"{line[: _PREVIEW_WIDTH - 1]}…" for line in lines[:_PREVIEW_LINES]
     ]
     more = f"\n… {len(lines) - _PREVIEW_LINES} more lines" if len(lines) > _PREVIEW_LINES else ""
-    console.text(harmless(f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in shown) + f"{more}\n"))
+    console.text(f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in shown) + f"{more}\n")
 
 
 def confirm(console: Console, question: str, *, default: bool = True) -> bool:
     """Ask a person; an empty answer is the default, the end of input a no."""
     choices = "[Y/n]" if default else "[y/N]"
     while True:
-        console.err.print(harmless(f"{question} {choices} "), end="", markup=False, highlight=False, soft_wrap=True)
+        console.line(f"{question} {choices} ", end="")
         try:
             answer = input().strip().lower()
         except EOFError:

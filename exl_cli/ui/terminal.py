@@ -23,6 +23,7 @@ from exl_cli.chat.conversation import Conversation
 from exl_cli.models.prompt import check_text
 from exl_cli.system.files import write_atomically
 from exl_cli.ui.chat import CONTINUATION, PROMPT
+from exl_cli.ui.text import harmless
 
 # A history file larger than this, in bytes, is cut to its last half.
 _MOST_HISTORY = 1_000_000
@@ -98,7 +99,7 @@ class _Completer(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         length, endings = commands.complete(self._chat, document.text_before_cursor)
         for text, remark in endings:
-            yield Completion(text, start_position=-length, display_meta=remark)
+            yield Completion(text, -length, display=harmless(text), display_meta=harmless(remark))
 
 
 _KEYS = KeyBindings()
