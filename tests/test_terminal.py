@@ -91,28 +91,24 @@ def test_a_shell_gets_its_terminal_back_however_an_answer_ends() -> None:
     shell.close(force=True)
 
 
-def run(screen: TextIO, answer: str, *args: str, stderr: TextIO | None = None) -> None:
-    """`exl run` in this process, its streams where they are told to be."""
+def exl(screen: TextIO, answer: str, *args: str, stderr: TextIO | None = None) -> None:
+    """The command in this process, its streams where they are told to be."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO())
         patch.setattr(sys, "stdout", screen)
         patch.setattr(sys, "stderr", stderr or screen)
-        app(
-            ["run", *(args if "-f" in args else ("-p", "x", *args))],
-            obj=State(load=Script([answer]).load),
-            standalone_mode=False,
-        )
+        app(args, obj=State(load=Script([answer]).load), standalone_mode=False)
 
 
 @pytest.fixture
 def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """What `exl run` shows on a terminal, without styles."""
+    """What the command shows on a terminal, without styles."""
     ours, its = os.openpty()
 
     def shown(answer: str, *args: str, width: int = 1000) -> str:
         monkeypatch.setenv("COLUMNS", str(width))
         monkeypatch.setenv("TERM", "xterm")
-        run(terminal, answer, *args)
+        exl(terminal, answer, *args)
         return without_styles(os.read(ours, 100_000).decode())
 
     with os.fdopen(its, "w", encoding="utf-8") as terminal:
@@ -123,7 +119,7 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]
 def test_what_is_shown_on_a_terminal(on_terminal: Callable[..., str]) -> None:
     """`test_terminal_text` has the cases."""
     answer = "[bold]The[/bold] :smile: \x1b[31mfox jumps over \u202ethe lazy dog"
-    assert on_terminal(answer, "-q", width=30) == (
+    assert on_terminal(answer, "run", "-p", "x", "-q", width=30) == (
         "[bold]The[/bold] :smile:\n␛[31mfox jumps over \u202ethe lazy\u202c\n\u202edog\u202c\n"
     )
 
@@ -131,21 +127,25 @@ def test_what_is_shown_on_a_terminal(on_terminal: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("args", "shown"),
     [
-        (("-p", "a\u202eb\u200b\x7f", "--raw", "--show-prompt", "-q"), r"a\u202eb\u200b\u007f"),
-        (("--var", "a\u2028b=c", "--template", "x"), r"a\u2028b"),
-        (("-f", "/no\u2066such\u009b"), r"/no\u2066such\u009b"),
-        (("<\ufeff>", "--stop", "\u200b"), r"<\ufeff>"),
+        (("run", "-p", "a\u202eb\u200b\x7f", "--raw", "--show-prompt"), r"a\u202eb\u200b\u007f"),
+        (("run", "--var", "a\u2028b=c", "--template", "x"), r"a\u2028b"),
+        (("run", "-f", "/no\u2066such\u009b"), r"/no\u2066such\u009b"),
+        (("list", "--models-dir", "{models}"), r"a\u202eb\u007f"),
+        (("list", "--models-dir", "{models}", "--json"), r"a\u202eb\u007f"),
+        (("show", "a\u202eb\x7f", "--models-dir", "{models}"), r"a\u202eb\u007f"),
     ],
 )
 def test_names_and_prompts_show_their_invisible_characters(
-    on_terminal: Callable[..., str], args: tuple[str, ...], shown: str
+    on_terminal: Callable[..., str], tmp_path: Path, args: tuple[str, ...], shown: str
 ) -> None:
-    assert shown in on_terminal("", *args)
+    (tmp_path / "a\u202eb\x7f").mkdir()
+    (tmp_path / "a\u202eb\x7f" / "config.json").touch()
+    assert shown in on_terminal("", *(arg.format(models=tmp_path) for arg in args))
 
 
 def test_json_on_a_terminal_is_of_the_same_value(on_terminal: Callable[..., str]) -> None:
     prompt = "\u202e\u200b\x7f\x9b\u2028"
-    screen = on_terminal("", "-p", prompt, "--raw", "--show-prompt", "--json")
+    screen = on_terminal("", "run", "-p", prompt, "--raw", "--show-prompt", "--json")
     assert screen.isascii()
     assert json.loads(screen)["prompt"] == prompt
 
@@ -168,7 +168,7 @@ def test_lines_stay_apart_where_both_streams_go_to_one_file(
     tmp_path: Path, answer: str, args: list[str], pattern: str
 ) -> None:
     with (tmp_path / "out").open("w") as stdout, os.fdopen(os.dup(stdout.fileno()), "w", buffering=1) as stderr:
-        run(stdout, answer, *args, stderr=stderr)
+        exl(stdout, answer, "run", "-p", "x", *args, stderr=stderr)
     assert re.fullmatch(pattern, (tmp_path / "out").read_bytes().decode(), re.DOTALL)
 
 
