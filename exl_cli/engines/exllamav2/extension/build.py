@@ -202,13 +202,13 @@ def _compiled(
         "TORCH_CUDA_ARCH_LIST": ";".join(archs),
         "MAX_JOBS": str(plan.jobs),
     }
-    library = folder / compiled.LIBRARY
+    library, start = folder / compiled.LIBRARY, log.tell()
     try:
         slower = toolchain.try_nvcc(archs, variables, log) / _TRIAL_SECONDS
         files = _compile(folder, variables, log, observer, archs, plan, slower)
         tested = smoke_test.run(library, archs, torch, log)
     except (subprocess.CalledProcessError, EngineError) as error:
-        failure = error if isinstance(error, EngineError) else _failure(log, torch)
+        failure = error if isinstance(error, EngineError) else _failure(log, start, torch)
         hint = f"{failure.hint}; see {log.name}" if failure.hint else f"see {log.name}"
         raise EngineError(f"exllamav2's extension was not compiled: {failure.message}", hint) from error
     compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
@@ -282,8 +282,8 @@ def _finished(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).exists()]
 
 
-def _failure(log: IO[str], torch: Torch) -> EngineError:
-    text = Path(log.name).read_text(encoding="utf-8", errors="replace")
+def _failure(log: IO[str], start: int, torch: Torch) -> EngineError:
+    text = Path(log.name).read_bytes()[start:].decode("utf-8", "replace")
     if known := hints.explain(text, torch):
         return EngineError(known.what, known.fix)
     return EngineError(hints.first_error(text) or "the compiler failed")
@@ -360,7 +360,7 @@ def _log() -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.replace(path.with_name("build.previous.log"))
-    with path.open("w", encoding="utf-8") as log:
+    with path.open("w", encoding="utf-8", buffering=1) as log:  # by lines: compilers write to it as well
         yield log
 
 
