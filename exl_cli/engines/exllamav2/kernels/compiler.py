@@ -14,14 +14,16 @@ import contextlib
 import ctypes
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels.ahead import Ahead
 from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
 from exl_cli.system.files import user_cache, write_atomically
@@ -36,6 +38,64 @@ _LEFT_FREE = 2  # cores, for the answer that is being generated meanwhile
 
 # A file, what is defined for it, and the compute capability.
 Build = tuple[str, tuple[tuple[str, int], ...], tuple[int, int]]
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Ahead(Generic[Key, Value]):
+    """Results by key, computed in the background before they are asked for.
+
+    An executor would finish its queue before the interpreter ends, and daemon threads crash when the libraries they
+    call are torn down. These threads end with the queue, or with the key they are at when the program is over.
+
+    Args:
+        work: computes a result; several threads call it at once.
+        threads: the most that run in the background.
+    """
+
+    def __init__(self, work: Callable[[Key], Value], threads: int) -> None:
+        self._work = work
+        self._free = threading.Semaphore(threads)
+        self._queue: deque[tuple[Key, Future[Value]]] = deque()
+        self._futures: dict[Key, Future[Value]] = {}
+
+    def begin(self, keys: Iterable[Key]) -> None:
+        """Queue keys in this order, in front of those that are still queued."""
+        wanted = {key: Future[Value]() for key in keys if key not in self._futures or self._futures[key].cancel()}
+        self._futures.update(wanted)
+        self._queue.extendleft(reversed(wanted.items()))
+        # Where there are no more threads, those who ask do the work.
+        with contextlib.suppress(RuntimeError):
+            for _ in wanted:
+                if not self._free.acquire(blocking=False):
+                    break
+                threading.Thread(target=self._serve, name="work ahead", daemon=False).start()
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Leave those undone that are still queued."""
+        for key in keys:
+            self._futures[key].cancel()
+
+    def get(self, key: Key) -> Value:
+        """The result, from the thread that is at it, or computed here where none is or where one failed."""
+        future = self._futures.get(key)
+        if future is None or future.cancel() or future.exception():
+            future = Future()
+            future.set_result(self._work(key))
+            self._futures[key] = future
+        return future.result()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(IndexError):  # the queue is empty
+            while threading.main_thread().is_alive():
+                key, future = self._queue.popleft()
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(self._work(key))
+                except BaseException as error:
+                    future.set_exception(error)
+        self._free.release()
 
 
 class _Attribute(ctypes.Structure):
