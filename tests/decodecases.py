@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exl_cli.engines.exllamav2.kernels import attending, norm_rope
+from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope
 
 TOLERANCE = 2e-3
 LENGTHS = (0, 1, 15, 16, 17, 255, 256, 257, 600)
@@ -183,18 +183,18 @@ class Memory:
             page_size=step.page_size,
         )  # fmt: skip
 
-    def argument(self, least: int, rows: int) -> attending.AttentionArgument:
+    def argument(self, least: int, rows: int) -> decode_attention.AttentionArgument:
         """The kernel's whole argument, with a poisoned workspace of so many rows."""
         step = self.step
         device = self.out.device
         self._workspace = [torch.full((rows, width), _NAN, device=device) for width in (step.head_dim, 2)]
         self.arrived = torch.zeros(len(step.lengths) * step.kv_heads, dtype=torch.int32, device=device)
-        argument = attending.AttentionArgument(
+        argument = decode_attention.AttentionArgument(
             rope=self.rope(), out=self.out.data_ptr(), parts=self._workspace[0].data_ptr(),
             marks=self._workspace[1].data_ptr(), arrived=self.arrived.data_ptr(), groups=step.heads // step.kv_heads,
             window=step.window, least=least,
         )  # fmt: skip
-        argument.scale, argument.softcap = attending.factors(step.head_dim**-0.5, step.softcap)
+        argument.scale, argument.softcap = decode_attention.factors(step.head_dim**-0.5, step.softcap)
         return argument
 
     def error(self) -> float:

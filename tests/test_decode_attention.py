@@ -11,7 +11,7 @@ import torch
 from decodecases import LENGTHS, TOLERANCE, Memory, Step, random_step
 from kernels.emulated import COMPILER, Emulated
 
-from exl_cli.engines.exllamav2.kernels import attending
+from exl_cli.engines.exllamav2.kernels import decode_attention
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
 
@@ -25,11 +25,11 @@ def attend(folder: Path, step: Step, *, warps: int = 4, shares: int = 1, least: 
     """The step, its keys in up to so many shares; with an order, see `Emulated`."""
     memory = Memory(step)
     tiles = 1 if step.tokens * step.heads // step.kv_heads <= 8 else 2
-    layout = attending.Plan(tiles, warps, shares, least)
+    layout = decode_attention.Plan(tiles, warps, shares, least)
     batch = len(step.lengths)
     argument = memory.argument(least, batch * step.tokens * step.heads * shares)
     kernel = Emulated(
-        folder, attending.FILE, attending.NAME, "Attention", layout.defines(step.head_dim, step.page_size)
+        folder, decode_attention.FILE, decode_attention.NAME, "Attention", layout.defines(step.head_dim, step.page_size)
     )
     kernel(argument, (shares, step.kv_heads, batch), 32 * warps, order)
     assert not memory.arrived.any()
@@ -72,8 +72,8 @@ def test_a_workspace_serves_again(folder: Path) -> None:
     """As in a model, whose layers attend one after the other."""
     memory = Memory(Step((600,)))
     argument = memory.argument(1, 8 * 5)
-    layout = attending.Plan(1, 8, 5, 1)
-    kernel = Emulated(folder, attending.FILE, attending.NAME, "Attention", layout.defines(128, 256))
+    layout = decode_attention.Plan(1, 8, 5, 1)
+    kernel = Emulated(folder, decode_attention.FILE, decode_attention.NAME, "Attention", layout.defines(128, 256))
     for order in (1, 2):
         memory.out.fill_(float("nan"))
         kernel(argument, (5, 2, 1), 256, order)
@@ -83,8 +83,8 @@ def test_a_workspace_serves_again(folder: Path) -> None:
 def test_rows_that_only_fill_up_a_pass_share_a_page(folder: Path) -> None:
     memory = Memory(Step((300, 0, 0)))
     memory.table[2] = memory.table[1]
-    layout = attending.Plan(1, 8, 2, 1)
-    kernel = Emulated(folder, attending.FILE, attending.NAME, "Attention", layout.defines(128, 256))
+    layout = decode_attention.Plan(1, 8, 2, 1)
+    kernel = Emulated(folder, decode_attention.FILE, decode_attention.NAME, "Attention", layout.defines(128, 256))
     kernel(memory.argument(1, 3 * 8 * 2), (2, 2, 3), 256)
     got = memory.out[:-1].view(memory.expected.shape).double()
     assert bool(got.isfinite().all())
@@ -94,11 +94,11 @@ def test_rows_that_only_fill_up_a_pass_share_a_page(folder: Path) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (32, 32), (28, 4), (64, 8), (12, 2), (16, 1)])
 @pytest.mark.parametrize("processors", [20, 132])
 def test_a_plan_leaves_room_for_others_and_fills_the_gpu(heads: int, kv_heads: int, processors: int) -> None:
-    rows = attending.workspace_rows(heads, kv_heads, processors)
+    rows = decode_attention.workspace_rows(heads, kv_heads, processors)
     # No more than a few megabytes, in rows of 128 sums.
     assert rows * 130 * 4 <= 20 << 20
     for batch, keys in itertools.product((1, 2, 7, 16, 32), (1024, 4096, 32768, 131072)):
-        plan = attending.plan(batch, 1, heads, kv_heads, keys, processors)
+        plan = decode_attention.plan(batch, 1, heads, kv_heads, keys, processors)
         assert batch * heads * plan.shares <= rows
         blocks = plan.shares * batch * kv_heads
         # As many as fill the GPU, or as have something to do.
@@ -118,7 +118,7 @@ def test_a_plan_leaves_room_for_others_and_fills_the_gpu(heads: int, kv_heads: i
 )
 def test_what_it_takes(shape: tuple[int, int, int, int], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EXL_ATTENTION", raising=False)
-    assert attending.why_not(*shape, quantized_cache=False) == reason
-    assert attending.why_not(*shape, quantized_cache=True) == "the cache is quantized"
+    assert decode_attention.why_not(*shape, quantized_cache=False) == reason
+    assert decode_attention.why_not(*shape, quantized_cache=True) == "the cache is quantized"
     monkeypatch.setenv("EXL_ATTENTION", "triton")
-    assert attending.why_not(*shape, quantized_cache=False) == "EXL_ATTENTION is set"
+    assert decode_attention.why_not(*shape, quantized_cache=False) == "EXL_ATTENTION is set"

@@ -16,7 +16,7 @@ from quantize import random_exl2, random_gptq
 from torch import Tensor
 
 from exl_cli.engines.exllamav2.kernels import norm_rope, quantized_linear
-from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
+from exl_cli.engines.exllamav2.kernels.quantized_linear import QuantizedMatrix, from_exllamav2
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
 

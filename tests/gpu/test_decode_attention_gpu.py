@@ -14,8 +14,8 @@ from helpers import Recorder
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import CachedScoring
-from exl_cli.engines.exllamav2.kernels.attending import FILE, NAME, Attending, Plan
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.exllamav2.kernels.decode_attention import FILE, NAME, DecodeAttention, Plan
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
@@ -25,8 +25,8 @@ LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 def bound(memory: Memory) -> Callable[[], None]:
     """The step as the engine takes it."""
     step = memory.step
-    attending = Attending(memory.out.device, step.heads, step.kv_heads, step.head_dim, step.page_size)
-    attend = attending.bind(
+    attention = DecodeAttention(memory.out.device, step.heads, step.kv_heads, step.head_dim, step.page_size)
+    attend = attention.bind(
         memory.rope(),
         memory.out,
         len(step.lengths),
@@ -122,8 +122,8 @@ def test_shares_that_wait_for_each_other_never_miss_one() -> None:
     One workspace for all, as layers have, each launch beginning while the one before it ends.
     """
     memories = [Memory(Step((768, 4000), **LLAMA, seed=seed), "cuda:0") for seed in range(4)]
-    attending = Attending(memories[0].out.device, 32, 8, 128, 256)
-    attends = [attending.bind(m.rope(), m.out, 2, scale=128**-0.5, window=0, softcap=0.0) for m in memories]
+    attention = DecodeAttention(memories[0].out.device, 32, 8, 128, 256)
+    attends = [attention.bind(m.rope(), m.out, 2, scale=128**-0.5, window=0, softcap=0.0) for m in memories]
 
     def chain() -> None:
         for _ in range(25):

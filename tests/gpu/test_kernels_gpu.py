@@ -19,7 +19,7 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import CachedScoring
 from exl_cli.engines.exllamav2.kernels import quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
-from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
+from exl_cli.engines.exllamav2.kernels.quantized_linear import QuantizedMatrix, from_exllamav2
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 

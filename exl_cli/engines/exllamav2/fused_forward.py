@@ -17,9 +17,9 @@ import torch
 
 from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
-from exl_cli.engines.exllamav2.kernels import attending, norm_rope, quantized_linear
+from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
-from exl_cli.engines.exllamav2.kernels.matrices import Products
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Products
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer
 from exl_cli.errors import EngineError
@@ -76,7 +76,7 @@ class FusedForward:
         self._tuner = Tuner(self._device, (group.product for group in self._groups))
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._tuner.begin(1)
-        self._attending = self._choose_attention()
+        self._decode_attention = self._choose_attention()
         # Decoding one sequence, which everyone will want; and so it shows now whether the kernels work here.
         self._programs = {(1, 1): self._program(1, 1)}
 
@@ -231,8 +231,8 @@ class FusedForward:
             reorder = norm_rope.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
             receiver = reorder.argument
         softcap = self._model.config.attn_logit_softcapping or 0.0
-        if self._attending is not None and self._attends(tokens):
-            attend = self._attending.bind(
+        if self._decode_attention is not None and self._attends(tokens):
+            attend = self._decode_attention.bind(
                 argument, attended, batch, scale=module.scaling, window=module.sliding_window or 0, softcap=softcap
             )
         else:
@@ -250,7 +250,7 @@ class FusedForward:
     def _attend_paged(
         self, layer: Layer, batch: int, tokens: int, argument: norm_rope.RopeArgument, softcap: float, receiver: Any
     ) -> Work:
-        """What `Attending` does, in two steps and by any backend; the result becomes the receiver's `x`."""
+        """What `DecodeAttention` does, in two steps and by any backend; the result becomes the receiver's `x`."""
         heads, kv_heads, head_dim = self._widths
         module, cache, index, page_size = layer.attention, self._cache, layer.attention.layer_idx, self._page_size
         rows, lengths, block_table, after = (
@@ -285,15 +285,15 @@ class FusedForward:
         return self._attends(1)
 
     def _attends(self, tokens: int) -> bool:
-        return self._attending is not None and self._attending.takes(tokens)
+        return self._decode_attention is not None and self._decode_attention.takes(tokens)
 
-    def _choose_attention(self) -> attending.Attending | None:
+    def _choose_attention(self) -> decode_attention.DecodeAttention | None:
         heads, kv_heads, head_dim = self._widths
         page_size, quantized = self._page_size, self._cache.has_scales
-        reason = attending.why_not(heads, kv_heads, head_dim, page_size, quantized_cache=quantized)
+        reason = decode_attention.why_not(heads, kv_heads, head_dim, page_size, quantized_cache=quantized)
         if not reason:
             try:
-                return attending.Attending(self._device, heads, kv_heads, head_dim, page_size)
+                return decode_attention.DecodeAttention(self._device, heads, kv_heads, head_dim, page_size)
             except EngineError as error:
                 reason = error.message
         _log.info("attention from few tokens is left to the backend: %s", reason)

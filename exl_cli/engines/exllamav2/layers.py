@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.kernels import compiler, quantized_linear
-from exl_cli.engines.exllamav2.kernels.matrices import QuantizedMatrix, from_exllamav2
-from exl_cli.engines.exllamav2.kernels.quantized_linear import Product
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, QuantizedMatrix, from_exllamav2
 from exl_cli.errors import EngineError
 
 VARIABLE = "EXL_KERNELS"

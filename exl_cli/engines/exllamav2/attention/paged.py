@@ -8,7 +8,7 @@ function. It runs either of
   so that no CUDA graph can capture it.
 
 EXL_ATTENTION names the one to use instead. Where it is not set, models that run through kernels of our own attend from
-few tokens by one of these, too (`kernels/attending.py`): in one launch with the rotary embedding it is faster.
+few tokens by one of these, too (`kernels/decode_attention.py`): in one launch with the rotary embedding it is faster.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import hashlib
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import cache, lru_cache
 from pathlib import Path
@@ -187,8 +187,7 @@ class Kernel:
     def __init__(
         self, file: str, name: str, defines: Mapping[str, int], device: torch.device, shared_bytes: int = 0
     ) -> None:
-        self.shared_bytes = shared_bytes
-        self.device = device
+        self._shared_bytes, self._device = shared_bytes, device
         self._function = _function(file, name, tuple(sorted(defines.items())), device, shared_bytes)
 
     def bind(self, grid: tuple[int, ...], threads: int, argument: ctypes.Structure) -> Launch:
@@ -202,10 +201,11 @@ class Kernel:
         Where the GPU can (compute capability 9.0) it starts while the kernel before it ends: all functions here wait
         for what they need of that one.
         """
-        attributes = []
-        if torch.cuda.get_device_capability(self.device) >= (9, 0):
-            attributes.append(_Attribute(_PROGRAMMATIC, (ctypes.c_uint32 * 16)(1)))
-        return Launch(self._function, grid, threads, self.shared_bytes, argument, attributes)
+        overlaps = torch.cuda.get_device_capability(self._device) >= (9, 0)
+        attribute = _Attribute(_PROGRAMMATIC, (ctypes.c_uint32 * 16)(1))
+        dimensions = [(ctypes.c_uint * 3)(*(*sizes, 1, 1)[:3]) for sizes in (grid, (threads,))]
+        config = _Config(*dimensions, self._shared_bytes, None, ctypes.pointer(attribute), int(overlaps))
+        return Launch(self._function, config, argument)
 
 
 @cache
@@ -231,28 +231,11 @@ def _function(
 class Launch:
     """A kernel with its grid and argument; call it with a stream to run it."""
 
-    def __init__(
-        self,
-        function: Any,
-        grid: tuple[int, ...],
-        threads: int,
-        shared_bytes: int,
-        argument: ctypes.Structure,
-        attributes: Sequence[_Attribute],
-    ) -> None:
+    def __init__(self, function: Any, config: _Config, argument: ctypes.Structure) -> None:
         self.argument = argument
-        self._function = function
+        self._function, self._config = function, config
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        self._attributes = (_Attribute * len(attributes))(*attributes)
-        self._config = _Config(
-            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
-            (ctypes.c_uint * 3)(threads, 1, 1),
-            shared_bytes,
-            None,
-            self._attributes,
-            len(attributes),
-        )
-        self._by_reference = ctypes.byref(self._config)
+        self._by_reference = ctypes.byref(config)
         self._launch = _library().cuLaunchKernelEx
 
     def __call__(self, stream: int) -> None:

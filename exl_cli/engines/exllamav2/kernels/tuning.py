@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -54,9 +54,9 @@ class Tuner:
 
     def microseconds(self, product: Product, rows: int) -> float | None:
         """Of a launch in the tile that `tile_config` chose; None where it measured nothing."""
-        entry = self._read().get(_key(product, quantized_linear.most_rows(rows)), {})
-        times = entry.get("microseconds") if isinstance(entry, dict) else None
-        return min(times.values()) if times else None
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return float(self._read()[_key(product, quantized_linear.most_rows(rows))]["microseconds"])
+        return None
 
     def original(self, product: Product, make: Callable[[], Sequence[Callable[[], None]]]) -> float:
         """Microseconds that exllamav2's kernels take for a row of what such a product computes.
@@ -111,13 +111,10 @@ class Tuner:
         known = self._read()
         if (tile := _settled(alike[0], rows, builds, known)) is not None:
             return tile
-        times, key = self._measure(alike, rows, builds), _key(alike[0], rows)
+        times = self._measure(alike, rows, builds)
         best = min(times, key=lambda tile: times[tile])
-        known[key] = {
-            "tile": astuple(best),
-            "microseconds": {"/".join(map(str, astuple(tile))): round(t, 2) for tile, t in times.items()},
-        }
-        self._write(known)
+        entry = {"tile": astuple(best), "microseconds": round(times[best], 2)}
+        self._write({**known, _key(alike[0], rows): entry})
         return best
 
     def _write(self, known: Mapping[str, Any]) -> None:
@@ -149,17 +146,18 @@ class Tuner:
         times = {}
         for tile in builds:
             kernel = kernels[tile]
-            launches = []
+            launches: list[Callable[[], None]] = []
             for product in used:
                 argument = quantized_linear.argument(product, rows)
                 quantized_linear.connect(argument, [x] * len(outs), outs)
-                launches.append(_on_current_stream(kernel.bind((product.blocks(tile),), 32 * tile.warps, argument)))
+                launch = kernel.bind((product.blocks(tile),), 32 * tile.warps, argument)
+                launches.append(partial(_on_current_stream, launch))
             times[tile] = _microseconds(launches) / len(used)
         return times
 
 
-def _on_current_stream(launch: Launch) -> Callable[[], None]:
-    return lambda: launch(torch.cuda.current_stream().cuda_stream)
+def _on_current_stream(launch: Launch) -> None:
+    launch(torch.cuda.current_stream().cuda_stream)
 
 
 def _settled(

@@ -112,7 +112,7 @@ def why_not(heads: int, kv_heads: int, head_dim: int, page_size: int, *, quantiz
     return "" if page_size % _PIECE == 0 else f"pages of {page_size} positions"
 
 
-class Attending:
+class DecodeAttention:
     """Attention of one model's layers on one GPU.
 
     The workspace is that of a single launch, as one runs at a time: some megabytes.
