@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,36 +46,29 @@ def model_files(size: int = 200_000, seed: int = 0) -> dict[str, bytes]:
     }
 
 
-class Watcher:
-    """A `hub.download.Observer` that remembers."""
+class Fetcher:
+    """Downloads from a fake Hub into a folder, and remembers; the waits that it would have made are in `waits`."""
 
-    def __init__(self) -> None:
+    def __init__(self, fake: FakeHub, models: Path) -> None:
+        self.fake, self.models = fake, models
+        self.waits: list[float] = []
         self.notes: list[str] = []
         self.plan: Plan | None = None
-        self.bytes: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self.bytes: Counter[str] = Counter()
+        self.noted: Callable[[], object] = lambda: None
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+        self.noted()
 
     def begin(self, plan: Plan) -> None:
         self.plan = plan
 
     def advance(self, name: str, count: int) -> None:
-        with self._lock:
-            self.bytes[name] = self.bytes.get(name, 0) + count
-
-
-class Fetcher:
-    """Downloads from a fake Hub into a folder, without waiting: the waits that it would have made are in `waits`."""
-
-    def __init__(self, fake: FakeHub, models: Path) -> None:
-        self.fake, self.models = fake, models
-        self.waits: list[float] = []
-        self.watcher = Watcher()
+        self.bytes[name] += count
 
     def hub(self, token: str | None = None, timeout: float = 10.0) -> Hub:
-        return Hub(token, self.watcher.note, endpoint=self.fake.url, timeout=timeout, wait=self.waits.append)
+        return Hub(token, self.note, endpoint=self.fake.url, timeout=timeout, wait=self.waits.append)
 
     def wanted(self, model: str, **options: Any) -> Wanted:
         return Wanted(names.require(model), self.models, **options)
@@ -87,7 +81,7 @@ class Fetcher:
         store.part(wanted.folder, file).write_bytes(content)
 
     def __call__(self, model: str, token: str | None = None, timeout: float = 10.0, **options: Any) -> Outcome:
-        return download(self.hub(token, timeout), self.wanted(model, **options), self.watcher)
+        return download(self.hub(token, timeout), self.wanted(model, **options), self)
 
 
 def download_command(fake: FakeHub, models: Path, *args: str, **env: str) -> Result:

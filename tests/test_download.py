@@ -25,7 +25,7 @@ def test_a_model_arrives_byte_for_byte_and_can_be_resolved(hub: FakeHub, fetch: 
     folder = fetch.models / "acme_tiny"
     assert contents(folder) == files
     assert (outcome.commit, outcome.fetched_bytes) == (commit, sum(map(len, files.values())))
-    assert fetch.watcher.bytes == {name: len(content) for name, content in files.items()}
+    assert fetch.bytes == {name: len(content) for name, content in files.items()}
     assert loader.resolve("acme/tiny", fetch.models).path == folder
     marker = json.loads((folder / ".exl.json").read_text())
     assert (marker["repository"], marker["commit"], marker["license"]) == ("acme/tiny", commit, "apache-2.0")
@@ -74,7 +74,7 @@ def test_include_and_exclude_choose_but_never_a_pickle(hub: FakeHub, fetch: Fetc
     fetch("acme/tiny", choice=Choice(("*.md", "*.bin", "*.PT"), ("READ*",)))
 
     assert contents(fetch.models / "acme_tiny") == {"extra/notes.md": b"notes"}
-    assert [note for note in fetch.watcher.notes if "pickle" in note] == [
+    assert [note for note in fetch.notes if "pickle" in note] == [
         "left out old.PT, pytorch_model.bin: a pickle can run code when it is opened"
     ]
 

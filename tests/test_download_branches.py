@@ -187,8 +187,8 @@ def test_an_odd_config_is_no_obstacle_to_a_download(hub: FakeHub, tmp_path: Path
     fetch = Fetcher(hub, tmp_path)
     fetch("acme/odd")
     assert (tmp_path / "acme_odd" / "model.safetensors").read_bytes() == b"w"
-    assert fetch.watcher.plan is not None
-    assert isinstance(fit_warning(fetch.watcher.plan, [Gpu("card", GIB, GIB)]), str)
+    assert fetch.plan is not None
+    assert isinstance(fit_warning(fetch.plan, [Gpu("card", GIB, GIB)]), str)
 
 
 @pytest.mark.usefixtures("cards")
@@ -199,6 +199,6 @@ def test_a_download_that_will_not_fit_is_said_before_it(
     large = {**MISTRAL, "hidden_size": 32768, "vocab_size": 128_000}
     hub.repository("acme/wide", {"config.json": config(**large), "model.safetensors": b"w", **SMALL})
     fetch("acme/wide")
-    (line,) = fetch.watcher.notes
+    (line,) = fetch.notes
     assert line.startswith("acme/wide will need about ")
     assert line.endswith(" and here are 6 GiB; exl download acme/wide --branches shows what fits")

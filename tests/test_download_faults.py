@@ -65,8 +65,8 @@ def test_a_bad_line_is_gone_on_with_at_the_very_byte(
     assert arrived(fetch)
     assert [seen.range for seen in hub.requests("/cdn/*")] == ranges
     assert hub.sent("/cdn/*") == sent
-    assert fetch.watcher.notes == notes
-    assert fetch.watcher.bytes[WEIGHTS] == SIZE
+    assert fetch.notes == notes
+    assert fetch.bytes[WEIGHTS] == SIZE
 
 
 def test_progress_renews_patience(hub: FakeHub, fetch: Fetcher) -> None:
@@ -82,8 +82,8 @@ def test_of_a_server_that_ignores_ranges_what_is_here_is_passed_over(hub: FakeHu
     fetch("acme/tiny")
     assert arrived(fetch)
     assert hub.sent("/cdn/*") == 2 * 70_000 + SIZE
-    assert fetch.watcher.notes.count(f"{WEIGHTS}: the server cannot go on in the middle: starting anew") == 2
-    assert fetch.watcher.bytes[WEIGHTS] == SIZE
+    assert fetch.notes.count(f"{WEIGHTS}: the server cannot go on in the middle: starting anew") == 2
+    assert fetch.bytes[WEIGHTS] == SIZE
 
 
 @pytest.mark.parametrize("sent", [{}, {"Content-Range": "bytes 5-9/10"}, {"Content-Range": "bytes ²-"}], ids=str)
@@ -107,7 +107,7 @@ def test_a_500_is_tried_again_and_said(hub: FakeHub, fetch: Fetcher, where: str,
     fetch("acme/tiny")
     assert arrived(fetch)
     assert fetch.waits == [1.0, 2.0]
-    assert fetch.watcher.notes == [again("the Hub failed (500)", seconds, what) for seconds in (1, 2)]
+    assert fetch.notes == [again("the Hub failed (500)", seconds, what) for seconds in (1, 2)]
 
 
 # RFC 9110, 10.2.3: a number of ASCII digits, or a date; other forms are passed over.
@@ -119,7 +119,7 @@ def test_a_429_waits_as_long_as_it_is_told(hub: FakeHub, fetch: Fetcher) -> None
         hub.fault("/cdn/*", times=1, status=429, headers={"Retry-After": asked.encode().decode("latin-1")})
         fetch("acme/tiny", force=True)
         assert fetch.waits.pop() == seconds, asked
-        assert fetch.watcher.notes.pop() == again("the Hub limits requests (429)", int(seconds))
+        assert fetch.notes.pop() == again("the Hub limits requests (429)", int(seconds))
     date = email.utils.formatdate(time.time() + 90, usegmt=True)
     hub.fault("/cdn/*", times=1, status=503, headers={"Retry-After": date})
     fetch("acme/tiny", force=True)
@@ -148,7 +148,7 @@ def test_hashes_that_the_listing_lacks_come_from_the_files_own_headers(hub: Fake
     assert arrived(fetch)
     assert [fault.times for fault in damaged] == [0, 0]
     again = {f"{name} arrived damaged (wrong hash): fetching it again" for name in (WEIGHTS, "tokenizer.json")}
-    assert set(fetch.watcher.notes) <= again
+    assert set(fetch.notes) <= again
     weights = fetch.models / "acme_tiny" / WEIGHTS
     weights.write_bytes(b"\0" * SIZE)
     fetch("acme/tiny", verify=True)
@@ -162,7 +162,7 @@ def test_a_file_whose_hash_no_one_knows_is_said_to_be_unverified(hub: FakeHub, f
     hub.hidden_headers = {"X-Linked-Etag", "ETag"}
     fetch("acme/tiny")
     assert arrived(fetch)
-    assert fetch.watcher.notes == [NO_HASH]
+    assert fetch.notes == [NO_HASH]
 
 
 @pytest.mark.parametrize("etag", ['"5d8c72a5edda8d6a:3239"', 'W/"x"', '"../../evil"', f'"{"g" * 40}"'])
@@ -171,7 +171,7 @@ def test_an_etag_that_is_no_hash_is_not_taken_for_one(hub: FakeHub, fetch: Fetch
     hub.fault(f"*/{WEIGHTS}", times=1, status=200, headers={"ETag": etag, "X-Linked-Size": str(SIZE)})  # to HEAD
     fetch("acme/tiny")
     assert arrived(fetch)
-    assert fetch.watcher.notes == [NO_HASH]
+    assert fetch.notes == [NO_HASH]
 
 
 def test_hashes_in_capitals_and_ids_of_lfs_pointers_are_understood(hub: FakeHub, fetch: Fetcher) -> None:

@@ -99,7 +99,7 @@ def test_a_missing_or_cut_file_is_fetched_again_from_the_same_commit(hub: FakeHu
 
     assert contents(folder) == model_files(seed=1)
     assert outcome.fetched_bytes == len(model_files()[WEIGHTS]) + len(model_files()["tokenizer.json"])
-    assert f"{folder / WEIGHTS} is not as it was downloaded: fetching it again" in fetch.watcher.notes
+    assert f"{folder / WEIGHTS} is not as it was downloaded: fetching it again" in fetch.notes
 
 
 def test_verify_finds_and_mends_a_changed_byte_and_is_silent_otherwise(hub: FakeHub, fetch: Fetcher) -> None:

@@ -37,8 +37,8 @@ def test_a_file_in_xet_storage_arrives_and_goes_on_where_it_stopped(hub: FakeHub
     fetch.leave_part("acme/tiny", FILES[WEIGHTS][:1_234_567])
     fetch("acme/tiny")
     assert contents(fetch.models / "acme_tiny") == FILES
-    assert fetch.watcher.bytes[WEIGHTS] == SIZE - 1_234_567
-    assert (fetch.watcher.notes, fetch.waits) == ([], [])
+    assert fetch.bytes[WEIGHTS] == SIZE - 1_234_567
+    assert (fetch.notes, fetch.waits) == ([], [])
     assert hub.requests("/cdn/*") == []
 
 
@@ -46,7 +46,7 @@ def test_where_xet_storage_cannot_be_reached_plain_http_takes_over(hub: FakeHub,
     hub.xet_endpoint = "http://127.0.0.1:9"
     fetch("acme/tiny")
     assert contents(fetch.models / "acme_tiny") == FILES
-    assert "hf-xet keeps failing: going on over plain HTTP" in fetch.watcher.notes
+    assert "hf-xet keeps failing: going on over plain HTTP" in fetch.notes
     assert hub.sent("/cdn/*") == SIZE
 
 
