@@ -29,7 +29,7 @@ from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench import limits, machine, measure, plan
 from exl_cli.bench.plan import Case, Job, Settings
-from exl_cli.bench.result import Cold, Measured, Memory, Perplexity, Probe, Result, Run, Sample
+from exl_cli.bench.result import Cold, Measured, Memory, Probe, Result, Run, Sample
 from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import EngineError, ExitCode, ExlError, param
 from exl_cli.models import folders
@@ -243,20 +243,12 @@ class Collector:
         run.memory = memory
         self.result.order.append(test.name)
 
-    def finished(
-        self,
-        memory: Memory,
-        others_cpu: float | None,
-        perplexity: Perplexity | None,
-        probe: Probe | None,
-        kernels: dict[str, tuple[float, float] | None],
-        warnings: list[str],
-    ) -> None:
-        """The last figures of the job; `kernels` by the names of tests."""
-        run = self.result.runs[-1]
-        run.memory, run.others_cpu, run.perplexity, run.probe = memory, others_cpu, perplexity, probe
-        for entry in run.tests:
-            entry.kernel_ns, entry.kernels = kernels.get(entry.test.name) or (None, None)
+    def finished(self, run: Run, warnings: list[str]) -> None:
+        """The job is done. `run` has all its figures, but still no samples."""
+        before = self.result.runs.pop()
+        for entry, measured in zip(run.tests, before.tests, strict=True):
+            entry.samples, entry.time = measured.samples, measured.time
+        self.result.runs.append(run)
         self.result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
 
     def fail(self, message: str, hint: str, exit_code: ExitCode) -> None:
@@ -337,9 +329,10 @@ def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
             first = plan.answer(tests)
             sizes = first.prompt_ids, first.new_tokens
             cold = Cold(reading - job.spawned, ready - reading, *sizes, bench.sample(first))
-        out.loaded(bench.run(ready - begin, cold), [*skipped, *single], machine.describe(engine, watch))
+        run = bench.describe(ready - begin, cold)
+        out.loaded(run, [*skipped, *single], machine.describe(engine, watch))
         bench.repetitions(warm=first)
-        bench.finish(others)
+        bench.finish(run, others)
     finally:
         engine.close()
         watch.close()
@@ -364,27 +357,26 @@ class _Bench:
         self._facts = dict(self.engine.facts)
         self._used: int | None = None
 
-    def run(self, load_seconds: float, cold: Cold | None) -> Run:
+    def describe(self, load_seconds: float, cold: Cold | None) -> Run:
         """All that is known before the first timed repetition."""
-        marker, facts = read_marker(self.info.path), self._facts
+        info, engine, facts, marker = self.info, self.engine, self._facts, read_marker(self.info.path)
+        dtype, unpacked = facts.get("dtype", ""), not engine.memory()
+        entries = [Measured(test) for test in self.tests]
+        for entry in entries:
+            if entry.test.kind == "prompt":
+                entry.flops = limits.prompt_flops(info, entry.test)
+            elif entry.test.kind == "generation":
+                cache = self.job.loading.cache
+                entry.step_bytes = limits.step_bytes(info, entry.test, cache, dtype, unpacked=unpacked)
         return Run(
-            model={**self.info.to_dict(), "commit": marker and marker.commit},
-            engine={"name": self.engine.name, "context_length": self.engine.context_length, **facts},
+            model={**info.to_dict(), "commit": marker and marker.commit},
+            engine={"name": engine.name, "context_length": engine.context_length, **facts},
             cache=facts.get("cache") or facts.get("dtype", self.job.loading.cache),
             load_seconds=load_seconds,
             cold=cold,
             memory=self._memory(),
-            tests=[Measured(test, step_bytes=self._step_bytes(test), flops=self._flops(test)) for test in self.tests],
+            tests=entries,
         )
-
-    def _step_bytes(self, test: Case) -> int | None:
-        if test.kind != "generation":
-            return None
-        dtype, unpacked = self.engine.facts.get("dtype", ""), not self.engine.memory()
-        return limits.step_bytes(self.info, test, self.job.loading.cache, dtype, unpacked=unpacked)
-
-    def _flops(self, test: Case) -> int | None:
-        return limits.prompt_flops(self.info, test) if test.kind == "prompt" else None
 
     def _request(self, test: Case) -> Request:
         self._given += 1
@@ -422,37 +414,38 @@ class _Bench:
         self.out.ran(test, time.monotonic() - start)
         return sample
 
-    def finish(self, others: machine.OthersClock) -> None:
+    def finish(self, run: Run, others: machine.OthersClock) -> None:
         """What is measured after the timed repetitions, in order not to disturb them."""
-        memory, others_cpu = self._memory(), others.cores()
+        run.memory, run.others_cpu = self._memory(), others.cores()
         warnings = [
             f"{name} was {self._facts.get(name, 'nothing')} at first, and then {now}: the figures are of both"
             for name, now in self.engine.facts.items()
             if self._facts.get(name) != now
         ]
         warnings += self.watch.warnings()
-        kernels, perplexity, probe = {}, None, None
         if self.engine.memory():
             self.out.stage("tracing kernels")
-            singles = [test for test in self.tests if test.kind == "generation" and test.n_parallel == 1]
-            kernels = {test.name: measure.trace_kernels(self.engine, self._request(test)) for test in singles}
+            for entry in run.find("generation"):
+                if entry.test.n_parallel == 1:
+                    traced = measure.trace_kernels(self.engine, self._request(entry.test))
+                    entry.kernel_ns, entry.kernels = traced or (None, None)
         if text := self.job.perplexity:
             self.out.stage("perplexity")
             progress = functools.partial(_share, self.out, "perplexity")
-            perplexity = measure.perplexity(self.engine, self.tokenizer, text, progress)
+            run.perplexity = measure.perplexity(self.engine, self.tokenizer, text, progress)
         self.out.stage("measuring memory bandwidth")
+        size = max((entry.step_bytes or 0 for entry in run.tests), default=0) or self.info.size_bytes
         try:
-            probe = self._probe()
+            run.probe = self._probe(size)
         except (RuntimeError, AttributeError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.append(f"the device's own limits could not be measured: {problem}")
-        self.out.finished(memory, others_cpu, perplexity, probe, kernels, warnings)
+        self.out.finished(run, warnings)
 
-    def _probe(self) -> Probe:
-        """What the device can do, with a buffer of the size that a step reads."""
+    def _probe(self, size: int) -> Probe:
+        """What the device can do, with a buffer of so many bytes."""
         from exl_cli.engines import probe
 
-        size = max(self._step_bytes(test) or 0 for test in self.tests) or self.info.size_bytes
         device = next((card.device for card in self.engine.memory()), "cpu")
         dtype = self.engine.facts.get("dtype", "float32")
         return Probe(*probe.bandwidth(device, size), probe.matrix_rate(device, dtype), dtype)
