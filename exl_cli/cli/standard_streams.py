@@ -54,26 +54,24 @@ class _Output(io.FileIO):
         except BrokenPipeError:
             raise
         except OSError as error:
-            hint = _NEXT.get(error.errno or 0, "")
-            raise DiskError(f"cannot write the output: {error.strerror or error}", hint) from error
+            return self.failed(error, data)
+
+    def failed(self, error: OSError, data: Any) -> int:
+        hint = _NEXT.get(error.errno or 0, "")
+        raise DiskError(f"cannot write the output: {error.strerror or error}", hint) from error
 
 
 _NEXT = {errno.ENOSPC: "make room, or write it elsewhere", errno.EBADF: "stdout is closed: open it, or use >/dev/null"}
 
 
-class _Messages(io.FileIO):
-    """stderr's bytes."""
+class _Messages(_Output):
+    """stderr's bytes, lost where they cannot be written."""
 
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except BrokenPipeError:
-            raise
-        except OSError:
-            return memoryview(data).nbytes
+    def failed(self, error: OSError, data: Any) -> int:
+        return memoryview(data).nbytes
 
 
-def _around(stream: TextIO, kind: type[io.FileIO]) -> TextIO:
+def _around(stream: TextIO, kind: type[_Output]) -> TextIO:
     """The same stream over bytes of that kind; one that is no file stays as it is."""
     try:
         number = stream.fileno()

@@ -9,8 +9,7 @@ from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
 from exl_cli.bench.result import Measured, Result, Run, mean
 from exl_cli.system.units import mib
 from exl_cli.ui.console import Console
-from exl_cli.ui.progress import Live, bar_column, text_column
-from exl_cli.ui.text import harmless
+from exl_cli.ui.progress import Counted
 
 _LINE_EVERY_SECONDS = 30.0
 _NAME_WIDTH = 12
@@ -25,7 +24,7 @@ _MARKS = {
 _STYLES = {"faster": "green", "slower": "bold red", "same": "dim", "noise": "dim", "unclear": "yellow"}
 
 
-class Measuring(Live):
+class Measuring(Counted):
     """A benchmark; see `bench.runner.Observer`."""
 
     def __init__(self, console: Console) -> None:
@@ -35,19 +34,14 @@ class Measuring(Live):
 
     def __enter__(self) -> Measuring:
         if self._console.is_live:
-            from rich.progress import MofNCompleteColumn, TextColumn
-
-            left = TextColumn("{task.fields[left]}", markup=False)
-            bars = self._make_bars(text_column("{task.description}", ratio=3), bar_column(), MofNCompleteColumn(), left)
-            self._task = bars.add_task("starting", total=None, left="")
-            bars.start()
+            self._draw("starting", 0, None)
         return self
 
     def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
         """See `Observer.update`."""
         left = "" if eta_seconds is None else f"{_duration(eta_seconds)} left"
-        if self._bars is not None:
-            self._bars.update(self._task, description=harmless(what), completed=done, total=total, left=left)
+        if self._console.is_live:
+            self._draw(what, done, total, left)
             return
         now, model = time.monotonic(), what.rpartition(": ")[0]
         if model != self._model or now - self._last_line >= _LINE_EVERY_SECONDS:

@@ -219,8 +219,9 @@ class Console:
 
     def error(self, error: ExlError) -> None:
         """What is wrong and the next step."""
-        hint = [(f"; {flags(error.hint)}", "dim")] if error.hint else []
-        self.line(("error: ", "bold red"), flags(error.message), *hint)
+        # Of one line, whatever names are in it.
+        what, hint = (flags(text).replace("\n", "␊") for text in (error.message, error.hint))
+        self.line(("error: ", "bold red"), what, (hint and f"; {hint}", "dim"))
 
     def bug(self, error: BaseException) -> None:
         """A failure that no one foresaw."""

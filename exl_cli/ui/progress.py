@@ -61,6 +61,22 @@ def bar_column(width: int | None = 40) -> Any:
     return BarColumn(width, table_column=Column(ratio=1))
 
 
+class Counted(Live):
+    """A bar with a count, and what else there is to say of it."""
+
+    def _draw(self, what: str, done: int, total: int | None, left: object = "", name: str = "") -> None:
+        if self._bars is None:
+            from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+
+            texts = (text_column(f"{{task.fields[{field}]}}") for field in ("left", "name"))
+            counts = MofNCompleteColumn(), TimeElapsedColumn()
+            bars = self._make_bars(text_column("{task.description}", ratio=3), bar_column(), *counts, *texts)
+            self._task = bars.add_task("", left="", name="")
+            bars.start()
+        what, name = harmless(what), harmless(name)
+        self._bars.update(self._task, description=what, completed=done, total=total, left=left, name=name)
+
+
 class Transfers(Live, Lines):
     """A bar for the whole download and one for each file under way."""
 
@@ -109,7 +125,7 @@ def finished(console: Console, outcome: Outcome) -> None:
         console.note(f"{name} is in {folder}: {size(outcome.fetched_bytes)} in {outcome.seconds:.1f} s, {size(rate)}/s")
 
 
-class Build(Live):
+class Build(Counted):
     """A build of exllamav2's extension; see `extension.build.Observer`.
 
     Args:
@@ -126,26 +142,14 @@ class Build(Live):
         """See `Observer.building`."""
         self._last = progress
         if self._console.is_live:
-            self._draw(progress)
+            left: object = "" if progress.left is None else _Countdown(time.monotonic() + progress.left)
+            if progress.done >= progress.total:
+                left = "loading it once"
+            self._draw("Compiling", progress.done, progress.total, left, progress.name)
         elif progress.done and self._milestones.reached(progress.done, progress.total):
             known = progress.left is not None and progress.done < progress.total
-            left = f", about {clock_time(progress.left or 0.0)} left" if known else ""
-            self.note(f"compiled {progress.done} of {progress.total} files in {clock_time(progress.seconds)}{left}")
-
-    def _draw(self, progress: BuildProgress) -> None:
-        if self._bars is None:
-            from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
-            counts = MofNCompleteColumn(), TextColumn("files", markup=False), TimeElapsedColumn()
-            texts = (text_column(f"{{task.fields[{field}]}}") for field in ("left", "name"))
-            bars = self._make_bars(TextColumn("{task.description}", markup=False), bar_column(None), *counts, *texts)
-            self._task = bars.add_task("Compiling", total=progress.total, left="", name="")
-            bars.start()
-        left: object = "" if progress.left is None else _Countdown(time.monotonic() + progress.left)
-        if progress.done >= progress.total:
-            left = "loading it once"
-        done, name = progress.done, harmless(progress.name)
-        self._bars.update(self._task, completed=done, total=progress.total, left=left, name=name)
+            rest = f", about {clock_time(progress.left or 0.0)} left" if known else ""
+            self.note(f"compiled {progress.done} of {progress.total} files in {clock_time(progress.seconds)}{rest}")
 
     def __enter__(self) -> Build:
         return self
