@@ -13,9 +13,8 @@ from pathlib import Path
 import pexpect
 import pytest
 from fakehub import FakeHub
-from helpers import exl
-from hubtools import Fetcher, begin, config, shell
-from typer.testing import CliRunner
+from hubtools import Fetcher, begin, config
+from typer.testing import CliRunner, Result
 
 from exl_cli import loader
 from exl_cli.cli.app import app
@@ -24,30 +23,40 @@ from exl_cli.models import folders, memory
 from exl_cli.models.hub import store
 
 
-@pytest.fixture
-def models(hub: FakeHub, gptq_dir: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stock(gptq_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with two downloads, a folder put there by hand, half a download and a damaged model."""
-    models = tmp_path / "models"
+    models = tmp_path_factory.mktemp("stock")
     files = {path.name: path.read_bytes() for path in gptq_dir.iterdir()}
-    repository = hub.repository("acme/fable", files, card={"license": "apache-2.0"})
-    repository.commit({**files, "README.md": b"# other"}, "b/2")
-    fetch = Fetcher(hub, models)
-    fetch("acme/fable")
-    fetch("acme/fable:b/2")
+    with FakeHub() as hub:
+        repository = hub.repository("acme/fable", files, card={"license": "apache-2.0"})
+        repository.commit({**files, "README.md": b"# other"}, "b/2")
+        fetch = Fetcher(hub, models)
+        fetch("acme/fable")
+        fetch("acme/fable:b/2")
     shutil.copytree(gptq_dir, models / "mine")
-    (models / "half").mkdir()
-    begin(models / "half", "acme/half", 2_000_000, "4.0bpw")
-    (models / "half" / store.STAGING / "x.part").write_bytes(b"x" * 500_000)
+    begin(models / "acme_half@4.0bpw", "acme/half", 2_000_000, "4.0bpw")
+    (models / "acme_half@4.0bpw" / store.STAGING / "x.part").write_bytes(b"x" * 500_000)
     (models / "broken").mkdir()
     (models / "broken" / "config.json").write_bytes(config())
     (models / "notes.txt").write_text("not a model")
     return models
 
 
-def test_list_shows_what_is_here_and_what_state_it_is_in(hub: FakeHub, models: Path, tmp_path: Path) -> None:
-    result = exl("list", "--json", env=shell(hub, tmp_path))
+@pytest.fixture
+def models(stock: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(stock, tmp_path / "models")
+
+
+def command(models: Path, *args: str) -> Result:
+    return CliRunner().invoke(app, [*args, "--models-dir", str(models)], env={"COLUMNS": "200"})
+
+
+def test_list_shows_what_is_here_and_what_state_it_is_in(stock: Path) -> None:
+    models, result = stock, command(stock, "list", "--json")
     found = {entry["name"]: entry for entry in json.loads(result.stdout)}
-    assert list(found) == ["fable-7m", "acme/fable", "acme/fable:b/2", "broken", "acme/half:4.0bpw", "mine"]
+    assert list(found) == ["fable-7m", "acme/fable", "acme/fable:b/2", "acme/half:4.0bpw", "broken", "mine"]
     fable = found["acme/fable"]
     assert (fable["format_name"], fable["parameters"], fable["context_length"]) == ("GPTQ 4-bit g128", 7_344_384, 1024)
     assert fable["path"] == str(models / "acme_fable")
@@ -57,7 +66,7 @@ def test_list_shows_what_is_here_and_what_state_it_is_in(hub: FakeHub, models: P
     assert (found["acme/half:4.0bpw"]["complete"], found["acme/half:4.0bpw"]["disk_bytes"] > 500_000) == (False, True)
     assert "no .safetensors file" in found["broken"]["problem"]
 
-    table = exl("list", env=shell(hub, tmp_path)).stdout
+    table = command(stock, "list").stdout
     rows = {line.split()[0]: line for line in table.splitlines() if line.strip()}
     assert rows["fable-7m"].split()[1:4] == ["EXL2", "5.0", "bpw"]
     assert "7.34M" in rows["acme/fable"]
@@ -99,7 +108,7 @@ def test_list_shows_each_bad_folder_with_its_problem_and_all_the_others(tmp_path
     (tmp_path / "link-gone").symlink_to("/nowhere/model")
     (tmp_path / "whole").symlink_to(gptq_dir)
 
-    result = CliRunner().invoke(app, ["list", "--json", "--models-dir", str(tmp_path)])
+    result = command(tmp_path, "list", "--json")
 
     assert result.exit_code == 0, result.output
     found = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
@@ -116,9 +125,9 @@ def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_di
     for name in ("private", "whole"):
         shutil.copytree(gptq_dir, tmp_path / name)
     (tmp_path / "private").chmod(0)
-    result = CliRunner().invoke(app, ["list", "--json", "--models-dir", str(tmp_path)])
+    result = command(tmp_path, "list", "--json")
     tmp_path.chmod(0)
-    refused = CliRunner().invoke(app, ["list", "--models-dir", str(tmp_path)])
+    refused = command(tmp_path, "list")
     tmp_path.chmod(0o700)
     (tmp_path / "private").chmod(0o700)
     found = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
@@ -131,7 +140,7 @@ def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_di
 def test_rm_removes_what_list_shows_as_broken(tmp_path: Path, gptq_dir: Path, name: str) -> None:
     shutil.copytree(gptq_dir, tmp_path / name)
     BAD_FOLDERS[name][0](tmp_path / name)
-    result = CliRunner().invoke(app, ["rm", name, "--yes", "--models-dir", str(tmp_path)])
+    result = command(tmp_path, "rm", name, "--yes")
     assert (result.exit_code, (tmp_path / name).exists()) == (0, False)
 
 
@@ -145,13 +154,12 @@ def test_files_that_are_links_count_as_what_they_lead_to(tmp_path: Path, gptq_di
     (linked / "copy.safetensors").symlink_to("model.safetensors")  # counts once
     total = sum(file.stat().st_size for file in blobs.iterdir())
 
-    models = ["--models-dir", str(linked.parent)]
-    listed = CliRunner().invoke(app, ["list", "--json", *models])
+    listed = command(linked.parent, "list", "--json")
     assert {entry["name"]: entry["disk_bytes"] for entry in json.loads(listed.stdout)}["linked"] == total
     (linked / "copy.safetensors").unlink()
-    assert json.loads(CliRunner().invoke(app, ["show", "linked", "--json", *models]).stdout)["disk_bytes"] == total
+    assert json.loads(command(linked.parent, "show", "linked", "--json").stdout)["disk_bytes"] == total
     # What is freed is the links alone.
-    removed = CliRunner().invoke(app, ["rm", "linked", "--yes", *models])
+    removed = command(linked.parent, "rm", "linked", "--yes")
     assert re.search(r"\((\d+) B\)", removed.stderr)
 
 
@@ -159,7 +167,7 @@ def test_files_that_are_links_count_as_what_they_lead_to(tmp_path: Path, gptq_di
 def test_lines_in_a_pipe_have_no_trailing_blanks(tmp_path: Path, gptq_dir: Path, args: tuple[str, ...]) -> None:
     shutil.copytree(gptq_dir, tmp_path / "mine")
     (tmp_path / "mine" / "chat_template.jinja").write_text("{# a #}\n\n{{ messages }}\n")
-    result = CliRunner().invoke(app, [*args, "--models-dir", str(tmp_path)])
+    result = command(tmp_path, *args)
     assert result.exit_code == 0
     assert [line for line in result.stdout.splitlines() if line != line.rstrip()] == []
 
@@ -170,9 +178,8 @@ def test_a_licence_that_is_no_regular_file_is_not_opened(tmp_path: Path) -> None
     assert folders.licence(tmp_path, None) == ""
 
 
-def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path) -> None:
-    env = shell(hub, tmp_path)
-    shown = json.loads(exl("show", "acme/fable", "--json", env=env).stdout)
+def test_show_tells_everything_known(stock: Path) -> None:
+    models, shown = stock, json.loads(command(stock, "show", "acme/fable", "--json").stdout)
     assert (shown["licence"], shown["group_size"], shown["desc_act"]) == ("apache-2.0", 128, False)
     assert shown["chat_template"] == (models / "acme_fable" / "chat_template.jinja").read_text()
     estimated = memory.estimate(loader.resolve("acme/fable", models), 1024, "q4")
@@ -180,11 +187,11 @@ def test_show_tells_everything_known(hub: FakeHub, models: Path, tmp_path: Path)
     assert shown["vram_bytes"]["1024"]["q4"] == estimated.total
     assert shown["config"]["num_hidden_layers"] == 8
 
-    text = exl("show", "acme/fable", env=env).stdout
+    text = command(stock, "show", "acme/fable").stdout
     for part in ("GPTQ 4-bit g128", "7,344,384", "1,024 tokens", "apache-2.0", "<|im_start|>", "q4 cache", "8 layers"):
         assert part in text
-    assert exl("show", "acme/half:4.0bpw", env=env).returncode == 3
-    assert "EXL2 5.0 bpw, 6-bit head" in exl("show", env=env).stdout
+    assert command(stock, "show", "acme/half:4.0bpw").exit_code == 3
+    assert "EXL2 5.0 bpw, 6-bit head" in command(stock, "show").stdout
 
 
 def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
@@ -196,28 +203,20 @@ def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
     assert folders.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
 
 
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [
+def test_rm_removes_that_model_and_nothing_else(models: Path) -> None:
+    here = {path.name for path in models.iterdir()} | {".exl-locks"}
+    for name, folder in (
         ("acme/fable", "acme_fable"),
         ("acme/fable:b/2", "acme_fable@b_2"),
         ("mine", "mine"),
-        ("acme/half:4.0bpw", "half"),
-        ("half", "half"),
+        ("acme/half:4.0bpw", "acme_half@4.0bpw"),
         ("broken", "broken"),
-    ],
-)
-def test_rm_removes_that_model_and_nothing_else(
-    hub: FakeHub, models: Path, tmp_path: Path, name: str, folder: str
-) -> None:
-    if name == "acme/half:4.0bpw":
-        (models / "half").rename(models / "acme_half@4.0bpw")
-        folder = "acme_half@4.0bpw"
-    before = {path.name for path in models.iterdir()}
-    result = exl("rm", name, "--yes", env=shell(hub, tmp_path))
-    assert result.returncode == 0
-    assert result.stderr.startswith(f"removed {models / folder} (")
-    assert {path.name for path in models.iterdir()} - {".exl-locks"} == before - {folder, ".exl-locks"}
+    ):
+        result = command(models, "rm", name, "--yes")
+        assert result.exit_code == 0
+        assert result.stderr.startswith(f"removed {models / folder} (")
+        here -= {folder}
+        assert {path.name for path in models.iterdir()} == here
 
 
 def test_rm_of_a_path_means_a_folder_directly_in_the_models_folder(models: Path) -> None:
@@ -279,31 +278,30 @@ def test_rm_waits_for_no_download(models: Path) -> None:
     assert (models / "mine" / "config.json").exists()
 
 
-def test_rm_asks_and_takes_nothing_for_a_no(hub: FakeHub, models: Path, tmp_path: Path) -> None:
-    env = shell(hub, tmp_path, TERM="xterm")
-    piped = exl("rm", "mine", env=env)
-    assert (piped.returncode, piped.stderr) == (
-        2,
-        "error: exl rm asks first, and no one is there to answer; say --yes\n",
-    )
-    for answer, said, kept in (("", "nothing removed", True), ("n", "nothing removed", True), ("y", "removed", False)):
-        command = (sys.executable, ["-m", "exl_cli", "rm", "mine"])
-        with pexpect.spawn(*command, env=env, timeout=20, encoding="utf-8", dimensions=(24, 200)) as terminal:
+def test_rm_asks_and_takes_nothing_for_a_no(models: Path) -> None:
+    piped = command(models, "rm", "mine")
+    asks = "error: exl rm asks first, and no one is there to answer; say --yes\n"
+    assert (piped.exit_code, piped.stderr) == (2, asks)
+    thrice = "from exl_cli.cli.app import app\nfor _ in range(3): app(['rm', 'mine'], standalone_mode=False)"
+    env = {**os.environ, "EXL_MODELS_DIR": str(models), "TERM": "xterm"}
+    with pexpect.spawn(
+        sys.executable, ["-c", thrice], env=env, timeout=60, encoding="utf-8", dimensions=(24, 200)
+    ) as terminal:
+        for answer, said in (("", "nothing removed"), ("n", "nothing removed"), ("y", "removed")):
             terminal.expect_exact("[y/N] ")
+            assert (models / "mine").exists()
             terminal.sendline(answer)
             terminal.expect_exact(said)
-            terminal.expect(pexpect.EOF)
-        assert (models / "mine").exists() == kept
+        terminal.expect(pexpect.EOF)
+    assert not (models / "mine").exists()
 
 
-def test_the_shell_completes_names_of_models_that_can_be_run(hub: FakeHub, models: Path, tmp_path: Path) -> None:
-    def complete(text: str) -> list[str]:
-        asked = {"_EXL_COMPLETE": "complete_bash", "COMP_WORDS": f"exl run {text}", "COMP_CWORD": "2"}
-        script = "import sys; sys.argv[0] = 'exl'; from exl_cli.cli.app import app; app(prog_name='exl')"
-        env = shell(hub, tmp_path, **asked)
-        return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout.split()
-
-    assert complete("acme") == ["acme/fable", "acme/fable:b/2", "acme_fable@b_2"]
-    assert complete("f") == ["fable-7m"]
-    assert complete("m") == ["mine"]
-    assert complete("half") == []
+def test_the_shell_completes_names_of_models_that_can_be_run(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXL_MODELS_DIR", str(stock))
+    asked = {"_EXL_COMPLETE": "complete_bash", "COMP_WORDS": "exl run acme/f", "COMP_CWORD": "2"}
+    script = "import sys; sys.argv[0] = 'exl'; from exl_cli.cli.app import app; app(prog_name='exl')"
+    env = {**os.environ, **asked}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert result.stdout.split() == ["acme/fable", "acme/fable:b/2"]
+    for text, names in {"acme_": ["acme_fable@b_2"], "f": ["fable-7m"], "m": ["mine"], "acme/half": []}.items():
+        assert folders.complete_model(text) == names
