@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import exl
 from tinymodels import Variant, write
+from typer.testing import CliRunner, Result
 
+from exl_cli.cli.app import app
 from exl_cli.errors import ExitCode
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 14000000\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def exl(*arguments: str) -> Result:
+    """The command, in this process."""
+    return CliRunner().invoke(app, arguments)
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
     next(folder.glob(name)).write_text(POINTER)  # as the specification of Git LFS gives it
     run = exl("run", str(folder), "-p", "x", "--engine", "cpu")
-    assert run.returncode == ExitCode.DAMAGED_MODEL
+    assert run.exit_code == ExitCode.DAMAGED_MODEL
     assert "is a Git LFS pointer, not the file itself; run git lfs pull" in run.stderr
 
 
@@ -51,7 +57,7 @@ def test_an_unknown_rope_type_is_named(folder: Path, key: str) -> None:
     change(folder / "config.json", lambda config: (config.pop("rope_parameters", None), config.update({key: rope})))
     assert "does not know the rope type 'spiral'" in " ".join(exl("show", str(folder)).stdout.split())
     run = exl("run", str(folder), "-p", "x", "--engine", "cpu")
-    assert run.returncode == ExitCode.DAMAGED_MODEL
+    assert run.exit_code == ExitCode.DAMAGED_MODEL
     assert "names the rope type 'spiral', which transformers does not know; update transformers" in run.stderr
 
 
@@ -60,7 +66,7 @@ def test_an_untied_model_without_a_head_is_not_to_be_downloaded_again(gptq_dir: 
     write(folder, Variant("float", tied=True))
     change(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
     run = exl("run", str(folder), "-p", "x", "--raw", "--engine", "cpu")
-    assert run.returncode == ExitCode.DAMAGED_MODEL
+    assert run.exit_code == ExitCode.DAMAGED_MODEL
     assert "no weights for lm_head.weight" in run.stderr
     assert 'set "tie_word_embeddings": true in config.json' in run.stderr
 
@@ -69,7 +75,7 @@ def test_values_of_a_generation_config_that_are_left_out_are_named(folder: Path)
     values = {"temperature": "hot", "top_p": 7, "top_k": 40, "eos_token_id": "2", "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(values))
     run = exl("run", str(folder), "-p", "x", "-n", "1", "--engine", "cpu")
-    assert run.returncode == 0
+    assert run.exit_code == 0
     named = [line.split()[1] for line in run.stderr.splitlines() if line.startswith("generation_config.json: ")]
     assert sorted(named) == ["eos_token_id", "temperature", "top_p"]
 
@@ -86,7 +92,7 @@ def test_values_of_a_generation_config_that_are_left_out_are_named(folder: Path)
 def test_show_says_when_no_conversation_can_be_rendered(folder: Path, template: str, said: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     run = exl("show", str(folder))
-    assert run.returncode == 0
+    assert run.exit_code == 0
     assert (said in run.stderr) if said else run.stderr == ""
 
 
@@ -108,6 +114,6 @@ def test_a_model_in_the_hubs_own_cache_is_run_by_its_name(
     for name in ("owner/name", f"owner/name:{COMMIT}"):
         shown = json.loads(exl("show", name, "--json").stdout)
         assert (shown["name"], shown["path"]) == (name, str(Path(str(there)).parent))
-    assert exl("show", "owner/name:other").returncode == ExitCode.MODEL_NOT_FOUND
+    assert exl("show", "owner/name:other").exit_code == ExitCode.MODEL_NOT_FOUND
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    assert exl("show", "owner/name").returncode == ExitCode.MODEL_NOT_FOUND
+    assert exl("show", "owner/name").exit_code == ExitCode.MODEL_NOT_FOUND
