@@ -1,8 +1,13 @@
-"""The CPU engine on tiny models of every architecture and config variant, against transformers on the same weights."""
+"""The CPU engine on tiny models of every architecture, in both styles of config, against transformers.
+
+What only transformers reads of a config is left to `tests/gpu/architecture_table.py --engine cpu`, which takes all.
+"""
 
 from __future__ import annotations
 
+import gc
 import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import architectures
@@ -14,71 +19,110 @@ from helpers import Recorder, collect, request_for
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.errors import UnsupportedModelError
+from exl_cli.models import memory
+from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
-# Each kind in one of the formats, each format with a third of them; and all that are stored otherwise in EXL2.
-FORMATS = itertools.cycle(architectures.FORMATS)
-APART = ("phi3", "glm4", "dbrx", "gpt2", "gpt-bigcode", "gpt-bigcode-multi-head", "cohere", "gemma3")
-# TODO
-CASES = [(kind, fmt) for kind, fmt in zip(architectures.KINDS, FORMATS, strict=False) if kind != "llama-dynamic"]
-CASES += [(kind, fmt) for kind in APART for fmt in ("gptq", "exl2") if (kind, fmt) not in CASES]
-# In transformers neither as a class of its own nor under another name, or made for images as well.
-NOT_ON_THE_CPU = (
-    "yi",
-    "orion",
-    "minicpm",
-    "index",
-    "internlm2",
-    "qwen2-vl",
-    "qwen2.5-vl",
-    "llava",
-    "pixtral",
-    "mistral3",
-)
+# transformers has no class of them.
+NOT_ON_THE_CPU = [kind for kind, it in architectures.KINDS.items() if "architectures" in it.written]
+# Names, windows and embeddings that the engine has a part in, besides the first kind of each architecture and style.
+MORE = ["llama-tied", "llama-yarn", "llama-linear-older", "llama-dynamic", "llama-llama3", "llama-longrope"]
+MORE += ["qwen2-window", "qwen2-yarn-older", "starcoder2-window", "phi3-window", "phi3-longrope", "gpt2-prefix"]
+MORE += [
+    "qwen3-moe-dense-layers",
+    "gemma3-other-pattern",
+    "cohere2-other-pattern",
+    "dbrx-clip",
+    "gpt-bigcode-multi-head",
+]
+# exllamav2's converter names or splits their tensors otherwise, or GPTQ turns them.
+APART = [("gpt2", "gptq")]
+APART += [(kind, "exl2") for kind in ("gpt2", "phi3", "glm4", "dbrx", "gpt-bigcode", "gemma3", "pixtral")]
 
 
-def load(folder: Path) -> EngineThread:
-    info = loader.resolve(str(folder))
+def _cases() -> Iterator[tuple[str, str]]:
+    formats, seen = itertools.cycle(architectures.FORMATS), set()
+    for kind, it in architectures.KINDS.items():
+        first = (it.config["model_type"], it.style)
+        if kind not in NOT_ON_THE_CPU and (first not in seen or kind in MORE):
+            yield kind, next(formats)
+            seen.add(first)
+    yield from APART
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_collections() -> Iterator[None]:
+    """Let the garbage collector look at what these tests make, not at all of transformers each time."""
+    import transformers.modeling_utils  # noqa: F401
+
+    architectures.quiet()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def load(info: ModelInfo) -> EngineThread:
     return EngineThread(loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu"), Recorder()))
 
 
-@pytest.mark.parametrize(("kind", "fmt"), CASES)
+def continued(engine: EngineThread, kind: str, fmt: str, prompt: Sequence[int], count: int) -> list[int]:
+    """The prompt with what the engine generates, once each token is transformers' choice too."""
+    tokens = collect(engine.stream(request_for(prompt, "greedy", count)))[1]
+    logits = architectures.step_reference(kind, fmt, [*prompt, *tokens[:-1]], len(prompt) - 1)
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert float((logits.max(1).values - chosen).max()) <= 1e-4 * float(logits.std())
+    return [*prompt, *tokens]
+
+
+@pytest.mark.parametrize(("kind", "fmt"), dict.fromkeys(_cases()))
 def test_prompt_and_generated_text_are_what_transformers_computes(kind: str, fmt: str, tmp_path: Path) -> None:
-    folder = architectures.make(kind, tmp_path / "model", fmt)
-    if kind.removesuffix("-older") in NOT_ON_THE_CPU:
-        with pytest.raises(UnsupportedModelError, match=architectures.architecture(kind)):
-            load(folder)
-        return
-    engine = load(folder)
+    info = loader.resolve(str(architectures.make(kind, tmp_path / "model", fmt)))
+    check_dimensions(info, architectures.config_of(kind).get_text_config())
+    engine = load(info)
     short, long = architectures.prompts(kind, fmt)
     expected = architectures.reference(kind, fmt, long)
     error = torch.linalg.vector_norm(engine.logits(long) - expected) / torch.linalg.vector_norm(expected)
     assert error <= 1e-4
-    # Past the window that the prompt leaves unfilled, each token from the cache.
-    for prompt, count in ((short, architectures.WINDOW - len(short) + 4), (long, 4)):
-        tokens = collect(engine.stream(request_for(prompt, "greedy", count)))[1]
-        logits = architectures.step_reference(kind, fmt, [*prompt, *tokens[:-1]], len(prompt) - 1)
-        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert float((logits.max(1).values - chosen).max()) <= 1e-4 * float(logits.std())
+    # From the cache, token by token: past the window that the first prompt leaves unfilled, and behind a full one.
+    continued(engine, kind, fmt, short, architectures.WINDOW - len(short) + 2)
+    if len(long) + 2 <= engine.context_length:
+        continued(engine, kind, fmt, long, 2)
+
+
+def check_dimensions(info: ModelInfo, config: object) -> None:
+    """The estimate of memory reads what transformers reads."""
+
+    def read(*names: str) -> int | None:
+        parts = (config, *(getattr(config, part, None) for part in ("attn_config", "ffn_config")))
+        return next((value for name in names for part in parts if (value := getattr(part, name, None))), None)
+
+    shape, heads, hidden = memory.shape_of(info), read("num_attention_heads"), read("hidden_size")
+    assert shape is not None
+    assert (shape.layers, shape.hidden, shape.heads) == (read("num_hidden_layers"), hidden, heads)
+    assert (shape.vocabulary, shape.head_dim) == (read("vocab_size"), read("head_dim") or hidden // heads)
+    inner = read("moe_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner")
+    assert shape.inner == (inner or 4 * hidden)
+    assert shape.kv_heads == (1 if read("multi_query") else read("num_key_value_heads", "kv_n_heads") or heads)
+
+
+@pytest.mark.parametrize("kind", NOT_ON_THE_CPU)
+def test_what_it_does_not_run_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    info = loader.resolve(str(architectures.make(kind, tmp_path / "model")))
+    with pytest.raises(UnsupportedModelError, match=architectures.architecture(kind)):
+        load(info)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3-text", "phi3-longrope", "llama-dynamic"])
 def test_chunks_reuse_and_lengths_that_change_the_embedding_leave_no_trace(kind: str, tmp_path: Path) -> None:
-    engine = load(architectures.make(kind, tmp_path / "model", "float16"))
-    ids = [int(i) for i in np.random.default_rng(7).integers(len(architectures.SPECIAL), architectures.VOCAB, 220)]
-
+    engine = load(loader.resolve(str(architectures.make(kind, tmp_path / "model", "float16"))))
     if engine.context_length < 210:
         pytest.skip("its context is not extended yet")
-
-    def go(prompt: list[int], count: int) -> list[int]:
-        tokens = collect(engine.stream(request_for(prompt, "greedy", count)))[1]
-        logits = architectures.step_reference(kind, "float16", [*prompt, *tokens[:-1]], len(prompt) - 1)
-        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert float((logits.max(1).values - chosen).max()) <= 1e-4 * float(logits.std())
-        return [*prompt, *tokens]
-
-    go(ids[:200], 4)  # more than a chunk of the prompt
-    text = go(ids[:56], 16)  # through the window and the original length
-    go([*text, *ids[:9]], 4)  # continued
-    go([*text[:40], *ids[100:110]], 4)  # cut, and shorter than the original length again
+    ids = [int(i) for i in np.random.default_rng(7).integers(len(architectures.SPECIAL), architectures.VOCAB, 220)]
+    continued(engine, kind, "float16", ids[:200], 3)  # more than a chunk of the prompt
+    text = continued(engine, kind, "float16", ids[:56], 12)  # through the window and the original length
+    continued(engine, kind, "float16", [*text, *ids[:9]], 3)
+    continued(engine, kind, "float16", [*text[:40], *ids[100:110]], 3)  # cut, and as short as at first
+    error = engine.logits(ids[:64]) - architectures.reference(kind, "float16", ids[:64])
+    assert float(error.abs().max()) <= 1e-3

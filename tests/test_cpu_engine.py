@@ -162,9 +162,8 @@ def test_prompts_without_the_stray_token_go_on_working(
 @pytest.mark.parametrize(
     ("architecture", "kind", "said"),
     [
-        ("LlavaForConditionalGeneration", "llava", "reads images as well"),
-        ("Mistral3ForConditionalGeneration", "mistral3", "reads images as well"),
-        ("Qwen2VLForConditionalGeneration", "qwen2_vl", "reads images as well"),
+        ("AyaVisionForConditionalGeneration", "aya_vision", "reads images as well"),
+        ("LlavaNextForConditionalGeneration", "llava_next", "reads images as well"),
         ("T5ForConditionalGeneration", "t5", "no model that continues a text"),
         ("OpenAIGPTLMHeadModel", "openai-gpt", "takes no KV cache"),
     ],

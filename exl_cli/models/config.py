@@ -64,7 +64,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "cohere2": {"tie_word_embeddings": True},
     "starcoder2": {"tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True},
-    "gpt_bigcode": {"tie_word_embeddings": True},
+    "gpt_bigcode": {"tie_word_embeddings": True, "multi_query": True},
 }
 
 _COUNTS = (
@@ -144,12 +144,16 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A value of config.json, also where a multimodal model nests it under `text_config`, or its class's default."""
+    """A value of config.json, its class's default, or what is nested: multimodal models have a `text_config`."""
     if key in config:
         return config[key]
     text = _text(config)
     if key in text:
         return text[key]
+    # DBRX's own.
+    for part in (config.get("attn_config"), config.get("ffn_config")):
+        if isinstance(part, dict) and key in part:
+            return part[key]
     return _DEFAULTS.get(str(text.get("model_type", config.get("model_type"))), {}).get(key, default)
 
 

@@ -114,9 +114,11 @@ def shape_of(info: ModelInfo) -> Shape | None:
     vocabulary = read("vocab_size")
     if not (layers and hidden and heads and vocabulary):
         return None
-    inner = read("moe_intermediate_size", "intermediate_size", "n_inner") or 4 * hidden
+    inner = read("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_hidden_size") or 4 * hidden
     head_dim = read("head_dim") or hidden // heads
-    return Shape(layers, hidden, heads, read("num_key_value_heads") or heads, head_dim, inner, vocabulary)
+    # GPTBigCode's name for one key head that all queries share.
+    kv_heads = 1 if info.text_config("multi_query") is True else read("num_key_value_heads", "kv_n_heads") or heads
+    return Shape(layers, hidden, heads, kv_heads, head_dim, inner, vocabulary)
 
 
 def round_up(tokens: int) -> int:

@@ -28,6 +28,8 @@ _NOT_OURS = {
     "output_attentions",
     "output_hidden_states",
 }
+# Models that read images as well, and that exllamav2 runs: their text part is computed as if it stood alone.
+_TEXT_PART_RUNS = {"llava", "mistral3", "qwen2_vl", "qwen2_5_vl"}
 
 
 def choose_class(info: ModelInfo) -> tuple[Any, Any]:
@@ -60,7 +62,10 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
     except Exception as error:
         raise _at_odds(info, error) from error
     try:
-        return config, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        if kind in _TEXT_PART_RUNS:
+            mapping = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        return config, mapping[type(config)]
     except KeyError:
         if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise UnsupportedModelError(
