@@ -29,13 +29,13 @@ def start(tmp_path: Path) -> Start:
     kept = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY", "TMUX")}
     settings = {"EXL_DATA_DIR": str(tmp_path), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
 
-    def spawn(command: list[str], prompt: str = PROMPT, **env: str) -> pexpect.spawn:
+    def spawn(command: list[str], **env: str) -> pexpect.spawn:
         variables: dict[str, str] = {**kept, **settings, **env}
         child = pexpect.spawn(
             command[0], command[1:], 30, dimensions=(40, 100), env=variables, cwd=str(tmp_path), encoding="utf-8"
         )
         child.delaybeforesend = None
-        child.expect_exact(prompt)
+        child.expect_exact(PROMPT)
         return child
 
     return spawn
@@ -192,44 +192,16 @@ def test_a_terminal_that_can_do_little_gets_plain_lines(start: Start, tmp_path: 
     assert said(tmp_path) == ["Hi", "ok", "one\ntwo", "And then."]
 
 
-def test_a_shell_gets_its_terminal_back_and_nothing_is_lost(start: Start, tmp_path: Path) -> None:
-    """Where the shell is dash, it leaves the terminal as it finds it."""
-    shell = start(["/bin/sh", "-i"], "shell% ", PS1="shell% ", ENV="")
-
-    def echoes() -> bool:
-        shell.sendline("stty -a")
-        index = shell.expect([r"\s-echo\s", r"\secho\s"])
-        shell.expect_exact("shell% ")
-        return bool(index)
-
-    def begin(name: str) -> None:
-        shell.sendline(f"{sys.executable} {TESTS}/chatting.py '[\"Half an answer{PAUSE}\"]' chat -q --session {name}")
-        shell.expect_exact(PROMPT)
-        type_in(shell, "Hi", "enter")
-        shell.expect_exact("Half an")
-
-    def kill(number: signal.Signals) -> None:
-        os.kill(int(os.tcgetpgrp(shell.child_fd)), number)
-        shell.expect_exact("shell% ")
-        shell.sendline("echo status=$?")
-        shell.expect_exact(f"status={128 + number}")
-        shell.expect_exact("shell% ")
-        assert echoes()
-
-    begin("first")
-    shell.send("\x1a")
-    shell.expect_exact("Stopped")
-    shell.expect_exact("shell% ")
-    assert echoes()
-    shell.sendline("fg")
-    shell.expect_exact("chatting.py")
-    kill(signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_loses_nothing(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    child = start(chat([f"Half an answer{PAUSE}"], "-q"))
+    type_in(child, "Hi", "enter")
+    child.expect_exact("Half an answer")
+    child.kill(number)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 128 + number
     assert said(tmp_path) == ["Hi", "Half an answer"]
-    (tmp_path / "sessions" / "first.json").unlink()
-    begin("second")
-    kill(signal.SIGTERM)
-    assert said(tmp_path) == ["Hi", "Half an answer"]
-    shell.close(force=True)
 
 
 def test_answers_go_to_a_file_while_a_person_types(start: Start, tmp_path: Path) -> None:

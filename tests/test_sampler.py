@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplertools import by_top_k, dense, make, of, plain, softmax, some_logits
+from samplertools import by_top_k, dense, make, of, softmax, some_logits
 
 from exl_cli.engines.sampling.filters import draw
 from exl_cli.engines.sampling.sampler import Sampler
@@ -144,16 +144,10 @@ def test_last_temperature_near_zero_takes_the_likeliest_survivor() -> None:
 # --- what may be chosen, and what the caller gives
 
 
-def test_banned_tokens_and_those_beyond_the_vocabulary_are_never_chosen() -> None:
+def test_tokens_beyond_the_vocabulary_are_never_chosen() -> None:
     logits = np.array([1.0, 9.0, 1.0, 1.0, 50.0, np.nan], dtype=np.float32)
     for changes in ({}, {"temperature": 0.0}, {"top_k": 3}, {"smoothing_factor": 1.0}):
-        sampler = Sampler(plain(**changes), 0, vocab_size=4, banned=[1, 3, 77])
-        assert {sampler.sample(logits, ()) for _ in range(50)} <= {0, 2}
-
-
-def test_something_must_be_left_to_choose() -> None:
-    with pytest.raises(ValueError, match="banned"):
-        Sampler(plain(), 0, vocab_size=2, banned=[0, 1])
+        assert {make(4, **changes).sample(logits, ()) for _ in range(50)} <= set(range(4))
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 2}, {"token_repetition_penalty": 1.5}])
@@ -179,7 +173,7 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_logits_are_left_as_they_were(dtype: type[np.floating[Any]]) -> None:
     logits = some_logits(12, 64).astype(dtype)
     before = logits.copy()
-    Sampler(Sampling(dry_multiplier=1.0), 0, vocab_size=64, banned=[3]).sample(logits, [1, 2, 1, 2])
+    Sampler(Sampling(dry_multiplier=1.0), 0, vocab_size=64).sample(logits, [1, 2, 1, 2])
     np.testing.assert_array_equal(logits, before)
 
 

@@ -86,12 +86,8 @@ class Sampler:
         settings: how to choose.
         seed: fixes the random numbers.
         vocab_size: how many tokens the tokenizer knows; logits beyond them (padding of the output layer) are ignored.
-        banned: ids that are never chosen.
         breakers: gives the ids that DRY does not match across; called at most once, only when DRY is on.
         protected: gives the ids that XTC does not exclude; called at most once, only when XTC is on.
-
-    Raises:
-        ValueError: no token is left to choose from.
     """
 
     def __init__(
@@ -100,16 +96,12 @@ class Sampler:
         seed: int,
         *,
         vocab_size: int,
-        banned: Collection[int] = (),
         breakers: Callable[[], Collection[int]] = frozenset,
         protected: Callable[[], Collection[int]] = frozenset,
     ) -> None:
         self._settings = settings
         self._random = random.Random(seed)
         self._vocab_size = vocab_size
-        self._banned = np.flatnonzero(token_mask(banned, vocab_size))
-        if len(self._banned) >= vocab_size:
-            raise ValueError("every token is banned")
         self._all_ids = np.arange(vocab_size)
         self._mu = 2.0 * settings.mirostat_tau
         self._penalties = (
@@ -177,7 +169,7 @@ class Sampler:
         plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
         lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
         penalties = not self._penalties or (plain and lowers)
-        return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not self._dry and not len(self._banned) and penalties
+        return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not self._dry and penalties
 
     def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
         """The ids of the `top_k` highest logits after penalties, highest first, and these logits; what is not among the
@@ -197,15 +189,12 @@ class Sampler:
         return (ids[order], values) if values[-1] >= bound else None
 
     def _adjusted(self, scores: FloatArray, history: Sequence[int]) -> FloatArray:
-        """The logits after penalties, bans and DRY; a copy where anything changes."""
-        if not (self._penalties or self._dry or len(self._banned)):
+        """The logits after penalties and DRY; a copy where anything changes."""
+        if not (self._penalties or self._dry):
             return scores
-        scores = scores.copy()
-        if self._penalties or self._dry:
-            past = self._history.read(history)
+        scores, past = scores.copy(), self._history.read(history)
         if self._penalties:
             penalize(scores, past, self._settings)
-        scores[self._banned[self._banned < len(scores)]] = -np.inf
         if self._dry:
             apply_dry(scores, past, self._breakers, self._settings)
         return scores
