@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from fakes import ScriptedEngine
-from helpers import collect, request_for
+from helpers import collect, python, request_for
 
-from exl_cli import Model, load, loader
+from exl_cli import Model, loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Chunk, Event, Request, Summary
 from exl_cli.engines.response import Step
@@ -27,10 +24,11 @@ from exl_cli.sampling import Sampling
 
 STORY = "Once upon a time"
 PATIENCE = 30.0
+WORDS = (" and", " the", " was", " to")
 
 
 class EndlessEngine(ScriptedEngine):
-    """Says the same word until it is cancelled.
+    """Says the same word until it is cancelled: " and", or the one of a small seed.
 
     Attributes:
         at_once: how many generations were running at the same moment, at most.
@@ -45,7 +43,7 @@ class EndlessEngine(ScriptedEngine):
         self.between: Callable[[], None] = lambda: None
 
     def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
-        (word,) = self._tokenizer.encode(" and", add_special_tokens=False)
+        (word,) = self._tokenizer.encode(WORDS[request.seed if request.seed < 4 else 0], add_special_tokens=False)
         self._now += 1
         self.at_once = max(self.at_once, self._now)
         try:
@@ -57,25 +55,7 @@ class EndlessEngine(ScriptedEngine):
             self.ended.set()
 
 
-class PairedEngine(EndlessEngine):
-    """Computes two generations at once."""
-
-    max_batch = 2
-
-
-class FailingEngine(ScriptedEngine):
-    """Fails in the middle of its first response."""
-
-    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
-        steps = super()._steps(request, is_cancelled)
-        yield next(steps)
-        yield next(steps)
-        if len(self.requests) == 1:
-            raise EngineError("it broke")
-        yield from steps
-
-
-def with_engine(kind: type[EndlessEngine]) -> tuple[Model, EndlessEngine]:
+def with_engine(kind: type[EndlessEngine] = EndlessEngine) -> tuple[Model, EndlessEngine]:
     info = loader.resolve(None)
     tokenizer = Tokenizer(info.path)
     engine = kind(tokenizer)
@@ -84,35 +64,20 @@ def with_engine(kind: type[EndlessEngine]) -> tuple[Model, EndlessEngine]:
 
 @pytest.fixture
 def endless() -> Iterator[tuple[Model, EndlessEngine]]:
-    model, engine = with_engine(EndlessEngine)
+    model, engine = with_engine()
     with model:
         yield model, engine
 
 
-@pytest.fixture(scope="module")
-def fable() -> Iterator[Model]:
-    with load("fable-7m") as model:
-        yield model
-
-
-def test_threads_that_stream_at_once_get_their_own_text_each(fable: Model) -> None:
-    alone = {seed: fable.generate(STORY, seed=seed, max_new_tokens=25).text for seed in range(4)}
-    assert len(set(alone.values())) == 4
+def test_threads_that_stream_at_once_get_their_own_text_each(endless) -> None:
     ready = threading.Barrier(4)
 
     def read(seed: int) -> str:
         ready.wait(PATIENCE)
-        return "".join(fable.stream(STORY, seed=seed, max_new_tokens=25, timeout=PATIENCE))
+        return "".join(endless[0].stream(STORY, seed=seed, max_new_tokens=50, timeout=PATIENCE))
 
     with ThreadPoolExecutor(4) as pool:
-        assert dict(zip(alone, pool.map(read, alone), strict=True)) == alone
-
-
-def test_one_thread_may_read_two_streams_in_turn(fable: Model) -> None:
-    alone = [fable.generate(STORY, seed=seed, max_new_tokens=10).text for seed in (1, 2)]
-    one, two = (fable.stream(STORY, seed=seed, max_new_tokens=10, timeout=PATIENCE) for seed in (1, 2))
-    second, first = next(two), next(one)
-    assert [first + "".join(one), second + "".join(two)] == alone
+        assert list(pool.map(read, range(4))) == [word * 50 for word in WORDS]
 
 
 def test_turns_come_in_the_order_of_asking(endless) -> None:
@@ -124,37 +89,23 @@ def test_turns_come_in_the_order_of_asking(endless) -> None:
     assert engine.at_once == 1
 
 
-def close(stream: Iterator[str]) -> None:
-    stream.close()
-
-
-def leave(stream: Iterator[str]) -> None:
-    with stream:
-        pass
-
-
-def drop(stream: Iterator[str]) -> None:
-    pass
-
-
-@pytest.mark.parametrize("give_up", [close, leave, drop])
-def test_a_consumer_that_stops_half_way_frees_the_engine(endless, give_up) -> None:
+@pytest.mark.parametrize("way", ["close", "leave", "drop"])
+def test_a_consumer_that_stops_half_way_frees_the_engine(endless, way: str) -> None:
     model, engine = endless
     stream = model.stream(STORY, max_new_tokens=10**9, timeout=PATIENCE)
     assert [next(stream), next(stream)] == [" and", " and"]
-    give_up(stream)
-    del stream
+    if way == "close":
+        stream.close()
+        assert list(stream) == []
+        with pytest.raises(EngineError, match="closed before"):
+            stream.result()
+    elif way == "leave":
+        with stream:
+            pass
+    else:
+        del stream
     assert engine.ended.wait(PATIENCE)
     assert model.generate(STORY, max_new_tokens=2, timeout=PATIENCE).text == " and and"
-
-
-def test_a_closed_stream_has_no_result(endless) -> None:
-    stream = endless[0].stream(STORY, max_new_tokens=10**6)
-    next(stream)
-    stream.close()
-    assert list(stream) == []
-    with pytest.raises(EngineError, match="closed before"):
-        stream.result()
 
 
 def test_closing_a_stream_wakes_who_waits_for_its_turn(endless) -> None:
@@ -231,24 +182,22 @@ def test_an_engines_own_thread_that_closes_it_does_not_wait_for_itself(endless) 
     assert engine.closed
 
 
-def test_a_stream_may_be_read_after_the_thread_that_asked_has_ended(endless) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(endless[0].stream, STORY, max_new_tokens=5000, timeout=PATIENCE).result()
-    assert stream.result().summary.new_tokens == 5000
+def test_an_error_reaches_the_one_who_asked_and_nobody_else(endless) -> None:
+    model, engine = endless
 
+    def fail() -> None:
+        engine.between = lambda: None
+        raise EngineError("it broke")
 
-def test_an_error_reaches_the_one_who_asked_and_nobody_else() -> None:
-    info = loader.resolve(None)
-    tokenizer = Tokenizer(info.path)
-    model = Model(info, tokenizer, FailingEngine(tokenizer, "It goes on.", 1024))
-    broken, whole = model.stream(STORY), model.stream(STORY)
+    engine.between = fail
+    broken, whole = (model.stream(STORY, max_new_tokens=3) for _ in range(2))
     with pytest.raises(EngineError, match="it broke"):
         broken.result()
-    assert whole.result().text == "It goes on."
+    assert whole.result().text == " and and and"
 
 
 def test_closing_the_model_ends_what_is_running_and_says_so() -> None:
-    model, engine = with_engine(EndlessEngine)
+    model, engine = with_engine()
     running, waiting = model.stream(STORY, max_new_tokens=10**9), model.stream(STORY)
     next(running)
     model.close()
@@ -258,15 +207,15 @@ def test_closing_the_model_ends_what_is_running_and_says_so() -> None:
             stream.result()
 
 
-def test_an_engine_that_computes_several_at_once_gets_as_many() -> None:
-    model, engine = with_engine(PairedEngine)
+def test_an_engine_that_computes_several_at_once_gets_as_many(endless) -> None:
+    model, engine = endless
+    engine.max_batch = 2
     streams = [model.stream(STORY, max_new_tokens=10**9, timeout=PATIENCE) for _ in range(3)]
     for stream in streams[:2]:
         assert [next(stream) for _ in range(3)] == [" and"] * 3
     streams[0].close()
     assert next(streams[2]) == " and"
     assert engine.at_once == 2
-    model.close()
 
 
 def test_more_tasks_than_the_loop_has_threads(endless) -> None:
@@ -323,36 +272,24 @@ def test_an_event_loop_that_is_gone_frees_the_engine(endless) -> None:
 
 def run(program: str) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a program that may use this module."""
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", f"from test_engine_thread import EndlessEngine, STORY, with_engine\n{program}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"},
+    prelude = (
+        "import os, sys, threading\nfrom test_engine_thread import STORY, with_engine\nmodel, engine = with_engine()\n"
     )
+    done = python(prelude + program, path=[Path(__file__).parent], timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_program_that_ends_with_a_stream_half_read_ends() -> None:
+def test_a_program_with_a_stream_half_read_ends_and_its_other_threads_get_their_text() -> None:
     program = """
-model, engine = with_engine(EndlessEngine)
+engine.max_batch = 2
 stream = model.stream(STORY, max_new_tokens=10**9)
 print(next(stream))
-"""
-    assert run(program) == (0, " and\n", "")
-
-
-def test_a_thread_that_outlives_the_main_one_gets_its_text() -> None:
-    program = """
-import threading
-model, engine = with_engine(EndlessEngine)
 def read():
     threading.main_thread().join()
     print(model.generate(STORY, max_new_tokens=300).summary.new_tokens)
 threading.Thread(target=read).start()
 """
-    assert run(program) == (0, "300\n", "")
+    assert run(program) == (0, " and\n300\n", "")
 
 
 def test_requests_and_chunks_are_plain_data() -> None:
@@ -361,11 +298,8 @@ def test_requests_and_chunks_are_plain_data() -> None:
     assert pickle.loads(pickle.dumps((request, chunk))) == (request, chunk)  # noqa: S301 - our own bytes
 
 
-def test_a_callback_that_raises_ends_its_own_request_only() -> None:
-    info = loader.resolve(None)
-    tokenizer = Tokenizer(info.path)
-    engine = EndlessEngine(tokenizer)
-    thread = EngineThread(engine)
+def test_a_callback_that_raises_ends_its_own_request_only(endless) -> None:
+    thread = EngineThread(endless[1])
 
     def fail(item: object) -> None:
         raise ValueError("a consumer's own")
@@ -373,7 +307,6 @@ def test_a_callback_that_raises_ends_its_own_request_only() -> None:
     thread.submit(request_for([1, 2, 3], "greedy", 10**9), fail)
     text, _, summary = collect(thread.stream(request_for([1, 2, 3], "greedy", 4)))
     assert (text, summary.finish_reason) == (" and and and and", "length")
-    thread.close()
 
 
 def test_a_request_is_cancelled_by_its_id_before_and_while_it_runs(endless) -> None:
@@ -407,7 +340,7 @@ def test_a_bug_in_an_engine_reaches_all_whose_work_it_was_and_the_next_request_w
 
 
 def test_a_model_that_is_dropped_closes_its_engine() -> None:
-    model, engine = with_engine(EndlessEngine)
+    model, engine = with_engine()
     model.generate(STORY, max_new_tokens=2, timeout=PATIENCE)
     closed = threading.Event()
     engine.close = closed.set  # type: ignore[method-assign]
@@ -417,8 +350,6 @@ def test_a_model_that_is_dropped_closes_its_engine() -> None:
 
 
 FORK = """
-import os, sys
-model, engine = with_engine(EndlessEngine)
 stream = model.stream(STORY, max_new_tokens=10**9)
 next(stream)
 child = os.fork()
