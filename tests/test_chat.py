@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,26 +76,15 @@ def test_flags_reach_the_engine(exl2_dir: Path) -> None:
     assert script.engines[0].context_length == 512
 
 
-def test_a_block_between_quotation_marks_is_one_message(exl2_dir: Path) -> None:
+def test_lines_and_blocks_of_a_pipe(exl2_dir: Path) -> None:
+    """With Windows' line ends and byte order mark, bytes that are no text, and what only looks like a command."""
     script = Script(["ok"])
-    chat(script, '"""\nfirst\n\n  second\n"""\n"""one line"""\n"""open to the\nend')
+    lines = b'\xef\xbb\xbfHi\r\n"""\r\nfirst\r\n\r\n  second\r\n"""\n\xff\xfe\r\n/usr/bin/env is what?\n /help me\n'
+    result = chat(script, lines + b'// comment\n"""one line"""\n"""open to the\nend')
     texts = [text.split("user\n")[-1].split("<|im_end|>")[0] for text in prompts(script, exl2_dir)]
-    assert texts == ["first\n\n  second", "one line", "open to the\nend"]
-
-
-def test_windows_line_ends_byte_order_marks_and_wrong_bytes(exl2_dir: Path) -> None:
-    script = Script(["ok"])
-    result = chat(script, b"\xef\xbb\xbfHi\r\n\xff\xfe\r\nthere\n")
-    texts = [text.split("user\n")[-1].split("<|im_end|>")[0] for text in prompts(script, exl2_dir)]
-    assert texts == ["Hi", "there"]
+    assert texts[:2] == ["Hi", "first\n\n  second"]
+    assert texts[2:] == ["/usr/bin/env is what?", " /help me", "// comment", "one line", "open to the\nend"]
     assert "a line on standard input is not UTF-8 text: byte 0 is 0xff" in result.stderr
-
-
-@pytest.mark.parametrize("text", ["/usr/bin/env is what?", " /help me", "// comment"])
-def test_not_everything_with_a_slash_is_a_command(exl2_dir: Path, text: str) -> None:
-    script = Script(["ok"])
-    chat(script, text + "\n")
-    assert f"user\n{text}<|im_end|>" in prompts(script, exl2_dir)[0]
 
 
 def test_quiet_shows_answers_and_what_is_asked_for() -> None:
@@ -113,11 +100,6 @@ def test_an_error_in_one_turn_does_not_end_the_others(data: Path) -> None:
     assert "error: the GPU ran out of memory; use --cache q4\n" in result.stderr
     assert turns(data)[1] == ("assistant", "Half an")
     assert saved(data)["turns"][1]["finish_reason"] == "cancelled"
-
-
-def test_line_editing_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, exl_cli.cli; print({'prompt_toolkit', 'markdown_it', 'jinja2', 'torch'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 # --- saving --------------------------------------------------------------------------------------------------------
@@ -166,11 +148,6 @@ def test_a_session_whose_model_is_gone_says_how_to_go_on(gptq_dir: Path, data: P
     assert result.exit_code == 3
     assert "which trip was with; exl chat MODEL --session trip goes on with another" in result.stderr
     assert chat(Script(["b"]), "two\n", "fable-7m", "--session", "trip").stdout == "b\n"
-
-
-def test_a_named_session_without_a_word_leaves_no_file(data: Path) -> None:
-    assert chat(Script(["a"]), "", "--session", "trip").exit_code == 0
-    assert not data.exists()
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def test_a_sentence_in_the_models_place_is_meant_as_a_message() -> None:
 
 
 def test_a_conversation_all_of_which_was_taken_back_leaves_no_file(data: Path) -> None:
+    assert chat(Script(["a"]), "", "--session", "trip").exit_code == 0
+    assert not data.exists()
     result = chat(Script(["a"]), "one\n/undo\n/sessions\n")
     assert "there are no saved sessions" in result.stderr
     assert list((data / "sessions").iterdir()) == []

@@ -149,18 +149,6 @@ def test_the_draft_model_keeps_step_and_its_own_conversation() -> None:
     assert model.draft.computed - before <= 6
 
 
-def test_a_stop_id_among_the_proposals_ends_the_text() -> None:
-    for kind in ("ngram", "draft"):
-        model = Model(kind, **REPEATING)
-        request = ask([1, 2, 3], 200)
-        whole = model.forward.expected(request, 200)
-        stop = ask([1, 2, 3], 200, stop_ids=frozenset({max(whole, key=whole[::-1].index)}))
-        tokens, summary = model.run(stop)
-        assert tokens == model.forward.expected(stop, 200)
-        assert summary.finish_reason == "stop"
-        assert tokens[-1] in stop.stop_ids
-
-
 @pytest.mark.parametrize("kind", ["ngram", "draft"])
 def test_several_at_once_share_what_a_pass_may_have(kind: str) -> None:
     model = Model(kind, max_batch=4, max_tokens=12, **REPEATING)
@@ -176,19 +164,6 @@ def test_several_at_once_share_what_a_pass_may_have(kind: str) -> None:
     assert max(max(row) for row in model.forward.rows if len(row) == 2) <= 6
 
 
-def test_a_sequence_that_the_draft_has_no_room_for_goes_without() -> None:
-    clock = FakeClock()
-    forward, small = FakeForward(pages=100, clock=clock), FakeForward(pages=4, clock=clock, seconds=0.1)
-    draft = DraftModel(small, 97, 10_000, clock=clock)
-    batch = Batch(Scheduler(forward, sampler_for, drafter=draft, clock=clock))
-    for new in (60, 12):
-        request = ask([1, 2, 3], new)
-        steps = [*batch.steps(request, new)]
-        assert [t for step in steps for t in step.token_ids] == forward.expected(request, new)
-        assert (sum(step.drafted_tokens for step in steps) > 0) == (new == 12)
-        assert draft.num_allocated_pages == 0
-
-
 def test_nothing_is_proposed_beyond_the_drafts_own_context() -> None:
     clock = FakeClock()
     forward, small = FakeForward(pages=100, clock=clock), FakeForward(pages=100, clock=clock, seconds=0.1)
@@ -196,32 +171,6 @@ def test_nothing_is_proposed_beyond_the_drafts_own_context() -> None:
     request = ask([1, 2, 3], 60)
     assert [t for step in batch.steps(request, 60) for t in step.token_ids] == forward.expected(request, 60)
     assert 20 < small.reached <= 30
-
-
-@pytest.mark.parametrize("what", ["prefill", "synchronize", "submit", "collect"])
-@pytest.mark.parametrize("when", [0, 1, 5])
-def test_a_draft_model_that_fails_leaves_things_in_order(what: str, when: int) -> None:
-    model = Model("draft")
-    left = when
-
-    def fail(name: str) -> None:
-        nonlocal left
-        left -= name == what
-        if left == -1:
-            left = -2
-            raise RuntimeError("out of memory")
-
-    model.draft.fail = fail
-    requests = [ask([begin, 2, 3, 4, 5], 20) for begin in range(8)]
-    failed = 0
-    for request in requests:
-        try:
-            assert model.run(request)[0] == model.forward.expected(request, 20)
-        except RuntimeError:
-            failed += 1
-        assert isinstance(model.drafter, DraftModel)
-        assert model.drafter.num_allocated_pages == 0
-    assert failed == 1
 
 
 def proposals(ids: list[int], most: int = 5, **sizes: int) -> tuple[int, ...]:

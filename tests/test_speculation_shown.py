@@ -100,18 +100,10 @@ def test_what_cannot_be_is_refused() -> None:
     for given, name in (({"speculate": "ngram"}, "speculate"), ({"draft": "x"}, "draft")):
         with pytest.raises(UsageError, match=f"^{name} is for the exllamav2 engine.*engine cpu.*leave {name} away"):
             LoadOptions(engine="cpu", **given)  # type: ignore[arg-type]
-    result = run(GuessingLoader(""), "run", "-p", "x", "--engine", "cpu", "--speculate", "ngram")
-    assert result.exit_code == ExitCode.USAGE
-
-
-def test_python_and_langchain_take_the_same_settings() -> None:
     with pytest.raises(UsageError, match=r"^speculate is for the exllamav2 engine"):
         exl_cli.load("fable-7m", engine="cpu", speculate="ngram")
-    pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
-    from exl_cli.langchain import ExLlamaV2
-
-    with pytest.raises(UsageError, match=r"^draft is for the exllamav2 engine"):
-        ExLlamaV2(model="fable-7m", engine="cpu", draft="fable-7m")
+    result = run(GuessingLoader(""), "run", "-p", "x", "--engine", "cpu", "--speculate", "ngram")
+    assert result.exit_code == ExitCode.USAGE
 
 
 def test_the_cpu_engine_is_not_taken_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
