@@ -14,6 +14,7 @@ from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, brief, param
+from exl_cli.models.config import has_learned_positions
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, in_hub_cache, known_models, models_dir
 from exl_cli.models.hub import names, store
 from exl_cli.models.info import ModelInfo, inspect
@@ -123,17 +124,21 @@ def context_to_allocate(info: ModelInfo, options: LoadOptions, needed: int | Non
         needed: tokens of prompt and response, where they are known: the KV cache need not be larger.
 
     Raises:
-        UsageError: more than the model was made for.
+        UsageError: more than the model has positions.
     """
     if options.max_seq_len is not None:
-        if options.max_seq_len > info.context_length:
-            raise UsageError(
-                f"{param('max_seq_len')} {options.max_seq_len:,} is more than the {info.context_length:,} tokens "
-                f"that {info.name} was made for",
-                f"use at most {info.context_length}",
-            )
+        if options.max_seq_len > info.extended_length and has_learned_positions(info.config):
+            raise UsageError(_beyond(info, options.max_seq_len), f"use at most {info.extended_length}")
         return options.max_seq_len
-    return min(info.context_length, max(needed or 0, _MIN_ALLOCATION))
+    # A context that is extended takes more memory than most conversations need.
+    return min(info.extended_length, max(needed or 0, min(info.context_length, _MIN_ALLOCATION)))
+
+
+def _beyond(info: ModelInfo, max_seq_len: int) -> str:
+    return (
+        f"{param('max_seq_len')} {max_seq_len:,} is more than the {info.extended_length:,} tokens "
+        f"that {info.name} was made for"
+    )
 
 
 def load(
@@ -156,12 +161,14 @@ def load(
     context = context_to_allocate(info, options, needed)
     for note in info.notes:
         observer.note(note)
+    if context > info.extended_length:
+        observer.note(f"{_beyond(info, context)}: what it says beyond them may make no sense")
     for name, value in sampling.unusable(info.generation_config).items():
         observer.note(f"generation_config.json: {name} {brief(repr(value))} is left out")
     # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with hold_interrupt(), startup.collector_paused():
-        chosen = _choose(info, options, observer.note)
+        chosen = _choose(info, context, options, observer.note)
         if chosen == "exllamav2":
             from exl_cli.engines.exllamav2 import engine as exllamav2
             from exl_cli.engines.exllamav2 import import_exllamav2
@@ -194,14 +201,14 @@ def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> Model
     return draft
 
 
-def _choose(info: ModelInfo, options: LoadOptions, note: Callable[[str], None]) -> str:
+def _choose(info: ModelInfo, context: int, options: LoadOptions, note: Callable[[str], None]) -> str:
     if options.engine == "cpu":
         if ignored := options.for_the_gpu():
             note(f"{', '.join(ignored)}: no effect on the CPU")
         return "cpu"
     from exl_cli.engines.exllamav2 import support
 
-    model = support.why_not(info)
+    model = support.why_not(info, context)
     if not model:
         startup.wake_gpu()
     machine = support.why_not_here()

@@ -395,6 +395,7 @@ KINDS: dict[str, Kind] = {
         style=4,
         written={"rope_scaling": {"type": "linear", "factor": 4.0}},
     ),
+    "llama-dynamic-within": Kind(text("llama", **rope("dynamic", factor=4.0))),
     "llama-dynamic": Kind(text("llama", **rope("dynamic", factor=4.0), max_position_embeddings=ORIGINAL)),
     "llama-llama3": Kind(text("llama", **LLAMA3)),
     "llama-llama3-older": Kind(text("llama", **LLAMA3), style=4),
@@ -501,7 +502,10 @@ KINDS: dict[str, Kind] = {
         to_model=lambda s: {"transformer." + name: t for name, t in s.items()},
     ),
     "gpt2-prefix": Kind(gpt2("gpt2")),
-    "gpt2-inner": Kind(gpt2("gpt2", n_inner=96, activation_function="gelu")),
+    "gpt2-inner": Kind(gpt2("gpt2", n_inner=192, activation_function="gelu")),
+    "gpt2-odd-inner": Kind(gpt2("gpt2", n_inner=96)),
+    "llama-odd-sizes": Kind(text("llama", hidden_size=96, intermediate_size=320, head_dim=96)),
+    "granite-biases": Kind(granite(attention_bias=True, mlp_bias=True)),
     "gpt-bigcode": Kind(gpt2("gpt_bigcode", multi_query=True)),
     "gpt-bigcode-multi-head": Kind(gpt2("gpt_bigcode", multi_query=False)),
     "granite": Kind(granite()),
@@ -564,12 +568,37 @@ def exl2_layout(kind: Kind) -> Layout:
             ("transformer.wpe.", "model.wpe."),
             ("transformer.h.", "model.layers."),
         )
-        heads = HEAD_DIM if kind.config.get("multi_query") else HIDDEN
-        there, back = _apart([(".self_attn.%s", QKV, "c_attn", [HIDDEN, heads, heads])], names)
+        there, back = _apart([(".self_attn.%s", QKV, "c_attn", [HIDDEN, HEAD_DIM, HEAD_DIM])], names)
+        if kind.config.get("multi_query") is False:
+            there, back = _heads_apart(names)
+        elif model_type == "gpt2":
+            there, back = _apart([(".self_attn.%s", QKV, "c_attn", [HIDDEN, HIDDEN, HIDDEN])], names)
         if model_type == "gpt_bigcode":
             return there, back
         return lambda s: there(_transposed(s)), lambda s: _transposed(back(s))
+    if kind.to_model is unit_rows:
+        return unit_rows, lambda state: state  # it quantizes the head as it has loaded it
     return kind.to_stored, kind.to_model
+
+
+def _heads_apart(names: Sequence[tuple[str, str]]) -> tuple[Callable[[State], State], Callable[[State], State]]:
+    """Each head's query, key and value, which GPTBigCode keeps together, apart."""
+    renamed = renaming(*names)
+
+    def cut(whole: Tensor) -> list[Tensor]:
+        return [part.flatten(0, 1) for part in whole.view(-1, 3, HEAD_DIM, *whole.shape[1:]).unbind(1)]
+
+    def join(parts: list[Tensor]) -> Tensor:
+        heads = [part.view(-1, HEAD_DIM, *part.shape[1:]) for part in parts]
+        return torch.stack(heads, 1).flatten(0, 2)
+
+    def to_stored(state: State) -> State:
+        return split(renamed["to_stored"](state), ".self_attn.%s", QKV, "c_attn", cut)
+
+    def to_model(state: State) -> State:
+        return renamed["to_model"](fuse(state, ".self_attn.%s", QKV, "c_attn", join))
+
+    return to_stored, to_model
 
 
 def _apart(

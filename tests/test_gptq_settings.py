@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import quantize
 import torch
+from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from exl_cli.cli.app import app
-from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
 from exl_cli.engines.exllamav2.support import why_not
 from exl_cli.errors import DamagedModelError, ExlError, UnsupportedModelError
 from exl_cli.models.formats import gptq

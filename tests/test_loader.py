@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import tinymodels
 import torch
+from helpers import Recorder
 
 from exl_cli import loader
-from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2, legacy_config
 from exl_cli.engines.exllamav2.support import why_not
 from exl_cli.errors import DamagedModelError, UnsupportedModelError, UsageError
 from exl_cli.models.info import ModelInfo, inspect
 from exl_cli.models.load_options import LoadOptions, parse_gpu_split
+from exl_cli.models.tokenizer import Tokenizer
 
 
 def make(folder: Path, variant: tinymodels.Variant) -> ModelInfo:
@@ -98,8 +99,7 @@ def test_a_second_copy_of_the_weights_is_not_counted(tmp_path: Path) -> None:
     data = (info.path / "model.safetensors").read_bytes()
     (info.path / "consolidated.safetensors").write_bytes(data)
     assert inspect(info.path).size_bytes == len(data)
-    with folder_for_exllamav2(inspect(info.path)) as folder:
-        assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert {tensor.file.name for tensor in inspect(info.path).tensors.values()} == {"model.safetensors"}
 
 
 def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
@@ -126,9 +126,19 @@ def test_how_much_context_is_allocated(tmp_path: Path, asked: int | None, needed
     assert loader.context_to_allocate(info, LoadOptions(max_seq_len=asked), needed) == expected
 
 
-def test_more_context_than_the_model_has_is_refused() -> None:
+def test_more_context_than_a_model_has_positions_is_refused(tmp_path: Path) -> None:
+    learned = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 1024}
+    info = make(tmp_path, tinymodels.Variant("float", config={**learned, "max_position_embeddings": 1024}))
     with pytest.raises(UsageError, match="1,024"):
-        loader.context_to_allocate(loader.resolve(None), LoadOptions(max_seq_len=2000))
+        loader.context_to_allocate(info, LoadOptions(max_seq_len=2000))
+
+
+def test_more_context_than_a_model_was_made_for_is_given_with_a_note() -> None:
+    info, notes = loader.resolve(None), Recorder()
+    engine = loader.load(info, Tokenizer(info.path), LoadOptions(engine="cpu", max_seq_len=2000), notes)
+    assert engine.context_length == 2000
+    assert any("1,024 tokens" in note for note in notes.notes)
+    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -153,16 +163,3 @@ def test_what_exllamav2_cannot_run(tmp_path: Path) -> None:
     assert "powers of two" in why_not(
         make(tmp_path / "c", tinymodels.Variant("gptq", config={"hidden_size": 256}, group_size=96))
     )
-
-
-def test_rotary_settings_of_transformers_5_are_handed_on() -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 8192}
-    config = legacy_config({"architectures": ["A", "B"], "rope_parameters": rope})
-    assert config["rope_theta"] == 500000.0
-    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
-    assert config["architectures"] == ["A"]
-    plain = legacy_config({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
-    assert plain["rope_theta"] == 1e6
-    assert "rope_scaling" not in plain
-    both = legacy_config({"rope_theta": 5.0, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}})
-    assert (both["rope_theta"], both["rope_scaling"]) == (5.0, {"rope_type": "linear", "factor": 2.0})

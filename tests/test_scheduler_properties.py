@@ -51,6 +51,7 @@ class Machine(RuleBasedStateMachine):
                 "page_size": st.sampled_from([3, 4]),
                 "max_batch": st.integers(1, 4),
                 "growth": st.sampled_from([0.01, 0.7]),
+                "long_after": st.sampled_from([None, 4, 13]),
             }
         ),
         chunk=st.integers(1, 9),

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any
 
 from exl_cli.errors import DamagedModelError
+from exl_cli.models.rope import extended_length
 from exl_cli.system.files import read_file
 
 _GEMMA_2 = {
@@ -164,6 +165,17 @@ def context_length_of(config: Mapping[str, Any]) -> int:
     lengths.append(value_of(config, _CONTEXT_KEYS[0]))
     # exllamav2's own default for a config that does not say is 2,048.
     return next((value for value in lengths if isinstance(value, int) and value > 0), 2048)
+
+
+def extended_length_of(config: Mapping[str, Any]) -> int:
+    """The longest context that a model was made for once its rotary embeddings are scaled, in tokens."""
+    length = context_length_of(config)
+    return max(extended_length(config, length), extended_length(_text(config), length))
+
+
+def has_learned_positions(config: Mapping[str, Any]) -> bool:
+    """Whether each position has an embedding of its own, so that there are none behind the last."""
+    return config.get("model_type") in ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "biogpt")
 
 
 _ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional", "mrope"}

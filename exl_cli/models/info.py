@@ -12,6 +12,7 @@ from exl_cli.models.config import (
     check_layers,
     check_values,
     context_length_of,
+    extended_length_of,
     in_layer,
     quantization_of,
     read_json,
@@ -36,7 +37,8 @@ class ModelInfo:
         architecture: transformers' class name, e.g. "LlamaForCausalLM".
         parameters: weights of the network; a head tied to the embeddings counts once.
         bits_per_weight: stored bits per weight of the linear layers, scales and zero points included.
-        context_length: the longest context the model was made for, in tokens.
+        context_length: the context that config.json counts, in tokens.
+        extended_length: the longest context the model was made for: the same, or what `rope_scaling` extends it to.
         size_bytes: bytes of its weight files.
         tensors: every tensor's header, by name.
         has_chat_template: whether it says how to format a conversation.
@@ -55,6 +57,7 @@ class ModelInfo:
     context_length: int
     size_bytes: int
     tensors: dict[str, TensorHeader] = field(repr=False)
+    extended_length: int = 0
     has_chat_template: bool = False
     group_size: int | None = None
     desc_act: bool = False
@@ -91,6 +94,7 @@ class ModelInfo:
             "parameters": self.parameters,
             "bits_per_weight": round(self.bits_per_weight, 3),
             "context_length": self.context_length,
+            "extended_length": self.extended_length,
             "size_bytes": self.size_bytes,
             "chat_template": self.has_chat_template,
         }
@@ -141,6 +145,7 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
         parameters=parameters,
         bits_per_weight=bits,
         context_length=context_length_of(config),
+        extended_length=extended_length_of(config),
         size_bytes=sum(file.stat().st_size for file in files),
         tensors=tensors,
         has_chat_template=_has_chat_template(path),

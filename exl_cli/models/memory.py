@@ -207,7 +207,7 @@ def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp
         needed = estimate(info, pages * PAGE, cache, low_mem=low_mem)
         return needed is not None and needed.allocated <= usable(needed, free)
 
-    low, high = 0, max(1, info.context_length // PAGE)
+    low, high = 0, max(1, info.extended_length // PAGE)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -234,7 +234,7 @@ def beside(draft: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem
         context: tokens to allocate, of which it uses as many as it was made for.
         cache, low_mem: see `estimate`.
     """
-    needed = estimate(draft, min(context, draft.context_length), cache, low_mem=low_mem)
+    needed = estimate(draft, min(context, draft.extended_length), cache, low_mem=low_mem)
     return 0 if needed is None else needed.allocated - needed.working
 
 

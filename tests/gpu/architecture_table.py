@@ -82,7 +82,8 @@ def measure(kind: str, fmt: str, folder: Path, expected: dict[str, Any], engine:
     row = Row(kind, fmt)
     try:
         info = loader.resolve(str(folder))
-        loaded = loader.load(info, Tokenizer(info.path), LoadOptions(engine=engine), Recorder())
+        options = LoadOptions(engine=engine, max_seq_len=architectures.CONTEXT)
+        loaded = loader.load(info, Tokenizer(info.path), options, Recorder())
     except ExlError as error:
         row.refusal = f"{type(error).__name__}: {error}"
         return row

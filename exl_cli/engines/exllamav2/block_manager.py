@@ -19,7 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_ROOT = -1
+# Where sequences begin in the tree: keys and values of long ones are others (`ModelRunner.long_after`).
+_ROOT, _LONG_ROOT = -1, -2
 
 Tokens = tuple[int, ...]
 
@@ -35,6 +36,7 @@ class Allocation:
         num_computed_tokens: tokens, from the first one on, that the cache is certain to hold.
         num_cached_pages: pages of the block table that are in the tree: all that are full and computed.
         num_reserved_pages: pages that it may still take.
+        root: where in the tree it begins.
     """
 
     ids: list[int]
@@ -43,6 +45,7 @@ class Allocation:
     num_computed_tokens: int
     num_cached_pages: int
     num_reserved_pages: int
+    root: int = _ROOT
 
 
 class BlockManager:
@@ -89,7 +92,7 @@ class BlockManager:
         """Pages that so many positions take up."""
         return -(-positions // self.size)
 
-    def allocate(self, ids: list[int], positions: int) -> Allocation | None:
+    def allocate(self, ids: list[int], positions: int, *, long: bool = False) -> Allocation | None:
         """Allocate pages for a sequence, sharing those that hold the beginning of its prompt.
 
         The last token of the prompt is never taken from the cache, since its logits are wanted.
@@ -97,18 +100,20 @@ class BlockManager:
         Args:
             ids: the prompt, at least one token.
             positions: the most that the sequence may take up, at most as many as all pages hold.
+            long: see `ScheduledTokens`.
 
         Returns:
             None while there is no room for it.
         """
-        shared = self._cached_prefix(ids)
+        root = _LONG_ROOT if long else _ROOT
+        shared = self._cached_prefix(ids, root)
         reserved = self.pages_for(positions) - len(shared)
         if reserved + sum(not self._users[page] for page in shared) > self.num_available:
             return None
         for page in shared:
             self._use(page)
         reused = len(shared) * self.size
-        allocation = Allocation(ids, shared, reused, reused, len(shared), reserved)
+        allocation = Allocation(ids, shared, reused, reused, len(shared), reserved, root)
         self._num_reserved += reserved
         self._allocations.add(allocation)
         try:
@@ -156,10 +161,10 @@ class BlockManager:
 
     # --- allocations ----------------------------------------------------------------------------------------------
 
-    def _cached_prefix(self, ids: list[int]) -> list[int]:
+    def _cached_prefix(self, ids: list[int], root: int) -> list[int]:
         """The full pages that hold the beginning of a prompt, its last token left out."""
         pages: list[int] = []
-        parent = _ROOT
+        parent = root
         for begin in range(0, len(ids) - self.size, self.size):
             page = self._full.get((parent, tuple(ids[begin : begin + self.size])))
             if page is None:
@@ -218,7 +223,8 @@ class BlockManager:
         return oldest == page or lost <= len(self._tokens[oldest])
 
     def _parent_of(self, allocation: Allocation) -> int:
-        return allocation.block_table[allocation.num_cached_pages - 1] if allocation.num_cached_pages else _ROOT
+        count = allocation.num_cached_pages
+        return allocation.block_table[count - 1] if count else allocation.root
 
     def _append(self, allocation: Allocation, page: int) -> None:
         allocation.block_table.append(page)

@@ -22,7 +22,7 @@ from exl_cli.engines.base import Event, Request
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.attention.paged import Heads, unusual
-from exl_cli.engines.exllamav2.compat_dir import folder_for_exllamav2
+from exl_cli.engines.exllamav2.build_model import build_model, rope_offset
 from exl_cli.engines.exllamav2.cuda_errors import explained, free_bytes, translated
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
@@ -33,7 +33,7 @@ from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
 from exl_cli.engines.response import Response, Step, check_fits, check_known
 from exl_cli.engines.sampling.sampler import Samplers
-from exl_cli.models import memory
+from exl_cli.models import architecture, memory
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -150,8 +150,10 @@ class ExLlamaV2Engine:
                 return self._paged_logits(ids, step)
             cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))
             parts = []
+            offsets = torch.tensor([[rope_offset(model)]], dtype=torch.int) if forward.is_long(len(ids)) else None
             for at in range(0, len(ids), step):
-                out = model.forward(torch.tensor([list(ids[at : at + step])]), cache, cpu_logits=True)
+                tokens = torch.tensor([list(ids[at : at + step])])
+                out = model.forward(tokens, cache, cpu_logits=True, position_offsets=offsets)
                 parts.append(out[0, :, : model.config.vocab_size].float())
             return torch.cat(parts)
 
@@ -161,7 +163,8 @@ class ExLlamaV2Engine:
         self._scheduler.reset()
         block_table = list(range(memory.round_up(len(ids)) // memory.PAGE))
         for at in range(0, len(ids), step):
-            forward.submit([ScheduledTokens(tuple(ids[at : at + step]), at, block_table)])
+            tokens = tuple(ids[at : at + step])
+            forward.submit([ScheduledTokens(tokens, at, block_table, forward.is_long(len(ids)))])
             parts.append(forward.collect()[0].clone())
         return torch.cat(parts)
 
@@ -230,7 +233,9 @@ def load(
     drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
-        context = min(context_length, draft.context_length)
+        # A draft that is computed again as a long one is not worth it.
+        switch = architecture.read(draft).switch or draft.extended_length
+        context = min(context_length, draft.extended_length, switch)
         try:
             others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress))
         except BaseException:
@@ -265,12 +270,8 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
     ours = not decode_attention.why_not(*heads, memory.PAGE, quantized_cache=options.cache != "fp16")
     paged.try_ahead(heads, decodes=not ours)
     # exllamav2 prints to stdout, which belongs to the model's text.
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        folder_for_exllamav2(info) as folder,
-        translated(info, context_length, options),
-    ):
-        model, cache = _build(folder, context_length, options, progress)
+    with contextlib.redirect_stdout(sys.stderr), translated(info, context_length, options):
+        model, cache = _build(info, context_length, options, progress)
 
         def backend(decodes: bool) -> paged.Backend:
             return paged.install_paged(heads, decodes=decodes)
@@ -283,21 +284,11 @@ def _pages(context_length: int, options: LoadOptions) -> int:
     return memory.round_up(context_length) // memory.PAGE * options.sequences
 
 
-def _build(folder: Any, context_length: int, options: LoadOptions, progress: Progress) -> tuple[Any, Any]:
+def _build(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> tuple[Any, Any]:
     """Model and cache, a page larger than what `_pages` says."""
     from exllamav2 import cache as caches
-    from exllamav2.config import ExLlamaV2Config
-    from exllamav2.model import ExLlamaV2
 
-    config = ExLlamaV2Config(str(folder))
-    config.max_seq_len = memory.round_up(context_length)
-    config.max_input_len = min(config.max_input_len, config.max_seq_len)
-    config.no_sdpa = True  # see attention.py; this keeps its own branch out of reach even where that is not installed
-    config.no_graphs = True  # its graphs of single layers cannot be part of ours of whole passes
-    if options.low_mem:
-        config.set_low_mem()
-    config.arch_compat_overrides(quiet=True)
-    model = ExLlamaV2(config)
+    model = build_model(info, architecture.read(info), memory.round_up(context_length), low_mem=options.low_mem)
     cache_class = {
         "fp16": caches.ExLlamaV2Cache,
         "q8": caches.ExLlamaV2Cache_Q8,

@@ -12,6 +12,7 @@ import torch
 
 from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
+from exl_cli.engines.exllamav2.build_model import experts_captured, rope_offset
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
 from exl_cli.engines.exllamav2.kernels import quantized_linear
@@ -56,6 +57,8 @@ class GpuForward:
         self._model, self.cache = model, cache
         self.pages, self.page_size = pages, page_size
         self.vocab_size = model.config.vocab_size
+        self._rope_offset = rope_offset(model)
+        self.long_after = model.config.exl_architecture.switch if self._rope_offset else None
         self._device = torch.device("cuda", model.modules[1].device_idx)
         self._last = torch.device("cuda", model.modules[-1].device_idx)
         self._stream = model.get_device_context(self._device.index, scratch=False).stream
@@ -65,20 +68,24 @@ class GpuForward:
         self._embeddings = Embeddings(model.modules[0], self._device)
         self._inputs = Inputs(
             self._embeddings, model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
-            self._most_keys // page_size + 1, pages, self._device,
+            self._most_keys // page_size + 1, pages, self._rope_offset, self._device,
         )  # fmt: skip
-        self._extend_rotary_tables()
         self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
         self.backend = backend(not self.small.attends)
         self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
+        self._experts_captured = experts_captured(model)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         # Views of it, by the rows asked for, the longest one's tokens, and the tokens computed of each.
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
         self._asked = (0, 0, 0)
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending = False
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens is a long one."""
+        return self.long_after is not None and tokens > self.long_after
 
     @property
     def captures(self) -> bool:
@@ -90,23 +97,12 @@ class GpuForward:
         """What a capture failed with; empty where none did."""
         return self._graphs.why_not
 
-    def _extend_rotary_tables(self) -> None:
-        """Give tokens that only fill up a pass, behind the end of a full context, rows to read: they mean nothing."""
-        for index, used in enumerate(self._model.device_context):
-            if used is not None:
-                context = self._model.get_device_context(index, scratch=False)
-                for tables in (context.sin, context.cos):
-                    tables[:] = [
-                        torch.nn.functional.pad(table, (0, 0, 0, self.max_tokens)) if table.dim() > 1 else table
-                        for table in tables
-                    ]
-
     def _choose(self) -> tuple[ModulesForward | fused_forward.FusedForward, str]:
         reason = layers.why_not(self._model)
         if not reason:
             try:
-                small = fused_forward.FusedForward(self._model, self.cache, self.page_size, self._inputs)
-                reason = small.why_not(lambda: self._large.prepare(1))
+                small = fused_forward.FusedForward(self._model, self.cache, self.page_size, self._inputs, self._large)
+                reason = small.why_not()
             except EngineError as error:
                 reason = error.message
             if not reason:
@@ -121,15 +117,19 @@ class GpuForward:
         most = self.max_tokens
         if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
             for first in range(0, len(row.ids), most):
-                self._pass([ScheduledTokens(row.ids[first : first + most], row.start + first, row.block_table)])
+                ids = row.ids[first : first + most]
+                self._pass([ScheduledTokens(ids, row.start + first, row.block_table, row.long)])
             return
         self._await_inputs()
         block_table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
-        ids, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
-        for first in range(0, len(ids), most):
-            states, start = self._embeddings.of(ids[first : first + most]), row.start + first
+        offsets = None
+        if self._rope_offset:
+            offsets = torch.tensor([row.long * self._rope_offset], dtype=torch.int32, device=self._device)
+        tokens, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
+        for first in range(0, len(tokens), most):
+            states, start = self._embeddings.of(tokens[first : first + most]), row.start + first
             lengths = torch.tensor([start], dtype=torch.int32, device=self._device)
-            self._large.prefill(states, lengths, block_table, start + states.shape[1])
+            self._large.prefill(states, lengths, block_table, start + states.shape[1], offsets)
 
     @torch.inference_mode()
     def synchronize(self) -> None:
@@ -222,15 +222,19 @@ class GpuForward:
             inputs = self._inputs
             inputs.send(batch, tokens)
             out = self.small.run(
-                inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound
-            )
+                inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound,
+                inputs.rope_offsets[:batch] if self._rope_offset else None,
+            )  # fmt: skip
             softcap = self._model.config.final_logit_softcapping
             real = out[:, : self.vocab_size].float()
             if softcap:
                 real = torch.tanh(real / softcap) * softcap
             logits[:count].copy_(real, non_blocking=True)
 
-        self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
+        if self._experts_captured < count:
+            work()
+        else:
+            self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
         if self._last != self._device:
             # The event that is recorded next is of the first GPU's stream.
             torch.cuda.synchronize(self._last)
@@ -324,11 +328,13 @@ class Inputs:
         most_rows, most_tokens: sequences, and tokens of all of them together, of one pass.
         table_width: pages of the longest sequence, and one more for tokens that only fill up a pass.
         spare_page: a page that is nobody's.
+        rope_offset: see `build_model.rope_offset`.
         device: where the pass runs.
 
     Attributes:
         hidden: on the device, shape (most_tokens, hidden).
         lengths: int32 on the device, shape (most_rows,): positions in the cache before the pass.
+        rope_offsets: int32 on the device, shape (most_rows,): how many rows further each sequence's rotary table lies.
         block_table: int32 on the device, shape (most_rows, table_width).
     """
 
@@ -341,29 +347,31 @@ class Inputs:
         most_tokens: int,
         table_width: int,
         spare_page: int,
+        rope_offset: int,
         device: torch.device,
     ) -> None:
-        self._embeddings, self._spare_page = embeddings, spare_page
+        self._embeddings, self._spare_page, self._rope_offset = embeddings, spare_page, rope_offset
         self._state_bytes = hidden * dtype.itemsize
         # The numbers come first, all of them: a few bytes too many take less time than a second copy.
-        numbers = most_rows * (1 + table_width)
+        numbers = most_rows * (2 + table_width)
         self._states_at = -(-4 * numbers // _ALIGNMENT) * _ALIGNMENT
         size = self._states_at + most_tokens * self._state_bytes
         self._here = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
         self._there = torch.empty(size, dtype=torch.uint8, device=device)
 
-        def parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
             whole = memory[: 4 * numbers].view(torch.int32)
+            table = whole[2 * most_rows :].view(most_rows, table_width)
             states = memory[self._states_at :].view(dtype).view(most_tokens, hidden)
-            return whole[:most_rows], whole[most_rows:].view(most_rows, table_width), states
+            return whole[:most_rows], whole[most_rows : 2 * most_rows], table, states
 
-        lengths, table, self._states = parts(self._here)
-        self._lengths, self._table = lengths.numpy(), table.numpy()
+        lengths, offsets, table, self._states = parts(self._here)
+        self._lengths, self._offsets, self._table = lengths.numpy(), offsets.numpy(), table.numpy()
         self._state_halves = self._states.view(torch.int16).numpy()
         # The block table that each row was written from.
         self._written: list[list[int]] = [[] for _ in range(most_rows)]
         self._table[:] = spare_page
-        self.lengths, self.block_table, self.hidden = parts(self._there)
+        self.lengths, self.rope_offsets, self.block_table, self.hidden = parts(self._there)
 
     def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int) -> None:
         """Write rows where `send` will find them.
@@ -380,6 +388,7 @@ class Inputs:
             begin = index * tokens
             ids[begin : begin + len(row.ids)] = row.ids
             self._lengths[index] = row.start
+            self._offsets[index] = row.long * self._rope_offset
             # As a rule it is what it was for the pass before.
             if self._written[index] != row.block_table:
                 self._table[index] = self._spare_page

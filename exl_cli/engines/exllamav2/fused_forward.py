@@ -3,7 +3,7 @@
 It reads exllamav2's modules and weights where they are, and adds to the same stream of float16 hidden states. A layer
 is: norm; query, key and value in one product; head norms, rotary embedding and the cache; attention; output product
 added to the stream; norm; gate and up with the activation in one product; down product added to the stream. Sums are
-float32.
+float32. A mixture of experts in the MLP's place is computed by exllamav2.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 
 from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
+from exl_cli.engines.exllamav2.build_model import rope_offset
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Products
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
-from exl_cli.engines.exllamav2.layers import Group, Layer
+from exl_cli.engines.exllamav2.layers import Group, Layer, Mlp
+from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.errors import EngineError
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class FusedForward:
         model, cache: exllamav2's; `layers.why_not` of the model is empty.
         page_size: positions in a page.
         inputs: what it reads; `hidden` is float16.
+        modules: the passes of exllamav2's modules.
 
     Raises:
         EngineError: the kernels cannot be compiled here.
@@ -47,9 +50,10 @@ class FusedForward:
 
     name = "kernels of exl's own"
 
-    def __init__(self, model: Any, cache: Any, page_size: int, inputs: Inputs) -> None:
+    def __init__(self, model: Any, cache: Any, page_size: int, inputs: Inputs, modules: ModulesForward) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
         self._hidden, self._lengths, self._block_table = inputs.hidden, inputs.lengths, inputs.block_table
+        self._rope_offsets = inputs.rope_offsets if rope_offset(model) else None
         self._device = self._hidden.device
         config = model.config
         self._layers = [
@@ -57,7 +61,9 @@ class FusedForward:
         ]
         head = model.modules[-1]
         self._head = Group([head]) if head.q_tensors else None
-        self._groups = [group for layer in self._layers for group in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._groups = [group for layer in self._layers for group in layer.groups]
+        self._modules = modules
+        self._has_experts = any(layer.experts for layer in self._layers)
         if self._head is not None:
             self._groups.append(self._head)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -70,7 +76,7 @@ class FusedForward:
         self._normed = [buffer(width) for _ in range(3)]
         self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
         self._attended = buffer(heads * config.head_dim)
-        self._inner = buffer(max(layer.down.product.matrices[0].k for layer in self._layers))
+        self._inner = buffer(max((it.mlp.down.product.matrices[0].k for it in self._layers if it.mlp), default=0))
         self._after = torch.empty_like(self._lengths)
         self._logits = buffer(head.out_features)
         self._tuner = Tuner(self._device, (group.product for group in self._groups))
@@ -81,7 +87,13 @@ class FusedForward:
         self._programs = {(1, 1): self._program(1, 1)}
 
     def run(
-        self, hidden: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, tokens: int, most_keys: int
+        self,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
+        tokens: int,
+        most_keys: int,
+        rope_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `ModulesForward.run`; the tensors are the first rows of those of `__init__`."""
         key = (len(lengths), tokens)
@@ -98,9 +110,9 @@ class FusedForward:
             return logits.clamp_(-65504, 65504)  # a float16 product of torch's
         return self._logits[: len(hidden)]
 
-    def why_not(self, prepare: Callable[[], None]) -> str:
+    def why_not(self) -> str:
         """Why exllamav2's kernels are the better choice, see `kernel_choice.why_not`; empty where they are not."""
-        return kernel_choice.why_not(self._tuner, self._groups, prepare)
+        return kernel_choice.why_not(self._tuner, self._groups, lambda: self._modules.prepare(1))
 
     def compile_ahead(self) -> None:
         """Begin to compile what passes of several tokens will want, in the background."""
@@ -108,7 +120,9 @@ class FusedForward:
         self._tuner.begin(8, quantized_linear.MOST_ROWS, 16)
 
     def prepare(self, rows: int) -> None:
-        """Nothing to do: see `ModulesForward.prepare`."""
+        """See `ModulesForward.prepare`."""
+        if self._has_experts:
+            self._modules.prepare(rows)
 
     def close(self) -> None:
         """Compile no further in the background; passes are still possible."""
@@ -131,9 +145,12 @@ class FusedForward:
             output = self._product(layer.o, rows, [self._attended], [self._hidden], residual=True)
             program.append(self._attention(layer, batch, tokens, output))
             add(output)
-            normed, norm = self._norm(layer.mlp.pre_layernorm, layer.gate_up, rows, add)
-            add(self._gated(layer, rows, normed, norm))
-            add(self._product(layer.down, rows, [self._inner], [self._hidden], residual=True))
+            if layer.mlp is None:
+                program.append(self._mixture(layer.experts, rows))
+                continue
+            normed, norm = self._norm(layer.mlp.norm, layer.mlp.gate_up, rows, add)
+            add(self._gated(layer.mlp, rows, normed, norm))
+            add(self._product(layer.mlp.down, rows, [self._inner], [self._hidden], residual=True))
         normed, norm = self._norm(self._model.modules[-2], self._head, rows, add)
         if self._head is not None:
             add(self._product(self._head, rows, normed, [self._logits], norm=norm))
@@ -183,11 +200,22 @@ class FusedForward:
                 target.add = out.data_ptr()
         return self._bind(group.product, rows, argument)
 
-    def _gated(self, layer: Layer, rows: int, xs: Sequence[torch.Tensor], norm: Any) -> Launch:
+    def _mixture(self, experts: Any, rows: int) -> Work:
+        """Norm, experts and what they add to the stream."""
+        states = self._hidden[:rows].view(1, rows, -1)
+
+        def work(stream: int, most_keys: int) -> None:
+            out = experts.forward(states)
+            if out.data_ptr() != states.data_ptr():  # few tokens are computed in place
+                states.copy_(out)
+
+        return work
+
+    def _gated(self, mlp: Mlp, rows: int, xs: Sequence[torch.Tensor], norm: Any) -> Launch:
         """Gate and up, with the activation; in the order in which the down matrix wants them."""
-        product, (down,) = layer.gate_up.product, layer.down.product.matrices
+        product, (down,) = mlp.gate_up.product, mlp.down.product.matrices
         argument = quantized_linear.argument(product, rows, self._model.config.arch.lm.mlp_act_func)
-        self._norm_first(argument, layer.gate_up, norm)
+        self._norm_first(argument, mlp.gate_up, norm)
         quantized_linear.connect(argument, xs, [self._inner] * len(product.matrices))
         # Both halves of a block write one output, and take its order from the first.
         argument.matrix[0].scatter = None if down.inverse is None else down.inverse.data_ptr()
@@ -214,6 +242,7 @@ class FusedForward:
         argument = norm_rope.RopeArgument(
             qkv=self._qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
             table=block_table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
+            rope_offsets=None if self._rope_offsets is None else self._rope_offsets.data_ptr(),
             q_weight=None if module.q_norm is None else module.q_norm.weight.data_ptr(),
             k_weight=None if module.k_norm is None else module.k_norm.weight.data_ptr(),
             epsilon=0.0 if module.q_norm is None else module.q_norm.variance_epsilon,

@@ -28,6 +28,7 @@ def why_not(model: Any) -> str:
     from exllamav2.attn import ExLlamaV2Attention
     from exllamav2.linear import ExLlamaV2Linear
     from exllamav2.mlp import ExLlamaV2MLP
+    from exllamav2.moe_mlp import ExLlamaV2MoEMLP
     from exllamav2.rmsnorm import ExLlamaV2RMSNorm
 
     modules = model.modules
@@ -52,6 +53,8 @@ def why_not(model: Any) -> str:
             reason = _attention_why_not(module, params)
         elif type(module) is ExLlamaV2MLP:
             reason = _mlp_why_not(module, params)
+        elif type(module) is ExLlamaV2MoEMLP:
+            continue  # computed by exllamav2, between our own attention
         else:
             reason = f"it has a layer of {type(module).__name__}"
         if reason or not isinstance(module.pre_layernorm, ExLlamaV2RMSNorm):
@@ -145,12 +148,32 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 class Layer:
-    """The groups of a layer: exllamav2's attention and MLP modules."""
+    """The groups of a layer: exllamav2's attention and MLP modules.
+
+    Attributes:
+        mlp: None where the layer is a mixture of experts.
+        experts: exllamav2's module of the mixture, which computes it; None where there is none.
+    """
 
     def __init__(self, attention: Any, mlp: Any) -> None:
-        self.attention, self.mlp = attention, mlp
+        from exllamav2.mlp import ExLlamaV2MLP
+
+        self.attention = attention
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = Group([attention.o_proj])
+        self.groups = [self.qkv, self.o]
+        is_mixture = not isinstance(mlp, ExLlamaV2MLP)
+        self.mlp = None if is_mixture else Mlp(mlp)
+        self.experts = mlp if is_mixture else None
+        if self.mlp is not None:
+            self.groups += [self.mlp.gate_up, self.mlp.down]
+
+
+class Mlp:
+    """The groups of exllamav2's MLP module."""
+
+    def __init__(self, mlp: Any) -> None:
+        self.norm = mlp.pre_layernorm
         self.gate_up = Group([mlp.gate_proj, mlp.up_proj], paired=True)
         # What it takes is written in its order.
         self.down = Group([mlp.down_proj], reorders=False)

@@ -25,12 +25,19 @@ def _params_class() -> type[Any]:
         graph cannot.
         """
 
-        def __init__(self, lengths: torch.Tensor, block_table: torch.Tensor, most_keys: int, page_size: int) -> None:
+        def __init__(
+            self,
+            lengths: torch.Tensor,
+            block_table: torch.Tensor,
+            most_keys: int,
+            page_size: int,
+            rope_offsets: torch.Tensor | None,
+        ) -> None:
             Params.__init__(self, batch_size=len(lengths), paged=True)
             self.block_index, self.cache_seqlens = block_table, lengths
             self.max_cache_seqlen, self.page_size = most_keys, page_size
             self.alt_rope_embed: dict[str, Any] = {}
-            self.rope_offsets = None
+            self.rope_offsets = rope_offsets
             self.is_sequential = False
 
         def get_block_index(self, device: int) -> torch.Tensor:
@@ -38,6 +45,9 @@ def _params_class() -> type[Any]:
 
         def get_cache_seqlens(self, device: int) -> torch.Tensor:
             return self._on(self.cache_seqlens, device)
+
+        def get_rope_offsets(self, device: int) -> torch.Tensor | None:
+            return None if self.rope_offsets is None else self._on(self.rope_offsets, device)
 
         @staticmethod
         def _on(tensor: torch.Tensor, device: int) -> torch.Tensor:
@@ -58,7 +68,14 @@ class ModulesForward:
         self._page_size = page_size
         self._timed: set[tuple[int, int, int]] = set()
 
-    def prefill(self, states: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, most_keys: int) -> None:
+    def prefill(
+        self,
+        states: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
+        most_keys: int,
+        rope_offsets: torch.Tensor | None = None,
+    ) -> None:
         """Put the keys and values of one sequence's next tokens into the cache.
 
         Args:
@@ -66,11 +83,18 @@ class ModulesForward:
             lengths: int32 on the device, shape (1,): positions before them.
             block_table: int32 on the device, shape (1, pages).
             most_keys: positions with them.
+            rope_offsets: as of `Inputs`.
         """
-        self._through(self._model.last_kv_layer_idx + 1, states, lengths, block_table, most_keys)
+        self._through(self._model.last_kv_layer_idx + 1, states, lengths, block_table, most_keys, rope_offsets)
 
     def run(
-        self, hidden: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, tokens: int, most_keys: int
+        self,
+        hidden: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
+        tokens: int,
+        most_keys: int,
+        rope_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All layers and the head.
 
@@ -79,18 +103,27 @@ class ModulesForward:
             lengths, block_table: as of `Inputs`, of `batch` rows.
             tokens: of each row.
             most_keys: no row has more, the new ones included.
+            rope_offsets: as of `Inputs`, of `batch` rows; None where the model has no `long_after`.
 
         Returns:
             Logits, shape (batch * tokens, padded vocabulary), on the last device.
         """
-        states = self._through(None, hidden.view(len(lengths), tokens, -1), lengths, block_table, most_keys)
+        states = self._through(
+            None, hidden.view(len(lengths), tokens, -1), lengths, block_table, most_keys, rope_offsets
+        )
         return states.view(len(lengths) * tokens, -1)
 
     def _through(
-        self, end: int | None, states: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor, most_keys: int
+        self,
+        end: int | None,
+        states: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
+        most_keys: int,
+        rope_offsets: torch.Tensor | None,
     ) -> torch.Tensor:
         """What comes out of the modules behind the embeddings, up to an index."""
-        params = _params_class()(lengths, block_table, most_keys, self._page_size)
+        params = _params_class()(lengths, block_table, most_keys, self._page_size, rope_offsets)
         with at_most(most_keys):
             for module in self._model.modules[1:end]:
                 index = module.device_idx

@@ -6,6 +6,9 @@ it returns: the GPU computes while the caller turns the tokens into text. All ru
 Requests are admitted first come, first served, as soon as there is room in a pass and for all the pages that they may
 come to need. Prompts are prefilled in chunks between the decode steps of the others, at most one chunk's tokens a step,
 and one after the other: a prompt finds in the cache what it has in common with those before it.
+
+A model may compute sequences beyond some length otherwise, from their first token on (LongRoPE, Ding et al. 2024, arXiv
+2402.13753). A sequence that grows beyond it is computed again, as transformers does for Phi 3.
 """
 
 from __future__ import annotations
@@ -113,6 +116,7 @@ class Scheduler:
         """
         sampler, started = self._sampler(request), self._clock()
         sequence = Sequence(request_id, request, max_new_tokens, sampler, [*request.ids], started)
+        sequence.num_to_prefill = len(sequence.ids)
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
 
@@ -188,6 +192,20 @@ class Scheduler:
             self._outcomes.append((sequence.id, Step(tuple(chosen))))
         if error or chosen[-1] in stops or not sequence.max_new_tokens_left:
             self._end(sequence, error)
+        elif self._is_long(len(sequence.ids)) and not sequence.long:
+            self._compute_again(sequence)
+
+    def _is_long(self, tokens: int) -> bool:
+        after = self._runner.long_after
+        return after is not None and tokens > after
+
+    def _compute_again(self, sequence: Sequence) -> None:
+        """Have all of a sequence's tokens computed as those of a long one, before anything else."""
+        self._running.remove(sequence)
+        self._blocks.free(sequence.blocks)
+        sequence.allocation = None
+        sequence.num_computed_tokens, sequence.num_to_prefill = 0, len(sequence.ids)
+        self._waiting.appendleft(sequence)
 
     def _prefill(self) -> bool:
         """Evaluate one chunk's tokens of prompts, and start decoding those that are complete.
@@ -201,7 +219,7 @@ class Scheduler:
             if count:
                 self._blocks.grow(sequence.blocks, begin + count)
                 ids = tuple(sequence.ids[begin : begin + count])
-                self._runner.prefill(ScheduledTokens(ids, begin, sequence.blocks.block_table))
+                self._runner.prefill(ScheduledTokens(ids, begin, sequence.blocks.block_table, sequence.long))
                 sequence.num_computed_tokens += count
                 budget -= count
             if count and self._running and (sequence.num_prompt_tokens_left or budget <= 0 or not self._waiting):
@@ -216,7 +234,8 @@ class Scheduler:
             return None
         # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
         self._prefilling = sequence = self._waiting.popleft()
-        sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens)
+        sequence.long = self._is_long(len(sequence.ids))
+        sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens, long=sequence.long)
         if sequence.allocation is None:
             self._prefilling = None
             self._waiting.appendleft(sequence)
@@ -231,11 +250,13 @@ class Scheduler:
             return
         self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
         if not sequence.num_prompt_tokens_left:
-            if self._speculation is not None:
-                self._speculation.begin(sequence)
-            seconds = self._clock() - sequence.started
-            reused = sequence.blocks.num_reused_tokens
-            self._outcomes.append((sequence.id, Step(prompt_seconds=seconds, reused_tokens=reused)))
+            if not sequence.answering:
+                if self._speculation is not None:
+                    self._speculation.begin(sequence)
+                seconds = self._clock() - sequence.started
+                reused = sequence.blocks.num_reused_tokens
+                self._outcomes.append((sequence.id, Step(prompt_seconds=seconds, reused_tokens=reused)))
+                sequence.answering = True
             self._prefilling = None
             self._running.append(sequence)
 
@@ -249,7 +270,10 @@ class Scheduler:
         in_flight = []
         for sequence, draft in zip(self._running, drafts, strict=False):
             blocks, start = sequence.blocks, sequence.num_computed_tokens
-            row = ScheduledTokens((sequence.ids[start], *draft.tokens[: draft.used]), start, blocks.block_table)
+            if self._runner.long_after is not None and not sequence.long:
+                draft = draft._replace(used=min(draft.used, self._runner.long_after - len(sequence.ids)))
+            ids = (sequence.ids[start], *draft.tokens[: draft.used])
+            row = ScheduledTokens(ids, start, blocks.block_table, sequence.long)
             self._blocks.grow(blocks, start + len(row.ids))
             in_flight.append(_InFlight(sequence, row, draft))
         self._runner.submit([part.row for part in in_flight])

@@ -23,9 +23,13 @@ class Sequence:
         ids: the prompt and what followed.
         started: when it was added.
         allocation: its pages, from admission to its end.
+        num_to_prefill: tokens that are computed before decoding goes on with the last of them: the prompt, and all so
+            far where they are computed again.
+        long: see `ScheduledTokens`.
         num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
         draft: the drafter's state for it, if there is one.
         statistics: what speculation brought it.
+        answering: whether its prompt has been computed.
         ended: whether it is over.
     """
 
@@ -37,6 +41,9 @@ class Sequence:
     started: float
     allocation: Allocation | None = None
     num_computed_tokens: int = 0
+    num_to_prefill: int = 0
+    long: bool = False
+    answering: bool = False
     draft: Any = None
     statistics: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     ended: bool = False
@@ -60,5 +67,5 @@ class Sequence:
 
     @property
     def num_prompt_tokens_left(self) -> int:
-        """Prompt tokens to prefill; the last one is evaluated by the first decode step."""
-        return len(self.request.ids) - 1 - self.num_computed_tokens
+        """Tokens to prefill; the last one is evaluated by the first decode step."""
+        return self.num_to_prefill - 1 - self.num_computed_tokens

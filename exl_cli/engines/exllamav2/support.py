@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from exl_cli.models.config import unknown_rope
+from exl_cli.errors import UnsupportedModelError
+from exl_cli.models import architecture
 from exl_cli.models.formats.quantized_layers import (
     group_size_of,
     quantized_layers,
@@ -18,50 +19,22 @@ from exl_cli.models.info import ModelInfo
 if TYPE_CHECKING:
     import torch
 
-# exllamav2 0.3.2, architecture.py: the language models it knows. That release is the last, so the list does not grow.
-# It loads an architecture that it does not know as if it were Llama, and says so on stdout only; exl refuses instead.
-ARCHITECTURES = frozenset(
-    {
-        "CohereForCausalLM",
-        "Cohere2ForCausalLM",
-        "DbrxForCausalLM",
-        "GPT2LMHeadModel",
-        "GPTBigCodeForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForConditionalGeneration",
-        "GemmaForCausalLM",
-        "GemmoeForCausalLM",
-        "Glm4ForCausalLM",
-        "GraniteForCausalLM",
-        "IndexForCausalLM",
-        "InternLM2ForCausalLM",
-        "LlamaForCausalLM",
-        "LlavaForConditionalGeneration",
-        "MiniCPMForCausalLM",
-        "Mistral3ForConditionalGeneration",
-        "MistralForCausalLM",
-        "MixtralForCausalLM",
-        "OrionForCausalLM",
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen2VLForConditionalGeneration",
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "Starcoder2ForCausalLM",
-        "YiForCausalLM",
-    }
-)
-
 _DTYPES = {"I32", "I16", "F16", "BF16", "F32"}
 
 
-def why_not(info: ModelInfo) -> str:
-    """Why exllamav2 cannot run this model, in a few words; empty where it can."""
-    if info.architecture not in ARCHITECTURES:
-        return f"exllamav2 does not know {info.architecture}"
-    if rope := unknown_rope(info.config):
-        return f"exllamav2 does not know the rope type {rope!r}"
+def why_not(info: ModelInfo, context: int = 0) -> str:
+    """Why exllamav2 cannot run this model, with sequences of so many tokens, in a few words; empty where it can."""
+    try:
+        model = architecture.read(info)
+    except UnsupportedModelError as error:
+        return str(error)
+    inner = model.experts.inner if model.experts else model.inner
+    if info.format != "float" and -(-inner // 32) % 2:
+        # Its activation leaves the last 32 columns as they are (q_mlp.cu divides the blocks by two and drops the rest).
+        return f"exllamav2 computes MLPs whose width is a multiple of 64, not {inner:,}"
+    reach = model.reach
+    if reach is not None and context > reach:
+        return f"more than {reach:,} tokens are not computed on the GPU"
     for tensor in info.tensors.values():
         if tensor.dtype not in _DTYPES:
             return f"exllamav2 cannot read {tensor.dtype} tensors ({tensor.name})"

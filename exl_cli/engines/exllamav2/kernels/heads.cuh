@@ -61,9 +61,10 @@ DEVICE Head head_of(const Attention& p, const Block& b, u32 lane, u32 i)
     const u16* weight = i < b.rows ? r.q_weight : h.turns ? r.k_weight : 0;
     h.norms = weight != 0;
     if (weight) weight += (i < b.rows ? head : b.kv_head) * HEAD_DIM;
+    const u32 rotation = rope_row(r, b.sequence, b.length + token);
     #pragma unroll
     for (u32 j = 0; j < PAIRS; j++)
-        if (lane + 32 * j < HEAD_DIM / 2) h.pairs[j] = pair_of(r, lane + 32 * j, b.length + token, weight);
+        if (lane + 32 * j < HEAD_DIM / 2) h.pairs[j] = pair_of(r, lane + 32 * j, rotation, weight);
     return h;
 }
 

@@ -32,7 +32,7 @@ class RopeArgument(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "sine", "cosine", "lengths", "table", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("q_weight", "k_weight")),
+        *((name, ctypes.c_void_p) for name in ("rope_offsets", "q_weight", "k_weight")),
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_uint32) for name in ("heads", "kv_heads", "head_dim", "turned", "tokens")),
         *((name, ctypes.c_uint32) for name in ("stride", "table_stride", "page_size")),

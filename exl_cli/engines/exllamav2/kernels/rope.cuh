@@ -10,6 +10,7 @@ struct Rope
     const int* table;       // pages of each sequence, table_stride apart
     u16* keys;              // pages of page_size positions of kv_heads heads
     u16* values;
+    const int* rope_offsets;    // rows of sine and cosine by which each sequence's lie further; or null
     const u16* q_weight;    // of a norm of each head, rows of head_dim; or null
     const u16* k_weight;
     float epsilon;
@@ -25,16 +26,22 @@ struct Pair
     float sine, cosine;
 };
 
-// The i-th of a head's head_dim / 2 pairs, but for its numbers: those that turn together at this position, and behind
-// what turns any two.
-DEVICE Pair pair_of(const Rope& p, u32 i, u32 position, const u16* weight)
+// The row of sine and cosine for a position of a sequence.
+DEVICE u32 rope_row(const Rope& p, u32 sequence, u32 position)
+{
+    return p.rope_offsets ? position + (u32) p.rope_offsets[sequence] : position;
+}
+
+// The i-th of a head's head_dim / 2 pairs, but for its numbers: those that turn together, by a row of sine and cosine,
+// and behind what turns any two.
+DEVICE Pair pair_of(const Rope& p, u32 i, u32 row, const u16* weight)
 {
     u32 pairs = p.turned / 2;
     bool turns = i < pairs;
     Pair pair;
     pair.first = turns ? i : i + pairs;
     pair.second = turns ? i + pairs : i + p.head_dim / 2;
-    u64 angle = (u64) position * p.turned + i;
+    u64 angle = (u64) row * p.turned + i;
     pair.sine = turns ? to_float(p.sine[angle]) : 0.0f;
     pair.cosine = turns ? to_float(p.cosine[angle]) : 1.0f;
     pair.a_weight = weight ? to_float(weight[pair.first]) : 1.0f;

@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rotate(const Rope 
     Pair pair = {};
     if (real)
     {
-        pair = pair_of(p, i, position, weight);
+        pair = pair_of(p, i, rope_row(p, sequence, position), weight);
         fetch(pair, from);
     }
     if (weight) scale(pair, norm_factor(p, block_sum(square(pair), scratch)));

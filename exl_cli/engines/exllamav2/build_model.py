@@ -1,0 +1,257 @@
+"""exllamav2's model object made of an `Architecture`, without its reading config.json and without its own tables.
+
+What exllamav2 0.3.2 can be told is set in its parameters: every model is a Llama to it, with other norms, activations,
+scales, windows and rotary tables. What it cannot be told stands here:
+
+- rotary embeddings: its tables depend on the allocated length and on its reading of the keys. Ours are made for each
+  kind of layer, with a second half for sequences past `Architecture.switch`;
+- experts whose weights are not made to add up to 1, and layers without experts among others;
+- EXL2's MLPs with biases: it reorders the columns of gate and up for what the down matrix wants, but not their biases.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+from exl_cli.engines.exllamav2.weights import Weights
+from exl_cli.models.architecture import Architecture
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.rope import Rope
+
+# Rows behind the longest context, for tokens that only fill up a forward pass: they mean nothing.
+_SPARE_ROWS = 32
+
+
+def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *, low_mem: bool) -> Any:
+    """exllamav2's model, which has no weights yet.
+
+    Args:
+        info: the model.
+        architecture: its own.
+        max_seq_len: most tokens of a sequence.
+        low_mem: prompts in smaller chunks.
+    """
+    from exllamav2.config import ExLlamaV2Config
+    from exllamav2.model import ExLlamaV2
+
+    _install()
+    config = ExLlamaV2Config()
+    weights = Weights(info, architecture)
+    _set_up(config, info, architecture, weights)
+    config.max_seq_len = max_seq_len
+    if low_mem:
+        config.set_low_mem()
+    config.max_input_len = min(config.max_input_len, max_seq_len)
+    config.no_sdpa = True  # see attention/causal.py; this keeps its own branch out of reach even where that is missing
+    config.no_graphs = True  # its graphs of single layers cannot be part of ours of whole passes
+    model = ExLlamaV2(config)
+    kinds = _kinds(architecture)
+    for index, attention in enumerate(_attentions(model)):
+        attention.sliding_window = architecture.windows[index]
+        attention.rope_index = kinds.index(architecture.ropes[index])
+    _set_up_experts(model, architecture)
+    for linear in _linears(model.modules):
+        linear.has_bias = f"{linear.key}.bias" in config.tensor_file_map
+    return model
+
+
+def rope_offset(model: Any) -> int:
+    """How many rows further the rotary tables of sequences past `Architecture.switch` lie; 0 where there is none."""
+    offset: int = model.config.exl_rope_offset
+    return offset
+
+
+def experts_captured(model: Any) -> float:
+    """Up to how many tokens a graph can hold a forward pass through the model's experts.
+
+    exllamav2 0.3.2 (`ExLlamaV2MoEMLP.forward`) has kernels for four tokens and some numbers of experts; else they
+    are sorted on the CPU.
+    """
+    experts = model.config.exl_architecture.experts
+    if experts is None:
+        return math.inf
+    return 4 if experts.normalized and experts.count in (4, 8, 16, 128) else 0
+
+
+def _kinds(architecture: Architecture) -> list[Rope | None]:
+    """The different rotary embeddings of a model, in the order of the tables."""
+    return list(dict.fromkeys(architecture.ropes)) if architecture.ropes else [None]
+
+
+def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: Weights) -> None:
+    """Say everything that exllamav2 would read from a folder."""
+    from exllamav2.architecture import ExLlamaV2ArchParams, RopeStyle
+
+    arch = ExLlamaV2ArchParams("LlamaForCausalLM", {})
+    experts = architecture.experts
+    before, after, before_mlp, after_mlp = (f".{name}" if name else None for name in architecture.norms)
+    mlp = ".mlp.experts.*." if experts else ".mlp."
+    arch.lm.keys.update(
+        norm_1=before, norm_1_post=after, norm_2=before_mlp, norm_2_post=after_mlp,
+        mlp_gate=f"{mlp}gate_proj" if architecture.gated else None, mlp_up=f"{mlp}up_proj", mlp_down=f"{mlp}down_proj",
+        mlp_expert_gate=".mlp.gate", learned_pos_emb="model.wpe" if architecture.learned_positions else None,
+    )  # fmt: skip
+    names = {"rms": "rmsnorm", "layer": "layernorm"}
+    arch.lm.norm = names[architecture.norm]
+    arch.lm.headnorm = names[architecture.head_norm or "rms"]
+    arch.lm.norm_constant_bias = architecture.norm_offset
+    arch.lm.parallel_decoder_blocks = architecture.parallel
+    arch.lm.mlp_act_func = architecture.activation
+    arch.lm.mlp_gate = architecture.gated
+    arch.lm.is_moe = experts is not None
+    styles = {"halves": RopeStyle.NEOX, "pairs": RopeStyle.GPTJ, "none": RopeStyle.NONE}
+    arch.lm.rope_style = styles[architecture.rotary]
+    arch.lm.residual_stream_fp32 = architecture.wide_residual
+    # In float32 the embeddings are scaled after they are looked up, as its weights would round.
+    arch.lm.normalize_embeddings = architecture.wide_residual
+    config.arch, config.architecture = arch, info.architecture
+    config.model_dir, config.generation_config = str(info.path), {}
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    config.vocab_size, config.hidden_size = architecture.vocabulary, architecture.hidden
+    config.num_hidden_layers, config.head_dim = architecture.layers, architecture.head_dim
+    config.num_attention_heads, config.num_key_value_heads = architecture.heads, architecture.kv_heads
+    config.num_key_value_groups = architecture.heads // architecture.kv_heads
+    config.intermediate_size = experts.inner if experts else architecture.inner
+    config.num_experts = experts.count if experts else None
+    config.num_experts_per_token = experts.per_token if experts else None
+    config.norm_eps, config.use_qk_norm = architecture.norm_eps, architecture.head_norm is not None
+    config.attention_multiplier, config.query_pre_attn_scalar = architecture.attention_scale, None
+    config.attn_logit_softcapping = architecture.attention_softcap or None
+    config.final_logit_softcapping = architecture.logit_softcap or None
+    config.logit_scale, config.scale_depth = architecture.logit_scale, architecture.residual_scale
+    config.scale_emb = 1 if architecture.wide_residual else architecture.embedding_scale
+    config.norm_head = None  # see Weights
+    # Windows and rotary embeddings are set layer by layer.
+    config.sliding_window = config.pos_id_index = 0
+    config.sliding_window_pattern = 1
+    dims = {rope.dim for rope in architecture.ropes if rope} or {architecture.head_dim}
+    config.partial_rotary_factor = max(dims) / architecture.head_dim
+    config.mrope_section = config.vision_model_type = config.vision_fullatt_block_indexes = None
+    config.checkpoint_fused_mlp = False
+    config.checkpoint_offset_qzeros = info.format == "gptq" and info.zero_offset == 0
+    config.tensor_files = []
+    config.tensor_file_map = dict.fromkeys(weights.names, weights)
+    config.exl_architecture, config.exl_rope_offset = architecture, 0
+
+
+@cache
+def _install() -> None:
+    """Have exllamav2 read tensors through `Weights`, and take our rotary tables."""
+    from exllamav2 import device, linear, module
+
+    class Files:
+        @staticmethod
+        def open(weights: Weights, keymap: Any = None) -> Weights:
+            return weights
+
+    load = linear.ExLlamaV2Linear.load
+
+    def load_with_bias(self: Any, *args: Any, output_map: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        perm = load(self, *args, output_map=output_map, **kwargs)
+        if output_map is not None and "bias" in (self.q_tensors or {}):
+            bias = self.q_tensors["bias"]
+            bias.copy_(bias[output_map.to(bias.device).long() & 0xFFFF])
+        return perm
+
+    linear.ExLlamaV2Linear.load = load_with_bias
+    module.STFile = Files
+    device.ExLlamaV2DeviceContext.prepare_sincos = _prepare_tables
+
+
+def _prepare_tables(context: Any) -> None:
+    """Make sines and cosines of every position, for each kind of layer: `ExLlamaV2DeviceContext.prepare_sincos`."""
+    config, device = context.model.config, torch.device("cuda", context.device_idx)
+    architecture: Architecture = config.exl_architecture
+    rows = config.max_seq_len + _SPARE_ROWS
+    has_long = architecture.switch is not None and config.max_seq_len > architecture.switch
+    config.exl_rope_offset = rows if has_long else 0
+    context.sin, context.cos = [], []
+    for rope in _kinds(architecture):
+        if architecture.rotary == "none":
+            sine = cosine = torch.zeros((1,), dtype=torch.half, device=device)
+        else:
+            sine, cosine = _table(architecture, rope, rows, has_long, device)
+        context.sin.append(sine)
+        context.cos.append(cosine)
+
+
+def _table(
+    architecture: Architecture, rope: Rope | None, rows: int, has_long: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shape (1, 1, rows or twice as many, rotated values), float16; a layer without positions turns nothing."""
+    pairs = next((other.dim for other in architecture.ropes if other), architecture.head_dim) // 2
+    positions = torch.arange(rows, dtype=torch.float32, device=device)
+    parts = []
+    for long in (False, True) if has_long else (False,):
+        frequencies = rope.frequencies(long=long) if rope else [0.0] * pairs
+        angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float32, device=device)
+        parts.append(angles)
+    angles = torch.cat(parts)
+    whole = torch.cat((angles, angles), -1) if architecture.rotary == "halves" else angles.repeat_interleave(2, -1)
+    factor = rope.attention_factor if rope else 1.0
+    return (whole.sin() * factor).half()[None, None], (whole.cos() * factor).half()[None, None]
+
+
+def _attentions(model: Any) -> list[Any]:
+    from exllamav2.attn import ExLlamaV2Attention
+    from exllamav2.parallel_decoder import ExLlamaV2ParallelDecoder
+
+    return [
+        module.attn if isinstance(module, ExLlamaV2ParallelDecoder) else module
+        for module in model.modules
+        if isinstance(module, (ExLlamaV2Attention, ExLlamaV2ParallelDecoder))
+    ]
+
+
+def _linears(modules: Any) -> list[Any]:
+    from exllamav2.linear import ExLlamaV2Linear
+
+    inside = [module for outer in modules for module in (outer, *outer.submodules)]
+    return [module for module in inside if isinstance(module, ExLlamaV2Linear)]
+
+
+def _set_up_experts(model: Any, architecture: Architecture) -> None:
+    from exllamav2.mlp import ExLlamaV2MLP
+    from exllamav2.moe_mlp import ExLlamaV2MoEMLP
+
+    experts = architecture.experts
+    for index, module in enumerate(model.modules):
+        if experts is None or not isinstance(module, ExLlamaV2MoEMLP):
+            continue
+        if module.layer_idx in experts.dense:
+            keys, params = model.config.arch.lm.keys, model.config.arch.lm
+            expert_keys = {name: keys[name] for name in ("mlp_gate", "mlp_up", "mlp_down")}
+            # It reads them while it is made only.
+            params.keys = {**keys, **{name: key.replace(".experts.*", "") for name, key in expert_keys.items()}}
+            model.modules[index] = ExLlamaV2MLP(model, module.key, module.layer_idx, interm_features=architecture.inner)
+            params.keys = keys
+        elif not experts.normalized:
+            module.forward = types.MethodType(_forward_experts, module)
+    model.modules_dict = {inner.key: inner for module in model.modules for inner in (module.submodules or [module])}
+
+
+def _forward_experts(experts: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """A mixture of experts whose weights are the router's probabilities as they are (Qwen 3 MoE, Fedus et al. 2021).
+
+    Stands for `ExLlamaV2MoEMLP.forward`, which always makes the weights of a token's experts add up to 1.
+    """
+    states = hidden_states.view(-1, hidden_states.shape[-1])
+    normed = experts.post_attention_layernorm.forward(states)
+    probabilities = F.softmax(experts.gate.forward(normed), dim=-1, dtype=torch.float)
+    weights, chosen = torch.topk(probabilities, experts.num_experts_per_token, dim=-1)
+    activation = F.silu if experts.archparams.mlp_act_func == "silu" else F.gelu
+    total = torch.zeros_like(states, dtype=torch.float)
+    for index in range(experts.num_experts):
+        rows, places = torch.where(chosen == index)
+        if not len(rows):
+            continue
+        inner = activation(experts.w1[index].forward(normed[rows])) * experts.w3[index].forward(normed[rows])
+        out = experts.w2[index].forward(inner)
+        total.index_add_(0, rows, out.float() * weights[rows, places, None])
+    return (states + total.to(states.dtype)).view(hidden_states.shape)

@@ -1,0 +1,697 @@
+"""What each architecture computes, read once from config.json: for engines that do not ask transformers.
+
+exllamav2's own tables are wrong in places and read some keys only (its 0.3.2 takes layer norm for Qwen 3's heads, no
+window for Mistral, no `rope_parameters`). So nothing is left to them: `read` translates config.json into an
+`Architecture`, and refuses by name what it cannot translate. A key that changes what is computed and that the
+architecture's reader does not know is refused, too. The expected values in the tests are transformers' in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from exl_cli.errors import UnsupportedModelError
+from exl_cli.models.config import context_length_of, value_of
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.rope import FULL, SLIDING, Rope, ropes
+
+Norm = Literal["rms", "layer"]
+RotaryStyle = Literal["halves", "pairs", "none"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of an MLP.
+
+    Attributes:
+        count, per_token: experts of a layer, and how many of them a token goes through.
+        inner: width of one.
+        normalized: whether the weights of a token's experts are made to add up to 1.
+        dense: layers that have an ordinary MLP instead.
+    """
+
+    count: int
+    per_token: int
+    inner: int
+    normalized: bool = True
+    dense: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a text model computes.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, head_dim, inner, vocabulary: dimensions; `inner` is the MLP's.
+        norm, norm_eps, norm_offset: the layers' norms; the offset is added to their weights.
+        norms: the layers' norms by what they are before and after (attention, after it, MLP, after it), each a
+            tensor's name in a layer, or empty.
+        head_norm: of queries and keys, None for none.
+        parallel: attention and MLP read the same normed states.
+        activation: "silu" or "gelu"; `gated` says whether it gates another product.
+        rotary: which values of a head are a pair: "halves" (i and i + dim / 2), "pairs" (2i and 2i + 1).
+        ropes: of each layer, None where it has no rotary embedding.
+        windows: keys that a query of each layer sees, itself included; 0 for all.
+        learned_positions: positions that have an embedding of their own; 0 for none.
+        attention_scale: factor on the dot products.
+        attention_softcap, logit_softcap: see `causal_attention`; 0 for none.
+        embedding_scale, residual_scale, logit_scale: factors on the embeddings, on what each half of a layer adds, and
+            on the logits.
+        wide_residual: hidden states pass float16's range.
+        normalized_head: rows of the head are scaled to length 1.
+        experts: None for an ordinary MLP.
+        names: how tensors are called: (pattern, replacement) pairs that lead to Llama's names.
+        fused: tensors that hold several, see `Fused`.
+        transposed: whether unquantized matrices are stored input by output.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocabulary: int
+    norm: Norm
+    norm_eps: float
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    norm_offset: float = 0.0
+    head_norm: Norm | None = None
+    parallel: bool = False
+    activation: Literal["silu", "gelu"] = "silu"
+    gated: bool = True
+    rotary: RotaryStyle = "halves"
+    ropes: tuple[Rope | None, ...] = ()
+    windows: tuple[int, ...] = ()
+    learned_positions: int = 0
+    attention_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    wide_residual: bool = False
+    normalized_head: bool = False
+    experts: Experts | None = None
+    tied: bool = False
+    names: tuple[tuple[str, str], ...] = ()
+    fused: tuple[Fused, ...] = ()
+    transposed: bool = False
+
+    @property
+    def switch(self) -> int | None:
+        """Sequences of more tokens than this have other rotary embeddings; see `Rope.switch`."""
+        return next((rope.switch for rope in self.ropes if rope and rope.switch), None)
+
+    @property
+    def reach(self) -> int | None:
+        """The most tokens of a sequence for which this is what the model computes; None for no limit."""
+        if self.learned_positions:
+            return self.learned_positions
+        return min((rope.longest for rope in self.ropes if rope and rope.kind == "dynamic"), default=None)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor whose outputs are those of several.
+
+    Attributes:
+        name: in a layer.
+        parts: the tensors' names in a layer, with the outputs of each, in their order.
+    """
+
+    name: str
+    parts: tuple[tuple[str, tuple[range, ...]], ...]
+
+
+class _Keys:
+    """config.json's text part, with a record of which keys were asked for."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        nested = info.config.get("text_config")
+        self.text: Mapping[str, Any] = nested if isinstance(nested, dict) and nested else info.config
+        self.read: set[str] = set()
+        self._config = info.config
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The value of the first name that has one, or what its class takes for granted."""
+        self.read.update(names)
+        values = (value_of(self._config, name) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    def whole(self, *names: str, default: int | None = None) -> int:
+        """The same, for a whole number of at least 1."""
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise _NotComputedError(f"{names[0]} is {value!r}")
+        return value
+
+    def number(self, *names: str, default: float) -> float:
+        """The same, for a finite number."""
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+            raise _NotComputedError(f"{names[0]} is {value!r}")
+        return float(value)
+
+
+class _NotComputedError(Exception):
+    """With what is not computed, in a few words."""
+
+
+def read(info: ModelInfo) -> Architecture:
+    """What a model computes.
+
+    Raises:
+        UnsupportedModelError: it is not known how to compute it; the message says what.
+    """
+    reader = _READERS.get(info.architecture)
+    if reader is None:
+        raise UnsupportedModelError(f"exllamav2 does not know {info.architecture}")
+    keys = _Keys(info)
+    try:
+        architecture = reader(keys)
+        _refuse_unread(keys)
+        _refuse_unknown_tensors(info, architecture)
+    except (_NotComputedError, ValueError) as problem:
+        raise UnsupportedModelError(f"{info.architecture}: {problem} is not computed on the GPU") from problem
+    return architecture
+
+
+# --- what all have in common --------------------------------------------------------------------------------------
+
+# exllamav2's kernels compute the tanh form for both; the largest difference between the two is 0.0005.
+_ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+}
+
+
+def _base(
+    keys: _Keys,
+    *,
+    norm: Norm = "rms",
+    eps: tuple[str, ...] = ("rms_norm_eps",),
+    default_eps: float = 1e-6,
+    theta: float = 10000.0,
+    local_theta: float | None = None,
+    partial: float | None = None,
+    activation: str = "silu",
+    head_dim: int | None = None,
+    windows: Callable[[_Keys, int], list[int]] | None = None,
+    tied: bool = False,
+) -> Architecture:
+    """What Llama computes, with what differs in other classes' defaults.
+
+    Args:
+        norm, eps, default_eps: the norm, the keys of its epsilon, and the class's default.
+        theta, local_theta, partial: see `ropes`.
+        activation, head_dim, tied: the class's defaults.
+        windows: reads the layers' windows; None for no window.
+    """
+    hidden = keys.whole("hidden_size", "n_embd", "d_model")
+    layers = keys.whole("num_hidden_layers", "n_layer", "n_layers")
+    heads = keys.whole("num_attention_heads", "n_head", "n_heads", default=1)
+    head_dim = keys.whole("head_dim", default=head_dim or hidden // heads)
+    spans = windows(keys, layers) if windows else [0] * layers
+    longest = context_length_of(keys.text)
+    for name in ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor"):
+        keys.get(name)
+    each = ropes(keys.text, head_dim, longest, theta=theta, local_theta=local_theta, partial=partial)
+    called = keys.get("hidden_activation", "hidden_act", "activation_function", default=activation)
+    if called not in _ACTIVATIONS:
+        raise _NotComputedError(f"the activation {called!r}")
+    keys.get("attention_bias", "mlp_bias", "bias")  # the tensors say it
+    return Architecture(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=keys.whole("num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        inner=keys.whole("intermediate_size", "n_inner", default=4 * hidden),
+        vocabulary=keys.whole("vocab_size"),
+        norm=norm,
+        norm_eps=keys.number(*eps, default=default_eps),
+        activation=_ACTIVATIONS[called],
+        ropes=tuple(each.get(SLIDING if window else FULL) or each[FULL] for window in spans),
+        windows=tuple(spans),
+        attention_scale=head_dim**-0.5,
+        tied=bool(keys.get("tie_word_embeddings", default=tied)),
+    )
+
+
+def _window(keys: _Keys, default: int | None = None) -> int:
+    keys.read.add("sliding_window")
+    if "sliding_window" in keys.text:
+        default = keys.text["sliding_window"]
+    if default is None:
+        return 0
+    if isinstance(default, bool) or not isinstance(default, int) or default < 0:
+        raise _NotComputedError(f"sliding_window is {default!r}")
+    return default
+
+
+def _everywhere(default: int | None = None) -> Callable[[_Keys, int], list[int]]:
+    """One window for all layers, as of Mistral."""
+    return lambda keys, layers: [_window(keys, default)] * layers
+
+
+def _by_kind(keys: _Keys, layers: int, window: int, kinds: list[bool]) -> list[int]:
+    """The window where a layer's kind in `layer_types`, or else in `kinds`, is to have one."""
+    named = keys.get("layer_types")
+    if named is not None:
+        if not isinstance(named, list) or len(named) != layers or not {*named} <= {FULL, SLIDING}:
+            raise _NotComputedError("layer_types of this model")
+        kinds = [name == SLIDING for name in named]
+    return [window if slides else 0 for slides in kinds]
+
+
+def _alternating(pattern: int, default: int = 4096) -> Callable[[_Keys, int], list[int]]:
+    """A window in all but every so manyth layer, as of Gemma and Cohere."""
+
+    def windows(keys: _Keys, layers: int) -> list[int]:
+        period = keys.whole("sliding_window_pattern", default=pattern)
+        kinds = [bool((index + 1) % period) for index in range(layers)]
+        return _by_kind(keys, layers, _window(keys, default), kinds)
+
+    return windows
+
+
+def _from_a_layer_on(keys: _Keys, layers: int) -> list[int]:
+    """Qwen's: only where `use_sliding_window` says so, and from `max_window_layers` on."""
+    window = _window(keys, 4096) if keys.get("use_sliding_window", default=False) else 0
+    first = keys.get("max_window_layers", default=28)
+    keys.read.add("sliding_window")
+    return _by_kind(keys, layers, window, [index >= first for index in range(layers)])
+
+
+def _qwen_moe_windows(keys: _Keys, layers: int) -> list[int]:
+    window = _window(keys, 4096) if keys.get("use_sliding_window", default=False) else 0
+    keys.read.update(("sliding_window", "max_window_layers"))
+    return [window] * layers
+
+
+# --- one reader for each architecture -----------------------------------------------------------------------------
+
+
+def _llama(keys: _Keys) -> Architecture:
+    keys.get("pretraining_tp")  # a way to split the same products
+    return _base(keys)
+
+
+def _mistral(keys: _Keys) -> Architecture:
+    return _base(keys, windows=_everywhere(4096))
+
+
+def _mixtral(keys: _Keys) -> Architecture:
+    base = _base(keys, default_eps=1e-5, theta=1e6, windows=_everywhere())
+    experts = Experts(
+        keys.whole("num_local_experts", "num_experts", default=8),
+        keys.whole("num_experts_per_tok", default=2),
+        base.inner,
+    )
+    names = (
+        (r"\.block_sparse_moe\.gate\.", ".mlp.gate."),
+        (r"\.block_sparse_moe\.experts\.(\d+)\.w1\.", r".mlp.experts.\1.gate_proj."),
+        (r"\.block_sparse_moe\.experts\.(\d+)\.w3\.", r".mlp.experts.\1.up_proj."),
+        (r"\.block_sparse_moe\.experts\.(\d+)\.w2\.", r".mlp.experts.\1.down_proj."),
+    )
+    return replace(base, experts=experts, names=names)
+
+
+def _qwen2(keys: _Keys) -> Architecture:
+    return _base(keys, windows=_from_a_layer_on)
+
+
+def _qwen2_vl(keys: _Keys) -> Architecture:
+    keys.get("use_mrope")
+    return _base(keys, default_eps=1e-5, theta=1e6, windows=_from_a_layer_on)
+
+
+def _qwen3(keys: _Keys) -> Architecture:
+    return replace(_base(keys, head_dim=128, windows=_from_a_layer_on), head_norm="rms")
+
+
+def _qwen3_moe(keys: _Keys) -> Architecture:
+    base = _base(keys, windows=_qwen_moe_windows)
+    count = keys.whole("num_experts", "num_local_experts", default=128)
+    step = keys.whole("decoder_sparse_step", default=1)
+    dense = {index for index in range(base.layers) if (index + 1) % step}
+    dense.update(keys.get("mlp_only_layers", default=[]))
+    experts = Experts(
+        count,
+        keys.whole("num_experts_per_tok", default=8),
+        keys.whole("moe_intermediate_size", default=768),
+        bool(keys.get("norm_topk_prob", default=False)),
+        frozenset(dense),
+    )
+    return replace(base, head_norm="rms", experts=experts)
+
+
+def _gemma(keys: _Keys) -> Architecture:
+    base = _base(keys, activation="gelu_pytorch_tanh", head_dim=256, tied=True)
+    _refuse_bidirectional(keys)
+    return replace(base, norm_offset=1.0, embedding_scale=base.hidden**0.5)
+
+
+_FOUR_NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)  # fmt: skip
+
+
+def _gemma2(keys: _Keys) -> Architecture:
+    base = _base(keys, activation="gelu_pytorch_tanh", head_dim=256, windows=_alternating(2), tied=True)
+    return _gemma_23(keys, base, attention=50.0, logits=30.0)
+
+
+def _gemma3(keys: _Keys) -> Architecture:
+    base = _base(
+        keys, theta=1e6, local_theta=10000.0, activation="gelu_pytorch_tanh", head_dim=256, windows=_alternating(6),
+        tied=True,
+    )  # fmt: skip
+    return replace(_gemma_23(keys, base, attention=None, logits=None), head_norm="rms")
+
+
+def _gemma_23(keys: _Keys, base: Architecture, attention: float | None, logits: float | None) -> Architecture:
+    _refuse_bidirectional(keys)
+
+    def cap(name: str, default: float | None) -> float:
+        keys.read.add(name)
+        value = keys.text.get(name, default)
+        return float(value) if isinstance(value, (int, float)) else 0.0
+
+    return replace(
+        base,
+        norms=_FOUR_NORMS,
+        norm_offset=1.0,
+        embedding_scale=base.hidden**0.5,
+        wide_residual=True,
+        attention_scale=keys.number("query_pre_attn_scalar", default=256) ** -0.5,
+        attention_softcap=cap("attn_logit_softcapping", attention),
+        logit_softcap=cap("final_logit_softcapping", logits),
+    )
+
+
+def _refuse_bidirectional(keys: _Keys) -> None:
+    if keys.get("use_bidirectional_attention"):
+        raise _NotComputedError("use_bidirectional_attention")
+
+
+def _cohere(keys: _Keys) -> Architecture:
+    base = _base(keys, norm="layer", eps=("layer_norm_eps",), default_eps=1e-5, theta=500000.0, tied=True)
+    return _cohere_12(keys, replace(base, head_norm="layer" if keys.get("use_qk_norm") else None))
+
+
+def _cohere2(keys: _Keys) -> Architecture:
+    base = _base(
+        keys, norm="layer", eps=("layer_norm_eps",), default_eps=1e-5, windows=_alternating(4), tied=True
+    )  # fmt: skip
+    # Layers that see everything have no positions.
+    local = tuple(rope if window else None for rope, window in zip(base.ropes, base.windows, strict=True))
+    return _cohere_12(keys, replace(base, ropes=local))
+
+
+def _cohere_12(keys: _Keys, base: Architecture) -> Architecture:
+    scale = keys.number("logit_scale", default=0.0625)
+    return replace(base, norms=("input_layernorm", "", "", ""), parallel=True, rotary="pairs", logit_scale=scale)
+
+
+def _granite(keys: _Keys) -> Architecture:
+    return replace(
+        _base(keys),
+        embedding_scale=keys.number("embedding_multiplier", default=1.0),
+        residual_scale=keys.number("residual_multiplier", default=1.0),
+        logit_scale=1 / (keys.number("logits_scaling", default=1.0) or 1.0),
+        attention_scale=keys.number("attention_multiplier", default=1.0),
+    )
+
+
+def _minicpm(keys: _Keys) -> Architecture:
+    base = _base(keys)
+    return replace(
+        base,
+        embedding_scale=keys.number("scale_emb", default=1.0),
+        residual_scale=keys.number("scale_depth", default=base.layers**0.5) / base.layers**0.5,
+        logit_scale=keys.number("dim_model_base", default=base.hidden) / base.hidden,
+    )
+
+
+def _index(keys: _Keys) -> Architecture:
+    return replace(_base(keys), normalized_head=bool(keys.get("norm_head")))
+
+
+def _orion(keys: _Keys) -> Architecture:
+    return _base(keys, norm="layer")
+
+
+def _yi(keys: _Keys) -> Architecture:
+    names = ((r"\.ln1\.", ".input_layernorm."), (r"\.ln2\.", ".post_attention_layernorm."))
+    return replace(_base(keys), names=names)
+
+
+def _starcoder2(keys: _Keys) -> Architecture:
+    base = _base(
+        keys, norm="layer", eps=("norm_epsilon", "layer_norm_epsilon"), default_eps=1e-5,
+        activation="gelu_pytorch_tanh", windows=_everywhere(), tied=True,
+    )  # fmt: skip
+    keys.get("use_bias", "norm_type", "mlp_type")
+    names = ((r"\.mlp\.c_fc\.", ".mlp.up_proj."), (r"\.mlp\.c_proj\.", ".mlp.down_proj."))
+    return replace(base, gated=False, names=names)
+
+
+def _phi3(keys: _Keys) -> Architecture:
+    base = _base(keys, default_eps=1e-5, partial=1.0, windows=_everywhere())
+    keys.get("original_max_position_embeddings")
+    return replace(base, fused=(_qkv(base, "self_attn.qkv_proj"), _gate_up(base)))
+
+
+def _glm4(keys: _Keys) -> Architecture:
+    base = _base(keys, default_eps=1.5625e-7, partial=0.5, head_dim=128)
+    norms = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+    return replace(base, rotary="pairs", norms=norms, fused=(_gate_up(base),))
+
+
+def _internlm2(keys: _Keys) -> Architecture:
+    base = _base(keys)
+    names = (
+        (r"^model\.tok_embeddings\.", "model.embed_tokens."),
+        (r"^output\.", "lm_head."),
+        (r"\.attention_norm\.", ".input_layernorm."),
+        (r"\.ffn_norm\.", ".post_attention_layernorm."),
+        (r"\.attention\.wo\.", ".self_attn.o_proj."),
+        (r"\.attention\.wqkv\.", ".self_attn.wqkv."),
+        (r"\.feed_forward\.w1\.", ".mlp.gate_proj."),
+        (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
+        (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
+    )
+    # The query heads of a key head, then it, then its value head; and so on.
+    width, group = base.head_dim, base.heads // base.kv_heads
+    starts = range(0, base.kv_heads * (group + 2) * width, (group + 2) * width)
+    parts = (
+        ("self_attn.q_proj", tuple(range(start, start + group * width) for start in starts)),
+        ("self_attn.k_proj", tuple(range(start + group * width, start + (group + 1) * width) for start in starts)),
+        (
+            "self_attn.v_proj",
+            tuple(range(start + (group + 1) * width, start + (group + 2) * width) for start in starts),
+        ),
+    )
+    return replace(base, names=names, fused=(Fused("self_attn.wqkv", parts),))
+
+
+_GPT_NAMES = (
+    (r"^(?:transformer\.)?h\.", "model.layers."),
+    (r"^(?:transformer\.)?wte\.", "model.embed_tokens."),
+    (r"^(?:transformer\.)?wpe\.", "model.wpe."),
+    (r"^(?:transformer\.)?ln_f\.", "model.norm."),
+    (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+    (r"\.attn\.c_attn\.", ".self_attn.c_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.up_proj."),
+    (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+)
+
+
+def _gpt(keys: _Keys, activation: str) -> Architecture:
+    base = _base(
+        keys, norm="layer", eps=("layer_norm_epsilon",), default_eps=1e-5, activation=activation, tied=True
+    )  # fmt: skip
+    if keys.get("scale_attn_weights", default=True) is not True or keys.get("scale_attn_by_inverse_layer_idx"):
+        raise _NotComputedError("attention that is scaled otherwise")
+    if keys.get("add_cross_attention"):
+        raise _NotComputedError("add_cross_attention")
+    positions = keys.whole("n_positions", "max_position_embeddings", default=1024)
+    return replace(
+        base,
+        norms=("ln_1", "", "ln_2", ""),
+        gated=False,
+        rotary="none",
+        ropes=(None,) * base.layers,
+        learned_positions=positions,
+        names=_GPT_NAMES,
+        fused=(_qkv(base, "self_attn.c_attn"),),
+    )
+
+
+def _gpt2(keys: _Keys) -> Architecture:
+    return replace(_gpt(keys, "gelu_new"), transposed=True)
+
+
+def _gpt_bigcode(keys: _Keys) -> Architecture:
+    base = _gpt(keys, "gelu_pytorch_tanh")
+    if keys.get("multi_query", default=True):
+        base = replace(base, kv_heads=1)
+        return replace(base, fused=(_qkv(base, "self_attn.c_attn"),))
+    # Each head's query, key and value.
+    width = base.head_dim
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    parts = tuple(
+        (name, tuple(range(start, start + width) for start in range(index * width, 3 * base.heads * width, 3 * width)))
+        for index, name in enumerate(names)
+    )
+    return replace(base, fused=(Fused("self_attn.c_attn", parts),))
+
+
+def _dbrx(keys: _Keys) -> Architecture:
+    raise _NotComputedError("clip_qkv")
+
+
+def _multimodal(keys: _Keys) -> Architecture:
+    """Llava and Mistral 3: a vision tower in front of a model of a kind that text_config names."""
+    kind = keys.get("model_type")
+    kind = keys.text.get("model_type", kind)
+    readers = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+    if kind not in readers:
+        raise _NotComputedError(f"a text model of the type {kind!r}")
+    return readers[kind](keys)
+
+
+def _qkv(base: Architecture, name: str) -> Fused:
+    """Queries, keys and values, one after the other."""
+    return _in_a_row(
+        name,
+        ("self_attn.q_proj", base.heads * base.head_dim),
+        ("self_attn.k_proj", base.kv_heads * base.head_dim),
+        ("self_attn.v_proj", base.kv_heads * base.head_dim),
+    )
+
+
+def _gate_up(base: Architecture) -> Fused:
+    return _in_a_row("mlp.gate_up_proj", ("mlp.gate_proj", base.inner), ("mlp.up_proj", base.inner))
+
+
+def _in_a_row(name: str, *parts: tuple[str, int]) -> Fused:
+    start, ranges = 0, []
+    for part, width in parts:
+        ranges.append((part, (range(start, start + width),)))
+        start += width
+    return Fused(name, tuple(ranges))
+
+
+_READERS: dict[str, Callable[[_Keys], Architecture]] = {
+    "CohereForCausalLM": _cohere,
+    "Cohere2ForCausalLM": _cohere2,
+    "DbrxForCausalLM": _dbrx,
+    "GPT2LMHeadModel": _gpt2,
+    "GPTBigCodeForCausalLM": _gpt_bigcode,
+    "GemmaForCausalLM": _gemma,
+    "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "Gemma3ForConditionalGeneration": _gemma3,
+    "Glm4ForCausalLM": _glm4,
+    "GraniteForCausalLM": _granite,
+    "IndexForCausalLM": _index,
+    "InternLM2ForCausalLM": _internlm2,
+    "LlamaForCausalLM": _llama,
+    "LlavaForConditionalGeneration": _multimodal,
+    "MiniCPMForCausalLM": _minicpm,
+    "Mistral3ForConditionalGeneration": _multimodal,
+    "MistralForCausalLM": _mistral,
+    "MixtralForCausalLM": _mixtral,
+    "OrionForCausalLM": _orion,
+    "Phi3ForCausalLM": _phi3,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen2VLForConditionalGeneration": _qwen2_vl,
+    "Qwen2_5_VLForConditionalGeneration": _qwen2_vl,
+    "Qwen3ForCausalLM": _qwen3,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "Starcoder2ForCausalLM": _starcoder2,
+    "YiForCausalLM": _yi,
+}
+
+ARCHITECTURES = frozenset(_READERS)
+
+
+# --- nothing unknown passes ---------------------------------------------------------------------------------------
+
+# Words of keys that may change what is computed. The rest is about tokens, training, files and other programs.
+_COMPUTING = re.compile(
+    r"act|alibi|attention|attn|bias|cap|clip|expert|factor|head|kernel|layer|logit|mamba|mlp|moe|mtp|multiplier|norm"
+    r"|parallel|pattern|position|pre_|proj|qk|query|residual|rope|rotary|router|scal|shared|sliding|softcap|sparse|ssm"
+    r"|state|temperature|topk|top_k|window"
+)
+# Keys with such a word that change nothing in a model that only answers.
+_HARMLESS = re.compile(
+    r"dropout|pdrop|initializer|jitter|aux_loss|loss|cache|chunk_size_feed|output_|_implementation|flash|fp32_attention"
+    r"|softmax_in_fp32|upcast_attn|z3|torch|quantization|problem_type|pruned|task_specific|auto_map|architectures"
+    r"|max_position_embeddings|pretraining_tp|is_|use_bfloat16|label|vision|image|video|projector|token|mrope|summary"
+    r"|model_max_length|num_nextn|num_mtp|cross_attention_hidden|position_embedding_type|use_parallel_embedding"
+    r"|head_dim|num_logits_to_keep|rescale_layer|text_config|_name|calculate|unsloth|transformers"
+)
+_INERT: tuple[Any, ...] = (None, False, 0, 1, "", [], {})
+
+
+def _refuse_unread(keys: _Keys) -> None:
+    for name, value in keys.text.items():
+        if name in keys.read or name.startswith("_") or (value is not True and value in _INERT):
+            continue
+        if _HARMLESS.search(name) or not _COMPUTING.search(name):
+            continue
+        shown = repr(value) if not isinstance(value, (dict, list)) else "…"
+        raise _NotComputedError(f"config.json's {name} ({shown[:40]})")
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.([a-z_]+)$")
+_OTHER_PARTS = re.compile(r"vision|visual|multi_modal|projector|patch_merger|image_|audio")
+# Buffers of older checkpoints, which hold no weights.
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:bias|masked_bias)$|_scale$")
+_PREFIXES = (
+    (re.compile(r"^model\.language_model\.(?:model\.)?"), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "model."),
+)
+
+
+def llama_name(name: str, architecture: Architecture) -> str | None:
+    """What Llama would call a tensor; None for one of a vision tower or one that holds no weights."""
+    if _OTHER_PARTS.search(name) or (_BUFFERS.search(name) and not name.endswith(".q_scale")):
+        return None
+    for pattern, prefix in _PREFIXES:
+        name = pattern.sub(prefix, name)
+    for old, new in architecture.names:
+        name = re.sub(old, new, name)
+    return name
+
+
+def _refuse_unknown_tensors(info: ModelInfo, architecture: Architecture) -> None:
+    """Refuse a layer's weights that nothing would read."""
+    known = {
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj",
+        *(name for name in architecture.norms if name), *(fused.name for fused in architecture.fused),
+    }  # fmt: skip
+    if architecture.gated:
+        known.add("mlp.gate_proj")
+    if architecture.head_norm:
+        known.update(("self_attn.q_norm", "self_attn.k_norm"))
+    expert = re.compile(r"mlp\.(?:gate|experts\.\d+\.(?:gate|up|down)_proj)$")
+    for tensor in info.tensors:
+        name = llama_name(tensor, architecture)
+        match = _LAYER.match(name) if name else None
+        if not match or int(match[1]) >= architecture.layers or match[2] in known:
+            continue
+        if architecture.experts is None or not expert.match(match[2]):
+            raise _NotComputedError(f"the tensor {tensor}")

@@ -1,0 +1,150 @@
+"""What is read of config.json for the GPU: rotary embeddings as in transformers, and nothing unknown passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import tinymodels
+import torch
+
+from exl_cli.engines.exllamav2.support import why_not
+from exl_cli.models import architecture
+from exl_cli.models.info import ModelInfo, inspect
+from exl_cli.models.rope import FULL, ropes
+
+SCALED = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn by length": {"factor": None, "original_max_position_embeddings": 128},
+    "yarn with its own attention": {"factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.7},
+    "yarn with scales": {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.1},
+    "yarn with betas": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4, "beta_slow": 0.5},
+    "yarn not truncated": {"factor": 4.0, "original_max_position_embeddings": 64, "truncate": False},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "short_factor": [1.0 + i / 7 for i in range(16)], "long_factor": [2.0 + i for i in range(16)],
+        "original_max_position_embeddings": 64,
+    },
+    "longrope with a factor": {
+        "short_factor": [1.0] * 16, "long_factor": [3.0] * 16, "original_max_position_embeddings": 64, "factor": 3.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("long", [False, True])
+def test_frequencies_are_those_of_transformers(name: str, long: bool) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = name.partition(" ")[0]
+    parameters = {"rope_type": kind, "rope_theta": 5000.0, **SCALED[name]}
+    config = LlamaConfig(head_dim=32, max_position_embeddings=512, rope_parameters=dict(parameters))
+    expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=65 if long else 64)
+    rope = ropes({"rope_parameters": parameters}, 32, 512)[FULL]
+    torch.testing.assert_close(torch.tensor(rope.frequencies(long=long)), expected)
+    assert rope.attention_factor == pytest.approx(factor)
+
+
+def folder_with(tmp_path: Path, **config: Any) -> ModelInfo:
+    tinymodels.write(tmp_path / "model", tinymodels.Variant("float"))
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return inspect(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_logit_softcapping", 30.0),
+        ("layer_types", ["sliding_attention"] * 2),
+        ("partial_rotary_factor", 0.5),
+        ("no_rope_layers", [0, 1]),
+        ("residual_multiplier", 0.2),
+        ("parallel_residual", True),
+        ("use_qk_norm", True),
+        ("new_attention_temperature", 3.5),
+    ],
+)
+def test_a_key_that_changes_what_is_computed_and_is_not_known_is_refused_by_name(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    assert key in why_not(folder_with(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_dropout", 0.1),
+        ("residual_multiplier", 1.0),
+        ("use_qk_norm", False),
+        ("unsloth_fixed", True),
+        ("quantization_notes", "by hand"),
+        ("bos_token_id", [1, 2]),
+        ("pretraining_tp", 2),
+    ],
+)
+def test_a_key_that_changes_nothing_passes(tmp_path: Path, key: str, value: Any) -> None:
+    assert why_not(folder_with(tmp_path, **{key: value})) == ""
+
+
+def test_weights_that_nothing_would_read_are_refused_by_name(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = architectures.make("qwen3", tmp_path / "model", "float16")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    assert "self_attn.k_norm" in why_not(inspect(folder)) or "self_attn.q_norm" in why_not(inspect(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert why_not(inspect(folder)) == ""
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.layers.0.mlp.router.weight": torch.zeros(4, 4)}, folder / "model.safetensors")
+    assert "model.layers.0.mlp.router.weight" in why_not(inspect(folder))
+
+
+def test_sequences_beyond_what_a_dynamic_rope_was_made_for_are_left_to_the_cpu(tmp_path: Path) -> None:
+    info = folder_with(tmp_path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    assert why_not(info, info.context_length) == ""
+    assert "tokens" in why_not(info, info.context_length + 1)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "extended"),
+    [
+        (None, 256),
+        ({"type": "linear", "factor": 4.0}, 1024),
+        ({"type": "dynamic", "factor": 2.0}, 512),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "yarn", "factor": "4"}, 256),
+        ({"type": "yarn", "factor": 0.5}, 256),
+    ],
+)
+def test_how_far_a_scaled_context_reaches(tmp_path: Path, scaling: Any, extended: int) -> None:
+    # The published recipe of Qwen 2.5 keeps the original length in max_position_embeddings.
+    info = folder_with(tmp_path, max_position_embeddings=256, rope_parameters=None, rope_scaling=scaling)
+    assert (info.context_length, info.extended_length) == (256, extended)
+
+
+def test_every_layer_has_the_window_and_the_rotary_embedding_that_transformers_gives_it(tmp_path: Path) -> None:
+    for kind in (
+        "gemma2",
+        "gemma3-text",
+        "gemma3-text-older",
+        "cohere2",
+        "cohere2-older",
+        "qwen2-window",
+        "qwen3-window",
+    ):
+        config = architectures.config_of(kind)
+        read = architecture.read(inspect(architectures.make(kind, tmp_path / kind, "float16")))
+        expected = [config.sliding_window if it == "sliding_attention" else 0 for it in config.layer_types]
+        assert list(read.windows) == expected, kind
