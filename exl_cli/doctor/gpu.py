@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,8 @@ def driver(installed: Torch | None) -> CheckResult:
         if not opened:
             return _no_driver()
         version = str(opened.ask("SystemGetDriverVersion") or "unknown")
-    major = int(match[1]) if (match := re.match(r"(\d+)", version)) else 0
     oldest = _OLDEST_DRIVER.get(installed.cuda_major, 0) if installed else 0
-    if major and major < oldest and installed:
+    if installed and (match := re.match(r"(\d+)", version)) and int(match[1]) < oldest:
         message = f"{version}, too old for CUDA {installed.cuda}, which needs {oldest} or later"
         return CheckResult("Driver", "fail", message, _driver_fix(str(oldest)), "gpu", {"version": version})
     return CheckResult("Driver", "ok", version, details={"version": version})
@@ -62,12 +62,11 @@ def driver(installed: Torch | None) -> CheckResult:
 def _no_driver() -> CheckResult:
     if not has_nvidia_card():
         return CheckResult("Driver", "skip", "no NVIDIA GPU here", blocks="gpu")
+    problem, fix = "its driver is not loaded", _driver_fix("")
     if in_container():
+        problem = "this container does not get it"
         fix = "start the container with the GPU: docker run --gpus all … (needs nvidia-container-toolkit on the host)"
-        message = "an NVIDIA GPU is there, but this container does not get it"
-        return CheckResult("Driver", "fail", message, fix, "gpu")
-    message = "an NVIDIA GPU is there, but its driver is not loaded"
-    return CheckResult("Driver", "fail", message, _driver_fix(""), "gpu")
+    return CheckResult("Driver", "fail", f"an NVIDIA GPU is there, but {problem}", fix, "gpu")
 
 
 def _driver_fix(version: str) -> str:
@@ -110,10 +109,7 @@ def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
     if all(result.blocks for result in results):
         return results
     # A single good GPU is enough.
-    return [
-        CheckResult(r.check, "warn" if r.status == "fail" else r.status, r.message, r.fix, "", r.details)
-        for r in results
-    ]
+    return [replace(r, blocks="", status="warn" if r.status == "fail" else r.status) for r in results]
 
 
 def _no_gpu(why: str, installed: Torch) -> CheckResult:
@@ -138,24 +134,23 @@ def _gpu(gpu: dict[str, Any], archs: list[str], installed: Torch) -> CheckResult
         older = capability < min(map(capability_of, codes))
         fix = "an older CUDA build of torch knows it, cu126 for instance: see pytorch.org, Get Started" if older else ""
         return CheckResult(check, "fail", message, fix or hints.pip("--upgrade", "torch"), "gpu", gpu)
-    if gpu["free"] is None:
-        return CheckResult(check, "ok", f"{message}, {gib(gpu['total'])}", details=gpu)
-    message += f", {gib(gpu['free'])} of {gib(gpu['total'])} free"
-    others = _others(gpu["processes"])
-    if gpu["free"] < _LEAST_FREE:
-        return CheckResult(check, "fail", f"{message}: full{others}", _free_it(gpu["processes"]), "gpu", gpu)
-    if gpu["free"] < _CROWDED * gpu["total"]:
-        return CheckResult(check, "warn", message + others, _free_it(gpu["processes"]), "", gpu)
-    return CheckResult(check, "ok", message + others, details=gpu)
+    free, total, processes = gpu["free"], gpu["total"], gpu["processes"]
+    if free is None:
+        return CheckResult(check, "ok", f"{message}, {gib(total)}", details=gpu)
+    message += f", {gib(free)} of {gib(total)} free"
+    if free < _LEAST_FREE:
+        return CheckResult(check, "fail", f"{message}: full{_others(processes)}", _free_it(processes), "gpu", gpu)
+    crowded = free < _CROWDED * total
+    fix = _free_it(processes) if crowded else ""
+    return CheckResult(check, "warn" if crowded else "ok", message + _others(processes), fix, "", gpu)
 
 
 def _others(processes: list[dict[str, Any]]) -> str:
     """The other users, the largest first."""
-    named = [
-        f"{process['name'] or 'a process'} ({process['pid']}"
-        + (f", {gib(process['bytes'])})" if process["bytes"] else ")")
-        for process in sorted(processes, key=lambda process: -(process["bytes"] or 0))
-    ]
+    named = []
+    for process in sorted(processes, key=lambda process: -(process["bytes"] or 0)):
+        size = f", {gib(process['bytes'])}" if process["bytes"] else ""
+        named.append(f"{process['name'] or 'a process'} ({process['pid']}{size})")
     more = f" and {len(named) - 3} more" if len(named) > 3 else ""
     return f"; also used by {', '.join(named[:3])}{more}" if named else ""
 
@@ -176,15 +171,15 @@ def attention(answer: Answer | None) -> CheckResult:
     """The back ends of attention, and what they mean for the user."""
     if answer is None:
         return CheckResult("Attention", "ok", "torch, causal (on the CPU)")
+    if answer.value is None and answer.kind == "error":
+        return CheckResult("Attention", "fail", answer.said, "", "gpu")
     if answer.value is None:
-        if answer.kind == "error":
-            return CheckResult("Attention", "fail", answer.said, "", "gpu")
         fix = f"exl {param('debug')} run shows where"
         return CheckResult("Attention", "fail", f"choosing it {answer.problem}", fix, "gpu")
     if answer.value["decode"] == "torch":
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in answer.value["why_not"].items())
         message = "plain torch: right, but slow on long contexts, and a step cannot be one CUDA graph"
-        return CheckResult("Attention", "warn", message + (f" ({reasons})" if reasons else ""), "", "", answer.value)
+        reason = "".join(f" ({name}: {reason})" for name, reason in answer.value["why_not"].items())
+        return CheckResult("Attention", "warn", message + reason, "", "", answer.value)
     return CheckResult("Attention", "ok", "exl's Triton kernels, paged", details=answer.value)
 
 

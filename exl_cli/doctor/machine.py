@@ -29,10 +29,9 @@ def python() -> CheckResult:
     message = f"{version}, {sys.executable} ({kind})"
     details = {"version": version, "executable": sys.executable, "prefix": sys.prefix}
     if sys.version_info[:2] > _NEWEST_TRIED:
-        newest = f"{_NEWEST_TRIED[0]}.{_NEWEST_TRIED[1]}"
-        return CheckResult(
-            "Python", "warn", f"{message}; exl is tried up to {newest}", f"use Python {newest}", "", details
-        )
+        newest = "{}.{}".format(*_NEWEST_TRIED)
+        message += f"; exl is tried up to {newest}"
+        return CheckResult("Python", "warn", message, f"use Python {newest}", "", details)
     return CheckResult("Python", "ok", message, details=details)
 
 
@@ -81,8 +80,7 @@ def hub(answer: Answer) -> CheckResult:
     if answer.value is None:
         fix = "check the network, HTTPS_PROXY and HF_ENDPOINT; models that are here run without it"
         return CheckResult("Hub", "warn", f"{where} cannot be reached ({answer.said})", fix)
-    facts = answer.value
-    message, fix = "", ""
+    facts, fix = answer.value, ""
     if facts["status"] >= 400:
         message, fix = f"answers with {facts['status']}", "check HF_ENDPOINT and proxies"
     elif "refused" in facts:

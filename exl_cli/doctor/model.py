@@ -63,36 +63,38 @@ def check(name: str, models_dir: Path | None, free: Sequence[int], *, gpu: bool,
         models = str(models_dir) if models_dir else None
         return ask(probe, {"model": name, "models_dir": models, "tokens": tokens, **arguments})
 
+    too_large, on_gpu = _too_large_for_cpu(info), None
     with tempfile.TemporaryDirectory(prefix="exl-") as folder:
-        logits, sound = str(Path(folder) / "logits.pt"), {}
+        logits = str(Path(folder) / "logits.pt")
         if gpu:
             fits = _fits(info, free)
             yield fits
             if not fits.blocks:
-                answer = run("generate", engine="exllamav2", logits=logits)
+                answer = run("generate", engine="exllamav2", logits=None if too_large else logits)
                 result = _sense("On the GPU", answer, "gpu")
                 yield result
-                sound = answer.value or {} if result.status == "ok" else {}
-        if why := _too_large_for_cpu(info):
-            yield CheckResult("On the CPU", "skip", why)
-            if sound:
-                yield _alone(sound, "GPU")
-        elif sound:
-            answer = run("compare", prompt=sound["prompt"], new=sound["tokens"], logits=logits)
-            yield _agreement(answer, sound["perplexity"], extent)
-        else:
-            answer = run("generate", engine="cpu")
-            result = _sense("On the CPU", answer, "all")
-            yield result
-            if answer.value and result.status == "ok":
-                yield _alone(answer.value, "CPU")
+                on_gpu = answer.value if result.status == "ok" else None
+        if on_gpu and not too_large:
+            answer = run("compare", prompt=on_gpu["prompt"], new=on_gpu["tokens"], logits=logits)
+            yield _agreement(answer, on_gpu["perplexity"], extent)
+            return
+    if too_large:
+        yield CheckResult("On the CPU", "skip", too_large)
+        if on_gpu:
+            yield _alone(on_gpu, "GPU")
+        return
+    answer = run("generate", engine="cpu")
+    result = _sense("On the CPU", answer, "all")
+    yield result
+    if answer.value and result.status == "ok":
+        yield _alone(answer.value, "CPU")
 
 
 def _text(info: ModelInfo) -> tuple[int, str]:
     """How many tokens to compare logits over, and what there is to say about the model's window."""
     config = info.config.get("text_config") or info.config
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    plain = min(_TEXT_TOKENS, info.context_length - NEW_TOKENS)
+    plain = max(2, min(_TEXT_TOKENS, info.context_length - NEW_TOKENS))
     if not isinstance(window, int) or window < 1:
         return plain, f"over {plain} tokens"
     tokens = max(plain, 2 * window)

@@ -52,6 +52,8 @@ def test_a_ready_machine_and_a_model_on_which_both_engines_agree() -> None:
     assert found["Fits"]["status"] == "ok"
     assert found["On the GPU"]["status"] == "ok"
     assert found["Engines agree"]["status"] == "ok"
+    distances = found["Engines agree"]["details"]["distances"]
+    assert max(distances[way]["relative_l2"] for way in ("prompt", "decoding")) < 0.01
 
 
 def test_a_full_gpu() -> None:
