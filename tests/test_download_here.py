@@ -127,7 +127,7 @@ def test_a_folder_put_there_by_hand_is_used_and_never_overwritten_unasked(hub: F
         (folder / name).write_bytes(content)
     (folder / "config.json").write_bytes(config(my="own"))
 
-    assert fetch("acme/tiny").by_hand
+    assert fetch("acme/tiny").commit == ""
     assert hub.seen == []
     with pytest.raises(DownloadError, match=r"put there by hand, and its config.json differs") as caught:
         fetch("acme/tiny", verify=True)

@@ -113,7 +113,7 @@ def transfers(console: Console) -> Lines:
 def finished(console: Console, outcome: Outcome) -> None:
     """One line about how a download ended."""
     name, folder = outcome.wanted.repository, outcome.wanted.folder
-    if outcome.by_hand:
+    if not outcome.commit:
         console.note(
             f"{name} is already in {folder}, put there by hand: exl does not know whether it is the Hub's (--verify)"
         )

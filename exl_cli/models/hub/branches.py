@@ -30,17 +30,15 @@ _ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch.
+    """One branch and what exl would make of it; None where a value is unknown or the quantization has none.
 
     Attributes:
-        name, commit: of the branch.
         format_name: format and bits in words; empty where there is a problem.
-        bits: bits per weight, None where unknown.
-        head_bits, group_size, desc_act: of the quantization, None where it has none.
-        context_length: the model's, in tokens; None where unknown.
+        bits: bits per weight.
+        context_length: the model's, in tokens.
         download_bytes: what `exl download` would fetch.
-        vram_bytes: estimated, None where it cannot be.
-        fits: whether that fits; None where no GPU is known.
+        vram_bytes: estimated.
+        fits: whether that fits the GPUs here.
         problem: why exl would not run it; empty where it would.
     """
 

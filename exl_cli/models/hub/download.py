@@ -98,7 +98,6 @@ class Outcome:
         commit: the commit that is here; empty for a folder put there by hand.
         files: what is here, by size and hash.
         fetched_bytes, seconds: the work done; 0 where all was here.
-        by_hand: the folder was not made by exl.
     """
 
     wanted: Wanted
@@ -106,7 +105,6 @@ class Outcome:
     files: tuple[File, ...]
     fetched_bytes: int = 0
     seconds: float = 0.0
-    by_hand: bool = False
 
     @property
     def total(self) -> int:
@@ -149,7 +147,7 @@ def _look_here(wanted: Wanted) -> tuple[set[File], Outcome | None]:
         return set(), None
     if marker is None:
         usable = not (wanted.verify or wanted.choice.include) and store.state(folder) == "manual" and _is_model(folder)
-        return set(), Outcome(wanted, "", (), by_hand=True) if usable else None
+        return set(), Outcome(wanted, "", ()) if usable else None
     files = marker.files.values()
     whole = {file for file in files if wanted.verify or store.size_of(folder / file.name) == file.size}
     if wanted.verify:

@@ -59,7 +59,7 @@ class File:
 
     def __post_init__(self) -> None:
         if _UNSAFE.search(self.name):
-            raise ValueError(f"a file named {self.name!r}, which could be written outside its folder")
+            raise ValueError(f"a file named {brief(self.name)!r}, which could be written outside its folder")
         # Half a character (a lone surrogate) cannot be encoded, which is a ValueError too.
         encoded = self.name.encode()
         if len(encoded) > _LONGEST_NAME or any(len(part) > _LONGEST_PART for part in encoded.split(b"/")):
