@@ -162,7 +162,7 @@ def _explained(error: Exception, repository: Repository, hub: Hub) -> tuple[str,
         return _by_status(error, status, repository, page, log_in)
     if isinstance(error, (http.TransportError, BrokenTransferError)) and not _is_wrong_address(error):
         return f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON
-    if isinstance(error, (ValueError, KeyError, TypeError, RecursionError, http.HTTPError)):
+    if isinstance(error, (ValueError, KeyError, TypeError, RecursionError, http.HTTPError, http.InvalidURL)):
         return f"{hub.endpoint} does not answer like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
     reason = _reason(error) or type(error).__name__
     return f"{repository} could not be downloaded: {reason}", f"run again with {param('debug')} to see where"
