@@ -793,11 +793,10 @@ def weights(kind: str, fmt: str) -> Weights:
 # --- folders ---
 
 
-def make(kind: str, folder: Path, fmt: str = "gptq") -> Path:
-    """Write a model folder."""
-    it, config = KINDS[kind], config_of(kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = json.loads(config.to_json_string(use_diff=True))
+def config_json(kind: str, fmt: str = "gptq") -> Config:
+    """What config.json holds."""
+    it = KINDS[kind]
+    written = json.loads(config_of(kind).to_json_string(use_diff=True))
     written |= {"architectures": [architecture(kind)], "dtype": "float16"}
     written["transformers_version"] = "5.2.0" if it.style == 5 else "4.46.0"
     if it.style == 4:
@@ -809,7 +808,14 @@ def make(kind: str, folder: Path, fmt: str = "gptq") -> Path:
         written["quantization_config"] = {"quant_method": "gptq", "checkpoint_format": "gptq", **quantization}
     elif fmt == "exl2":
         written["quantization_config"] = {"quant_method": "exl2", "version": "0.3.2", "bits": 4.5, "head_bits": 6}
-    (folder / "config.json").write_text(json.dumps(written, indent=1))
+    return written
+
+
+def make(kind: str, folder: Path, fmt: str = "gptq") -> Path:
+    """Write a model folder."""
+    config = config_of(kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config_json(kind, fmt), indent=1))
     tensors = {name: tensor.contiguous() for name, tensor in weights(kind, fmt).stored.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     if hasattr(config, "vision_config"):

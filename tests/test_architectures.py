@@ -1,6 +1,7 @@
-"""The CPU engine on tiny models of every architecture, in both styles of config, against transformers.
+"""The CPU engine on tiny models of every architecture, against transformers.
 
-What only transformers reads of a config is left to `tests/gpu/architecture_table.py --engine cpu`, which takes all.
+Every kind's config.json is read here; the logits of all of them are compared by
+`tests/gpu/architecture_table.py --engine cpu`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import architectures
 import numpy as np
@@ -18,6 +20,7 @@ from helpers import Recorder, collect, request_for
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
+from exl_cli.engines.cpu.transformers_model import choose_class
 from exl_cli.errors import UnsupportedModelError
 from exl_cli.models import memory
 from exl_cli.models.info import ModelInfo
@@ -26,29 +29,21 @@ from exl_cli.models.tokenizer import Tokenizer
 
 # transformers has no class of them.
 NOT_ON_THE_CPU = [kind for kind, it in architectures.KINDS.items() if "architectures" in it.written]
-# Names, windows and embeddings that the engine has a part in, besides the first kind of each architecture and style.
-MORE = ["llama-tied", "llama-yarn", "llama-linear-older", "llama-dynamic", "llama-llama3", "llama-longrope"]
-MORE += ["qwen2-window", "qwen2-yarn-older", "starcoder2-window", "phi3-window", "phi3-longrope", "gpt2-prefix"]
-MORE += [
-    "qwen3-moe-dense-layers",
-    "gemma3-other-pattern",
-    "cohere2-other-pattern",
-    "dbrx-clip",
-    "gpt-bigcode-multi-head",
-]
-# exllamav2's converter names or splits their tensors otherwise, or GPTQ turns them.
+# Stored otherwise in GPTQ, or named and split otherwise by exllamav2's converter.
 APART = [("gpt2", "gptq")]
 APART += [(kind, "exl2") for kind in ("gpt2", "phi3", "glm4", "dbrx", "gpt-bigcode", "gemma3", "pixtral")]
+# Windows, embeddings and names that the engine has a part in, besides the first kind of each architecture.
+MORE = ["llama-tied", "qwen2-window", "starcoder2-window", "phi3-longrope", "gpt2-prefix", "gpt-bigcode-multi-head"]
 
 
 def _cases() -> Iterator[tuple[str, str]]:
-    formats, seen = itertools.cycle(architectures.FORMATS), set()
-    for kind, it in architectures.KINDS.items():
-        first = (it.config["model_type"], it.style)
-        if kind not in NOT_ON_THE_CPU and (first not in seen or kind in MORE):
-            yield kind, next(formats)
-            seen.add(first)
     yield from APART
+    formats = itertools.cycle(architectures.FORMATS)
+    seen = {architectures.KINDS[kind].config["model_type"] for kind, _ in APART}
+    for kind, it in architectures.KINDS.items():
+        if kind not in NOT_ON_THE_CPU and (it.config["model_type"] not in seen or kind in MORE):
+            yield kind, next(formats)
+            seen.add(it.config["model_type"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,6 +69,24 @@ def continued(engine: EngineThread, kind: str, fmt: str, prompt: Sequence[int], 
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     assert float((logits.max(1).values - chosen).max()) <= 1e-4 * float(logits.std())
     return [*prompt, *tokens]
+
+
+def test_configs_of_both_styles_mean_what_the_models_were_made_with() -> None:
+    for kind in architectures.KINDS:
+        if kind not in NOT_ON_THE_CPU:
+            raw = architectures.config_json(kind)
+            info = ModelInfo(kind, Path(kind), "gptq", architectures.architecture(kind), 1, 4.0, 256, 1, {}, config=raw)
+            actual, expected = choose_class(info)[0].to_dict(), architectures.config_of(kind).to_dict()
+            assert differences(actual, expected) == [], kind
+
+
+def differences(actual: Any, expected: Any, key: str = "") -> list[str]:
+    """Where the second says anything else than the first."""
+    if not isinstance(expected, dict) or not isinstance(actual, dict):
+        same = actual == expected or (actual is None and expected is False)
+        return [] if same else [f"{key}: {actual!r}, not {expected!r}"]
+    parts = expected.keys() - {"transformers_version", "dtype", "architectures", "vision_config"}
+    return [text for part in sorted(parts) for text in differences(actual.get(part), expected[part], f"{key}.{part}")]
 
 
 @pytest.mark.parametrize(("kind", "fmt"), dict.fromkeys(_cases()))
