@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import ScriptedEngine
 from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.response import Decoder, GeneratorEngine, Step
+from exl_cli.engines.response import Step
 from exl_cli.errors import OutOfMemoryError
 from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
-from exl_cli.system.readings import DeviceMemory
 
 PAUSE = "⏸"  # in an answer: call the script's `pause`, then wait here until the generation is cancelled
 FAIL = "💥"  # run out of memory here
@@ -70,22 +70,13 @@ class Script:
         return self.engines[-1]
 
 
-class TalkingEngine(GeneratorEngine):
+class TalkingEngine(ScriptedEngine):
     """Says the script's next answer, then the end-of-sequence token; keeps what it has computed, as a KV cache does."""
 
-    name = "scripted"
-
     def __init__(self, script: Script, tokenizer: Tokenizer, context_length: int) -> None:
-        super().__init__()
+        super().__init__(tokenizer, "", context_length)
         self._script = script
-        self._tokenizer = tokenizer
-        self.context_length = context_length
-        self.facts = {"device": "none"}
         self.held: list[int] = []
-        self.closed = False
-
-    def _decoder(self, request: Request) -> Decoder:
-        return self._tokenizer.decode_stream(request.ids)
 
     def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
         assert not self.closed
@@ -131,12 +122,6 @@ class TalkingEngine(GeneratorEngine):
             else:
                 text += char
         yield text
-
-    def memory(self) -> list[DeviceMemory]:
-        return []
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def isolate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -266,6 +266,7 @@ def test_sixty_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path
             tracemalloc.start()
         chat.enter(f"Question {turn}, which asks for something.")
         script.requests[:-1] = [None] * (len(script.requests) - 1)  # type: ignore[list-item]
+        script.engines[0].requests.clear()
         assert len(script.requests[-1].ids) <= context * 3 // 4
         known = chat.model.encoder.known
         assert len(known.ids) <= context

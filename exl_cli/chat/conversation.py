@@ -145,12 +145,7 @@ class Conversation:
 
     def _failed(self, error: Exception) -> None:
         """Say that something went wrong; a bug of ours too is no reason to lose a conversation."""
-        if self._debug:
-            self.view.traceback(error)
-        elif isinstance(error, ExlError):
-            self.view.error(error)
-        else:
-            self.view.bug(error)
+        (self.view.traceback if self._debug else self.view.error)(error)
         if not self._interactive or self.over:
             self.exit_code = self.exit_code or (error.exit_code if isinstance(error, ExlError) else ExitCode.INTERNAL)
 

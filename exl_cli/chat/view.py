@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from exl_cli.engines.base import Summary
-from exl_cli.errors import ExlError
 from exl_cli.loader import Observer
 from exl_cli.structured.reasoning import Piece
 from exl_cli.system.readings import GpuReading, HostReading
@@ -46,11 +45,8 @@ class ChatView(Protocol):
     def message(self, text: str) -> None:
         """Show a message that was not typed here, as if it had been."""
 
-    def error(self, error: ExlError) -> None:
-        """Show an error and the next step."""
-
-    def bug(self, error: BaseException) -> None:
-        """Show an error that should not happen."""
+    def error(self, error: Exception) -> None:
+        """Show an error and the next step; of one that should not happen, how to report it."""
 
     def traceback(self, error: BaseException) -> None:
         """Show where an error came from."""

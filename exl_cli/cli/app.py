@@ -73,7 +73,7 @@ class _Group(typer.core.TyperGroup):
         except Exception as error:
             if state.debug or type(error).__module__.partition(".")[0] in ("typer", "click"):
                 raise
-            Console().bug(error)
+            Console().error(error)
             raise typer.Exit(ExitCode.INTERNAL) from error
 
 

@@ -217,17 +217,14 @@ class Console:
         with insist_on_interrupt(shown.interrupt), shown:
             yield shown
 
-    def error(self, error: ExlError) -> None:
-        """What is wrong and the next step."""
-        # Of one line, whatever names are in it.
+    def error(self, error: BaseException) -> None:
+        """What is wrong and the next step, on one line; of what is no ExlError, that nobody foresaw it."""
+        if not isinstance(error, ExlError):
+            text = str(error).strip().splitlines()
+            what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+            error = ExlError(f"unexpected {what}", "run again with --debug for the traceback, and please report it")
         what, hint = (flags(text).replace("\n", "␊") for text in (error.message, error.hint))
         self.line(("error: ", "bold red"), what, (hint and f"; {hint}", "dim"))
-
-    def bug(self, error: BaseException) -> None:
-        """A failure that no one foresaw."""
-        text = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-        self.error(ExlError(f"unexpected {what}", "run again with --debug for the traceback, and please report it"))
 
     def traceback(self, error: BaseException) -> None:
         """Where a failure came from, for --debug."""

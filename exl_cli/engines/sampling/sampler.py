@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -275,8 +276,7 @@ def _check(scores: FloatArray) -> None:
 
 
 class Samplers:
-    """Makes the sampler of each generation for one model; what it derives from the tokenizer is computed
-    once, when needed.
+    """Makes the sampler of each generation for one model.
 
     Args:
         tokenizer: the model's.
@@ -286,7 +286,6 @@ class Samplers:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = min(tokenizer.vocab_size, vocab_size)
-        self._pieces: list[str] | None = None
 
     def make(self, request: Request) -> Sampler:
         """The sampler for one request."""
@@ -294,11 +293,10 @@ class Samplers:
             request.sampling,
             request.seed,
             vocab_size=self._vocab_size,
-            breakers=lambda: dry_breakers(self._all_pieces(), self._tokenizer.special_ids()),
-            protected=lambda: xtc_protected(self._all_pieces(), self._tokenizer.special_ids()),
+            breakers=lambda: dry_breakers(self._pieces, self._tokenizer.special_ids()),
+            protected=lambda: xtc_protected(self._pieces, self._tokenizer.special_ids()),
         )
 
-    def _all_pieces(self) -> list[str]:
-        if self._pieces is None:
-            self._pieces = self._tokenizer.pieces()
-        return self._pieces
+    @cached_property
+    def _pieces(self) -> list[str]:
+        return self._tokenizer.pieces()
