@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from decodecases import round_up
 
-from exl_cli.engines.exllamav2.attention.paged import attend_paged
+from exl_cli.engines.exllamav2.attention.paged import Call, attend_paged
 
 PAGE = 256
 TOLERANCE = 2e-3
@@ -37,7 +37,7 @@ class Case:
 
 
 class Built:
-    """A case's tensors. `run` calls `attend_paged`; `check` says how far off that was."""
+    """A case's tensors. `run` has `attend_paged` compute it; `check` says how far off that was."""
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(case.seed)
@@ -79,21 +79,15 @@ class Built:
         cached = [n - case.q_len if case.fresh else n for n in case.lengths]
         self.lengths = torch.tensor(cached, dtype=torch.int32, device=device)
 
-    def run(self, max_len: int | None = None) -> torch.Tensor:
+    def call(self, max_len: int | None = None) -> Call:
         case = self.case
-        return attend_paged(
-            self.q,
-            self.cache[0],
-            self.cache[1],
-            cache_seqlens=self.lengths,
-            block_table=self.table,
-            k=self.k if case.fresh else None,
-            v=self.v if case.fresh else None,
-            scale=case.dim**-0.5,
-            window=case.window,
-            softcap=case.softcap,
-            max_len=max_len or self.table.shape[1] * PAGE,
-        )
+        k, v = (self.k, self.v) if case.fresh else (None, None)
+        max_len = max_len or self.table.shape[1] * PAGE
+        cache = self.cache[0], self.cache[1], self.lengths, self.table
+        return Call(self.q, *cache, k, v, case.dim**-0.5, case.window, case.softcap, max_len)
+
+    def run(self, max_len: int | None = None) -> torch.Tensor:
+        return attend_paged(**self.call(max_len)._asdict())
 
     def check(self, out: torch.Tensor) -> float:
         """The worst relative L2 error of a sequence; infinite where the cache does not hold what it should."""

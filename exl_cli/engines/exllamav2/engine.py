@@ -27,7 +27,6 @@ from exl_cli.engines.exllamav2.cuda_errors import explained, free_bytes, transla
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
-from exl_cli.engines.exllamav2.kernels import decode_attention
 from exl_cli.engines.exllamav2.prompt_lookup import PromptLookup
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
@@ -266,15 +265,13 @@ def _heads(info: ModelInfo) -> Heads:
 
 def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> _Loaded:
     heads = _heads(info)
-    # As a rule; what is loaded tells more.
-    ours = not decode_attention.why_not(*heads, memory.PAGE, quantized_cache=options.cache != "fp16")
-    paged.try_ahead(heads, decodes=not ours)
+    paged.try_ahead(heads)
     # exllamav2 prints to stdout, which belongs to the model's text.
     with contextlib.redirect_stdout(sys.stderr), translated(info, context_length, options):
         model, cache = _build(info, context_length, options, progress)
 
-        def backend(decodes: bool) -> paged.Backend:
-            return paged.install_paged(heads, decodes=decodes)
+        def backend() -> paged.Backend:
+            return paged.install_paged(heads)
 
         return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
 

@@ -37,8 +37,7 @@ class GpuForward:
         model, cache: exllamav2's; the cache holds a page more than `pages`.
         pages: pages that the scheduler may use.
         page_size: positions in a page.
-        backend: gives the backend of attention, asked whether decoding will be part of that; called when the kernels
-            for everything else are there.
+        backend: gives the backend of attention; called when the kernels for everything else are there.
 
     Attributes:
         cache: exllamav2's.
@@ -50,7 +49,7 @@ class GpuForward:
     max_batch = quantized_linear.MOST_ROWS
     max_tokens = quantized_linear.MOST_ROWS
 
-    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[bool], Backend]) -> None:
+    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[], Backend]) -> None:
         from exllamav2.device import set_device_streams
 
         self._set_streams = set_device_streams
@@ -72,7 +71,7 @@ class GpuForward:
         )  # fmt: skip
         self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
-        self.backend = backend(not self.small.attends)
+        self.backend = backend()
         self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._experts_captured = experts_captured(model)

@@ -51,7 +51,7 @@ def causal_attention(
         if windowed or offset:
             # is_causal aligns its mask to the upper left corner. A bias for the lower right one takes no memory where
             # flash attention computes it.
-            mask = _lower_right(q_len, k_len) if flash else _seen(q, k, window)
+            mask = _lower_right(q_len, k_len) if flash and q.is_cuda else _seen(q, k, window)
         causal, grouped = mask is None and q_len > 1, flash and groups > 1
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     # Weights are rounded, so that an average may exceed what it is of, and the dtype's range.

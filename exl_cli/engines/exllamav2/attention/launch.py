@@ -18,10 +18,9 @@ _FUSED = {"enable_fp_fusion": True}
 _LOG2_E = math.log2(math.e)
 # More splits of one sequence than this cost more in merging than they bring.
 _MOST_SPLITS = 64
-# Counters of arrived programs; calls that need more of them merge in a separate kernel.
-_COUNTERS = 16384
-
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+# Splits merged per step, and float32 values per split of that step: together what fits into registers.
+_MERGED_SPLITS = 16
+_MERGED_VALUES = 512
 
 
 class Plan(NamedTuple):
@@ -33,7 +32,6 @@ class Plan(NamedTuple):
         warps, stages: Triton's options.
         tiles: tiles of a KV head.
         splits: the most programs that share one tile's keys.
-        merges: whether the last of them merges their results, rather than another kernel.
     """
 
     block_m: int
@@ -42,7 +40,6 @@ class Plan(NamedTuple):
     stages: int
     tiles: int
     splits: int
-    merges: bool
 
 
 def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys: int, processors: int) -> Plan:
@@ -63,52 +60,40 @@ def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys:
     # Decoding rather has a few programs too many, a prompt rather none of the trips.
     wanted = -(-target // programs) if q_len <= _DECODE_QUERIES else target // programs
     splits = max(1, min(wanted, blocks // least, _MOST_SPLITS))
-    padded = 1 << (head_dim - 1).bit_length()
-    # One program merges two steps' worth of rows faster than a second kernel starts.
-    merges = block_m == 16 and rows * padded <= 2 * kernels.MERGED_VALUES and programs <= _COUNTERS
-    return Plan(block_m, block_n, warps, 2 if wide and block_m > 16 else 3, tiles, splits, merges)
+    return Plan(block_m, block_n, warps, 2 if wide and block_m > 16 else 3, tiles, splits)
 
 
 def attend(call: Call) -> torch.Tensor:
     """Compute a call of `paged.attend_paged`."""
-    q, k_cache, v_cache, k, v, window = call.q, call.k_cache, call.v_cache, call.k, call.v, call.window
+    q, k_cache, v_cache, window = call.q, call.k_cache, call.v_cache, call.window
     batch, q_len, heads, head_dim = q.shape
     page_size, kv_heads = k_cache.shape[1:3]
     groups = heads // kv_heads
     keys = min(call.max_len, window + q_len + 64) if window else call.max_len
     layout = plan(batch, q_len, heads, kv_heads, head_dim, keys, _processors(q.device))
-    added = 0 if k is None else q_len
-    appends = k is not None and q_len <= _DECODE_QUERIES
-    if k is not None and v is not None and not appends:
-        _append(call, k, v)
-    late_k, late_v = (k, v) if k is not None and v is not None and appends else (q, q)
+    added = 0
+    if call.k is not None and call.v is not None:
+        _append(call, call.k, call.v)
+        added = q_len
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    counters = _arrivals(q.device)
-    if layout.splits > 1:
-        shares = batch * heads * layout.splits * q_len
-        parts = torch.empty((shares, head_dim), dtype=torch.float32, device=q.device)
-        lses = torch.empty((shares,), dtype=torch.float32, device=q.device)
-    else:
-        parts = lses = counters.view(torch.float32)
+    shares = batch * heads * layout.splits * q_len if layout.splits > 1 else 1
+    parts, lses = (torch.empty((shares, n), dtype=torch.float32, device=q.device) for n in (head_dim, 1))
     block_d = max(16, 1 << (head_dim - 1).bit_length())
-    merged_rows = min(layout.block_m, kernels.MERGED_VALUES // block_d)
     common = {
         "head_dim": head_dim, "block_d": block_d, "block_m": layout.block_m, "block_n": layout.block_n,
-        "windowed": window > 0, "appends": appends, "merged_splits": kernels.MERGED_SPLITS, "merged_rows": merged_rows,
+        "windowed": window > 0,
     }  # fmt: skip
     kernels.attend_kernel[(layout.tiles * layout.splits, kv_heads, batch)](
-        q, k_cache, v_cache, late_k, late_v, out, parts, lses, counters, call.block_table, call.cache_seqlens,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *late_k.stride()[:3], *late_v.stride()[:3],
-        *out.stride()[:3], call.block_table.stride(0), q_len, added, layout.splits, window,
-        *_factors(call.scale, call.softcap), groups, kv_heads,
-        page_size=page_size, softcapped=call.softcap > 0, merges=layout.merges,
+        q, k_cache, v_cache, out, parts, lses, call.block_table, call.cache_seqlens, *q.stride()[:3],
+        call.block_table.stride(0), q_len, added, layout.splits, window, *_factors(call.scale, call.softcap),
+        groups, kv_heads, page_size=page_size, softcapped=call.softcap > 0,
         num_warps=layout.warps, num_stages=layout.stages, **_FUSED, **common,
     )  # fmt: skip
-    if layout.splits > 1 and not layout.merges:
-        grid = (-(-q_len * groups // merged_rows), kv_heads, batch)
-        kernels.merge_kernel[grid](
-            out, parts, lses, call.cache_seqlens, *out.stride()[:3], q_len, added, layout.splits, window,
-            groups, kv_heads, num_warps=4, **_FUSED, **common,
+    if layout.splits > 1:
+        merged_rows = min(layout.block_m, _MERGED_VALUES // block_d)
+        kernels.merge_kernel[(-(-q_len * groups // merged_rows), kv_heads, batch)](
+            out, parts, lses, call.cache_seqlens, q_len, added, layout.splits, window, groups, kv_heads,
+            merged_splits=_MERGED_SPLITS, merged_rows=merged_rows, num_warps=4, **_FUSED, **common,
         )  # fmt: skip
     return out
 
@@ -119,8 +104,7 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor) -> None:
     k_cache, v_cache, table = call.k_cache, call.v_cache, call.block_table
     kernels.append_kernel[(new, batch)](
         k_cache, v_cache, k, v, table, call.cache_seqlens,
-        *k_cache.stride()[:3], *v_cache.stride()[:3], *k.stride()[:3], *v.stride()[:3], table.stride(0),
-        new, kv_heads,
+        *k.stride()[:3], *v.stride()[:3], table.stride(0), new, kv_heads,
         head_dim=head_dim, block_d=1 << (head_dim - 1).bit_length(), block_h=1 << (kv_heads - 1).bit_length(),
         page_size=k_cache.shape[1], num_warps=4, **_FUSED,
     )  # fmt: skip
@@ -129,20 +113,6 @@ def _append(call: Call, k: torch.Tensor, v: torch.Tensor) -> None:
 def _factors(scale: float, softcap: float) -> tuple[float, float]:
     """The kernels' `scale` and `softcap`: see `triton_kernels`."""
     return (scale / softcap * 2 * _LOG2_E, softcap * _LOG2_E) if softcap else (scale * _LOG2_E, 1.0)
-
-
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """A stream's counters, at zero: every call leaves them so, and calls of one stream come after one another."""
-    if device.type != "cuda":
-        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
-    counters = _counters.get(key)
-    if counters is None:
-        counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        # What a graph allocates while it is captured is the graph's own, and set to zero by every replay.
-        if not torch.cuda.is_current_stream_capturing():
-            _counters[key] = counters
-    return counters
 
 
 @cache

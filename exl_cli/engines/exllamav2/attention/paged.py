@@ -70,12 +70,10 @@ class Backend:
     Attributes:
         name: one of `NAMES`.
         why_not: what speaks against Triton, where that is not used though nobody chose torch.
-        decodes: whether decoding was part of the smoke test.
     """
 
     name: str
     why_not: str = ""
-    decodes: bool = True
 
     @property
     def captures(self) -> bool:
@@ -97,7 +95,7 @@ def unusual(head_dim: int) -> bool:
     return head_dim > 256 or head_dim % 8 > 0
 
 
-def backend(device: torch.device | None = None, heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
+def backend(device: torch.device | None = None, heads: Heads = _USUAL) -> Backend:
     """What will be used on a device, by default the current GPU or, without one, the CPU.
 
     The first call for a device and a size of heads runs the smoke test: milliseconds, or some seconds where Triton has
@@ -106,7 +104,6 @@ def backend(device: torch.device | None = None, heads: Heads = _USUAL, *, decode
     Args:
         device: where.
         heads: of the model that is going to be computed.
-        decodes: whether decoding is to be tried as well as a prompt.
 
     Raises:
         EngineError: EXL_ATTENTION names something unknown, or something that does not work here.
@@ -114,24 +111,24 @@ def backend(device: torch.device | None = None, heads: Heads = _USUAL, *, decode
     device, wanted = device or _current(), os.environ.get(VARIABLE, "")
     key = (device, wanted, heads.dim)
     with _trying:
-        if key not in _chosen or (decodes and not _chosen[key].decodes):
-            _chosen[key] = _choose(device, wanted, heads, decodes=decodes)
+        if key not in _chosen:
+            _chosen[key] = _choose(device, wanted, heads)
         return _chosen[key]
 
 
-def _choose(device: torch.device, wanted: str, heads: Heads, *, decodes: bool) -> Backend:
+def _choose(device: torch.device, wanted: str, heads: Heads) -> Backend:
     if wanted and wanted not in NAMES:
         raise EngineError(f"{VARIABLE}={wanted} is not known", f"choose one of {', '.join(NAMES)}")
     if wanted == "torch":
         return Backend("torch")
-    if not (reason := _why_not_triton(device) or failure(_triton, device, heads, decodes=decodes)):
-        return Backend("triton", decodes=decodes)
+    if not (reason := _why_not_triton(device) or failure(_triton, device, heads)):
+        return Backend("triton")
     if wanted:
         raise EngineError(f"{VARIABLE}={wanted} cannot be had: {reason}", f"unset {VARIABLE}")
     return Backend("torch", reason)
 
 
-def try_ahead(heads: Heads = _USUAL, *, decodes: bool = True) -> None:
+def try_ahead(heads: Heads = _USUAL) -> None:
     """Start the smoke test on the current GPU in a thread; `backend` waits for its end.
 
     A failure there does not count: a model that is being loaded may hold more memory than it does afterwards.
@@ -141,12 +138,12 @@ def try_ahead(heads: Heads = _USUAL, *, decodes: bool = True) -> None:
     """
     device = _current()
     if os.environ.get(VARIABLE):
-        backend(device, heads, decodes=decodes)
+        backend(device, heads)
         return
 
     def trial() -> None:
         with _trying, contextlib.suppress(Exception):  # recurs where the choice is needed
-            if (chosen := _choose(device, "", heads, decodes=decodes)).name == "triton":
+            if (chosen := _choose(device, "", heads)).name == "triton":
                 _chosen.setdefault((device, "", heads.dim), chosen)
 
     threading.Thread(target=trial, name="attention smoke test", daemon=True).start()
@@ -175,8 +172,7 @@ def attend_paged(
 
     Args:
         q: queries, float16, shape (batch, q_len, heads, head_dim).
-        k_cache, v_cache: shape (pages, page_size, kv_heads, head_dim); page_size a multiple of 256, heads one of
-            kv_heads. What lies in pages that no sequence owns, or behind a sequence's end, does not matter.
+        k_cache, v_cache: shape (pages, page_size, kv_heads, head_dim), contiguous; page_size a multiple of 256. What lies in pages that no sequence owns, or behind a sequence's end, does not matter.
         cache_seqlens: int32, shape (batch,): positions of each sequence in the cache; without `k` and `v` the
             queries' own positions are among them.
         block_table: int32, shape (batch, pages of the longest sequence or more): position p of a sequence lies in
@@ -256,14 +252,13 @@ def attend_in_torch(call: Call) -> torch.Tensor:
     return out
 
 
-def failure(attend: Callable[[Call], torch.Tensor], device: torch.device, heads: Heads, *, decodes: bool) -> str:
+def failure(attend: Callable[[Call], torch.Tensor], device: torch.device, heads: Heads) -> str:
     """Smoke test: what goes wrong when small cases are computed on a device; empty where all is right.
 
     Args:
         attend: computes a call.
         device: where.
         heads: of the model that will be computed, so that what is compiled here serves again.
-        decodes: whether to try a case of one token as well as one of a prompt.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -276,7 +271,7 @@ def failure(attend: Callable[[Call], torch.Tensor], device: torch.device, heads:
     new_keys, new_values = (normal(1, _TRIED, heads.keys, heads.dim) for _ in range(2))
     table = torch.arange(pages, dtype=torch.int32, device=device).flip(0)[None]
     try:
-        for q_len in (_TRIED, 1) if decodes else (_TRIED,):
+        for q_len in (_TRIED, 1):
             # The token is the prompt's last one: its key and value are in the cache.
             k, v, seen = (new_keys, new_values, _BEFORE) if q_len > 1 else (None, None, _BEFORE + _TRIED)
             lengths = torch.tensor([seen], dtype=torch.int32, device=device)
@@ -305,7 +300,7 @@ def at_most(keys: int) -> Iterator[None]:
         _bound.reset(token)
 
 
-def install_paged(heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
+def install_paged(heads: Heads = _USUAL) -> Backend:
     """Let exllamav2 attend to pages through `attend_paged`. Returns what that uses.
 
     Raises:
@@ -313,7 +308,7 @@ def install_paged(heads: Heads = _USUAL, *, decodes: bool = True) -> Backend:
     """
     from exllamav2 import attn
 
-    chosen = backend(heads=heads, decodes=decodes)
+    chosen = backend(heads=heads)
     attn.flash_attn_with_kvcache = _with_kvcache
     attn.has_flash_attn_with_paged = attn.has_flash_attn_with_window = attn.has_flash_attn_with_softcap = True
     return chosen
