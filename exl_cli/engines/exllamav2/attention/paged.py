@@ -172,7 +172,8 @@ def attend_paged(
 
     Args:
         q: queries, float16, shape (batch, q_len, heads, head_dim).
-        k_cache, v_cache: shape (pages, page_size, kv_heads, head_dim), contiguous; page_size a multiple of 256. What lies in pages that no sequence owns, or behind a sequence's end, does not matter.
+        k_cache, v_cache: shape (pages, page_size, kv_heads, head_dim), contiguous; page_size a multiple of 256. What
+            lies in pages that no sequence owns, or behind a sequence's end, does not matter.
         cache_seqlens: int32, shape (batch,): positions of each sequence in the cache; without `k` and `v` the
             queries' own positions are among them.
         block_table: int32, shape (batch, pages of the longest sequence or more): position p of a sequence lies in
