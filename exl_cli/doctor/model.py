@@ -12,7 +12,7 @@ from exl_cli.doctor.check_result import CheckResult, patience
 from exl_cli.doctor.probes import NEW_TOKENS
 from exl_cli.engines.exllamav2 import support
 from exl_cli.errors import ExlError, param
-from exl_cli.models import memory
+from exl_cli.models import architecture, memory
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.system.machine import available_memory
@@ -92,14 +92,16 @@ def check(name: str, models_dir: Path | None, free: Sequence[int], *, gpu: bool,
 
 def _text(info: ModelInfo) -> tuple[int, str]:
     """How many tokens to compare logits over, and what there is to say about the model's window."""
-    config = info.config.get("text_config") or info.config
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     plain = max(2, min(_TEXT_TOKENS, info.context_length - NEW_TOKENS))
-    if not isinstance(window, int) or window < 1:
+    try:
+        computed = architecture.read(info)
+    except ExlError:  # the GPU does not compute it: there is nothing to compare
+        return plain, ""
+    if not (window := max(computed.windows, default=0)):
         return plain, f"over {plain} tokens"
     tokens = max(plain, 2 * window)
-    logits = 4 * tokens * int(config.get("vocab_size") or 0)
-    if tokens + NEW_TOKENS > info.context_length or tokens * info.parameters > _MOST_PRODUCTS or logits > _MOST_LOGITS:
+    too_much = tokens * info.parameters > _MOST_PRODUCTS or 4 * tokens * computed.vocabulary > _MOST_LOGITS
+    if too_much or tokens + NEW_TOKENS > info.context_length:
         return plain, f"over {plain} tokens, within its window of {window:,}"
     return tokens, f"over {tokens:,} tokens, more than its window of {window:,}"
 
