@@ -195,7 +195,7 @@ def weight_files(path: Path) -> list[Path]:
         raise DamagedModelError(f"no .safetensors file in {path}", "download the model again")
     wanted = {file.name for file in files}
     for file in files:
-        if match := re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", file.name):
+        if match := re.fullmatch(r"(.+)-([0-9]{1,5})-of-([0-9]{1,5})\.safetensors", file.name):
             stem, width, total = match[1], len(match[2]), int(match[3])
             wanted |= {f"{stem}-{i:0{width}d}-of-{match[3]}.safetensors" for i in range(1, total + 1)}
     missing = sorted(name for name in wanted if not is_there(path / name))

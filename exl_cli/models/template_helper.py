@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,84 +14,79 @@ import threading
 import time
 import weakref
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from exl_cli.models import template_worker
-from exl_cli.models.template_worker import FAILED, HEADER, SIZE, STOPPED, TEXT, max_text
+from exl_cli.models.template_worker import FAILED, STOPPED, max_text
 
 _MEMORY = 512 << 20
 _START_SECONDS = 60.0
 _PIECE = 1 << 20
-
-
-class Limits(NamedTuple):
-    """What a helper process runs, and within what limits.
-
-    Attributes:
-        program: "templates" or "tokenizers".
-        packages: what it imports.
-        verb: what it does with a request, for messages.
-        deadline: seconds that an answer may take.
-        cpu_seconds: seconds of computing that it may take.
-        memory: bytes of address space.
-    """
-
-    program: str
-    packages: tuple[str, ...]
-    verb: str
-    deadline: float
-    cpu_seconds: int
-    memory: int = _MEMORY
+# What each program of `template_worker` imports, and what it does.
+_PROGRAMS = {"templates": (("jinja2", "markupsafe"), "renders"), "tokenizers": (("tokenizers",), "tries")}
 
 
 class Reply(NamedTuple):
-    """What came of a request: text where `kind` is TEXT, else the reason, and the template's line or 0."""
+    """The answer to a request: text where `kind` is TEXT, else the reason, and the template's line or 0."""
 
-    kind: bytes
+    kind: str
     line: int
     text: str
 
 
 class Helper:
-    """A process that answers requests about one stranger's file and can do nothing else: see `template_worker`.
+    """A process that answers requests about a stranger's file and can do nothing else: see `template_worker`.
 
     It starts at the first request, or ahead of it by `start`, and again after something ended it. It ends with this
-    object and with this process, in whatever way that ends; a process forked from this one starts its own. Threads take
-    turns.
+    object and with this process, however that ends; a process forked from this one starts its own. Threads take turns.
 
     Args:
-        limits: what it may use.
+        program: "templates" or "tokenizers".
+        deadline: seconds that an answer may take.
+        cpu_seconds: seconds of computing that it may take.
+        memory: bytes of address space.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, program: str, deadline: float, cpu_seconds: int, memory: int = _MEMORY) -> None:
+        self._arguments = (program, str(cpu_seconds), str(memory))
+        self._packages, self._verb = _PROGRAMS[program]
+        self._deadline = deadline
         self._lock = threading.Lock()
-        self._worker: _Worker | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
         _helpers.add(self)
 
     @property
     def pid(self) -> int | None:
         """The process's id; None where none has been started."""
-        return self._worker.pid if self._worker else None
+        return self._process.pid if self._process else None
 
     def start(self) -> None:
         """Start the process where it is not running, without waiting for it."""
         with self._lock, contextlib.suppress(OSError):
-            self._worker = self._worker or _Worker(self._limits)
+            self._start()
 
-    def ask(self, request: bytes) -> Reply:
-        """Send a request and wait for the reply; it is of kind STOPPED or FAILED where none came."""
+    def ask(self, *request: Any) -> Reply:
+        """Send a request, of JSON's types, and wait for the reply; it is STOPPED or FAILED where none came."""
+        line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
+            began, running = time.monotonic(), self._process is not None
             try:
-                return self._ask(request)
+                try:
+                    return self._ask(line, self._deadline)
+                except EOFError:
+                    if not running:
+                        raise
+                self._end()  # it had perhaps been killed since the last request
+                return self._ask(line, self._deadline - (time.monotonic() - began))
             except TimeoutError:
-                reply = Reply(STOPPED, 0, f"it takes more than {self._limits.deadline:g} seconds")
-            except (EOFError, UnicodeDecodeError):
-                if self._worker is not None and self._worker.started:
-                    reply = Reply(STOPPED, 0, f"it ended the process that {self._limits.verb} it")
-                else:
-                    reply = Reply(FAILED, 0, "the process for it ends while it starts")
+                reply = Reply(STOPPED, 0, f"it takes more than {self._deadline:g} seconds")
+            except EOFError:
+                reply = Reply(FAILED, 0, "the process for it ends while it starts")
+                if self._ready:
+                    reply = Reply(STOPPED, 0, f"it ended the process that {self._verb} it")
             except OSError as error:
                 reply = Reply(FAILED, 0, f"no process can be started for it: {error.strerror}")
             except BaseException:  # KeyboardInterrupt: the reply would be taken for that to the next request
@@ -101,15 +95,33 @@ class Helper:
             self._end()
             return reply
 
-    def _ask(self, request: bytes) -> Reply:
-        began = time.monotonic()
-        if self._worker is not None:
-            with contextlib.suppress(EOFError):  # it may have been killed since the last request
-                return self._worker.ask(request, self._limits.deadline)
-            self._end()
-        left = self._limits.deadline - (time.monotonic() - began)
-        self._worker = _Worker(self._limits)
-        return self._worker.ask(request, left)
+    def _ask(self, line: bytes, seconds: float) -> Reply:
+        process = self._start()
+        if not self._ready:  # before that it has seen nothing of a stranger's
+            reply = _exchange(process, b"", _START_SECONDS)
+            if reply.text:
+                return reply
+            self._ready = True
+        return _exchange(process, line, seconds)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            specs = [importlib.util.find_spec(name) for name in self._packages]
+            folders = {str(Path(spec.origin).absolute().parents[1]) for spec in specs if spec and spec.origin}
+            program = (sys.executable, "-I", "-S", "-W", "ignore", template_worker.__file__)
+            self._process = subprocess.Popen(  # noqa: S603 - our own program
+                [*program, *self._arguments, *folders],
+                bufsize=0,  # a buffer would have a lock, which a process forked meanwhile could not take
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # Some Pythons find their own library by it.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                start_new_session=True,
+            )
+            self._ready = False
+            self._kill = weakref.finalize(self, _kill, self._process)
+        return self._process
 
     def close(self) -> None:
         """End the process, if it runs."""
@@ -117,16 +129,17 @@ class Helper:
             self._end()
 
     def _end(self) -> None:
-        if self._worker is not None:
-            self._worker.end()
-        self._worker = None
+        if self._process is not None:
+            self._kill()
+        self._process = None
 
     def forget(self) -> None:
         """In a forked process: leave the helper to the parent, and the lock to whichever thread there holds it."""
         self._lock = threading.Lock()
-        if self._worker is not None:
-            self._worker.forget()
-        self._worker = None
+        if self._process is not None:
+            self._kill.detach()
+            _close(self._process)
+        self._process = None
 
 
 class TemplateHelper(Helper):
@@ -137,7 +150,7 @@ class TemplateHelper(Helper):
     """
 
     def __init__(self, deadline: float = 4.5) -> None:
-        super().__init__(Limits("templates", ("jinja2", "markupsafe"), "renders", deadline, math.ceil(deadline)))
+        super().__init__("templates", deadline, math.ceil(deadline))
 
     def render(self, source: str, variables: dict[str, Any]) -> Reply:
         """Render a template.
@@ -146,8 +159,7 @@ class TemplateHelper(Helper):
             source: the Jinja text. It is compiled once, however often it renders.
             variables: of JSON's types.
         """
-        asked = [source, datetime.now().isoformat(), variables]
-        return self.ask(json.dumps(asked, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        return self.ask(source, datetime.now().isoformat(), variables)
 
 
 def try_tokenizer(data: bytes) -> Reply:
@@ -156,18 +168,9 @@ def try_tokenizer(data: bytes) -> Reply:
     A text of that size takes milliseconds; the file itself may be large and takes some seconds to read.
     """
     megabytes = len(data) >> 20
-    helper = Helper(
-        Limits(
-            "tokenizers",
-            ("tokenizers",),
-            "tries",
-            deadline=20.0 + 2 * megabytes,
-            cpu_seconds=5 + megabytes // 2,
-            memory=_MEMORY + 8 * len(data),
-        )
-    )
+    helper = Helper("tokenizers", 20.0 + 2 * megabytes, 5 + megabytes // 2, _MEMORY + 8 * len(data))
     try:
-        return helper.ask(data)
+        return helper.ask(data.decode("utf-8", "replace"))
     finally:
         helper.close()
 
@@ -183,85 +186,32 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-class _Worker:
-    """A running process.
+def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> Reply:
+    """Send a request and wait for the reply.
 
-    Attributes:
-        pid: its id.
-        started: it has answered; before that it has seen nothing of a stranger's.
-        end: kills it; called at the latest when this object or the interpreter ends.
+    Raises:
+        TimeoutError: it did not come within so many seconds, and the process was killed.
+        EOFError: the process has ended, or sends something else than a reply.
     """
-
-    def __init__(self, limits: Limits) -> None:
-        specs = [importlib.util.find_spec(name) for name in limits.packages]
-        folders = {str(Path(spec.origin).absolute().parents[1]) for spec in specs if spec and spec.origin}
-        self._process = subprocess.Popen(  # noqa: S603 - our own program
-            [
-                *(sys.executable, "-I", "-S", "-W", "ignore", template_worker.__file__),
-                *(limits.program, str(limits.cpu_seconds), str(limits.memory), *folders),
-            ],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # Some Pythons find their own library by it.
-            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-            start_new_session=True,
-        )
-        stdin, stdout = self._process.stdin, self._process.stdout
-        self._input, self._output = (stream.fileno() for stream in (stdin, stdout) if stream is not None)
-        os.set_blocking(self._input, False)
-        self.started = False
-        self.pid = self._process.pid
-        self.end = weakref.finalize(self, _kill, self._process)
-
-    def ask(self, request: bytes, seconds: float) -> Reply:
-        """Send a request and wait for the reply.
-
-        Raises:
-            TimeoutError: it did not come within so many seconds.
-            EOFError: the process has ended, or sends something else than a reply.
-        """
-        if not self.started:
-            reply = self._receive(0, time.monotonic() + _START_SECONDS)
-            if reply.kind != TEXT:
-                return reply
-            self.started = True
-        end = time.monotonic() + seconds
-        rest = memoryview(SIZE.pack(len(request)) + request)
-        with contextlib.suppress(BrokenPipeError):  # it may have replied before it had read all
+    end = time.monotonic() + seconds
+    alarm = threading.Timer(max(0.0, seconds), process.kill)
+    alarm.daemon = True
+    alarm.start()
+    stdin, stdout = cast("tuple[FileIO, FileIO]", (process.stdin, process.stdout))
+    reply = bytearray()
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            rest = memoryview(request)
             while rest:
-                _wait(self._input, select.POLLOUT, end)
-                rest = rest[os.write(self._input, rest[:_PIECE]) :]
-        return self._receive(len(request), end)
-
-    def _receive(self, request: int, end: float) -> Reply:
-        kind, line, size = HEADER.unpack(self._read(HEADER.size, end))
-        if size > 4 * max_text(request):
-            raise EOFError
-        return Reply(kind, line, self._read(size, end).decode("utf-8", "surrogatepass"))
-
-    def _read(self, size: int, end: float) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            _wait(self._output, select.POLLIN, end)
-            piece = os.read(self._output, min(size - len(data), _PIECE))
-            if not piece:
-                raise EOFError
-            data += piece
-        return bytes(data)
-
-    def forget(self) -> None:
-        """In a forked process: close the pipes and let the process live."""
-        self.end.detach()
-        _close(self._process)
-
-
-def _wait(file: int, event: int, end: float) -> None:
-    poll = select.poll()
-    poll.register(file, event)
-    if not poll.poll(max(0.0, 1000 * (end - time.monotonic()))):
-        raise TimeoutError
+                rest = rest[stdin.write(rest) :]
+        while not reply.endswith(b"\n") and len(reply) < 6 * max_text(len(request)) and (piece := stdout.read(_PIECE)):
+            reply += piece
+        kind, line, text = json.loads(reply)
+        return Reply(str(kind), int(line), str(text))
+    except (ValueError, TypeError, RecursionError):
+        raise TimeoutError if time.monotonic() >= end else EOFError from None
+    finally:
+        alarm.cancel()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -273,5 +223,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def _close(process: subprocess.Popen[bytes]) -> None:
     for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
+        with contextlib.suppress(OSError):  # what it did not read
+            if stream is not None:
+                stream.close()

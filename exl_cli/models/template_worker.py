@@ -4,8 +4,8 @@
 nothing of exl. It imports what its program needs, gives up files, processes and memory for good, and then answers
 requests until its standard input ends.
 
-A request is its size and its bytes: JSON (the template, the time, the variables), or a tokenizer.json. A reply is
-`HEADER` and text.
+A request is a line of JSON: a list of the template, the time and the variables, or of the text of a tokenizer.json. So
+is a reply: its kind, the template's line or 0, and the text or the reason.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import contextlib
 import json
 import os
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-SIZE = struct.Struct("!Q")
-HEADER = struct.Struct("!cLQ")  # the kind of reply, the template's line where one is known, the bytes that follow
-TEXT, REFUSED, BROKEN, STOPPED, FAILED = b"T", b"R", b"B", b"S", b"F"
+TEXT, REFUSED, BROKEN, STOPPED, FAILED = "text", "refused", "broken", "stopped", "failed"
 _MAX_REASON = 1200
 _NOBODY = 65534
 
@@ -82,7 +79,10 @@ def allow_cpu(seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, most))
 
 
-def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
+Answer = tuple[str, int, str]
+
+
+def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
     """A function that renders a template, given its source, the local time (ISO 8601) and its variables.
 
     It returns the kind of reply, the line (0 where unknown) and the text or the reason. A MemoryError comes through.
@@ -96,7 +96,6 @@ def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
     from jinja2.parser import Parser
     from jinja2.runtime import Macro
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
 
     class RefusedError(TemplateError):
         """The template called `raise_exception`: it does not take this conversation."""
@@ -118,26 +117,6 @@ def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
         def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
             raise SecurityError(f"it looks up {attribute!r} of a {type(obj).__name__}")
 
-    class Dict:
-        """`dict`, without the class and what hangs from it."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args)
-
-    class SafeNamespace(Namespace):
-        def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-            super().__init__()
-            for name, value in dict(*args, **kwargs).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(f"it sets the attribute {name!r}")
-            super().__setitem__(name, value)
-
     def refuse(message: object = "") -> None:
         raise RefusedError(str(message).strip() or "it does not say why")
 
@@ -148,10 +127,10 @@ def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": refuse, "dict": Dict(), "namespace": SafeNamespace}
+    environment.globals["raise_exception"] = refuse
     compiled = lru_cache(maxsize=32)(environment.from_string)
 
-    def render(source: str, now: str, variables: dict[str, Any]) -> tuple[bytes, int, str]:
+    def render(source: str, now: str, variables: dict[str, Any]) -> Answer:
         try:
             variables = {"strftime_now": datetime.fromisoformat(now).strftime, **variables}
             return TEXT, 0, compiled(source).render(variables)
@@ -172,7 +151,7 @@ def renderer() -> Callable[[str, str, dict[str, Any]], tuple[bytes, int, str]]:
     return render
 
 
-def trier() -> Callable[[bytes], tuple[bytes, int, str]]:
+def trier() -> Callable[[str], Answer]:
     """A function that tries the tokenizer of a tokenizer.json on a short text, and replies whether it is harmless.
 
     One that cannot be read is: the parent reads it again, and says what is wrong.
@@ -197,10 +176,10 @@ def trier() -> Callable[[bytes], tuple[bytes, int, str]]:
             most = max(most, len(tokenizer.decode(ids, skip_special_tokens=False)))
         return len(text), most
 
-    def attempt(request: bytes) -> tuple[bytes, int, str]:
+    def attempt(request: str) -> Answer:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no thread can be started
         try:
-            tokenizer = Tokenizer.from_buffer(request)
+            tokenizer = Tokenizer.from_str(request)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             size, most = grown(tokenizer)
@@ -223,16 +202,10 @@ def _line_of(error: BaseException) -> int:
     return line
 
 
-def _reply(kind: bytes, line: int, text: str) -> None:
-    data = text.encode("utf-8", "surrogatepass")
-    sys.stdout.buffer.write(HEADER.pack(kind, line, len(data)) + data)
+def _reply(kind: str, line: int, text: str) -> None:
+    reply = json.dumps((kind, line, text), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    sys.stdout.buffer.write(reply + b"\n")
     sys.stdout.buffer.flush()
-
-
-def _templates() -> Callable[[bytes], tuple[bytes, int, str]]:
-    render = renderer()
-    render(_WARM_UP, "2000-01-01", {})
-    return lambda request: render(*json.loads(request.decode("utf-8", "surrogatepass")))
 
 
 def main(program: str, cpu_seconds: int, memory: int, *folders: str) -> None:
@@ -240,17 +213,21 @@ def main(program: str, cpu_seconds: int, memory: int, *folders: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path += folders
     try:
-        answer = {"templates": _templates, "tokenizers": trier}[program]()
+        answer: Callable[..., Answer]
+        if program == "templates":
+            answer = renderer()
+            answer(_WARM_UP, "2000-01-01", {})
+        else:
+            answer = trier()
         give_up(memory)
     except Exception as error:
         return _reply(FAILED, 0, f"{type(error).__name__}: {error}")
     _reply(TEXT, 0, "")
-    while len(head := sys.stdin.buffer.read(SIZE.size)) == SIZE.size:
+    for request in sys.stdin.buffer:
         allow_cpu(cpu_seconds)
-        (size,) = SIZE.unpack(head)
         try:
-            kind, line, text = answer(sys.stdin.buffer.read(size))
-            if len(text) > max_text(size):
+            kind, line, text = answer(*json.loads(request))
+            if len(text) > max_text(len(request)):
                 kind, line, text = STOPPED, 0, "it writes too much text"
             _reply(kind, line, text)
         except MemoryError as error:
