@@ -6,16 +6,16 @@ Templates are looked for where transformers looks, and render as in transformers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from exl_cli.errors import DamagedModelError, ExlError, PromptError, param
+from exl_cli.errors import DamagedModelError, PromptError, param
+from exl_cli.models.config import read_json, refuse_pointer
 from exl_cli.models.template_helper import Reply, TemplateHelper
 from exl_cli.models.template_worker import BROKEN, REFUSED, STOPPED, TEXT
-from exl_cli.system.files import read_text
+from exl_cli.system.files import read_file, read_text
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -238,45 +238,40 @@ def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate
         PromptError: there is no template of that name, or several and none is the default.
         DamagedModelError: a file that cannot be read as what its name says.
     """
-    config = _read_json(model_dir / "tokenizer_config.json")
-    found = _from_jinja_files(model_dir) or _from_legacy_file(model_dir) or _from_config(model_dir, config)
-    if not found:
+    config = read_json(model_dir / "tokenizer_config.json")
+    legacy = model_dir / "chat_template.json"
+    templates = (
+        _from_jinja_files(model_dir)
+        or _named(legacy.name, read_json(legacy).get("chat_template"))
+        or _named("tokenizer_config.json", config.get("chat_template"))
+    )
+    if not templates:
         if name is not None:
             raise PromptError(f"the model has no chat template, so none called {name!r}", _WITHOUT)
         return None
     wanted = "default" if name is None else name
-    if wanted not in found:
-        names = ", ".join(sorted(found))
+    if wanted not in templates:
+        names = ", ".join(sorted(templates))
         if name is not None:
             raise PromptError(f"the model has no chat template {name!r}", f"it has: {names}")
         raise PromptError(
             f"the model has several chat templates and none is the default: {names}",
             f"exl run {param('chat_template')} NAME takes one of them",
         )
-    origin, source = found[wanted]
+    origin, source = templates[wanted]
     return ChatTemplate(source, origin, _special_tokens(model_dir, config), wanted)
 
 
-_Found = dict[str, tuple[str, str]]  # name to file and text
-
-
-def _from_jinja_files(model_dir: Path) -> _Found:
+def _from_jinja_files(model_dir: Path) -> dict[str, tuple[str, str]]:
+    """Each template's file and text, by its name."""
     files = {path.stem: path for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))}
     if (model_dir / "chat_template.jinja").is_file():
         files = {"default": model_dir / "chat_template.jinja", **files}
     return {name: (path.relative_to(model_dir).as_posix(), _read_text(path)) for name, path in files.items()}
 
 
-def _from_legacy_file(model_dir: Path) -> _Found:
-    return _named(model_dir / "chat_template.json", _read_json(model_dir / "chat_template.json").get("chat_template"))
-
-
-def _from_config(model_dir: Path, config: dict[str, Any]) -> _Found:
-    return _named(model_dir / "tokenizer_config.json", config.get("chat_template"))
-
-
-def _named(path: Path, value: Any) -> _Found:
-    """Templates as JSON files hold them: nothing, one text, or a list of names and texts."""
+def _named(file: str, value: Any) -> dict[str, tuple[str, str]]:
+    """The same from a JSON file's value: nothing, one text, or a list of names and texts."""
     if value is None:
         return {}
     try:
@@ -284,15 +279,15 @@ def _named(path: Path, value: Any) -> _Found:
     except (TypeError, KeyError):
         pairs = {}
     if not pairs or not all(isinstance(text, str) for pair in pairs.items() for text in pair):
-        raise DamagedModelError(f"the chat template in {path.name} is neither text nor a list of named texts", _WITHOUT)
-    return {name: (path.name, text) for name, text in pairs.items()}
+        raise DamagedModelError(f"the chat template in {file} is neither text nor a list of named texts", _WITHOUT)
+    return {name: (file, text) for name, text in pairs.items()}
 
 
 def _special_tokens(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:
     """The special tokens by name. `special_tokens_map.json` counts, and wins, only beside an older configuration."""
     values = dict(config)
     if "added_tokens_decoder" not in config:
-        values |= _read_json(model_dir / "special_tokens_map.json")
+        values |= read_json(model_dir / "special_tokens_map.json")
     named = [(key, value) for key, value in values.items() if key in _NAMED_TOKENS or key.endswith("_token")]
     for group in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(values.get(group), dict):
@@ -303,23 +298,7 @@ def _special_tokens(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
+        refuse_pointer(path, read_file(path))
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path).removeprefix("\ufeff"))  # which Windows' editors put first
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(value, dict):
-        raise _unreadable(path, "it is not a JSON object")
-    return value
-
-
-def _unreadable(path: Path, reason: object) -> ExlError:
-    return DamagedModelError(f"{path.name} cannot be read: {_one_line(reason)}", "download the model again")
+        raise DamagedModelError(f"{path.name} cannot be read: {error}", "download the model again") from error

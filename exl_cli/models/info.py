@@ -291,6 +291,8 @@ def _detect_format(path: Path, tensors: dict[str, TensorHeader]) -> Format:
             raise _unsupported(path, "EXL3", "run EXL3 models with exllamav3")
         if tensor.dtype.startswith("F8"):
             raise _unsupported(path, "FP8")
+        if name.endswith(".weight") and tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise _unsupported(path, tensor.dtype)
         if ".quant_state" in name or name.endswith(".absmax"):
             raise _unsupported(path, "bitsandbytes")
     return "float"

@@ -21,7 +21,9 @@ _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "I8", "U8"), 8),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
 }
 # The format's own limit; a larger number is a file of another kind.
 _MAX_HEADER = 100_000_000
@@ -120,17 +122,14 @@ def _tensor(file: Path, start: int, name: str, entry: Any) -> TensorHeader:
     try:
         begin, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        numbers = (*shape, begin, end - begin)
-        if (
-            not isinstance(dtype, str)
-            or len(shape) > _MAX_DIMENSIONS
-            or any(type(n) is not int or n < 0 for n in numbers)
-        ):
+        counts = all(type(number) is int and number >= 0 for number in (*shape, begin, end - begin))
+        if not counts or len(shape) > _MAX_DIMENSIONS:
             raise ValueError
+        bits = _BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"describes tensor {brief(name)!r} in a way that cannot be read") from error
     tensor = TensorHeader(name, dtype, shape, end - begin, file, start + begin)
-    if dtype in _BITS and _BITS[dtype] * tensor.numel != 8 * tensor.nbytes:
+    if bits * tensor.numel != 8 * tensor.nbytes:
         size = f"{tensor.nbytes:,} bytes for {brief(str(list(shape)))} of {dtype}"
         raise _damaged(file, f"gives tensor {brief(name)!r} {size}")
     return tensor
