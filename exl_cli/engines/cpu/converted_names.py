@@ -7,7 +7,8 @@ Llama's, fused projections come apart, stacked experts as well, and what transfo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -52,16 +53,26 @@ def is_transposed(model_type: str, layer: str) -> bool:
     return model_type == "gpt2" and layer != "lm_head"
 
 
-def restore(model_type: str, state: State) -> State:
-    """Unpacked tensors under transformers' names; those that have them already stay as they are."""
+def restore(config: Mapping[str, Any], state: State) -> State:
+    """Unpacked tensors under transformers' names; those that have them already stay as they are.
+
+    Args:
+        config: config.json.
+        state: the tensors, some of which are taken out.
+    """
+    model_type = str(config.get("model_type"))
     if names := _NAMES.get(model_type):
         pattern = re.compile("|".join(map(re.escape, names)))
         state = {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in state.items()}
     for whole, parts in _FUSED.get(model_type, {}).items():
         for first in [name for name in state if f".{parts[0]}." in name]:
             pieces = [state.pop(first.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
-            axis = -1 if is_transposed(model_type, whole) else 0
-            state[first.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(pieces, axis)
+            fused = torch.cat(pieces, -1 if is_transposed(model_type, whole) else 0)
+            if config.get("multi_query") is False:
+                # GPTBigCode: each head's query, key and value follow one another.
+                heads = torch.stack([piece.view(config["n_head"], -1, *piece.shape[1:]) for piece in pieces], 1)
+                fused = heads.flatten(0, 2)
+            state[first.replace(f".{parts[0]}.", f".{whole}.")] = fused
     return _stack_experts(state) if model_type == "dbrx" else state
 
 

@@ -173,7 +173,13 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
     config, model_class = transformers_model.choose_class(info)
     _kv_parameter(model_class)
     dtype = _choose_dtype(info)
-    state = converted_names.restore(str(info.config.get("model_type")), _state_dict(info, dtype, progress))
+    try:
+        state = converted_names.restore(info.config, _state_dict(info, dtype, progress))
+    except (KeyError, RuntimeError) as error:
+        raise DamagedModelError(
+            f"{info.path}: parts of a fused weight do not fit together: {error}",
+            "download the model again, or take config.json from its repository",
+        ) from error
     if head := next((name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in state), None):
         # EXL2 quantizes a tied head on its own, so it is no longer the embedding matrix, and pads it to 32 rows.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
