@@ -107,30 +107,33 @@ class Handler(BaseHTTPRequestHandler):
             self._content(self._find_sha(parts[1]), {})
         elif parts[:2] == ["api", "models"] and len(parts) == 2:
             search, author = (self.query.get(key, [""])[0].lower() for key in ("search", "author"))
-            found = [id for id in self.fake.repositories if search in id.lower() and id.lower().startswith(author)]
-            self._json([{"id": id} for id in found])
+            ids = [id for id in self.fake.repositories if search in id.lower() and id.lower().startswith(author)]
+            self._json([{"id": id} for id in ids])
         elif parts[:2] == ["api", "models"]:
-            self._with_repository("/".join(parts[2:4]), token, lambda found: self._api(found, parts[4:]))
+            self._with_repository("/".join(parts[2:4]), token, lambda repository: self._api(repository, parts[4:]))
         else:
-            self._with_repository("/".join(parts[:2]), token, lambda found: self._resolve(found, parts[3:], token))
+            self._with_repository(
+                "/".join(parts[:2]), token, lambda repository: self._resolve(repository, parts[3:], token)
+            )
 
     def _with_repository(self, id: str, token: str, serve: Callable[[Repository], None]) -> None:
-        found = self.fake.repositories.get(id)
+        repository = self.fake.repositories.get(id)
         if token in self.fake.bad_tokens:
             self._error(401, "", "Invalid credentials in Authorization header")
-        elif found is None or (found.private and not token):
+        elif repository is None or (repository.private and not token):
             self._error(404 if token else 401, "RepoNotFound", "Repository not found")
         else:
-            serve(found)
+            serve(repository)
 
-    def _api(self, found: Repository, rest: list[str]) -> None:
+    def _api(self, repository: Repository, rest: list[str]) -> None:
         if rest[0] == "refs":
             refs = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": at} for name, at in found.branches.items()
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": at}
+                for name, at in repository.branches.items()
             ]
             self._json({"branches": refs, "converts": [], "tags": []})
             return
-        commit = self._commit(found, rest[1] if len(rest) > 1 else "main")
+        commit = self._commit(repository, rest[1] if len(rest) > 1 else "main")
         if commit is None:
             return
         if rest[0] == "revision":
@@ -142,24 +145,26 @@ class Handler(BaseHTTPRequestHandler):
                     **({"lfs": {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}} if entry.lfs else {}),
                     **entry.claims,
                 }
-                for entry in found.commits[commit]
+                for entry in repository.commits[commit]
             ]
-            body = {"_id": "0", "id": found.id, "sha": commit, "private": found.private, "siblings": siblings}
-            self._json({**body, "gated": "manual" if found.gated else False, "cardData": found.card, "tags": []})
+            body = {"_id": "0", "id": repository.id, "sha": commit, "private": repository.private, "siblings": siblings}
+            self._json(
+                {**body, "gated": "manual" if repository.gated else False, "cardData": repository.card, "tags": []}
+            )
         elif rest[0] == "xet-read-token":
             self._json({"accessToken": "xet", "exp": 4102444800, "casUrl": self.fake.xet_endpoint})
         else:
             self._error(404, "", "no such path")
 
-    def _resolve(self, found: Repository, rest: list[str], token: str) -> None:
-        commit = self._commit(found, rest[0])
+    def _resolve(self, repository: Repository, rest: list[str], token: str) -> None:
+        commit = self._commit(repository, rest[0])
         if commit is None:
             return
-        if found.gated and token not in self.fake.approved:
-            message = f"Access to model {found.id} is restricted."
+        if repository.gated and token not in self.fake.approved:
+            message = f"Access to model {repository.id} is restricted."
             self._error(403 if token else 401, "GatedRepo", message)
             return
-        entry = next((entry for entry in found.commits[commit] if entry.name == "/".join(rest[1:])), None)
+        entry = next((entry for entry in repository.commits[commit] if entry.name == "/".join(rest[1:])), None)
         if entry is None:
             self._error(404, "EntryNotFound", "Entry not found")
             return
@@ -172,15 +177,15 @@ class Handler(BaseHTTPRequestHandler):
                 "Location": f"{self.fake.url.replace('127.0.0.1', 'localhost')}/cdn/{entry.sha256}",
             }
             if entry.xet_hash:
-                route = f"{self.fake.url}/api/models/{found.id}/xet-read-token/{commit}"
+                route = f"{self.fake.url}/api/models/{repository.id}/xet-read-token/{commit}"
                 headers |= {"X-Xet-Hash": entry.xet_hash, "Link": f'<{route}>; rel="xet-auth"'}
             self._answer(302, b"", headers)
         else:
             self._content(entry, headers)
 
-    def _commit(self, found: Repository, revision: str) -> str | None:
-        commit = found.branches.get(revision, revision)
-        if commit in found.commits:
+    def _commit(self, repository: Repository, revision: str) -> str | None:
+        commit = repository.branches.get(revision, revision)
+        if commit in repository.commits:
             return commit
         self._error(404, "RevisionNotFound", f"Invalid rev id: {quote(revision)}")
         return None
@@ -188,8 +193,8 @@ class Handler(BaseHTTPRequestHandler):
     def _find_sha(self, sha256: str) -> Entry:
         return next(
             entry
-            for found in self.fake.repositories.values()
-            for entries in found.commits.values()
+            for repository in self.fake.repositories.values()
+            for entries in repository.commits.values()
             for entry in entries
             if entry.sha256 == sha256
         )

@@ -135,8 +135,8 @@ def test_what_exl_cannot_run_is_refused_before_anything_large_is_fetched(
 def test_repositories_are_named_as_people_write_them(
     text: str, revision: str | None, expected: tuple[str, str, str]
 ) -> None:
-    found = names.require(text, revision)
-    assert (found.id, found.revision, found.folder) == expected
+    repository = names.require(text, revision)
+    assert (repository.id, repository.revision, repository.folder) == expected
 
 
 @pytest.mark.parametrize("text", ["tiny", "a/b/c", "../tiny", "a/..", "a/b:", "/a", "a b/c", "", "a/b--c", "a/b.git"])

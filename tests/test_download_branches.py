@@ -55,43 +55,43 @@ def repository(hub: FakeHub) -> Repository:
 
 
 @pytest.fixture
-def found(hub: FakeHub, repository: Repository, tmp_path: Path) -> dict[str, Branch]:
+def branches(hub: FakeHub, repository: Repository, tmp_path: Path) -> dict[str, Branch]:
     fetch = Fetcher(hub, tmp_path)
     wanted = fetch.wanted(repository.id)
     return {branch.name: branch for branch in describe(fetch.hub(), wanted.repository, 4096, "fp16", [8 * GIB])}
 
 
-def test_each_branch_tells_its_quantization(found: dict[str, Branch], repository: Repository) -> None:
-    assert list(found) == ["main", "4.0bpw", "awq", "fp16", "gptq-4bit-32g", "gptq-8bit"]
-    exl2, gptq = found["4.0bpw"], found["gptq-4bit-32g"]
+def test_each_branch_tells_its_quantization(branches: dict[str, Branch], repository: Repository) -> None:
+    assert list(branches) == ["main", "4.0bpw", "awq", "fp16", "gptq-4bit-32g", "gptq-8bit"]
+    exl2, gptq = branches["4.0bpw"], branches["gptq-4bit-32g"]
     assert (exl2.format_name, exl2.bits, exl2.head_bits, exl2.desc_act) == ("EXL2 4.0 bpw", 4.0, 6, None)
     assert (gptq.format_name, gptq.bits, gptq.group_size, gptq.desc_act) == ("GPTQ 4-bit g32 act-order", 4.0, 32, True)
-    assert (found["fp16"].format_name, found["fp16"].bits) == ("float16", 16.0)
+    assert (branches["fp16"].format_name, branches["fp16"].bits) == ("float16", 16.0)
     assert exl2.context_length == 32768
     assert exl2.commit == repository.branches["4.0bpw"]
-    assert (found["main"].problem, found["main"].vram_bytes) == ("holds no weights", None)
-    assert found["awq"].problem == "holds AWQ weights, which exl does not run"
-    assert found["gptq-8bit"].problem.startswith("is GPTQ at 8 bits")
+    assert (branches["main"].problem, branches["main"].vram_bytes) == ("holds no weights", None)
+    assert branches["awq"].problem == "holds AWQ weights, which exl does not run"
+    assert branches["gptq-8bit"].problem.startswith("is GPTQ at 8 bits")
 
 
-def test_download_bytes_are_those_of_the_files_that_would_come(found: dict[str, Branch]) -> None:
+def test_download_bytes_are_those_of_the_files_that_would_come(branches: dict[str, Branch]) -> None:
     small = sum(map(len, SMALL.values()))
     exl2_config = len(quantized("exl2", bits=4.0, head_bits=6))
-    assert found["4.0bpw"].download_bytes == 4_100_000_000 + small + exl2_config
-    assert found["fp16"].download_bytes == 14_480_000_000 + small + len(config(**MISTRAL))
+    assert branches["4.0bpw"].download_bytes == 4_100_000_000 + small + exl2_config
+    assert branches["fp16"].download_bytes == 14_480_000_000 + small + len(config(**MISTRAL))
 
 
-def test_memory_grows_with_the_weights_and_decides_what_fits(found: dict[str, Branch]) -> None:
+def test_memory_grows_with_the_weights_and_decides_what_fits(branches: dict[str, Branch]) -> None:
     def vram(name: str) -> int:
-        value = found[name].vram_bytes
+        value = branches[name].vram_bytes
         assert value is not None
         return value
 
     # Other than by the weights these differ by the quantized models' scratch buffer alone.
     assert vram("gptq-4bit-32g") - vram("4.0bpw") == pytest.approx(470_000_000, rel=0.05)
     assert 4.5 * GIB < vram("4.0bpw") < 6.5 * GIB
-    assert [name for name, branch in found.items() if branch.fits] == ["4.0bpw", "gptq-4bit-32g"]
-    assert found["fp16"].fits is False
+    assert [name for name, branch in branches.items() if branch.fits] == ["4.0bpw", "gptq-4bit-32g"]
+    assert branches["fp16"].fits is False
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_ctrl_c_waits_for_no_branch(hub: FakeHub, repository: Repository, fetch:
         describe(fetch.hub(timeout=100), fetch.wanted(repository.id).repository, 4096, "fp16", [])
 
 
-def test_only_small_files_are_read(hub: FakeHub, found: dict[str, Branch]) -> None:
+def test_only_small_files_are_read(hub: FakeHub, branches: dict[str, Branch]) -> None:
     assert hub.requests("/cdn/*") == []
     read = {seen.path.rpartition("/")[2] for seen in hub.requests("*/resolve/*")}
     assert read == {"config.json", "quantize_config.json"}

@@ -55,16 +55,16 @@ def command(models: Path, *args: str) -> Result:
 
 def test_list_shows_what_is_here_and_what_state_it_is_in(stock: Path) -> None:
     models, result = stock, command(stock, "list", "--json")
-    found = {entry["name"]: entry for entry in json.loads(result.stdout)}
-    assert list(found) == ["fable-7m", "acme/fable", "acme/fable:b/2", "acme/half:4.0bpw", "broken", "mine"]
-    fable = found["acme/fable"]
+    listed = {entry["name"]: entry for entry in json.loads(result.stdout)}
+    assert list(listed) == ["fable-7m", "acme/fable", "acme/fable:b/2", "acme/half:4.0bpw", "broken", "mine"]
+    fable = listed["acme/fable"]
     assert (fable["format_name"], fable["parameters"], fable["context_length"]) == ("GPTQ 4-bit g128", 7_344_384, 1024)
     assert fable["path"] == str(models / "acme_fable")
     assert (fable["repository"], fable["revision"], len(fable["commit"])) == ("acme/fable", "main", 40)
-    assert found["acme/fable:b/2"]["revision"] == "b/2"
-    assert (found["mine"]["repository"], found["mine"]["complete"]) == (None, True)
-    assert (found["acme/half:4.0bpw"]["complete"], found["acme/half:4.0bpw"]["disk_bytes"] > 500_000) == (False, True)
-    assert "no .safetensors file" in found["broken"]["problem"]
+    assert listed["acme/fable:b/2"]["revision"] == "b/2"
+    assert (listed["mine"]["repository"], listed["mine"]["complete"]) == (None, True)
+    assert (listed["acme/half:4.0bpw"]["complete"], listed["acme/half:4.0bpw"]["disk_bytes"] > 500_000) == (False, True)
+    assert "no .safetensors file" in listed["broken"]["problem"]
 
     table = command(stock, "list").stdout
     rows = {line.split()[0]: line for line in table.splitlines() if line.strip()}
@@ -111,13 +111,13 @@ def test_list_shows_each_bad_folder_with_its_problem_and_all_the_others(tmp_path
     result = command(tmp_path, "list", "--json")
 
     assert result.exit_code == 0, result.output
-    found = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
+    listed = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
     wanted = {name: problem for name, (_, problem) in BAD_FOLDERS.items()}
-    assert list(found) == ["fable-7m", *sorted([*wanted, "link-gone", "whole"])]
-    assert (found["fable-7m"], found["whole"]) == (None, None)
-    assert found["link-gone"] == f"{tmp_path / 'link-gone'} leads to /nowhere/model, which is not there"
+    assert list(listed) == ["fable-7m", *sorted([*wanted, "link-gone", "whole"])]
+    assert (listed["fable-7m"], listed["whole"]) == (None, None)
+    assert listed["link-gone"] == f"{tmp_path / 'link-gone'} leads to /nowhere/model, which is not there"
     for name, problem in wanted.items():
-        assert problem in found[name]
+        assert problem in listed[name]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
@@ -130,8 +130,8 @@ def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_di
     refused = command(tmp_path, "list")
     tmp_path.chmod(0o700)
     (tmp_path / "private").chmod(0o700)
-    found = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
-    assert found == {"fable-7m": None, "private": "cannot be read: Permission denied", "whole": None}
+    listed = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
+    assert listed == {"fable-7m": None, "private": "cannot be read: Permission denied", "whole": None}
     assert (refused.exit_code, refused.stdout) == (10, "")
     assert f"cannot read {tmp_path}: Permission denied" in refused.stderr
 

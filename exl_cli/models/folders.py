@@ -146,7 +146,7 @@ def _is_lost(path: Path) -> bool:
 
 
 def describe(path: Path) -> Entry:
-    """What is in one folder."""
+    """The model in one folder."""
     size = folder_bytes(path, linked=True)
     try:
         for link in (path, path / "config.json"):
@@ -168,7 +168,7 @@ def _described(path: Path, size: int) -> Entry:
         return Entry(name, path, size, problem="only partly downloaded", marker=marker, complete=False)
     try:
         info = inspect(path, name)
-        info.to_dict()  # what is shown of it comes from the same files
+        info.to_dict()  # the values shown come from the same files
         return Entry(name, path, size, info, marker=marker)
     except ExlError as error:
         return Entry(name, path, size, problem=error.message, marker=marker)

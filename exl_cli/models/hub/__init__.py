@@ -7,9 +7,9 @@
 | `client` | every request to the Hub, with retries, and the user's settings that huggingface_hub reads |
 | `failures` | which failures pass by themselves, and what a person should read about the others |
 | `xet` | bytes from xet storage |
-| `store` | a model's folder on disk: the marker of a complete download, what is still on its way, the lock |
+| `store` | a model's folder on disk: the marker of a complete download, parts still to be completed, the lock |
 | `transfer` | one file, from wherever it stopped to its verified end, and several at a time |
-| `download` | a whole model: what is wanted, what of it is here, free disk, the rest fetched and put in place |
+| `download` | a whole model: the order, how much of it is here, free disk, the rest fetched and put in place |
 | `branches` | the quantizations that a repository offers in its branches |
 
 huggingface_hub does the talking (session, login, proxies, metadata, errors), but not the writing of files:

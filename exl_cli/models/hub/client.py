@@ -84,8 +84,8 @@ class Hub:
     def listing(self, repository: Repository, choice: Choice = ALL_NEEDED, commit: str | None = None) -> Listing:
         """The files of a repository's revision, or of another commit.
 
-        A mirror may list neither hashes nor sizes, but serve files with the Hub's headers: they say it of what is
-        chosen.
+        A mirror may list neither hashes nor sizes, but serve files with the Hub's headers: they say it of the
+        chosen files.
 
         Raises:
             ValueError: nothing that the Hub, or git, could hold.
@@ -209,7 +209,7 @@ class Hub:
         return str(hf_hub_url(listing.repository.id, file.name, revision=listing.commit, endpoint=self.endpoint))
 
     def close(self) -> None:
-        """Stop what is still being received."""
+        """Stop transfers still under way."""
         self._xet.close()
 
     def _ask(self, task: str, call: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""A whole model: what is wanted, what of it is here, and the rest fetched in parallel and put in place at once."""
+"""A whole model: how much of an order is here, and the rest fetched in parallel and put in place at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from exl_cli.system.files import is_there
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be downloaded, and where to.
+    """An order: a model, and where to put it.
 
     Attributes:
         repository: the model.
@@ -96,7 +96,7 @@ class Outcome:
     Attributes:
         wanted: the order.
         commit: the commit that is here; empty for a folder put there by hand.
-        files: what is here, by size and hash.
+        files: those that are here, by size and hash.
         fetched_bytes, seconds: the work done; 0 where all was here.
     """
 
@@ -185,7 +185,7 @@ def prepare(hub: Hub, wanted: Wanted, whole: Collection[File] | None = None) -> 
     """
     marker = store.read_marker(wanted.folder)
     with hub.explained(wanted.repository):
-        # What is missing of a complete download comes from the same commit as the rest.
+        # Files missing from a complete download come from the same commit as the rest.
         commit = marker.commit if marker and not wanted.force else None
         listing = hub.listing(wanted.repository, wanted.choice, commit)
         chosen, config = select(listing.files, wanted.choice), hub.read_config(listing)

@@ -130,7 +130,7 @@ class Listing:
 
     def __post_init__(self) -> None:
         check_commit(self.commit)
-        # In this order a folder comes right before what is in it.
+        # In this order a folder comes right before its files.
         paths = sorted(file.name.split("/") for file in self.files)
         for path, after in pairwise(paths):
             if after[: len(path)] == path:

@@ -1,10 +1,10 @@
-"""A model's folder on disk: what is complete, and what is still on its way.
+"""A model's folder on disk: complete files, and parts still to be completed.
 
 A download collects its files in `.exl-download/` inside the model's folder, under names made of their contents' hashes:
 a part is never continued with the bytes of another file or commit. Once all are there and verified they move to their
 places, `config.json` last, and then the marker `.exl.json` is written; until then the same marker lies in
-`.exl-download/` and names what is being fetched. A folder with `.exl-download/` and no marker beside it is half a model
-and never taken for one; a folder with neither was put there by hand.
+`.exl-download/` and names the files being fetched. A folder with `.exl-download/` and no marker beside it is half a
+model and never taken for one; a folder with neither was put there by hand.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def read_unfinished(folder: Path) -> Marker | None:
-    """What is being downloaded into a folder; None where nothing says so."""
+    """The marker of a download under way; None where there is none."""
     return read_marker(folder / STAGING)
 
 

@@ -110,7 +110,7 @@ class Transfer:
                 patience.failed(error)
 
     def _write(self, chunk: bytes) -> None:
-        """Append; what is written survives the end of the process at any moment."""
+        """Append; bytes written survive the end of the process at any moment."""
         try:
             while chunk:
                 written = os.write(self._stream, chunk)

@@ -70,7 +70,7 @@ class Xet:
             raise BrokenTransferError(f"hf-xet: {str(error).strip().partition(chr(10))[0]}") from error
 
     def close(self) -> None:
-        """Abandon what is still being received."""
+        """Abandon streams still open."""
         with self._lock:
             if self._session is not None:
                 self._session.sigint_abort()
