@@ -32,56 +32,49 @@ H100 = {
 ARCHS = ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"]
 
 
-@pytest.mark.parametrize("name", ["torch", "kernels", "attention"])
-def test_the_doctors_own_questions_are_answered(name: str) -> None:
+def test_the_doctors_own_questions_are_answered() -> None:
     """Also where there is no GPU; what asks for more needs it."""
-    if name == "attention":
-        assert questions.ask(probes.__name__, name, 120.0).value is not None
-    else:
-        assert getattr(probes, name)()
+    assert probes.kernels()
+    assert questions.ask(probes.__name__, "attention", 120.0).value is not None
 
 
 def cards(*gpus: dict[str, Any]) -> list[CheckResult]:
     return gpu.gpus(Answer({"gpus": list(gpus), "archs": ARCHS, "why_not": ""}), TORCH)
 
 
-def test_a_good_gpu() -> None:
-    (result,) = cards(H100)
-    assert (result.status, result.blocks) == ("ok", "")
-    assert result.message == "NVIDIA H100, sm_90, 79.0 GiB of 80.0 GiB free"
+def using(pid: int, name: str = "", size: int | None = None, *, here: bool = True) -> dict[str, Any]:
+    return {"pid": pid, "here": here, "name": name, "bytes": size}
 
 
-def test_a_full_gpu_names_who_fills_it() -> None:
-    processes = [
-        {"pid": 11, "here": True, "name": "", "bytes": None},
-        {"pid": 4242, "here": True, "name": "python", "bytes": 78 * GIB},
-    ]
-    (result,) = cards({**H100, "free": GIB // 2, "processes": processes})
-    assert (result.status, result.blocks) == ("fail", "gpu")
-    assert "0.5 GiB of 80.0 GiB free: full; also used by python (4242, 78.0 GiB), a process (11)" in result.message
-    assert "kill 4242" in result.fix
-    assert "CUDA_VISIBLE_DEVICES" in result.fix
-
-
-def test_a_process_that_cannot_be_seen_from_here_is_not_to_be_killed() -> None:
-    processes = [{"pid": 4242, "here": False, "name": "", "bytes": 78 * GIB}]
-    (result,) = cards({**H100, "free": GIB // 2, "processes": processes})
-    assert "kill" not in result.fix
-    assert "nvidia-smi" in result.fix
-
-
-def test_a_crowded_gpu_is_a_warning() -> None:
-    (result,) = cards({**H100, "free": 30 * GIB})
-    assert (result.status, result.blocks) == ("warn", "")
-
-
-@pytest.mark.parametrize(("capability", "fits"), [([7, 5], True), ([8, 9], True), ([12, 1], True), ([6, 1], False)])
-def test_whether_torch_holds_code_for_a_gpu(capability: list[int], fits: bool) -> None:
-    (result,) = cards({**H100, "capability": capability})
-    assert (result.status == "ok") is fits
-    if not fits:
-        assert "sm_61: torch 2.11.0+cu130 holds code for sm_75, sm_80" in result.message
-        assert "cu126" in result.fix
+@pytest.mark.parametrize(
+    ("changes", "status", "message", "fix"),
+    [
+        ({}, "ok", "NVIDIA H100, sm_90, 79.0 GiB of 80.0 GiB free", ""),
+        (
+            {"free": GIB // 2, "processes": [using(11), using(4242, "python", 78 * GIB)]},
+            "fail",
+            "0.5 GiB of 80.0 GiB free: full; also used by python (4242, 78.0 GiB), a process (11)",
+            "end what uses it (kill 4242), or choose another GPU: CUDA_VISIBLE_DEVICES=NUMBER",
+        ),
+        # One that cannot be seen from here is not to be killed.
+        (
+            {"free": GIB // 2, "processes": [using(4242, here=False)]},
+            "fail",
+            "full; also used by a process (4242)",
+            "nvidia-smi shows who uses it; or choose another GPU: CUDA_VISIBLE_DEVICES=NUMBER",
+        ),
+        ({"free": 30 * GIB}, "warn", "30.0 GiB of 80.0 GiB free", "nvidia-smi shows who uses it"),
+        ({"capability": [7, 5]}, "ok", "sm_75", ""),
+        ({"capability": [8, 9]}, "ok", "sm_89", ""),
+        ({"capability": [12, 1]}, "ok", "sm_121", ""),
+        ({"capability": [6, 1]}, "fail", "sm_61: torch 2.11.0+cu130 holds code for sm_75, sm_80", "cu126"),
+    ],
+)
+def test_what_is_said_of_a_gpu(changes: dict[str, Any], status: str, message: str, fix: str) -> None:
+    (result,) = cards({**H100, **changes})
+    assert (result.status, result.blocks) == (status, "gpu" if status == "fail" else "")
+    assert message in result.message
+    assert fix in result.fix
 
 
 def test_one_good_gpu_of_two_is_enough() -> None:
@@ -98,21 +91,28 @@ def test_torch_that_cannot_be_imported() -> None:
     assert "torch==2.11.0" in result.fix
 
 
-def test_decoding_kernels_in_words() -> None:
-    assert gpu.decoding(None).status == "skip"
-    assert gpu.decoding(Answer({"why_not": ""})).status == "ok"
-    old = gpu.decoding(Answer({"why_not": "the GPU is older than compute capability 8.0"}))
-    assert (old.status, old.blocks) == ("warn", "")
-    assert "8.0" in old.message
+SLOW = {"decode": "torch", "prefill": "torch", "why_not": {"triton": "no compiler"}}
 
 
-def test_attention_in_words() -> None:
-    fast = gpu.attention(Answer({"decode": "triton", "prefill": "triton", "why_not": {}}))
-    assert (fast.status, fast.message) == ("ok", "exl's Triton kernels, paged")
-    slow = gpu.attention(Answer({"decode": "torch", "prefill": "torch", "why_not": {"triton": "no compiler"}}))
-    assert slow.status == "warn"
-    assert "slow on long contexts" in slow.message
-    assert "triton: no compiler" in slow.message
+@pytest.mark.parametrize(
+    ("check", "answer", "status", "words"),
+    [
+        (gpu.decoding, None, "skip", "no GPU"),
+        (gpu.decoding, {"why_not": ""}, "ok", "exl's own"),
+        (gpu.decoding, {"why_not": "needs compute capability 8.0"}, "warn", "needs compute capability 8.0"),
+        (gpu.attention, {"decode": "triton", "prefill": "triton", "why_not": {}}, "ok", "exl's Triton kernels, paged"),
+        (
+            gpu.attention,
+            SLOW,
+            "warn",
+            "a step cannot be one CUDA graph (triton: no compiler)",
+        ),
+    ],
+)
+def test_kernels_in_words(check: Any, answer: dict[str, Any] | None, status: str, words: str) -> None:
+    result = check(answer and Answer(answer))
+    assert (result.status, result.blocks) == (status, "")
+    assert words in result.message
 
 
 # --- the extension ----------------------------------------------------------------------------------------------------
