@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -170,10 +169,10 @@ def _stream(engine: EngineThread, request: Request, console: Console, *, live: b
     pieces: list[str] = []
     summary: Summary | None = None
     stream = engine.stream(request)
-    with cancel_on_interrupt(stream.cancel), console.streaming() if live else nullcontext() as show:
+    with cancel_on_interrupt(stream.cancel), console.streaming() as show:
         for chunk in stream:
             pieces.append(chunk.text)
-            if show is not None:
+            if live:
                 show(chunk.text)
             summary = chunk.summary or summary
     if summary is None:

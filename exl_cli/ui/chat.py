@@ -45,7 +45,7 @@ class ChatConsole(Console):
             finally:
                 answer.end()
 
-    def end_text(self, *, more: bool = True) -> None:
+    def end_text(self, *, failed: bool = False) -> None:
         """End a line of text that was begun, also in a pipe: the next answer is not to stick to this one."""
         if not self._at_line_start and not sys.stdout.isatty():
             self.text("\n")

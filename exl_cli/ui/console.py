@@ -72,10 +72,11 @@ class Console:
 
     def text(self, text: str, *, is_json: bool = False) -> None:
         """What was asked for: byte for byte into a pipe or file, harmless on a terminal."""
-        if sys.stdout.isatty():
-            self._show(harmless_json(text) if is_json else harmless(text))
+        terminal = sys.stdout.isatty()
+        if terminal and not is_json:
+            self._show(harmless(text))
         elif text:
-            _write(sys.stdout, text)
+            _write(sys.stdout, harmless_json(text) if terminal else text)
             self._at_line_start = text.endswith("\n")
 
     def data(self, value: Any) -> None:
@@ -89,9 +90,9 @@ class Console:
             try:
                 yield self.stream
             except BaseException:
-                self.end_text(more=True)
+                self.end_text(failed=True)
                 raise
-            self.end_text(more=not self.quiet)
+            self.end_text()
 
     def stream(self, text: str, style: str | None = None) -> None:
         """Model text, as it comes: byte for byte into a pipe or file; on a terminal harmless, and broken at words."""
@@ -101,17 +102,17 @@ class Console:
         self._style = style
         self._show(self._wrapper.push(text), style)
 
-    def end_text(self, *, more: bool = True) -> None:
+    def end_text(self, *, failed: bool = False) -> None:
         """End a line of text that was begun, where anything else would follow it there.
 
-        A pipe or file gets nothing added, unless stderr goes there too and there is `more` to come on it.
+        A pipe or file gets nothing added, unless stderr goes there too, with notes to come or an error.
         """
         if sys.stdout.isatty():
             self._show(self._wrapper.end(), self._style)
             if not self._at_line_start:
                 self._show("\n")
             self._wrapper.column = 0
-        elif more and not self._at_line_start and _same_file(sys.stdout, sys.stderr):
+        elif (failed or not self.quiet) and not self._at_line_start and _same_file(sys.stdout, sys.stderr):
             _write(sys.stderr, "\n")
         self._at_line_start = True
 
