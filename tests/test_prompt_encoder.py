@@ -138,15 +138,10 @@ def test_a_text_that_parts_from_the_old_goes_back_to_where_they_part(
     other = encoder.encode("<|im_start|>one<|im_end|>\na fox<|im_end|>\n<|im_start|>three")
     assert other.ids[: len(known.ids)] == known.ids
     assert encoder.encode("<|im_start|>one<|im_end|>\na cat").ids[: len(first.ids)] == first.ids
+    # Going on with an answer uses its very tokens.
+    assert encoder.encode("<|im_start|>one<|im_end|>\na fox<|im_end|>\n<|im_start|>twox").ids == encoder.known.ids
     text = "<|im_start|>new"
     assert list(encoder.encode(text).ids) == tokenizer.encode(text, add_special_tokens=False)
-
-
-def test_going_on_with_an_answer_uses_its_very_tokens(fable: tuple[PromptEncoder, Tokenizer]) -> None:
-    encoder, tokenizer = fable
-    ids = spelled(tokenizer, "Once upon")
-    prompt = said(encoder, "<|im_start|>", "Once upon", ids)
-    assert encoder.encode("<|im_start|>Once upon").ids == (*prompt.ids, *ids)
 
 
 def test_a_token_that_runs_across_the_end_of_the_old_text_loses_nothing(

@@ -14,31 +14,6 @@ from exl_cli.engines.response import Step, StopScanner, check_fits
 from exl_cli.errors import PromptError
 from exl_cli.sampling import Sampling
 
-LETTERS = st.text("abc", max_size=12)
-
-
-@given(pieces=st.lists(LETTERS, max_size=12), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_are_found_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
-    scanner = StopScanner(tuple(stops))
-    out, ended = "", False
-    for piece in pieces:
-        text, ended = scanner.push(piece)
-        out += text
-        if ended:
-            break
-    else:
-        out += scanner.flush()
-    whole = "".join(pieces)
-    places = [whole.index(stop) for stop in stops if stop in whole]
-    assert ended == bool(places)
-    # A stop string that is complete ends the text at once, so another that begins earlier and is longer may not count.
-    assert out == whole[: len(out)]
-    if places:
-        assert any(whole[len(out) :].startswith(stop) for stop in stops)
-        assert not any(stop in out for stop in stops)
-    else:
-        assert out == whole
-
 
 def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:
     scanner = StopScanner(("END", "\n\n"))

@@ -130,15 +130,9 @@ def test_vocabularies_are_compared_token_by_token(exl2_dir: Path, tmp_path: Path
         first, second = (next(t for t, i in vocabulary.items() if i == wanted) for wanted in (1000, 2000))
         vocabulary[first], vocabulary[second] = 2000, 1000
 
-    def add(value: Any) -> None:
-        extra = {**value["added_tokens"][-1], "id": one.vocab_size, "content": "<|extra|>"}
-        value["added_tokens"].append(extra)
-
     swapped = one.difference(changed("swapped", swap))
     assert swapped.startswith("token 1000 is ")
     assert swapped.endswith("2 tokens differ in all")
-    longer = one.difference(changed("longer", add))
-    assert longer.startswith(f"token {one.vocab_size} is nothing in one and '<|extra|>' in the other, and 1 ")
 
 
 def test_a_draft_model_needs_memory_as_well(exl2_dir: Path, gptq_dir: Path) -> None:
