@@ -110,7 +110,7 @@ def test_special_tokens_in_messages_are_text(model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "text"),
-    [("Lily", "There was a girl named "), (["lily", "GIRL"], None), (["named", "girl"], "There was a "), ((), None)],
+    [(["lily", "GIRL"], None), (["named", "girl"], "There was a ")],
 )
 def test_stop_strings_end_it_and_their_case_counts(scripted, stop: Any, text: str | None) -> None:
     answer = "There was a girl named Lily."

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from chatting import FAIL, Script, chat, isolate, prompts, saved, turns
+from chatting import Script, chat, isolate, prompts, saved, turns
 
 from exl_cli.models.tokenizer import Tokenizer
 
@@ -93,15 +93,6 @@ def test_quiet_shows_answers_and_what_is_asked_for() -> None:
     assert result.stderr.split() == ["top_k", "50"]
 
 
-def test_an_error_in_one_turn_does_not_end_the_others(data: Path) -> None:
-    result = chat(Script(["Half an" + FAIL, "whole"]), "one\ntwo\n")
-    assert result.exit_code == 7
-    assert result.stdout == "Half an\nwhole\n"
-    assert "error: the GPU ran out of memory; use --cache q4\n" in result.stderr
-    assert turns(data)[1] == ("assistant", "Half an")
-    assert saved(data)["turns"][1]["finish_reason"] == "cancelled"
-
-
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
@@ -175,14 +166,6 @@ def test_a_damaged_or_newer_file_is_an_error_and_left_alone(data: Path, content:
     assert message in result.stderr
     assert (result.exit_code, result.stdout) == (10, "ok\n")
     assert file.read_bytes() == content
-
-
-def test_a_byte_order_mark_is_passed_over(data: Path) -> None:
-    chat(Script(["a"]), "Hi\n", "--session", "trip")
-    file = data / "sessions" / "trip.json"
-    file.write_text(file.read_text("utf-8"), "utf-8-sig")
-    assert chat(Script(["ok"]), "/sessions\nAnd now?\n", "--continue").exit_code == 0
-    assert [text for _, text in turns(data)] == ["Hi", "a", "And now?", "ok"]
 
 
 def test_a_session_that_cannot_be_saved_is_said_and_fails_the_run(data: Path, tmp_path: Path) -> None:

@@ -166,14 +166,6 @@ def test_continue_lets_a_cut_off_answer_go_on(exl2_dir: Path, data: Path) -> Non
     assert "error: the last answer came to its own end; /retry makes another" in result.stderr
 
 
-def test_clear_begins_anew_and_the_old_one_stays_saved(exl2_dir: Path, data: Path) -> None:
-    script = Script(["a", "b"])
-    result = chat(script, "one\n/clear\ntwo\n", "--system", "S")
-    assert re.search(r"a new conversation; the old one is saved as \S+-one\n", result.stderr)
-    assert prompts(script, exl2_dir)[1].startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\ntwo")
-    assert len(list((data / "sessions").glob("*.json"))) == 2
-
-
 def test_save_load_and_sessions(exl2_dir: Path, data: Path) -> None:
     script = Script(["a", "b", "c"])
     lines = [
@@ -188,7 +180,9 @@ def test_save_load_and_sessions(exl2_dir: Path, data: Path) -> None:
         "/load trip",
         "more",
     ]
-    result = chat(script, "\n".join(lines) + "\n")
+    result = chat(script, "\n".join(lines) + "\n", "--system", "S")
+    assert "a new conversation; the old one is saved as trip\n" in result.stderr
+    assert prompts(script, exl2_dir)[1].startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\ntwo")
     assert sorted(file.stem for file in (data / "sessions").glob("*.json"))[-1] == "trip"
     assert len(list((data / "sessions").glob("*.json"))) == 2
     assert "error: there is nothing to save yet" in result.stderr

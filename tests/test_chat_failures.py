@@ -40,14 +40,19 @@ def crashing(at: int) -> Script:
         ("/xyzzy\n" + "word " * 1200 + "\nHi\n", 2),
         (b"\xff\n/xyzzy\n", 6),
         ("/model nope\n/load none\nHi\n", 3),
-        (f"{FAIL}\n", 7),
     ],
 )
 def test_it_is_that_of_the_first_error(lines: str | bytes, code: int) -> None:
-    script = Script([FAIL if FAIL in str(lines) else "ok"])
-    result = chat(script, lines, "-q", "--no-save")
+    result = chat(Script(["ok"]), lines, "-q", "--no-save")
     assert result.exit_code == code, result.stderr
     assert ("error: " in result.stderr) is (code != 0)
+
+
+def test_an_error_in_one_turn_does_not_end_the_others(data: Path) -> None:
+    result = chat(Script(["Half an" + FAIL, "whole"]), "one\ntwo\n")
+    assert (result.exit_code, result.stdout) == (7, "Half an\nwhole\n")
+    assert "error: the GPU ran out of memory; use --cache q4\n" in result.stderr
+    assert turns(data) == [("user", "one"), ("assistant", "Half an"), ("user", "two"), ("assistant", "whole")]
 
 
 # --- bugs of ours --------------------------------------------------------------------------------------------------

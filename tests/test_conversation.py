@@ -135,21 +135,6 @@ def test_a_second_ctrl_c_while_answering_keeps_it_too(begin: Begin, tmp_path: Pa
     assert on_disk(tmp_path)[:2] == ["Hi", "OnceOnce"]
 
 
-def test_a_bug_of_ours_gives_the_message_back_and_goes_on(begin: Begin, tmp_path: Path) -> None:
-    def crash(request: object) -> None:
-        if len(script.requests) == 1:
-            raise ZeroDivisionError
-
-    script = Script(["Hello."], before=crash)
-    chat = begin(script)
-    typist = Typist("Hi", "Hi there")
-    chat.run(typist.read)
-    assert typist.drafts == ["", "Hi", ""]
-    assert on_disk(tmp_path) == ["Hi there", "Hello."]
-    # A person has seen it.
-    assert chat.exit_code == ExitCode.OK
-
-
 def test_a_chat_that_is_left_without_a_model_ends_with_that_error(begin: Begin, tmp_path: Path) -> None:
     script = Script(["Hello."])
     chat = begin(script)

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_cli.chat.session import Session, SessionStore, Totals, Turn, dumps, loads
+from exl_cli.chat.session import Session, SessionStore, Turn, dumps, loads
 from exl_cli.chat.settings import Settings, from_dict
-from exl_cli.engines.base import Summary
 from exl_cli.errors import DiskError, UsageError
 
 
@@ -70,13 +69,6 @@ def test_messages_hold_the_system_message_and_reasoning_under_the_name_templates
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d", "reasoning_content": "hm"},
     ]
-
-
-def test_totals_add_up() -> None:
-    totals = Totals()
-    totals.add(Summary("stop", 10, 4, 3, 0.5, 1.0, 0.6))
-    totals.add(Summary("length", 20, 15, 5, 0.25, 2.0, 0.3))
-    assert totals == Totals(2, 30, 19, 8, 0.75, 3.0)
 
 
 # --- the file ------------------------------------------------------------------------------------------------------
@@ -230,6 +222,8 @@ def test_overviews_list_what_cannot_be_read_too(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_bytes(b"\xff")
     session = talk("a", "b")
     store.save(session)
+    file = store.path(session.name)
+    file.write_text(file.read_text(), "utf-8-sig")  # an editor may put a byte order mark there
     listed = {name: content for name, _, content in store.overviews()}
     assert listed.keys() == {"bad", session.name}
     assert isinstance(listed["bad"], str)
