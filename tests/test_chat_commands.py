@@ -168,19 +168,8 @@ def test_continue_lets_a_cut_off_answer_go_on(exl2_dir: Path, data: Path) -> Non
 
 def test_save_load_and_sessions(exl2_dir: Path, data: Path) -> None:
     script = Script(["a", "b", "c"])
-    lines = [
-        "/save",
-        "one",
-        "/save trip",
-        "/clear",
-        "two",
-        "/sessions",
-        "/save trip",
-        "/load tripp",
-        "/load trip",
-        "more",
-    ]
-    result = chat(script, "\n".join(lines) + "\n", "--system", "S")
+    lines = ["/save", "one", "/save trip", "/clear", "two", "/sessions", "/save trip", "/load tripp", "/load trip"]
+    result = chat(script, "\n".join([*lines, "more"]) + "\n", "--system", "S")
     assert "a new conversation; the old one is saved as trip\n" in result.stderr
     assert prompts(script, exl2_dir)[1].startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\ntwo")
     assert sorted(file.stem for file in (data / "sessions").glob("*.json"))[-1] == "trip"
