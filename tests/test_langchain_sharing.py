@@ -127,8 +127,8 @@ def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
         made, texts = zip(*pool.map(read, range(6)), strict=True)
     assert list(texts) == alone
     assert len(set(alone)) == 6
-    for one in made:
-        one.release()
+    for model in made:
+        model.release()
     assert log() == [LOADED, CLOSED]
 
 
