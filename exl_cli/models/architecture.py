@@ -175,8 +175,10 @@ def read(info: ModelInfo) -> Architecture:
         architecture = reader(keys)
         _refuse_unread(keys)
         _refuse_unknown_tensors(info, architecture)
-    except (_NotComputedError, ValueError) as problem:
+    except _NotComputedError as problem:
         raise UnsupportedModelError(f"{info.architecture}: {problem} is not computed on the GPU") from problem
+    except ValueError as problem:
+        raise UnsupportedModelError(f"{info.architecture}: {problem}") from problem
     return architecture
 
 
@@ -646,6 +648,8 @@ _INERT: tuple[Any, ...] = (None, False, 0, 1, "", [], {})
 
 
 def _refuse_unread(keys: _Keys) -> None:
+    if keys.text.get("use_sliding_window") is False or keys.text.get("sliding_window") is None:
+        keys.read.update(("use_sliding_window", "sliding_window", "max_window_layers"))
     for name, value in keys.text.items():
         if name in keys.read or name.startswith("_") or (value is not True and value in _INERT):
             continue
