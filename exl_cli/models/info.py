@@ -68,6 +68,9 @@ class ModelInfo:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     generation_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extended_length", max(self.extended_length, self.context_length))
+
     @property
     def format_name(self) -> str:
         """The format and its bits, as people write it: "EXL2 5.0 bpw", "GPTQ 4-bit g128", "float16"."""

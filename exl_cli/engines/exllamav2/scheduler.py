@@ -116,7 +116,7 @@ class Scheduler:
         """
         sampler, started = self._sampler(request), self._clock()
         sequence = Sequence(request_id, request, max_new_tokens, sampler, [*request.ids], started)
-        sequence.num_to_prefill = len(sequence.ids)
+        sequence.num_to_prefill, sequence.long_after = len(sequence.ids), self._runner.long_after
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
 
@@ -192,12 +192,8 @@ class Scheduler:
             self._outcomes.append((sequence.id, Step(tuple(chosen))))
         if error or chosen[-1] in stops or not sequence.max_new_tokens_left:
             self._end(sequence, error)
-        elif self._is_long(len(sequence.ids)) and not sequence.long:
+        elif sequence.must_be_long and not sequence.long:
             self._compute_again(sequence)
-
-    def _is_long(self, tokens: int) -> bool:
-        after = self._runner.long_after
-        return after is not None and tokens > after
 
     def _compute_again(self, sequence: Sequence) -> None:
         """Have all of a sequence's tokens computed as those of a long one, before anything else."""
@@ -234,7 +230,7 @@ class Scheduler:
             return None
         # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
         self._prefilling = sequence = self._waiting.popleft()
-        sequence.long = self._is_long(len(sequence.ids))
+        sequence.long = sequence.must_be_long
         sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens, long=sequence.long)
         if sequence.allocation is None:
             self._prefilling = None
@@ -270,8 +266,6 @@ class Scheduler:
         in_flight = []
         for sequence, draft in zip(self._running, drafts, strict=False):
             blocks, start = sequence.blocks, sequence.num_computed_tokens
-            if self._runner.long_after is not None and not sequence.long:
-                draft = draft._replace(used=min(draft.used, self._runner.long_after - len(sequence.ids)))
             ids = (sequence.ids[start], *draft.tokens[: draft.used])
             row = ScheduledTokens(ids, start, blocks.block_table, sequence.long)
             self._blocks.grow(blocks, start + len(row.ids))

@@ -25,7 +25,7 @@ class Sequence:
         allocation: its pages, from admission to its end.
         num_to_prefill: tokens that are computed before decoding goes on with the last of them: the prompt, and all so
             far where they are computed again.
-        long: see `ScheduledTokens`.
+        long_after, long: see `ModelRunner` and `ScheduledTokens`.
         num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
         draft: the drafter's state for it, if there is one.
         statistics: what speculation brought it.
@@ -42,6 +42,7 @@ class Sequence:
     allocation: Allocation | None = None
     num_computed_tokens: int = 0
     num_to_prefill: int = 0
+    long_after: int | None = None
     long: bool = False
     answering: bool = False
     draft: Any = None
@@ -64,6 +65,17 @@ class Sequence:
     def max_new_tokens_left(self) -> int:
         """New tokens that it may still get."""
         return len(self.request.ids) + self.max_new_tokens - len(self.ids)
+
+    @property
+    def must_be_long(self) -> bool:
+        """Whether its tokens so far are too many for keys and values of a short sequence."""
+        return self.long_after is not None and len(self.ids) > self.long_after
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The most draft tokens that a pass can use: the last new token is never computed, and a short one stays so."""
+        most = self.max_new_tokens_left - 1
+        return most if self.long_after is None or self.long else min(most, self.long_after - len(self.ids))
 
     @property
     def num_prompt_tokens_left(self) -> int:

@@ -118,8 +118,7 @@ class Speculation:
         start = self._clock()
         count = len(sequences)
         most = (self._max_tokens if count == 1 else max(self._max_batch, self._max_tokens) // count) - 1
-        # The last new token is never computed, so nothing can follow it.
-        requests = [DraftRequest(s.draft, s.ids, max(min(most, s.max_new_tokens_left - 1), 0)) for s in sequences]
+        requests = [DraftRequest(s.draft, s.ids, max(min(most, s.max_draft_tokens), 0)) for s in sequences]
         drafts = self._drafter.propose(requests, self._length.choose)
         self._shape = (count, 1 + max(draft.used for draft in drafts))
         now = self._clock()
