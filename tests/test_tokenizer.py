@@ -165,7 +165,6 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 BOS = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
 TEXT_A = {"Sequence": {"id": "A", "type_id": 0}}
 HOSTILE = {
-    "doubles nine times": {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa")] * 9}},
     "doubles forty times": {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa")] * 40}},
     "grows one rare letter": {"normalizer": replace("\u16a0", "a" * 1_000_000)},
     "splits into bytes twelve times": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 12}},
@@ -192,9 +191,9 @@ def with_parts(folder: Path, parts: dict[str, object]) -> Path:
 def test_a_tokenizer_that_grows_a_text_without_measure_is_refused(tmp_path: Path, monkeypatch, name: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = with_parts(tmp_path / "model", HOSTILE[name])
-    for _ in range(2):  # it is not remembered as harmless
-        with pytest.raises(DamagedModelError, match="was refused: tried on a short text, it "):
-            Tokenizer(folder)
+    with pytest.raises(DamagedModelError, match="was refused: tried on a short text, it "):
+        Tokenizer(folder)
+    assert not (tmp_path / "cache").exists()  # where harmless ones are remembered
 
 
 def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch) -> None:

@@ -9,18 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import exl
+from typer.testing import CliRunner
 
+from exl_cli.cli.app import app
 from exl_cli.errors import ExitCode
+from exl_cli.models.chat_template import load_chat_template
 
 LONG = "a" * 5000
 
 
-def only_line(run: subprocess.CompletedProcess[str]) -> str:
-    line = run.stderr.removesuffix("\n")
-    assert "\n" not in line
-    assert "unexpected" not in line
-    return line
+def invoke(*args: str) -> tuple[int, str]:
+    """The exit code of a command, and the only line that it says on stderr."""
+    result = CliRunner().invoke(app, args)
+    assert result.stderr.count("\n") == 1
+    assert "unexpected" not in result.stderr
+    return result.exit_code, result.stderr.removesuffix("\n")
 
 
 @pytest.mark.parametrize(
@@ -39,16 +42,16 @@ def only_line(run: subprocess.CompletedProcess[str]) -> str:
     ],
 )
 def test_a_name_that_no_file_can_have_is_said_in_a_line(args: list[str], code: ExitCode) -> None:
-    run = exl(*args)
-    assert run.returncode == code
-    assert len(only_line(run)) < 600
+    exit_code, line = invoke(*args)
+    assert exit_code == code
+    assert len(line) < 600
 
 
 @pytest.mark.parametrize("args", [["run", "--file", "/dev/zero"], ["bench", "--perplexity", "/dev/zero"]])
 def test_a_device_is_no_text(args: list[str]) -> None:
-    run = exl(*args)
-    assert run.returncode == ExitCode.PROMPT
-    assert "cannot read /dev/zero: it is a device" in only_line(run)
+    exit_code, line = invoke(*args)
+    assert exit_code == ExitCode.PROMPT
+    assert "cannot read /dev/zero: it is a device" in line
 
 
 def test_standard_input_is_read_up_to_a_bound() -> None:
@@ -56,7 +59,7 @@ def test_standard_input_is_read_up_to_a_bound() -> None:
         command = [sys.executable, "-m", "exl_cli", "run"]
         run = subprocess.run(command, stdin=zeros, capture_output=True, text=True, timeout=60)
     assert run.returncode == ExitCode.PROMPT
-    assert "cannot read standard input: it is larger than 256 MiB" in only_line(run)
+    assert "cannot read standard input: it is larger than 256 MiB" in run.stderr
 
 
 def test_a_pipe_can_be_a_prompt_file(exl2_dir: Path) -> None:
@@ -71,17 +74,19 @@ def test_a_pipe_can_be_a_prompt_file(exl2_dir: Path) -> None:
     assert run.stdout == "from a pipe"
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
 def test_a_pipe_in_a_model_folder_is_not_waited_for(exl2_dir: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(exl2_dir, tmp_path / "model")
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    run = exl("run", str(folder), "-p", "x", "--show-prompt")
-    if run.returncode:  # a template that is no file counts as none
-        assert run.returncode == ExitCode.DAMAGED_MODEL
-        assert name in only_line(run)
-    else:
-        assert name == "chat_template.jinja"
+    exit_code, line = invoke("run", str(folder), "-p", "x", "--show-prompt")
+    assert exit_code == ExitCode.DAMAGED_MODEL
+    assert name in line
+
+
+def test_a_pipe_in_place_of_a_template_counts_as_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    assert load_chat_template(tmp_path) is None
 
 
 def test_a_prompt_of_many_megabytes_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
@@ -92,4 +97,4 @@ def test_a_prompt_of_many_megabytes_is_refused_before_it_is_tokenized(tmp_path: 
         [*command, str(tmp_path / "prompt.txt")], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert run.returncode == ExitCode.PROMPT
-    assert "tokens or more, the context holds 1,024" in only_line(run)
+    assert "tokens or more, the context holds 1,024" in run.stderr

@@ -72,15 +72,15 @@ class Helper:
         """Send a request, of JSON's types, and wait for the reply; it is STOPPED or FAILED where none came."""
         line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
-            began, running = time.monotonic(), self._process is not None
+            end, running = time.monotonic() + self._deadline, self._process is not None
             try:
                 try:
-                    return self._ask(line, self._deadline)
+                    return self._ask(line, end)
                 except EOFError:
                     if not running:
                         raise
                 self._end()  # it had perhaps been killed since the last request
-                return self._ask(line, self._deadline - (time.monotonic() - began))
+                return self._ask(line, end)
             except TimeoutError:
                 reply = Reply(STOPPED, 0, f"it takes more than {self._deadline:g} seconds")
             except EOFError:
@@ -95,14 +95,15 @@ class Helper:
             self._end()
             return reply
 
-    def _ask(self, line: bytes, seconds: float) -> Reply:
+    def _ask(self, line: bytes, end: float) -> Reply:
         process = self._start()
         if not self._ready:  # before that it has seen nothing of a stranger's
             reply = _exchange(process, b"", _START_SECONDS)
             if reply.text:
                 return reply
             self._ready = True
-        return _exchange(process, line, seconds)
+        # What its start took counts, but half of the time is for the answer.
+        return _exchange(process, line, max(end - time.monotonic(), self._deadline / 2))
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -146,7 +147,7 @@ class TemplateHelper(Helper):
     """A process that renders chat templates.
 
     Args:
-        deadline: seconds that a rendering may take; with the start of a process it stays below five by default.
+        deadline: seconds that a rendering may take, the start of a process included where that takes less than half.
     """
 
     def __init__(self, deadline: float = 4.5) -> None:
@@ -194,7 +195,7 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) 
         EOFError: the process has ended, or sends something else than a reply.
     """
     end = time.monotonic() + seconds
-    alarm = threading.Timer(max(0.0, seconds), process.kill)
+    alarm = threading.Timer(seconds, process.kill)
     alarm.daemon = True
     alarm.start()
     stdin, stdout = cast("tuple[FileIO, FileIO]", (process.stdin, process.stdout))
