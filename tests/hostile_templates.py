@@ -1,6 +1,17 @@
-"""Chat templates that attack: each must end in a `PromptError`."""
+"""Chat templates that attack: each must end in a `PromptError`, within 5 seconds and 512 MB.
+
+As a program it renders them all and prints what the slowest takes.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import sys
+import time
+
+from exl_cli.errors import PromptError
+from exl_cli.models.chat_template import ChatTemplate
+from exl_cli.models.template_helper import TemplateHelper
 
 PYTHON = {
     "class": "{{ ''.__class__ }}",
@@ -158,3 +169,14 @@ GROUPS = {
     "unmetered": UNMETERED,
 }
 HOSTILE = {f"{group}: {name}": template for group, table in GROUPS.items() for name, template in table.items()}
+
+LARGE = {"large": {str(i): i for i in range(1000)}}
+
+if __name__ == "__main__":
+    helper, slowest = TemplateHelper(), (0.0, "")
+    for name, template in HOSTILE.items():
+        began = time.perf_counter()
+        with contextlib.suppress(PromptError):
+            ChatTemplate(template, helper=helper).render([{"role": "user", "content": "hi"}], extra=LARGE)
+        slowest = max(slowest, (time.perf_counter() - began, name))
+    sys.stdout.write(f"{len(HOSTILE)} templates, the slowest {slowest[0]:.2f} s: {slowest[1]}\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from helper_parent import ENDLESS
-from hostile_templates import HOSTILE
+from hostile_templates import HOSTILE, LARGE
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl_cli.errors import ExitCode, PromptError
@@ -46,9 +46,13 @@ def has_ended(process, seconds=30):
     return bool(poll.poll(1000 * seconds))
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+# The system's limits end these, each with its process: a third of them shows that.
+BOUNDED = [name for name in HOSTILE if name.startswith(("size", "time", "shared", "deep"))]
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in BOUNDED] + BOUNDED[::3])
 def test_an_attack_ends_in_one_line(name):
-    error = refusal(HOSTILE[name], HURRIED, large={str(i): i for i in range(1000)})
+    error = refusal(HOSTILE[name], HURRIED, **LARGE)
     assert error.exit_code == ExitCode.PROMPT
     assert error.message.startswith("the model's chat template ")
     assert error.message.isprintable()

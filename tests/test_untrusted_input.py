@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,16 +71,6 @@ def test_a_pipe_can_be_a_prompt_file(exl2_dir: Path) -> None:
     )
     os.close(reading)
     assert run.stdout == "from a pipe"
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
-def test_a_pipe_in_a_model_folder_is_not_waited_for(exl2_dir: Path, tmp_path: Path, name: str) -> None:
-    folder = shutil.copytree(exl2_dir, tmp_path / "model")
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-    exit_code, line = invoke("run", str(folder), "-p", "x", "--show-prompt")
-    assert exit_code == ExitCode.DAMAGED_MODEL
-    assert name in line
 
 
 def test_a_pipe_in_place_of_a_template_counts_as_none(tmp_path: Path) -> None:
