@@ -35,7 +35,7 @@ def once_built(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return made
 
 
-def test_the_library_lands_in_a_folder_of_its_own_and_says_what_it_is_for(once_built: Machine) -> None:
+def test_the_library_lands_in_a_folder_for_its_versions_and_says_what_it_is_for(once_built: Machine) -> None:
     facts = json.loads((once_built.folder() / "exllamav2_ext.json").read_text())
     assert facts["torch"] == "2.11.0+cu130"
     assert facts["archs"] == ["9.0"]
@@ -100,7 +100,7 @@ def test_out_gives_a_wheel_that_pip_installs_and_python_imports(machine: Machine
 # --- what is missing --------------------------------------------------------------------------------------------------
 
 
-# A version that no machine has, so that no toolkit of this one can be the right one.
+# A version that no toolkit of this machine can have.
 @pytest.mark.parametrize(
     ("version", "missing", "problem"),
     [

@@ -19,7 +19,7 @@ SECONDS = 20.0
 
 
 class Hanging:
-    """A process that never ends by itself: a compiler, or whoever loads a library. It says who it is through a pipe."""
+    """A process that never ends by itself: a compiler, or one that loads a library. It writes its id to a pipe."""
 
     def __init__(self, pipe: Path) -> None:
         # Opening it waits for that process to open its end.

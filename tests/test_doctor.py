@@ -119,7 +119,7 @@ def test_the_checklist_on_a_terminal() -> None:
     lines = re.split(r"[\r\n]+", screen)
     assert re.match(r"✓ Python {10}3\.\d+", lines[0])
     assert any(re.match(r"✗ torch {11}", line) for line in lines)
-    # A long finding goes on below itself; a command is never broken, so that it can be copied.
+    # A long finding goes on below itself; a command is never broken: it is there to be copied.
     assert " " * 18 + "→ exl doctor --timeout 300, in case this machine is slow" in lines
     terminal = next(line for line in lines if "Terminal" in line)
     assert terminal == "✓ Terminal        xterm-256color, 256 colours, 70 columns, UTF-8"

@@ -62,7 +62,7 @@ def test_an_answer_comes_whatever_libraries_print() -> None:
         ("crash", "crash", "crashed (SIGSEGV)", "crashed (SIGSEGV)"),
         ("fail", "error", "what is wrong", "fails: what is wrong"),
         ("leave", "error", "ended without an answer", "fails: ended without an answer"),
-        # A parameter stays marked, for whoever spells it.
+        # A parameter stays marked, for the command line to spell.
         (
             "refuse",
             "error",

@@ -197,7 +197,7 @@ def decoding(answer: Answer | None) -> CheckResult:
 
 
 def triton(attention: Answer | None) -> CheckResult:
-    """Triton, in which exl's attention kernels are written, by what was found out about these."""
+    """Triton, in which exl's attention kernels are written, judged by the answer about these."""
     here = package_version("triton")
     if here is None:
         return CheckResult("Triton", "skip", "not installed")

@@ -156,7 +156,7 @@ def _sense(check: str, answer: Answer, blocks: Any) -> CheckResult:
 
 
 def _parted(below: Sequence[float], whose: str) -> tuple[str, bool]:
-    """How many tokens are the first choice of whoever judges them, and whether all others are near ties."""
+    """How many tokens the judging pass would have chosen too, and whether all others are near ties."""
     if below and max(below) > _TIE:
         at = next(index for index, gap in enumerate(below) if gap > _TIE)
         return f"token {at + 1} is {below[at]:.1f} below {whose} choice", False

@@ -132,7 +132,7 @@ def _explained(error: Exception, what: str) -> ExlError:
     text = str(error) or type(error).__name__
     failure = hints.explain(text, compiled.torch_here())
     if failure is None or failure.rebuild:
-        # The extension was found good before: a linker's complaint now is about something else's.
+        # The extension has passed its test: a linker's complaint now is about another library.
         return EngineError(f"{what}: {hints.last_line(text)}", _or_cpu("exl doctor"))
     return EngineError(failure.what, _or_cpu(failure.fix))
 

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, runtime_checkable
 
@@ -177,8 +176,7 @@ def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
         return None
     if not tested.gpus:
         return None
-    facts = _facts(torch, tested.archs, library)
-    return Result(compiled.publish(library, facts, torch), facts, tested.gpus, log.name)
+    return Result(*compiled.publish(library, torch, tested.archs), tested.gpus, log.name)
 
 
 def _compiled(
@@ -212,10 +210,9 @@ def _compiled(
         hint = f"{failure.hint}; see {log.name}" if failure.hint else f"see {log.name}"
         raise EngineError(f"exllamav2's extension was not compiled: {failure.message}", hint) from error
     compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
-    facts = _facts(torch, archs, library, round(time.monotonic() - begun, 1), compilers)
-    path = compiled.publish(library, facts, torch)
+    made = compiled.publish(library, torch, archs, time.monotonic() - begun, compilers)
     shutil.rmtree(root, ignore_errors=True)
-    return Result(path, facts, tested.gpus, log.name, files)
+    return Result(*made, tested.gpus, log.name, files)
 
 
 def _compile(
@@ -287,20 +284,6 @@ def _failure(log: IO[str], start: int, torch: Torch) -> EngineError:
     if known := hints.explain(text, torch):
         return EngineError(known.what, known.fix)
     return EngineError(hints.first_error(text) or "the compiler failed")
-
-
-def _facts(torch: Torch, archs: Iterable[str], library: Path, seconds: float = 0.0, compilers: str = "") -> Facts:
-    return Facts(
-        exllamav2=compiled.exllamav2_release(),
-        torch=torch.version,
-        cuda=torch.cuda or "",
-        python=compiled.python_tag(),
-        archs=tuple(archs),
-        size=library.stat().st_size,
-        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        seconds=seconds,
-        compilers=compilers,
-    )
 
 
 # --- one at a time ----------------------------------------------------------------------------------------------------

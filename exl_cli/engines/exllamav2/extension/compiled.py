@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,7 +180,7 @@ class Extension:
     """A compiled extension.
 
     Attributes:
-        kind: "installed" (importable), "compiled" (by exl) or "unproven" (in torch's folder, for nobody knows what).
+        kind: "installed" (importable), "compiled" (by exl) or "unproven" (in torch's folder, its versions unknown).
         path: the library.
         facts: what it was made for, where that is known.
         problem: why it cannot serve here, as far as can be told without loading it.
@@ -223,8 +224,13 @@ def find(torch: Torch, gpus: Sequence[Capability] = ()) -> Extension | None:
     return here[0] if here else None
 
 
-def publish(library: Path, facts: Facts, torch: Torch) -> Path:
-    """Copy a tested library into exl's folder for its architectures, whole at any moment."""
+def publish(
+    library: Path, torch: Torch, archs: Iterable[str], seconds: float = 0.0, compilers: str = ""
+) -> tuple[Path, Facts]:
+    """Copy a tested library into exl's folder for its architectures, whole at any moment, with its facts beside it."""
+    size, now = library.stat().st_size, datetime.now(timezone.utc).isoformat(timespec="seconds")
+    made_for = exllamav2_release(), torch.version, torch.cuda or "", python_tag(), tuple(archs)
+    facts = Facts(*made_for, size, now, round(seconds, 1), compilers)
     folder = build_folder(torch, facts.archs)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{LIBRARY}.new"
@@ -232,7 +238,7 @@ def publish(library: Path, facts: Facts, torch: Torch) -> Path:
     # Until the new facts are written those of the old library do not fit the new one's size.
     temporary.replace(folder / LIBRARY)
     write_atomically(folder / FACTS, json.dumps(facts.to_dict(), indent=1) + "\n")
-    return folder / LIBRARY
+    return folder / LIBRARY, facts
 
 
 def read_facts(library: Path) -> Facts | None:
