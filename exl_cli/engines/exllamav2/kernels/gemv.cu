@@ -32,7 +32,7 @@
 // at 36, 47 and 50 % of the memory's bandwidth, 54 % at 6.0; GPTQ at 63 %.
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), WARPS a block, TILES of 8 rows, ONE_ROW, STAGES of the ring,
-// MAX_BITS of a weight, PAIRED (half the warps compute a gate, half what it gates), FINE (groups that do not fill
+// MAX_BITS of a weight (4, 6 or 8), PAIRED (half the warps compute a gate, half what it gates), FINE (groups that do not fill
 // chunks), COLUMNS of a block (32 with ONE_ROW), RESIDENT warps at least on a multiprocessor.
 
 #include "device.cuh"

@@ -86,16 +86,10 @@ DEVICE void multiply_any(u32 bits, const Lane& l, u32 chunk, const char* stage, 
     switch (bits)
     {
     case 2: multiply<2>(l, chunk, stage, xs_at, factor, 0, sums); break;
-    #if MAX_BITS > 2
     case 3: multiply<3>(l, chunk, stage, xs_at, factor, 0, sums); break;
-    #endif
-    #if MAX_BITS > 3
     case 4: multiply<4>(l, chunk, stage, xs_at, factor, 0, sums); break;
-    #endif
     #if MAX_BITS > 4
     case 5: multiply<5>(l, chunk, stage, xs_at, factor, 0, sums); break;
-    #endif
-    #if MAX_BITS > 5
     case 6: multiply<6>(l, chunk, stage, xs_at, factor, 0, sums); break;
     #endif
     #if MAX_BITS > 6
