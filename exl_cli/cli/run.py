@@ -111,7 +111,7 @@ def run(
         chat=chat,
         as_text=tokenizer.as_text,
     )
-    context = loading.max_seq_len or info.context_length
+    context = loading.max_seq_len or info.extended_length
     if not show_prompt:
         check_can_fit(tokenizer.least_tokens(rendered.text), context)
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
@@ -157,7 +157,7 @@ def run(
         else:
             console.summary(summary)
             console.memory(gpus, host)
-            console.cut_off(summary, engine.context_length, info.context_length)
+            console.cut_off(summary, engine.context_length, info.extended_length)
     finally:
         state.close(engine)
     if summary.finish_reason == "cancelled":

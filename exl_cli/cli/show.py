@@ -48,8 +48,9 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
 
 
 def _estimates(info: ModelInfo) -> dict[int, dict[str, memory.Estimate]]:
-    """Estimates by context and cache type, up to the model's own context."""
-    contexts = sorted({*(context for context in _CONTEXTS if context < info.context_length), info.context_length})
+    """Estimates by context and cache type, up to the longest context that the model was made for."""
+    longest = info.extended_length
+    contexts = sorted({*(context for context in _CONTEXTS if context < longest), info.context_length, longest})
     estimates = {
         context: {cache: memory.estimate(info, context, cache) for cache in memory.CACHE_TYPES} for context in contexts
     }

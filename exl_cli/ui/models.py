@@ -77,7 +77,7 @@ def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, wh
         "Architecture": info.architecture,
         "Parameters": f"{info.parameters:,}",
         "Dimensions": dimensions,
-        "Context": f"{info.context_length:,} tokens",
+        "Context": _context(info),
         "Weights": size(info.size_bytes),
         "On disk": size(entry.size_bytes),
         "Licence": licence or "not stated",
@@ -124,3 +124,10 @@ def confirm(console: Console, question: str, *, default: bool = True) -> bool:
             return False
         if answer in ("", "y", "yes", "n", "no"):
             return default if not answer else answer.startswith("y")
+
+
+def _context(info: ModelInfo) -> str:
+    native = f"{info.context_length:,} tokens"
+    if info.extended_length == info.context_length:
+        return native
+    return f"{native}, {info.extended_length:,} with rotary embeddings that are scaled for it"
