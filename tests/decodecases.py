@@ -53,7 +53,7 @@ def round_up(q: Tensor, k: Tensor, v: Tensor) -> None:
     dim = q.shape[-1]
     q[..., -2:] = dim**0.5
     q[..., :-2], k[:], v[:] = 0, 0, 65504
-    k[torch.arange(len(k)) % 16 > 0, :, -2:] = torch.tensor([-1418 / 2048, -0.00024], dtype=k.dtype)
+    k[torch.arange(len(k)) % 16 > 0, :, -2:] = torch.tensor([-1418 / 2048, -0.00024]).to(k)
 
 
 def random_step(rng: random.Random, head_dim: int, tiles: int, page_size: int, longest: int) -> Step:
