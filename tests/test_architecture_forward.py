@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,15 +22,9 @@ REFUSED = ("dbrx", "dbrx-clip", "dbrx-5", "llama-relu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_collections() -> Iterator[None]:
-    """Let the garbage collector look at what these tests make, not at all of transformers each time."""
-    import transformers.modeling_utils  # noqa: F401
-
-    architectures.quiet()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def _transformers() -> Iterator[None]:
+    with architectures.imported():
+        yield
 
 
 def described(kind: str) -> ModelInfo:

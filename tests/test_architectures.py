@@ -6,7 +6,6 @@ Every kind's config.json is read here; the logits of all of them are compared by
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,15 +46,9 @@ def _cases() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_collections() -> Iterator[None]:
-    """Let the garbage collector look at what these tests make, not at all of transformers each time."""
-    import transformers.modeling_utils  # noqa: F401
-
-    architectures.quiet()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def _transformers() -> Iterator[None]:
+    with architectures.imported():
+        yield
 
 
 def load(info: ModelInfo) -> EngineThread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 
 import architecture_table
@@ -19,6 +20,12 @@ REFUSED: dict[str, str] = {
 }
 # What people run: never to be refused.
 NEVER_REFUSED = ("phi3*", "qwen3*", "gemma3*", "mistral*", "*yarn*", "starcoder2*", "glm4*", "llama", "qwen2*")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _transformers() -> Iterator[None]:
+    with architectures.imported():
+        yield
 
 
 @pytest.mark.parametrize("fmt", architectures.FORMATS)
