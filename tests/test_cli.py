@@ -71,7 +71,6 @@ def check_error(result: Result, code: ExitCode, *words: str) -> None:
         (["--template", "{question}?"], ExitCode.PROMPT, ["question", "--var"]),
         (["--template", "{a}?", "--var", "a=a", "--var", "qestion=b"], ExitCode.PROMPT, ["qestion"]),
         (["-p", "story " * 3000], ExitCode.PROMPT, ["3,0", "1,024"]),
-        (["-p", "x", "--max-seq-len", "9999"], ExitCode.USAGE, ["9,999", "1,024"]),
     ],
 )
 def test_what_is_refused_before_a_model_loads(args: list[str], code: ExitCode, words: list[str]) -> None:
