@@ -196,7 +196,7 @@ def test_a_terminal_that_can_do_little_gets_plain_lines(start: Start, tmp_path: 
 def test_a_closed_terminal_loses_nothing(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     child = start(chat([f"Half an answer{PAUSE}"], "-q"))
     type_in(child, "Hi", "enter")
-    child.expect_exact("Half an answer")
+    child.expect_exact("Half an")  # the last word may still have to move to the next line
     child.kill(number)
     child.expect(pexpect.EOF)
     child.close()
