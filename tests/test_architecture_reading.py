@@ -146,3 +146,15 @@ def test_every_layer_has_the_window_and_the_rotary_embedding_that_transformers_g
         read = architecture.read(inspect(architectures.make(kind, tmp_path / kind, "float16")))
         expected = [config.sliding_window if it == "sliding_attention" else 0 for it in config.layer_types]
         assert list(read.windows) == expected, kind
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_configs.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_as_their_publishers_write_them_are_read(name: str) -> None:
+    config = PUBLISHED[name]
+    longest = config.get("max_position_embeddings", 2048)
+    info = ModelInfo(name, Path("m"), "gptq", config["architectures"][0], 0, 4.0, longest, 0, {}, config=config)
+    read = architecture.read(info)
+    assert len(read.windows) == len(read.ropes) == read.layers

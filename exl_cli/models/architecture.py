@@ -382,6 +382,7 @@ def _gemma3(keys: _Keys) -> Architecture:
 
 def _gemma_23(keys: _Keys, base: Architecture, attention: float | None, logits: float | None) -> Architecture:
     _refuse_bidirectional(keys)
+    keys.get("sliding_window_size")  # published beside sliding_window, and read by nobody
 
     def cap(name: str, default: float | None) -> float:
         keys.read.add(name)
@@ -420,6 +421,8 @@ def _cohere2(keys: _Keys) -> Architecture:
 
 
 def _cohere_12(keys: _Keys, base: Architecture) -> Architecture:
+    # What Cohere's own code calls what the class stands for.
+    keys.get("layer_switch", "order_of_interleaved_layers", "use_gated_activation", "use_parallel_block")
     scale = keys.number("logit_scale", default=0.0625)
     return replace(base, norms=("input_layernorm", "", "", ""), parallel=True, rotary="pairs", logit_scale=scale)
 
@@ -642,7 +645,7 @@ _HARMLESS = re.compile(
     r"|softmax_in_fp32|upcast_attn|z3|torch|quantization|problem_type|pruned|task_specific|auto_map|architectures"
     r"|max_position_embeddings|pretraining_tp|is_|use_bfloat16|label|vision|image|video|projector|token|mrope|summary"
     r"|model_max_length|num_nextn|num_mtp|cross_attention_hidden|position_embedding_type|use_parallel_embedding"
-    r"|head_dim|num_logits_to_keep|rescale_layer|text_config|_name|calculate|unsloth|transformers"
+    r"|head_dim|n_positions|n_ctx|num_logits_to_keep|rescale_layer|text_config|_name|calculate|unsloth|transformers"
 )
 _INERT: tuple[Any, ...] = (None, False, 0, 1, "", [], {})
 

@@ -53,7 +53,8 @@ def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *
     model = ExLlamaV2(config)
     kinds = _kinds(architecture)
     for index, attention in enumerate(_attentions(model)):
-        attention.sliding_window = architecture.windows[index]
+        window = architecture.windows[index]
+        attention.sliding_window = window if window < max_seq_len else 0
         attention.rope_index = kinds.index(architecture.ropes[index])
     _set_up_experts(model, architecture)
     for linear in _linears(model.modules):
