@@ -174,7 +174,7 @@ def extended_length_of(config: Mapping[str, Any]) -> int:
 
 
 def has_learned_positions(config: Mapping[str, Any]) -> bool:
-    """Whether each position has an embedding of its own, so that there are none behind the last."""
+    """Whether positions are embeddings that were learned, so that there are none past the last."""
     return config.get("model_type") in ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "biogpt")
 
 
