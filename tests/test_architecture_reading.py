@@ -148,6 +148,23 @@ def test_every_layer_has_the_window_and_the_rotary_embedding_that_transformers_g
         assert list(read.windows) == expected, kind
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("llama", {"layer_types": 5}),
+        ("qwen3", {"layer_types": [{}, {}]}),
+        ("qwen3", {"layer_types": None, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": "x"}),
+        ("qwen3-moe", {"mlp_only_layers": 3}),
+        ("gemma2", {"query_pre_attn_scalar": 0}),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_in_one_line(tmp_path: Path, kind: str, values: dict[str, Any]) -> None:
+    folder = architectures.make(kind, tmp_path / "model", "float16")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    assert "makes no sense" in why_not(inspect(folder))
+
+
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_configs.json").read_text())
 
 

@@ -179,6 +179,10 @@ def read(info: ModelInfo) -> Architecture:
         raise UnsupportedModelError(f"{info.architecture}: {problem} is not computed on the GPU") from problem
     except ValueError as problem:
         raise UnsupportedModelError(f"{info.architecture}: {problem}") from problem
+    except (TypeError, ArithmeticError) as problem:
+        raise UnsupportedModelError(
+            f"{info.architecture}: config.json holds a value that makes no sense ({problem})"
+        ) from problem
     return architecture
 
 
@@ -628,9 +632,6 @@ _READERS: dict[str, Callable[[_Keys], Architecture]] = {
     "YiForCausalLM": _yi,
 }
 
-ARCHITECTURES = frozenset(_READERS)
-
-
 # --- nothing unknown passes ---------------------------------------------------------------------------------------
 
 # Words of keys that may change what is computed. The rest is about tokens, training, files and other programs.
@@ -656,7 +657,11 @@ def _refuse_unread(keys: _Keys) -> None:
     for name, value in keys.text.items():
         if name in keys.read or name.startswith("_") or (value is not True and value in _INERT):
             continue
-        if _HARMLESS.search(name) or not _COMPUTING.search(name) or (name == "layer_types" and {*value} == {FULL}):
+        if (
+            _HARMLESS.search(name)
+            or not _COMPUTING.search(name)
+            or (name == "layer_types" and value == [FULL] * len(value))
+        ):
             continue
         shown = repr(value) if not isinstance(value, (dict, list)) else "…"
         raise _NotComputedError(f"config.json's {name} ({shown[:40]})")
