@@ -1,0 +1,1 @@
+"""HTTP: the surfaces of OpenAI, Anthropic and TabbyAPI over engines with continuous batching."""
