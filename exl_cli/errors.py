@@ -97,6 +97,10 @@ class PromptError(ExlError):
     exit_code = ExitCode.PROMPT
 
 
+class ContextLengthError(PromptError):
+    """A prompt that is longer than the context."""
+
+
 class OutOfMemoryError(ExlError):
     """Too little GPU or host memory for the model and its KV cache."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from exl_cli.engines.base import Chunk, Event, FinishReason, Request, Summary
-from exl_cli.errors import PromptError, param
+from exl_cli.errors import ContextLengthError, PromptError, param
 from exl_cli.models.tokenizer import Tokenizer
 
 
@@ -93,10 +93,10 @@ def check_can_fit(least_tokens: int, context_length: int, *, counted: str = " or
     """Refuse a text that cannot fit before it is tokenized; see `Tokenizer.least_tokens`.
 
     Raises:
-        PromptError: with both numbers.
+        ContextLengthError: with both numbers.
     """
     if least_tokens >= context_length:
-        raise PromptError(
+        raise ContextLengthError(
             f"the prompt has {least_tokens:,} tokens{counted}, the context holds {context_length:,}, "
             "the response included",
             f"shorten the prompt, or raise {param('max_seq_len')} if the model allows it",

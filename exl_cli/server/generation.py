@@ -1,0 +1,175 @@
+"""From a request to its chunks, and from payloads to a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.responses import Response
+
+from exl_cli.engines.base import Chunk, Request
+from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
+from exl_cli.server.pool import ServedModel
+from exl_cli.server.state import Inbox, ServerState
+
+KEEP_ALIVE_SECONDS = 10.0
+
+
+@contextlib.asynccontextmanager
+async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncIterator[ServedModel]:
+    """Take a request on and hold its model, loaded first if need be.
+
+    Args:
+        state: the server.
+        name: of the model; None or "" for the default.
+        count: generations that it comes to: choices times prompts.
+
+    Raises:
+        ApiError: 404 for an unknown model, 429 where the queue is full, 503 where the model cannot be loaded or the
+            server is stopping, 500 after a fault of the device.
+    """
+    if state.phase == "failed":
+        raise ApiError(500, "the GPU failed; the server is ending", "engine_failed")
+    if state.phase == "stopping":
+        raise ApiError(503, "the server is stopping", "stopping", headers={"Retry-After": RETRY_AFTER})
+    room = state.settings.queue + sum(model.engine.max_batch for model in state.pool.loaded)
+    if state.accepted and state.accepted + count > room:
+        raise ApiError(429, f"{state.accepted:,} requests are under way or wait; try again later", "queue_full",
+                       headers={"Retry-After": RETRY_AFTER})  # fmt: skip
+    state.accepted += count
+    try:
+        async with state.pool.use(name) as model:
+            yield model
+    finally:
+        state.accepted -= count
+
+
+async def generate(state: ServerState, model: ServedModel, request: Request) -> AsyncIterator[Chunk]:
+    """The chunks of one generation, the last with its summary. Leaving it early cancels the rest at once.
+
+    Args:
+        state: the server.
+        model: from `accept`.
+        request: what to generate.
+
+    Raises:
+        ApiError: 400 for a prompt that does not fit, on the first iteration; later, what ended the generation.
+    """
+    inbox: Inbox = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    begun = time.monotonic()
+    first = True
+
+    def deliver(item: Chunk | BaseException) -> None:
+        loop.call_soon_threadsafe(inbox.put_nowait, item)
+
+    try:
+        request_id = model.engine.submit(request, deliver)
+    except Exception as error:
+        raise as_api_error(error) from error
+    state.inboxes.add(inbox)
+    ended = False
+    try:
+        while not ended:
+            item = await inbox.get()
+            if isinstance(item, BaseException):
+                ended = True
+                raise as_api_error(item) from item
+            if first and item.token_ids:
+                first = False
+                state.metrics.first_token.observe(time.monotonic() - begun)
+            if item.summary is not None:
+                ended = True
+                state.metrics.prompt_tokens.inc(item.summary.prompt_tokens)
+                state.metrics.reused_tokens.inc(item.summary.reused_tokens)
+                state.metrics.new_tokens.inc(item.summary.new_tokens)
+                if item.summary.finish_reason == "cancelled":
+                    raise ApiError(503, "the model was unloaded", "model_not_loaded")
+            yield item
+    finally:
+        state.inboxes.discard(inbox)
+        if not ended:
+            model.engine.cancel(request_id)
+
+
+def sse(data: str, event: str | None = None) -> str:
+    """One server-sent event; `data` has no line breaks, as JSON has none."""
+    return f"event: {event}\ndata: {data}\n\n" if event else f"data: {data}\n\n"
+
+
+async def event_stream(events: AsyncIterator[str], on_error: Callable[[ApiError], str]) -> EventStream:
+    """A streamed response, which begins with the first event or after 10 s, whichever comes first.
+
+    So what is wrong with a request is still a status, unless it takes longer than that to find out.
+
+    Args:
+        events: texts as `sse` writes them. It is iterated in a task and closed when the client goes away.
+        on_error: an error as an event, once the response has begun.
+
+    Raises:
+        ApiError: what `events` raised before its first event.
+    """
+    stream = EventStream(events, on_error)
+    await stream.begin()
+    return stream
+
+
+class EventStream(Response):
+    """Server-sent events, with a comment wherever 10 s pass without any. Make it with `event_stream`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], on_error: Callable[[ApiError], str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._on_error = on_error
+        self._ready: asyncio.Queue[str | ApiError | None] = asyncio.Queue()
+        self._held: list[str | ApiError | None] = []
+        self._pump = asyncio.create_task(self._run(events))
+
+    async def _run(self, events: AsyncIterator[str]) -> None:
+        try:
+            async for event in events:
+                self._ready.put_nowait(event)
+            self._ready.put_nowait(None)
+        except Exception as error:
+            self._ready.put_nowait(as_api_error(error))
+        finally:
+            if (close := getattr(events, "aclose", None)) is not None:
+                await close()
+
+    async def begin(self) -> None:
+        """Wait for the first event."""
+        try:
+            item = await self._next()
+        except BaseException:
+            self._pump.cancel()
+            raise
+        if isinstance(item, ApiError):
+            raise item
+        self._held.append(item)
+
+    async def _next(self) -> str | ApiError | None:
+        try:
+            return await asyncio.wait_for(self._ready.get(), KEEP_ALIVE_SECONDS)
+        except asyncio.TimeoutError:  # not the built-in one yet in Python 3.10
+            return ": keep-alive\n\n"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send what comes until it ends."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while True:
+                item = self._held.pop() if self._held else await self._next()
+                if item is None:
+                    break
+                text = self._on_error(item) if isinstance(item, ApiError) else item
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                if isinstance(item, ApiError):
+                    break
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._pump.cancel()
