@@ -4,12 +4,12 @@ import os
 import signal
 import sys
 
-from exl_cli.models.template_helper import TemplateHelper
+from exl_cli.models.template_helper import Helper
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 if __name__ == "__main__":
-    helper = TemplateHelper(deadline=1)
+    helper = Helper(deadline=1)
     helper.render("x", {})
     sys.stdout.write(f"{helper.pid}\n")
     sys.stdout.flush()

@@ -11,7 +11,7 @@ import time
 
 from exl_cli.errors import PromptError
 from exl_cli.models.chat_template import ChatTemplate
-from exl_cli.models.template_helper import TemplateHelper
+from exl_cli.models.template_helper import Helper
 
 PYTHON = {
     "class": "{{ ''.__class__ }}",
@@ -173,7 +173,7 @@ HOSTILE = {f"{group}: {name}": template for group, table in GROUPS.items() for n
 LARGE = {"large": {str(i): i for i in range(1000)}}
 
 if __name__ == "__main__":
-    helper, slowest = TemplateHelper(), (0.0, "")
+    helper, slowest = Helper(), (0.0, "")
     for name, template in HOSTILE.items():
         began = time.perf_counter()
         with contextlib.suppress(PromptError):

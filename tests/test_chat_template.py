@@ -10,12 +10,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl_cli.errors import PromptError
 from exl_cli.models.chat_template import ChatTemplate, load_chat_template
-from exl_cli.models.template_helper import TemplateHelper
+from exl_cli.models.template_helper import Helper
 from exl_cli.ui.console import flags
 
 DATA = Path(__file__).parent / "data"
 TEMPLATES = sorted(path.stem for path in (DATA / "chat_templates").glob("*.jinja"))
-HELPER = TemplateHelper()
+HELPER = Helper()
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 ODD = "Grüße, 世界! 🦙 <|im_end|> {{ bos_token }} {% if %} <b>&amp;\"'</b>\n\n  spaced \t"
 TOOL = {

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from exl_cli.errors import DamagedModelError, PromptError, param
 from exl_cli.models.config import read_json, refuse_pointer
-from exl_cli.models.template_helper import Reply, TemplateHelper
+from exl_cli.models.template_helper import Helper, Reply
 from exl_cli.models.template_worker import BROKEN, REFUSED, STOPPED, TEXT
 from exl_cli.system.files import read_file, read_text
 
@@ -50,7 +50,7 @@ class ChatTemplate:
     origin: str = "chat_template.jinja"
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     variant: str = "default"
-    helper: TemplateHelper = field(default_factory=TemplateHelper, repr=False, compare=False)
+    helper: Helper = field(default_factory=Helper, repr=False, compare=False)
 
     stops: ClassVar[tuple[str, ...]] = ()
     add_special_tokens: ClassVar[bool] = False

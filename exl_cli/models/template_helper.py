@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import time
 import weakref
 from datetime import datetime
 from io import FileIO
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from exl_cli.models import template_worker
@@ -24,8 +22,7 @@ from exl_cli.models.template_worker import FAILED, STOPPED, max_text
 _MEMORY = 512 << 20
 _START_SECONDS = 60.0
 _PIECE = 1 << 20
-# What each program of `template_worker` imports, and what it does.
-_PROGRAMS = {"templates": (("jinja2", "markupsafe"), "renders"), "tokenizers": (("tokenizers",), "tries")}
+_VERBS = {"templates": "renders", "tokenizers": "tries"}
 
 
 class Reply(NamedTuple):
@@ -43,16 +40,17 @@ class Helper:
     object and with this process, however that ends; a process forked from this one starts its own. Threads take turns.
 
     Args:
-        program: "templates" or "tokenizers".
-        deadline: seconds that an answer may take.
-        cpu_seconds: seconds of computing that it may take.
+        deadline: seconds that an answer may take, the start of a process included where that takes less than half.
+        program: of `template_worker`.
+        cpu_seconds: seconds of computing that it may take; as many as the deadline has if not given.
         memory: bytes of address space.
     """
 
-    def __init__(self, program: str, deadline: float, cpu_seconds: int, memory: int = _MEMORY) -> None:
-        self._arguments = (program, str(cpu_seconds), str(memory))
-        self._packages, self._verb = _PROGRAMS[program]
-        self._deadline = deadline
+    def __init__(
+        self, deadline: float = 4.5, program: str = "templates", cpu_seconds: int = 0, memory: int = _MEMORY
+    ) -> None:
+        self._deadline, self._program = deadline, program
+        self._arguments = program, str(cpu_seconds or math.ceil(deadline)), str(memory)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
@@ -68,50 +66,45 @@ class Helper:
         with self._lock, contextlib.suppress(OSError):
             self._start()
 
+    def render(self, source: str, variables: dict[str, Any]) -> Reply:
+        """Render a Jinja template, which is compiled once, with variables of JSON's types."""
+        return self.ask(source, datetime.now().isoformat(), variables)
+
     def ask(self, *request: Any) -> Reply:
         """Send a request, of JSON's types, and wait for the reply; it is STOPPED or FAILED where none came."""
         line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
-            end, running = time.monotonic() + self._deadline, self._process is not None
+            end = time.monotonic() + self._deadline
+            if self._process and self._process.poll() is not None:  # killed since the last request
+                self._end()
             try:
-                try:
-                    return self._ask(line, end)
-                except EOFError:
-                    if not running:
-                        raise
-                self._end()  # it had perhaps been killed since the last request
-                return self._ask(line, end)
+                process = self._start()
+                if not self._ready and (reply := _exchange(process, b"", _START_SECONDS)).text:
+                    self._end()
+                    return reply
+                self._ready = True
+                # What its start took counts, but half of the time is for the answer.
+                reply = _exchange(process, line, max(end - time.monotonic(), self._deadline / 2))
             except TimeoutError:
                 reply = Reply(STOPPED, 0, f"it takes more than {self._deadline:g} seconds")
             except EOFError:
-                reply = Reply(FAILED, 0, "the process for it ends while it starts")
-                if self._ready:
-                    reply = Reply(STOPPED, 0, f"it ended the process that {self._verb} it")
+                reply = Reply(STOPPED, 0, f"it ended the process that {_VERBS[self._program]} it")
+                if not self._ready:  # before that it has seen nothing of a stranger's
+                    reply = Reply(FAILED, 0, "the process for it ends while it starts")
             except OSError as error:
                 reply = Reply(FAILED, 0, f"no process can be started for it: {error.strerror}")
             except BaseException:  # KeyboardInterrupt: the reply would be taken for that to the next request
                 self._end()
                 raise
-            self._end()
+            if reply.kind == STOPPED or not self._ready:
+                self._end()
             return reply
-
-    def _ask(self, line: bytes, end: float) -> Reply:
-        process = self._start()
-        if not self._ready:  # before that it has seen nothing of a stranger's
-            reply = _exchange(process, b"", _START_SECONDS)
-            if reply.text:
-                return reply
-            self._ready = True
-        # What its start took counts, but half of the time is for the answer.
-        return _exchange(process, line, max(end - time.monotonic(), self._deadline / 2))
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            specs = [importlib.util.find_spec(name) for name in self._packages]
-            folders = {str(Path(spec.origin).absolute().parents[1]) for spec in specs if spec and spec.origin}
             program = (sys.executable, "-I", "-S", "-W", "ignore", template_worker.__file__)
             self._process = subprocess.Popen(  # noqa: S603 - our own program
-                [*program, *self._arguments, *folders],
+                [*program, *self._arguments, *filter(os.path.isabs, sys.path)],
                 bufsize=0,  # a buffer would have a lock, which a process forked meanwhile could not take
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -124,17 +117,12 @@ class Helper:
             self._kill = weakref.finalize(self, _kill, self._process)
         return self._process
 
-    def close(self) -> None:
-        """End the process, if it runs."""
-        with self._lock:
-            self._end()
-
     def _end(self) -> None:
         if self._process is not None:
             self._kill()
         self._process = None
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """In a forked process: leave the helper to the parent, and the lock to whichever thread there holds it."""
         self._lock = threading.Lock()
         if self._process is not None:
@@ -143,24 +131,15 @@ class Helper:
         self._process = None
 
 
-class TemplateHelper(Helper):
-    """A process that renders chat templates.
+_helpers: weakref.WeakSet[Helper] = weakref.WeakSet()
 
-    Args:
-        deadline: seconds that a rendering may take, the start of a process included where that takes less than half.
-    """
 
-    def __init__(self, deadline: float = 4.5) -> None:
-        super().__init__("templates", deadline, math.ceil(deadline))
+def _forget_all() -> None:
+    for helper in _helpers:
+        helper._forget()
 
-    def render(self, source: str, variables: dict[str, Any]) -> Reply:
-        """Render a template.
 
-        Args:
-            source: the Jinja text. It is compiled once, however often it renders.
-            variables: of JSON's types.
-        """
-        return self.ask(source, datetime.now().isoformat(), variables)
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def try_tokenizer(data: bytes) -> Reply:
@@ -169,22 +148,8 @@ def try_tokenizer(data: bytes) -> Reply:
     A text of that size takes milliseconds; the file itself may be large and takes some seconds to read.
     """
     megabytes = len(data) >> 20
-    helper = Helper("tokenizers", 20.0 + 2 * megabytes, 5 + megabytes // 2, _MEMORY + 8 * len(data))
-    try:
-        return helper.ask(data.decode("utf-8", "replace"))
-    finally:
-        helper.close()
-
-
-_helpers: weakref.WeakSet[Helper] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for helper in _helpers:
-        helper.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
+    helper = Helper(20.0 + 2 * megabytes, "tokenizers", 5 + megabytes // 2, _MEMORY + 8 * len(data))
+    return helper.ask(data.decode("utf-8", "replace"))
 
 
 def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> Reply:
@@ -223,7 +188,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
-    for stream in (process.stdin, process.stdout):
+    for stream in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(OSError):  # what it did not read
-            if stream is not None:
-                stream.close()
+            stream.close()

@@ -1,8 +1,8 @@
 """The process in which a stranger's chat template renders or tokenizer is tried, with nothing else in reach.
 
-`template_helper` starts it by its path, with `python -I -S` and the folders that hold Jinja or tokenizers; it imports
-nothing of exl. It imports what its program needs, gives up files, processes and memory for good, and then answers
-requests until its standard input ends.
+`template_helper` starts it by its path, with `python -I -S` and the folders of its own `sys.path`; it imports nothing
+of exl. It imports what its program needs, gives up files, processes and memory for good, and then answers requests
+until its standard input ends.
 
 A request is a line of JSON: a list of the template, the time and the variables, or of the text of a tokenizer.json. So
 is a reply: its kind, the template's line or 0, and the text or the reason.
@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 TEXT, REFUSED, BROKEN, STOPPED, FAILED = "text", "refused", "broken", "stopped", "failed"
@@ -28,21 +28,17 @@ _WARM_UP = """{% macro m(x) %}{{ x|tojson(indent=1) }}{% endmacro %}{{ m(1.5) }}
 {{ 'a b'|wordwrap(1) }}{{ [1]|pprint }}{{ '<'|e }}{% generation %}{% endgeneration %}{{ 'x'.encode('ascii') }}
 {{ a.b.c }}"""
 
-
 # A tokenizer may make so many times the text's characters of it.
 _MAX_GROWTH = 16
 # Letters, digits and signs; scripts of one to four bytes a character; runs, on which some patterns take quadratic time.
 _SAMPLE = (
     "".join(map(chr, range(32, 127)))
-    + " The quick brown fox jumps over the lazy dog.\n\tÄpfel, naïve œuvre; Ελλάδα, Привет, "
-    + " שלום, مرحبا, हिन्दी, ไทย, 日本語, 한국어, "
-    + "🙂👩\u200d👩\u200d👧 ﬁ ① Ａ \u0301\u00a0\ufeff\u0000"
-    + "a" * 500
-    + " " * 200
-    + "\n" * 50
-    + "1" * 100
-    + "=" * 100
+    + " The quick brown fox jumps over the lazy dog.\n\tÄpfel, naïve œuvre; Ελλάδα, Привет,  שלום, مرحبا, हिन्दी, ไทย, "
+    + "日本語, 한국어, 🙂👩\u200d👩\u200d👧 ﬁ ① Ａ \u0301\u00a0\ufeff\u0000"
+    + "".join(char * count for char, count in {"a": 500, " ": 200, "\n": 50, "1": 100, "=": 100}.items())
 )
+
+Answer = tuple[str, int, str]
 
 
 def max_text(request: int) -> int:
@@ -79,13 +75,10 @@ def allow_cpu(seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, most))
 
 
-Answer = tuple[str, int, str]
-
-
 def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
     """A function that renders a template, given its source, the local time (ISO 8601) and its variables.
 
-    It returns the kind of reply, the line (0 where unknown) and the text or the reason. A MemoryError comes through.
+    A MemoryError comes through.
     """
     from datetime import datetime
     from functools import lru_cache
@@ -129,6 +122,7 @@ def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     compiled = lru_cache(maxsize=32)(environment.from_string)
+    kinds = {TemplateSyntaxError: BROKEN, RefusedError: REFUSED, SecurityError: STOPPED, Exception: FAILED}
 
     def render(source: str, now: str, variables: dict[str, Any]) -> Answer:
         try:
@@ -137,16 +131,10 @@ def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
         except MemoryError:
             raise
         except Exception as error:
-            kind, line, reason = FAILED, _line_of(error), str(error) or type(error).__name__
-            if isinstance(error, TemplateSyntaxError):
-                kind, line, reason = BROKEN, error.lineno, error.message or ""
-            elif isinstance(error, RefusedError):
-                kind = REFUSED
-            elif isinstance(error, SecurityError):
-                kind = STOPPED
-            elif isinstance(error, RecursionError):
-                reason = "it nests too deep"
-            return kind, line, reason[:_MAX_REASON]
+            kind = next(kind for type_, kind in kinds.items() if isinstance(error, type_))
+            reason = "it nests too deep" if isinstance(error, RecursionError) else getattr(error, "message", str(error))
+            line = error.lineno if isinstance(error, TemplateSyntaxError) else _line_of(error)
+            return kind, line, (reason or type(error).__name__)[:_MAX_REASON]
 
     return render
 
@@ -158,23 +146,15 @@ def trier() -> Callable[[str], Answer]:
     """
     from tokenizers import Tokenizer
 
-    def grown(tokenizer: Any) -> tuple[int, int]:
-        """The characters of the sample, and the largest of what a tokenizer makes of them."""
+    def sizes(tokenizer: Any, text: str) -> Iterator[int]:
+        """Characters or tokens after each step of encoding and decoding; no step is taken before it is asked for."""
         normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
-        # Also what its patterns name: a text that makes it grow holds that.
-        text = _SAMPLE + "".join(
-            sorted({char for part in (normalizer, splitter) if part for char in part.__getstate__().decode()})
-        )
         normalized = normalizer.normalize_str(text) if normalizer else text
-        most = len(normalized)
-        if splitter and most <= _MAX_GROWTH * len(text):
-            most = max(most, sum(len(piece) for piece, _ in splitter.pre_tokenize_str(normalized)))
-        if most <= _MAX_GROWTH * len(text):
-            ids = tokenizer.encode(text, add_special_tokens=True).ids
-            most = max(most, len(ids))
-        if most <= _MAX_GROWTH * len(text):
-            most = max(most, len(tokenizer.decode(ids, skip_special_tokens=False)))
-        return len(text), most
+        yield len(normalized)
+        yield sum(len(piece) for piece, _ in splitter.pre_tokenize_str(normalized)) if splitter else 0
+        ids = tokenizer.encode(text, add_special_tokens=True).ids
+        yield len(ids)
+        yield len(tokenizer.decode(ids, skip_special_tokens=False))
 
     def attempt(request: str) -> Answer:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no thread can be started
@@ -182,12 +162,14 @@ def trier() -> Callable[[str], Answer]:
             tokenizer = Tokenizer.from_str(request)
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            size, most = grown(tokenizer)
+            # Also what its patterns name: a text that makes it grow holds that.
+            parts = filter(None, (tokenizer.normalizer, tokenizer.pre_tokenizer))
+            text = _SAMPLE + "".join(sorted({char for part in parts for char in part.__getstate__().decode()}))
+            size = next((size for size in sizes(tokenizer, text) if size > _MAX_GROWTH * len(text)), 0)
         except Exception:
             return TEXT, 0, ""
-        if most > _MAX_GROWTH * size:
-            return STOPPED, 0, f"it makes {most:,} characters or tokens of a text of {size:,} characters"
-        return TEXT, 0, ""
+        said = f"it makes {size:,} characters or tokens of a text of {len(text):,} characters"
+        return (STOPPED, 0, said) if size else (TEXT, 0, "")
 
     return attempt
 
@@ -202,41 +184,37 @@ def _line_of(error: BaseException) -> int:
     return line
 
 
-def _reply(kind: str, line: int, text: str) -> None:
-    reply = json.dumps((kind, line, text), ensure_ascii=False).encode("utf-8", "surrogatepass")
-    sys.stdout.buffer.write(reply + b"\n")
+def _reply(*answer: str | int) -> None:
+    sys.stdout.buffer.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
     sys.stdout.buffer.flush()
 
 
-def main(program: str, cpu_seconds: int, memory: int, *folders: str) -> None:
+def main(program: str, cpu_seconds: str, memory: str, *folders: str) -> None:
     """Answer requests, each within so many seconds of computing, all within so many bytes of memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path += folders
     try:
-        answer: Callable[..., Answer]
+        answer: Callable[..., Answer] = renderer() if program == "templates" else trier()
         if program == "templates":
-            answer = renderer()
             answer(_WARM_UP, "2000-01-01", {})
-        else:
-            answer = trier()
-        give_up(memory)
+        give_up(int(memory))
     except Exception as error:
         return _reply(FAILED, 0, f"{type(error).__name__}: {error}")
     _reply(TEXT, 0, "")
     for request in sys.stdin.buffer:
-        allow_cpu(cpu_seconds)
+        allow_cpu(int(cpu_seconds))
         try:
             kind, line, text = answer(*json.loads(request))
             if len(text) > max_text(len(request)):
                 kind, line, text = STOPPED, 0, "it writes too much text"
             _reply(kind, line, text)
         except MemoryError as error:
-            # Whether enough of the heap is free for the next rendering is luck: that gets a fresh process.
-            return _reply(STOPPED, _line_of(error), "it needs too much memory")
+            # Whether enough of the heap is free for the next rendering is luck: the parent starts a fresh process.
+            _reply(STOPPED, _line_of(error), "it needs too much memory")
         except Exception as error:  # such as one that cannot be written out
             _reply(FAILED, 0, type(error).__name__)
     return None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    main(*sys.argv[1:])
