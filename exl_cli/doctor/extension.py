@@ -44,7 +44,8 @@ def check(
         yield CheckResult("nvcc", "skip", "of no use to a torch without CUDA")
         yield from (_tool(t, needed=False) for t in (toolchain.compiler(), toolchain.ninja(), toolchain.headers()))
         return False
-    here, tools = compiled.find(torch, gpus), toolchain.find(torch)
+    extensions, tools = compiled.extensions(torch, gpus), toolchain.find(torch)
+    here = next((each for each in extensions if each.usable), extensions[0] if extensions else None)
     tried = try_out(here.path) if here and here.usable else None
     ready = tried is not None and tried.value is not None
     yield _extension(here, tried, torch, gpus, tools)
@@ -80,7 +81,7 @@ def _extension(
         return CheckResult("Extension", "fail", problem, hints.joined([tools.fix, hints.BUILD]), "gpu", details)
     # No obstacle: `exl run` does it by itself.
     jobs = build.plan().jobs
-    minutes = max(1, round(build.seconds_for_all(jobs, len(set(gpus))) / 60))
+    minutes = max(1, round(build.seconds_left(build.all_files(), jobs, len(set(gpus))) / 60))
     fix = f"{hints.BUILD} (about {minutes} min with {jobs} jobs)"
     return CheckResult("Extension", "warn", f"{problem}; exl run compiles it first", fix, "", details)
 

@@ -57,9 +57,9 @@ def _extension(observer: build.Observer | None) -> ModuleType:
     torch_ = build.torch_for_cuda()
     gpus = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     why = ""
-    for candidate in compiled.candidates(torch_, gpus):
-        if candidate.problem:
-            why = why or f"{candidate.path} was {candidate.problem}"
+    for candidate in compiled.extensions(torch_, gpus):
+        if not candidate.usable:
+            why = why or (candidate.problem and f"{candidate.path} was {candidate.problem}")
             continue
         try:
             return _load(candidate.path)

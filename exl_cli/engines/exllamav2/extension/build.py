@@ -30,20 +30,13 @@ _POLL_SECONDS = 0.2
 
 
 class Progress(NamedTuple):
-    """How far a build is.
-
-    Attributes:
-        done, total: files compiled, and in all; the link counts as one.
-        seconds: since the first was begun.
-        left: seconds that the rest will take, about.
-        name: the file that was finished last.
-    """
+    """How far a build is: in files, of which the link counts as one."""
 
     done: int
     total: int
-    seconds: float
-    left: float
-    name: str = ""
+    seconds: float  # since the first was begun
+    left: float  # seconds that the rest will take, about
+    name: str = ""  # of the file that was finished last
 
 
 @runtime_checkable
@@ -73,29 +66,17 @@ class Notes:
 
 
 class Result(NamedTuple):
-    """An extension that is ready.
-
-    Attributes:
-        path: the library.
-        facts: what it was made for.
-        gpus: on which it has computed something.
-        log: what the compilers said.
-        compiled: files that had to be; 0 where another build made it, exl's or exllamav2's own.
-    """
+    """An extension that is ready."""
 
     path: Path
     facts: Facts
-    gpus: Sequence[str] = ()
-    log: str = ""
-    compiled: int = 0
+    gpus: Sequence[str] = ()  # on which it has computed something
+    log: str = ""  # what the compilers said
+    compiled: int = 0  # files that had to be; none where another build made it, exl's or exllamav2's own
 
 
 def torch_for_cuda() -> Torch:
-    """The installed torch, if it is built for CUDA and exllamav2 is there.
-
-    Raises:
-        EngineError: it is not.
-    """
+    """The installed torch; EngineError where it is not built for CUDA or exllamav2 is not there."""
     torch = compiled.torch_here()
     if torch is None:
         raise EngineError("torch is not installed", hints.pip("torch"))
@@ -146,22 +127,23 @@ def build(
 
 def _choose_archs(asked: tuple[str, ...], gpus: Sequence[Capability]) -> tuple[str, ...]:
     """The architectures that the user asked for, else those of TORCH_CUDA_ARCH_LIST, else the GPUs'."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if asked or not listed:
-        if not asked and not gpus:
-            arch = param("arch")
-            raise EngineError(f"there is no GPU here to compile for: say which with {arch}, as {arch} 8.6")
-        return asked or tuple(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
-    try:
-        archs = compiled.parse_archs(listed)
-    except ValueError as error:
-        what = f"TORCH_CUDA_ARCH_LIST={listed}: {str(error)!r} is no GPU architecture"
-        raise EngineError(what, "write it as 8.6, or unset TORCH_CUDA_ARCH_LIST") from error
-    # It may be left over from something else.
-    if missing := compiled.uncovered(archs, gpus):
-        what = f"TORCH_CUDA_ARCH_LIST={listed} leaves out the GPU here ({compiled.sm(missing[0])})"
-        raise EngineError(what, "unset TORCH_CUDA_ARCH_LIST")
-    return archs
+    if asked:
+        return asked
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST", ""):
+        named = f"TORCH_CUDA_ARCH_LIST={listed}"
+        try:
+            archs = compiled.parse_archs(listed)
+        except ValueError as error:
+            what = f"{named}: {str(error)!r} is no GPU architecture"
+            raise EngineError(what, "write it as 8.6, or unset TORCH_CUDA_ARCH_LIST") from error
+        if missing := compiled.uncovered(archs, gpus):  # left over from something else, say
+            what = f"{named} leaves out the GPU here ({compiled.sm(missing[0])})"
+            raise EngineError(what, "unset TORCH_CUDA_ARCH_LIST")
+        return archs
+    if not gpus:
+        arch = param("arch")
+        raise EngineError(f"there is no GPU here to compile for: say which with {arch}, as {arch} 8.6")
+    return tuple(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
 
 
 def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
@@ -174,9 +156,7 @@ def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
         tested = smoke_test.run(library, (), torch, log)
     except EngineError:
         return None
-    if not tested.gpus:
-        return None
-    return Result(*compiled.publish(library, torch, tested.archs), tested.gpus, log.name)
+    return Result(*compiled.publish(library, torch, tested.archs), tested.gpus, log.name) if tested.gpus else None
 
 
 def _compiled(
@@ -195,20 +175,16 @@ def _compiled(
     # torch waits while its lock is there. Under exl's own lock no one else builds here: it is a killed build's.
     (folder / "lock").unlink(missing_ok=True)
     variables = toolchain.variables(tools, compiled.build_root() / "lib")
-    variables |= {
-        "TORCH_EXTENSIONS_DIR": str(root),
-        "TORCH_CUDA_ARCH_LIST": ";".join(archs),
-        "MAX_JOBS": str(plan.jobs),
-    }
+    variables |= {"TORCH_EXTENSIONS_DIR": str(root), "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
     library, start = folder / compiled.LIBRARY, log.tell()
     try:
         slower = toolchain.try_nvcc(archs, variables, log) / _TRIAL_SECONDS
         files = _compile(folder, variables, log, observer, archs, plan, slower)
         tested = smoke_test.run(library, archs, torch, log)
     except (subprocess.CalledProcessError, EngineError) as error:
-        failure = error if isinstance(error, EngineError) else _failure(log, start, torch)
-        hint = f"{failure.hint}; see {log.name}" if failure.hint else f"see {log.name}"
-        raise EngineError(f"exllamav2's extension was not compiled: {failure.message}", hint) from error
+        what, fix = (error.message, error.hint) if isinstance(error, EngineError) else _failure(log, start, torch)
+        hint = "; ".join(filter(None, (fix, f"see {log.name}")))
+        raise EngineError(f"exllamav2's extension was not compiled: {what}", hint) from error
     compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
     made = compiled.publish(library, torch, archs, time.monotonic() - begun, compilers)
     shutil.rmtree(root, ignore_errors=True)
@@ -224,23 +200,24 @@ def _compile(
     plan: Plan,
     slower: float,
 ) -> int:
-    """Run the worker in this environment and show how far ninja is, by its log; the number of files compiled.
+    """Run the worker and show how far ninja is, by its log; the number of files compiled. CalledProcessError if not."""
 
-    Raises:
-        CalledProcessError: it failed; the log says why.
-    """
-    waiting = [name for name in _all_files() if name not in _finished(folder)]
-    left = seconds_left(waiting, plan.jobs, len(archs), slower)
+    def left(names: Iterable[str], pace: float = slower) -> float:
+        return seconds_left(names, plan.jobs, len(archs), pace)
+
+    here = _finished(folder)
+    waiting = [name for name in all_files() if name not in here]
     if waiting:
         observer.note(
-            f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about {_duration(left)} "
-            f"with {plan}; log: {log.name}"
+            f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about "
+            f"{_duration(left(waiting))} with {plan}; log: {log.name}"
         )
-        observer.building(Progress(0, len(waiting), 0.0, left))
+        observer.building(Progress(0, len(waiting), 0.0, left(waiting)))
     command, begun = processes.command(worker.__name__), time.monotonic()
+    environment = {**variables, "MAX_JOBS": str(plan.jobs)}
     done: list[str] = []
     process = subprocess.Popen(  # noqa: S603
-        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, text=True, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, text=True, start_new_session=True
     )
     try:
         while process.poll() is None:
@@ -249,10 +226,9 @@ def _compile(
             before, done = done, [name for name in _finished(folder) if name in waiting]
             if len(done) > len(before):
                 seconds, rest = time.monotonic() - begun, [name for name in waiting if name not in done]
-                # The pace so far: how many times as long as expected these files took.
-                pace = seconds / seconds_left(done, plan.jobs, len(archs))
-                left = seconds_left(rest, plan.jobs, len(archs), pace)
-                observer.building(Progress(len(done), len(waiting), seconds, left, done[-1]))
+                # At the pace so far: how many times as long as expected these files took.
+                expected = left(rest, seconds / left(done, 1.0))
+                observer.building(Progress(len(done), len(waiting), seconds, expected, done[-1]))
     finally:
         processes.stop(process)
     if process.returncode:
@@ -260,7 +236,7 @@ def _compile(
     return len(done)
 
 
-def _all_files() -> list[str]:
+def all_files() -> list[str]:
     """What torch has ninja make of exllamav2's sources."""
     spec = importlib.util.find_spec(compiled.EXLLAMAV2)
     folders = [Path(place) / compiled.MODULE for place in (spec and spec.submodule_search_locations) or ()]
@@ -279,11 +255,12 @@ def _finished(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).exists()]
 
 
-def _failure(log: IO[str], start: int, torch: Torch) -> EngineError:
+def _failure(log: IO[str], start: int, torch: Torch) -> tuple[str, str]:
+    """What went wrong and what mends it, from what the compilers have said."""
     text = Path(log.name).read_bytes()[start:].decode("utf-8", "replace")
     if known := hints.explain(text, torch):
-        return EngineError(known.what, known.fix)
-    return EngineError(hints.first_error(text) or "the compiler failed")
+        return known.what, known.fix
+    return hints.first_error(text) or "the compiler failed", ""
 
 
 # --- one at a time ----------------------------------------------------------------------------------------------------
@@ -375,8 +352,7 @@ def plan(asked: int | None = None) -> Plan:
     if (variable := os.environ.get("MAX_JOBS", "")).isdigit() and int(variable):
         return Plan(int(variable), "MAX_JOBS")
     cores, free = usable_cores(), available_memory()
-    by_memory = cores if free is None else max(1, (free - GIB) // _JOB_BYTES)
-    if free is not None and by_memory < cores:
+    if free is not None and (by_memory := max(1, (free - GIB) // _JOB_BYTES)) < cores:
         return Plan(by_memory, f"{gib(free)} of memory are free")
     return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
 
@@ -384,20 +360,11 @@ def plan(asked: int | None = None) -> Plan:
 def seconds_left(names: Iterable[str], jobs: int, architectures: int = 1, slower: float = 1.0) -> float:
     """How long these files take, about: the work shared out, and the longest of them at least.
 
-    Args:
-        names: the files to make.
-        jobs: how many at once.
-        architectures: for so many GPU architectures.
-        slower: how many times as long as on the figures' machine.
+    `slower` is how many times as long as on the figures' machine a file takes here.
     """
     weights = [_cpu_seconds(name, architectures) for name in names]
     pace = slower * (_SHARED if jobs > 1 else 1.0)
     return pace * max([sum(weights) / jobs, *weights, 0.0])
-
-
-def seconds_for_all(jobs: int, architectures: int) -> float:
-    """How long a whole build takes, about."""
-    return seconds_left(_all_files(), jobs, architectures)
 
 
 def _cpu_seconds(name: str, architectures: int) -> float:

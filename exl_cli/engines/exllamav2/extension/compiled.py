@@ -17,35 +17,22 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from exl_cli.system.files import user_cache, write_atomically
 from exl_cli.system.nvml import open_driver
 from exl_cli.system.version import package_version
 
-EXLLAMAV2 = "exllamav2"
-MODULE = "exllamav2_ext"
+EXLLAMAV2, MODULE = "exllamav2", "exllamav2_ext"
 FACTS, LIBRARY = f"{MODULE}.json", f"{MODULE}.so"
 
 Capability = tuple[int, int]
 
 
-# --- the installation -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Torch:
-    """The installed torch.
-
-    Attributes:
-        version: e.g. "2.11.0+cu130".
-        cuda: the CUDA version it was built with, e.g. "13.0"; None for a build without.
-        hip: likewise for ROCm.
-        folder: the package's folder.
-    """
+class Torch(NamedTuple):
+    """The installed torch: versions as "2.11.0+cu130" and "13.0" (None where built without), and its folder."""
 
     version: str
     cuda: str | None
@@ -81,16 +68,15 @@ def exllamav2_version() -> str | None:
     return package_version(EXLLAMAV2) or "unknown" if importlib.util.find_spec(EXLLAMAV2) else None
 
 
-def exllamav2_release() -> str:
-    """The same without the wheel's tag: the version of the sources."""
+def _release() -> str:
+    """The version of exllamav2's sources: without the wheel's tag."""
     return (exllamav2_version() or "").partition("+")[0]
 
 
 def capabilities(*, ask_torch: bool = False) -> list[Capability]:
     """Compute capabilities of this machine's GPUs from the driver, hidden ones included.
 
-    Args:
-        ask_torch: import torch where NVML tells nothing, as in a container without it.
+    Where NVML tells nothing, as in a container without it, `ask_torch` imports torch to ask.
     """
     with open_driver() as driver:
         answers = [driver.ask("DeviceGetCudaComputeCapability", handle) for handle in driver.gpus()]
@@ -109,7 +95,7 @@ def build_root() -> Path:
 
 def build_folder(torch: Torch, archs: Iterable[str]) -> Path:
     """exl's folder for an extension that fits this installation and has code for these architectures."""
-    key = f"exllamav2-{exllamav2_release()}-torch{_minor(torch.version)}-cu{torch.cuda}-{python_tag()}"
+    key = f"exllamav2-{_release()}-torch{_minor(torch.version)}-cu{torch.cuda}-{python_tag()}"
     return build_root() / f"{key}-{tag(archs)}"
 
 
@@ -130,25 +116,16 @@ def _minor(version: str) -> str:
 # --- extensions -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a compiled extension was made for.
-
-    Attributes:
-        exllamav2, torch, cuda: versions.
-        python: the binary interface's tag, as `python_tag`.
-        archs: GPU architectures, as TORCH_CUDA_ARCH_LIST has them: "9.0", or "9.0+PTX" where later ones can be served.
-        size: bytes of the library.
-        built: when, in ISO 8601; seconds: how long that took; compilers: which.
-    """
+class Facts(NamedTuple):
+    """What a compiled extension was made for, and how."""
 
     exllamav2: str
     torch: str
     cuda: str
-    python: str
-    archs: tuple[str, ...] = ()
-    size: int = 0
-    built: str = ""
+    python: str  # as `python_tag`
+    archs: tuple[str, ...] = ()  # as TORCH_CUDA_ARCH_LIST has them: "9.0", or "9.0+PTX" to serve later GPUs too
+    size: int = 0  # bytes of the library
+    built: str = ""  # when, in ISO 8601
     seconds: float = 0.0
     compilers: str = ""
 
@@ -157,14 +134,13 @@ class Facts:
 
         Unknown facts count as fitting.
         """
-        wanted = exllamav2_release()
         if self.torch and _minor(self.torch) != _minor(torch.version):
             return f"built for torch {self.torch}, and torch {torch.version} is here"
         if self.cuda and int(self.cuda.split(".")[0]) != torch.cuda_major:
             return f"built for CUDA {self.cuda}, and this torch has {torch.cuda or 'none'}"
         if self.python and self.python != python_tag():
             return f"built for {self.python}, and this Python is {python_tag()}"
-        if self.exllamav2 and wanted and self.exllamav2.partition("+")[0] != wanted:
+        if self.exllamav2 and (wanted := _release()) and self.exllamav2.partition("+")[0] != wanted:
             return f"built from exllamav2 {self.exllamav2}, and {wanted} is here"
         if self.archs and (missing := uncovered(self.archs, gpus)):
             return f"built for {spoken(self.archs)}, and the GPU here is {', '.join(map(sm, missing))}"
@@ -172,24 +148,16 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {"format": 1, **asdict(self), "archs": list(self.archs)}
+        return {"format": 1, **self._asdict(), "archs": list(self.archs)}
 
 
-@dataclass(frozen=True)
-class Extension:
-    """A compiled extension.
-
-    Attributes:
-        kind: "installed" (importable), "compiled" (by exl) or "unproven" (in torch's folder, its versions unknown).
-        path: the library.
-        facts: what it was made for, where that is known.
-        problem: why it cannot serve here, as far as can be told without loading it.
-    """
+class Extension(NamedTuple):
+    """A compiled extension: importable, compiled by exl, or in torch's folder, its versions unknown."""
 
     kind: Literal["installed", "compiled", "unproven"]
     path: Path
     facts: Facts | None = None
-    problem: str = ""
+    problem: str = ""  # why it cannot serve here, as far as can be told without loading it
 
     @property
     def usable(self) -> bool:
@@ -197,31 +165,27 @@ class Extension:
         return self.kind != "unproven" and not self.problem
 
 
-def candidates(torch: Torch, gpus: Sequence[Capability] = ()) -> list[Extension]:
-    """The importable extension, then those that exl compiled for this installation, each group's fitting ones first."""
-    extensions = []
+def extensions(torch: Torch, gpus: Sequence[Capability] = ()) -> list[Extension]:
+    """The extensions that are here: the importable one, exl's for this installation, torch's, exl's that do not fit.
+
+    The first usable one is to be loaded; where there is none, the first of all says most about why.
+    """
+    here = []
     if library := _importable():
         facts = read_facts(library) or _facts_of_wheel()
-        extensions.append(Extension("installed", library, facts, facts.mismatch(torch, gpus) if facts else ""))
-    return [*extensions, *_built(torch, gpus)]
+        here.append(Extension("installed", library, facts, facts.mismatch(torch, gpus) if facts else ""))
+    paths = sorted(build_root().glob(f"{build_folder(torch, ()).name}sm*/{LIBRARY}"))
+    own = [Extension("compiled", p, facts, facts.mismatch(torch, gpus)) for p in paths if (facts := read_facts(p))]
+    here += [extension for extension in own if extension.usable]
+    if (theirs := torch_build_folder(torch) / LIBRARY).is_file():
+        here.append(Extension("unproven", theirs))
+    return here + [extension for extension in own if not extension.usable]
 
 
 def ready(torch: Torch, gpus: Sequence[Capability], archs: Iterable[str] = ()) -> tuple[Path, Facts] | None:
     """One that exl compiled, with code for all of `archs` and for the GPUs."""
-    for extension in _built(torch, gpus):
-        if extension.usable and extension.facts and set(archs) <= set(extension.facts.archs):
-            return extension.path, extension.facts
-    return None
-
-
-def find(torch: Torch, gpus: Sequence[Capability] = ()) -> Extension | None:
-    """The extension that exl would load; where none will do, the one that says most about why."""
-    here = candidates(torch, gpus)
-    if usable := next((extension for extension in here if extension.usable), None):
-        return usable
-    if not (here and here[0].kind == "installed") and (path := torch_build_folder(torch) / LIBRARY).is_file():
-        return Extension("unproven", path)
-    return here[0] if here else None
+    own = (e for e in extensions(torch, gpus) if e.kind == "compiled" and e.usable)
+    return next(((e.path, e.facts) for e in own if e.facts and set(archs) <= set(e.facts.archs)), None)
 
 
 def publish(
@@ -229,7 +193,7 @@ def publish(
 ) -> tuple[Path, Facts]:
     """Copy a tested library into exl's folder for its architectures, whole at any moment, with its facts beside it."""
     size, now = library.stat().st_size, datetime.now(timezone.utc).isoformat(timespec="seconds")
-    made_for = exllamav2_release(), torch.version, torch.cuda or "", python_tag(), tuple(archs)
+    made_for = _release(), torch.version, torch.cuda or "", python_tag(), tuple(archs)
     facts = Facts(*made_for, size, now, round(seconds, 1), compilers)
     folder = build_folder(torch, facts.archs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,17 +209,11 @@ def read_facts(library: Path) -> Facts | None:
     """What stands beside a library; None where nothing does, or it is about another one."""
     try:
         value = json.loads((library.parent / FACTS).read_text(encoding="utf-8"))
-        known = {name: value[name] for name in Facts.__dataclass_fields__ if name in value}
+        known = {name: value[name] for name in Facts._fields if name in value}
         facts = Facts(**{**known, "archs": tuple(map(str, value.get("archs", ())))})
         return facts if facts.size == library.stat().st_size else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-
-
-def _built(torch: Torch, gpus: Sequence[Capability]) -> list[Extension]:
-    own = sorted(build_root().glob(f"{build_folder(torch, ()).name}sm*/{LIBRARY}"))
-    extensions = [Extension("compiled", p, facts, facts.mismatch(torch, gpus)) for p in own if (facts := read_facts(p))]
-    return sorted(extensions, key=lambda extension: bool(extension.problem))
 
 
 def _importable() -> Path | None:
@@ -276,11 +234,7 @@ def _facts_of_wheel() -> Facts | None:
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
-    """ "8.6,sm_90" to ("8.6", "9.0"); "+PTX" and a letter behind the number are kept.
-
-    Raises:
-        ValueError: something else stands there.
-    """
+    """ "8.6,sm_90" to ("8.6", "9.0"), "+PTX" and a letter behind the number kept; ValueError holds what is none."""
     archs = []
     for word in filter(None, re.split(r"[\s,;]+", text)):
         match = re.fullmatch(r"(?:sm_|compute_)?(\d{1,2})\.?(\d)([af]?)(\+PTX)?", word, re.IGNORECASE)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from exl_cli.engines.exllamav2.extension.compiled import Torch
 
-EXLLAMAV2_RELEASE = "0.3.2"
-BUILD = "exl build"
+EXLLAMAV2_RELEASE, BUILD = "0.3.2", "exl build"
 
 # The package managers' names for the C++ compiler and the Python headers; {v} is "3.12".
 _MANAGERS = (
@@ -28,7 +27,7 @@ _MANAGERS = (
     ("pacman -S --noconfirm", "gcc", "python"),
     ("apk add", "g++", "python3-dev"),
 )
-_FIRST_CUDA_FROM_PIP = 13
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def pip(*arguments: str) -> str:
@@ -41,16 +40,14 @@ def pip(*arguments: str) -> str:
 
 def compiler() -> str:
     """A command that installs a C++ compiler."""
-    if _in_conda():
-        return "conda install -y -c conda-forge gxx_linux-64"
-    return _system(1) or "install g++ with your system's package manager"
+    return "conda install -y -c conda-forge gxx_linux-64" if _in_conda() else _from_system(1, "g++")
 
 
 def headers() -> str:
     """A command that installs this Python's headers."""
     if not Path(sys.base_prefix).is_relative_to("/usr") or Path(sys.base_prefix).is_relative_to("/usr/local"):
         return "use a Python that brings its headers: those of uv, pyenv and conda do"
-    return _system(2) or f"install the headers of Python {_python()} with your system's package manager"
+    return _from_system(2, f"the headers of Python {_PYTHON}")
 
 
 def toolkit(torch: Torch | None) -> str:
@@ -58,7 +55,7 @@ def toolkit(torch: Torch | None) -> str:
     if torch is None:
         return "install NVIDIA's CUDA Toolkit"
     cuda = torch.cuda or "13.0"
-    if torch.cuda_major >= _FIRST_CUDA_FROM_PIP:
+    if torch.cuda_major >= 13:
         # From CUDA 13 on NVIDIA's Python packages hold all of nvcc, and torch's own bring the other headers.
         return pip(f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={cuda}.*")
     if _in_conda():
@@ -83,82 +80,65 @@ def _in_conda() -> bool:
     return bool(prefix) and Path(sys.prefix) == Path(str(prefix))
 
 
-def _system(column: int) -> str:
-    row = next((row for row in _MANAGERS if shutil.which(row[0].split()[0])), None)
-    return f"{_sudo()}{row[0]} {row[column].format(v=_python())}" if row else ""
+def _from_system(column: int, what: str) -> str:
+    for row in _MANAGERS:
+        if shutil.which(row[0].split()[0]):
+            return f"{_sudo()}{row[0]} {row[column].format(v=_PYTHON)}"
+    return f"install {what} with your system's package manager"
 
 
 def _sudo() -> str:
     return "" if os.geteuid() == 0 or not shutil.which("sudo") else "sudo "
 
 
-def _python() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
 class Failure(NamedTuple):
-    """One failure.
-
-    Attributes:
-        what: the fault, lower case, without a final stop.
-        fix: the command or step that mends it.
-        rebuild: whether compiling the extension again mends it.
-    """
+    """The fault, lower case, without a final stop; what mends it; whether that is compiling the extension again."""
 
     what: str
     fix: str
     rebuild: bool = False
 
 
-_E = "exllamav2's compiled extension"
-_OLDER_COMPILER = "install an older g++ and name it: CXX=g++-12 CC=gcc-12 exl build"
-
-# A pattern; what it means, with {0} the match and {1} its first group; the fix.
-_RULES: tuple[tuple[str, str, str | Callable[[Torch | None], str]], ...] = (
-    (r"undefined symbol: *(\S+)", _E + " was built for another torch (here: {torch}): undefined symbol {1}", BUILD),
-    (
-        r"(lib(?:cudart|cublas|cublasLt|nvrtc|cudnn|cusparse|cusolver|curand))\.so\.(\d+)\S*: cannot open",
-        _E + " was built for CUDA {2} and this torch brings {cuda}: {1}.so.{2} is not there",
-        BUILD,
+# Patterns, with what they mean: {0} is the match and {1} its first group. Mended by a build:
+_MISFITS = {
+    r"undefined symbol: *(\S+)": "was built for another torch (here: {torch}): undefined symbol {1}",
+    r"(lib(?:cudart|cublas|cublasLt|nvrtc|cudnn|cusparse|cusolver|curand))\.so\.(\d+)\S*: cannot open": (
+        "was built for CUDA {2} and this torch brings {cuda}: {1}.so.{2} is not there"
     ),
-    (
-        r"((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)['`\"]? not found",
-        _E + " was built on a newer system: {1} is not here",
-        BUILD,
+    r"((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)['`\"]? not found": "was built on a newer system: {1} is not here",
+    r"compiled for Python (\d+\.\d+)": "was built for Python {1}",
+    r"file too short|invalid ELF header|does not define module export function|cannot dynamically load": (
+        "is damaged: {0}"
     ),
-    (r"compiled for Python (\d+\.\d+)", _E + " was built for Python {1}", BUILD),
-    (
-        r"file too short|invalid ELF header|does not define module export function|cannot dynamically load",
-        _E + " is damaged: {0}",
-        BUILD,
+    r"no kernel image is available|device kernel image is invalid|PTX was compiled with an unsupported": (
+        "holds no code for this GPU"
     ),
-    (
-        r"no kernel image is available|device kernel image is invalid|PTX was compiled with an unsupported",
-        _E + " holds no code for this GPU",
-        BUILD,
-    ),
-    (
-        r"driver version is insufficient|driver on your system is too old",
+}
+# By something else:
+_OTHERS: dict[str, tuple[str, str | Callable[[Torch | None], str]]] = {
+    r"driver version is insufficient|driver on your system is too old": (
         "the NVIDIA driver is too old for {cuda}",
         "install a newer NVIDIA driver, then restart",
     ),
-    (r"(\S+\.so\S*): cannot open shared object", "the library {1} is missing", "install the package that holds it"),
-    (r"CUDA_HOME environment variable is not set|nvcc not found", "nvcc is not found", toolkit),
-    (r"[Nn]inja is required", "ninja is not found", lambda torch: pip("ninja")),
-    (r"unsupported GNU version[^\n]*", "nvcc does not work with this g++ ({0})", _OLDER_COMPILER),
-    (r"Unsupported gpu architecture '([^']+)'", "this nvcc does not know the GPU ({0})", toolkit),
-    (r"(?:fatal error: )(\S+): No such file", "a header is missing ({0})", toolkit),
-    (r"[Cc]annot find -l(\w+)", "the linker does not find a library ({0})", toolkit),
-    (r"No space left on device", "the disk is full ({0})", "TMPDIR and TORCH_EXTENSIONS_DIR name other disks"),
-    (
-        r"Killed|signal 9|cc1plus[^\n]*out of memory",
+    r"(\S+\.so\S*): cannot open shared object": ("the library {1} is missing", "install the package that holds it"),
+    r"CUDA_HOME environment variable is not set|nvcc not found": ("nvcc is not found", toolkit),
+    r"[Nn]inja is required": ("ninja is not found", lambda torch: pip("ninja")),
+    r"unsupported GNU version[^\n]*": (
+        "nvcc does not work with this g++ ({0})",
+        "install an older g++ and name it: CXX=g++-12 CC=gcc-12 exl build",
+    ),
+    r"Unsupported gpu architecture '([^']+)'": ("this nvcc does not know the GPU ({0})", toolkit),
+    r"(?:fatal error: )(\S+): No such file": ("a header is missing ({0})", toolkit),
+    r"[Cc]annot find -l(\w+)": ("the linker does not find a library ({0})", toolkit),
+    r"No space left on device": ("the disk is full ({0})", "TMPDIR and TORCH_EXTENSIONS_DIR name other disks"),
+    r"Killed|signal 9|cc1plus[^\n]*out of memory": (
         "a compiler was killed, perhaps for want of memory ({0})",
         "exl build --jobs 1",
     ),
-)
+}
 # Names to install by, where they are not the names to import by.
 _PACKAGES = {"PIL": "pillow", "pkg_resources": "setuptools"}
 
@@ -168,10 +148,16 @@ def explain(text: str, torch: Torch | None) -> Failure | None:
     if match := re.search(r"No module named ['\"]([\w]+)", text):
         return Failure(f"the Python package {match[1]} is missing", pip(_PACKAGES.get(match[1], match[1])))
     cuda = f"CUDA {torch.cuda}" if torch and torch.cuda else "no CUDA"
-    for pattern, what, fix in _RULES:
+
+    def said(what: str, match: re.Match[str]) -> str:
+        return what.format(match[0].strip(), *match.groups(), torch=torch.version if torch else "none", cuda=cuda)
+
+    for pattern, what in _MISFITS.items():
         if match := re.search(pattern, text):
-            what = what.format(match[0].strip(), *match.groups(), torch=torch.version if torch else "none", cuda=cuda)
-            return Failure(what, fix if isinstance(fix, str) else fix(torch), rebuild=fix == BUILD)
+            return Failure(f"exllamav2's compiled extension {said(what, match)}", BUILD, rebuild=True)
+    for pattern, (what, fix) in _OTHERS.items():
+        if match := re.search(pattern, text):
+            return Failure(said(what, match), fix if isinstance(fix, str) else fix(torch))
     return None
 
 

@@ -13,8 +13,7 @@ from exl_cli.engines.exllamav2.extension.compiled import MODULE, Torch, uncovere
 from exl_cli.errors import EngineError
 from exl_cli.system import questions
 
-_SCALE = 30.0
-_SECONDS = 300.0
+_SCALE, _SECONDS = 30.0, 300.0
 
 
 class Tested(NamedTuple):
@@ -25,13 +24,7 @@ class Tested(NamedTuple):
 
 
 def run(library: Path, archs: Sequence[str], torch: Torch, log: IO[str]) -> Tested:
-    """Load and compute in another process, for five minutes at most.
-
-    Args:
-        library: the extension.
-        archs: where given, GPUs that these leave out are not tried.
-        torch: the installed torch.
-        log: takes what is printed.
+    """Load and compute in another process, for five minutes at most; GPUs that `archs` leave out are not tried.
 
     Raises:
         EngineError: it crashes, hangs, does not load or computes something else.
@@ -40,9 +33,10 @@ def run(library: Path, archs: Sequence[str], torch: Torch, log: IO[str]) -> Test
     log.write(answer.output)
     if answer.value is not None:
         return Tested(**answer.value)
-    if answer.kind != "error":
-        what, signal = ("hangs", "") if answer.kind == "hang" else ("crashes", answer.problem.removeprefix("crashed"))
-        raise EngineError(f"the compiled extension {what} when it is loaded{signal}")
+    if answer.kind == "hang":
+        raise EngineError("the compiled extension hangs when it is loaded")
+    if answer.kind == "crash":
+        raise EngineError(f"the compiled extension crashes when it is loaded{answer.problem.removeprefix('crashed')}")
     if known := hints.explain(answer.problem, torch):
         raise EngineError(known.what, known.fix)
     raise EngineError(f"the compiled extension does not load: {answer.problem}")
@@ -64,11 +58,7 @@ def examine(library: str, archs: Sequence[str] = (), compute: bool = True) -> di
 
 
 def load(library: Path) -> ModuleType:
-    """The module in that file, under the name that exllamav2 imports.
-
-    Raises:
-        ImportError: it does not fit; see `hints.explain`.
-    """
+    """The module in that file, under the name that exllamav2 imports; ImportError where it does not fit."""
     import torch  # noqa: F401 - its libraries must be loaded first
 
     spec = importlib.util.spec_from_file_location(MODULE, library)

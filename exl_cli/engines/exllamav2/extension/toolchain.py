@@ -29,15 +29,7 @@ _FEW_LINES = "".join(f"#include <{name}>\n" for name in _HEADERS) + "__global__ 
 
 
 class Tool(NamedTuple):
-    """One of the tools.
-
-    Attributes:
-        name: as people call it.
-        path: None where it is not there.
-        version: empty where it has none.
-        problem: the fault, in a few words; empty where there is none.
-        fix: the command that mends it.
-    """
+    """One of the tools: its name, its path and version where it has them; its fault, and what mends that."""
 
     name: str
     path: Path | None = None
@@ -70,53 +62,6 @@ def find(torch: Torch) -> Toolchain:
     return Toolchain(nvcc(torch), compiler(), ninja(), headers())
 
 
-def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
-    """The environment in which torch finds the tools.
-
-    Args:
-        tools: without problems.
-        libraries: a folder to make for names that the linker looks for and the toolkit lacks.
-    """
-    environment = dict(os.environ)
-    folders = [str(tool.path.parent) for tool in (tools.ninja, tools.nvcc) if tool.path]
-    environment["PATH"] = os.pathsep.join([*folders, environment.get("PATH", os.defpath)])
-    if tools.nvcc.path:
-        home = tools.nvcc.path.parent.parent
-        environment["CUDA_HOME"] = str(home)
-        if _runtime(home, "libcudart.so") is None and (numbered := _runtime(home, "libcudart.so.*")):
-            # NVIDIA's Python packages hold libcudart.so.13 alone.
-            libraries.mkdir(parents=True, exist_ok=True)
-            link = libraries / "libcudart.so"
-            link.unlink(missing_ok=True)
-            link.symlink_to(numbered)
-            paths = filter(None, [str(libraries), environment.get("LIBRARY_PATH")])
-            environment["LIBRARY_PATH"] = os.pathsep.join(paths)
-    return environment
-
-
-def try_nvcc(archs: Iterable[str], variables: Mapping[str, str], log: IO[str]) -> float:
-    """Compile a few lines: whether nvcc, its headers, this g++ and the GPU go together shows in a second or two.
-
-    Returns how long it took.
-
-    Raises:
-        CalledProcessError: it failed; the log says why.
-    """
-    numbers = ["{}{}".format(*capability_of(arch)) for arch in archs]
-    flags = ["-std=c++17", *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers)]
-    if compiler := os.environ.get("CC"):
-        flags += ["-ccbin", compiler]  # as torch does
-    home = Path(variables["CUDA_HOME"])
-    command = shlex.split(os.environ.get("PYTORCH_NVCC", "")) or [str(home / "bin" / "nvcc")]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "check.cu"
-        source.write_text(_FEW_LINES, encoding="utf-8")
-        flags += ["-isystem", str(home / "include"), "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        begun = time.monotonic()
-        subprocess.run([*command, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, check=True)  # noqa: S603
-        return time.monotonic() - begun
-
-
 def nvcc(torch: Torch) -> Tool:
     """CUDA's compiler, of torch's major version; if there are only others, the problem of the first."""
     fix = hints.toolkit(torch)
@@ -124,7 +69,7 @@ def nvcc(torch: Torch) -> Tool:
     for path in dict.fromkeys(home / "bin" / "nvcc" for home in _homes(torch)):
         if not os.access(path, os.X_OK):
             continue
-        version = _version([str(path), "--version"], r"release (\d+\.\d+)")
+        version = _search(r"release (\d+\.\d+)", [str(path), "--version"])
         if not version:
             problem = "does not run"
         elif int(version.split(".")[0]) != torch.cuda_major:
@@ -148,9 +93,9 @@ def compiler() -> Tool:
 
 def ninja() -> Tool:
     """The build program: on PATH, or where pip puts it for this Python or this user."""
-    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    folders = [None, sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
     folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
-    paths = (shutil.which("ninja", path=folder) for folder in (None, *folders))
+    paths = (shutil.which("ninja", path=folder) for folder in folders)
     return _program("ninja", next(filter(None, paths), None), ["--version"], hints.pip("ninja"))
 
 
@@ -162,24 +107,62 @@ def headers() -> Tool:
     return Tool("Python headers", problem=f"are not in {path.parent}", fix=hints.headers())
 
 
+def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
+    """The environment in which torch finds the tools, which have no problems.
+
+    `libraries` is a folder to make for names that the linker looks for and the toolkit lacks.
+    """
+    environment = dict(os.environ)
+    folders = [str(tool.path.parent) for tool in (tools.ninja, tools.nvcc) if tool.path]
+    environment["PATH"] = os.pathsep.join([*folders, environment.get("PATH", os.defpath)])
+    if tools.nvcc.path:
+        home = tools.nvcc.path.parent.parent
+        environment["CUDA_HOME"] = str(home)
+        if _runtime(home, "libcudart.so") is None and (numbered := _runtime(home, "libcudart.so.*")):
+            # NVIDIA's Python packages hold libcudart.so.13 alone.
+            libraries.mkdir(parents=True, exist_ok=True)
+            link = libraries / "libcudart.so"
+            link.unlink(missing_ok=True)
+            link.symlink_to(numbered)
+            paths = filter(None, [str(libraries), environment.get("LIBRARY_PATH")])
+            environment["LIBRARY_PATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def try_nvcc(archs: Iterable[str], variables: Mapping[str, str], log: IO[str]) -> float:
+    """Compile a few lines: whether nvcc, its headers, this g++ and the GPU go together shows in a second or two.
+
+    Returns how long it took. CalledProcessError: it failed, and the log says why.
+    """
+    numbers = ["{}{}".format(*capability_of(arch)) for arch in archs]
+    flags = ["-std=c++17", *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers)]
+    if compiler := os.environ.get("CC"):
+        flags += ["-ccbin", compiler]  # as torch does
+    home = Path(variables["CUDA_HOME"])
+    command = shlex.split(os.environ.get("PYTORCH_NVCC", "")) or [str(home / "bin" / "nvcc")]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "check.cu"
+        source.write_text(_FEW_LINES, encoding="utf-8")
+        flags += ["-isystem", str(home / "include"), "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        begun = time.monotonic()
+        subprocess.run([*command, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, check=True)  # noqa: S603
+        return time.monotonic() - begun
+
+
 def _homes(torch: Torch) -> Iterator[Path]:
     """The folders that may hold a toolkit, torch's own first choice first."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if chosen := os.environ.get(variable):
-            yield Path(chosen)
+    yield from (Path(chosen) for name in ("CUDA_HOME", "CUDA_PATH") if (chosen := os.environ.get(name)))
     if on_path := shutil.which("nvcc"):
         # torch takes the folder above an nvcc on PATH. That may be a link or a script that starts the real one.
         yield Path(on_path).parent.parent
-        dry_run = _output([on_path, "--dryrun", "-x", "cu", os.devnull])
-        if told := re.search(r"^#\$ _HERE_=(.+)$", dry_run, re.MULTILINE):
-            yield Path(told[1].strip()).parent
+        if told := _search(r"(?m)^#\$ _HERE_=(.+)$", [on_path, "--dryrun", "-x", "cu", os.devnull]):
+            yield Path(told.strip()).parent
     if prefix := os.environ.get("CONDA_PREFIX"):
         yield Path(prefix)
     # NVIDIA's packages lie beside torch, wherever that is installed.
     yield torch.folder.parent / "nvidia" / f"cu{torch.cuda_major}"
     for root in (Path("/usr/local"), Path("/opt")):
-        yield root / "cuda"
-        yield from sorted(root.glob(f"cuda-{torch.cuda_major}*"), reverse=True)
+        yield from (root / "cuda", *sorted(root.glob(f"cuda-{torch.cuda_major}*"), reverse=True))
 
 
 def _missing_header(home: Path) -> str:
@@ -197,21 +180,17 @@ def _program(name: str, path: str | None, flags: list[str], fix: str) -> Tool:
     """A program that tells its version when called with these flags."""
     if path is None:
         return Tool(name, problem="is not found", fix=fix)
-    version = _version([path, *flags], r"(\d+(?:\.\d+)*)")
+    version = _search(r"(\d+(?:\.\d+)*)", [path, *flags])
     return Tool(name, Path(path), version) if version else Tool(name, Path(path), problem="does not run", fix=fix)
 
 
-def _version(command: list[str], pattern: str) -> str:
-    match = re.search(pattern, _output(command))
-    return match[1] if match else ""
-
-
-def _output(command: list[str]) -> str:
-    """Both streams of a program; empty where it cannot be run, fails or does not end."""
+def _search(pattern: str, command: list[str]) -> str:
+    """The pattern's group in what a program prints; empty where it cannot be run, fails or does not end."""
     try:
         done = subprocess.run(  # noqa: S603 - a compiler found where compilers are
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=True
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace") if done.returncode == 0 else ""
+    match = re.search(pattern, (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace"))
+    return match[1] if match else ""

@@ -21,28 +21,16 @@ from exl_cli.engines.exllamav2.extension.compiled import FACTS, MODULE, Facts, t
 
 
 def write_wheel(library: Path, facts: Facts, folder: Path) -> Path:
-    """Write the wheel, e.g. exllamav2_ext-0.3.2+cu130.torch2.11.0.sm90-cp312-cp312-linux_x86_64.whl.
-
-    Args:
-        library: the extension.
-        facts: what it was made for.
-        folder: where to; it is made.
-
-    Raises:
-        OSError: it cannot be written; no part of it is left.
-    """
+    """Write e.g. exllamav2_ext-0.3.2+cu130.torch2.11.0.sm90-cp312-cp312-linux_x86_64.whl; OSError leaves no part."""
     torch = facts.torch.partition("+")[0]
     version = f"{facts.exllamav2}+cu{facts.cuda.replace('.', '')}.torch{torch}.{tag(facts.archs)}"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     kind = f"{python}-{python}-{re.sub('[-.]', '_', sysconfig.get_platform())}"
     info = f"{MODULE}-{version}.dist-info"
     metadata = (
-        "Metadata-Version: 2.1\n"
-        f"Name: {MODULE.replace('_', '-')}\n"
-        f"Version: {version}\n"
+        f"Metadata-Version: 2.1\nName: {MODULE.replace('_', '-')}\nVersion: {version}\n"
         "Summary: exllamav2's compiled extension, made by exl build\n"
-        f"Requires-Dist: torch=={torch}\n"
-        f"Requires-Dist: exllamav2=={facts.exllamav2}\n"
+        f"Requires-Dist: torch=={torch}\nRequires-Dist: exllamav2=={facts.exllamav2}\n"
     )
     files = {
         f"{MODULE}.{facts.python}.so": library.read_bytes(),

@@ -18,20 +18,6 @@ from typing import Any
 from exl_cli.engines.exllamav2.extension.compiled import EXLLAMAV2, MODULE
 
 
-def main() -> None:
-    """The process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    code = 1
-    try:
-        _import_extension()
-        code = 0
-    except Exception:  # whatever torch, setuptools or exllamav2 raise
-        traceback.print_exc()
-    sys.stdout.flush()
-    # exllamav2 shows a build in a thread that would wait for more.
-    os._exit(code)
-
-
 def _end_with_parent() -> None:
     sys.stdin.read()
     os.killpg(0, signal.SIGTERM)  # ninja ends its compilers
@@ -54,4 +40,13 @@ def _import_extension() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    code = 1
+    try:
+        _import_extension()
+        code = 0
+    except Exception:  # whatever torch, setuptools or exllamav2 raise
+        traceback.print_exc()
+    sys.stdout.flush()
+    # exllamav2 shows a build in a thread that would wait for more.
+    os._exit(code)
