@@ -139,8 +139,8 @@ def test_what_holds_a_cpu_back(share: float, begins: str) -> None:
 def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
     processes, reasons, closed = {100}, [0, 4, 4 | 32, 1], []
     nvml = SimpleNamespace(
-        nvmlClocksEventReasonSwPowerCap=4,
-        nvmlClocksEventReasonSwThermalSlowdown=32,
+        nvmlClocksThrottleReasonSwPowerCap=4,
+        nvmlClocksThrottleReasonSwThermalSlowdown=32,
         nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda index: f"card {index}",
         nvmlDeviceGetHandleByUUID={"GPU-1": "card 0"}.__getitem__,
@@ -148,7 +148,7 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
         nvmlSystemGetDriverVersion=lambda: "580.1",
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=pid) for pid in processes],
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: 1000,
-        nvmlDeviceGetCurrentClocksEventReasons=lambda handle: reasons.pop(0),
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: reasons.pop(0),
         nvmlShutdown=lambda: closed.append(True),
     )
     watch = Watch(Driver(nvml))

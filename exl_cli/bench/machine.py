@@ -19,8 +19,8 @@ _PACKAGES = ("torch", "exllamav2", "transformers", "flash-attn", "triton")
 
 # Reasons for a lower clock that change a figure, by the names of NVML's constants, with what to call them.
 _REASONS = (
-    ("nvmlClocksEventReasonSwPowerCap", "power cap"),
-    ("nvmlClocksEventReasonSwThermalSlowdown", "heat"),
+    ("nvmlClocksThrottleReasonSwPowerCap", "power cap"),
+    ("nvmlClocksThrottleReasonSwThermalSlowdown", "heat"),
     ("nvmlClocksThrottleReasonHwSlowdown", "hardware slowdown"),
     ("nvmlClocksThrottleReasonHwThermalSlowdown", "heat (hardware)"),
     ("nvmlClocksThrottleReasonHwPowerBrakeSlowdown", "power brake"),
@@ -68,11 +68,8 @@ class Watch:
         """Note why the clocks are held back at this moment, if they are."""
         reasons = 0
         for handle in self._handles.values():
-            # Renamed with driver 535; an older driver knows the older name only.
-            answer = self._driver.ask("DeviceGetCurrentClocksEventReasons", handle)
-            if answer is None:
-                answer = self._driver.ask("DeviceGetCurrentClocksThrottleReasons", handle)
-            reasons |= int(answer or 0)
+            # "EventReasons" since driver 535, which knows the older name too.
+            reasons |= int(self._driver.ask("DeviceGetCurrentClocksThrottleReasons", handle) or 0)
         self.looks += 1
         self.slowed.update(name for constant, name in _REASONS if reasons & getattr(self._driver.nvml, constant, 0))
 

@@ -32,9 +32,9 @@ class Case:
     @property
     def llama_name(self) -> str:
         """As llama-bench writes it, which has no parallel requests."""
-        parts = [f"pp{self.n_prompt}"] if self.n_prompt else []
-        parts += [f"tg{self.n_gen}"] if self.n_gen else []
-        return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
+        parts = {"pp": self.n_prompt, "tg": self.n_gen}
+        name = "+".join(f"{part}{count}" for part, count in parts.items() if count)
+        return name + (f" @ d{self.n_depth}" if self.n_depth else "")
 
     @property
     def name(self) -> str:
@@ -100,25 +100,6 @@ class Job:
     spawned: float | None = None
 
 
-def settings(
-    quick: bool, prompt_tokens: str | None, new_tokens: str | None, depth: str, batch: str, repetitions: int, seed: int
-) -> Settings:
-    """The settings behind the command's parameters. `quick` shortens the lengths that are not given.
-
-    Raises:
-        UsageError: a text that is not a list of counts.
-    """
-    prompts, news = ("128", "32") if quick else ("512", "128")
-    return Settings(
-        parse_counts(prompts if prompt_tokens is None else prompt_tokens, "prompt_tokens", 0),
-        parse_counts(news if new_tokens is None else new_tokens, "new_tokens", 0),
-        parse_counts(depth, "depth", 0),
-        parse_counts(batch, "batch", 1),
-        repetitions,
-        seed,
-    )
-
-
 def parse_counts(text: str, name: str, least: int) -> tuple[int, ...]:
     """ "512,2048" to (512, 2048), duplicates left out.
 
@@ -141,9 +122,7 @@ def loadings(loading: LoadOptions, caches: str | None) -> list[LoadOptions]:
     Raises:
         UsageError: no such type.
     """
-    if caches is None:
-        return [loading]
-    names = list(dict.fromkeys(part.strip() for part in caches.split(",")))
+    names = dict.fromkeys(part.strip() for part in (loading.cache if caches is None else caches).split(","))
     for name in names:
         if name not in CACHE_TYPES:
             raise UsageError(f"no cache type named {name!r}", f"cache types: {', '.join(CACHE_TYPES)}")
@@ -168,29 +147,23 @@ def grid(settings: Settings) -> list[Case]:
     return tests
 
 
-def answer(tests: Sequence[Case]) -> Case:
-    """The request that a fresh process is given first: the whole answer, or the nearest thing that there is."""
-    return next((test for test in tests if test.kind == "answer"), tests[0])
-
-
 def fitting(tests: Sequence[Case], context: int, name: str) -> tuple[list[Case], list[str]]:
     """The tests that fit into a model's context, and a sentence for each that does not.
 
     Raises:
         UsageError: none fits.
     """
-    kept = [test for test in tests if test.context <= context]
     skipped = [
         f"{test.name} left out for {name}: it needs {test.context:,} tokens of context, there are {context:,}"
         for test in tests
         if test.context > context
     ]
-    if not kept:
+    if len(skipped) == len(tests):
         least = min(tests, key=lambda test: test.context)
         problem = f"no test fits the context of {name}: {least.name} needs {least.context:,} tokens"
         hint = f"ask for fewer {param('prompt_tokens')} and {param('new_tokens')}"
         raise UsageError(f"{problem}, there are {context:,}", hint)
-    return kept, skipped
+    return [test for test in tests if test.context <= context], skipped
 
 
 def batchable(tests: Sequence[Case], max_batch: int, engine: str) -> tuple[list[Case], list[str]]:
@@ -211,27 +184,25 @@ def batchable(tests: Sequence[Case], max_batch: int, engine: str) -> tuple[list[
     return kept, [f"{batches} left out: the {engine} engine computes {most}"]
 
 
-def schedule(tests: Sequence[Case], settings: Settings) -> Iterator[tuple[int, int]]:
-    """Which test comes when: pairs of the repetition, from 0, and the test's index.
+def schedule(tests: Sequence[Case], settings: Settings) -> Iterator[tuple[int, Case]]:
+    """Which test comes when, with the number of its repetition, from 0.
 
     Each repetition goes through all tests in another random order: whatever changes during a run (heat, other
     programs) falls on all tests alike and shows in their deviations.
     """
     order = random.Random(settings.seed)
     for repetition in range(settings.repetitions):
-        yield from ((repetition, index) for index in order.sample(range(len(tests)), len(tests)))
+        yield from ((repetition, test) for test in order.sample(tests, len(tests)))
 
 
 class Prompts:
     """Random prompts from a list of token ids, no two with the same first token: no prefix of one is in the cache."""
 
     def __init__(self, ids: Sequence[int], seed: int) -> None:
-        self._ids = list(ids)
-        self._random = random.Random(seed)
+        self._ids, self._random = list(ids), random.Random(seed)
         self._first: list[int] = []
 
     def draw(self, length: int) -> list[int]:
         """A prompt of so many tokens."""
-        if not self._first:
-            self._first = self._random.sample(self._ids, len(self._ids))
+        self._first = self._first or self._random.sample(self._ids, len(self._ids))
         return [self._first.pop(), *self._random.choices(self._ids, k=length - 1)]

@@ -2,8 +2,8 @@
 
 A process for each, because the first generation of a process is one of the things to measure, because peaks of memory
 count from the start of a process, and because what one model leaves behind must not slow down the next. It reads a
-pickled `Job` from stdin and writes to stdout, one JSON list a line, the calls that it makes to the `Collector` of the
-process that started it; libraries print on stderr.
+pickled `Job` from stdin and writes to stdout, pickled too, the calls that it makes to the `Collector` of the process
+that started it; libraries print on stderr.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pickle
 import signal
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
@@ -140,15 +139,13 @@ def _spawn(job: Job, collector: Collector, debug: bool) -> None:
             stdout=subprocess.PIPE,
             stderr=None if debug else noise,
             start_new_session=True,
-            encoding="utf-8",
         )
-        from pydantic import validate_call
-
-        calls = functools.cache(lambda call: validate_call(getattr(collector, call)))
+        calls = cast(BinaryIO, process.stdout)
         try:
-            for line in process.stdout or ():
-                call, *arguments = json.loads(line)
-                calls(call)(*arguments)
+            with contextlib.suppress(EOFError, pickle.UnpicklingError):  # ended, perhaps in the middle of a call
+                while True:
+                    call, arguments = pickle.load(calls)  # noqa: S301 - written by this program's own process
+                    getattr(collector, call)(*arguments)
             if process.wait() != 0:
                 noise.seek(0)
                 raise _crashed(job, process.returncode, noise.read().decode("utf-8", "replace"))
@@ -326,7 +323,7 @@ def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
         first, cold = None, None
         if job.spawned is not None:
             reading = observer.reading_since or begin
-            first = plan.answer(tests)
+            first = next((test for test in tests if test.kind == "answer"), tests[0])
             sizes = first.prompt_ids, first.new_tokens
             cold = Cold(reading - job.spawned, ready - reading, *sizes, bench.sample(first))
         run = bench.describe(ready - begin, cold)
@@ -402,8 +399,7 @@ class _Bench:
         for test in self.tests:
             if test != warm:
                 self._run(test, "warming up")
-        for repetition, index in plan.schedule(self.tests, self.job.settings):
-            test = self.tests[index]
+        for repetition, test in plan.schedule(self.tests, self.job.settings):
             sample = self._run(test, f"{repetition + 1} of {self.job.settings.repetitions}")
             self.out.sample(test, sample, self._memory())
 
@@ -454,12 +450,12 @@ class _Bench:
 class _Wire:
     """A `Collector` in the process at the other end of a stream."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
     def __getattr__(self, call: str) -> Callable[..., None]:
         def send(*arguments: object) -> None:
-            self._stream.write(json.dumps([call, *arguments], default=dataclasses.asdict) + "\n")
+            pickle.dump((call, arguments), self._stream)
             self._stream.flush()
 
         return send
@@ -467,7 +463,7 @@ class _Wire:
 
 def main() -> None:
     """The process that does a job."""
-    stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    stream = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # where libraries may print
     out = cast(Collector, _Wire(stream))
     try:

@@ -94,7 +94,15 @@ def bench(
     if saved is not None:
         result = outputs.load(saved)
     else:
-        settings = plan.settings(quick, prompt_tokens, new_tokens, depth, batch, repetitions, seed)
+        prompts, news = ("128", "32") if quick else ("512", "128")
+        settings = plan.Settings(
+            plan.parse_counts(prompts if prompt_tokens is None else prompt_tokens, "prompt_tokens", 0),
+            plan.parse_counts(news if new_tokens is None else new_tokens, "new_tokens", 0),
+            plan.parse_counts(depth, "depth", 0),
+            plan.parse_counts(batch, "batch", 1),
+            repetitions,
+            seed,
+        )
         chosen = samplings.build(sampling.given, sampling.preset, {})
         loadings = plan.loadings(loading, caches)
         jobs = runner.jobs(models or [None], models_dir, loadings, settings, chosen, perplexity)

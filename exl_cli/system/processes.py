@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from exl_cli.errors import DiskError
 
@@ -26,7 +26,7 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[Any]) -> None:
     """End a process that leads a session, and everything it started; return when all of that is gone.
 
     ninja puts its compilers into groups of their own, so those left over are found by their session.
