@@ -113,6 +113,10 @@ class EngineError(ExlError):
     exit_code = ExitCode.ENGINE
 
 
+class DeviceError(EngineError):
+    """A fault after which this process cannot use the GPU any more."""
+
+
 class ResponseTimeoutError(EngineError, TimeoutError):
     """A response that was not complete within the time given."""
 

@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from exl_cli.engines.base import CachedScoring, Chunk, Engine, Request, Summary
+from exl_cli.engines.base import CachedScoring, Chunk, Engine, PagedCache, Request, Summary
 from exl_cli.errors import EngineError
 from exl_cli.system.readings import DeviceMemory
 
@@ -109,6 +109,11 @@ class EngineThread:
     def memory(self) -> list[DeviceMemory]:
         """See `engines.base.Engine.memory`."""
         return [] if self.closed else self._worker.engine.memory()
+
+    def pages(self) -> tuple[int, int] | None:
+        """See `engines.base.PagedCache.pages`; None for an engine that has none."""
+        engine = self._worker.engine
+        return engine.pages() if isinstance(engine, PagedCache) and not self.closed else None
 
     def close(self, *, wait: bool = True) -> None:
         """End all requests as cancelled and close the engine; closing twice is fine.

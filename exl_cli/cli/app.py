@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from exl_cli.cli import bench, build, chat, doctor, download, list_models, remove, run, show, standard_streams, usage
+from exl_cli.cli import (
+    bench,
+    build,
+    chat,
+    doctor,
+    download,
+    list_models,
+    remove,
+    run,
+    serve,
+    show,
+    standard_streams,
+    usage,
+)
 from exl_cli.cli.options import State
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.system.version import installed_version
@@ -122,6 +135,7 @@ def root(
 
 
 app.command("run", cls=_Command)(run.run)
+app.command("serve", cls=_Command)(serve.serve)
 app.command("bench", cls=_Command)(bench.bench)
 app.command("chat", cls=_Command)(chat.chat)
 app.command("download", cls=_Command)(download.download)

@@ -175,3 +175,12 @@ class CachedScoring(Protocol):
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
         """`Engine.logits`, `step` tokens a forward pass, so that earlier keys and values come from the cache."""
         ...
+
+
+@runtime_checkable
+class PagedCache(Protocol):
+    """An engine whose KV cache consists of pages."""
+
+    def pages(self) -> tuple[int, int]:
+        """How many pages requests hold, and how many there are; may be called from any thread."""
+        ...

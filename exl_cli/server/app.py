@@ -1,4 +1,4 @@
-"""The application: its routes, and errors in the shapes of their surfaces."""
+"""The application: its routes, what stands before them, and errors in the shapes of their surfaces."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from exl_cli.errors import ExlError
-from exl_cli.server import anthropic, openai
+from exl_cli.server import anthropic, openai, routes
 from exl_cli.server.errors import ApiError, ErrorBody, as_api_error, openai_body
+from exl_cli.server.gate import Gate, Policy
 from exl_cli.server.state import ServerState
 from exl_cli.system.version import installed_version
 
@@ -20,16 +22,27 @@ from exl_cli.system.version import installed_version
 _ERROR_BODIES: Mapping[str, ErrorBody] = {"/v1/messages": anthropic.error_body}
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """The application over a server's state."""
+def create_app(state: ServerState, policy: Policy | None = None) -> FastAPI:
+    """The application over a server's state; without a policy, all may ask who can reach it."""
+    policy = policy or Policy()
     app = FastAPI(title="exl", version=installed_version(), redoc_url=None)
     app.state.server = state
-    app.include_router(openai.router)
-    app.include_router(anthropic.router)
-    for kind in (ApiError, ExlError, Exception):
+    for part in (openai, anthropic, routes):
+        app.include_router(part.router)
+    for kind in (ApiError, ExlError):
         app.add_exception_handler(kind, _error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_middleware(Gate, state=state, policy=policy, respond=error_response)
+    if policy.origins:
+        # Outermost: a preflight has no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(policy.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            max_age=3600,
+        )
     return app
 
 
@@ -40,16 +53,16 @@ def error_response(path: str, error: ApiError) -> Response:
 
 
 def _error(request: Request, error: Exception) -> Response:
-    return error_response(request.url.path, as_api_error(error))
+    answer = as_api_error(error)
+    request.app.state.server.report(answer, error)
+    return error_response(request.url.path, answer)
 
 
 def _http_error(request: Request, error: Exception) -> Response:
     """Of the framework: no such route or method, a body that cannot be read."""
     status, detail = getattr(error, "status_code", 500), getattr(error, "detail", "")
-    headers = getattr(error, "headers", None)
-    return error_response(
-        request.url.path, ApiError(status, f"{request.method} {request.url.path}: {detail}", headers=headers)
-    )
+    said = f"{request.method} {request.url.path}: {detail}"
+    return error_response(request.url.path, ApiError(status, said, headers=getattr(error, "headers", None)))
 
 
 def _invalid(request: Request, error: Exception) -> Response:
@@ -59,6 +72,5 @@ def _invalid(request: Request, error: Exception) -> Response:
     message = first.get("msg", "invalid request")
     if first.get("type") == "json_invalid":
         place, message = "", "the body is not JSON"
-    return error_response(
-        request.url.path, ApiError(400, f"{place}: {message}" if place else message, param=place or None)
-    )
+    said = f"{place}: {message}" if place else message
+    return error_response(request.url.path, ApiError(400, said, param=place or None))

@@ -39,8 +39,8 @@ _STATUSES: tuple[tuple[type[ExlError], int, str | None], ...] = (
     (EngineError, 500, "engine_failed"),
 )
 
-# Seconds after which a client may try again what failed for want of room.
-RETRY_AFTER = "5"
+# For what failed for want of room: seconds after which a client may try again.
+RETRY_AFTER = {"Retry-After": "5"}
 
 
 class ApiError(Exception):
@@ -92,6 +92,5 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            headers = {"Retry-After": RETRY_AFTER} if status == 503 else None
-            return ApiError(status, str(error), code, headers=headers)
+            return ApiError(status, str(error), code, headers=RETRY_AFTER if status == 503 else None)
     return ApiError(500, "the server failed; its log says more", "internal_error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from starlette.responses import Response
 
 from exl_cli.engines.base import Chunk, Request
+from exl_cli.errors import DeviceError
 from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
+from exl_cli.server.metrics import Metrics
 from exl_cli.server.pool import ServedModel
-from exl_cli.server.state import Inbox, ServerState
+from exl_cli.server.state import Call, Inbox, ServerState, current_call
 
 KEEP_ALIVE_SECONDS = 10.0
 
@@ -34,15 +37,19 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
     if state.phase == "failed":
         raise ApiError(500, "the GPU failed; the server is ending", "engine_failed")
     if state.phase == "stopping":
-        raise ApiError(503, "the server is stopping", "stopping", headers={"Retry-After": RETRY_AFTER})
-    room = state.settings.queue + sum(model.engine.max_batch for model in state.pool.loaded)
-    if state.accepted and state.accepted + count > room:
-        raise ApiError(429, f"{state.accepted:,} requests are under way or wait; try again later", "queue_full",
-                       headers={"Retry-After": RETRY_AFTER})  # fmt: skip
+        raise ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
+    room = state.queue + (sum(model.engine.max_batch for model in state.pool.loaded) or 1)
+    if state.accepted + count > room:
+        said = f"{state.accepted:,} of {room:,} generations are under way or wait; try again later"
+        raise ApiError(429, said, "queue_full", headers=RETRY_AFTER)
     state.accepted += count
     try:
         async with state.pool.use(name) as model:
             yield model
+    except ApiError as error:
+        if isinstance(error.__cause__, DeviceError):
+            state.fail(error.__cause__)
+        raise
     finally:
         state.accepted -= count
 
@@ -60,8 +67,10 @@ async def generate(state: ServerState, model: ServedModel, request: Request) -> 
     """
     inbox: Inbox = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    begun = time.monotonic()
-    first = True
+    call = current_call.get(None) or Call()
+    if state.log_prompts:
+        state.note(f"prompt: {json.dumps(model.tokenizer.decode(request.ids), ensure_ascii=False)}")
+    watch = _Watch(state.metrics, model.name, call)
 
     def deliver(item: Chunk | BaseException) -> None:
         loop.call_soon_threadsafe(inbox.put_nowait, item)
@@ -71,28 +80,58 @@ async def generate(state: ServerState, model: ServedModel, request: Request) -> 
     except Exception as error:
         raise as_api_error(error) from error
     state.inboxes.add(inbox)
+    model.submitted += 1
     ended = False
     try:
         while not ended:
             item = await inbox.get()
+            ended = isinstance(item, BaseException) or item.summary is not None
             if isinstance(item, BaseException):
-                ended = True
+                watch.end("error")
                 raise as_api_error(item) from item
-            if first and item.token_ids:
-                first = False
-                state.metrics.first_token.observe(time.monotonic() - begun)
-            if item.summary is not None:
-                ended = True
-                state.metrics.prompt_tokens.inc(item.summary.prompt_tokens)
-                state.metrics.reused_tokens.inc(item.summary.reused_tokens)
-                state.metrics.new_tokens.inc(item.summary.new_tokens)
-                if item.summary.finish_reason == "cancelled":
-                    raise ApiError(503, "the model was unloaded", "model_not_loaded")
+            watch.see(item, request)
+            if item.summary is not None and item.summary.finish_reason == "cancelled":
+                raise ApiError(503, "the model was unloaded", "model_not_loaded", headers=RETRY_AFTER)
             yield item
     finally:
+        model.submitted -= 1
         state.inboxes.discard(inbox)
         if not ended:
+            watch.end("cancelled")
             model.engine.cancel(request_id)
+
+
+class _Watch:
+    """Counts a generation as it comes."""
+
+    def __init__(self, metrics: Metrics, model: str, call: Call) -> None:
+        self._metrics, self._model, self._call = metrics, model, call
+        self._last = time.monotonic()
+        self._begun = False
+
+    def see(self, chunk: Chunk, request: Request) -> None:
+        """Count a chunk."""
+        metrics, name = self._metrics, self._model
+        if count := len(chunk.token_ids):
+            now = time.monotonic()
+            if self._begun:
+                metrics.inter_token.labels(name).observe((now - self._last) / count)
+            else:
+                metrics.first_token.labels(name).observe(now - self._last)
+                metrics.prompt_tokens.labels(name).inc(len(request.ids))
+                self._call.prompt_tokens += len(request.ids)
+            self._begun, self._last = True, now
+            metrics.new_tokens.labels(name).inc(count)
+            self._call.new_tokens += count
+        if (summary := chunk.summary) is not None:
+            metrics.reused_tokens.labels(name).inc(summary.reused_tokens)
+            metrics.drafted_tokens.labels(name).inc(summary.drafted_tokens)
+            metrics.accepted_tokens.labels(name).inc(summary.accepted_tokens)
+            self.end(summary.finish_reason)
+
+    def end(self, reason: str) -> None:
+        """Count its end."""
+        self._metrics.generations.labels(self._model, reason).inc()
 
 
 def sse(data: str, event: str | None = None) -> str:
@@ -136,7 +175,9 @@ class EventStream(Response):
                 self._ready.put_nowait(event)
             self._ready.put_nowait(None)
         except Exception as error:
-            self._ready.put_nowait(as_api_error(error))
+            answer = as_api_error(error)
+            answer.__cause__ = answer.__cause__ or (error if error is not answer else None)
+            self._ready.put_nowait(answer)
         finally:
             if (close := getattr(events, "aclose", None)) is not None:
                 await close()
@@ -160,12 +201,15 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send what comes until it ends."""
+        state: ServerState = scope["app"].state.server
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while True:
                 item = self._held.pop() if self._held else await self._next()
                 if item is None:
                     break
+                if isinstance(item, ApiError):
+                    state.report(item, item)
                 text = self._on_error(item) if isinstance(item, ApiError) else item
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                 if isinstance(item, ApiError):

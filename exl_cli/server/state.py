@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,30 +13,34 @@ from typing import Literal
 from starlette.requests import HTTPConnection
 
 from exl_cli.engines.base import Chunk
-from exl_cli.server.metrics import Metrics
+from exl_cli.server.errors import ApiError
+from exl_cli.server.metrics import Metrics, StateCollector
 from exl_cli.server.pool import ModelPool
 
 Phase = Literal["loading", "ok", "stopping", "failed"]
 
 Inbox = asyncio.Queue[Chunk | BaseException]
 
-# The name of the key that the current request came with; empty where no keys are set.
-caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="")
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How a server treats its clients.
+@dataclass
+class Call:
+    """One HTTP request, for the log.
 
     Attributes:
-        queue: requests that may wait for the engine beyond those that it computes.
-        prefix_cache_per_key: a prompt's prefix is reused only by the key that it came with.
-        log_prompts: write prompts into the log.
+        key: the name of the API key that it came with; empty where none are set.
+        prompt_tokens, new_tokens: what it came to so far.
     """
 
-    queue: int = 1024
-    prefix_cache_per_key: bool = False
-    log_prompts: bool = False
+    key: str = ""
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
+current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_call")
+
+
+def _nothing(line: str) -> None:
+    pass
 
 
 @dataclass(eq=False)
@@ -44,26 +49,55 @@ class ServerState:
 
     Attributes:
         pool: its models.
-        settings: see there.
-        note: writes a line to the log.
+        queue: generations that may wait beyond those that engines compute.
+        cache_per_key: a prompt's prefix is reused only by requests with the same key.
+        log_prompts: write prompts into the log.
+        debug: write tracebacks into it.
+        note: takes a line of the log.
+        warn: takes one that is shown however quiet the log is.
         phase: what `/health` says.
-        accepted: requests that run or wait, each of several choices or prompts counted.
+        accepted: generations that run or wait.
+        inboxes: of generations that engines have.
+        failed, fault: set by `fail`.
     """
 
     pool: ModelPool
-    settings: Settings = field(default_factory=Settings)
-    note: Callable[[str], None] = lambda line: None
-    metrics: Metrics = field(default_factory=Metrics)
+    queue: int = 1024
+    cache_per_key: bool = False
+    log_prompts: bool = False
+    debug: bool = False
+    note: Callable[[str], None] = _nothing
+    warn: Callable[[str], None] = _nothing
     phase: Phase = "loading"
     accepted: int = 0
     inboxes: set[Inbox] = field(default_factory=set)
-    started: float = field(default_factory=time.time)
+    failed: asyncio.Event = field(default_factory=asyncio.Event)
+    fault: BaseException | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics.registry.register(StateCollector(self))
 
     def fail(self, error: BaseException) -> None:
-        """Give up after a fault of the device: everything under way ends with it."""
-        self.phase = "failed"
+        """Give up after a fault that the GPU does not recover from: everything under way ends with it."""
+        self.phase, self.fault = "failed", error
+        self.failed.set()
         for inbox in list(self.inboxes):
             inbox.put_nowait(error)
+
+    def report(self, answer: ApiError, error: BaseException) -> None:
+        """Log what is not the client's fault: a line, of a bug with its place."""
+        if answer.status < 500:
+            return
+        error = error.__cause__ or error
+        where = ""
+        if answer.code == "internal_error" and error.__traceback__ is not None:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f" ({type(error).__name__}, {frame.filename}:{frame.lineno})"
+        self.warn(f"{answer.status}: {' '.join(str(error).split())}{where}")
+        if self.debug:
+            self.warn("".join(traceback.format_exception(error)))
 
 
 def server_state(connection: HTTPConnection) -> ServerState:

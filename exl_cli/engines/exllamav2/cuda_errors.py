@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from exl_cli.errors import DamagedModelError, EngineError, OutOfMemoryError, UsageError, param
+from exl_cli.errors import DamagedModelError, DeviceError, EngineError, OutOfMemoryError, UsageError, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.system.units import gib
@@ -54,6 +54,8 @@ def explained(
             f"the model does not fit {param('gpu_split')} {split} (GiB per GPU)",
             f"raise the numbers, or use {param('gpu_split')} auto",
         )
+    if _is_lost():
+        return DeviceError(f"the GPU failed: {cause(error)}", "start exl again; nvidia-smi and dmesg may say more")
     if info is not None and not isinstance(error, RuntimeError):
         return DamagedModelError(f"exllamav2 cannot load {info.path}: {text.splitlines()[0]}", f"see {param('debug')}")
     return EngineError(f"exllamav2 failed: {text.splitlines()[0]}", f"run again with {param('debug')} to see where")
@@ -65,6 +67,16 @@ def _is_foreign(error: Exception) -> bool:
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] in _FOREIGN
+
+
+def _is_lost() -> bool:
+    """Whether CUDA refuses all further work, as it does once a kernel has failed."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def cause(error: BaseException) -> str:

@@ -167,6 +167,10 @@ class ExLlamaV2Engine:
             parts.append(forward.collect()[0].clone())
         return torch.cat(parts)
 
+    def pages(self) -> tuple[int, int]:
+        """See `engines.base.PagedCache.pages`."""
+        return self._scheduler.num_allocated_pages, self._forward.pages
+
     def memory(self) -> list[DeviceMemory]:
         """See `engines.base.Engine.memory`."""
         devices = sorted(set(self._loaded[0].model.get_cache_devices()))

@@ -1,0 +1,187 @@
+"""`exl serve`: models over HTTP, for the clients of OpenAI's, Anthropic's and TabbyAPI's servers."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl_cli import loader
+from exl_cli.cli.options import ModelsDir, Quiet, State, loading_option, with_loading
+from exl_cli.errors import UsageError, param
+from exl_cli.models import folders
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.ui.console import flags
+from exl_cli.ui.text import harmless
+
+_network = partial(typer.Option, rich_help_panel="Network")
+_serving = partial(typer.Option, rich_help_panel="Serving")
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+@with_loading
+def serve(
+    ctx: typer.Context,
+    loading: LoadOptions,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]…",
+            help="The models, as exl run takes them; the first is the default. fable-7m, the built-in model, if none.",
+            autocompletion=folders.complete_model,
+        ),
+    ] = None,
+    host: Annotated[str, _network("--host", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, _network("--port", min=0, max=65535, help="0 for any that is free.")] = 8080,
+    api_key_file: Annotated[
+        Path | None, _network("--api-key-file", help="File with a key a line, as name: key. Read again on change.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, _network("--allow-host", help="A name that clients reach this machine by; repeatable.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, _network("--cors-origin", help="Web pages that may ask, as https://x.org; repeatable.")
+    ] = None,
+    served_name: Annotated[
+        list[str] | None, _serving("--served-name", help="Another name of the first model, or NAME=MODEL; repeatable.")
+    ] = None,
+    any_name: Annotated[bool, _serving("--any-name", help="Take unknown model names for the first model.")] = False,
+    max_loaded: Annotated[
+        int | None,
+        _serving("--max-loaded", min=1, help="Models in memory at once \\[those named]."),
+    ] = None,
+    idle_unload: Annotated[
+        str | None, _serving("--idle-unload", metavar="TIME", help="Unload a model that nobody used for so long: 15m.")
+    ] = None,
+    queue: Annotated[int, _serving("--queue", min=0, help="Requests that may wait; more are refused with 429.")] = 1024,
+    grace: Annotated[
+        str, _serving("--grace", metavar="TIME", help="What SIGTERM and Ctrl-C leave requests to end in.")
+    ] = "30s",
+    cache_per_key: Annotated[
+        bool, _serving("--cache-per-key", help="Reuse a prompt's KV cache only for requests with the same API key.")
+    ] = False,
+    log_prompts: Annotated[bool, _serving("--log-prompts", help="Write prompts into the log.")] = False,
+    sequences: Annotated[
+        int | None,
+        loading_option("--sequences", min=1, help="Full-length sequences to make room for \\[up to 8]."),
+    ] = None,
+    models_dir: ModelsDir = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve models over HTTP, as OpenAI's, Anthropic's and TabbyAPI's servers do."""
+    cli: State = ctx.obj
+    idle_seconds = None if idle_unload is None else _seconds("idle_unload", idle_unload)
+    grace_seconds = _seconds("grace", grace)
+    named = _named(models, models_dir)
+    source = ctx.get_parameter_source("models_dir")
+    # Named by the environment it says where models are; named here it says that they are to be served.
+    folder = models_dir if source is not None and source.name == "COMMANDLINE" else None
+    if loading.draft is not None and (len(named) > 1 or folder is not None):
+        raise UsageError(f"{param('draft')} goes with one model", f"serve one, or leave {param('draft')} away")
+    loading = loader.with_draft(loading, models_dir)
+    aliases = _aliases(served_name or [], named)
+
+    # What is wrong with these shows before the seconds that imports take.
+    from exl_cli.server.keys import Keys
+
+    log = _Log(quiet=quiet)
+    keys = None if api_key_file is None else Keys(api_key_file, log.warn)
+    if cache_per_key and keys is None:
+        raise UsageError(f"{param('cache_per_key')} needs keys", f"give {param('api_key_file')}")
+
+    from exl_cli.server import run
+    from exl_cli.server.app import create_app
+    from exl_cli.server.gate import Policy
+    from exl_cli.server.pool import Catalog, ModelPool
+    from exl_cli.server.state import ServerState
+
+    listener = run.listen(host, port)
+
+    async def main() -> None:
+        most = max_loaded or len(named)
+        catalog = Catalog(named, aliases, folder, any_name=any_name)
+        pool = ModelPool(
+            catalog, loading, log, cli.load, sequences=sequences, max_loaded=most, idle_seconds=idle_seconds
+        )
+        state = ServerState(
+            pool, queue, cache_per_key, log_prompts, cli.debug, note=log.note, warn=log.warn
+        )  # fmt: skip
+        hosts = {name.lower() for name in (host, socket.gethostname(), *(allow_host or []))}
+        app = create_app(state, Policy(keys, frozenset(hosts), frozenset(cors_origin or [])))
+        try:
+            await run.serve(
+                app, state, listener, preload=[*named][:most], grace=grace_seconds, signals=cli.owns_process
+            )
+        finally:
+            if not cli.owns_process:
+                await pool.close()
+
+    address = listener.getsockname()
+    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+    if keys is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        log.warn(f"WARNING: everybody who can reach {shown} can use these models; --api-key-file asks for keys")
+    log.note(
+        f"listening on http://{shown}:{address[1]} (documents at /docs), loading {', '.join([*named][:max_loaded])}"
+    )
+    asyncio.run(main())
+
+
+class _Log:
+    """Lines on stderr with the time, from any thread; a `loader.Observer`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def note(self, message: str) -> None:
+        """A line that `--quiet` leaves out."""
+        if not self._quiet:
+            self.warn(message)
+
+    def warn(self, message: str) -> None:
+        """A line."""
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {harmless(flags(message), terminal=sys.stderr.isatty())}\n")
+        sys.stderr.flush()
+
+    def progress(self, done: int, total: int) -> None:
+        """A log has no use for it."""
+
+
+def _named(models: list[str] | None, models_dir: Path | None) -> dict[str, ModelInfo]:
+    """The models by the names that requests use: as given, or the folder's name of a path."""
+    named: dict[str, ModelInfo] = {}
+    for model in models or [folders.BUILTIN]:
+        info = loader.resolve(model, models_dir)
+        name = info.path.resolve().name if Path(model).expanduser().is_dir() else model
+        if name in named:
+            raise UsageError(f"two models are called {name}", "give each once")
+        named[name] = info
+    return named
+
+
+def _aliases(served_names: list[str], named: dict[str, ModelInfo]) -> dict[str, str]:
+    aliases = {}
+    for text in served_names:
+        name, equals, model = text.partition("=")
+        if equals and model not in named:
+            raise UsageError(f"{param('served_name')} {text}: {model!r} is none of the models", "give MODEL's name")
+        if not name.strip() or name in named or name in aliases:
+            raise UsageError(f"{param('served_name')} {text}: the name is empty or taken", "give another")
+        aliases[name] = model if equals else next(iter(named))
+    return aliases
+
+
+def _seconds(name: str, text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if match is None:
+        raise UsageError(f"{param(name)} must be a time, got {text!r}", "write it as 90s, 15m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]

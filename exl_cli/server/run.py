@@ -1,0 +1,130 @@
+"""A server's life: it listens, loads, serves, drains and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from exl_cli.errors import ExitCode, UsageError, param
+from exl_cli.server.errors import ApiError
+from exl_cli.server.state import ServerState
+
+# After a fault of the device: for responses to be sent.
+_LAST_SECONDS = 2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SOCKET_OPTIONS = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 120_000))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UsageError: the address cannot be used.
+    """
+    where = f"{param('host')} {host} {param('port')} {port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{where}: {reason}", "give an address of this machine") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these: a client that vanished without a word is noticed within two minutes.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _SOCKET_OPTIONS:
+            if hasattr(socket, option):
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"{where}: {error.strerror}", f"give another {param('port')}, or end what uses it") from error
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its handling of signals, which is ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
+async def serve(
+    app: ASGIApp, state: ServerState, listener: socket.socket, *, preload: Sequence[str], grace: float, signals: bool
+) -> None:
+    """Serve until a signal, or until a device fails.
+
+    Args:
+        app: from `create_app`.
+        state: its state.
+        listener: from `listen`.
+        preload: models to load before `/health` says ok.
+        grace: seconds that requests under way have once a signal has come.
+        signals: SIGTERM and SIGINT end it, a second one at once; in the main thread only.
+
+    Raises:
+        ExlError: a model cannot be loaded at the start, or a `DeviceError`.
+    """
+    config = uvicorn.Config(
+        app, http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=65, timeout_graceful_shutdown=round(grace),
+    )  # fmt: skip
+    server = _Uvicorn(config)
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        if state.phase == "stopping":
+            os._exit(ExitCode.INTERRUPTED)
+        state.phase = "stopping"
+        state.note(f"stopping: {state.accepted} generations under way have {grace:g} s")
+        server.should_exit = True
+
+    if signals:
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, stop, number)
+    serving = asyncio.create_task(server.serve([listener]))
+    loading = asyncio.create_task(_load(state, preload))
+    failing = asyncio.create_task(state.failed.wait())
+
+    def give_up(task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (task is failing or task.exception()):
+            config.timeout_graceful_shutdown = _LAST_SECONDS
+            server.should_exit = True
+
+    loading.add_done_callback(give_up)
+    failing.add_done_callback(give_up)
+    try:
+        await serving
+    finally:
+        failing.cancel()
+        loading.cancel()
+        if signals:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+    with contextlib.suppress(asyncio.CancelledError):
+        await loading
+    if state.fault is not None:
+        raise state.fault
+
+
+async def _load(state: ServerState, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            async with state.pool.use(name) as model:
+                how = ", ".join(f"{key} {value}" for key, value in model.engine.facts.items())
+                state.note(f"{name} is ready: {model.context_length:,} tokens, engine {model.engine.name} ({how})")
+        except ApiError as error:
+            raise error.__cause__ or error from None
+    if state.phase == "loading":
+        state.phase = "ok"
