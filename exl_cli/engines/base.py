@@ -15,8 +15,8 @@ Loading the model, tokenizing and rendering the prompt are not part of any of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from exl_cli.sampling import Sampling
@@ -35,12 +35,24 @@ class Request:
     Attributes:
         ids: the prompt's token ids, at least one.
         sampling: how each next token is chosen.
-        max_new_tokens: the most tokens to generate.
+        max_new_tokens: the most tokens to generate; with 0 the prompt is evaluated, and that is all.
         seed: fixes the random choices: the same request on the same engine gives the same tokens. Exceptions, where two
             tokens nearly tie: requests that share a forward pass with others, and models on the GPU that exl's own
             kernels do not take, since exllamav2's add up in an order that varies.
         stop_strings: text that ends the generation; it is not part of the output.
         stop_ids: token ids that end the generation; pass the model's own end-of-sequence ids here.
+        min_new_tokens: until there are so many, no stop id is chosen and text that completes a stop string ends
+            nothing, as in vLLM; such text stays in the output.
+        logit_bias: what is added to the logits of tokens, -100 to 100, after the penalties and before DRY; minus
+            infinity rules a token out.
+        banned_strings: text that never comes, in upper or lower case, special tokens aside. Where it would, generation
+            goes back to before it, and the token that began it is ruled out there. Tokens that may become such text are
+            held back until that is settled.
+        dry_sequence_breakers: text that DRY does not match across; None for exllamav2's (see `dry.dry_breakers`).
+        logprobs: with each new token, its log-probability and those of so many of the likeliest, in the model's own
+            distribution, before any setting; None for none.
+        prompt_logprobs: the same for each token of the prompt but the first; nothing is taken from the prefix cache.
+        cache_salt: prompts of different salts never share what the prefix cache holds.
     """
 
     ids: Sequence[int]
@@ -49,6 +61,27 @@ class Request:
     seed: int
     stop_strings: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    min_new_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned_strings: tuple[str, ...] = ()
+    dry_sequence_breakers: tuple[str, ...] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's log-probability after what came before it, and those of the likeliest in its place.
+
+    Attributes:
+        token_id, logprob: the token's.
+        top: the same of as many of the likeliest tokens as were asked for, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,11 +134,15 @@ class Chunk:
         text: whole characters only, possibly none; the chunks' texts joined are the output.
         token_ids: the new tokens since the last chunk; text may lag behind them by a held-back character.
         summary: on the last chunk, and only there.
+        logprobs: of each of `token_ids`, where they were asked for.
+        prompt_logprobs: on the first chunk, where they were asked for: of each token of the prompt but the first.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     summary: Summary | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 # A request's id with a chunk of its response, or with the exception that ended it.
@@ -135,6 +172,7 @@ class Engine(Protocol):
 
         Raises:
             PromptError: it is empty, does not fit, or has a token that the model does not know.
+            UsageError: another field that makes no sense, such as a bias of a token that the model does not know.
         """
         ...
 

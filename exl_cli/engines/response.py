@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from exl_cli.engines.base import Chunk, Event, FinishReason, Request, Summary
-from exl_cli.errors import ContextLengthError, PromptError, param
+from exl_cli.engines.base import Chunk, Event, FinishReason, Request, Summary, TokenLogprobs
+from exl_cli.errors import ContextLengthError, PromptError, UsageError, param
 from exl_cli.models.tokenizer import Tokenizer
 
 
@@ -23,6 +24,8 @@ class Step:
         reused_tokens: with prompt_seconds: prompt tokens whose keys and values were still in the cache.
         drafted_tokens, accepted_tokens: of this pass; see `base.Summary`.
         note: what the summary should say, as far as it can be told by now; None for what it said before.
+        logprobs: of each token, where asked for.
+        prompt_logprobs: with prompt_seconds, where asked for: of each token of the prompt but the first.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -31,6 +34,8 @@ class Step:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     note: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Decoder(Protocol):
@@ -57,14 +62,18 @@ class StopScanner:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self._hidden: list[bool] = []  # of each held character
+        self._ignored = 0  # of the held characters the first so many complete no stop string
 
-    def push(self, text: str, *, hidden: bool = False) -> tuple[str, bool]:
-        """Text that is certain to be output, and whether a stop string was met."""
+    def push(self, text: str, *, hidden: bool = False, ignored: bool = False) -> tuple[str, bool]:
+        """Text that is certain to be output, and whether a stop string was met; ignored text completes none."""
         if not self._stops:
             return "" if hidden else text, False
         self._held += text
         self._hidden += [hidden] * len(text)
-        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ignored:
+            self._ignored = len(self._held)
+        ends = ((stop, max(self._ignored + 1 - len(stop), 0)) for stop in self._stops)
+        places = [at for stop, begin in ends if (at := self._held.find(stop, begin)) >= 0]
         if places:
             out = self._release(min(places))
             self._held, self._hidden = "", []
@@ -79,6 +88,7 @@ class StopScanner:
         """Output the first `count` held characters, those that are not hidden."""
         text, hidden = self._held[:count], self._hidden[:count]
         self._held, self._hidden = self._held[count:], self._hidden[count:]
+        self._ignored = max(self._ignored - count, 0)
         return "".join(char for char, is_hidden in zip(text, hidden, strict=True) if not is_hidden)
 
     def _overlap(self, stop: str) -> int:
@@ -133,6 +143,41 @@ def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_settings(request: Request, rows: int) -> None:
+    """Refuse what a request says of its new tokens if it makes no sense.
+
+    Args:
+        request: what was asked for.
+        rows: logits that the model computes.
+
+    Raises:
+        UsageError: naming the field.
+    """
+    for id_, bias in request.logit_bias.items():
+        if not 0 <= id_ < rows:
+            raise UsageError(
+                f"{param('logit_bias')} names the token {id_:,}, the model has those from 0 to {rows - 1:,}"
+            )
+        if not (abs(bias) <= 100 or bias == -math.inf):
+            raise UsageError(f"{param('logit_bias')} of token {id_:,} must be -100 to 100, got {bias:g}")
+    counts = {"min_new_tokens": request.min_new_tokens, "logprobs": request.logprobs or 0}
+    for name, count in {**counts, "prompt_logprobs": request.prompt_logprobs or 0}.items():
+        if count < 0:
+            raise UsageError(f"{param(name)} must be at least 0, got {count}")
+    if request.min_new_tokens > request.max_new_tokens:
+        raise UsageError(
+            f"{param('min_new_tokens')} is {request.min_new_tokens:,}, {param('max_new_tokens')} {request.max_new_tokens:,}",
+            f"lower {param('min_new_tokens')} or raise {param('max_new_tokens')}",
+        )
+    if not all(request.banned_strings):
+        raise UsageError(f"{param('banned_strings')} has an empty text", "leave it out")
+
+
+def new_token_limit(request: Request, context_length: int) -> int:
+    """The most tokens that a request can get."""
+    return min(request.max_new_tokens, context_length - len(request.ids))
+
+
 class Response:
     """The response to one request: text in chunks, the end, and the timings (see `base` for their rules).
 
@@ -150,7 +195,7 @@ class Response:
         self._request = request
         self._decoder = decoder
         self._scanner = StopScanner(request.stop_strings)
-        self.max_new_tokens = min(request.max_new_tokens, context_length - len(request.ids))
+        self.max_new_tokens = new_token_limit(request, context_length)
         self.ended = False
         self._reason: FinishReason = "length"
         self._start = self._last = time.perf_counter()
@@ -165,12 +210,14 @@ class Response:
         self._drafted += step.drafted_tokens
         self._accepted += step.accepted_tokens
         self._note = self._note if step.note is None else step.note
-        chunks = self._decode(step.token_ids)
+        chunks = self._decode(step.token_ids, step.logprobs)
         if chunks:
             self._last = time.perf_counter()
             self._first = self._first or self._last - self._start
-        if self._count >= self.max_new_tokens:
+        if self._count >= self.max_new_tokens and (self._count or step.prompt_seconds is not None):
             self.ended = True
+        if step.prompt_logprobs:
+            chunks.insert(0, Chunk("", prompt_logprobs=step.prompt_logprobs))
         return [*chunks, self._end()] if self.ended else chunks
 
     def finish(self, *, cancelled: bool = False) -> Chunk:
@@ -179,7 +226,7 @@ class Response:
             self._reason = "cancelled"
         return self._end()
 
-    def _decode(self, token_ids: tuple[int, ...]) -> list[Chunk]:
+    def _decode(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> list[Chunk]:
         """Chunks of as many of these tokens as count. A special token ends its chunk: its place is known so."""
         chunks: list[Chunk] = []
         token_ids = token_ids[: self.max_new_tokens - self._count]
@@ -187,16 +234,17 @@ class Response:
         for end, token_id in enumerate(token_ids, 1):
             self._count += 1
             special = self._decoder.special(token_id)
+            ignored = self._count <= self._request.min_new_tokens
             if token_id in self._request.stop_ids:
                 more, self.ended = self._scanner.flush(), True
             else:
-                more, self.ended = self._scanner.push(self._decoder.push(token_id))
+                more, self.ended = self._scanner.push(self._decoder.push(token_id), ignored=ignored)
                 if special and not self.ended:
                     text += more
-                    more, self.ended = self._scanner.push(special, hidden=True)
+                    more, self.ended = self._scanner.push(special, hidden=True, ignored=ignored)
             text += more
             if special or self.ended or end == len(token_ids):
-                chunks.append(Chunk(text, token_ids[begin:end]))
+                chunks.append(Chunk(text, token_ids[begin:end], logprobs=logprobs[begin:end]))
                 begin, text = end, ""
             if self.ended:
                 self._reason = "stop"

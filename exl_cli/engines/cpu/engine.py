@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.base import Request
+from exl_cli.engines.base import Request, TokenLogprobs
 from exl_cli.engines.cpu import converted_names, transformers_model
 from exl_cli.engines.cpu.kv_cache import KvCache
-from exl_cli.engines.response import Decoder, GeneratorEngine, Step, check_known
+from exl_cli.engines.response import (
+    Decoder,
+    GeneratorEngine,
+    Step,
+    check_known,
+    check_settings,
+    new_token_limit,
+)
 from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.errors import DamagedModelError, OutOfMemoryError, UnsupportedModelError
 from exl_cli.models.formats import exl2, gptq
@@ -64,6 +71,7 @@ class CpuEngine(GeneratorEngine):
         """See `engines.base.Engine.check`."""
         super().check(request)
         check_known(request.ids, self._rows, self._tokenizer)
+        check_settings(request, self._rows)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Float32 logits of every position: shape (len(ids), vocabulary)."""
@@ -93,20 +101,38 @@ class CpuEngine(GeneratorEngine):
             raise RuntimeError("the engine is closed")
         hooks = self._watch(is_cancelled)
         ids = list(request.ids)
+        end = len(ids) + new_token_limit(request, self.context_length)
+        outputs = self._samplers.outputs(request)
+        scored: list[TokenLogprobs] = []
         start = time.perf_counter()
         try:
-            reused = cache.rewind(ids)
+            if request.prompt_logprobs is not None:
+                cache.reset()
+            reused = cache.rewind(ids, request.cache_salt)
             # Beyond that length the first tokens' angles depend on how many follow: all at once, then.
             chunk = _PREFILL_CHUNK if len(ids) <= cache.fixed_until else len(ids)
             for begin in range(reused, len(ids) - 1, chunk):
-                self._forward(ids[: min(begin + chunk, len(ids) - 1)], cache)
+                some = ids[: min(begin + chunk, len(ids) - 1)]
+                if request.prompt_logprobs is None:
+                    self._forward(some, cache)
+                else:
+                    rows = self._forward(some, cache, every=True).numpy()
+                    scored += self._samplers.prompt_logprobs(request, begin, rows)
                 yield Step()
-            yield Step(prompt_seconds=time.perf_counter() - start, reused_tokens=reused)
+            seconds = time.perf_counter() - start
+            yield Step(prompt_seconds=seconds, reused_tokens=reused, prompt_logprobs=tuple(scored))
             while True:
-                logits = self._forward(ids, cache)
-                token = sampler.sample(logits.numpy(), ids)
-                ids.append(token)
-                yield Step((token,))
+                logits = self._forward(ids, cache).numpy()[0]
+                if outputs is None:
+                    ids.append(sampler.sample(logits, ids))
+                    yield Step((ids[-1],))
+                    continue
+                ids.append(sampler.sample(logits, ids, outputs.ruled_out(len(ids))))
+                if outputs.take(logits, ids):
+                    cache.rewind(ids, request.cache_salt)
+                ended = len(ids) >= end or ids[-1] in request.stop_ids
+                tokens, logprobs = outputs.release(ended=ended)
+                yield Step(tokens, logprobs=logprobs)
         except _Cancelled:
             return
         finally:
@@ -114,15 +140,15 @@ class CpuEngine(GeneratorEngine):
                 hook.remove()
 
     @torch.inference_mode()
-    def _forward(self, ids: list[int], cache: KvCache) -> torch.Tensor:
-        """Float32 logits [vocabulary] of the last token; those before it come from the cache as far as it has them."""
+    def _forward(self, ids: list[int], cache: KvCache, *, every: bool = False) -> torch.Tensor:
+        """Float32 logits of the last token, or of every token that the cache does not have: shape [n, vocabulary]."""
 
         def compute(new: list[int], states: Any) -> Any:
             tokens = {"input_ids": torch.tensor([new]), self._kv_name: states}
-            return self._model(**tokens, use_cache=True, logits_to_keep=1)
+            return self._model(**tokens, use_cache=True, logits_to_keep=0 if every else 1)
 
         self._forget_length()
-        logits: torch.Tensor = cache.extend(ids, compute).logits[0, -1].float()
+        logits: torch.Tensor = cache.extend(ids, compute).logits[0].float()
         return logits
 
     def _forget_length(self) -> None:

@@ -34,6 +34,7 @@ class KvCache:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._dynamic, self.fixed_until = _length_rule(config.get_text_config())
+        self._salt = ""  # of the tokens held
         self.reset()
 
     def reset(self) -> None:
@@ -44,15 +45,21 @@ class KvCache:
         self.states: Any = DynamicCache(config=self._config)
         self._angles = 0.0
 
-    def rewind(self, ids: Sequence[int]) -> int:
+    def rewind(self, ids: Sequence[int], salt: str = "") -> int:
         """Keep what a prompt begins with, but never its last token, whose logits are wanted.
+
+        Args:
+            ids: the prompt.
+            salt: with another than the tokens held have, nothing is kept.
 
         Returns:
             How many tokens of the prompt are held.
         """
-        common = _common(self.ids, ids[:-1]) if self._angles_at(len(ids)) == self._angles else 0
+        alike = salt == self._salt and self._angles_at(len(ids)) == self._angles
+        common = _common(self.ids, ids[:-1]) if alike else 0
         if common < len(self.ids):
             self._truncate(common)
+        self._salt = salt
         return len(self.ids)
 
     def extend(self, ids: Sequence[int], compute: Callable[[list[int], Any], T]) -> T:

@@ -34,17 +34,24 @@ BREAKER_CHARACTERS = frozenset('.,!?<>[](){}\n\t"')
 _MAX_PENALTY = 1e30
 
 
-def dry_breakers(pieces: Sequence[str], special: Collection[int]) -> frozenset[int]:
+def dry_breakers(
+    pieces: Sequence[str], special: Collection[int], breakers: Collection[str] = BREAKER_CHARACTERS
+) -> frozenset[int]:
     """The tokens that DRY does not match across, by exllamav2's rule.
 
     Args:
         pieces: the decoded text of every token, at the index of its id ("\\n", not the vocabulary's "Ċ" or "<0x0A>").
         special: ids of the special tokens, such as the end of sequence.
+        breakers: text that makes a token one; the default is exllamav2's.
 
     Returns:
-        The ids whose text contains one of `. , ! ? < > [ ] ( ) { } "`, a newline or a tab, and all of `special`.
+        The ids whose text contains one of the breakers, and all of `special`.
     """
-    return frozenset(special).union(i for i, piece in enumerate(pieces) if not BREAKER_CHARACTERS.isdisjoint(piece))
+    characters = {text for text in breakers if len(text) == 1}
+    texts = [text for text in breakers if len(text) > 1]
+    return frozenset(special).union(
+        i for i, piece in enumerate(pieces) if not characters.isdisjoint(piece) or any(text in piece for text in texts)
+    )
 
 
 def token_mask(ids: Collection[int], size: int) -> BoolArray:

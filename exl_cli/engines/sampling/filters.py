@@ -34,6 +34,9 @@ _BLOCK = 512
 _COLUMNS = 1024
 _LEAST_ROWS = 4
 
+# The logit of a token that must not be chosen, as exllamav2 has it: no temperature makes it likely.
+_RULED_OUT = np.float32(-1e30)
+
 # exllamav2 scales its random number so that rounding of the probabilities' sum cannot run past the last candidate.
 _ROUNDING_ROOM = 0.9998
 _TINY = float(np.finfo(np.float32).tiny)
@@ -72,6 +75,21 @@ def penalize(logits: FloatArray, history: IntArray, settings: Sampling) -> None:
     logits[tokens] = after  # of a repeated index NumPy keeps the last value: that of the nearest occurrence
     if settings.token_frequency_penalty:
         np.subtract.at(logits, tokens, np.float32(settings.token_frequency_penalty) * strength)
+
+
+def rule_out(logits: FloatArray, ids: IntArray) -> None:
+    """Have tokens never chosen, in place. As in exllamav2 their logits stay finite, so that all that follows applies."""
+    logits[ids] = _RULED_OUT
+
+
+def add_bias(logits: FloatArray, ids: IntArray, bias: FloatArray) -> None:
+    """Add to the logits of tokens, in place; minus infinity rules a token out."""
+    logits[ids] = np.maximum(logits[ids] + bias, _RULED_OUT)
+
+
+def all_ruled_out(highest: np.float32) -> bool:
+    """Whether no token is left, told from the highest logit."""
+    return bool(highest < 0.1 * _RULED_OUT)
 
 
 def softmax(logits: FloatArray, highest: np.float32, temperature: float, smoothing: float = 0.0) -> FloatArray:

@@ -30,17 +30,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from exl_cli.engines.base import Request
+from exl_cli.engines.base import Request, TokenLogprobs
+from exl_cli.engines.output_tokens import OutputTokens
 from exl_cli.engines.sampling.dry import BoolArray, FloatArray, IntArray, apply_dry, dry_breakers, token_mask
 from exl_cli.engines.sampling.filters import (
     Candidates,
+    add_bias,
+    all_ruled_out,
     best,
     descending,
     draw,
@@ -49,6 +52,7 @@ from exl_cli.engines.sampling.filters import (
     min_p,
     penalize,
     retemper,
+    rule_out,
     shortlist,
     softmax,
     surprise_limit,
@@ -59,7 +63,8 @@ from exl_cli.engines.sampling.filters import (
     typical,
     xtc,
 )
-from exl_cli.errors import EngineError
+from exl_cli.engines.sampling.logprobs import token_logprobs
+from exl_cli.errors import EngineError, UsageError, param
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
 
@@ -89,6 +94,9 @@ class Sampler:
         vocab_size: how many tokens the tokenizer knows; logits beyond them (padding of the output layer) are ignored.
         breakers: gives the ids that DRY does not match across; called at most once, only when DRY is on.
         protected: gives the ids that XTC does not exclude; called at most once, only when XTC is on.
+        bias: what is added to the logits of tokens; see `Request.logit_bias`.
+        min_length: until the history is so long, `end_ids` are not chosen.
+        end_ids: tokens that end the generation.
     """
 
     def __init__(
@@ -99,6 +107,9 @@ class Sampler:
         vocab_size: int,
         breakers: Callable[[], Collection[int]] = frozenset,
         protected: Callable[[], Collection[int]] = frozenset,
+        bias: Mapping[int, float] | None = None,
+        min_length: int = 0,
+        end_ids: Collection[int] = (),
     ) -> None:
         self._settings = settings
         self._random = random.Random(seed)
@@ -111,45 +122,54 @@ class Sampler:
             or settings.token_presence_penalty != 0.0
         )
         self._dry = settings.dry_multiplier > 0.0
+        bias = {id_: value for id_, value in (bias or {}).items() if id_ < vocab_size}
+        self._biased = np.array([*bias], dtype=np.int64)
+        self._bias = np.array([*bias.values()], dtype=np.float32)
+        self._min_length, self._end_ids = min_length if end_ids else 0, end_ids
         self._history = History(vocab_size)
         self._short = self._few_matter()
         self._breakers = token_mask(breakers() if self._dry else (), vocab_size)
         self._protected = token_mask(protected() if settings.xtc_probability > 0.0 else (), vocab_size)
         self._steps = self._filters()
 
-    def sample(self, logits: AnyFloats, history: Sequence[int]) -> int:
+    def sample(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> int:
         """Choose the next token. Draws one random number, whether it is needed or not.
 
         Args:
             logits: shape [n] with n at least 1, of any float type, not modified.
             history: all tokens so far, prompt included. Between calls it may only grow at its end; a shorter one is
                 read afresh.
+            banned: ids not to be chosen this time.
 
         Raises:
             EngineError: a logit is NaN or infinite.
+            UsageError: no token is left that may be chosen.
             ValueError: logits of another shape.
         """
         point = self._random.random()
-        ids, probs = self.distribution(logits, history)
+        ids, probs = self.distribution(logits, history, banned)
         chosen = 0 if len(ids) == 1 else draw(probs, self._skewed(point))
         if self._settings.mirostat:
             surprise = -math.log2(probs[chosen])
             self._mu += self._settings.mirostat_eta * (self._settings.mirostat_tau - surprise)
         return int(ids[chosen])
 
-    def distribution(self, logits: AnyFloats, history: Sequence[int]) -> Candidates:
+    def distribution(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> Candidates:
         """What the next token is drawn from. Arguments and errors are those of `sample`; it draws nothing."""
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"logits must have the shape [n], got {logits.shape}")
         scores = np.asarray(logits[: self._vocab_size], dtype=np.float32)
         settings = self._settings
-        highest_few = self._highest(scores, history) if self._short and len(scores) >= _LARGE else None
+        if len(history) < self._min_length:
+            banned = {*banned, *self._end_ids}
+        short = self._short and not banned and len(scores) >= _LARGE
+        highest_few = self._highest(scores, history) if short else None
         if highest_few is not None:
             ids, scores = highest_few
             highest = scores[0]
         else:
-            _check(scores)
-            scores = self._adjusted(scores, history)
+            check_finite(scores)
+            scores = self._adjusted(scores, history, banned)
             if settings.greedy:
                 return Candidates(np.array([scores.argmax()]), np.ones(1, dtype=np.float32))
             ids, highest = self._all_ids[: len(scores)], np.maximum.reduce(scores)
@@ -170,14 +190,15 @@ class Sampler:
         plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
         lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
         penalties = not self._penalties or (plain and lowers)
-        return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not self._dry and penalties
+        others = self._dry or len(self._biased) > 0
+        return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not others and penalties
 
     def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
         """The ids of the `top_k` highest logits after penalties, highest first, and these logits; what is not among the
         highest before is not looked at. None where that does not do, because too many of those were lowered."""
         k = self._settings.top_k
         if not math.isfinite(np.minimum.reduce(scores)):
-            _check(scores)
+            check_finite(scores)
         ids, bound = shortlist(scores, 2 * k if self._penalties else k)
         values = scores[ids]
         if self._penalties:
@@ -185,17 +206,24 @@ class Sampler:
         order = best(values, k)
         values = values[order]
         if not math.isfinite(values[0]):
-            _check(scores)
+            check_finite(scores)
         # All others were below the bound, and still are.
         return (ids[order], values) if values[-1] >= bound else None
 
-    def _adjusted(self, scores: FloatArray, history: Sequence[int]) -> FloatArray:
-        """The logits after penalties and DRY; a copy where anything changes."""
-        if not (self._penalties or self._dry):
+    def _adjusted(self, scores: FloatArray, history: Sequence[int], banned: Collection[int]) -> FloatArray:
+        """The logits after penalties, bans, bias and DRY; a copy where anything changes."""
+        restricted = bool(banned) or len(self._biased) > 0
+        if not (self._penalties or self._dry or restricted):
             return scores
         scores, past = scores.copy(), self._history.read(history)
         if self._penalties:
             penalize(scores, past, self._settings)
+        if restricted:
+            rule_out(scores, np.array([id_ for id_ in banned if id_ < len(scores)], dtype=np.int64))
+            inside = self._biased < len(scores)
+            add_bias(scores, self._biased[inside], self._bias[inside])
+            if all_ruled_out(np.maximum.reduce(scores)):
+                raise UsageError("no token is left that may come next", f"rule out fewer with {param('logit_bias')}")
         if self._dry:
             apply_dry(scores, past, self._breakers, self._settings)
         return scores
@@ -265,7 +293,12 @@ class History:
         return n
 
 
-def _check(scores: FloatArray) -> None:
+def check_finite(scores: FloatArray) -> None:
+    """Refuse logits that are no numbers.
+
+    Raises:
+        EngineError: some are NaN or infinite.
+    """
     if not np.isfinite(scores).all():
         nans = int(np.isnan(scores).sum())
         what = f"NaN: {nans} of {len(scores)} logits are not numbers" if nans else "infinite logits"
@@ -293,9 +326,32 @@ class Samplers:
             request.sampling,
             request.seed,
             vocab_size=self._vocab_size,
-            breakers=lambda: dry_breakers(self._pieces, self._tokenizer.special_ids()),
+            breakers=lambda: self._breakers(request.dry_sequence_breakers),
             protected=lambda: xtc_protected(self._pieces, self._tokenizer.special_ids()),
+            bias=request.logit_bias,
+            min_length=len(request.ids) + request.min_new_tokens if request.min_new_tokens else 0,
+            end_ids=request.stop_ids,
         )
+
+    def outputs(self, request: Request) -> OutputTokens | None:
+        """What a request needs between its sampler and its response; None where it asks for nothing of that kind."""
+        if request.logprobs is None and not request.banned_strings:
+            return None
+        return OutputTokens(request, self._tokenizer.decode_stream, self._vocab_size)
+
+    def prompt_logprobs(self, request: Request, begin: int, logits: FloatArray) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt's tokens after `begin`, from the logits of that token and those behind it."""
+        following = request.ids[begin + 1 : begin + 1 + len(logits)]
+        count = request.prompt_logprobs or 0
+        return [token_logprobs(row, id_, count, self._vocab_size) for row, id_ in zip(logits, following, strict=False)]
+
+    def _breakers(self, texts: Collection[str] | None) -> frozenset[int]:
+        """The tokens that DRY does not match across; of texts that no token has, the last token, as in TabbyAPI."""
+        special = self._tokenizer.special_ids()
+        if texts is None:
+            return dry_breakers(self._pieces, special)
+        last = [self._tokenizer.encode(text, add_special_tokens=False)[-1:] for text in texts]
+        return dry_breakers(self._pieces, special, texts).union(*last)
 
     @cached_property
     def _pieces(self) -> list[str]:
