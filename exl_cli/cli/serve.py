@@ -103,7 +103,7 @@ def serve(
     from exl_cli.server.app import create_app
     from exl_cli.server.gate import Policy
     from exl_cli.server.pool import Catalog, ModelPool
-    from exl_cli.server.state import ServerState
+    from exl_cli.server.state import ServerState, Settings
 
     listener = run.listen(host, port)
 
@@ -113,9 +113,8 @@ def serve(
         pool = ModelPool(
             catalog, loading, log, cli.load, sequences=sequences, max_loaded=most, idle_seconds=idle_seconds
         )
-        state = ServerState(
-            pool, queue, cache_per_key, log_prompts, cli.debug, note=log.note, warn=log.warn
-        )  # fmt: skip
+        settings = Settings(queue, cache_per_key, log_prompts, cli.debug)
+        state = ServerState(pool, settings, note=log.note, warn=log.warn)
         hosts = {name.lower() for name in (host, socket.gethostname(), *(allow_host or []))}
         app = create_app(state, Policy(keys, frozenset(hosts), frozenset(cors_origin or [])))
         try:

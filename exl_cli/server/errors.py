@@ -92,5 +92,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     for kind, status, code in _STATUSES:
         if isinstance(error, kind):
-            return ApiError(status, str(error), code, headers=RETRY_AFTER if status == 503 else None)
+            # What is wrong with a body says which field it is; see `api.bodies.BodyError`.
+            code, field = code or getattr(error, "code", None), getattr(error, "field", None)
+            return ApiError(status, str(error), code, field or None, headers=RETRY_AFTER if status == 503 else None)
     return ApiError(500, "the server failed; its log says more", "internal_error")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exl_cli.server.errors import ApiError, as_api_error
 from exl_cli.server.keys import Keys
-from exl_cli.server.state import Call, ServerState, current_call
+from exl_cli.server.state import ServerState, Usage, caller, usage
 
 _OPEN = ("/", "/health")
 _UNLOGGED = (*_OPEN, "/metrics")
@@ -63,13 +63,13 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call = Call()
-        current_call.set(call)
+        used = Usage()
+        usage.set(used)
         begun = time.monotonic()
         exchange = _Exchange(receive, send)
         try:
             headers = Headers(scope=scope)
-            self._check(scope, headers, call)
+            self._check(scope, headers)
             await exchange.read_body(headers, self._policy.max_body)
             await exchange.run(self._app, scope)
         except Exception as error:
@@ -78,9 +78,9 @@ class Gate:
             if not exchange.status:
                 await self._respond(scope["path"], answer)(scope, receive, exchange.send)
         finally:
-            self._count(scope, exchange.status, call, time.monotonic() - begun)
+            self._count(scope, exchange.status, used, time.monotonic() - begun)
 
-    def _check(self, scope: Scope, headers: Headers, call: Call) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         """Refuse who may not ask.
 
         Raises:
@@ -101,7 +101,7 @@ class Gate:
         if name is None:
             said = "this API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY, or X-Api-Key"
             raise ApiError(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        call.key = name
+        caller.set(name)
 
     def _is_own(self, host: str) -> bool:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".") if host.isascii() else ""
@@ -113,15 +113,15 @@ class Gate:
             return False
         return True
 
-    def _count(self, scope: Scope, status: int, call: Call, seconds: float) -> None:
+    def _count(self, scope: Scope, status: int, used: Usage, seconds: float) -> None:
         # The route's pattern, of which there are few; a path may be anything.
         route = getattr(scope.get("route"), "path", "none")
         self._state.metrics.requests.labels(route, str(status or "closed")).inc()
         if scope["path"] in _UNLOGGED and status in (200, 503):
             return
         path = scope["raw_path"].decode("ascii", "replace")[:200]
-        tokens = f", {call.prompt_tokens:,} + {call.new_tokens:,} tokens" if call.prompt_tokens else ""
-        by = f", {call.key}" if call.key else ""
+        tokens = f", {used.prompt_tokens:,} + {used.new_tokens:,} tokens" if used.prompt_tokens else ""
+        by = f", {caller.get()}" if caller.get() else ""
         outcome = status or "client went away"
         self._state.note(f"{scope['method']} {path} {outcome}, {seconds:.2f} s{tokens}{by}")
 

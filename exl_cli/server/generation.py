@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -16,7 +16,7 @@ from exl_cli.errors import DeviceError
 from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
 from exl_cli.server.metrics import Metrics
 from exl_cli.server.pool import ServedModel
-from exl_cli.server.state import Call, Inbox, ServerState, current_call
+from exl_cli.server.state import Inbox, ServerState, Usage, usage
 
 KEEP_ALIVE_SECONDS = 10.0
 
@@ -38,7 +38,7 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
         raise ApiError(500, "the GPU failed; the server is ending", "engine_failed")
     if state.phase == "stopping":
         raise ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
-    room = state.queue + (sum(model.engine.max_batch for model in state.pool.loaded) or 1)
+    room = state.settings.queue + (sum(model.engine.max_batch for model in state.pool.loaded) or 1)
     if state.accepted + count > room:
         said = f"{state.accepted:,} of {room:,} generations are under way or wait; try again later"
         raise ApiError(429, said, "queue_full", headers=RETRY_AFTER)
@@ -54,7 +54,7 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
         state.accepted -= count
 
 
-async def generate(state: ServerState, model: ServedModel, request: Request) -> AsyncIterator[Chunk]:
+async def generate(state: ServerState, model: ServedModel, request: Request) -> AsyncGenerator[Chunk, None]:
     """The chunks of one generation, the last with its summary. Leaving it early cancels the rest at once.
 
     Args:
@@ -67,10 +67,9 @@ async def generate(state: ServerState, model: ServedModel, request: Request) -> 
     """
     inbox: Inbox = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    call = current_call.get(None) or Call()
-    if state.log_prompts:
+    if state.settings.log_prompts:
         state.note(f"prompt: {json.dumps(model.tokenizer.decode(request.ids), ensure_ascii=False)}")
-    watch = _Watch(state.metrics, model.name, call)
+    watch = _Watch(state.metrics, model.name)
 
     def deliver(item: Chunk | BaseException) -> None:
         loop.call_soon_threadsafe(inbox.put_nowait, item)
@@ -104,8 +103,8 @@ async def generate(state: ServerState, model: ServedModel, request: Request) -> 
 class _Watch:
     """Counts a generation as it comes."""
 
-    def __init__(self, metrics: Metrics, model: str, call: Call) -> None:
-        self._metrics, self._model, self._call = metrics, model, call
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model, self._usage = metrics, model, usage.get(None) or Usage()
         self._last = time.monotonic()
         self._begun = False
 
@@ -119,10 +118,10 @@ class _Watch:
             else:
                 metrics.first_token.labels(name).observe(now - self._last)
                 metrics.prompt_tokens.labels(name).inc(len(request.ids))
-                self._call.prompt_tokens += len(request.ids)
+                self._usage.prompt_tokens += len(request.ids)
             self._begun, self._last = True, now
             metrics.new_tokens.labels(name).inc(count)
-            self._call.new_tokens += count
+            self._usage.new_tokens += count
         if (summary := chunk.summary) is not None:
             metrics.reused_tokens.labels(name).inc(summary.reused_tokens)
             metrics.drafted_tokens.labels(name).inc(summary.drafted_tokens)

@@ -22,21 +22,36 @@ Phase = Literal["loading", "ok", "stopping", "failed"]
 Inbox = asyncio.Queue[Chunk | BaseException]
 
 
+# The name of the API key that the current request came with; empty where none are set.
+caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="")
+
+
 @dataclass
-class Call:
-    """One HTTP request, for the log.
+class Usage:
+    """Tokens of one HTTP request so far, for the log."""
 
-    Attributes:
-        key: the name of the API key that it came with; empty where none are set.
-        prompt_tokens, new_tokens: what it came to so far.
-    """
-
-    key: str = ""
     prompt_tokens: int = 0
     new_tokens: int = 0
 
 
-current_call: contextvars.ContextVar[Call] = contextvars.ContextVar("current_call")
+usage: contextvars.ContextVar[Usage] = contextvars.ContextVar("usage")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server treats its clients.
+
+    Attributes:
+        queue: generations that may wait beyond those that engines compute.
+        prefix_cache_per_key: a prompt's prefix is reused only by requests with the same key.
+        log_prompts: write prompts into the log.
+        debug: write tracebacks into it.
+    """
+
+    queue: int = 1024
+    prefix_cache_per_key: bool = False
+    log_prompts: bool = False
+    debug: bool = False
 
 
 def _nothing(line: str) -> None:
@@ -49,10 +64,7 @@ class ServerState:
 
     Attributes:
         pool: its models.
-        queue: generations that may wait beyond those that engines compute.
-        cache_per_key: a prompt's prefix is reused only by requests with the same key.
-        log_prompts: write prompts into the log.
-        debug: write tracebacks into it.
+        settings: see there.
         note: takes a line of the log.
         warn: takes one that is shown however quiet the log is.
         phase: what `/health` says.
@@ -62,10 +74,7 @@ class ServerState:
     """
 
     pool: ModelPool
-    queue: int = 1024
-    cache_per_key: bool = False
-    log_prompts: bool = False
-    debug: bool = False
+    settings: Settings = field(default_factory=Settings)
     note: Callable[[str], None] = _nothing
     warn: Callable[[str], None] = _nothing
     phase: Phase = "loading"
@@ -96,7 +105,7 @@ class ServerState:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f" ({type(error).__name__}, {frame.filename}:{frame.lineno})"
         self.warn(f"{answer.status}: {' '.join(str(error).split())}{where}")
-        if self.debug:
+        if self.settings.debug:
             self.warn("".join(traceback.format_exception(error)))
 
 
