@@ -166,7 +166,8 @@ def check_settings(request: Request, rows: int) -> None:
             raise UsageError(f"{param(name)} must be at least 0, got {count}")
     if request.min_new_tokens > request.max_new_tokens:
         raise UsageError(
-            f"{param('min_new_tokens')} is {request.min_new_tokens:,}, {param('max_new_tokens')} {request.max_new_tokens:,}",
+            f"{param('min_new_tokens')} is {request.min_new_tokens:,}, "
+            f"{param('max_new_tokens')} {request.max_new_tokens:,}",
             f"lower {param('min_new_tokens')} or raise {param('max_new_tokens')}",
         )
     if not all(request.banned_strings):

@@ -19,10 +19,24 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Where sequences begin in the tree: keys and values of long ones are others (`ModelRunner.long_after`).
-_ROOT, _LONG_ROOT = -1, -2
-
 Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where sequences begin in the tree: those of different roots share nothing.
+
+    Attributes:
+        long: keys and values of long sequences are others; see `ModelRunner.long_after`.
+        salt: see `base.Request`.
+    """
+
+    long: bool = False
+    salt: str = ""
+
+
+# A page, or where the first one of a sequence hangs.
+Node = int | Root
 
 
 @dataclass(eq=False)
@@ -45,7 +59,7 @@ class Allocation:
     num_computed_tokens: int
     num_cached_pages: int
     num_reserved_pages: int
-    root: int = _ROOT
+    root: Root = Root()
 
 
 class BlockManager:
@@ -72,9 +86,9 @@ class BlockManager:
         # Pages of the tree without users, the next to be evicted first: children before their parents.
         self._unused: OrderedDict[int, None] = OrderedDict()
         self._tokens: dict[int, Tokens] = {}
-        self._parent: dict[int, int] = {}
-        self._children: dict[int, set[int]] = {}
-        self._full: dict[tuple[int, Tokens], int] = {}
+        self._parent: dict[int, Node] = {}
+        self._children: dict[Node, set[int]] = {}
+        self._full: dict[tuple[Node, Tokens], int] = {}
         self._allocations: set[Allocation] = set()
         self._num_reserved = 0
 
@@ -92,7 +106,7 @@ class BlockManager:
         """Pages that so many positions take up."""
         return -(-positions // self.size)
 
-    def allocate(self, ids: list[int], positions: int, *, long: bool = False) -> Allocation | None:
+    def allocate(self, ids: list[int], positions: int, root: Root = Root(), *, reuse: bool = True) -> Allocation | None:
         """Allocate pages for a sequence, sharing those that hold the beginning of its prompt.
 
         The last token of the prompt is never taken from the cache, since its logits are wanted.
@@ -100,13 +114,13 @@ class BlockManager:
         Args:
             ids: the prompt, at least one token.
             positions: the most that the sequence may take up, at most as many as all pages hold.
-            long: see `ScheduledTokens`.
+            root: where it begins.
+            reuse: share pages; False where all of the prompt is to be computed.
 
         Returns:
             None while there is no room for it.
         """
-        root = _LONG_ROOT if long else _ROOT
-        shared = self._cached_prefix(ids, root)
+        shared = self._cached_prefix(ids, root) if reuse else []
         reserved = self.pages_for(positions) - len(shared)
         if reserved + sum(not self._users[page] for page in shared) > self.num_available:
             return None
@@ -117,7 +131,8 @@ class BlockManager:
         self._num_reserved += reserved
         self._allocations.add(allocation)
         try:
-            self._reuse_partial_page(allocation)
+            if reuse:
+                self._reuse_partial_page(allocation)
         except Exception:
             self.free(allocation)
             raise
@@ -161,10 +176,10 @@ class BlockManager:
 
     # --- allocations ----------------------------------------------------------------------------------------------
 
-    def _cached_prefix(self, ids: list[int], root: int) -> list[int]:
+    def _cached_prefix(self, ids: list[int], root: Root) -> list[int]:
         """The full pages that hold the beginning of a prompt, its last token left out."""
         pages: list[int] = []
-        parent = root
+        parent: Node = root
         for begin in range(0, len(ids) - self.size, self.size):
             page = self._full.get((parent, tuple(ids[begin : begin + self.size])))
             if page is None:
@@ -190,7 +205,7 @@ class BlockManager:
             ((page, _common(tokens, wanted)) for page, tokens in candidates),
             # Of several that agree equally far, one that can be taken over.
             key=lambda match: (match[1], match[0] in self._unused and match[1] == len(self._tokens[match[0]])),
-            default=(_ROOT, 0),
+            default=(-1, 0),
         )
         if not common:
             return
@@ -222,7 +237,7 @@ class BlockManager:
         oldest = next(iter(self._unused))
         return oldest == page or lost <= len(self._tokens[oldest])
 
-    def _parent_of(self, allocation: Allocation) -> int:
+    def _parent_of(self, allocation: Allocation) -> Node:
         count = allocation.num_cached_pages
         return allocation.block_table[count - 1] if count else allocation.root
 
@@ -272,7 +287,7 @@ class BlockManager:
 
     # --- the tree -------------------------------------------------------------------------------------------------
 
-    def _is_cached(self, parent: int, tokens: Tokens) -> bool:
+    def _is_cached(self, parent: Node, tokens: Tokens) -> bool:
         """Whether a page begins with these tokens; if so, it becomes the most recently used."""
         for page in self._children.get(parent, ()):
             if self._tokens[page][: len(tokens)] == tokens:
@@ -281,7 +296,7 @@ class BlockManager:
                 return True
         return False
 
-    def _insert(self, page: int, parent: int, tokens: Tokens) -> None:
+    def _insert(self, page: int, parent: Node, tokens: Tokens) -> None:
         # Partial pages that this one extends are of no further use. They have no users: those took them over.
         for other in [*self._children.get(parent, ())]:
             if tokens[: len(self._tokens[other])] == self._tokens[other]:

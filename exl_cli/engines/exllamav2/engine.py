@@ -30,7 +30,7 @@ from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.prompt_lookup import PromptLookup
 from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
-from exl_cli.engines.response import Response, Step, check_fits, check_known
+from exl_cli.engines.response import Response, Step, check_fits, check_known, check_settings
 from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.models import architecture, memory
 from exl_cli.models.info import ModelInfo
@@ -82,7 +82,14 @@ class ExLlamaV2Engine:
         samplers = Samplers(tokenizer, forward.vocab_size)
         # Prompts in the pieces in which exllamav2 computes them anyway.
         chunk = loaded.model.config.max_input_len
-        self._scheduler = Scheduler(forward, samplers.make, drafter=drafter, chunk=chunk)
+        self._scheduler = Scheduler(
+            forward,
+            samplers.make,
+            outputs=samplers.outputs,
+            score=samplers.prompt_logprobs,
+            drafter=drafter,
+            chunk=chunk,
+        )
         self._responses: dict[int, Response] = {}
         self._cancelled: deque[int] = deque()
         self.max_batch = forward.max_batch
@@ -102,6 +109,7 @@ class ExLlamaV2Engine:
         """See `engines.base.Engine.check`."""
         check_fits(len(request.ids), self.context_length)
         check_known(request.ids, self._forward.vocab_size, self._tokenizer)
+        check_settings(request, self._forward.vocab_size)
         self._scheduler.check(request, min(request.max_new_tokens, self.context_length - len(request.ids)))
 
     def add(self, request_id: int, request: Request) -> None:

@@ -56,7 +56,9 @@ class PromptLookup:
         """See `Drafter.reset`."""
 
     def _draft(self, request: DraftRequest) -> DraftTokens:
-        index: _Index = request.draft
+        index: _Index | None = request.draft
+        if index is None:
+            return DraftTokens((), 0, AcceptanceRate(0.0))
         ids, end = request.ids, len(request.ids)
         # The last token has no follower yet.
         for last in range(index.indexed, end - 1):

@@ -14,6 +14,7 @@ A model may compute sequences beyond some length otherwise, from their first tok
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -23,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from exl_cli.engines.base import Request
-from exl_cli.engines.exllamav2.block_manager import BlockManager
+from exl_cli.engines.base import Request, TokenLogprobs
+from exl_cli.engines.exllamav2.block_manager import BlockManager, Root
 from exl_cli.engines.exllamav2.draft_length import AcceptanceRate
 from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.sequence import Sequence
 from exl_cli.engines.exllamav2.speculation import Drafter, DraftTokens, Speculation
+from exl_cli.engines.output_tokens import OutputTokens
 from exl_cli.engines.response import Step
 from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.errors import EngineError, PromptError, param
@@ -59,6 +61,8 @@ class Scheduler:
         runner: the model; used by nobody else. After an exception from one of its methods the next call is
             `synchronize`, and then a `prefill` or `submit` may follow.
         sampler: makes the sampler of a request.
+        outputs: makes what holds a request's new tokens back; None where it asks for nothing of that kind.
+        score: gives the log-probabilities of a prompt's tokens; see `Samplers.prompt_logprobs`.
         drafter: proposes draft tokens; None for one token a forward pass.
         chunk: prompt tokens prefilled between two decode steps.
         clock: seconds that pass.
@@ -69,12 +73,14 @@ class Scheduler:
         runner: ModelRunner,
         sampler: Callable[[Request], Sampler],
         *,
+        outputs: Callable[[Request], OutputTokens | None] = lambda request: None,
+        score: Callable[[Request, int, Logits], list[TokenLogprobs]] = lambda request, begin, logits: [],
         drafter: Drafter | None = None,
         chunk: int = CHUNK,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
-        self._sampler = sampler
+        self._sampler, self._outputs, self._score = sampler, outputs, score
         self._chunk = chunk
         self._clock = clock
         self._blocks = BlockManager(runner.pages, runner.page_size, runner.copy_page)
@@ -112,11 +118,12 @@ class Scheduler:
         Args:
             request_id: names it in `cancel` and in what `step` returns.
             request: its stop strings are the caller's business.
-            max_new_tokens: the most new tokens, at least 1.
+            max_new_tokens: the most new tokens; with 0 it ends with its prompt.
         """
         sampler, started = self._sampler(request), self._clock()
         sequence = Sequence(request_id, request, max_new_tokens, sampler, [*request.ids], started)
         sequence.num_to_prefill, sequence.long_after = len(sequence.ids), self._runner.long_after
+        sequence.outputs = self._outputs(request)
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
 
@@ -171,32 +178,41 @@ class Scheduler:
     def _extend(self, part: _InFlight, logits: Logits) -> None:
         """Sample position by position for as long as the draft tokens turn out right."""
         sequence, row, draft = part
-        ids, stops = sequence.ids, sequence.request.stop_ids
+        ids, stops, outputs = sequence.ids, sequence.request.stop_ids, sequence.outputs
         chosen: list[int] = []
+        taken_back = False
         error: Exception | None = None
         try:
             for place in range(len(row.ids)):
                 if place and chosen[-1] != row.ids[place]:
                     break  # these logits follow a draft token that was wrong
-                chosen.append(sequence.sampler.sample(logits[place], ids))
+                ruled_out = outputs.ruled_out(len(ids)) if outputs else ()
+                chosen.append(sequence.sampler.sample(logits[place], ids, ruled_out))
                 ids.append(chosen[-1])
-                if chosen[-1] in stops or not sequence.max_new_tokens_left:
+                taken_back = outputs is not None and outputs.take(logits[place], ids)
+                if taken_back or chosen[-1] in stops or not sequence.max_new_tokens_left:
                     break
         except Exception as raised:  # its own logits or settings; the other sequences have theirs
             error = raised
-        sequence.num_computed_tokens += len(chosen)
+        sequence.num_computed_tokens = len(ids) - 1
         self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
+        step = Step(tuple(chosen))
         if self._speculation is not None:
-            self._outcomes.append((sequence.id, self._speculation.outcome(sequence, draft, chosen)))
-        elif chosen:
-            self._outcomes.append((sequence.id, Step(tuple(chosen))))
-        if error or chosen[-1] in stops or not sequence.max_new_tokens_left:
+            step = self._speculation.outcome(sequence, draft, chosen)
+        ended = error is not None or (not taken_back and (chosen[-1] in stops or not sequence.max_new_tokens_left))
+        if outputs:
+            token_ids, logprobs = outputs.release(ended=ended)
+            step = dataclasses.replace(step, token_ids=token_ids, logprobs=logprobs)
+        if chosen or self._speculation is not None:
+            self._outcomes.append((sequence.id, step))
+        if ended:
             self._end(sequence, error)
-        elif sequence.must_be_long and not sequence.long:
+        elif taken_back or (sequence.must_be_long and not sequence.long):
             self._compute_again(sequence)
 
     def _compute_again(self, sequence: Sequence) -> None:
-        """Have all of a sequence's tokens computed as those of a long one, before anything else."""
+        """Have a sequence's tokens computed again, before anything else, as far as the cache does not hold them: all
+        of them where it has become a long one, those in the page of the last one where some were taken back."""
         self._running.remove(sequence)
         self._blocks.free(sequence.blocks)
         sequence.allocation = None
@@ -215,7 +231,7 @@ class Scheduler:
             if count:
                 self._blocks.grow(sequence.blocks, begin + count)
                 ids = tuple(sequence.ids[begin : begin + count])
-                self._runner.prefill(ScheduledTokens(ids, begin, sequence.blocks.block_table, sequence.long))
+                self._prefill_chunk(sequence, ScheduledTokens(ids, begin, sequence.blocks.block_table, sequence.long))
                 sequence.num_computed_tokens += count
                 budget -= count
             if count and self._running and (sequence.num_prompt_tokens_left or budget <= 0 or not self._waiting):
@@ -224,6 +240,17 @@ class Scheduler:
             self._finish_prefill()
         return False
 
+    def _prefill_chunk(self, sequence: Sequence, row: ScheduledTokens) -> None:
+        """Evaluate tokens of a prompt; where their logits are wanted, in passes that give them."""
+        if sequence.request.prompt_logprobs is None or sequence.answering:
+            self._runner.prefill(row)
+            return
+        for at in range(0, len(row.ids), self._runner.max_tokens):
+            ids, start = row.ids[at : at + self._runner.max_tokens], row.start + at
+            self._runner.submit([dataclasses.replace(row, ids=ids, start=start)])
+            logits: Logits = self._runner.collect().numpy()
+            sequence.prompt_logprobs += self._score(sequence.request, start, logits[0])
+
     def _admit(self) -> Sequence | None:
         """The next request, if there is room for it."""
         if not self._waiting or len(self._running) >= self._runner.max_batch:
@@ -231,7 +258,9 @@ class Scheduler:
         # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
         self._prefilling = sequence = self._waiting.popleft()
         sequence.long = sequence.must_be_long
-        sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens, long=sequence.long)
+        root = Root(sequence.long, sequence.request.cache_salt)
+        reuse = sequence.request.prompt_logprobs is None or sequence.answering
+        sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens, root, reuse=reuse)
         if sequence.allocation is None:
             self._prefilling = None
             self._waiting.appendleft(sequence)
@@ -247,12 +276,19 @@ class Scheduler:
         self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
         if not sequence.num_prompt_tokens_left:
             if not sequence.answering:
-                if self._speculation is not None:
+                # What is drafted must not be taken back.
+                if self._speculation is not None and not sequence.request.banned_strings:
                     self._speculation.begin(sequence)
-                seconds = self._clock() - sequence.started
-                reused = sequence.blocks.num_reused_tokens
-                self._outcomes.append((sequence.id, Step(prompt_seconds=seconds, reused_tokens=reused)))
+                step = Step(
+                    prompt_seconds=self._clock() - sequence.started,
+                    reused_tokens=sequence.blocks.num_reused_tokens,
+                    prompt_logprobs=tuple(sequence.prompt_logprobs),
+                )
+                self._outcomes.append((sequence.id, step))
                 sequence.answering = True
+            if not sequence.max_new_tokens_left:
+                self._end(sequence)
+                return
             self._prefilling = None
             self._running.append(sequence)
 

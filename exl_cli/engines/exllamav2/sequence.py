@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from exl_cli.engines.base import Request
+from exl_cli.engines.base import Request, TokenLogprobs
 from exl_cli.engines.exllamav2.block_manager import Allocation
 from exl_cli.engines.exllamav2.draft_length import SpeculationStatistics
+from exl_cli.engines.output_tokens import OutputTokens
 from exl_cli.engines.sampling.sampler import Sampler
 
 
@@ -27,7 +28,9 @@ class Sequence:
             far where they are computed again.
         long_after, long: see `ModelRunner` and `ScheduledTokens`.
         num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
-        draft: the drafter's state for it, if there is one.
+        outputs: what it asks of its new tokens besides; None for nothing.
+        prompt_logprobs: of its prompt's tokens so far, where they are asked for.
+        draft: the drafter's state for it; None for no draft tokens.
         statistics: what speculation brought it.
         answering: whether its prompt has been computed.
         ended: whether it is over.
@@ -44,6 +47,8 @@ class Sequence:
     num_to_prefill: int = 0
     long_after: int | None = None
     long: bool = False
+    outputs: OutputTokens | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     answering: bool = False
     draft: Any = None
     statistics: SpeculationStatistics = field(default_factory=SpeculationStatistics)

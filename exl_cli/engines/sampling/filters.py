@@ -78,7 +78,7 @@ def penalize(logits: FloatArray, history: IntArray, settings: Sampling) -> None:
 
 
 def rule_out(logits: FloatArray, ids: IntArray) -> None:
-    """Have tokens never chosen, in place. As in exllamav2 their logits stay finite, so that all that follows applies."""
+    """Have tokens never chosen, in place. As in exllamav2 their logits stay finite, and all that follows applies."""
     logits[ids] = _RULED_OUT
 
 
