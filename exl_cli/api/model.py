@@ -206,15 +206,13 @@ class Model:
             PromptError: the chat template does not take the messages.
         """
         text, add_special_tokens = self._text(prompt)
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
 
     def _text(self, prompt: str | Messages) -> tuple[str, bool]:
         """The text to encode, and whether the tokenizer adds special tokens to it."""
         if not isinstance(prompt, str) and not _is_messages(prompt):
             raise UsageError(f"a prompt is text or a list of messages with a role each, got {reprlib.repr(prompt)}")
         text = prompt if isinstance(prompt, str) else self._rendered(prompt)
-        if half := half_character(text):
-            raise PromptError(f"the prompt has half a character, {half}", "give it as whole characters")
         return text, isinstance(prompt, str) or self._chat_format().add_special_tokens
 
     def _rendered(self, messages: Messages) -> str:
@@ -276,11 +274,8 @@ class Model:
         if not isinstance(prompt, str):
             stops += self._chat_format().stops
         text, add_special_tokens = self._text(prompt)
-        check_can_fit(self._tokenizer.least_tokens(text), self.context_length)
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        check_fits(len(ids), self.context_length)
         return Request(
-            ids=ids,
+            ids=encode(self._tokenizer, text, self.context_length, add_special_tokens=add_special_tokens),
             sampling=choose(self.info.generation_config, sampling, settings),
             max_new_tokens=max_new_tokens,
             seed=secrets.randbits(31) if seed is None else seed,
@@ -295,6 +290,24 @@ def _is_messages(prompt: object) -> bool:
         and not isinstance(prompt, (bytes, bytearray))
         and all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in prompt)
     )
+
+
+def encode(
+    tokenizer: Tokenizer, text: str, context_length: int | None = None, *, add_special_tokens: bool
+) -> list[int]:
+    """A prompt's token ids, which have to fit the context where it is given.
+
+    Raises:
+        PromptError: it has half a character, or does not fit.
+    """
+    if half := half_character(text):
+        raise PromptError(f"the prompt has half a character, {half}", "give it as whole characters")
+    if context_length is None:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    check_can_fit(tokenizer.least_tokens(text), context_length)
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    check_fits(len(ids), context_length)
+    return ids
 
 
 def choose(generation_config: Mapping[str, Any], *layers: Any) -> Sampling:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exl_cli.models.tokenizer import Tokenizer
-from exl_cli.structured.reasoning import TAGS
+from exl_cli.structured.reasoning import tag_ids
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,8 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._add_special_tokens = add_special_tokens
         self.known = Encoded()
-        special = tokenizer.special_ids()
-        self._invisible = special | tokenizer.eos_ids
-        names = [tag for pair in TAGS.items() for tag in pair]
-        ids = {tokenizer.token_id(tag): tag for tag in names}
-        self.tag_ids: dict[int, str] = {id_: tag for id_, tag in ids.items() if id_ is not None and id_ in special}
+        self._invisible = tokenizer.special_ids() | tokenizer.eos_ids
+        self.tag_ids = tag_ids(tokenizer)
 
     def encode(self, text: str) -> Encoded:
         """The ids of a prompt."""

@@ -198,9 +198,19 @@ class PlainFormat:
     stops: tuple[str, ...] = ("\nUser:", "\nAssistant:")
     add_special_tokens = True
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the model's answer begins."""
-        return "".join(map(self._turn, messages)) + ("Assistant:" if add_generation_prompt else "")
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text, up to where the model's answer begins; see `ChatTemplate.render`."""
+        text = "".join(map(self._turn, messages))
+        if continue_final:
+            return text.removesuffix("\n")
+        return text + ("Assistant:" if add_generation_prompt else "")
 
     def _turn(self, message: Mapping[str, Any]) -> str:
         text = str(message["content"])

@@ -30,6 +30,12 @@ _DIGITS = [chr(code) for code in range(0xFDD2, 0xFDF0)]
 _CUT = "\uffff"
 _HIDDEN = re.compile(f"[{_DIGITS[0]}-{_DIGITS[-1]}]{{3}}")
 
+# How byte-level vocabularies write bytes: printable characters of Latin-1 as they are, the others from U+0100 on
+# (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+
 
 class Tokenizer:
     """A model's tokenizer, read from `tokenizer.json`.
@@ -153,6 +159,27 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         """The text of every token on its own, by id; empty for ids that are special or not in use."""
         return self._backend.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The special tokens as they are written in text, by id."""
+        return dict(self._special)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """A token's part of a text in UTF-8, a piece of a character as it may be; a special token's name."""
+        token = self.token(id_)
+        if id_ in self._special:
+            return token.encode()
+        if "ByteLevel" in self._decoder_kind and all(char in _BYTES for char in token):
+            return bytes(_BYTES[char] for char in token)
+        if "ByteFallback" in self._decoder_kind and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _decoder_kind(self) -> str:
+        decoder = self._backend.decoder
+        return "" if decoder is None else decoder.__getstate__().decode()
 
     def special_ids(self) -> set[int]:
         """Ids of the special tokens."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from exl_cli.models.tokenizer import Tokenizer
+
 # What models put around their reasoning: DeepSeek R1, Qwen and most others the first; Magistral, Seed, Kimi and
 # OpenThinker those of their own.
 TAGS = {
@@ -18,6 +20,13 @@ TAGS = {
 }
 
 Kind = Literal["reasoning", "answer"]
+
+
+def tag_ids(tokenizer: Tokenizer) -> dict[int, str]:
+    """Tags of reasoning that are special tokens, and thus missing in decoded text, by their ids."""
+    special = tokenizer.special_tokens
+    ids = {tokenizer.token_id(tag): tag for pair in TAGS.items() for tag in pair}
+    return {id_: tag for id_, tag in ids.items() if id_ in special}
 
 
 @dataclass(frozen=True)

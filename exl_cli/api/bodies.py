@@ -1,0 +1,327 @@
+"""What the bodies of all text APIs share: the sampler settings under any client's name, and how they make a request.
+
+One setting has many names: OpenAI's, vLLM's, TabbyAPI's (common/sampling.py), and those that SillyTavern sends all at
+once (public/scripts/textgen-settings.js, createTextGenGenerationData). Each is renamed to exl's before a body is
+validated. What exl does not offer is refused by name unless its value turns it off; what changes no answer is left out,
+and `Body.ignored` names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
+from pydantic_core import from_json
+
+from exl_cli.api.model import choose
+from exl_cli.engines.base import Request
+from exl_cli.errors import UsageError, brief
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.sampling import FIELDS, Sampling, from_generation_config
+
+# What OpenAI's clients expect of a model that says nothing else: its own distribution.
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "token_repetition_penalty": 1.0}
+
+# Others' names for exl's.
+ALIASES = {
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "min_length": "min_tokens",
+    "sampler_seed": "seed",
+    "stopping_strings": "stop",
+    "stop_sequence": "stop",
+    "stop_sequences": "stop",
+    "custom_token_bans": "banned_tokens",
+    "frequency_penalty": "token_frequency_penalty",
+    "presence_penalty": "token_presence_penalty",
+    "repetition_penalty": "token_repetition_penalty",
+    "rep_pen": "token_repetition_penalty",
+    "repeat_penalty": "token_repetition_penalty",
+    "penalty_range": "token_repetition_range",
+    "repetition_range": "token_repetition_range",
+    "repetition_penalty_range": "token_repetition_range",
+    "rep_pen_range": "token_repetition_range",
+    "repeat_last_n": "token_repetition_range",
+    "repetition_decay": "token_repetition_decay",
+    "typical_p": "typical",
+    "dry_penalty_last_n": "dry_range",
+    "dynatemp_low": "min_temp",
+    "dynatemp_min": "min_temp",
+    "dynatemp_high": "max_temp",
+    "dynatemp_max": "max_temp",
+    "dynatemp_exponent": "temp_exponent",
+    "mirostat_mode": "mirostat",
+    "add_special_tokens": "add_bos_token",
+}
+
+# Others' values for what exl writes otherwise.
+_VALUES: dict[str, list[tuple[Any, Any]]] = {
+    "top_k": [(-1, 0)],
+    "dry_range": [(-1, 0)],
+    "mirostat": [(0, False), (2, True)],
+}
+
+# What exl does not offer, with the values that mean it is not wanted; null always does.
+_NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("cfg_scale", "guidance_scale", "smoothing_curve", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("num_beams", "length_penalty"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha", "epsilon_cutoff", "eta_cutoff", "dynatemp_range"), (0,)),
+    **dict.fromkeys(("nsigma", "top_n_sigma"), (0, -1)),
+    **dict.fromkeys(("rep_pen_slope", "min_keep"), (0, 1)),
+    "adaptive_target": (-0.01, -1),
+    "max_tokens_second": (0,),
+    "do_sample": (True,),
+    **dict.fromkeys(("use_beam_search", "early_stopping", "token_healing", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("grammar", "grammar_string", "guided_grammar", "regex_pattern", "guided_regex"), ("",)),
+    **dict.fromkeys(("json_schema", "guided_json", "guided_choice", "structured_outputs"), ({}, [])),
+    **dict.fromkeys(("allowed_tokens", "allowed_token_ids", "sampler_order", "samplers", "sampler_priority"), ([], "")),
+    **dict.fromkeys(("suffix", "chat_template", "truncate_prompt_tokens"), ("",)),
+    **dict.fromkeys(("functions", "documents"), ([],)),
+    **dict.fromkeys(("function_call", "audio", "prediction", "web_search_options", "moderation"), ()),
+    "modalities": (["text"],),
+    "prompt_logprobs": (),
+}
+
+# What says nothing about the answer.
+_HARMLESS = frozenset({
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options", "cache_control", "api_type", "api_server", "cache_prompt",
+    "speculative_ngram", "priority", "request_id",
+})  # fmt: skip
+
+# The bias from which on OpenAI rules a token out.
+_BAN = -100.0
+_MOST = 2**31 - 1
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+TokenId = Annotated[int, Field(ge=0, le=_MOST)]
+Texts = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=256)]
+B = TypeVar("B", bound="Body")
+
+
+class BodyError(UsageError):
+    """A body that cannot be honoured.
+
+    Attributes:
+        field: the field that is wrong; empty where it is none in particular.
+        code: OpenAI's word for the kind of error.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, field: str = "", code: str = "invalid_value") -> None:
+        super().__init__(message, hint)
+        self.field, self.code = field, code
+
+
+class Strict(BaseModel):
+    """A part of a body, in which a number is no text and a float no integer."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Body(Strict):
+    """A body whose fields may come under several names."""
+
+    model_config = ConfigDict(extra="forbid")
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of fields that were left out though exl does not know what they mean."""
+        return self._ignored
+
+    @classmethod
+    def parse(cls: type[B], data: bytes | Mapping[str, Any]) -> B:
+        """Read a body.
+
+        Raises:
+            BodyError: it is no JSON object, or a field is not what it should be.
+        """
+        try:
+            values = from_json(data, allow_inf_nan=False) if isinstance(data, bytes) else dict(data)
+        except ValueError as error:
+            raise BodyError(f"the body is not JSON: {error}", code="invalid_json") from None
+        if not isinstance(values, dict):
+            raise BodyError("the body is not a JSON object", code="invalid_json")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            # The branches of a union stand in the location too; those are no names of fields.
+            place = ".".join(str(part) for part in first["loc"] if not {"[", "-"} & set(str(part)))
+            missing = first["type"] == "missing"
+            message = f"{brief(place)} is missing" if missing else f"{brief(place)}: {_lower(first['msg'])}"
+            raise BodyError(message, field=brief(place), code="missing" if missing else "invalid_value") from None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _rename(cls, data: Any, validate: Any) -> Any:
+        values, ignored = renamed(data, cls.model_fields) if isinstance(data, dict) else (data, ())
+        body = validate(values)
+        body._ignored = ignored
+        return body
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def renamed(data: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A body's values under exl's names, nulls left out, and the names that were ignored.
+
+    Args:
+        data: as it came.
+        fields: the names that this body has.
+
+    Raises:
+        BodyError: a setting that exl does not offer, or two names of one setting that contradict each other.
+    """
+    fields, values, ignored = set(fields), dict[str, Any](), list[str]()
+    for theirs, value in data.items():
+        name = theirs if theirs in fields else ALIASES.get(theirs, theirs)
+        if value is None or (name not in fields and theirs in _HARMLESS):
+            continue
+        if name not in fields:
+            if theirs not in _NOT_OFFERED:
+                ignored.append(theirs)
+            elif value not in _NOT_OFFERED[theirs]:
+                hint = "leave it out"
+                raise BodyError(f"exl does not offer {theirs}", hint, field=theirs, code="unsupported_parameter")
+            continue
+        value = next((ours for other, ours in _VALUES.get(name, ()) if value == other), value)
+        if values.setdefault(name, value) != value:
+            raise BodyError(f"{theirs} contradicts another name of the same setting", "give one", field=theirs)
+    return {name: value for name, value in values.items() if value is not None}, tuple(ignored)
+
+
+def _sampling_fields() -> dict[str, Any]:
+    """Fields of `Sampling`, all optional; their ranges are checked where a `Sampling` is made."""
+    kinds = {name: type(getattr(Sampling(), name)) for name in FIELDS}
+    return {name: (kind | None, Field(None, description=FIELDS[name].help)) for name, kind in kinds.items()}
+
+
+if TYPE_CHECKING:
+    SamplingFields = Body
+else:
+    SamplingFields = create_model("SamplingFields", __base__=Body, **_sampling_fields())
+
+
+class GenerationBody(SamplingFields):
+    """The fields that every generation may have."""
+
+    model: str = Field("", max_length=1024, description="Which of the server's models; the only one where left out.")
+    stream: bool = False
+    max_tokens: Count | None = Field(None, description="The most tokens to generate.")
+    min_tokens: Count = Field(0, description="No end of response before so many tokens.")
+    n: int = Field(1, ge=1, le=128, description="How many answers; answer i is that of seed + i.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text; -1 for a random one.")
+    stop: str | list[str | int] = Field([], max_length=256, description="Text or token ids that end the answer.")
+    stop_token_ids: list[TokenId] = Field([], max_length=256)
+    ignore_eos: bool = Field(False, description="Go on after the model's end of response.")
+    ban_eos_token: bool = Field(False, description="Never choose the model's end of response.")
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    banned_tokens: list[TokenId] | str = Field([], max_length=4096, description="Token ids never to choose.")
+    banned_strings: str | Texts = Field([], description="Text never to write.")
+    dry_sequence_breakers: str | Texts | None = Field(None, description="DRY does not match across these texts.")
+    cache_salt: str | None = Field(None, max_length=256, description="Only requests of the same salt share a cache.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return tuple(text for text in _list(self.stop) if isinstance(text, str))
+
+    def requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: Sequence[int],
+        stops: Iterable[str] = (),
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> list[Request]:
+        """Requests to the engine: `n` for each prompt, in order.
+
+        Args:
+            prompts: token ids each.
+            info, tokenizer: the model's.
+            max_new_tokens: of each prompt.
+            stops: stop strings besides those of the body.
+            logprobs, prompt_logprobs: how many alternatives to each token; None for no log-probabilities.
+
+        Raises:
+            BodyError, UsageError: a setting that cannot be honoured.
+        """
+        sampling, bias = self._sampling(info), self._bias(tokenizer)
+        breakers = self.dry_sequence_breakers
+        ends = set(self.stop_token_ids) | {id_ for id_ in _list(self.stop) if isinstance(id_, int)}
+        seed = secrets.randbits(31) if self.seed in (None, -1) else (self.seed or 0) % 2**63
+        return [
+            Request(
+                ids=ids,
+                sampling=sampling,
+                max_new_tokens=max(most, 1),
+                seed=seed + choice,
+                stop_strings=(*self.stops, *stops),
+                stop_ids=frozenset(ends | (set() if self.ignore_eos else tokenizer.eos_ids)),
+                min_new_tokens=self.min_tokens,
+                logit_bias=bias,
+                banned_strings=tuple(text for text in _list(self.banned_strings) if text),
+                dry_sequence_breakers=None if breakers is None else _breakers(breakers),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                cache_salt=self.cache_salt or "",
+            )
+            for ids, most in zip(prompts, max_new_tokens, strict=True)
+            for choice in range(self.n)
+        ]
+
+    def _sampling(self, info: ModelInfo) -> Sampling:
+        given = {name: value for name in FIELDS if (value := getattr(self, name)) is not None}
+        try:
+            return choose({}, {**NEUTRAL, **from_generation_config(info.generation_config)}, given)
+        except UsageError as error:
+            raise BodyError(error.message) from None  # its hint speaks of flags
+
+    def _bias(self, tokenizer: Tokenizer) -> dict[int, float]:
+        banned = self.banned_tokens
+        if isinstance(banned, str):
+            banned = [int(id_) for id_ in banned.split(",") if id_.strip().isdecimal()]
+        bias = {_token_id(id_): value for id_, value in self.logit_bias.items()}
+        bias |= dict.fromkeys([*banned, *(tokenizer.eos_ids if self.ban_eos_token else ())], _BAN)
+        bias = {id_: value if value > _BAN else -math.inf for id_, value in bias.items()}
+        if strange := [id_ for id_ in bias if id_ >= tokenizer.vocab_size]:
+            raise BodyError(f"the model has no token {strange[0]}", f"its ids end at {tokenizer.vocab_size - 1}")
+        return bias
+
+
+def _token_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise BodyError(f"logit_bias: {brief(text)!r} is not a token id", field="logit_bias")
+    return int(text)
+
+
+def _list(value: str | Sequence[Any]) -> Sequence[Any]:
+    """A text alone as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _breakers(value: str | list[str]) -> tuple[str, ...]:
+    """DRY's breakers, which SillyTavern sends as the text of a JSON list, with or without its brackets."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
+        except ValueError:
+            value = []
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise BodyError("dry_sequence_breakers is not a list of texts", field="dry_sequence_breakers")
+    return tuple(value)

@@ -1,0 +1,350 @@
+"""OpenAI's chat completions and completions: bodies into requests, chunks into response objects and streamed events.
+
+Wire formats: https://platform.openai.com/docs/api-reference/chat and /completions; `echo` with `logprobs` as the
+local-completions model of lm-evaluation-harness reads it; `reasoning_content` and `reasoning` as vLLM writes them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from exl_cli.api.bodies import BodyError, GenerationBody, Strict, TokenId
+from exl_cli.api.choices import Choice, Delta, chat_logprobs, text_logprobs
+from exl_cli.api.model import encode
+from exl_cli.api.prompts import MAX_MESSAGES, ChatPrompt, Message, TextModel, chat_prompt, turns
+from exl_cli.engines.base import Chunk, Request, TokenLogprobs
+from exl_cli.engines.response import check_fits
+from exl_cli.structured.reasoning import Splitter, tag_ids
+from exl_cli.system.version import installed_version
+
+# What OpenAI's completions generate where a body does not say.
+_COMPLETION_TOKENS = 16
+# Generations that one body may come to.
+_MAX_CHOICES = 256
+
+Prompts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class StreamOptions(Strict):
+    """What a stream holds besides the text."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = Field(default=False, description="End with the usage.")
+    continuous_usage_stats: bool = Field(default=False, description="The usage so far in every event.")
+
+
+class OpenAIBody(GenerationBody):
+    """What both APIs share."""
+
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> StreamOptions:
+        """The stream's options.
+
+        Raises:
+            BodyError: they are given without a stream, or another format than text is asked for.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise BodyError("stream_options is for streams", "set stream, or leave it out", field="stream_options")
+        refuse_format(self.response_format, "response_format")
+        return self.stream_options or StreamOptions()
+
+
+def refuse_format(response_format: dict[str, Any] | None, field: str) -> None:
+    """Refuse an answer in another format than text.
+
+    Raises:
+        BodyError: it is.
+    """
+    if response_format and response_format.get("type") != "text":
+        kind = str(response_format.get("type"))[:64]
+        raise BodyError(f"{field} {kind!r} is not supported", "leave it out", field=field, code="unsupported_value")
+
+
+class ChatBody(OpenAIBody):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    tools: list[dict[str, Any]] = Field([], max_length=1024)
+    tool_choice: str | dict[str, Any] = "auto"
+    reasoning_effort: str | None = Field(None, max_length=32)
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the model's chat template.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = Field(False, description="Go on writing the last message, an assistant's.")
+
+    @property
+    def count(self) -> int:
+        """Generations that it comes to."""
+        return self.n
+
+
+class CompletionBody(OpenAIBody):
+    """The body of `POST /v1/completions`."""
+
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=128)
+    add_bos_token: bool = Field(True, description="Let the tokenizer add what the model expects around a text.")
+    skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts: all texts, or all token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # all of them are
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def count(self) -> int:
+        """Generations that it comes to."""
+        return self.n * len(self.prompts)
+
+
+class _Job:
+    """What the two kinds of response share."""
+
+    _object: str
+    _chunk_object: str
+
+    def __init__(self, body: OpenAIBody, model: TextModel, prefix: str, requests: list[Request]) -> None:
+        self.requests = requests
+        self._body, self._model, self._options = body, model, body.options
+        self._head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model.name,
+            "system_fingerprint": f"exl-{installed_version()}",
+        }
+        self.choices: list[Choice] = []
+
+    def end(self) -> list[dict[str, Any]]:
+        """See `choices.Job.end`."""
+        return [self._event([], usage=self._usage())] if self._options.include_usage else []
+
+    def result(self) -> dict[str, Any]:
+        """See `choices.Job.result`."""
+        choices = [self._choice(index, choice) for index, choice in enumerate(self.choices)]
+        return {**self._head, "object": self._object, "choices": choices, "usage": self._usage()}
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        event = {**self._head, "object": self._chunk_object, "choices": choices}
+        if self._options.continuous_usage_stats:
+            usage = self._usage()
+        return {**event, "usage": usage} if usage or self._options.include_usage else event
+
+    def _usage(self) -> dict[str, Any]:
+        """Each prompt counts once, however many answers it has."""
+        first = self.choices[:: self._body.n]
+        prompt = sum(len(choice.request.ids) for choice in first)
+        completion = sum(choice.completion_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in first)},
+            "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in self.choices)},
+        }
+
+
+class ChatJob(_Job):
+    """A chat completion; see `choices.Job`.
+
+    Raises:
+        ExlError: the body cannot be honoured.
+    """
+
+    _object, _chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatBody, model: TextModel) -> None:
+        prompt = _chat_prompt(body, model)
+        if body.top_logprobs and not body.logprobs:
+            raise BodyError("top_logprobs needs logprobs", "set logprobs to true", field="top_logprobs")
+        most = model.context_length - len(prompt.ids) if body.max_tokens is None else body.max_tokens
+        if most < 1:
+            raise BodyError("max_tokens must be at least 1", field="max_tokens")
+        requests = body.requests(
+            [prompt.ids],
+            model.info,
+            model.tokenizer,
+            max_new_tokens=[most],
+            stops=model.chat_format.stops,
+            logprobs=body.top_logprobs if body.logprobs else None,
+        )
+        super().__init__(body, model, "chatcmpl", requests)
+        self._begun: set[int] = set()
+        self._with_logprobs = body.logprobs
+        self.choices = [answer(model, request, prompt) for request in requests]
+
+    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """See `choices.Job.push`."""
+        choice = self.choices[index]
+        events = [] if index in self._begun else [self._delta(index, {"role": "assistant", "content": ""})]
+        self._begun.add(index)
+        if delta := choice.push(chunk):
+            parts = {"content": delta.text} if delta.text or not delta.reasoning else {}
+            events.append(self._delta(index, parts | _reasoning(delta.reasoning), self._logprobs(delta.logprobs)))
+        if choice.summary:
+            events.append(self._delta(index, {}, finish_reason=choice.finish_reason))
+        return events
+
+    def _delta(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._event([choice])
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None, **_reasoning(choice.reasoning)}
+        logprobs = self._logprobs(choice.logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        return {"content": chat_logprobs(self._model.tokenizer, logprobs), "refusal": None}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    return {"reasoning_content": text, "reasoning": text} if text else {}
+
+
+def _chat_prompt(body: ChatBody, model: TextModel) -> ChatPrompt:
+    if body.tool_choice not in ("auto", "none"):
+        raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise BodyError("add_generation_prompt and continue_final_message do not go together", "give one")
+    variables = dict(body.chat_template_kwargs)
+    if body.reasoning_effort:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    return chat_prompt(
+        model,
+        turns(body.messages),
+        tools=body.tools if body.tool_choice == "auto" else (),
+        variables=variables,
+        continue_final=body.continue_final_message,
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
+
+
+def answer(model: TextModel, request: Request, prompt: ChatPrompt, *, is_wanted: bool = True) -> Choice:
+    """The answer to a conversation."""
+    splitter = Splitter(prompt.opening)
+    splitter.push(prompt.prefill)
+    return Choice(request, tag_ids(model.tokenizer), splitter, is_wanted=is_wanted)
+
+
+class CompletionJob(_Job):
+    """A completion; see `choices.Job`.
+
+    Raises:
+        ExlError: the body cannot be honoured.
+    """
+
+    _object = _chunk_object = "text_completion"
+
+    def __init__(self, body: CompletionBody, model: TextModel) -> None:
+        if not 1 <= body.count <= _MAX_CHOICES:
+            raise BodyError(f"the prompts and n come to {body.count} completions", f"1 to {_MAX_CHOICES} are allowed")
+        if body.best_of not in (None, 1, body.n):
+            raise BodyError("best_of is not supported", "leave it out", field="best_of", code="unsupported_parameter")
+        tokenizer, context = model.tokenizer, model.context_length
+        prompts = [
+            encode(tokenizer, prompt, context, add_special_tokens=body.add_bos_token)
+            if isinstance(prompt, str)
+            else _known(prompt, model)
+            for prompt in body.prompts
+        ]
+        most = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        requests = body.requests(
+            prompts,
+            model.info,
+            tokenizer,
+            max_new_tokens=[most] * len(prompts),
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        super().__init__(body, model, "cmpl", requests)
+        special = {} if body.skip_special_tokens else tokenizer.special_tokens
+        self.choices = [Choice(request, special, is_wanted=most > 0) for request in requests]
+        self._texts = [_Text(body, model, r, body.prompts[i // body.n]) for i, r in enumerate(requests)]
+
+    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """See `choices.Job.push`."""
+        choice = self.choices[index]
+        text, logprobs = self._texts[index].push(choice, choice.push(chunk))
+        if not text and not logprobs and not choice.summary:
+            return []
+        return [self._event([self._shape(index, choice, text, logprobs)])]
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        written = self._texts[index]
+        return self._shape(index, choice, written.text, written.logprobs)
+
+    def _shape(self, index: int, choice: Choice, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _known(ids: list[int], model: TextModel) -> list[int]:
+    check_fits(len(ids), model.context_length)
+    if strange := next((id_ for id_ in ids if id_ >= model.tokenizer.vocab_size), None):
+        raise BodyError(f"the model has no token {strange}", "give ids that it has", field="prompt")
+    return ids
+
+
+class _Text:
+    """A completion's text with its log-probabilities and where each token begins; the prompt comes first with `echo`.
+
+    Attributes:
+        text, logprobs: all so far.
+    """
+
+    def __init__(self, body: CompletionBody, model: TextModel, request: Request, prompt: str | Sequence[int]) -> None:
+        self._tokenizer, self._body, self._prompt = model.tokenizer, body, prompt
+        self._stream = model.tokenizer.decode_stream(() if body.echo else request.ids)
+        self._offset = 0
+        self._begun = not body.echo
+        self.text = ""
+        self.logprobs: dict[str, list[Any]] | None = None
+
+    def push(self, choice: Choice, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        """Take what a chunk adds; the text and the log-probabilities to show for it."""
+        text = delta.text
+        ids = [item.token_id for item in delta.logprobs]
+        logprobs: list[TokenLogprobs | None] = list(delta.logprobs)
+        if not self._begun:
+            self._begun = True
+            text = (self._prompt if isinstance(self._prompt, str) else self._tokenizer.decode(self._prompt)) + text
+            ids, logprobs = [*choice.request.ids, *ids], [None, *choice.prompt_logprobs, *logprobs]
+        self.text += text
+        if self._body.logprobs is None or not ids:
+            return text, None
+        shown = text_logprobs(self._tokenizer, ids, logprobs, [self._place(id_) for id_ in ids])
+        if self.logprobs is None:
+            self.logprobs = {name: [] for name in shown}
+        for name, values in shown.items():
+            self.logprobs[name] += values
+        return text, shown
+
+    def _place(self, id_: int) -> int:
+        """Where a token begins in the text."""
+        place = self._offset
+        self._offset += len(self._stream.push(id_))
+        return place

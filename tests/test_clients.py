@@ -1,0 +1,235 @@
+"""Clients as they are published, unchanged, against a server on loopback. Each skips where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from wireformats import application
+
+pytestmark = pytest.mark.slow
+
+MESSAGES = [{"role": "user", "content": "Tell me a story."}]
+
+
+@contextmanager
+def served(**models: str | None) -> Iterator[str]:
+    """The address of a server of these models."""
+    with application(**models) as app:
+        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started and thread.is_alive():
+            thread.join(0.05)
+        try:
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with served() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def openai(url: str) -> Iterator[Any]:
+    with pytest.importorskip("openai").OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def anthropic(url: str) -> Iterator[Any]:
+    with pytest.importorskip("anthropic").Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_chat(openai: Any) -> None:
+    asked = {"model": "fable-7m", "messages": MESSAGES, "max_completion_tokens": 12, "seed": 1}
+    whole = openai.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    choice = whole.choices[0]
+    assert choice.finish_reason == "length"
+    assert whole.usage.completion_tokens == len(choice.logprobs.content) == 12
+    assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
+    assert all(len(token.top_logprobs) == 3 for token in choice.logprobs.content)
+    chunks = list(openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == choice.message.content
+    assert chunks[-1].usage.completion_tokens == 12
+    stopping = {**asked, "stop": [" a", " the", "."], "max_completion_tokens": 200}
+    with openai.chat.completions.stream(**stopping) as stream:  # checks and collects the events itself
+        stream.until_done()
+        final = stream.get_final_completion().choices[0]
+    assert final.finish_reason == "stop"
+    assert final.message.content == openai.chat.completions.create(**stopping).choices[0].message.content
+
+
+def test_openai_completions(openai: Any) -> None:
+    asked = {"model": "fable-7m", "prompt": ["Once upon", "There was"], "max_tokens": 8, "seed": 1, "n": 2}
+    whole = openai.completions.create(**asked, logprobs=2)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    assert all("".join(choice.logprobs.tokens) == choice.text for choice in whole.choices)
+    texts = ["", "", "", ""]
+    for chunk in openai.completions.create(**asked, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+def test_openai_responses(openai: Any) -> None:
+    asked = {"model": "fable-7m", "input": "Tell me a story.", "max_output_tokens": 12, "extra_body": {"seed": 1}}
+    whole = openai.responses.create(**asked)
+    assert whole.status == "incomplete"
+    assert whole.usage.output_tokens == 12
+    with openai.responses.stream(**asked) as stream:
+        events = list(stream)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == whole.output_text != ""
+
+
+def test_openai_errors(openai: Any) -> None:
+    import openai as package
+
+    with pytest.raises(package.BadRequestError) as error:
+        openai.chat.completions.create(model="fable-7m", messages=[{"role": "user", "content": "word " * 3000}])
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(package.NotFoundError):
+        openai.chat.completions.create(model="gpt-4", messages=MESSAGES)
+
+
+def test_anthropic_messages(anthropic: Any) -> None:
+    # Its newest version knows of no temperature.
+    asked = {"model": "fable-7m", "messages": MESSAGES, "max_tokens": 12, "extra_body": {"temperature": 0}}
+    whole = anthropic.messages.create(**asked, system="Be brief.")
+    assert whole.stop_reason == "max_tokens"
+    assert whole.usage.output_tokens == 12
+    with anthropic.messages.stream(**asked, system="Be brief.") as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text == final.content[0].text == whole.content[0].text
+    assert final.stop_reason == "max_tokens"
+    count = anthropic.messages.count_tokens(model="fable-7m", messages=MESSAGES, system="Be brief.").input_tokens
+    assert whole.usage.input_tokens + whole.usage.cache_read_input_tokens == count
+    stopped = anthropic.messages.create(**{**asked, "max_tokens": 200}, stop_sequences=["a"])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "a")
+
+
+def test_langchain_openai(url: str) -> None:
+    package = pytest.importorskip("langchain_openai")
+    chat = package.ChatOpenAI(
+        base_url=f"{url}/v1", api_key="none", model="fable-7m", max_tokens=12, seed=1, stream_usage=True
+    )
+    whole = chat.invoke("Tell me a story.")
+    assert whole.usage_metadata["output_tokens"] == 12
+    assert "".join(chunk.text for chunk in chat.stream("Tell me a story.")) == whole.text
+    responses = package.ChatOpenAI(
+        base_url=f"{url}/v1", api_key="none", model="fable-7m", max_tokens=12, use_responses_api=True, temperature=0
+    )
+    whole = responses.invoke("Tell me a story.")
+    assert whole.usage_metadata["output_tokens"] == 12
+    assert "".join(chunk.text for chunk in responses.stream("Tell me a story.")) == whole.text
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_litellm(url: str, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    asked = {
+        "model": f"{provider}/fable-7m", "api_base": f"{url}/v1" if provider == "openai" else url, "api_key": "none",
+        "messages": MESSAGES, "max_tokens": 12, "extra_body": {"seed": 1},
+    }  # fmt: skip
+    whole = litellm.completion(**asked)
+    assert whole.usage.completion_tokens == 12
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**asked, stream=True))
+    # It has no way to fix the seed of an Anthropic model.
+    assert streamed.strip() and (provider == "anthropic" or streamed == whole.choices[0].message.content)
+
+
+def test_llm(url: str, tmp_path: Path) -> None:
+    if not importlib.util.find_spec("llm"):
+        pytest.skip("llm is not installed")
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: fable\n  model_name: fable-7m\n  api_base: {url}/v1\n", encoding="utf-8"
+    )
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+
+    def run(*flags: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "llm",
+            "-m",
+            "fable",
+            *flags,
+            "-o",
+            "max_tokens",
+            "12",
+            "-o",
+            "temperature",
+            "0",
+        ]
+        return subprocess.run([*command, "Hi"], env=environment, check=True, capture_output=True, text=True).stdout
+
+    assert run() == run("--no-stream") != ""
+
+
+# Sentences of two endings each, the first of which is right: as tasks of lm-evaluation-harness have them.
+SENTENCES = [
+    ("Once upon a", " time", " fox"),
+    ("The little girl was very", " happy", " table"),
+    ("They went to the park to", " play", " sky"),
+    ("Tom was sad because he lost his", " toy", " moon"),
+    ("The sun was", " shining", " barking"),
+    ("The dog started to", " bark", " book"),
+]
+
+
+def test_lm_eval_scores_as_transformers_do(tmp_path: Path) -> None:
+    """Log-likelihoods and accuracy of one task: of the float model here, and of transformers in lm-eval itself."""
+    if not importlib.util.find_spec("lm_eval"):
+        pytest.skip("lm_eval is not installed")
+    model = os.environ.get("EXL_TEST_FLOAT_MODEL", "")
+    if not model:
+        pytest.skip("EXL_TEST_FLOAT_MODEL names no float model")
+    lines = [json.dumps({"query": query, "choices": choices, "gold": 0}) for query, *choices in SENTENCES]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "endings.yaml").write_text(
+        "task: endings\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n",
+        encoding="utf-8",
+    )
+
+    def scores(kind: str, arguments: str) -> tuple[float, list[float]]:
+        out = tmp_path / kind
+        command = [
+            sys.executable, "-m", "lm_eval", "--model", kind, "--model_args", arguments, "--tasks", "endings",
+            "--include_path", str(tmp_path), "--output_path", str(out), "--log_samples", "--device", "cpu",
+        ]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        results = json.loads(next(out.rglob("results*.json")).read_text(encoding="utf-8"))
+        samples = map(json.loads, next(out.rglob("samples*.jsonl")).read_text(encoding="utf-8").splitlines())
+        values = [
+            float(answer[0]) for s in sorted(samples, key=lambda s: s["doc_id"]) for answer in s["filtered_resps"]
+        ]
+        return results["results"]["endings"]["acc,none"], values
+
+    with served(float=model) as url:
+        api = f"model=float,base_url={url}/v1/completions,tokenizer={model},tokenizer_backend=huggingface"
+        here = scores("local-completions", api)
+    there = scores("hf", f"pretrained={model},dtype=float32")
+    assert here[0] == there[0]
+    assert here[1] == pytest.approx(there[1], abs=0.02)
