@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from wireformats import PlainModel, fable
 
 from exl_cli.api.bodies import ALIASES, BodyError
 from exl_cli.api.openai import ChatBody, CompletionBody, CompletionJob
 from exl_cli.engines.base import Request
+from exl_cli.engines.sampling.sampler import Samplers
 from exl_cli.sampling import FIELDS, Sampling
 
 # What SillyTavern 1.13 sends to TabbyAPI with its neutral preset (public/scripts/textgen-settings.js).
@@ -236,3 +238,66 @@ def test_what_says_nothing_about_the_answer_is_accepted_and_other_names_are_repo
         "service_tier": "auto", "parallel_tool_calls": False, "verbosity": "low", "temprature": 1, "seed": None,
     })  # fmt: skip
     assert body.ignored == ("verbosity", "temprature")
+
+
+def outcome(model: PlainModel, **fields: object) -> tuple[object, ...]:
+    """What a sampler makes of fixed logits after a text that repeats itself: the candidates, and tokens drawn."""
+    text = "One day the red fox ran to the tall tree and then the red fox ran to the tall"
+    asked = request(model, prompt=text, seed=1, **fields)
+    logits = np.random.default_rng(7).normal(0.0, 3.0, model.tokenizer.vocab_size).astype(np.float32)
+    logits[list(asked.ids)] += 6.0
+    logits[list(model.tokenizer.eos_ids)] += 12.0
+    sampler = Samplers(model.tokenizer, len(logits)).make(asked)
+    ids, probs = sampler.distribution(logits, list(asked.ids))
+    drawn = [sampler.sample(logits, list(asked.ids)) for _ in range(40)]
+    return ids.tolist(), np.round(probs, 6).tolist(), drawn
+
+
+PENALTY: dict[str, object] = {"rep_pen": 1.5}
+DRY: dict[str, object] = {"dry_multiplier": 1.0}
+DYNAMIC: dict[str, object] = {"dynatemp_low": 0.5, "dynatemp_high": 2.0}
+MIROSTAT: dict[str, object] = {"mirostat_mode": 2, "mirostat_tau": 1.0}
+XTC: dict[str, object] = {"xtc_probability": 0.5, "xtc_threshold": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("others", "name", "value"),
+    [
+        ({}, "temperature", 0.5),
+        ({}, "top_p", 0.5),
+        ({}, "top_k", 3),
+        ({}, "min_p", 0.2),
+        ({}, "top_a", 0.5),
+        ({}, "tfs", 0.5),
+        ({}, "typical_p", 0.5),
+        ({}, "skew", 2.0),
+        ({}, "smoothing_factor", 0.5),
+        ({"temperature": 2.0, "top_p": 0.5}, "temperature_last", True),
+        ({}, "repetition_penalty", 1.5),
+        ({}, "frequency_penalty", 0.5),
+        ({}, "presence_penalty", 0.5),
+        (PENALTY, "rep_pen_range", 2),
+        ({**PENALTY, "rep_pen_range": 2}, "repetition_decay", 8),
+        ({}, "dynatemp_high", 2.0),
+        ({"dynatemp_high": 2.0}, "dynatemp_low", 0.5),
+        (DYNAMIC, "dynatemp_exponent", 2.0),
+        ({}, "dry_multiplier", 1.0),
+        ({"dry_multiplier": 0.01}, "dry_base", 3.0),
+        (DRY, "dry_allowed_length", 3),
+        ({**DRY, "dry_max_ngram": 3}, "dry_penalty_last_n", 4),
+        (DRY, "dry_sequence_breakers", '["tall"]'),
+        ({}, "mirostat_mode", 2),
+        (MIROSTAT, "mirostat_tau", 3.0),
+        (MIROSTAT, "mirostat_eta", 0.9),
+        ({"xtc_threshold": 0.02}, "xtc_probability", 0.5),
+        (XTC, "xtc_threshold", 0.2),
+        ({}, "custom_token_bans", "262,263"),
+        ({}, "logit_bias", {"300": 20.0}),
+        ({}, "ban_eos_token", True),
+        ({}, "min_tokens", 5),
+    ],
+)
+def test_a_setting_changes_what_is_chosen(
+    model: PlainModel, others: dict[str, object], name: str, value: object
+) -> None:
+    assert outcome(model, **{**others, name: value}) != outcome(model, **others)
