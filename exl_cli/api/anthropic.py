@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from exl_cli.api.bodies import Body, BodyError, Count, GenerationBody, Strict
 from exl_cli.api.choices import Choice
-from exl_cli.api.openai import answer
+from exl_cli.api.openai import answer, chat_requests, wants_tools
 from exl_cli.api.prompts import (
     MAX_MESSAGES,
     ChatPrompt,
@@ -78,10 +78,8 @@ class Conversation(Body):
         Raises:
             BodyError, PromptError: see `prompts.chat_prompt`.
         """
-        if self.tool_choice.get("type") not in ("auto", "none"):
-            raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
         system = [Message(role="system", content=_text(self.system))] if self.system else []
-        tools = [_tool(tool) for tool in self.tools] if self.tool_choice.get("type") == "auto" else []
+        tools = [_tool(tool) for tool in self.tools] if wants_tools(self.tool_choice.get("type")) else []
         variables = {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
         return chat_prompt(
             model,
@@ -160,9 +158,7 @@ class MessagesJob:
 
     def __init__(self, body: MessagesBody, model: TextModel) -> None:
         prompt = body.prompt(model)
-        self.requests = body.requests(
-            [prompt.ids], model.info, model.tokenizer, max_new_tokens=[body.max_tokens], stops=model.chat_format.stops
-        )
+        self.requests = chat_requests(body, model, prompt)
         self._choice = answer(model, self.requests[0], prompt, is_wanted=body.max_tokens > 0)
         self._body, self._model = body, model
         self._id = f"msg_{secrets.token_hex(12)}"

@@ -103,6 +103,7 @@ _BAN = -100.0
 _MOST = 2**31 - 1
 
 Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
 TokenId = Annotated[int, Field(ge=0, le=_MOST)]
 Texts = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=256)]
 B = TypeVar("B", bound="Body")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from exl_cli.api.bodies import BodyError, GenerationBody, Strict, TokenId
+from exl_cli.api.bodies import BodyError, GenerationBody, Positive, Strict, TokenId
 from exl_cli.api.choices import Choice, Delta, chat_logprobs, text_logprobs
 from exl_cli.api.model import encode
 from exl_cli.api.prompts import MAX_MESSAGES, ChatPrompt, Message, TextModel, chat_prompt, turns
@@ -69,16 +69,61 @@ def refuse_format(response_format: dict[str, Any] | None, field: str) -> None:
         raise BodyError(f"{field} {kind!r} is not supported", "leave it out", field=field, code="unsupported_value")
 
 
-class ChatBody(OpenAIBody):
+class ConversationBody(GenerationBody):
+    """What chat completions and responses share."""
+
+    max_tokens: Positive | None = Field(None, description="The most tokens to generate; what is left of the context.")
+    top_logprobs: int = Field(0, ge=0, le=20)
+    tools: list[dict[str, Any]] = Field([], max_length=1024)
+    tool_choice: str | dict[str, Any] = "auto"
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the model's chat template.")
+
+    def prompt(self, model: TextModel, messages: Iterable[Message], effort: str | None, **options: bool) -> ChatPrompt:
+        """The prompt for an answer to messages; see `prompts.chat_prompt`."""
+        variables = {"reasoning_effort": effort, **self.chat_template_kwargs} if effort else self.chat_template_kwargs
+        tools = self.tools if wants_tools(self.tool_choice) else ()
+        return chat_prompt(model, turns(messages), tools=tools, variables=variables, **options)
+
+
+def wants_tools(choice: Any) -> bool:
+    """Whether the model is to know of its tools.
+
+    Raises:
+        BodyError: it is to use some.
+    """
+    if choice not in ("auto", "none"):
+        raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
+    return bool(choice == "auto")
+
+
+def chat_requests(
+    body: GenerationBody, model: TextModel, prompt: ChatPrompt, logprobs: int | None = None
+) -> list[Request]:
+    """The requests for answers to a conversation."""
+    most = model.context_length - len(prompt.ids) if body.max_tokens is None else body.max_tokens
+    return body.requests(
+        [prompt.ids],
+        model.info,
+        model.tokenizer,
+        max_new_tokens=[most],
+        stops=model.chat_format.stops,
+        logprobs=logprobs,
+    )
+
+
+def answer(model: TextModel, request: Request, prompt: ChatPrompt, *, is_wanted: bool = True) -> Choice:
+    """The answer to a conversation."""
+    splitter = Splitter(prompt.opening)
+    splitter.push(prompt.prefill)
+    return Choice(request, tag_ids(model.tokenizer), splitter, is_wanted=is_wanted)
+
+
+class ChatBody(ConversationBody, OpenAIBody):
     """The body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-    tools: list[dict[str, Any]] = Field([], max_length=1024)
-    tool_choice: str | dict[str, Any] = "auto"
     reasoning_effort: str | None = Field(None, max_length=32)
-    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the model's chat template.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = Field(False, description="Go on writing the last message, an assistant's.")
 
@@ -91,9 +136,7 @@ class ChatBody(OpenAIBody):
 class CompletionBody(OpenAIBody):
     """The body of `POST /v1/completions`."""
 
-    prompt: (
-        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
-    )
+    prompt: str | Prompts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=128)
@@ -174,20 +217,18 @@ class ChatJob(_Job):
     _object, _chunk_object = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: ChatBody, model: TextModel) -> None:
-        prompt = _chat_prompt(body, model)
         if body.top_logprobs and not body.logprobs:
             raise BodyError("top_logprobs needs logprobs", "set logprobs to true", field="top_logprobs")
-        most = model.context_length - len(prompt.ids) if body.max_tokens is None else body.max_tokens
-        if most < 1:
-            raise BodyError("max_tokens must be at least 1", field="max_tokens")
-        requests = body.requests(
-            [prompt.ids],
-            model.info,
-            model.tokenizer,
-            max_new_tokens=[most],
-            stops=model.chat_format.stops,
-            logprobs=body.top_logprobs if body.logprobs else None,
+        if body.continue_final_message and body.add_generation_prompt:
+            raise BodyError("add_generation_prompt and continue_final_message do not go together", "give one")
+        prompt = body.prompt(
+            model,
+            body.messages,
+            body.reasoning_effort,
+            continue_final=body.continue_final_message,
+            add_generation_prompt=body.add_generation_prompt is not False,
         )
+        requests = chat_requests(body, model, prompt, body.top_logprobs if body.logprobs else None)
         super().__init__(body, model, "chatcmpl", requests)
         self._begun: set[int] = set()
         self._with_logprobs = body.logprobs
@@ -224,31 +265,6 @@ class ChatJob(_Job):
 
 def _reasoning(text: str) -> dict[str, str]:
     return {"reasoning_content": text, "reasoning": text} if text else {}
-
-
-def _chat_prompt(body: ChatBody, model: TextModel) -> ChatPrompt:
-    if body.tool_choice not in ("auto", "none"):
-        raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
-    if body.continue_final_message and body.add_generation_prompt:
-        raise BodyError("add_generation_prompt and continue_final_message do not go together", "give one")
-    variables = dict(body.chat_template_kwargs)
-    if body.reasoning_effort:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
-    return chat_prompt(
-        model,
-        turns(body.messages),
-        tools=body.tools if body.tool_choice == "auto" else (),
-        variables=variables,
-        continue_final=body.continue_final_message,
-        add_generation_prompt=body.add_generation_prompt is not False,
-    )
-
-
-def answer(model: TextModel, request: Request, prompt: ChatPrompt, *, is_wanted: bool = True) -> Choice:
-    """The answer to a conversation."""
-    splitter = Splitter(prompt.opening)
-    splitter.push(prompt.prefill)
-    return Choice(request, tag_ids(model.tokenizer), splitter, is_wanted=is_wanted)
 
 
 class CompletionJob(_Job):

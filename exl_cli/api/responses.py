@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from exl_cli.api.bodies import BodyError, GenerationBody, Strict
+from exl_cli.api.bodies import BodyError, Strict
 from exl_cli.api.choices import Delta, chat_logprobs
-from exl_cli.api.openai import answer, refuse_format
+from exl_cli.api.openai import ConversationBody, answer, chat_requests, refuse_format
 from exl_cli.api.prompts import (
     MAX_MESSAGES,
     Function,
@@ -21,10 +21,8 @@ from exl_cli.api.prompts import (
     Part,
     TextModel,
     ToolCall,
-    chat_prompt,
     content_text,
     not_text,
-    turns,
 )
 from exl_cli.engines.base import Chunk
 
@@ -59,18 +57,14 @@ class ReasoningOptions(Strict):
     effort: str | None = Field(default=None, max_length=32)
 
 
-class ResponsesBody(GenerationBody):
+class ResponsesBody(ConversationBody):
     """The body of `POST /v1/responses`."""
 
     input: str | list[Item] = Field(max_length=2**31)
     instructions: str | None = None
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions = ReasoningOptions()
-    tools: list[dict[str, Any]] = Field([], max_length=1024)
-    tool_choice: str | dict[str, Any] = "auto"
-    top_logprobs: int = Field(0, ge=0, le=20)
     include: list[str] = Field([], max_length=16)
-    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the model's chat template.")
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     previous_response_id: None = Field(None, description="Nothing is stored: send the whole conversation.")
@@ -127,27 +121,10 @@ class ResponsesJob:
 
     def __init__(self, body: ResponsesBody, model: TextModel) -> None:
         refuse_format(body.text.format, "text.format")
-        if body.tool_choice not in ("auto", "none"):
-            raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
-        variables = dict(body.chat_template_kwargs)
-        if body.reasoning.effort:
-            variables.setdefault("reasoning_effort", body.reasoning.effort)
         tools = [{"type": "function", "function": {k: v for k, v in t.items() if k != "type"}} for t in body.tools]
-        prompt = chat_prompt(
-            model, turns(body.messages()), tools=tools if body.tool_choice == "auto" else (), variables=variables
-        )
-        most = model.context_length - len(prompt.ids) if body.max_tokens is None else body.max_tokens
-        if most < 1:
-            raise BodyError("max_output_tokens must be at least 1", field="max_output_tokens")
+        prompt = body.model_copy(update={"tools": tools}).prompt(model, body.messages(), body.reasoning.effort)
         self._with_logprobs = bool(body.top_logprobs) or _WITH_LOGPROBS in body.include
-        self.requests = body.requests(
-            [prompt.ids],
-            model.info,
-            model.tokenizer,
-            max_new_tokens=[most],
-            stops=model.chat_format.stops,
-            logprobs=body.top_logprobs if self._with_logprobs else None,
-        )
+        self.requests = chat_requests(body, model, prompt, body.top_logprobs if self._with_logprobs else None)
         self._choice = answer(model, self.requests[0], prompt)
         self._body, self._model = body, model
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
