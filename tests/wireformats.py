@@ -18,7 +18,7 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.server.app import create_app
-from exl_cli.server.pool import ModelPool
+from exl_cli.server.pool import Catalog, ModelPool
 from exl_cli.server.state import ServerState
 
 
@@ -68,7 +68,7 @@ class _Silent:
 def application(**models: str | None) -> Iterator[FastAPI]:
     """The application over models by name, fable-7m where none is given, on the CPU."""
     served = {name: loader.resolve(path) for name, path in (models or {"fable-7m": None}).items()}
-    state = ServerState(ModelPool(served, LoadOptions(engine="cpu"), _Silent()))
+    state = ServerState(ModelPool(Catalog(served), LoadOptions(engine="cpu"), _Silent()))
     state.phase = "ok"
     yield create_app(state)
     for model in state.pool.loaded:
@@ -78,7 +78,7 @@ def application(**models: str | None) -> Iterator[FastAPI]:
 @contextmanager
 def server() -> Iterator[TestClient]:
     """A client of the application, in this process."""
-    with application() as app, TestClient(app, raise_server_exceptions=False) as client:
+    with application() as app, TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 

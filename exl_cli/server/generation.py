@@ -104,7 +104,7 @@ class _Watch:
     """Counts a generation as it comes."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
-        self._metrics, self._model, self._usage = metrics, model, usage.get(None) or Usage()
+        self._metrics, self._model, self._usage = metrics, model, usage.get(Usage())
         self._last = time.monotonic()
         self._begun = False
 
