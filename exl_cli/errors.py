@@ -42,6 +42,7 @@ class ExitCode(IntEnum):
     BENCH_SLOWER = 11
     CPU_ONLY = 12
     CANNOT_RUN = 13
+    LINES_FAILED = 14
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 

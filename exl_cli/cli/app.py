@@ -9,6 +9,7 @@ import typer
 import typer.core
 
 from exl_cli.cli import (
+    batch,
     bench,
     build,
     chat,
@@ -136,6 +137,7 @@ def root(
 
 app.command("run", cls=_Command)(run.run)
 app.command("serve", cls=_Command)(serve.serve)
+app.command("batch", cls=_Command)(batch.batch)
 app.command("bench", cls=_Command)(bench.bench)
 app.command("chat", cls=_Command)(chat.chat)
 app.command("download", cls=_Command)(download.download)

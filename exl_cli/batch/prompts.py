@@ -1,0 +1,206 @@
+"""From a row of the input to requests, and from their chunks to a line of the output.
+
+OpenAI's batch lines are answered as `exl serve` answers such a body; `prompt`, `messages` and lines of text as
+`exl run` answers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from exl_cli.api.bodies import Body, BodyError, renamed
+from exl_cli.api.openai import ChatBody, ChatJob, CompletionBody, CompletionJob
+from exl_cli.batch.output import line_of
+from exl_cli.batch.rows import Row, hashed
+from exl_cli.engines.base import Chunk, Request
+from exl_cli.errors import ContextLengthError, ExlError, OutOfMemoryError, PromptError, UsageError, param, spell
+from exl_cli.models.chat_template import Format, PlainFormat
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.sampling import PRESETS, build
+
+# What `exl run` generates where nothing is said.
+_MAX_NEW_TOKENS = 512
+
+_CODES: dict[type[BaseException], str] = {
+    ContextLengthError: "context_length_exceeded",
+    PromptError: "invalid_prompt",
+    UsageError: "invalid_value",
+    OutOfMemoryError: "out_of_memory",
+    MemoryError: "out_of_memory",
+}
+
+_URLS = ("/v1/chat/completions", "/v1/completions")
+
+
+@dataclass
+class BatchModel:
+    """What turning rows into requests takes of a model; see `api.prompts.TextModel`."""
+
+    name: str
+    info: ModelInfo
+    tokenizer: Tokenizer
+    chat_format: Format
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What rows do not say themselves.
+
+    Attributes:
+        sampling: fields of `Sampling` by name.
+        preset: a key of `PRESETS`, under them.
+        max_new_tokens: None for what `exl run` and `exl serve` take.
+        seed: seeds come from it and the row's key.
+        stop: stop strings.
+        system: a system message before each prompt.
+        raw: prompts are continued as they are, without the chat template.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    raw: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, for the manifest."""
+        return {
+            "sampling": dict(self.sampling),
+            "preset": self.preset,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "stop": list(self.stop),
+            "system": self.system,
+            "raw": self.raw,
+        }
+
+
+class Task:
+    """A row that has become requests.
+
+    Attributes:
+        row: the row.
+        requests: to the engine, at least one.
+    """
+
+    def __init__(self, row: Row, job: ChatJob | CompletionJob) -> None:
+        self.row, self._job = row, job
+        self.requests: Sequence[Request] = job.requests
+
+    def line(self, chunks: Sequence[Sequence[Chunk]], *, flat: bool) -> bytes:
+        """The answer as a line of the output.
+
+        Args:
+            chunks: of each request, all of them.
+            flat: the texts alone, in the place of a response object.
+        """
+        for index, some in enumerate(chunks):
+            for chunk in some:
+                self._job.push(index, chunk)
+        row, body = self.row, self._job.result()
+        if flat:
+            return line_of(row.key, row.custom_id, error=None, **_flat(body))
+        response = {"status_code": 200, "request_id": f"req_{row.key:016x}", "body": body}
+        return line_of(row.key, row.custom_id, error=None, response=response)
+
+
+def _flat(body: Mapping[str, Any]) -> dict[str, Any]:
+    texts = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in body["choices"]]
+    reasons = [choice["finish_reason"] for choice in body["choices"]]
+    usage = {name: body["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
+    if len(texts) == 1:
+        return {"text": texts[0], "finish_reason": reasons[0], **usage}
+    return {"texts": texts, "finish_reasons": reasons, **usage}
+
+
+def error_line(row: Row, error: BaseException, *, flat: bool) -> bytes:
+    """A row's error as a line of the output."""
+    message = spell(error.message) if isinstance(error, ExlError) else f"unexpected {type(error).__name__}: {error}"
+    code = error.code if isinstance(error, BodyError) else _CODES.get(type(error), "engine_failed")
+    told = {"code": code, "message": f"line {row.number}: {message}", "line": row.number}
+    return line_of(row.key, row.custom_id, error=told, **({"text": None} if flat else {"response": None}))
+
+
+class Preparer:
+    """Turns rows into tasks.
+
+    Args:
+        model: for which model.
+        settings: what rows do not say themselves.
+
+    Raises:
+        UsageError: settings that make no sense.
+
+    Attributes:
+        ignored: names of fields that no setting goes by.
+    """
+
+    def __init__(self, model: BatchModel, settings: Settings) -> None:
+        self._model, self._settings = model, settings
+        self._is_plain = settings.raw or isinstance(model.chat_format, PlainFormat)
+        if settings.system and self._is_plain:
+            why = param("raw") if settings.raw else f"{model.name} has no chat template"
+            raise UsageError(f"{param('system')} needs a chat template: {why}", "write it into the prompts")
+        as_run = build(settings.sampling, settings.preset, model.info.generation_config).to_dict()
+        preset = PRESETS[settings.preset] if settings.preset else {}
+        common: dict[str, Any] = {"stop": list(settings.stop)} if settings.stop else {}
+        if settings.max_new_tokens is not None:
+            common["max_tokens"] = settings.max_new_tokens
+        self._as_served = {**preset, **settings.sampling, **common}
+        self._as_run = {**as_run, "max_tokens": _MAX_NEW_TOKENS, **common}
+        self.ignored: set[str] = set()
+
+    def prepare(self, row: Row) -> Task:
+        """The task of a row.
+
+        Raises:
+            ExlError: it is no prompt.
+        """
+        if row.error is not None:
+            raise row.error
+        record = dict(row.record)
+        record.pop("custom_id", None)
+        if "body" in record or "url" in record:
+            return self._served(row, record)
+        if "messages" in record:
+            return Task(row, ChatJob(self._body(ChatBody, row, record, self._as_run), self._model))
+        prompt = record.get("prompt")
+        if not isinstance(prompt, (str, list)) or not prompt:
+            raise BodyError('there is no prompt: neither "prompt" nor "messages" nor "body"')
+        if self._is_plain or not isinstance(prompt, str):
+            return Task(row, CompletionJob(self._body(CompletionBody, row, record, self._as_run), self._model))
+        del record["prompt"]
+        record["messages"] = [{"role": "user", "content": prompt}]
+        if self._settings.system:
+            record["messages"].insert(0, {"role": "system", "content": self._settings.system})
+        return Task(row, ChatJob(self._body(ChatBody, row, record, self._as_run), self._model))
+
+    def _served(self, row: Row, record: Mapping[str, Any]) -> Task:
+        url, body = record.get("url"), record.get("body")
+        if record.get("method", "POST") != "POST":
+            raise BodyError("method is not POST")
+        if url not in _URLS:
+            raise BodyError(f"url is none of {', '.join(_URLS)}")
+        if not isinstance(body, dict):
+            raise BodyError("body is not a JSON object")
+        if url == _URLS[0]:
+            return Task(row, ChatJob(self._body(ChatBody, row, body, self._as_served), self._model))
+        return Task(row, CompletionJob(self._body(CompletionBody, row, body, self._as_served), self._model))
+
+    def _body(self, kind: type[Any], row: Row, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+        values, ignored = renamed(record, kind.model_fields)
+        self.ignored.update(ignored)
+        for name in ("stream", "stream_options", "model"):
+            values.pop(name, None)
+        values = {**defaults, **values}
+        if values.get("seed") in (None, -1):
+            # 53 bits are a whole number to every reader of JSON.
+            values["seed"] = hashed("seed", str(self._settings.seed), f"{row.key:016x}") >> 11
+        body: Body = kind.parse(values)
+        return body

@@ -1,0 +1,161 @@
+"""`exl batch`: a file of prompts to a file of answers."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.cli.inputs import ensure
+from exl_cli.cli.options import (
+    ModelsDir,
+    Quiet,
+    SamplingFlags,
+    State,
+    loading_option,
+    output_option,
+    with_loading,
+    with_sampling,
+)
+from exl_cli.errors import ExitCode, UsageError, param
+from exl_cli.models import folders
+from exl_cli.models import prompt as prompt_texts
+from exl_cli.models.chat_template import load_format
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
+from exl_cli.sampling import build
+from exl_cli.system.interrupts import cancel_on_interrupt
+from exl_cli.ui.console import Console
+
+_prompts = partial(typer.Option, rich_help_panel="Prompts")
+_work = partial(typer.Option, rich_help_panel="Work")
+
+
+@with_sampling
+@with_loading
+def batch(
+    ctx: typer.Context,
+    loading: LoadOptions,
+    sampling: SamplingFlags,
+    prompts: Annotated[
+        str, typer.Argument(metavar="INPUT", help="JSON lines or lines of text, perhaps .gz; - is stdin.")
+    ],
+    output: Annotated[
+        str, output_option("--output", "-o", help="The file of answers, which is gone on with; - is stdout.")
+    ],
+    model: Annotated[
+        str | None,
+        loading_option(
+            "--model", "-m", metavar="MODEL", help="As exl run takes it.", autocompletion=folders.complete_model
+        ),
+    ] = None,
+    system: Annotated[str | None, _prompts("--system", "-s", help="System turn before each prompt.")] = None,
+    raw: Annotated[bool, _prompts("--raw", help="No chat template: continue each prompt.")] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens where a line does not say \\[512]."),
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; repeatable.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Each line's own seed comes from it and its id.")] = 0,
+    flat: Annotated[bool, output_option("--flat", help="Write texts in place of response objects.")] = False,
+    ordered: Annotated[bool, output_option("--ordered", help="Write answers in the order of the input.")] = False,
+    retry_errors: Annotated[bool, _work("--retry-errors", help="Try again what failed in earlier runs.")] = False,
+    mix: Annotated[bool, _work("--mix", help="Add to answers of another model or other settings.")] = False,
+    strict: Annotated[bool, _work("--strict", help="End at the first line that fails.")] = False,
+    shard: Annotated[
+        str | None, _work("--shard", metavar="I/N", help="Answer share I, from 0, of N; its file is named after it.")
+    ] = None,
+    models_dir: ModelsDir = None,
+    download: Annotated[bool, loading_option("--download", help="Download the model first if it is not here.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer a file of prompts; started again, it goes on where it stopped."""
+    state: State = ctx.obj
+    console = Console(quiet=quiet)
+    prompt_texts.check_text(("--system", system), ("--stop", stop))
+    index, shards = _shard(shard)
+    if ordered and retry_errors:
+        raise UsageError(f"{param('ordered')} and {param('retry_errors')} do not go together", "drop one of them")
+    build(sampling.given, sampling.preset)  # refuse what is wrong before a model is looked for
+    info = ensure(model, models_dir, allow=download, console=console)
+    loading = loader.with_draft(loading, models_dir)
+
+    from exl_cli.batch.job import Job, Options
+    from exl_cli.batch.manifest import manifest
+    from exl_cli.batch.output import AnswerFile, Sink, StreamSink
+    from exl_cli.batch.prompts import BatchModel, Preparer, Settings
+    from exl_cli.batch.rows import Source, check_path
+    from exl_cli.ui.batch import BatchProgress, summary
+
+    path, source = _output(check_path(output), index, shards), Source(check_path(prompts))
+    settings = Settings(
+        sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system=system, raw=raw
+    )
+    tokenizer = Tokenizer(info.path)
+    context = loader.context_to_allocate(info, loading)
+    preparer = Preparer(BatchModel(info.name, info, tokenizer, load_format(info.path), context), settings)
+    sink: Sink
+    if output == "-":
+        sink = StreamSink()
+    else:
+        _refuse_same(path, prompts)
+        made = manifest(info, settings, cache=loading.cache, shard=f"{index}/{shards}", flat=flat, ordered=ordered)
+        sink = AnswerFile(path, made, mix=mix, retry_errors=retry_errors)
+        if sink.damaged:
+            console.note(f"{path}: {sink.damaged:,} damaged lines were taken out, and are answered again")
+    engines: list[EngineThread] = []
+
+    def load() -> EngineThread:
+        view.end()
+        with console.loading(f"{info.name} ({info.format_name})") as progress:
+            engines.append(EngineThread(state.load(info, tokenizer, loading, progress)))
+        return engines[0]
+
+    try:
+        with BatchProgress(console) as view:
+            job = Job(source, preparer, sink, load, view, Options(flat, ordered, strict, index, shards))
+            with cancel_on_interrupt(job.stop):
+                job.run()
+    finally:
+        sink.close()
+        for engine in engines:
+            state.close(engine)
+    console.note(summary(job.progress, "standard output" if output == "-" else str(path)))
+    if preparer.ignored:
+        console.note(f"fields without a meaning here: {', '.join(sorted(preparer.ignored)[:20])}")
+    if job.is_stopped:
+        if output != "-":
+            console.note("stopped: the same command goes on from there")
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    if failed := sink.failed + job.progress.failed:
+        again = "" if output == "-" else f"; {param('retry_errors')} tries them again"
+        console.note(f"{failed:,} lines failed: their errors are in the output{again}")
+        raise typer.Exit(ExitCode.LINES_FAILED)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"{param('shard')} must be I/N with I from 0 to N-1, got {text!r}", "write it as 0/8")
+    return int(match[1]), int(match[2])
+
+
+def _output(path: Path, shard: int, shards: int) -> Path:
+    """The output's own file: that of a shard has its number in its name."""
+    if str(path) == "-":
+        return path
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "give the name of a file in it")
+    return path if shards == 1 else path.with_name(f"{path.stem}.{shard}-of-{shards}{path.suffix}")
+
+
+def _refuse_same(output: Path, prompts: str) -> None:
+    if prompts != "-" and output.exists() and output.samefile(prompts):
+        raise UsageError(f"{output} is the input", f"give another file with {param('output')}")

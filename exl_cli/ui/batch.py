@@ -1,0 +1,54 @@
+"""How a batch job shows its progress: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from exl_cli.system.units import Milestones, clock_time
+from exl_cli.ui.console import Console
+from exl_cli.ui.progress import Live, bar_column, text_column
+
+if TYPE_CHECKING:
+    from exl_cli.batch.job import Progress
+
+
+class BatchProgress(Live):
+    """See `batch.job.View`."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._milestones = Milestones(time.monotonic)
+
+    def __enter__(self) -> BatchProgress:
+        return self
+
+    def update(self, progress: Progress) -> None:
+        """See `View.update`."""
+        if not self._console.is_live:
+            if progress.expected and self._milestones.reached(progress.done, progress.expected):
+                self.note(_line(progress))
+            return
+        if self._bars is None:
+            bars = self._make_bars(bar_column(), text_column("{task.description}", ratio=3))
+            self._task = bars.add_task("", total=None)
+            bars.start()
+        self._bars.update(self._task, description=_line(progress), completed=progress.done, total=progress.expected)
+
+
+def summary(progress: Progress, output: str) -> str:
+    """The line at the end of a job."""
+    return f"{output}: {_line(progress)}"
+
+
+def _line(progress: Progress) -> str:
+    of = f" of {progress.expected:,}" if progress.expected else ""
+    failed = f", {progress.failed:,} failed" if progress.failed else ""
+    before = f" ({progress.before:,} from before)" if progress.before else ""
+    rate = progress.new_tokens / max(progress.seconds, 1e-9)
+    tokens = f"{progress.prompt_tokens:,} tokens in, {progress.new_tokens:,} out, {rate:,.0f}/s"
+    left = ""
+    fresh = progress.done - progress.before
+    if progress.expected and fresh and progress.expected > progress.done:
+        left = f", about {clock_time((progress.expected - progress.done) * progress.seconds / fresh)} left"
+    return f"{progress.done:,}{of} rows{before}{failed}, {tokens}{left}"

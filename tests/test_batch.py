@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import ScriptedLoader
+from typer.testing import CliRunner, Result
+
+from exl_cli.cli.app import app
+from exl_cli.cli.options import State
+
+FINISHED_WITH_FAILURES = 14
+
+
+@pytest.fixture
+def scripted() -> ScriptedLoader:
+    return ScriptedLoader(" a small cat")
+
+
+def batch(loader: ScriptedLoader, *args: object, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, ["batch", *map(str, args)], input=stdin, obj=State(load=loader))
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def answers(path: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["custom_id"] for line in lines}) == len(lines)
+    return {line["custom_id"]: line for line in lines}
+
+
+def seeds(loader: ScriptedLoader) -> list[int]:
+    return sorted(request.seed for engine in loader.engines for request in engine.requests)
+
+
+def test_openai_batch_lines_are_answered_in_openais_shape(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    """https://platform.openai.com/docs/api-reference/batch: the request input and output objects."""
+    messages = [{"role": "user", "content": "Tell me"}]
+    chat = {"model": "gpt-4o-mini", "messages": messages, "max_tokens": 2}
+    prompts = jsonl(
+        tmp_path / "in.jsonl",
+        {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"custom_id": "request-2", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Tell", "n": 2}},
+    )
+    result = batch(scripted, prompts, "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.stderr
+    written = answers(tmp_path / "out.jsonl")
+    assert set(written) == {"request-1", "request-2"}
+    first = written["request-1"]
+    assert first["error"] is None
+    assert first["id"]
+    assert first["response"]["status_code"] == 200
+    body = first["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": " a small", "refusal": None}
+    assert body["choices"][0]["finish_reason"] == "length"
+    choices = written["request-2"]["response"]["body"]["choices"]
+    assert [choice["text"] for choice in choices] == [" a small cat"] * 2
+
+
+def test_plain_objects_take_any_setting_and_lines_of_text_are_prompts(
+    scripted: ScriptedLoader, tmp_path: Path, exl2_dir: Path
+) -> None:
+    rows = [{"prompt": "Hi", "top_k": 3, "rep_pen": 1.5}, {"messages": [{"role": "user", "content": "Hi"}]}]
+    assert batch(scripted, jsonl(tmp_path / "a.jsonl", *rows), "-o", tmp_path / "a.out", "-n", 7).exit_code == 0
+    first, second = scripted.engines[0].requests
+    assert first.ids == second.ids
+    chosen = next(request for request in (first, second) if request.sampling.top_k == 3)
+    other = second if chosen is first else first
+    assert chosen.sampling.token_repetition_penalty == 1.5
+    assert other.sampling.top_k == 50, "the value of exl run"
+    assert chosen.max_new_tokens == other.max_new_tokens == 7
+
+    (tmp_path / "b.txt").write_text("Hi\n\n{not JSON}\n")
+    assert batch(scripted, tmp_path / "b.txt", "-o", tmp_path / "b.out").exit_code == 0
+    assert set(answers(tmp_path / "b.out")) == {"line-1", "line-3"}
+    assert scripted.engines[1].requests[0].ids == first.ids
+
+
+def test_gzip_standard_input_and_output(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "Hi"}\n' * 3))
+    packed = batch(scripted, tmp_path / "in.jsonl.gz", "-o", "-", "--flat")
+    piped = batch(scripted, "-", "-o", "-", "--flat", stdin='{"prompt": "Hi"}\n' * 3)
+    assert packed.exit_code == piped.exit_code == 0
+    assert sorted(packed.stdout.splitlines()) == sorted(piped.stdout.splitlines())
+    lines = [json.loads(line) for line in packed.stdout.splitlines()]
+    assert [line["text"] for line in lines] == [" a small cat"] * 3
+    assert all(line["finish_reason"] == "stop" for line in lines)
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "not JSON": ("{", "it is not JSON"),
+    "not an object": ("[1]", "it is not a JSON object"),
+    "nothing to answer": ('{"text": "Hi"}', "there is no prompt"),
+    "an empty prompt": ('{"prompt": ""}', "there is no prompt"),
+    "a setting out of range": ('{"prompt": "Hi", "temperature": -1}', "temperature must be at least 0"),
+    "a setting of a wrong type": ('{"prompt": "Hi", "top_k": "many"}', "top_k"),
+    "another endpoint": ('{"url": "/v1/embeddings", "body": {}}', "url is none of"),
+    "a body that is none": ('{"url": "/v1/completions", "body": 3}', "body is not a JSON object"),
+    "an image": ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "images are not supported"),
+    "too long": (json.dumps({"prompt": "word " * 3000}), "the context holds 1,024"),
+    "half a character": ('{"prompt": "\\ud800"}', "half a character"),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), BAD.values(), ids=BAD)
+def test_a_bad_line_has_an_error_with_its_number_and_the_rest_goes_on(
+    scripted: ScriptedLoader, tmp_path: Path, line: str, said: str
+) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"}, line, {"prompt": "Hi"})
+    assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl").exit_code == FINISHED_WITH_FAILURES
+    written = answers(tmp_path / "out.jsonl")
+    assert set(written) == {"line-1", "line-2", "line-3"}
+    assert written["line-2"]["response"] is None
+    assert written["line-2"]["error"]["message"].startswith("line 2: ")
+    assert said in written["line-2"]["error"]["message"]
+    assert written["line-3"]["error"] is None
+
+    strict = batch(scripted, prompts, "-o", tmp_path / "strict.jsonl", "--strict")
+    assert strict.exit_code == FINISHED_WITH_FAILURES
+    assert "line 2: " in strict.stderr
+    assert said in strict.stderr
+
+
+def test_a_custom_id_that_comes_twice_is_an_error_in_every_run(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", *({"custom_id": "a", "prompt": text} for text in ("One", "Two")))
+    for _ in range(2):
+        assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl").exit_code == FINISHED_WITH_FAILURES
+        written = answers(tmp_path / "out.jsonl")
+        assert written["a"]["error"] is None
+        assert written["line-2"]["error"]["code"] == "duplicate_custom_id"
+
+
+def test_it_goes_on_where_it_stopped_with_the_same_seeds(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    rows: Sequence[Any] = [{"prompt": f"Number {i}", **({"custom_id": f"c{i}"} if i % 2 else {})} for i in range(6)]
+    prompts, output = jsonl(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    assert batch(scripted, prompts, "-o", output).exit_code == 0
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # as a crash of the machine may leave it
+
+    assert batch(scripted, prompts, "-o", output).exit_code == 0
+    assert output.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
+    assert len(answers(output)) == 6
+    first, second = (sorted(request.seed for request in engine.requests) for engine in scripted.engines)
+    assert len(set(first)) == 6
+    assert len(second) == 3
+    assert set(second) < set(first)
+
+    done = batch(scripted, prompts, "-o", output)
+    assert done.exit_code == 0
+    assert "6 from before" in done.stderr
+    assert len(scripted.engines) == 2, "nothing to compute, no model loaded"
+
+    jsonl(prompts, *rows[:5], {"custom_id": "c5", "prompt": "Changed"}, {"prompt": "New"})
+    assert batch(scripted, prompts, "-o", output).exit_code == 0
+    assert len(scripted.engines[2].requests) == 1, "a custom_id stands for its line"
+
+
+def test_what_is_no_answer_is_taken_out_and_answered_again(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts, output = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}"} for i in range(3))), tmp_path / "out.jsonl"
+    batch(scripted, prompts, "-o", output)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + b"\0" * 50 + b"\n" + lines[2])
+    result = batch(scripted, prompts, "-o", output)
+    assert "1 damaged line" in result.stderr
+    assert len(answers(output)) == 3
+
+
+def test_errors_are_tried_again_when_asked_for(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad = {"custom_id": "b", "prompt": "Hi", "top_p": 2}
+    jsonl(prompts, {"custom_id": "a", "prompt": "Hi"}, bad)
+    assert batch(scripted, prompts, "-o", output).exit_code == FINISHED_WITH_FAILURES
+    jsonl(prompts, {"custom_id": "a", "prompt": "Hi"}, {**bad, "top_p": 0.5})
+    assert batch(scripted, prompts, "-o", output).exit_code == FINISHED_WITH_FAILURES
+    assert batch(scripted, prompts, "-o", output, "--retry-errors").exit_code == 0
+    assert [line["error"] for line in answers(output).values()] == [None, None]
+    assert len(output.read_text().splitlines()) == 2
+
+
+def test_answers_of_other_settings_or_of_another_model_are_not_mixed_unasked(
+    scripted: ScriptedLoader, tmp_path: Path, gptq_dir: Path
+) -> None:
+    prompts, output = jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"}), tmp_path / "out.jsonl"
+    assert batch(scripted, prompts, "-o", output).exit_code == 0
+    for flags, said in ((("--top-k", 3), "sampling"), (("-m", gptq_dir), "model"), (("--seed", 1), "seed 0, not 1")):
+        refused = batch(scripted, prompts, "-o", output, *flags)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+        assert "--mix" in refused.stderr
+    jsonl(prompts, {"prompt": "Hi"}, {"prompt": "Hi"})
+    assert batch(scripted, prompts, "-o", output, "--seed", 1, "--mix").exit_code == 0
+    assert len(answers(output)) == 2
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "notes.txt"])
+def test_a_file_that_no_batch_job_wrote_is_left_alone(scripted: ScriptedLoader, tmp_path: Path, name: str) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"})
+    (tmp_path / "notes.txt").write_text("mine\n")
+    before = (tmp_path / name).read_bytes()
+    assert batch(scripted, prompts, "-o", tmp_path / name).exit_code == 2
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_two_jobs_do_not_write_one_file(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"})
+    with FileLock(tmp_path / "out.jsonl.exl.lock"):
+        refused = batch(scripted, prompts, "-o", tmp_path / "out.jsonl")
+    assert refused.exit_code == 2
+    assert "another job writes" in refused.stderr
+    assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl").exit_code == 0
+
+
+def test_answers_in_the_order_of_the_input(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    rows: Sequence[Any] = [*({"prompt": "z" * (9 - i)} for i in range(8)), "{", {"prompt": "a"}]
+    output = tmp_path / "out.jsonl"
+    batch(scripted, jsonl(tmp_path / "in.jsonl", *rows), "-o", output, "--ordered")
+    assert [*answers(output)] == [f"line-{number}" for number in range(1, 11)]
+
+
+def test_shards_share_the_rows(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", *({"custom_id": f"c{i}", "prompt": f"{i}"} for i in range(40)))
+    for shard in range(3):
+        assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl", "--shard", f"{shard}/3").exit_code == 0
+    parts = [answers(tmp_path / f"out.{shard}-of-3.jsonl") for shard in range(3)]
+    assert all(parts)
+    assert sorted(id_ for part in parts for id_ in part) == sorted(f"c{i}" for i in range(40))
+    assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl", "--shard", "3/3").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("input_", "said"),
+    [("s3://bucket/in.jsonl", "s3:// is not supported"), ("missing.jsonl", "No such file"), (".", "is a folder")],
+)
+def test_an_input_that_is_no_file_here(scripted: ScriptedLoader, tmp_path: Path, input_: str, said: str) -> None:
+    refused = batch(scripted, input_, "-o", tmp_path / "out.jsonl")
+    assert refused.exit_code in (2, 10)
+    assert said in refused.stderr
+    assert not (tmp_path / "out.jsonl").exists()

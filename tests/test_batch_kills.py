@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from batch_kills import command, read_texts, run_and_kill, write_prompts
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("batch") / "in.jsonl"
+    write_prompts(path, 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prompts: Path) -> dict[str, str]:
+    output = prompts.with_name("undisturbed.jsonl")
+    subprocess.run(command(prompts, output), check=True)
+    return read_texts(output)
+
+
+def test_a_job_that_is_killed_ends_with_the_texts_of_an_undisturbed_one(
+    prompts: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    run_and_kill(prompts, tmp_path / "out.jsonl", 2, random.Random(3), longest=0.2)
+    assert read_texts(tmp_path / "out.jsonl") == undisturbed
+    assert len(undisturbed) == 40
+
+
+def test_a_full_disk_is_a_line_and_loses_nothing(prompts: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    full = subprocess.run(command(prompts, output), capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 10
+    assert full.stderr.startswith(f"error: cannot write {output}: ")
+    assert len(full.stderr.splitlines()) == 1
+    kept = output.read_bytes()
+    assert kept.endswith(b"}\n")
+    assert read_texts(output).items() < undisturbed.items()
+    subprocess.run(command(prompts, output), check=True)
+    assert output.read_bytes().startswith(kept)
+    assert read_texts(output) == undisturbed
+
+
+def test_ctrl_c_keeps_whole_answers_and_says_how_to_go_on(
+    prompts: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    loud = [argument for argument in command(prompts, output) if argument != "-q"]
+    process = subprocess.Popen(loud, stderr=subprocess.PIPE, text=True)
+    while not output.exists() or not output.stat().st_size:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on" in told
+    assert read_texts(output).items() < undisturbed.items()
+    subprocess.run(command(prompts, output), check=True)
+    assert read_texts(output) == undisturbed
