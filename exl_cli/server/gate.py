@@ -91,7 +91,7 @@ class Gate:
             raise ApiError(403, f"the host {host!r} is not known here; allow_host names it", "unknown_host")
         origin = headers.get("origin")
         allowed = self._policy.origins
-        if origin is not None and not allowed & {"*", origin} and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and not allowed & {"*", origin} and not _is_same_host(origin, host):
             raise ApiError(403, f"web pages of {origin!r} may not ask; cors_origin allows them", "unknown_origin")
         if self._policy.keys is None or scope["path"] in _OPEN:
             return
@@ -104,7 +104,10 @@ class Gate:
         caller.set(name)
 
     def _is_own(self, host: str) -> bool:
-        name = (urlsplit(f"//{host}").hostname or "").rstrip(".") if host.isascii() else ""
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").rstrip(".") if host.isascii() else ""
+        except ValueError:  # a bracket of an IPv6 address is missing
+            return False
         if name == "localhost" or name.endswith(".localhost") or name in self._policy.hosts:
             return True
         try:
@@ -124,6 +127,13 @@ class Gate:
         by = f", {caller.get()}" if caller.get() else ""
         outcome = status or "client went away"
         self._state.note(f"{scope['method']} {path} {outcome}, {seconds:.2f} s{tokens}{by}")
+
+
+def _is_same_host(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 
 class _Exchange:

@@ -12,13 +12,10 @@ from typing import Any
 from starlette.responses import Response
 
 from exl_cli.engines.base import Chunk, Request
-from exl_cli.errors import DeviceError
 from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
 from exl_cli.server.metrics import Metrics
 from exl_cli.server.pool import ServedModel
 from exl_cli.server.state import Inbox, ServerState, Usage, usage
-
-KEEP_ALIVE_SECONDS = 10.0
 
 
 @contextlib.asynccontextmanager
@@ -44,12 +41,8 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
         raise ApiError(429, said, "queue_full", headers=RETRY_AFTER)
     state.accepted += count
     try:
-        async with state.pool.use(name) as model:
+        async with state.use(name) as model:
             yield model
-    except ApiError as error:
-        if isinstance(error.__cause__, DeviceError):
-            state.fail(error.__cause__)
-        raise
     finally:
         state.accepted -= count
 
@@ -138,32 +131,35 @@ def sse(data: str, event: str | None = None) -> str:
     return f"event: {event}\ndata: {data}\n\n" if event else f"data: {data}\n\n"
 
 
-async def event_stream(events: AsyncIterator[str], on_error: Callable[[ApiError], str]) -> EventStream:
+async def event_stream(
+    state: ServerState, events: AsyncIterator[str], on_error: Callable[[ApiError], str]
+) -> EventStream:
     """A streamed response, which begins with the first event or after 10 s, whichever comes first.
 
     So what is wrong with a request is still a status, unless it takes longer than that to find out.
 
     Args:
+        state: the server.
         events: texts as `sse` writes them. It is iterated in a task and closed when the client goes away.
         on_error: an error as an event, once the response has begun.
 
     Raises:
         ApiError: what `events` raised before its first event.
     """
-    stream = EventStream(events, on_error)
+    stream = EventStream(state, events, on_error)
     await stream.begin()
     return stream
 
 
 class EventStream(Response):
-    """Server-sent events, with a comment wherever 10 s pass without any. Make it with `event_stream`."""
+    """Server-sent events, with a comment where 10 s pass without any. Make it with `event_stream`."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], on_error: Callable[[ApiError], str]) -> None:
+    def __init__(self, state: ServerState, events: AsyncIterator[str], on_error: Callable[[ApiError], str]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._on_error = on_error
+        self._state, self._on_error = state, on_error
         self._ready: asyncio.Queue[str | ApiError | None] = asyncio.Queue()
         self._held: list[str | ApiError | None] = []
         self._pump = asyncio.create_task(self._run(events))
@@ -193,14 +189,15 @@ class EventStream(Response):
         self._held.append(item)
 
     async def _next(self) -> str | ApiError | None:
+        if not self._ready.empty():
+            return self._ready.get_nowait()
         try:
-            return await asyncio.wait_for(self._ready.get(), KEEP_ALIVE_SECONDS)
+            return await asyncio.wait_for(self._ready.get(), self._state.settings.keep_alive_seconds)
         except asyncio.TimeoutError:  # not the built-in one yet in Python 3.10
             return ": keep-alive\n\n"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send what comes until it ends."""
-        state: ServerState = scope["app"].state.server
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while True:
@@ -208,7 +205,7 @@ class EventStream(Response):
                 if item is None:
                     break
                 if isinstance(item, ApiError):
-                    state.report(item, item)
+                    self._state.report(item, item)
                 text = self._on_error(item) if isinstance(item, ApiError) else item
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                 if isinstance(item, ApiError):

@@ -68,7 +68,7 @@ async def respond(
 
     response: Response
     if body.stream:
-        response = await event_stream(events(), on_error)
+        response = await event_stream(state, events(), on_error)
     else:
         async with _running(state, body, job_of) as (job, chunks):
             async for index, chunk in chunks:

@@ -49,7 +49,8 @@ async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health(state: State) -> JSONResponse:
     """200 once models are loaded and warm; 503 before, while the server stops, and after a fault of the GPU."""
     return JSONResponse({"status": state.phase}, 200 if state.phase == "ok" else 503)
@@ -119,11 +120,11 @@ async def load_model(body: LoadRequest, state: State) -> Response:
         return sse(json.dumps({"model_type": "model", "module": module, "modules": 1, "status": status}))
 
     async def events() -> AsyncIterator[str]:
-        async with state.pool.use(body.name):
+        async with state.use(body.name):
             yield event(1, "processing")
             yield event(1, "finished")
 
-    return await event_stream(events(), lambda error: sse(json.dumps(openai_body(error))))
+    return await event_stream(state, events(), lambda error: sse(json.dumps(openai_body(error))))
 
 
 @router.post("/v1/model/unload")
@@ -172,7 +173,7 @@ async def tokenize(body: EncodeRequest, state: State) -> dict[str, Any]:
 @router.post("/detokenize")
 async def decode(body: DecodeRequest, state: State) -> dict[str, Any]:
     """The text of tokens."""
-    async with state.pool.use(body.model) as model:
+    async with state.use(body.model) as model:
         size = model.tokenizer.vocab_size
         wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < size), None)
         if wrong is not None:
@@ -191,7 +192,7 @@ async def _encoded(
         add_special = add_special if said is None else said
     if body.add_generation_prompt is not None:
         add_generation_prompt = body.add_generation_prompt
-    async with state.pool.use(body.model) as model:
+    async with state.use(body.model) as model:
         ids = await asyncio.to_thread(_encode, model, given, add_special, add_generation_prompt)
         return {"tokens": ids, "length": len(ids), "count": len(ids), "max_model_len": model.context_length}
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from starlette.requests import HTTPConnection
 
 from exl_cli.engines.base import Chunk
+from exl_cli.errors import DeviceError
 from exl_cli.server.errors import ApiError
 from exl_cli.server.metrics import Metrics, StateCollector
-from exl_cli.server.pool import ModelPool
+from exl_cli.server.pool import ModelPool, ServedModel
 
 Phase = Literal["loading", "ok", "stopping", "failed"]
 
@@ -44,12 +46,14 @@ class Settings:
     Attributes:
         queue: generations that may wait beyond those that engines compute.
         prefix_cache_per_key: a prompt's prefix is reused only by requests with the same key.
+        keep_alive_seconds: without an event, after which a stream gets a comment.
         log_prompts: write prompts into the log.
         debug: write tracebacks into it.
     """
 
     queue: int = 1024
     prefix_cache_per_key: bool = False
+    keep_alive_seconds: float = 10.0
     log_prompts: bool = False
     debug: bool = False
 
@@ -87,6 +91,17 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.metrics.registry.register(StateCollector(self))
+
+    @contextlib.asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[ServedModel]:
+        """Hold a model; see `ModelPool.use`. A fault of the device, in a load as well, fails the server."""
+        try:
+            async with self.pool.use(name) as model:
+                yield model
+        except ApiError as error:
+            if isinstance(error.__cause__, DeviceError):
+                self.fail(error.__cause__)
+            raise
 
     def fail(self, error: BaseException) -> None:
         """Give up after a fault that the GPU does not recover from: everything under way ends with it."""
