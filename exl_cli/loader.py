@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, brief, param
+from exl_cli.models import memory
 from exl_cli.models.config import has_learned_positions
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, in_hub_cache, known_models, models_dir
 from exl_cli.models.hub import names, store
@@ -139,6 +140,29 @@ def _beyond(info: ModelInfo, max_seq_len: int) -> str:
         f"{param('max_seq_len')} {max_seq_len:,} is more than the {info.extended_length:,} tokens "
         f"that {info.name} was made for"
     )
+
+
+def gpus_for(info: ModelInfo, options: LoadOptions) -> list[memory.Gpu]:
+    """The GPUs that a model will run on; none for the CPU engine."""
+    from exl_cli.engines.exllamav2 import support
+
+    on_cpu = options.engine == "cpu" or support.why_not(info, context_to_allocate(info, options))
+    return [] if on_cpu else memory.gpus()
+
+
+def memory_needed(info: ModelInfo, options: LoadOptions, sequences: int) -> memory.Estimate | None:
+    """GPU memory for a model with a KV cache for so many full-length sequences; None where that cannot be told."""
+    tokens = context_to_allocate(info, options) * sequences
+    return memory.estimate(info, tokens, options.cache, low_mem=options.low_mem)
+
+
+def fitting_sequences(info: ModelInfo, options: LoadOptions, counts: Iterable[int]) -> int:
+    """The first of these counts of full-length sequences that fits the free GPU memory; 1 where none does."""
+    free = [gpu.free for gpu in gpus_for(info, options)]
+    for count in counts if free else ():
+        if (needed := memory_needed(info, options, count)) is not None and memory.fits(needed, free):
+            return count
+    return 1
 
 
 def load(

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import ScriptedLoader
+from fakes import ScriptedEngine, ScriptedLoader
 from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
+from exl_cli.engines.base import Engine, Event, Request
+from exl_cli.engines.response import Step
+from exl_cli.errors import EngineError, OutOfMemoryError
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.tokenizer import Tokenizer
 
 FINISHED_WITH_FAILURES = 14
 
@@ -235,6 +240,58 @@ def test_shards_share_the_rows(scripted: ScriptedLoader, tmp_path: Path) -> None
     assert all(parts)
     assert sorted(id_ for part in parts for id_ in part) == sorted(f"c{i}" for i in range(40))
     assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl", "--shard", "3/3").exit_code == 2
+
+
+class SmallEngine(ScriptedEngine):
+    """Takes eight requests at once and has memory for three; fails at long prompts."""
+
+    max_batch = 8
+    most = 0
+
+    def step(self) -> Iterable[Event]:
+        running = [*self._responses]
+        if len(running) > 3:
+            self._responses.clear()
+            return [(id_, OutOfMemoryError("the GPU ran out of memory")) for id_ in running]
+        self.most = max(self.most, len(running))
+        return super().step()
+
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
+        if len(request.ids) > 100:
+            raise EngineError("the engine failed")
+        return super()._steps(request, is_cancelled)
+
+
+class SmallLoader(ScriptedLoader):
+    def __call__(self, info: ModelInfo, tokenizer: Tokenizer, *args: object, **more: object) -> Engine:
+        self.engines.append(SmallEngine(tokenizer, self._answer, info.context_length))
+        return self.engines[-1]
+
+
+def test_out_of_memory_means_fewer_at_once(tmp_path: Path) -> None:
+    loader = SmallLoader(" yes")
+    prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}", "n": 1 + i % 3} for i in range(30)))
+    result = batch(loader, prompts, "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert "out of memory: from " in result.stderr
+    assert len(answers(tmp_path / "out.jsonl")) == 30
+    assert loader.engines[0].most <= 3  # type: ignore[attr-defined]
+
+
+def test_what_the_engine_fails_at_is_tried_once_more_and_then_an_error(tmp_path: Path) -> None:
+    loader = SmallLoader(" yes")
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "word " * 100, "n": 2}, {"prompt": "b"})
+    assert batch(loader, prompts, "-o", tmp_path / "out.jsonl").exit_code == FINISHED_WITH_FAILURES
+    written = answers(tmp_path / "out.jsonl")
+    assert [written[f"line-{i}"]["error"] is None for i in (1, 2, 3)] == [True, False, True]
+    assert written["line-2"]["error"]["message"] == "line 2: the engine failed"
+
+
+def test_an_engine_that_only_fails_ends_the_job(tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i} " * 100} for i in range(100)))
+    result = batch(SmallLoader(" yes"), prompts, "-o", tmp_path / "out.jsonl")
+    assert result.exit_code == 8
+    assert len(answers(tmp_path / "out.jsonl")) < 16
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from exl_cli.cli.options import (
     with_loading,
     with_sampling,
 )
-from exl_cli.errors import ExitCode, UsageError, param
+from exl_cli.errors import ExitCode, OutOfMemoryError, UsageError, param
 from exl_cli.models import folders
 from exl_cli.models import prompt as prompt_texts
 from exl_cli.models.chat_template import load_format
@@ -33,6 +34,9 @@ from exl_cli.system.interrupts import cancel_on_interrupt
 from exl_cli.ui.console import Console
 
 _prompts = partial(typer.Option, rich_help_panel="Prompts")
+# Full-length sequences that the KV cache gets room for where nobody says how many: the first of these that fits.
+_SEQUENCES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
+
 _work = partial(typer.Option, rich_help_panel="Work")
 
 
@@ -69,6 +73,10 @@ def batch(
     strict: Annotated[bool, _work("--strict", help="End at the first line that fails.")] = False,
     shard: Annotated[
         str | None, _work("--shard", metavar="I/N", help="Answer share I, from 0, of N; its file is named after it.")
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        loading_option("--sequences", min=1, help="Full-length sequences to make room for \\[up to 64, as they fit]."),
     ] = None,
     models_dir: ModelsDir = None,
     download: Annotated[bool, loading_option("--download", help="Download the model first if it is not here.")] = False,
@@ -112,8 +120,16 @@ def batch(
 
     def load() -> EngineThread:
         view.end()
+        count = sequences or loader.fitting_sequences(info, loading, _SEQUENCES)
         with console.loading(f"{info.name} ({info.format_name})") as progress:
-            engines.append(EngineThread(state.load(info, tokenizer, loading, progress)))
+            while not engines:
+                options = dataclasses.replace(loading, sequences=count)
+                try:
+                    engines.append(EngineThread(state.load(info, tokenizer, options, progress)))
+                except OutOfMemoryError:
+                    if sequences or count == 1:
+                        raise
+                    count //= 2
         return engines[0]
 
     try:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Engine, Request
-from exl_cli.engines.exllamav2 import support
 from exl_cli.errors import ModelNotFoundError, OutOfMemoryError, brief, param
 from exl_cli.models import folders, memory
 from exl_cli.models.chat_template import Format, load_format
@@ -288,8 +287,8 @@ class ModelPool:
     def _estimated(self, name: str) -> ModelInfo:
         """The model, refused here if it would not fit with all others unloaded."""
         info = self.catalog.info(name)
-        gpus = self._gpus(info)
-        needed = self._needs(info, self._sequences or 1)
+        gpus = loader.gpus_for(info, self._options)
+        needed = loader.memory_needed(info, self._options, self._sequences or 1)
         if gpus and needed is not None and not memory.fits(needed, [gpu.total for gpu in gpus]):
             total = gib(sum(gpu.total for gpu in gpus))
             raise OutOfMemoryError(
@@ -298,25 +297,11 @@ class ModelPool:
             )
         return info
 
-    def _gpus(self, info: ModelInfo) -> list[memory.Gpu]:
-        """Those that the model will run on; none for the CPU engine."""
-        context = loader.context_to_allocate(info, self._options)
-        on_cpu = self._options.engine == "cpu" or support.why_not(info, context)
-        return [] if on_cpu else memory.gpus()
-
-    def _needs(self, info: ModelInfo, sequences: int) -> memory.Estimate | None:
-        tokens = loader.context_to_allocate(info, self._options) * sequences
-        return memory.estimate(info, tokens, self._options.cache, low_mem=self._options.low_mem)
-
     def _fitting(self, info: ModelInfo) -> int:
         """Sequences to make room for."""
         if self._sequences is not None:
             return self._sequences
-        free = [gpu.free for gpu in self._gpus(info)]
-        for count in _SEQUENCES if free else ():
-            if (needed := self._needs(info, count)) is not None and memory.fits(needed, free):
-                return count
-        return 1
+        return loader.fitting_sequences(info, self._options, _SEQUENCES)
 
     def _load_now(self, name: str, info: ModelInfo) -> ServedModel:
         tokenizer = Tokenizer(info.path)
