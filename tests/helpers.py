@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from exl_cli.engines.base import Chunk, Request, Summary
@@ -70,3 +72,11 @@ def python(
     environment = {**os.environ, **(env or {}), "PYTHONPATH": folders}
     command = [sys.executable, "-c", code, *args]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something that another thread or process does."""
+    end, pause = time.monotonic() + seconds, threading.Event()
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        pause.wait(0.005)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import httpx
 from fakes import ScriptedEngine
-from helpers import Recorder
+from helpers import Recorder, until
 
 from exl_cli import loader
 from exl_cli.engines.base import Engine, Request
@@ -207,11 +206,3 @@ def serving(
         if not ended.is_set():
             stops[0]()
         thread.join()
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for what another thread does."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        pause.wait(0.005)

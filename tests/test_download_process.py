@@ -8,14 +8,13 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pexpect
 import pytest
 from fakehub import FakeHub
+from helpers import until
 from hubtools import WEIGHTS, Fetcher, contents, download_command, model_files, shell
 
 from exl_cli import loader
@@ -43,14 +42,6 @@ def hub() -> Iterator[FakeHub]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "models" / "acme_tiny"
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for something that another process does."""
-    end, pause = time.monotonic() + seconds, threading.Event()
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        pause.wait(0.01)
 
 
 def weights_here(folder: Path) -> int:

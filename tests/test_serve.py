@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import CHAT, HeldLoader, Server, asking, serving, until
+from helpers import until
+from serving import CHAT, HeldLoader, Server, asking, serving
 from wireformats import events
 
 from exl_cli import loader

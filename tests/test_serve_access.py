@@ -1,8 +1,7 @@
-"""Who may ask the server what: keys, hosts, web pages, bodies. In this process, over a model that says what it is told."""
+"""Who may ask the server what: keys, hosts, web pages, bodies; in this process, over a scripted model."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +99,7 @@ def test_a_changed_file_counts_at_once_and_one_that_cannot_be_read_does_not(keys
     known = Keys(keys, log.append)
     assert [known.name_of(key) for key in ("sk-ann-1", "sk-nameless", "sk-bob-2")] == ["ann", "key 4", "bob"]
     keys.with_name("new").write_text("eve: sk-eve-3\n", encoding="utf-8")
-    os.replace(keys.with_name("new"), keys)
+    keys.with_name("new").replace(keys)
     assert [known.name_of(key) for key in ("sk-ann-1", "sk-eve-3")] == [None, "eve"]
     assert "1 key" in log[-1]
     for damage in (b"", b"\xff\xfe", b"eve:\n"):

@@ -1,0 +1,171 @@
+"""`exl serve` as a process: what it says, how signals end it, and what it refuses before it loads anything."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from helpers import until
+from serving import CHAT, asking
+from typer.testing import CliRunner, Result
+
+from exl_cli.cli.app import app
+from exl_cli.cli.options import State
+from exl_cli.errors import DeviceError, ExitCode, OutOfMemoryError
+
+
+class ServeProcess:
+    """`exl serve --port 0` and its log.
+
+    Attributes:
+        log: its lines so far.
+        process: it.
+    """
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "exl_cli", "serve", "--port", "0", *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    @property
+    def port(self) -> int:
+        until(lambda: any("listening on" in line for line in self.log) or self.process.poll() is not None)
+        listening = re.search(r"listening on http://[\d.]+:(\d+)", "".join(self.log))
+        assert listening, self.log
+        return int(listening[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self) -> None:
+        until(lambda: httpx.get(f"{self.url}/health", timeout=60).status_code == 200)
+
+    def ended(self) -> int:
+        """Its exit code."""
+        code = self.process.wait(60)
+        self._reader.join()
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[str, ServeProcess]]:
+    """Those of all tests here, as each takes seconds to start."""
+    flags = {"draining": ("--host", "0.0.0.0"), "insisting": ()}  # noqa: S104
+    started = {name: ServeProcess("--grace", "2m", *some) for name, some in flags.items()}
+    yield started
+    for server in started.values():
+        server.process.kill()
+        server.ended()
+
+
+def test_a_signal_lets_requests_end_and_nobody_else(processes: dict[str, ServeProcess]) -> None:
+    server = processes["draining"]
+    server.wait_until_ready()
+    body = asking(stream=True, max_tokens=200, ignore_eos=True)
+    with socket.create_connection(("127.0.0.1", server.port)) as half_open, httpx.Client() as kept:
+        half_open.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
+        assert kept.get(f"{server.url}/v1/models").status_code == 200
+        with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert server.ended() == ExitCode.OK  # long before the end of its two minutes
+    text = "".join(server.log)
+    assert "WARNING: everybody who can reach 0.0.0.0 can use these models; --api-key-file asks for keys" in text
+    assert "fable-7m is ready: 1,024 tokens" in text
+    assert "stopping: 1 generations under way have 120 s" in text
+    assert "Traceback" not in text
+
+
+def test_a_second_signal_ends_it_at_once(processes: dict[str, ServeProcess]) -> None:
+    server = processes["insisting"]
+    server.wait_until_ready()
+    body = asking(stream=True, n=100, ignore_eos=True)
+    with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: any("stopping: 100 generations" in line for line in server.log))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == ExitCode.INTERRUPTED
+
+
+# --- before anything is loaded ----------------------------------------------------------------------------------------
+
+
+def no_load(*args: object) -> None:
+    raise AssertionError("nothing should be loaded")
+
+
+def serve(*flags: str, load: object = no_load) -> Result:
+    return CliRunner().invoke(app, ["serve", *flags], obj=State(load=load))
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """A port that is in use."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield str(listener.getsockname()[1])
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> str:
+    path = tmp_path / "keys.txt"
+    path.touch()
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("--port {taken}", 2, "--host 127.0.0.1 --port {taken}: Address already in use; give another --port"),
+        ("--host 192.0.2.1", 2, "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
+        ("--host no-such-host.invalid", 2, "--host no-such-host.invalid --port 8080: "),
+        ("--api-key-file {empty}", 2, "--api-key-file {empty} holds no key; write one"),
+        ("--api-key-file {empty}.none", 2, "--api-key-file {empty}.none cannot be read: No such file"),
+        ("no/such-model", 3, "download it: exl download no/such-model"),
+        ("fable-7m no/such-model", 3, "no/such-model is not in"),
+        ("fable-7m fable-7m", 2, "two models are called fable-7m"),
+        ("--idle-unload soon", 2, "--idle-unload must be a time, got 'soon'; write it as 90s, 15m or 2h"),
+        ("--grace -1", 2, "--grace must be a time, got '-1'"),
+        ("--served-name x=y", 2, "--served-name x=y: 'y' is none of the models"),
+        ("--served-name fable-7m", 2, "--served-name fable-7m: the name is empty or taken"),
+        ("--cache-per-key", 2, "--cache-per-key needs keys; give --api-key-file"),
+        ("--port 70000", 2, "--port must be at least 0 and at most 65535"),
+        ("--queue -1", 2, "--queue must be at least 0"),
+    ],
+)
+def test_a_command_line_that_is_refused(line: str, code: int, said: str, taken: str, empty: str) -> None:
+    result = serve(*(word.format(taken=taken, empty=empty) for word in line.split()))
+    assert result.exit_code == code, result.stderr
+    assert said.format(taken=taken, empty=empty) in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [OutOfMemoryError("it needs 80 GiB"), DeviceError("the GPU fell off the bus")], ids=str
+)
+def test_a_load_that_fails_at_the_start_is_a_line_and_its_exit_code(error: OutOfMemoryError | DeviceError) -> None:
+    def load(*args: object) -> None:
+        raise error
+
+    result = serve("--port", "0", load=load)
+    assert result.exit_code == error.exit_code
+    assert result.stderr.splitlines()[-1] == f"error: {error}"
