@@ -148,6 +148,7 @@ def serving(
     folder: Path | None = None,
     aliases: Mapping[str, str] | None = None,
     any_name: bool = False,
+    head_seconds: float = 60,
     **pool: Any,
 ) -> Iterator[Server]:
     """A server of these models, by name with their folders, None for fable-7m.
@@ -159,6 +160,7 @@ def serving(
         settings: its settings.
         preload: how many are loaded before it listens.
         folder, aliases, any_name: see `Catalog`.
+        head_seconds: see `run.serve`.
         pool: see `ModelPool`.
     """
     resolved = {name: loader.resolve(None if path is None else str(path)) for name, path in models.items()}
@@ -179,7 +181,15 @@ def serving(
         app = create_app(state, None if policy is None else policy(log.note))
         servers.append(Server(state, log.notes, listener.getsockname()[1]))
         task = asyncio.ensure_future(
-            run.serve(app, state, listener, preload=[*resolved][:preload], grace=1, signals=False)
+            run.serve(
+                app,
+                state,
+                listener,
+                preload=[*resolved][:preload],
+                grace=1,
+                signals=False,
+                head_seconds=head_seconds,
+            )
         )
         loop = asyncio.get_running_loop()
         stops.append(lambda: loop.call_soon_threadsafe(task.cancel))

@@ -75,6 +75,21 @@ def test_openai_chat(openai: Any) -> None:
     assert final.message.content == openai.chat.completions.create(**stopping).choices[0].message.content
 
 
+def test_openai_models(openai: Any) -> None:
+    (model,) = openai.models.list()
+    assert (model.id, model.object) == ("fable-7m", "model")
+    assert openai.models.retrieve("fable-7m").owned_by == "exl"
+
+
+def test_openai_usage_so_far(openai: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": "fable-7m", "messages": MESSAGES, "max_completion_tokens": 6, "extra_body": {"ignore_eos": True}}
+    chunks = list(openai.chat.completions.create(**asked, stream=True, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert set(range(1, 7)) <= set(counts)
+
+
 def test_openai_completions(openai: Any) -> None:
     asked = {"model": "fable-7m", "prompt": ["Once upon", "There was"], "max_tokens": 8, "seed": 1, "n": 2}
     whole = openai.completions.create(**asked, logprobs=2)

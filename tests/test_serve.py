@@ -294,6 +294,27 @@ def test_a_fault_of_the_device_is_said_to_all_and_ends_the_server(held: Server, 
     assert isinstance(held.ended_by, DeviceError)
 
 
+@pytest.mark.parametrize("begin", [b"", b"GET /heal", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=str)
+def test_a_connection_that_asks_nothing_is_closed(load: HeldLoader, begin: bytes) -> None:
+    with serving({"fable-7m": None}, load, head_seconds=0.1) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as half_open:
+            half_open.settimeout(60)
+            half_open.sendall(begin)
+            if begin.endswith(b"\r\n\r\n"):
+                assert half_open.recv(4096)
+                half_open.sendall(b"GET /")  # the next
+            while half_open.recv(4096):
+                pass
+        # One that waits for its answer is not, and neither is one that has been answered.
+        load.engines["fable-7m"].hold()
+        asker = Asker(server, asking(stream=True))
+        with socket.create_connection(("127.0.0.1", server.port)) as half_open:
+            half_open.settimeout(60)
+            assert not half_open.recv(1)
+        load.engines["fable-7m"].let_go()
+        asker.read_until(b"[DONE]")
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 

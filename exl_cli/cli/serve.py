@@ -106,6 +106,8 @@ def serve(
     from exl_cli.server.state import ServerState, Settings
 
     listener = run.listen(host, port)
+    if cli.owns_process:
+        run.raise_file_limit()
 
     async def main() -> None:
         most = max_loaded or len(named)

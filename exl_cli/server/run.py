@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from exl_cli.errors import ExitCode, UsageError, param
 from exl_cli.server.errors import ApiError
@@ -19,6 +22,10 @@ from exl_cli.server.state import ServerState
 
 # After a fault of the device: for responses to be sent.
 _LAST_SECONDS = 2
+# For a client to send the head of a request.
+_HEAD_SECONDS = 60.0
+# Each connection is one. Many systems allow 1,024 unless asked for more.
+_OPEN_FILES = 65_536
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SOCKET_OPTIONS = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 120_000))
 
@@ -51,6 +58,58 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def raise_file_limit() -> None:
+    """Let this process have as many connections as the system allows it."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if limit not in (resource.RLIM_INFINITY, wanted) and limit < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+class _Connection(H11Protocol):
+    """uvicorn's, closed when the head of a request does not come in time."""
+
+    def __init__(self, *args: Any, head_seconds: float, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self._head_seconds = head_seconds
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of one."""
+        super().data_received(data)
+        if self._is_between_requests():
+            self._expect_head()
+        else:
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _is_between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._head_seconds, self._close_unless_busy)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _close_unless_busy(self) -> None:
+        if self._is_between_requests():
+            self.timeout_keep_alive_handler()
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its handling of signals, which is ours."""
 
@@ -61,7 +120,14 @@ class _Uvicorn(uvicorn.Server):
 
 
 async def serve(
-    app: ASGIApp, state: ServerState, listener: socket.socket, *, preload: Sequence[str], grace: float, signals: bool
+    app: ASGIApp,
+    state: ServerState,
+    listener: socket.socket,
+    *,
+    preload: Sequence[str],
+    grace: float,
+    signals: bool,
+    head_seconds: float = _HEAD_SECONDS,
 ) -> None:
     """Serve until a signal, or until a device fails.
 
@@ -72,13 +138,15 @@ async def serve(
         preload: models to load before `/health` says ok.
         grace: seconds that requests under way have once a signal has come.
         signals: SIGTERM and SIGINT end it, a second one at once; in the main thread only.
+        head_seconds: after which a connection is closed whose request's head has not come.
 
     Raises:
         ExlError: a model cannot be loaded at the start, or a `DeviceError`.
     """
     config = uvicorn.Config(
-        app, http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=65, timeout_graceful_shutdown=round(grace),
+        app, loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
+        http=partial(_Connection, head_seconds=head_seconds),  # type: ignore[arg-type] # anything that makes one
+        timeout_keep_alive=65, timeout_graceful_shutdown=round(grace),
     )  # fmt: skip
     server = _Uvicorn(config)
     loop = asyncio.get_running_loop()

@@ -124,7 +124,7 @@ class ServerState:
             self.warn("".join(traceback.format_exception(error)))
 
 
-def server_state(connection: HTTPConnection) -> ServerState:
+async def server_state(connection: HTTPConnection) -> ServerState:
     """For routes: `Annotated[ServerState, Depends(server_state)]`."""
     state: ServerState = connection.app.state.server
     return state
