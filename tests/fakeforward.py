@@ -8,6 +8,7 @@ of just that. So a test knows every token without any cache.
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.sampling.sampler import Sampler
 
 _MASK = (1 << 61) - 1
-_LONG = 12345  # where the states of a long sequence begin
+_TABLE = 12345  # by how much the beginnings of states of different rotary tables differ
 
 
 def _mixed(state: int, token: int) -> int:
@@ -54,7 +55,7 @@ class FakeForward:
         spread: standard deviation of the logits; 0 for one that stands out.
         wrong: how many of a hundred logits are those of another model.
         clock: moves on by the time that passes take: `seconds` and for each token `growth` times as much.
-        long_after: see `ModelRunner`.
+        rope_switches: see `ModelRunner`.
         fail: called before each piece of work with its name; what it raises is raised in the midst of that.
     """
 
@@ -72,12 +73,12 @@ class FakeForward:
         clock: FakeClock | None = None,
         seconds: float = 1.0,
         growth: float = 0.05,
-        long_after: int | None = None,
+        rope_switches: Sequence[int] = (),
         fail: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.page_size, self.pages = page_size, pages
         self.max_batch, self.max_tokens, self.vocab_size = max_batch, max_tokens, vocab_size
-        self.long_after = long_after
+        self.rope_switches = rope_switches
         self._spread, self.memory, self._wrong, self.fail = spread, memory, wrong, fail
         self.clock, self.seconds, self.growth = clock or FakeClock(), seconds, growth
         self.prefill_seconds = 0.0
@@ -155,8 +156,8 @@ class FakeForward:
         assert len(set(row.block_table)) == len(row.block_table)
         self.computed += len(row.ids)
         self.reached = max(self.reached, end)
-        state = self._at(row, row.start - 1)[2] if row.start else _LONG * row.long
-        assert row.long or self.long_after is None or end <= self.long_after
+        state = self._at(row, row.start - 1)[2] if row.start else _TABLE * row.rope_table
+        assert row.rope_table >= bisect_left(self.rope_switches, end)
         for at, token in enumerate(row.ids, row.start):
             state = _mixed(state, token)
             self._cache[row.block_table[at // self.page_size]][at % self.page_size] = (token, at, state)
@@ -173,7 +174,7 @@ class FakeForward:
 
     def _read(self, row: ScheduledTokens) -> list[int]:
         """The state after each of the row's tokens, from nothing but the cache."""
-        tokens, state = [], _LONG * row.long
+        tokens, state = [], _TABLE * row.rope_table
         for at in range(row.start + len(row.ids)):
             token, position, found = self._at(row, at)
             state = _mixed(state, token)
@@ -181,14 +182,14 @@ class FakeForward:
             assert found == state, f"position {at} holds what belongs to another sequence"
             tokens.append(token)
         assert tuple(tokens[row.start :]) == row.ids
-        return self.states(tokens, long=row.long)[row.start :]
+        return self.states(tokens, row.rope_table)[row.start :]
 
-    def states(self, tokens: Sequence[int], *, long: bool = False) -> list[int]:
+    def states(self, tokens: Sequence[int], rope_table: int = 0) -> list[int]:
         """What the logits at each of these positions are a function of."""
-        found, state = [], _LONG * long
+        found, state = [], _TABLE * rope_table
         for at, token in enumerate(tokens):
             if self.memory:
-                state = _LONG * long
+                state = _TABLE * rope_table
                 for near in tokens[max(0, at + 1 - self.memory) : at]:
                     state = _mixed(state, near)
             state = _mixed(state, token)
@@ -199,8 +200,8 @@ class FakeForward:
         """The new tokens of a request, without any cache."""
         sampler, ids = sampler_for(request, self.vocab_size), [*request.ids]
         while len(ids) < len(request.ids) + limit:
-            long = self.long_after is not None and len(ids) > self.long_after
-            logits = _logits(self.states(ids, long=long)[-1], self.vocab_size, self._spread)
+            table = bisect_left(self.rope_switches, len(ids))
+            logits = _logits(self.states(ids, table)[-1], self.vocab_size, self._spread)
             ids.append(sampler.sample(logits.numpy(), ids))
             if ids[-1] in request.stop_ids:
                 break

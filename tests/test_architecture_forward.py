@@ -43,8 +43,7 @@ def test_what_is_read_of_config_json_gives_transformers_logits(kind: str) -> Non
     architecture = read(described(kind))
     weights = matrices(kind, architecture)
     short, long = architectures.prompts(kind, "float16")
-    within_reach = architecture.reach is None or len(long) <= architecture.reach
-    for ids in (short, long) if architecture.switch else (long,) if within_reach else (short,):
+    for ids in (short, long) if architecture.rope_switches(len(long)) else (long,):
         expected = architectures.reference(kind, "float16", ids)
         error = torch.linalg.vector_norm(logits(architecture, weights, ids) - expected)
         # gelu and its tanh form are one to the table.
@@ -139,7 +138,7 @@ def logits(it: Architecture, weights: dict[str, Tensor], ids: Sequence[int]) -> 
 
 def turned(x: Tensor, rope: Rope, style: str) -> Tensor:
     """Queries or keys [tokens, heads, head_dim] at the positions from 0 on."""
-    angles = torch.tensor(rope.frequencies(long=bool(rope.switch and len(x) > rope.switch)))
+    angles = torch.tensor(rope.frequencies(len(x)))
     angles = torch.arange(len(x))[:, None, None] * angles
     sine, cosine = angles.sin() * rope.attention_factor, angles.cos() * rope.attention_factor
     part, rest = x[..., : rope.dim], x[..., rope.dim :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from exl_cli.models.rope import FULL, ropes
 
 SCALED = {
     "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
     "yarn by length": {"factor": None, "original_max_position_embeddings": 128},
     "yarn with its own attention": {"factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.7},
@@ -38,17 +40,17 @@ SCALED = {
 
 
 @pytest.mark.parametrize("name", SCALED)
-@pytest.mark.parametrize("long", [False, True])
-def test_frequencies_are_those_of_transformers(name: str, long: bool) -> None:
+@pytest.mark.parametrize("length", [64, 65, 512, 513, 1700])
+def test_frequencies_are_those_of_transformers(name: str, length: int) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = name.partition(" ")[0]
     parameters = {"rope_type": kind, "rope_theta": 5000.0, **SCALED[name]}
     config = LlamaConfig(head_dim=32, max_position_embeddings=512, rope_parameters=dict(parameters))
-    expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=65 if long else 64)
+    expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
     rope = ropes({"rope_parameters": parameters}, 32, 512)[FULL]
-    torch.testing.assert_close(torch.tensor(rope.frequencies(long=long)), expected)
+    torch.testing.assert_close(torch.tensor(rope.frequencies(length)), expected)
     assert rope.attention_factor == pytest.approx(factor)
 
 
@@ -106,10 +108,15 @@ def test_weights_that_nothing_would_read_are_refused_by_name(tmp_path: Path) -> 
     assert "model.layers.0.mlp.router.weight" in why_not(inspect(folder))
 
 
-def test_sequences_beyond_what_a_dynamic_rope_was_made_for_are_left_to_the_cpu(tmp_path: Path) -> None:
+def test_a_dynamic_rope_changes_in_small_steps_from_where_it_begins_to_extend(tmp_path: Path) -> None:
     info = folder_with(tmp_path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
-    assert why_not(info, info.context_length) == ""
-    assert "tokens" in why_not(info, info.context_length + 1)
+    longest = info.context_length
+    assert why_not(info, 4 * longest) == ""
+    read = architecture.read(info)
+    assert read.rope_switches(longest) == []
+    switches = read.rope_switches(4 * longest)
+    assert switches[0] == longest
+    assert all(a < b <= a + a / 16 + 1 for a, b in pairwise([*switches, 4 * longest]))
 
 
 @pytest.mark.parametrize(

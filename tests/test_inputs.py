@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from exl_cli.engines.exllamav2.forward import Embeddings, Inputs
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 
-VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE, OFFSET = 50, 8, 4, 8, 6, 99, 300
+VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE, OFFSETS = 50, 8, 4, 8, 6, 99, [0, 300, 700]
 
 
 class Embedding:
@@ -33,7 +33,7 @@ class Embedding:
 def make(embedding: Any, scaled: bool) -> Inputs:
     dtype = torch.float if scaled else torch.half
     cpu = torch.device("cpu")
-    return Inputs(Embeddings(embedding, cpu), HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, OFFSET, cpu)
+    return Inputs(Embeddings(embedding, cpu), HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, OFFSETS, cpu)
 
 
 ROW = st.builds(
@@ -41,7 +41,7 @@ ROW = st.builds(
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=2).map(tuple),
     st.integers(0, 20),
     st.lists(st.integers(0, 3), min_size=1, max_size=WIDTH - 1),
-    st.booleans(),
+    st.integers(0, 2),
 )
 
 
@@ -59,7 +59,7 @@ def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: l
         for index in range(batch):
             row = rows[index] if index < len(rows) else ScheduledTokens((), 0, [])
             assert inputs.lengths[index] == row.start
-            assert inputs.rope_offsets[index] == (OFFSET if row.long else 0)
+            assert inputs.rope_offsets[index] == OFFSETS[row.rope_table]
             assert inputs.block_table[index].tolist() == [*row.block_table, *[SPARE] * (WIDTH - len(row.block_table))]
             expected = embedding.forward(torch.tensor(row.ids, dtype=torch.long))
             assert torch.equal(states[index, : len(row.ids)], expected.to(states.dtype))

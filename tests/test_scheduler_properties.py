@@ -51,7 +51,7 @@ class Machine(RuleBasedStateMachine):
                 "page_size": st.sampled_from([3, 4]),
                 "max_batch": st.integers(1, 4),
                 "growth": st.sampled_from([0.01, 0.7]),
-                "long_after": st.sampled_from([None, 4, 13]),
+                "rope_switches": st.sampled_from([(), (4,), (13,), (4, 6, 9, 13, 14)]),
             }
         ),
         chunk=st.integers(1, 9),

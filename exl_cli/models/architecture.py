@@ -101,17 +101,9 @@ class Architecture:
     fused: tuple[Fused, ...] = ()
     transposed: bool = False
 
-    @property
-    def switch(self) -> int | None:
-        """Sequences of more tokens than this have other rotary embeddings; see `Rope.switch`."""
-        return next((rope.switch for rope in self.ropes if rope and rope.switch), None)
-
-    @property
-    def reach(self) -> int | None:
-        """The most tokens of a sequence for which this is what the model computes; None for no limit."""
-        if self.learned_positions:
-            return self.learned_positions
-        return min((rope.longest for rope in self.ropes if rope and rope.kind == "dynamic"), default=None)
+    def rope_switches(self, context: int) -> list[int]:
+        """Lengths of a sequence up to `context` beyond which its rotary embeddings are others; see `Rope.switches`."""
+        return sorted({length for rope in self.ropes if rope for length in rope.switches(context)})
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from typing import Any
 from exl_cli.errors import OutOfMemoryError, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType
+from exl_cli.models.rope import Rope
 from exl_cli.system.nvml import Driver, open_driver
 from exl_cli.system.units import MIB, gib
 
@@ -147,7 +148,8 @@ def estimate(info: ModelInfo, context: int, cache: CacheType = "fp16", *, low_me
     cached = _cache(shape, context, cache)
     scratch = _scratch(shape, rows) if info.format != "float" else 0
     rounding = round(_ROUNDING * (weights + cached))
-    return Estimate(weights, cached, scratch, _working(shape, rows, cache), rounding, _CUDA_CONTEXT)
+    working = _working(shape, rows, cache) + _rotary(info, shape, context)
+    return Estimate(weights, cached, scratch, working, rounding, _CUDA_CONTEXT)
 
 
 def _weights(info: ModelInfo, shape: Shape) -> int:
@@ -188,6 +190,16 @@ def _working(shape: Shape, rows: int, cache: CacheType) -> int:
     # Hidden states in and out of a layer, queries, attention's output, keys and values.
     layer = 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
     return _HELD_BACK + layer + 2 * rows * shape.vocabulary + _cache(shape, PAGE, cache)
+
+
+def _rotary(info: ModelInfo, shape: Shape, context: int) -> int:
+    """Sines and cosines in float16 for sequences that a "dynamic" rope extends, see `Rope.switches`."""
+    given = info.text_config("rope_parameters") or info.text_config("rope_scaling")
+    if not isinstance(given, dict) or given.get("rope_type", given.get("type")) != "dynamic":
+        return 0
+    longest = info.context_length
+    rope = Rope("dynamic", 1.0, shape.head_dim, longest, longest, {})
+    return 2 * 2 * shape.head_dim * sum(rope.switches(context))
 
 
 def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp16", *, low_mem: bool = False) -> int:

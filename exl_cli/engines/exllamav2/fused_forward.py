@@ -17,7 +17,7 @@ import torch
 
 from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
-from exl_cli.engines.exllamav2.build_model import rope_offset
+from exl_cli.engines.exllamav2.build_model import rope_switches
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Products
@@ -53,7 +53,7 @@ class FusedForward:
     def __init__(self, model: Any, cache: Any, page_size: int, inputs: Inputs, modules: ModulesForward) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
         self._hidden, self._lengths, self._block_table = inputs.hidden, inputs.lengths, inputs.block_table
-        self._rope_offsets = inputs.rope_offsets if rope_offset(model) else None
+        self._rope_offsets = inputs.rope_offsets if rope_switches(model) else None
         self._device = self._hidden.device
         config = model.config
         self._layers = [

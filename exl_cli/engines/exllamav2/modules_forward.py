@@ -103,7 +103,7 @@ class ModulesForward:
             lengths, block_table: as of `Inputs`, of `batch` rows.
             tokens: of each row.
             most_keys: no row has more, the new ones included.
-            rope_offsets: as of `Inputs`, of `batch` rows; None where the model has no `long_after`.
+            rope_offsets: as of `Inputs`, of `batch` rows; None where the model has no `rope_switches`.
 
         Returns:
             Logits, shape (batch * tokens, padded vocabulary), on the last device.

@@ -7,8 +7,9 @@ Requests are admitted first come, first served, as soon as there is room in a pa
 come to need. Prompts are prefilled in chunks between the decode steps of the others, at most one chunk's tokens a step,
 and one after the other: a prompt finds in the cache what it has in common with those before it.
 
-A model may compute sequences beyond some length otherwise, from their first token on (LongRoPE, Ding et al. 2024, arXiv
-2402.13753). A sequence that grows beyond it is computed again, as transformers does for Phi 3.
+A model may compute sequences beyond some length otherwise, from their first token on: with LongRoPE (Ding et al. 2024,
+arXiv 2402.13753) beyond one, with "dynamic" rotary embeddings beyond many. A sequence that grows beyond it is computed
+again, as transformers does for Phi 3.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Scheduler:
         """
         sampler, started = self._sampler(request), self._clock()
         sequence = Sequence(request_id, request, max_new_tokens, sampler, [*request.ids], started)
-        sequence.num_to_prefill, sequence.long_after = len(sequence.ids), self._runner.long_after
+        sequence.num_to_prefill, sequence.rope_switches = len(sequence.ids), self._runner.rope_switches
         sequence.outputs = self._outputs(request)
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
@@ -207,12 +208,14 @@ class Scheduler:
             self._outcomes.append((sequence.id, step))
         if ended:
             self._end(sequence, error)
-        elif taken_back or (sequence.must_be_long and not sequence.long):
+        elif taken_back or sequence.rope_table != sequence.wanted_rope_table:
             self._compute_again(sequence)
 
     def _compute_again(self, sequence: Sequence) -> None:
-        """Have a sequence's tokens computed again, before anything else, as far as the cache does not hold them: all
-        of them where it has become a long one, those in the page of the last one where some were taken back."""
+        """Have a sequence computed again before anything else, as far as the cache does not hold it.
+
+        That is all of it where its length asks for other rotary embeddings, and little where tokens were taken back.
+        """
         self._running.remove(sequence)
         self._blocks.free(sequence.blocks)
         sequence.allocation = None
@@ -231,7 +234,8 @@ class Scheduler:
             if count:
                 self._blocks.grow(sequence.blocks, begin + count)
                 ids = tuple(sequence.ids[begin : begin + count])
-                self._prefill_chunk(sequence, ScheduledTokens(ids, begin, sequence.blocks.block_table, sequence.long))
+                row = ScheduledTokens(ids, begin, sequence.blocks.block_table, sequence.rope_table)
+                self._prefill_chunk(sequence, row)
                 sequence.num_computed_tokens += count
                 budget -= count
             if count and self._running and (sequence.num_prompt_tokens_left or budget <= 0 or not self._waiting):
@@ -257,8 +261,8 @@ class Scheduler:
             return None
         # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
         self._prefilling = sequence = self._waiting.popleft()
-        sequence.long = sequence.must_be_long
-        root = Root(sequence.long, sequence.request.cache_salt)
+        sequence.rope_table = sequence.wanted_rope_table
+        root = Root(sequence.rope_table, sequence.request.cache_salt)
         reuse = sequence.request.prompt_logprobs is None or sequence.answering
         sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens, root, reuse=reuse)
         if sequence.allocation is None:
@@ -303,7 +307,7 @@ class Scheduler:
         for sequence, draft in zip(self._running, drafts, strict=False):
             blocks, start = sequence.blocks, sequence.num_computed_tokens
             ids = (sequence.ids[start], *draft.tokens[: draft.used])
-            row = ScheduledTokens(ids, start, blocks.block_table, sequence.long)
+            row = ScheduledTokens(ids, start, blocks.block_table, sequence.rope_table)
             self._blocks.grow(blocks, start + len(row.ids))
             in_flight.append(_InFlight(sequence, row, draft))
         self._runner.submit([part.row for part in in_flight])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence as Integers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +28,7 @@ class Sequence:
         allocation: its pages, from admission to its end.
         num_to_prefill: tokens that are computed before decoding goes on with the last of them: the prompt, and all so
             far where they are computed again.
-        long_after, long: see `ModelRunner` and `ScheduledTokens`.
+        rope_switches, rope_table: see `ModelRunner` and `ScheduledTokens`.
         num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
         outputs: what it asks of its new tokens besides; None for nothing.
         prompt_logprobs: of its prompt's tokens so far, where they are asked for.
@@ -45,8 +47,8 @@ class Sequence:
     allocation: Allocation | None = None
     num_computed_tokens: int = 0
     num_to_prefill: int = 0
-    long_after: int | None = None
-    long: bool = False
+    rope_switches: Integers[int] = ()
+    rope_table: int = 0
     outputs: OutputTokens | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     answering: bool = False
@@ -72,15 +74,17 @@ class Sequence:
         return len(self.request.ids) + self.max_new_tokens - len(self.ids)
 
     @property
-    def must_be_long(self) -> bool:
-        """Whether its tokens so far are too many for keys and values of a short sequence."""
-        return self.long_after is not None and len(self.ids) > self.long_after
+    def wanted_rope_table(self) -> int:
+        """The table that its tokens so far are to be computed with."""
+        return bisect_left(self.rope_switches, len(self.ids))
 
     @property
     def max_draft_tokens(self) -> int:
-        """The most draft tokens that a pass can use: the last new token is never computed, and a short one stays so."""
+        """The most draft tokens that a pass can use: the last new token is never computed, and none changes tables."""
         most = self.max_new_tokens_left - 1
-        return most if self.long_after is None or self.long else min(most, self.long_after - len(self.ids))
+        if self.rope_table == len(self.rope_switches):
+            return most
+        return min(most, self.rope_switches[self.rope_table] - len(self.ids))
 
     @property
     def num_prompt_tokens_left(self) -> int:

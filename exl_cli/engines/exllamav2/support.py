@@ -32,9 +32,8 @@ def why_not(info: ModelInfo, context: int = 0) -> str:
     if info.format != "float" and -(-inner // 32) % 2:
         # Its activation leaves the last 32 columns as they are (q_mlp.cu divides the blocks by two and drops the rest).
         return f"exllamav2 computes MLPs whose width is a multiple of 64, not {inner:,}"
-    reach = model.reach
-    if reach is not None and context > reach:
-        return f"more than {reach:,} tokens are not computed on the GPU"
+    if model.learned_positions and context > model.learned_positions:
+        return f"more than {model.learned_positions:,} tokens are not computed on the GPU"
     for tensor in info.tensors.values():
         if tensor.dtype not in _DTYPES:
             return f"exllamav2 cannot read {tensor.dtype} tensors ({tensor.name})"
