@@ -100,6 +100,57 @@ def test_gzip_standard_input_and_output(scripted: ScriptedLoader, tmp_path: Path
     assert all(line["finish_reason"] == "stop" for line in lines)
 
 
+CSV = 'question,custom_id,temperature\r\n"What is\r\n""red""?",a,9\r\nHow?,,9\r\nonly one\r\n'
+
+
+def test_a_table_makes_prompts_of_its_columns(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    """RFC 4180: quoted fields may hold line breaks and doubled quotes; lines end with CRLF."""
+    (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbf" + CSV.encode())
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": 'Q: What is\r\n"red"?'}) + '\n{"prompt": "Q: How?"}\n')
+    args = ("-o", tmp_path / "csv.jsonl", "--template", "Q: {question}")
+    assert batch(scripted, tmp_path / "in.csv", *args).exit_code == FINISHED_WITH_FAILURES
+    written = answers(tmp_path / "csv.jsonl")
+    assert {id_: line["error"] is None for id_, line in written.items()} == {"a": True, "line-4": True, "line-5": False}
+    assert "it has 1 fields, and the first line names 3" in written["line-5"]["error"]["message"]
+    assert batch(scripted, tmp_path / "in.jsonl", "-o", tmp_path / "jsonl.jsonl").exit_code == 0
+    of_table, of_lines = (sorted(request.ids for request in engine.requests) for engine in scripted.engines)
+    assert of_table == of_lines
+    assert all(request.sampling.temperature != 9 for request in scripted.engines[0].requests)
+
+
+def test_a_table_without_the_column_is_refused(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text(CSV)
+    for args, said in ((), "no column 'prompt'"), (("--template", "{answer}"), "no column 'answer'"):
+        refused = batch(scripted, tmp_path / "in.csv", "-o", tmp_path / "out.jsonl", *args)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+        assert "'question'" in refused.stderr
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_template_takes_the_fields_of_json_lines(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", {"a": "x", "n": [1, 2]}, {"prompt": "x [1, 2]"}, {"a": "x"})
+    args = ("-o", tmp_path / "out.jsonl", "--template", "{a} {n}")
+    assert batch(scripted, prompts, *args).exit_code == FINISHED_WITH_FAILURES
+    written = answers(tmp_path / "out.jsonl")
+    assert [written[f"line-{i}"]["error"] is None for i in (1, 2, 3)] == [True, False, False]
+    assert batch(scripted, prompts, "-o", tmp_path / "plain.jsonl").exit_code == FINISHED_WITH_FAILURES
+    first, second = (engine.requests for engine in scripted.engines)
+    assert [request.ids for request in first] == [request.ids for request in second]
+
+
+def test_parquet(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"prompt": ["One", "Two"], "custom_id": [7, 8]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    assert batch(scripted, tmp_path / "in.parquet", "-o", tmp_path / "out.jsonl").exit_code == 0
+    assert set(answers(tmp_path / "out.jsonl")) == {"7", "8"}
+    (tmp_path / "bad.parquet").write_bytes(b"no Parquet")
+    assert batch(scripted, tmp_path / "bad.parquet", "-o", tmp_path / "bad.jsonl").exit_code == 10
+
+
 BAD: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "it is not JSON"),
     "not an object": ("[1]", "it is not a JSON object"),

@@ -226,7 +226,7 @@ class _Windows:
 
 def _repeated(row: Row) -> Row:
     error = BodyError(f"custom_id {brief(row.custom_id)!r} is that of an earlier line", code="duplicate_custom_id")
-    return Row(row.number, f"line-{row.number}", row.line_key, row.line_key, row.record, error)
+    return Row(row.number, f"line-{row.number}", row.line_key, row.line_key, row.record, error=error)
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ OpenAI's batch lines are answered as `exl serve` answers such a body; `prompt`, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,10 @@ from exl_cli.api.openai import ChatBody, ChatJob, CompletionBody, CompletionJob
 from exl_cli.batch.output import line_of
 from exl_cli.batch.rows import Row, hashed
 from exl_cli.engines.base import Chunk, Request
-from exl_cli.errors import ContextLengthError, ExlError, OutOfMemoryError, PromptError, UsageError, param, spell
+from exl_cli.errors import ContextLengthError, ExlError, OutOfMemoryError, PromptError, UsageError, brief, param, spell
 from exl_cli.models.chat_template import Format, PlainFormat
 from exl_cli.models.info import ModelInfo
+from exl_cli.models.prompt import fill, placeholders
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import PRESETS, build
 
@@ -58,6 +60,7 @@ class Settings:
         stop: stop strings.
         system: a system message before each prompt.
         raw: prompts are continued as they are, without the chat template.
+        template: makes the prompt of a row from its fields.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     system: str | None = None
     raw: bool = False
+    template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, for the manifest."""
@@ -78,7 +82,15 @@ class Settings:
             "stop": list(self.stop),
             "system": self.system,
             "raw": self.raw,
+            "template": self.template,
         }
+
+
+def text_of(value: Any) -> str:
+    """A field's value as text: JSON, but for texts themselves and nothing at all."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class Task:
@@ -135,7 +147,7 @@ class Preparer:
         settings: what rows do not say themselves.
 
     Raises:
-        UsageError: settings that make no sense.
+        UsageError, PromptError: settings that make no sense.
 
     Attributes:
         ignored: names of fields that no setting goes by.
@@ -154,7 +166,19 @@ class Preparer:
             common["max_tokens"] = settings.max_new_tokens
         self._as_served = {**preset, **settings.sampling, **common}
         self._as_run = {**as_run, "max_tokens": _MAX_NEW_TOKENS, **common}
+        self._placeholders = [] if settings.template is None else placeholders(settings.template)
         self.ignored: set[str] = set()
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Refuse a table that no row of can be a prompt.
+
+        Raises:
+            UsageError: it lacks the column of the prompt, or one that the template needs.
+        """
+        needed = ["prompt"] if self._settings.template is None else self._placeholders
+        if missing := next((name for name in needed if name not in columns), None):
+            has = f"there is no column {missing!r}, but {', '.join(map(repr, columns))}"
+            raise UsageError(brief(has, 400), f"name columns in {param('template')}, as 'Translate: {{text}}'")
 
     def prepare(self, row: Row) -> Task:
         """The task of a row.
@@ -166,6 +190,10 @@ class Preparer:
             raise row.error
         record = dict(row.record)
         record.pop("custom_id", None)
+        if self._settings.template is not None:
+            record = {"prompt": self._filled(self._settings.template, record)}
+        elif row.is_table:
+            record = {"prompt": record.get("prompt")}
         if "body" in record or "url" in record:
             return self._served(row, record)
         if "messages" in record:
@@ -180,6 +208,14 @@ class Preparer:
         if self._settings.system:
             record["messages"].insert(0, {"role": "system", "content": self._settings.system})
         return Task(row, ChatJob(self._body(ChatBody, row, record, self._as_run), self._model))
+
+    def _filled(self, template: str, record: Mapping[str, Any]) -> str:
+        if missing := next((name for name in self._placeholders if name not in record), None):
+            raise BodyError(f"there is no field {missing!r}, which the template needs")
+        values = {name: text_of(record[name]) for name in self._placeholders}
+        if self._is_plain:  # elsewhere the chat's messages see to it
+            values = {name: self._model.tokenizer.as_text(value) for name, value in values.items()}
+        return fill(template, values)
 
     def _served(self, row: Row, record: Mapping[str, Any]) -> Task:
         url, body = record.get("url"), record.get("body")

@@ -1,22 +1,23 @@
 """The input of a batch job: a prompt a row, with the key that its answer is known by.
 
-JSON lines (https://jsonlines.org) as OpenAI's batch input or as plain objects, or lines of text; plain or gzipped.
+JSON lines (https://jsonlines.org) as OpenAI's batch input or as plain objects, lines of text, CSV or Parquet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import hashlib
+import io
 import json
-import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from exl_cli.errors import DiskError, ExlError, PromptError, UsageError, brief
 
@@ -36,6 +37,7 @@ class Row:
         key: what its answer is known by: a hash of `custom_id`, or `line_key` where it has none.
         line_key: a hash of the line's number and text.
         record: its fields.
+        is_table: its fields are columns of a table: no settings.
         error: why it is no prompt; None where it may be one.
     """
 
@@ -44,6 +46,7 @@ class Row:
     key: int
     line_key: int
     record: dict[str, Any] = field(default_factory=dict)
+    is_table: bool = False
     error: ExlError | None = None
 
 
@@ -53,27 +56,52 @@ def hashed(*parts: str | bytes) -> int:
     return int.from_bytes(hashlib.blake2b(b"\0".join(data), digest_size=8).digest(), "big")
 
 
-class Source:
+class Source(Protocol):
     """An input that is read once, from its beginning to its end.
+
+    Attributes:
+        name: for messages.
+        columns: of a table; None for lines, each of which has its own fields.
+    """
+
+    name: str
+    columns: Sequence[str] | None
+
+    @property
+    def expected_rows(self) -> int | None:
+        """How many rows there are, as far as can be told."""
+        ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+
+def open_source(path: Path) -> Source:
+    """A file as rows, by the end of its name.
 
     Args:
         path: the file; "-" is standard input.
 
     Raises:
-        UsageError: it is no file.
+        UsageError: it is no file, or one that this Python lacks a library for.
         DiskError: it cannot be read.
     """
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix in (".csv", ".tsv"):
+        return _TableFile(path, "\t" if suffix == ".tsv" else ",")
+    if suffix == ".parquet":
+        return _ParquetFile(path)
+    return _LineFile(path, {".jsonl": True, ".ndjson": True, ".json": True, ".txt": False}.get(suffix))
+
+
+class _File:
+    """A file that is read once, gunzipped where its name ends so; see `Source`."""
+
+    columns: Sequence[str] | None = None
 
     def __init__(self, path: Path) -> None:
         self.name = "standard input" if str(path) == "-" else str(path)
-        self._path = path
-        self._rows = 0
+        self._rows = self._size = 0
         self._stack = contextlib.ExitStack()
-        self._size = 0
-        name = path.name.lower()
-        is_packed = name.endswith(".gz")
-        suffix = Path(name.removesuffix(".gz")).suffix
-        self._is_json = True if suffix in (".jsonl", ".ndjson", ".json") else False if suffix == ".txt" else None
         if str(path) == "-":
             self._raw: IO[bytes] = sys.stdin.buffer
         else:
@@ -82,16 +110,16 @@ class Source:
                 if stat.S_ISDIR(mode):
                     raise UsageError(f"{brief(str(path))} is a folder", "give the files in it")
                 self._raw = self._stack.enter_context(path.open("rb"))
-                self._size = os.fstat(self._raw.fileno()).st_size if stat.S_ISREG(mode) else 0
+                self._size = path.stat().st_size if stat.S_ISREG(mode) else 0
             except (OSError, ValueError) as error:
                 raise self._unreadable(error) from error
-        self._lines: IO[bytes] | gzip.GzipFile = self._raw
-        if is_packed:
-            self._lines = self._stack.enter_context(gzip.GzipFile(fileobj=self._raw))
+        self._bytes: IO[bytes] | gzip.GzipFile = self._raw
+        if path.name.lower().endswith(".gz"):
+            self._bytes = self._stack.enter_context(gzip.GzipFile(fileobj=self._raw))
 
     @property
     def expected_rows(self) -> int | None:
-        """How many rows there are, as far as can be told: exact at the end, before it by what was read."""
+        """See `Source.expected_rows`: exact at the end, before it by what was read."""
         if self._size == 0:
             return None
         try:
@@ -103,24 +131,43 @@ class Source:
     def __iter__(self) -> Iterator[Row]:
         with self._stack:
             try:
-                for number, line in enumerate(self._split(), 1):
-                    if line is not None and not line.strip():
-                        continue
+                for row in self._read():
                     self._rows += 1
-                    yield self._row(number, line)
-            except (OSError, EOFError, gzip.BadGzipFile) as error:
+                    yield row
+            except (OSError, EOFError, gzip.BadGzipFile, csv.Error) as error:
                 raise self._unreadable(error) from error
+
+    def _read(self) -> Iterator[Row]:
+        raise NotImplementedError
 
     def _unreadable(self, error: Exception) -> DiskError:
         reason = getattr(error, "strerror", None) or str(error)
         return DiskError(f"cannot read {brief(self.name)}: {reason}", "check the path")
 
+
+class _LineFile(_File):
+    """JSON lines or lines of text.
+
+    Args:
+        path: the file.
+        is_json: which of them; None for what the first line looks like.
+    """
+
+    def __init__(self, path: Path, is_json: bool | None) -> None:
+        super().__init__(path)
+        self._is_json = is_json
+
+    def _read(self) -> Iterator[Row]:
+        for number, line in enumerate(self._split(), 1):
+            if line is None or line.strip():
+                yield self._row(number, line)
+
     def _split(self) -> Iterator[bytes | None]:
         """The lines without their ends; None for one that is too long."""
         is_first = True
-        while line := self._lines.readline(_LONGEST):
+        while line := self._bytes.readline(_LONGEST):
             is_long = len(line) == _LONGEST and not line.endswith(b"\n")
-            while is_long and (rest := self._lines.readline(_LONGEST)) and not rest.endswith(b"\n"):
+            while is_long and (rest := self._bytes.readline(_LONGEST)) and not rest.endswith(b"\n"):
                 pass
             if is_first:
                 line = line.removeprefix(_BOM)
@@ -129,29 +176,101 @@ class Source:
 
     def _row(self, number: int, line: bytes | None) -> Row:
         key = hashed("line", str(number), line or b"")
-        name = f"line-{number}"
+
+        def wrong(message: str) -> Row:
+            return Row(number, f"line-{number}", key, key, error=PromptError(message))
+
         if line is None:
-            return Row(number, name, key, key, error=PromptError(f"the line is longer than {_LONGEST >> 20} MiB"))
+            return wrong(f"the line is longer than {_LONGEST >> 20} MiB")
         if self._is_json is None:
             self._is_json = line.lstrip().startswith(b"{")
         try:
             text = line.decode()
             record = json.loads(text) if self._is_json else {"prompt": text}
         except UnicodeDecodeError as error:
-            at = f"byte {error.start} of the line is 0x{line[error.start]:02x}"
-            return Row(number, name, key, key, error=PromptError(f"it is not UTF-8 text: {at}"))
+            return wrong(f"it is not UTF-8 text: byte {error.start} of the line is 0x{line[error.start]:02x}")
         except (ValueError, RecursionError) as error:
-            return Row(number, name, key, key, error=PromptError(f"it is not JSON: {error}"))
-        if not isinstance(record, dict):
-            return Row(number, name, key, key, error=PromptError("it is not a JSON object"))
-        own = record.get("custom_id")
-        if isinstance(own, int) and not isinstance(own, bool):
-            own = str(own)
-        if own is None:
-            return Row(number, name, key, key, record)
-        if not isinstance(own, str):
-            return Row(number, name, key, key, record, PromptError("custom_id is not a text"))
-        return Row(number, own, hashed("id", own), key, record)
+            return wrong(f"it is not JSON: {error}")
+        return _identified(number, key, record) if isinstance(record, dict) else wrong("it is not a JSON object")
+
+
+class _TableFile(_File):
+    """CSV or TSV with a first line of names (RFC 4180); a field may have line breaks.
+
+    Args:
+        path: the file.
+        delimiter: between fields.
+    """
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        super().__init__(path)
+        csv.field_size_limit(_LONGEST)
+        # Bytes that are no UTF-8 are half characters then, and an error of their row.
+        text = io.TextIOWrapper(self._bytes, "utf-8-sig", errors="surrogateescape", newline="")
+        self._table = csv.reader(text, delimiter=delimiter)
+        try:
+            self.columns = names = next(self._table, [])
+        except (OSError, EOFError, csv.Error) as error:
+            raise self._unreadable(error) from error
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"{brief(self.name)} has two columns {twice!r}", "rename one")
+
+    def _read(self) -> Iterator[Row]:
+        names = self.columns or ()
+        begin = self._table.line_num + 1
+        for values in self._table:
+            number, begin = begin, self._table.line_num + 1
+            if not values:
+                continue
+            key = hashed("row", str(number), *values)
+            if len(values) != len(names):
+                wrong = PromptError(f"it has {len(values)} fields, and the first line names {len(names)}")
+                yield Row(number, f"line-{number}", key, key, error=wrong)
+            else:
+                yield _identified(number, key, dict(zip(names, values, strict=True)), is_table=True)
+
+
+class _ParquetFile:
+    """A Parquet file, read through pyarrow; see `Source`."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise UsageError(f"{brief(self.name)}: reading Parquet needs pyarrow", "pip install pyarrow") from None
+        try:
+            self._file = parquet.ParquetFile(path)
+            self.columns: Sequence[str] | None = self._file.schema_arrow.names
+        except (OSError, ValueError) as error:  # pyarrow's own errors are among the latter
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise DiskError(f"cannot read {brief(self.name)}: {reason}", "check the path") from error
+
+    @property
+    def expected_rows(self) -> int | None:
+        """See `Source.expected_rows`."""
+        return int(self._file.metadata.num_rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        number = 0
+        for batch in self._file.iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                key = hashed("row", str(number), json.dumps(record, default=str))
+                yield _identified(number, key, record, is_table=True)
+
+
+def _identified(number: int, line_key: int, record: dict[str, Any], *, is_table: bool = False) -> Row:
+    """A row under its custom_id, if it has one."""
+    own = record.get("custom_id")
+    if isinstance(own, int) and not isinstance(own, bool):
+        own = str(own)
+    if own is None or (is_table and own == ""):
+        return Row(number, f"line-{number}", line_key, line_key, record, is_table)
+    if not isinstance(own, str):
+        wrong = PromptError("custom_id is not a text")
+        return Row(number, f"line-{number}", line_key, line_key, record, is_table, wrong)
+    return Row(number, own, hashed("id", own), line_key, record, is_table)
 
 
 def check_path(path: str) -> Path:

@@ -47,7 +47,7 @@ def batch(
     loading: LoadOptions,
     sampling: SamplingFlags,
     prompts: Annotated[
-        str, typer.Argument(metavar="INPUT", help="JSON lines or lines of text, perhaps .gz; - is stdin.")
+        str, typer.Argument(metavar="INPUT", help="JSON lines, lines of text, CSV or Parquet; - is stdin.")
     ],
     output: Annotated[
         str, output_option("--output", "-o", help="The file of answers, which is gone on with; - is stdout.")
@@ -59,6 +59,10 @@ def batch(
         ),
     ] = None,
     system: Annotated[str | None, _prompts("--system", "-s", help="System turn before each prompt.")] = None,
+    template: Annotated[
+        str | None,
+        _prompts("--template", help="Makes each prompt from the line's fields: 'Translate: {text}'."),
+    ] = None,
     raw: Annotated[bool, _prompts("--raw", help="No chat template: continue each prompt.")] = False,
     max_new_tokens: Annotated[
         int | None,
@@ -85,7 +89,7 @@ def batch(
     """Answer a file of prompts; started again, it goes on where it stopped."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
-    prompt_texts.check_text(("--system", system), ("--stop", stop))
+    prompt_texts.check_text(("--system", system), ("--template", template), ("--stop", stop))
     index, shards = _shard(shard)
     if ordered and retry_errors:
         raise UsageError(f"{param('ordered')} and {param('retry_errors')} do not go together", "drop one of them")
@@ -97,16 +101,16 @@ def batch(
     from exl_cli.batch.manifest import manifest
     from exl_cli.batch.output import AnswerFile, Sink, StreamSink
     from exl_cli.batch.prompts import BatchModel, Preparer, Settings
-    from exl_cli.batch.rows import Source, check_path
+    from exl_cli.batch.rows import check_path, open_source
     from exl_cli.ui.batch import BatchProgress, summary
 
-    path, source = _output(check_path(output), index, shards), Source(check_path(prompts))
-    settings = Settings(
-        sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system=system, raw=raw
-    )
+    path, source = _output(check_path(output), index, shards), open_source(check_path(prompts))
+    settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
     tokenizer = Tokenizer(info.path)
     context = loader.context_to_allocate(info, loading)
     preparer = Preparer(BatchModel(info.name, info, tokenizer, load_format(info.path), context), settings)
+    if source.columns is not None:
+        preparer.check_columns(source.columns)
     sink: Sink
     if output == "-":
         sink = StreamSink()

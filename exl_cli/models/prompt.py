@@ -65,8 +65,7 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
     Raises:
         PromptError: the template is malformed, or its placeholders and the variables do not match.
     """
-    parts = _parse(template)
-    names = list(dict.fromkeys(name for _, name in parts if name is not None))
+    parts, names = _parse(template), placeholders(template)
     missing = [name for name in names if name not in variables]
     unused = [name for name in variables if name not in names]
     if missing:
@@ -81,6 +80,15 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
             or f"drop it, or write {{{unused[0]}}} in the template",
         )
     return "".join(literal + ("" if name is None else variables[name]) for literal, name in parts)
+
+
+def placeholders(template: str) -> list[str]:
+    """The names that a template needs, each once.
+
+    Raises:
+        PromptError: it is malformed.
+    """
+    return list(dict.fromkeys(name for _, name in _parse(template) if name is not None))
 
 
 def _suggest(name: str, others: Iterable[str], sentence: str) -> str:
