@@ -151,6 +151,55 @@ def test_parquet(scripted: ScriptedLoader, tmp_path: Path) -> None:
     assert batch(scripted, tmp_path / "bad.parquet", "-o", tmp_path / "bad.jsonl").exit_code == 10
 
 
+EXPECTED: dict[str, tuple[str, list[Any], str]] = {
+    # Wilson's intervals, worked out by hand: of 3 of 4, (0.75 + z²/8 ± z √(0.1875/4 + z²/64)) / (1 + z²/4), z = 1.96.
+    "exact": ("exact", ["a small cat", " a small cat\n", "a small cat", "A small cat"], "3 4 75.0% 30.1% to 95.4%"),
+    "regex": ("regex", ["small", "^ a", "c.t$", "dog"], "3 4 75.0% 30.1% to 95.4%"),
+    "a pattern that is none": ("regex", ["small", "(", "cat", "a"], "3 3 100.0% 43.9% to 100.0%"),
+    "JSON": ("json", [1, "[", {"a": 1}, None], "0 2 0.0% 0.0% to 65.8%"),
+}
+
+
+@pytest.mark.parametrize(("metric", "expected", "said"), EXPECTED.values(), ids=EXPECTED)
+def test_answers_are_scored(
+    scripted: ScriptedLoader, tmp_path: Path, metric: str, expected: list[Any], said: str
+) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}", "want": want} for i, want in enumerate(expected)))
+    for flat in ([], ["--flat"]):
+        args = (prompts, "-o", tmp_path / f"out{len(flat)}.jsonl", "--eval", "want", "--eval-by", metric, *flat)
+        for _ in range(2):
+            result = batch(scripted, *args)
+            assert result.exit_code == 0, result.stderr
+            assert f"{metric} {said}" in " ".join(result.stdout.split())
+
+
+JSON_ANSWERS: dict[str, tuple[str, Any, bool]] = {
+    "in another order": ('{"b": 2, "a": [1]}', {"a": [1.0], "b": 2}, True),
+    "given as text": ('{"a": 1}', '{"a": 1}', True),
+    "fenced": ('```json\n{"a": 1}\n```', {"a": 1}, True),
+    "true is not 1": ("true", 1, False),
+    "less": ('{"a": 1}', {"a": 1, "b": 2}, False),
+    "none": ("a: 1", {"a": 1}, False),
+}
+
+
+@pytest.mark.parametrize(("answer", "want", "is_right"), JSON_ANSWERS.values(), ids=JSON_ANSWERS)
+def test_json_is_compared_by_value(tmp_path: Path, answer: str, want: Any, is_right: bool) -> None:
+    metadata = {"want": json.dumps(want) if isinstance(want, dict) else want}
+    body = {"prompt": "Hi", "max_tokens": 100, "metadata": metadata}
+    prompts = jsonl(tmp_path / "in.jsonl", {"custom_id": "a", "url": "/v1/completions", "body": body})
+    result = batch(ScriptedLoader(answer), prompts, "-o", tmp_path / "out.jsonl", "--eval", "want", "--eval-by", "json")
+    assert f"json {int(is_right)} 1" in " ".join(result.stdout.split())
+
+
+def test_a_score_needs_the_field(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"})
+    refused = batch(scripted, prompts, "-o", tmp_path / "out.jsonl", "--eval", "want")
+    assert refused.exit_code == 2
+    assert "has a field 'want'" in refused.stderr
+    assert batch(scripted, "-", "-o", tmp_path / "out.jsonl", "--eval", "want").exit_code == 2
+
+
 BAD: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "it is not JSON"),
     "not an object": ("[1]", "it is not a JSON object"),

@@ -65,6 +65,12 @@ def line_of(key: int, custom_id: str, *, error: Mapping[str, Any] | None, **fiel
         return json.dumps(value).encode() + b"\n"
 
 
+def key_of(line: bytes) -> int:
+    """The key of an answer's line; 0 for a line that is none."""
+    match = _HEAD.match(line)
+    return int(match[1], 16) if match else 0
+
+
 class Sink(Protocol):
     """Where answers go.
 

@@ -38,6 +38,7 @@ _prompts = partial(typer.Option, rich_help_panel="Prompts")
 _SEQUENCES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
 
 _work = partial(typer.Option, rich_help_panel="Work")
+_scoring = partial(typer.Option, rich_help_panel="Scores")
 
 
 @with_sampling
@@ -70,6 +71,17 @@ def batch(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; repeatable.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Each line's own seed comes from it and its id.")] = 0,
+    eval_field: Annotated[
+        str | None,
+        _scoring("--eval", metavar="FIELD", help="Score the answers against this field or column of the input."),
+    ] = None,
+    eval_by: Annotated[
+        list[str] | None,
+        _scoring(
+            "--eval-by",
+            help="exact text, regex (a pattern in it) or json (the same value); repeatable \\[exact].",
+        ),
+    ] = None,
     flat: Annotated[bool, output_option("--flat", help="Write texts in place of response objects.")] = False,
     ordered: Annotated[bool, output_option("--ordered", help="Write answers in the order of the input.")] = False,
     retry_errors: Annotated[bool, _work("--retry-errors", help="Try again what failed in earlier runs.")] = False,
@@ -93,6 +105,10 @@ def batch(
     index, shards = _shard(shard)
     if ordered and retry_errors:
         raise UsageError(f"{param('ordered')} and {param('retry_errors')} do not go together", "drop one of them")
+    if eval_by and eval_field is None:
+        raise UsageError(f"{param('eval_by')} needs {param('eval')}", f"name the field with {param('eval')}")
+    if eval_field is not None and "-" in (prompts, output):
+        raise UsageError(f"{param('eval')} reads input and output again", "give files")
     build(sampling.given, sampling.preset)  # refuse what is wrong before a model is looked for
     info = ensure(model, models_dir, allow=download, console=console)
     loading = loader.with_draft(loading, models_dir)
@@ -102,8 +118,12 @@ def batch(
     from exl_cli.batch.output import AnswerFile, Sink, StreamSink
     from exl_cli.batch.prompts import BatchModel, Preparer, Settings
     from exl_cli.batch.rows import check_path, open_source
-    from exl_cli.ui.batch import BatchProgress, summary
+    from exl_cli.batch.scores import METRICS, score
+    from exl_cli.ui.batch import BatchProgress, show_scores, summary
 
+    metrics = [*dict.fromkeys(eval_by or ["exact"])]
+    if unknown := next((metric for metric in metrics if metric not in METRICS), None):
+        raise UsageError(f"{param('eval_by')} {unknown!r} is no metric", f"metrics: {', '.join(METRICS)}")
     path, source = _output(check_path(output), index, shards), open_source(check_path(prompts))
     settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
     tokenizer = Tokenizer(info.path)
@@ -111,6 +131,8 @@ def batch(
     preparer = Preparer(BatchModel(info.name, info, tokenizer, load_format(info.path), context), settings)
     if source.columns is not None:
         preparer.check_columns(source.columns)
+        if eval_field is not None and eval_field not in source.columns:
+            raise UsageError(f"{prompts} has no column {eval_field!r}", f"name another with {param('eval')}")
     sink: Sink
     if output == "-":
         sink = StreamSink()
@@ -146,12 +168,14 @@ def batch(
         for engine in engines:
             state.close(engine)
     console.note(summary(job.progress, "standard output" if output == "-" else str(path)))
-    if preparer.ignored:
-        console.note(f"fields without a meaning here: {', '.join(sorted(preparer.ignored)[:20])}")
+    if ignored := preparer.ignored - {eval_field}:
+        console.note(f"fields without a meaning here: {', '.join(sorted(ignored)[:20])}")
     if job.is_stopped:
         if output != "-":
             console.note("stopped: the same command goes on from there")
         raise typer.Exit(ExitCode.INTERRUPTED)
+    if eval_field is not None:
+        show_scores(console, score(open_source(Path(prompts)), path, eval_field, metrics))
     if failed := sink.failed + job.progress.failed:
         again = "" if output == "-" else f"; {param('retry_errors')} tries them again"
         console.note(f"{failed:,} lines failed: their errors are in the output{again}")

@@ -11,6 +11,7 @@ from exl_cli.ui.progress import Live, bar_column, text_column
 
 if TYPE_CHECKING:
     from exl_cli.batch.job import Progress
+    from exl_cli.batch.scores import Scores
 
 
 class BatchProgress(Live):
@@ -39,6 +40,20 @@ class BatchProgress(Live):
 def summary(progress: Progress, output: str) -> str:
     """The line at the end of a job."""
     return f"{output}: {_line(progress)}"
+
+
+def show_scores(console: Console, scores: Scores) -> None:
+    """The table of scores on stdout, and what has none."""
+    titles = ("Score", "Right", "Of", "Share", "95 % interval")
+    rows = []
+    for score in scores.scores:
+        low, high = score.interval
+        interval = f"{low:.1%} to {high:.1%}"
+        rows.append((score.metric, f"{score.right:,}", f"{score.count:,}", f"{score.share:.1%}", interval))
+    console.table(console.out, titles, rows, right=titles[1:])
+    for count, what in ((scores.failed, "failed lines"), (scores.unscored, "answers without a usable value")):
+        if count:
+            console.note(f"not among them: {count:,} {what}")
 
 
 def _line(progress: Progress) -> str:
