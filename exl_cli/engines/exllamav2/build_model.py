@@ -46,6 +46,7 @@ def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *
     weights = Weights(info, architecture)
     _set_up(config, info, architecture, weights)
     config.max_seq_len = max_seq_len
+    config.exl_rope_switches = architecture.rope_switches(config.max_seq_len)
     if low_mem:
         config.set_low_mem()
     config.max_input_len = min(config.max_input_len, max_seq_len)
@@ -145,7 +146,6 @@ def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: W
     config.tensor_files = []
     config.tensor_file_map = dict.fromkeys(weights.names, weights)
     config.exl_architecture = architecture
-    config.exl_rope_switches = architecture.rope_switches(config.max_seq_len)
 
 
 @cache
