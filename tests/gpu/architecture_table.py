@@ -66,8 +66,10 @@ class Row:
         figures = f"{self.prefill:8.5f} {self.decode:8.5f} {self.tokens:3}/{self.new_tokens}{parted}"
         return f"{name} {figures}  {self.kernels}{wrong}"
 
-    def right(self, limit: float = 0.01) -> bool:
-        return self.prefill <= limit and self.decode <= limit and self.parted <= NEAR_TIE
+    def right(self) -> bool:
+        # "dynamic" embeddings go by steps of a sixteenth of the length (`Rope.switches`), and random weights show it.
+        coarser = 5 if self.kind == "llama-dynamic" else 1
+        return max(self.prefill, self.decode) <= 0.01 * coarser and self.parted <= NEAR_TIE * coarser
 
 
 def measure(kind: str, fmt: str, folder: Path, expected: dict[str, Any], engine: str = "exllamav2") -> Row:
