@@ -394,6 +394,20 @@ def test_an_engine_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     assert len(answers(tmp_path / "out.jsonl")) < 16
 
 
+def test_several_inputs_go_to_a_folder(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("Three\n")
+    inputs = [jsonl(tmp_path / "a.jsonl", {"prompt": "One"}, {"prompt": "Two"}), tmp_path / "b.txt"]
+    for _ in range(2):
+        result = batch(scripted, *inputs, "-o", tmp_path / "out")
+        assert result.exit_code == 0, result.stderr
+        assert len(answers(tmp_path / "out" / "a.jsonl")) == 2
+        assert len(answers(tmp_path / "out" / "b.jsonl")) == 1
+    assert len(scripted.engines) == 1
+    for output in (tmp_path, "-", tmp_path / "b.txt"):
+        assert batch(scripted, *inputs, "-o", output).exit_code == 2
+    assert inputs[1].read_text() == "Three\n"
+
+
 @pytest.mark.parametrize(
     ("input_", "said"),
     [("s3://bucket/in.jsonl", "s3:// is not supported"), ("missing.jsonl", "No such file"), (".", "is a folder")],

@@ -40,10 +40,14 @@ class KeySet:
 
     def add(self, key: int) -> None:
         """Put a key in."""
+        if key in self:
+            return
         self._recent.add(key)
         if len(self._recent) >= self._RECENT:
             recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-            self._sorted = np.union1d(self._sorted, recent)
+            recent.sort()
+            self._sorted = np.concatenate([self._sorted, recent])
+            self._sorted.sort(kind="stable")  # Timsort merges the two in one pass
             self._recent.clear()
 
     def __contains__(self, key: int) -> bool:

@@ -74,6 +74,10 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Row]: ...
 
+    def close(self) -> None:
+        """Close the file; reading it to its end does so, too."""
+        ...
+
 
 def open_source(path: Path) -> Source:
     """A file as rows, by the end of its name.
@@ -136,6 +140,10 @@ class _File:
                     yield row
             except (OSError, EOFError, gzip.BadGzipFile, csv.Error) as error:
                 raise self._unreadable(error) from error
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self._stack.close()
 
     def _read(self) -> Iterator[Row]:
         raise NotImplementedError
@@ -250,6 +258,10 @@ class _ParquetFile:
     def expected_rows(self) -> int | None:
         """See `Source.expected_rows`."""
         return int(self._file.metadata.num_rows)
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self._file.close()
 
     def __iter__(self) -> Iterator[Row]:
         number = 0

@@ -48,10 +48,10 @@ def batch(
     loading: LoadOptions,
     sampling: SamplingFlags,
     prompts: Annotated[
-        str, typer.Argument(metavar="INPUT", help="JSON lines, lines of text, CSV or Parquet; - is stdin.")
+        list[str], typer.Argument(metavar="INPUT…", help="JSON lines, lines of text, CSV or Parquet; - is stdin.")
     ],
     output: Annotated[
-        str, output_option("--output", "-o", help="The file of answers, which is gone on with; - is stdout.")
+        str, output_option("--output", "-o", help="The file of answers, or a folder for several; - is stdout.")
     ],
     model: Annotated[
         str | None,
@@ -107,7 +107,7 @@ def batch(
         raise UsageError(f"{param('ordered')} and {param('retry_errors')} do not go together", "drop one of them")
     if eval_by and eval_field is None:
         raise UsageError(f"{param('eval_by')} needs {param('eval')}", f"name the field with {param('eval')}")
-    if eval_field is not None and "-" in (prompts, output):
+    if eval_field is not None and "-" in (*prompts, output):
         raise UsageError(f"{param('eval')} reads input and output again", "give files")
     build(sampling.given, sampling.preset)  # refuse what is wrong before a model is looked for
     info = ensure(model, models_dir, allow=download, console=console)
@@ -117,34 +117,34 @@ def batch(
     from exl_cli.batch.manifest import manifest
     from exl_cli.batch.output import AnswerFile, Sink, StreamSink
     from exl_cli.batch.prompts import BatchModel, Preparer, Settings
-    from exl_cli.batch.rows import check_path, open_source
+    from exl_cli.batch.rows import Source, check_path, open_source
     from exl_cli.batch.scores import METRICS, score
     from exl_cli.ui.batch import BatchProgress, show_scores, summary
 
     metrics = [*dict.fromkeys(eval_by or ["exact"])]
     if unknown := next((metric for metric in metrics if metric not in METRICS), None):
         raise UsageError(f"{param('eval_by')} {unknown!r} is no metric", f"metrics: {', '.join(METRICS)}")
-    path, source = _output(check_path(output), index, shards), open_source(check_path(prompts))
+    outputs = _outputs([check_path(name) for name in prompts], check_path(output), index, shards)
     settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
     tokenizer = Tokenizer(info.path)
     context = loader.context_to_allocate(info, loading)
     preparer = Preparer(BatchModel(info.name, info, tokenizer, load_format(info.path), context), settings)
-    if source.columns is not None:
-        preparer.check_columns(source.columns)
-        if eval_field is not None and eval_field not in source.columns:
-            raise UsageError(f"{prompts} has no column {eval_field!r}", f"name another with {param('eval')}")
-    sink: Sink
-    if output == "-":
-        sink = StreamSink()
-    else:
-        _refuse_same(path, prompts)
-        made = manifest(info, settings, cache=loading.cache, shard=f"{index}/{shards}", flat=flat, ordered=ordered)
-        sink = AnswerFile(path, made, mix=mix, retry_errors=retry_errors)
-        if sink.damaged:
-            console.note(f"{path}: {sink.damaged:,} damaged lines were taken out, and are answered again")
+    opened: dict[Path, Source] = {}
+    for name in outputs:  # what is wrong with any of them shows before the first is begun
+        source = open_source(name)
+        if source.columns is not None:
+            preparer.check_columns(source.columns)
+            if eval_field is not None and eval_field not in source.columns:
+                raise UsageError(f"{name} has no column {eval_field!r}", f"name another with {param('eval')}")
+        if len(outputs) == 1:
+            opened[name] = source  # a pipe cannot be opened again
+        else:
+            source.close()
     engines: list[EngineThread] = []
 
     def load() -> EngineThread:
+        if engines:
+            return engines[0]
         view.end()
         count = sequences or loader.fitting_sequences(info, loading, _SEQUENCES)
         with console.loading(f"{info.name} ({info.format_name})") as progress:
@@ -158,25 +158,39 @@ def batch(
                     count //= 2
         return engines[0]
 
+    made = manifest(info, settings, cache=loading.cache, shard=f"{index}/{shards}", flat=flat, ordered=ordered)
+    failed = 0
     try:
-        with BatchProgress(console) as view:
-            job = Job(source, preparer, sink, load, view, Options(flat, ordered, strict, index, shards))
-            with cancel_on_interrupt(job.stop):
-                job.run()
+        for name, path in outputs.items():
+            source = opened.get(name) or open_source(name)
+            sink: Sink
+            if path is None:
+                sink = StreamSink()
+            else:
+                sink = AnswerFile(path, made, mix=mix, retry_errors=retry_errors)
+                if sink.damaged:
+                    console.note(f"{path}: {sink.damaged:,} damaged lines were taken out, and are answered again")
+            try:
+                with BatchProgress(console) as view:
+                    job = Job(source, preparer, sink, load, view, Options(flat, ordered, strict, index, shards))
+                    with cancel_on_interrupt(job.stop):
+                        job.run()
+            finally:
+                sink.close()
+            console.note(summary(job.progress, "standard output" if path is None else str(path)))
+            if job.is_stopped:
+                if path is not None:
+                    console.note("stopped: the same command goes on from there")
+                raise typer.Exit(ExitCode.INTERRUPTED)
+            if eval_field is not None and path is not None:
+                show_scores(console, score(open_source(name), path, eval_field, metrics))
+            failed += sink.failed + job.progress.failed
     finally:
-        sink.close()
         for engine in engines:
             state.close(engine)
-    console.note(summary(job.progress, "standard output" if output == "-" else str(path)))
     if ignored := preparer.ignored - {eval_field}:
         console.note(f"fields without a meaning here: {', '.join(sorted(ignored)[:20])}")
-    if job.is_stopped:
-        if output != "-":
-            console.note("stopped: the same command goes on from there")
-        raise typer.Exit(ExitCode.INTERRUPTED)
-    if eval_field is not None:
-        show_scores(console, score(open_source(Path(prompts)), path, eval_field, metrics))
-    if failed := sink.failed + job.progress.failed:
+    if failed:
         again = "" if output == "-" else f"; {param('retry_errors')} tries them again"
         console.note(f"{failed:,} lines failed: their errors are in the output{again}")
         raise typer.Exit(ExitCode.LINES_FAILED)
@@ -191,15 +205,29 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _output(path: Path, shard: int, shards: int) -> Path:
-    """The output's own file: that of a shard has its number in its name."""
-    if str(path) == "-":
-        return path
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", "give the name of a file in it")
-    return path if shards == 1 else path.with_name(f"{path.stem}.{shard}-of-{shards}{path.suffix}")
+def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict[Path, Path | None]:
+    """Where the answers to each input go: None for standard output."""
+    if str(output) == "-":
+        if len(prompts) > 1:
+            raise UsageError("several inputs do not go to one output", "give a folder")
+        return {prompts[0]: None}
+    if output.is_dir() or len(prompts) > 1:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{output} is no folder", f"give one for several inputs with {param('output')}")
+        if any(str(path) == "-" for path in prompts):
+            raise UsageError("the answers to standard input have no name in a folder", "give a file")
+        paths = {path: output / _output_name(path) for path in prompts}
+    else:
+        paths = {prompts[0]: output}
+    if shards > 1:
+        paths = {k: path.with_name(f"{path.stem}.{shard}-of-{shards}{path.suffix}") for k, path in paths.items()}
+    if len(set(paths.values())) < len(prompts):
+        raise UsageError("two inputs have the same name", "give each its own, or run them one by one")
+    for path in paths.values():
+        if path.exists() and any(str(given) != "-" and path.samefile(given) for given in prompts if given.exists()):
+            raise UsageError(f"{path} is an input", f"give another place with {param('output')}")
+    return dict(paths)
 
 
-def _refuse_same(output: Path, prompts: str) -> None:
-    if prompts != "-" and output.exists() and output.samefile(prompts):
-        raise UsageError(f"{output} is the input", f"give another file with {param('output')}")
+def _output_name(prompts: Path) -> str:
+    return f"{prompts.name.removesuffix('.gz').rpartition('.')[0] or prompts.name}.jsonl"
