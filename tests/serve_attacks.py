@@ -78,7 +78,7 @@ def still_there(server: ServeProcess, name: str, figures: str, before: float) ->
 def kills(server: ServeProcess) -> str:
     """kill -9 of clients at random moments: 200 of them, 10 at a time."""
     choose = random.Random(1)
-    moments = [choose.uniform(0.02, 1.5) for _ in range(200)]
+    moments = [choose.uniform(0.1, 3) for _ in range(200)]
 
     def attack(number: int) -> None:
         text = "word " * choose.choice((1, 100, 800))
@@ -93,7 +93,10 @@ def kills(server: ServeProcess) -> str:
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(attack, range(200)))
     ended = {
-        name.partition("reason=")[2][1:-2]: n for name, n in metrics(server).items() if "generations_total" in name
+        reason: int(count)
+        for reason in ("cancelled", "length")
+        for name, count in metrics(server).items()
+        if name.startswith(f'exl_generations_total{{finish_reason="{reason}"')
     }
     return f"200 clients killed, generations by end {ended}"
 
