@@ -69,8 +69,8 @@ def still_there(server: ServeProcess, name: str, figures: str, before: float) ->
     assert completion(server, 1).status_code == 200
     now = metrics(server)
     print(
-        f"{name}: {figures}; idle again after {idle:.2f} s, the next request is answered, "
-        f"{before:.0f} -> {now['process_resident_memory_bytes'] / 1e6:.0f} MB, {now['process_open_fds']:.0f} open files",
+        f"{name}: {figures}; idle again after {idle:.2f} s, the next request is answered, {before:.0f} "
+        f"-> {now['process_resident_memory_bytes'] / 1e6:.0f} MB, {now['process_open_fds']:.0f} files open",
         flush=True,
     )
 

@@ -132,7 +132,7 @@ def test_a_body_that_is_no_json_is_a_400(client: TestClient, text: bytes) -> Non
 
 
 def test_ignored_fields_are_named_in_a_header(client: TestClient) -> None:
-    body = {"prompt": "a", "max_tokens": 1, "odd\n": 1, "truncation_length": 5, "stream": True}
+    body = {"prompt": "a", "max_tokens": 1, "odd\n": 1, "truncation_length": 5, "": 1, " ": 1, "a ": 1, "stream": True}
     assert client.post("/v1/completions", json=body).headers["X-Exl-Ignored"] == "truncation_length"
 
 

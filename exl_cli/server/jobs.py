@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from exl_cli.server.state import ServerState, caller
 
 # Names of ignored fields that a header holds, and of each so many characters.
 _MOST_IGNORED = 32
+# Names that may stand in a header: an empty one, or a space at its end, would break it.
+_HEADER_WORD = re.compile(r"[\w.-]+", re.ASCII)
 
 
 class TextBody(Protocol):
@@ -74,7 +77,7 @@ async def respond(
             async for index, chunk in chunks:
                 job.push(index, chunk)
             response = JSONResponse(job.result())
-    if names := ", ".join(name[:64] for name in body.ignored[:_MOST_IGNORED] if name.isascii() and name.isprintable()):
+    if names := ", ".join(name[:64] for name in body.ignored[:_MOST_IGNORED] if _HEADER_WORD.fullmatch(name)):
         response.headers["X-Exl-Ignored"] = names
     return response
 
