@@ -151,6 +151,15 @@ def test_parquet(scripted: ScriptedLoader, tmp_path: Path) -> None:
     assert batch(scripted, tmp_path / "bad.parquet", "-o", tmp_path / "bad.jsonl").exit_code == 10
 
 
+def test_an_input_that_ends_too_soon_is_answered_as_far_as_it_goes(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    rows = "".join(f'{{"prompt": "{i * i}"}}\n' for i in range(200)).encode()
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(rows)[:-9])
+    result = batch(scripted, tmp_path / "in.jsonl.gz", "-o", tmp_path / "out.jsonl", "-n", "1")
+    assert result.exit_code == 10
+    assert "cannot read" in result.stderr
+    assert len(answers(tmp_path / "out.jsonl")) > 100
+
+
 EXPECTED: dict[str, tuple[str, list[Any], str]] = {
     # Wilson's intervals, worked out by hand: of 3 of 4, (0.75 + z²/8 ± z √(0.1875/4 + z²/64)) / (1 + z²/4), z = 1.96.
     "exact": ("exact", ["a small cat", " a small cat\n", "a small cat", "A small cat"], "3 4 75.0% 30.1% to 95.4%"),

@@ -175,15 +175,20 @@ class _Windows:
     def _windows(self) -> Iterator[list[_Slot]]:
         window: list[_Slot] = []
         tokens = 0
-        for index, row in enumerate(self._rows()):
-            slot = self._slot(index, row)
-            window.append(slot)
-            tokens += 0 if slot.task is None else sum(len(request.ids) for request in slot.task.requests)
-            if len(window) >= _WINDOW_ROWS or tokens >= _WINDOW_TOKENS:
+        try:
+            for index, row in enumerate(self._rows()):
+                slot = self._slot(index, row)
+                window.append(slot)
+                tokens += 0 if slot.task is None else sum(len(request.ids) for request in slot.task.requests)
+                if len(window) >= _WINDOW_ROWS or tokens >= _WINDOW_TOKENS:
+                    yield self._sorted(window)
+                    window, tokens = [], 0
+                if self._stopped.is_set():
+                    return
+        except ExlError:  # the input ends before its end: what was read is good
+            if window:
                 yield self._sorted(window)
-                window, tokens = [], 0
-            if self._stopped.is_set():
-                return
+            raise
         if window:
             yield self._sorted(window)
 
@@ -291,6 +296,7 @@ class Job:
         self._in_flight: set[_Flight] = set()
         self._again: deque[tuple[_Work, int]] = deque()
         self._limit: int | None = None
+        self._unreadable: ExlError | None = None
         self._submitted = self._last_wave = self._failures = 0
         self._next, self._held = 0, dict[int, bytes]()
         self.progress = Progress()
@@ -320,6 +326,8 @@ class Job:
             while (self._in_flight or self._again) and not self.is_stopped:
                 self._refill()
                 self._collect()
+            if self._unreadable is not None and not self.is_stopped:
+                raise self._unreadable
         finally:
             self._windows.stop()
             if self._engine is not None:
@@ -328,7 +336,14 @@ class Job:
             self._show()
 
     def _slots(self) -> Iterator[_Slot]:
-        while not self.is_stopped and (window := self._windows.poll()) is not None:
+        while not self.is_stopped:
+            try:
+                window = self._windows.poll()
+            except ExlError as error:
+                self._unreadable = error
+                return
+            if window is None:
+                return
             yield from window
             if not window:
                 self._refill()
