@@ -65,7 +65,7 @@ class Lines:
         if self._plan is None:
             self.note("stopped before anything was fetched")
             return
-        here = sum(item.file.size for item in self._plan.items if item.state == "here")
+        here = sum(item.file.size for item in self._plan.items if item.in_place)
         kept = here + staged_bytes(self._plan.wanted.folder)
         self.note(f"stopped: {size(kept)} of {size(self._plan.total)} are kept; the same command goes on from there")
 

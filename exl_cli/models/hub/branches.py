@@ -1,4 +1,4 @@
-"""The quantizations that a repository offers in its branches, told from small JSON files and lists of files."""
+"""The quantizations in a repository's branches, as its small JSON files and lists of files show them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ if TYPE_CHECKING:
     from exl_cli.models.hub.download import Plan
 
 _USUAL_CONTEXT = 4096
-# Raised where a config.json holds values of other kinds, or of other orders, than a model's.
+# Raised where the values in a config.json have other types, or other magnitudes, than a model's.
 _ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch and what exl would make of it; None where a value is unknown or the quantization has none.
+    """One branch as `--json` lists it; None where a value is unknown or the quantization has none.
 
     Attributes:
         format_name: format and bits in words; empty where there is a problem.
         bits: bits per weight.
-        context_length: the model's, in tokens.
-        download_bytes: what `exl download` would fetch.
         vram_bytes: estimated.
         fits: whether that fits the GPUs here.
         problem: why exl would not run it; empty where it would.
@@ -62,14 +60,13 @@ def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, c
     Args:
         hub: where to ask.
         repository: the model; its own revision does not matter.
-        context: tokens to estimate memory for; less where a model was made for less.
+        context: tokens to estimate memory for; a model made for fewer is estimated for those.
         cache: type of the KV cache to estimate for.
         cards: bytes of memory of each GPU; empty where none is known.
 
     Raises:
         ExlError: see `failures.explain`.
     """
-
     described: dict[str, Branch] = {}
 
     def describe_branch(name: str, commit: str) -> None:
@@ -148,7 +145,7 @@ def _looks_like_exl2(listing: Listing) -> bool:
 
 
 def _bits_from_size(info: ModelInfo) -> float:
-    """Bits per weight of the layers, told from the size of the files; 0 where the dimensions are unknown."""
+    """Bits per weight of the layers, computed from the size of the files; 0 where the dimensions are unknown."""
     shape = memory.shape_of(info)
     if shape is None:
         return 0.0

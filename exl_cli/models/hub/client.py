@@ -78,7 +78,7 @@ class Hub:
             raise failures.explain(error, repository, self) from error
 
     def patience(self, task: str) -> Patience:
-        """A counter of failures for a task of that name."""
+        """Count the failures of a task of that name."""
         return Patience(task, self.note, self._wait)
 
     def listing(self, repository: Repository, choice: Choice = ALL_NEEDED, commit: str | None = None) -> Listing:

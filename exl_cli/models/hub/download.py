@@ -17,7 +17,7 @@ from exl_cli.models.hub.client import Hub
 from exl_cli.models.hub.files import Choice, File, Listing, check_runnable, left_out_pickles, select
 from exl_cli.models.hub.names import Repository
 from exl_cli.models.hub.store import Marker
-from exl_cli.models.hub.transfer import Transfer, fetch_all
+from exl_cli.models.hub.transfer import Transfer, run_all
 from exl_cli.models.info import inspect
 from exl_cli.models.memory import gpus
 from exl_cli.system.files import is_there
@@ -25,12 +25,9 @@ from exl_cli.system.files import is_there
 
 @dataclass(frozen=True)
 class Wanted:
-    """An order: a model, and where to put it.
+    """An order: a model, and the folder of models to put it in.
 
     Attributes:
-        repository: the model.
-        models: the folder of models.
-        choice: which files.
         force: fetch everything again, of the newest commit, even if it is here.
         verify: read everything that is here again and compare hashes.
     """
@@ -49,14 +46,20 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Item:
-    """A file to have, and how many of its bytes need no fetching.
-
-    It is in its place ("here"), complete and waiting ("staged"), "partial" or "missing".
-    """
+    """A file of an order, and how many of its bytes need no fetching, whether they are in its place or in a part."""
 
     file: File
-    state: Literal["here", "staged", "partial", "missing"]
     bytes_here: int
+    in_place: bool = False
+
+    @property
+    def state(self) -> Literal["here", "staged", "partial", "missing"]:
+        """For --dry-run; "staged" is a part that has all its bytes."""
+        if self.in_place:
+            return "here"
+        if not self.bytes_here:
+            return "missing"
+        return "staged" if self.bytes_here == self.file.size else "partial"
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,8 @@ class Outcome:
     """How a download went.
 
     Attributes:
-        wanted: the order.
         commit: the commit that is here; empty for a folder put there by hand.
-        files: those that are here, by size and hash.
-        fetched_bytes, seconds: the work done; 0 where all was here.
+        fetched_bytes, seconds: 0 where all was here.
     """
 
     wanted: Wanted
@@ -116,16 +117,16 @@ class Observer(Protocol):
     """Takes what a download has to show."""
 
     def begin(self, plan: Plan) -> None:
-        """The bytes start to come."""
+        """Called before the first byte."""
         ...
 
     def advance(self, name: str, count: int) -> None:
-        """So many bytes of a file came; negative where some had to be given up."""
+        """Called with the bytes that a file gained; negative where some had to be given up."""
         ...
 
 
 def already(wanted: Wanted) -> Outcome | None:
-    """The model, if it is here and whole as far as the marker and the sizes tell; touches no network.
+    """The model, if it is here and whole as far as the marker and the sizes tell; no request is made.
 
     A folder that was put there by hand counts, if it can be run.
 
@@ -173,12 +174,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def prepare(hub: Hub, wanted: Wanted, whole: Collection[File] | None = None) -> Plan:
-    """Ask the Hub what there is, and look at what of it is here.
-
-    Args:
-        hub: where to ask; it notes which files have changed or cannot be verified.
-        wanted: the order.
-        whole: files in their places that need no reading; None to look.
+    """Ask the Hub what there is, and look at what of it is here; `whole` are files in place that need no reading.
 
     Raises:
         ExlError: see `failures.explain`, `files.check_runnable` and `DownloadError` of files put there by hand.
@@ -202,14 +198,12 @@ def _survey(hub: Hub, wanted: Wanted, files: Sequence[File], whole: Collection[F
     items: list[Item] = []
     foreign = []
     for file in files:
-        path, part = folder / file.name, min(store.size_of(store.part(folder, file)), file.size)
+        path = folder / file.name
         if file in whole or (not wanted.force and file.matches(path)):
-            items.append(Item(file, "here", file.size))
+            items.append(Item(file, file.size, in_place=True))
             continue
-        if store.size_of(store.staged(folder, file)) == file.size:
-            items.append(Item(file, "staged", file.size))
-        else:
-            items.append(Item(file, "partial", part) if part > 0 else Item(file, "missing", 0))
+        part = store.size_of(store.part(folder, file))
+        items.append(Item(file, part if 0 <= part <= file.size else 0))
         if state == "complete" and not wanted.force and path.exists():
             hub.note(f"{path} is not as it was downloaded: fetching it again")
         elif state == "manual" and not wanted.force and path.exists():
@@ -221,13 +215,7 @@ def _survey(hub: Hub, wanted: Wanted, files: Sequence[File], whole: Collection[F
 
 
 def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = None) -> Outcome:
-    """Have a model here, whole.
-
-    Args:
-        hub: where from; it takes the lines that there are to read.
-        wanted: what, and where to.
-        observer: shows the progress.
-        plan: from `prepare`, where that has been done.
+    """Fetch what is missing of a model, after `prepare` unless its plan is given.
 
     Raises:
         DownloadError: see `failures.explain`.
@@ -268,22 +256,36 @@ def _check_disk(plan: Plan) -> None:
 
 
 def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
+    """Fetch what is missing and put it in place; the first failure, or Ctrl-C, stops all transfers."""
     folder, old, marker = plan.wanted.folder, store.read_marker(plan.wanted.folder), _marker(plan)
-    to_install = [item.file for item in plan.items if item.state != "here"]
-    if old is not None and not to_install:
+    # The largest first: a small one at the end keeps no one waiting.
+    rest = sorted((item for item in plan.items if not item.in_place), key=lambda item: -item.file.size)
+    if old is not None and not rest:
         if marker != old:
             with store.explained(folder):
                 store.write_marker(folder, marker)
         return
-    store.prepare_staging(folder, marker, to_install)
+    files = [item.file for item in rest]
+    store.prepare_staging(folder, marker, files)
     observer.begin(plan)
     stop = threading.Event()
-    # The largest first: a small one at the end keeps no one waiting.
-    rest = sorted((i for i in plan.items if i.state in ("partial", "missing")), key=lambda i: -i.file.size)
     transfers = [Transfer(hub, plan.listing, item.file, folder, item.bytes_here, stop) for item in rest]
+    reported = [item.bytes_here for item in rest]
+
+    def report() -> None:
+        for index, transfer in enumerate(transfers):
+            gained = transfer.size - reported[index]
+            reported[index] += gained
+            if gained:
+                observer.advance(transfer.file.name, gained)
+
     with hub.explained(plan.wanted.repository):
-        fetch_all(hub, transfers, stop, observer.advance)
-    store.install(folder, to_install, marker)
+        try:
+            run_all([transfer.run for transfer in transfers], stop, report)
+        except BaseException:
+            hub.close()
+            raise
+    store.install(folder, files, marker)
 
 
 def _marker(plan: Plan) -> Marker:

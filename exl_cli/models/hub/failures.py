@@ -36,20 +36,17 @@ class BrokenTransferError(Exception):
 
 
 class Patience:
-    """Counts the failures in a row of one task, and waits after each.
-
-    Args:
-        task: its name, for notes.
-        note: takes a line about each failure and the wait after it.
-        wait: lets so many seconds pass.
-    """
+    """Counts the failures in a row of one task, notes each of them, and waits after it."""
 
     def __init__(self, task: str, note: Callable[[str], object], wait: Callable[[float], None]) -> None:
         self._task, self._note, self._wait = task, note, wait
         self._failures = self._furthest = 0
 
     def reached(self, size: int) -> None:
-        """Count from zero again if so many bytes are more than ever: a hopeless server gets no more tries."""
+        """Count from zero again if so many bytes are more than ever before.
+
+        A server that resends the same bytes and breaks off gets no more tries.
+        """
         if size > self._furthest:
             self._furthest, self._failures = size, 0
 
@@ -125,7 +122,7 @@ def _reason(error: BaseException) -> str:
 
 
 def explain(error: Exception, repository: Repository, hub: Hub) -> ExlError:
-    """The error that a person should read about a failure, on the way to a repository, that did not pass."""
+    """The error that a person should read about a failure that did not pass."""
     return error if isinstance(error, ExlError) else DownloadError(*_explained(error, repository, hub))
 
 

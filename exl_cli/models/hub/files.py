@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -74,12 +73,6 @@ class File:
     def identity(self) -> str:
         """The hash of the content: its SHA-256, else its git id, else empty."""
         return self.sha256 or self.blob_id
-
-    @property
-    def stem(self) -> str:
-        """The name of its staged file: from its content and, since two files may share one, from its name."""
-        content = self.identity or hashlib.sha256(f"{self.name}:{self.size}".encode()).hexdigest()
-        return f"{content}.{zlib.crc32(self.name.encode()):08x}"
 
     def digest(self, content: bytes = b"") -> Any:
         """A hashlib object to feed the content to, or the rest of it, for `is_right`.
@@ -153,7 +146,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file is of a kind that can run code when it is opened."""
+    """Whether opening the file can run code."""
     return _PICKLE.fullmatch(name.lower()) is not None
 
 

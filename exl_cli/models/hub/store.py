@@ -1,8 +1,8 @@
 """A model's folder on disk: complete files, and parts still to be completed.
 
 A download collects its files in `.exl-download/` inside the model's folder, under names made of their contents' hashes:
-a part is never continued with the bytes of another file or commit. Once all are there and verified they move to their
-places, `config.json` last, and then the marker `.exl.json` is written; until then the same marker lies in
+a part is never continued with the bytes of another file or commit. Once all are complete and verified they are moved to
+their places, `config.json` last, and then the marker `.exl.json` is written; until then the same marker lies in
 `.exl-download/` and names the files being fetched. A folder with `.exl-download/` and no marker beside it is half a
 model and never taken for one; a folder with neither was put there by hand.
 """
@@ -10,8 +10,10 @@ model and never taken for one; a folder with neither was put there by hand.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +83,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def read_unfinished(folder: Path) -> Marker | None:
-    """The marker of a download under way; None where there is none."""
+    """The marker of an unfinished download; None where there is none."""
     return read_marker(folder / STAGING)
 
 
@@ -104,27 +106,25 @@ def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
 
 
 def holds_another(folder: Path, repository: Repository) -> str:
-    """The name of another model that this folder belongs to (two names can share one folder); empty where none does."""
+    """The name of another model that this folder belongs to (two names can share a folder); empty where none does."""
     marker = read_marker(folder)
     if marker is None or (marker.repository, marker.revision) == (repository.id, repository.revision):
         return ""
     return marker.name
 
 
-def staged(folder: Path, file: File) -> Path:
-    """Where a file waits, complete and verified, until it moves to its place."""
-    return folder / STAGING / f"{file.stem}.whole"
-
-
 def part(folder: Path, file: File) -> Path:
-    """Where the bytes of a file that have come so far are."""
-    return folder / STAGING / f"{file.stem}.part"
+    """Where the bytes of a file are collected.
+
+    Its name is made of the content's hash and, since two files may share their content, of the file's name.
+    """
+    content = file.identity or hashlib.sha256(f"{file.name}:{file.size}".encode()).hexdigest()
+    return folder / STAGING / f"{content}.{zlib.crc32(file.name.encode()):08x}.part"
 
 
 def staged_bytes(folder: Path) -> int:
     """Bytes that an unfinished download has collected."""
-    place = folder / STAGING
-    return sum(path.stat().st_size for suffix in ("part", "whole") for path in place.glob(f"*.{suffix}"))
+    return sum(path.stat().st_size for path in (folder / STAGING).glob("*.part"))
 
 
 def prepare_staging(folder: Path, marker: Marker, to_install: Collection[File] = ()) -> None:
@@ -153,7 +153,7 @@ def _is_inside(folder: Path, path: Path) -> bool:
 
 
 def install(folder: Path, files: Collection[File], marker: Marker) -> None:
-    """Move staged files to their places and declare the folder complete.
+    """Move complete parts to their places and declare the folder complete.
 
     Raises:
         DiskError: something is in the way.
@@ -165,7 +165,7 @@ def install(folder: Path, files: Collection[File], marker: Marker) -> None:
         write_marker(folder / STAGING, marker)
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-            staged(folder, file).replace(folder / file.name)
+            part(folder, file).replace(folder / file.name)
         for name in old.files if old else ():
             if name not in marker.files and _is_inside(folder, folder / name):
                 (folder / name).unlink(missing_ok=True)
@@ -186,11 +186,11 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(folder: Path, waiting: Callable[[], object] | None) -> Iterator[None]:
-    """Be the only one at work on a model's folder.
+    """Hold the lock of a model's folder, which lies beside the folder, since that can be removed under it.
 
     Args:
-        folder: the model's; the lock lies beside it, for the folder to be removed under it.
-        waiting: called once if another is at work, before waiting for it; None to give up instead.
+        folder: the model's.
+        waiting: called once if another process holds the lock, before waiting for it; None to give up instead.
 
     Raises:
         DiskError: another is at work and `waiting` is None, or the lock cannot be made.

@@ -31,17 +31,17 @@ class Transfer:
         listing: the commit.
         file: one of its files.
         folder: the model's folder, prepared with `store.prepare_staging`.
-        size: bytes of it that are here. Read it from any thread: it grows, or falls where bytes had to be given up.
+        size: bytes of it that are here. Any thread may read it: it grows, and falls where bytes had to be given up.
         stop: set it to end at the next piece.
     """
 
     def __init__(self, hub: Hub, listing: Listing, file: File, folder: Path, size: int, stop: threading.Event) -> None:
         self.file, self.size = file, size
         self._hub, self._listing, self._stop = hub, listing, stop
-        self._part, self._staged = store.part(folder, file), store.staged(folder, file)
+        self._part = store.part(folder, file)
 
     def run(self) -> None:
-        """Bring the file to its staged place, complete and verified.
+        """Complete the part and verify it.
 
         Raises:
             DownloadError: the content is wrong, twice.
@@ -65,14 +65,13 @@ class Transfer:
                     f"{self.file.name} arrived damaged twice: its hash is {got}…, the Hub lists {listed}…",
                     "try again later, or look at the repository's discussions",
                 )
-            with store.explained(self._staged):
+            with store.explained(self._part):
                 os.fsync(self._stream)
-                self._part.replace(self._staged)
         finally:
             os.close(self._stream)
 
     def _read_part(self) -> None:
-        """Hash the bytes that an earlier download left; too many of them are none."""
+        """Hash the bytes that an earlier download left; discard them if there are too many."""
         self._digest, self.size = self.file.digest(), os.fstat(self._stream).st_size
         if self.size > self.file.size:
             self._restart()
@@ -80,7 +79,6 @@ class Transfer:
             self._digest.update(block)
 
     def _restart(self) -> None:
-        """Throw the bytes away."""
         os.ftruncate(self._stream, 0)
         os.lseek(self._stream, 0, os.SEEK_SET)
         self.size, self._digest = 0, self.file.digest()
@@ -126,43 +124,16 @@ class Transfer:
             raise DiskError(f"cannot write {self._part}: {error.strerror or error}", "check the disk") from error
 
 
-def fetch_all(
-    hub: Hub, transfers: Sequence[Transfer], stop: threading.Event, advance: Callable[[str, int], None]
-) -> None:
-    """Run transfers; the first failure, or Ctrl-C, stops them all.
-
-    Args:
-        hub: where from.
-        transfers: in the order in which they begin.
-        stop: the event that they watch.
-        advance: called, from this thread, with a file's name and the bytes that it gained; negative where it lost some.
-    """
-    reported = [transfer.size for transfer in transfers]
-
-    def report() -> None:
-        for index, transfer in enumerate(transfers):
-            gained = transfer.size - reported[index]
-            reported[index] += gained
-            if gained:
-                advance(transfer.file.name, gained)
-
-    try:
-        run_all([transfer.run for transfer in transfers], stop, report)
-    except BaseException:
-        hub.close()
-        raise
-
-
 def run_all(
     jobs: Sequence[Callable[[], object]], stop: threading.Event, tick: Callable[[], object] = lambda: None
 ) -> None:
-    """Run jobs, a few at a time; the first failure, or Ctrl-C, is raised here, and sets `stop`.
+    """Run jobs, a few at a time; the first failure, or Ctrl-C, sets `stop` and is raised here.
 
     The threads are daemons: one that hangs in a dead connection must not keep the program from ending.
 
     Args:
         jobs: in the order in which they begin.
-        stop: where it is set no other job begins.
+        stop: once it is set no other job begins.
         tick: called from this thread, ten times a second.
     """
     waiting = iter(jobs)
