@@ -30,15 +30,8 @@ _DISTURBING = 0.25
 def step_bytes(info: ModelInfo, test: Case, cache: str, dtype: str, *, unpacked: bool) -> int | None:
     """Bytes that one step of a generation reads at least, in the middle of the timed part.
 
-    Args:
-        info: the model.
-        test: a generation.
-        cache: type of the KV cache.
-        dtype: what the engine computes in.
-        unpacked: the engine holds quantized weights as floats of that type, and its cache too.
-
-    Returns:
-        None where the model's shape does not say.
+    None where the model's shape does not say. `unpacked` means that the engine holds quantized weights, and its cache,
+    as floats of `dtype`, the type that it computes in.
     """
     shape = memory.shape_of(info)
     item = _ITEM_BYTES.get(dtype)

@@ -58,8 +58,6 @@ def measure(
     """Run a test once.
 
     Args:
-        engine: a loaded model.
-        test: what is run.
         requests: one for each of the test's parallel requests, with `test.prompt_ids` and `test.new_tokens` tokens.
         energy: joules that the GPUs have taken since some moment.
         clock: in nanoseconds; read in the engine's thread when it delivers.
@@ -204,13 +202,8 @@ def perplexity(
 
     A window slides over the text by half its length; of each window only the tokens that no earlier window has
     predicted count, so that each (but those of the first window) is predicted from at least half a window of context.
-    This is the strided evaluation of transformers' documentation ("Perplexity of fixed-length models").
-
-    Args:
-        engine: a loaded model.
-        tokenizer: its tokenizer.
-        file: the text.
-        progress: called with (tokens predicted, tokens in all).
+    This is the strided evaluation of transformers' documentation ("Perplexity of fixed-length models"). `progress` is
+    called with (tokens predicted, tokens in all).
 
     Raises:
         PromptError: the file cannot be read or has fewer than two tokens.

@@ -276,13 +276,39 @@ def parameters_text(count: int) -> str:
 
 
 def repetitions_text(count: int) -> str:
-    """So many repetitions, in words."""
+    """A number of repetitions, in words."""
     return f"{count:,} repetition{'' if count == 1 else 's'}"
 
 
 def three_digits(value: float) -> str:
     """A figure as people read it: 0.123, 4.56, 78.9, 1,234."""
     return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def milliseconds(nanoseconds: float) -> str:
+    """Nanoseconds as milliseconds, with three digits."""
+    return f"{three_digits(nanoseconds / 1e6)} ms"
+
+
+def test_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Titles, and a row for each test of a run; energy and acceptance only where a test has them."""
+    energy = any(entry.joules_per_token is not None for entry in run.tests)
+    drafted = any(entry.acceptance is not None for entry in run.tests)
+    titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"]
+    titles += ["J/token"] * energy + ["accepted"] * drafted
+    rows = []
+    for entry in run.tests:
+        limit, times = limits.limit(run, entry), entry.latency
+        joules, accepted = entry.joules_per_token, entry.acceptance
+        digits = 0 if entry.avg_ts >= 1000 else 1 if entry.avg_ts >= 10 else 2
+        spread = f" ± {entry.stddev_ts:,.{digits}f}" if len(entry.samples) > 1 else ""
+        steps = " · ".join(three_digits((times[name] or 0) / 1e6) for name in ("p5", "median", "p95"))
+        row = [entry.test.name, f"{entry.avg_ts:,.{digits}f}{spread}", "-" if limit is None else f"{limit.share:.0%}"]
+        row += ["-" if times["median"] is None else steps, milliseconds(mean(entry.ttft_ns))]
+        row += ["-" if joules is None else f"{joules:.3g}"] * energy
+        row += ["-" if accepted is None else f"{accepted:.0%}"] * drafted
+        rows.append(row)
+    return titles, rows
 
 
 def perplexity_text(value: Perplexity) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from exl_cli.bench import limits, outputs
-from exl_cli.bench.outputs import three_digits
+from exl_cli.bench.outputs import milliseconds, three_digits
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Measured, Result, Run, mean, percentile
 from exl_cli.errors import UsageError, param
@@ -132,7 +132,8 @@ class _Report:
         verdicts = [f"<b>{escape(name)}</b> is {escape(text)}" for name, text in limits.verdicts(run)]
         holds = f"<h3>What holds it back</h3>{_list(verdicts)}" if verdicts else ""
         title = self.label(run) if self.several else "Results"
-        return f"<section><h2>{escape(title)}</h2>{_key_figures(run)}{_tests(run)}{holds}</section>"
+        tests = _table(*outputs.test_table(run))
+        return f"<section><h2>{escape(title)}</h2>{_key_figures(run)}{tests}{holds}</section>"
 
     def depths(self) -> str:
         """Generation against depth."""
@@ -145,12 +146,10 @@ class _Report:
         return self._lines(words, "n_parallel", lambda *tests: len({(t.n_gen, t.n_depth) for t in tests}) == 1)
 
     def _lines(self, words: tuple[str, str, str, str], field: str, belongs: Callable[[Case, Case], bool]) -> str:
-        """Tokens per second against a field of the tests, a line for each run; empty where none has two points.
+        """Tokens per second against a field of `Case`, a line for each run; empty where none has two points.
 
-        Args:
-            words: name and title of the chart, the axis, and the axis in a table's head.
-            field: of a `Case`.
-            belongs: whether a generation is on the line of the first one of its run.
+        `words` are name and title of the chart, the axis, and the axis in a table's head; `belongs` says whether a
+        generation is on the line of the first one of its run.
         """
         name, title, axis, short = words
         series: list[tuple[Run, dict[int, Measured]]] = []
@@ -202,7 +201,7 @@ class _Report:
             return ""
         names = [self.label(run) if self.several else entry.test.name for run, entry in entries]
         rows = [
-            (name, *(f"{three_digits((entry.latency[point] or 0) / 1e6)} ms" for point in ("p5", "median", "p95")))
+            (name, *(milliseconds(entry.latency[point] or 0) for point in ("p5", "median", "p95")))
             for name, (_, entry) in zip(names, entries, strict=True)
         ]
         edge = max(percentile(entry.itl_ns, 99) for _, entry in entries) / 1e6 * 1.05
@@ -266,8 +265,9 @@ class _Report:
             if (limit := limits.limit(run, entry)) is None:
                 continue
             taken = entry.step_ns if entry.test.kind == "generation" else entry.avg_ns
-            times = (f"{three_digits(ns / 1e6)} ms" for ns in (limit.ns, taken))
-            rows.append((self.name(run, entry.test.name), f"{limit.share:.1%}", *times))
+            rows.append(
+                (self.name(run, entry.test.name), f"{limit.share:.1%}", milliseconds(limit.ns), milliseconds(taken))
+            )
             percent = 100 * limit.share
             pieces = [(percent, self.colour(run)), (max(0.0, 100 - percent), _GRID)]
             end = f"{percent:.0f} %" if percent >= 1 else f"{percent:.1f} %"
@@ -323,24 +323,6 @@ def _key_figures(run: Run) -> str:
         for name, value, unit, note in figures
     )
     return f'<dl class="key">{cells}</dl>' if cells else ""
-
-
-def _tests(run: Run) -> str:
-    energy = any(entry.joules_per_token is not None for entry in run.tests)
-    rows = []
-    for entry in run.tests:
-        limit, median, joules = limits.limit(run, entry), entry.latency["median"], entry.joules_per_token
-        row = [
-            entry.test.name,
-            f"{entry.avg_ts:,.1f}",
-            f"{entry.stddev_ts:,.1f}" if len(entry.samples) > 1 else "–",
-            "–" if limit is None else f"{limit.share:.0%}",
-            "–" if median is None else three_digits(median / 1e6),
-            three_digits(mean(entry.ttft_ns) / 1e6),
-        ]
-        rows.append(row + ["–" if joules is None else f"{joules:.3g}"] * energy)
-    titles = ["test", "tokens/s", "±", "of limit", "ms/token", "first token, ms", *["J/token"] * energy]
-    return _table(titles, rows)
 
 
 def _section(title: str, text: str, rest: str) -> str:
@@ -424,12 +406,7 @@ def _chart(
 ) -> str:
     """A chart beside its figures, with a title and the figures once more for those who do not see it.
 
-    Args:
-        name: begins the ids in it, and differs from those of the page's other charts.
-        title: what it shows.
-        titles, rows: the figures as a table, its first column in words.
-        height: in inches.
-        draw: draws into matplotlib's axes.
+    `name` begins the ids in it and is unique on the page; `height` is in inches; `draw` gets matplotlib's axes.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

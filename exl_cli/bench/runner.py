@@ -49,17 +49,11 @@ class Observer(Protocol):
     """Shows how a benchmark is going."""
 
     def note(self, message: str) -> None:
-        """Something worth telling."""
+        """Show a line."""
         ...
 
     def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
-        """It has come further.
-
-        Args:
-            what: is running now.
-            done, total: repetitions, the untimed ones included.
-            eta_seconds: until the last repetition; known once all tests of a model have been run.
-        """
+        """Show the repetitions done (the untimed ones count too), and the time left once it can be estimated."""
         ...
 
 
@@ -89,12 +83,10 @@ def jobs(
 def run(
     jobs: Sequence[Job], load: Callable[..., Engine], observer: Observer, *, debug: bool = False
 ) -> tuple[Result, ExlError | None]:
-    """Do all jobs.
+    """Do all jobs, one after the other.
 
     Args:
-        jobs: in the order in which they are done.
         load: `loader.load`, which a separate process calls; another function is called here, without cold figures.
-        observer: shows how it goes.
         debug: let the processes write to this one's stderr.
 
     Returns:
@@ -181,8 +173,8 @@ class Collector:
         self._notes: set[str] = set()
 
     def begin(self, job: Job) -> bool:
-        """The next job; False where there is nothing to it: it differs from the last one in the cache type only, which
-        the engine does not have."""
+        """Go to the next job; False where it would repeat the last one: only the cache type differs, and the engine
+        has no choice of it."""
         last, self._job = self._job, job
         self._jobs_left -= last is not None
         self._done_before, self._seconds = self._done, {}
@@ -198,13 +190,13 @@ class Collector:
         return (self._job and self._job.model) or folders.BUILTIN
 
     def note(self, text: str) -> None:
-        """Something worth telling, once."""
-        if text not in self._notes:  # each process says it again
+        """Show a line, once: each process sends it again."""
+        if text not in self._notes:
             self._notes.add(text)
             self.observer.note(text)
 
     def stage(self, text: str) -> None:
-        """What the job is doing now."""
+        """Show the step that the job has come to."""
         total = self._done_before + self._jobs_left * self._tests * (1 + self._repetitions)
         self.observer.update(f"{self._label}: {text}", self._done, total, self._eta())
 
@@ -218,7 +210,7 @@ class Collector:
         return now + (self._jobs_left - 1) * self._repetitions * sum(self._seconds.values())
 
     def loaded(self, run: Run, skipped: list[str], environment: dict[str, Any]) -> None:
-        """The model can answer; `run` has no samples yet."""
+        """Begin a run, which has no samples yet."""
         self.result.environment = self.result.environment or environment
         self.result.runs.append(run)
         self._tests = len(run.tests)
@@ -226,13 +218,13 @@ class Collector:
         for reason in skipped:
             self._skip(reason)
 
-    def ran(self, test: Case, seconds: float) -> None:
-        """A test was run."""
+    def ran(self, test: Case, seconds: float, timed: tuple[Sample, Memory] | None) -> None:
+        """Count a test that was run, and keep its sample where it was timed."""
         self._done += 1
         self._seconds[test] = seconds
-
-    def sample(self, test: Case, sample: Sample, memory: Memory) -> None:
-        """It was a timed repetition."""
+        if timed is None:
+            return
+        sample, memory = timed
         run = self.result.runs[-1]
         entry = next(entry for entry in run.tests if entry.test == test)
         entry.samples.append(sample)
@@ -241,7 +233,7 @@ class Collector:
         self.result.order.append(test.name)
 
     def finished(self, run: Run, warnings: list[str]) -> None:
-        """The job is done. `run` has all its figures, but still no samples."""
+        """End a run: this one has all other figures, but no samples, which came one by one."""
         before = self.result.runs.pop()
         for entry, measured in zip(run.tests, before.tests, strict=True):
             entry.samples, entry.time = measured.samples, measured.time
@@ -249,7 +241,7 @@ class Collector:
         self.result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
 
     def fail(self, message: str, hint: str, exit_code: ExitCode) -> None:
-        """The job's process met an error."""
+        """Raise the error that ended the job's process."""
         error = ExlError(message, hint)
         error.exit_code = exit_code
         raise error
@@ -261,7 +253,7 @@ class Collector:
 
 
 def _doubts(run: Run) -> Iterator[str]:
-    """What the samples themselves give away."""
+    """Signs in the samples that the figures cannot be right."""
     for entry in run.tests:
         if reused := sum(sample.reused_tokens for sample in entry.samples):
             yield f"{entry.test.name} is too fast: {reused} prompt tokens were not computed but reused"
@@ -296,12 +288,7 @@ def _share(out: Collector, stage: str, done: int, total: int) -> None:
 
 
 def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
-    """Do a job in this process.
-
-    Args:
-        job: what to measure.
-        load: as `loader.load`.
-        out: is given what comes of it.
+    """Do a job in this process; `out` is given what is measured.
 
     Raises:
         ExlError: whatever resolving, loading or running the model raises.
@@ -398,17 +385,16 @@ class _Bench:
         """Each test once untimed, but the one that has been run; then the repetitions."""
         for test in self.tests:
             if test != warm:
-                self._run(test, "warming up")
+                self._run(test, "warming up", timed=False)
         for repetition, test in plan.schedule(self.tests, self.job.settings):
-            sample = self._run(test, f"{repetition + 1} of {self.job.settings.repetitions}")
-            self.out.sample(test, sample, self._memory())
+            self._run(test, f"{repetition + 1} of {self.job.settings.repetitions}", timed=True)
 
-    def _run(self, test: Case, which: str) -> Sample:
+    def _run(self, test: Case, which: str, *, timed: bool) -> None:
         self.out.stage(f"{test.name}, {which}")
         start = time.monotonic()
         sample = self.sample(test)
-        self.out.ran(test, time.monotonic() - start)
-        return sample
+        seconds = time.monotonic() - start
+        self.out.ran(test, seconds, (sample, self._memory()) if timed else None)
 
     def finish(self, run: Run, others: machine.OthersClock) -> None:
         """What is measured after the timed repetitions, in order not to disturb them."""

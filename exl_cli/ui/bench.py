@@ -6,7 +6,8 @@ import time
 
 from exl_cli.bench import limits, outputs
 from exl_cli.bench.compare import LEAST, LEVEL, Comparison, Figure, Row
-from exl_cli.bench.result import Measured, Result, Run, mean
+from exl_cli.bench.outputs import milliseconds
+from exl_cli.bench.result import Result, Run, mean
 from exl_cli.system.units import mib
 from exl_cli.ui.console import Console
 from exl_cli.ui.progress import Counted
@@ -54,7 +55,8 @@ def tables(console: Console, result: Result) -> None:
     for run in result.runs:
         _heading(console, run)
         if run.tests:
-            _tests(console, run)
+            titles, rows = outputs.test_table(run)
+            console.table(console.out, titles, rows, right=titles[1:])
         for name, text in _lines(run):
             _fact(console, name, text)
         console.text("\n")
@@ -78,44 +80,15 @@ def _heading(console: Console, run: Run) -> None:
     console.line((run.label, "bold"), f"  {', '.join(facts)}", to=console.out)
 
 
-def _tests(console: Console, run: Run) -> None:
-    energy = any(entry.joules_per_token is not None for entry in run.tests)
-    guessed = any(entry.acceptance is not None for entry in run.tests)
-    titles = ["test", "tokens/s", "of limit", "ms/token p5 · 50 · 95", "first token"]
-    titles += ["J/token"] * energy + ["accepted"] * guessed
-    rows = []
-    for entry in run.tests:
-        limit, joules, accepted = limits.limit(run, entry), entry.joules_per_token, entry.acceptance
-        row = [entry.test.name, _rate(entry), "-" if limit is None else f"{limit.share:.0%}"]
-        row += [_latencies(entry), _ms(mean(entry.ttft_ns))]
-        row += ["-" if joules is None else f"{joules:.3g}"] * energy
-        row += ["-" if accepted is None else f"{accepted:.0%}"] * guessed
-        rows.append(row)
-    console.table(console.out, titles, rows, right=titles[1:])
-
-
-def _rate(entry: Measured) -> str:
-    digits = 0 if entry.avg_ts >= 1000 else 1 if entry.avg_ts >= 10 else 2
-    deviation = f" ± {entry.stddev_ts:,.{digits}f}" if len(entry.samples) > 1 else ""
-    return f"{entry.avg_ts:,.{digits}f}{deviation}"
-
-
-def _latencies(entry: Measured) -> str:
-    times = entry.latency
-    if times["median"] is None:
-        return "-"
-    return " · ".join(outputs.three_digits((times[name] or 0) / 1e6) for name in ("p5", "median", "p95"))
-
-
 def _lines(run: Run) -> list[tuple[str, str]]:
     lines = []
     if cold := run.cold:
         started = f"import {cold.import_seconds:.1f} s, load {cold.load_seconds:.1f} s"
-        first = f"first token {_ms(cold.sample.ttft_ns)}, then {cold.generation_rate:,.1f} tokens/s"
+        first = f"first token {milliseconds(cold.sample.ttft_ns)}, then {cold.generation_rate:,.1f} tokens/s"
         lines.append(("cold", f"{started}, {first}"))
         if warm := run.find("answer"):
             rate = mean([sample.rate for sample in warm[0].samples])
-            lines.append(("warm", f"first token {_ms(mean(warm[0].ttft_ns))}, then {rate:,.1f} tokens/s"))
+            lines.append(("warm", f"first token {milliseconds(mean(warm[0].ttft_ns))}, then {rate:,.1f} tokens/s"))
     lines.append(("memory", _memory(run)))
     if value := run.perplexity:
         passes = f", {value.step} tokens a pass" if value.step else ""
@@ -218,10 +191,6 @@ def _fact(console: Console, name: str, text: str) -> None:
 
     title = Text(f"  {name:<{_NAME_WIDTH}}", "bold", no_wrap=True)
     console.table(console.out, ("", ""), [(title, text)], box=None, padding=(0, 1, 0, 0))
-
-
-def _ms(nanoseconds: float) -> str:
-    return f"{outputs.three_digits(nanoseconds / 1e6)} ms"
 
 
 def _duration(seconds: float) -> str:
