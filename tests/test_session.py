@@ -79,7 +79,9 @@ _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 @given(
     texts=st.lists(st.tuples(_text, _text), max_size=6),
     system=st.none() | _text,
-    settings=st.dictionaries(_text, st.none() | st.booleans() | st.integers() | _text, max_size=3),
+    settings=st.dictionaries(
+        _text.map("later {}".format), st.none() | st.booleans() | st.integers() | _text, max_size=3
+    ),
 )
 def test_a_session_comes_back_as_it_was(
     texts: list[tuple[str, str]], system: str | None, settings: dict[str, object]

@@ -39,13 +39,8 @@ class Conversation:
     kept, and nothing else has changed. `enter` shows these errors.
 
     Args:
-        model: loaded.
         session: the turns so far; a last message without an answer becomes the draft.
-        settings: how answers are made.
-        loader: finds and loads other models.
-        view: shows everything.
-        store: the saved sessions.
-        saving: save this one.
+        saving: keep this session in `store`.
         interactive: a person is there, who can act on a hint; else the first error decides `exit_code`.
         debug: show tracebacks.
 

@@ -59,14 +59,7 @@ class ChatModel:
 
 
 class ModelLoader:
-    """Finds and loads the models of a chat.
-
-    Args:
-        load: `loader.load`, or what an embedder has in its place; see `cli.options.State`.
-        options: how to load each of them.
-        models_dir: the folder of downloaded models, or None for the usual one.
-        view: shows the loading.
-    """
+    """Finds and loads the models of a chat; `load` is `loader.load` or an embedder's own (see `cli.options.State`)."""
 
     def __init__(
         self, load: Callable[..., Engine], options: LoadOptions, models_dir: Path | None, view: ChatView

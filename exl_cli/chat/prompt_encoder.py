@@ -26,10 +26,7 @@ class Encoded:
     """A text and its token ids.
 
     Attributes:
-        text: the text.
-        ids: its tokens.
-        marks: (characters, tokens) of the places in it where the ids of a prompt or an answer end, in order; (0, 0) is
-            the first.
+        marks: (characters, tokens) of the places where the ids of a prompt or an answer end, in order, from (0, 0) on.
     """
 
     text: str = ""
@@ -39,10 +36,6 @@ class Encoded:
 
 class PromptEncoder:
     """Remembers what one engine has computed of one conversation.
-
-    Args:
-        tokenizer: the model's.
-        add_special_tokens: whether it is to add its own at the beginning of the text.
 
     Attributes:
         known: what the engine has computed.
@@ -71,13 +64,8 @@ class PromptEncoder:
         return Encoded(text, ids, ((0, 0), (len(text), len(ids))))
 
     def computed(self, prompt: Encoded, answer_ids: Sequence[int], answer: str) -> None:
-        """Note what the engine has computed.
-
-        Args:
-            prompt: what it was given.
-            answer_ids: what it generated.
-            answer: the text of that, as it is kept: tags of reasoning included, stop strings not.
-        """
+        """Note what the engine has computed; `answer` is the text that is kept, with tags of reasoning, without stop
+        strings."""
         size, length = self._visible(prompt, answer_ids, answer)
         self.known = prompt
         if size:

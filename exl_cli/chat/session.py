@@ -50,13 +50,10 @@ class Turn:
     """One message.
 
     Attributes:
-        role: who speaks.
-        content: what is said, exactly as typed or generated; of an answer, what follows the reasoning.
+        content: exactly as typed or generated; of an answer, what follows the reasoning.
         reasoning: the reasoning before an answer, its tags left out.
         raw: the answer as generated, tags and all, where it has reasoning; empty where `content` is all of it.
         finish_reason: of an answer: "stop", "length" or "cancelled"; see `engines.base.Summary`.
-        model: the name of the model that answered.
-        time: when it was said; see `now`.
         timings: of an answer: the numbers of `engines.base.Summary` for the last generation that made it.
     """
 
@@ -82,14 +79,7 @@ class Turn:
 
 @dataclass
 class Totals:
-    """What a conversation has cost so far, answers included that were later retried or undone.
-
-    Attributes:
-        answers: generations.
-        prompt_tokens, reused_tokens, new_tokens: their sums; `reused_tokens` is a part of `prompt_tokens`.
-        drafted_tokens, accepted_tokens: what speculation proposed, and how much of it was right.
-        prompt_seconds, generation_seconds: their sums.
-    """
+    """Sums of `engines.base.Summary` over a conversation, answers included that were later retried or undone."""
 
     answers: int = 0
     prompt_tokens: int = 0
@@ -114,11 +104,9 @@ class Session:
 
     Attributes:
         name: what it is saved as; empty while it has no name.
-        system: the system message, or None.
-        turns: all of them, the user's and the model's in turn.
+        turns: the user's and the model's by turns.
         dropped: how many of the first turns the model no longer sees; even.
-        model: the name of the model last used.
-        settings: what the chat was set to, JSON-ready; see `Settings.to_dict`.
+        settings: JSON-ready; see `Settings.to_dict`.
         created, updated: times; see `now`.
     """
 
@@ -401,12 +389,7 @@ def _signature(path: Path) -> _Signature | None:
 
 
 def export(session: Session, path: str, *, replace: bool = False) -> Path:
-    """Write a conversation to a file.
-
-    Args:
-        session: all of its turns are written.
-        path: where to; its ending decides: .md or .json.
-        replace: write over a file that is there.
+    """Write a conversation to a .md or .json file.
 
     Raises:
         UsageError: another ending, or a file that is there.

@@ -24,13 +24,9 @@ class Settings:
 
     Attributes:
         given: sampler fields that were set by hand.
-        preset: a key of `sampling.PRESETS`, or None.
-        max_new_tokens: the most tokens of one answer.
         seed: fixes the random choices of the whole conversation; None for new ones each time.
         stop: texts that end an answer, besides those of the model's format.
         on_overflow: when the context is full, drop the oldest turns ("trim") or refuse the message ("stop").
-        thinking: show the model's reasoning.
-        markdown: render answers as Markdown, on a terminal.
 
     Raises:
         UsageError: a value out of range.

@@ -23,8 +23,7 @@ from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, State, with_loa
 from exl_cli.errors import ModelNotFoundError, UsageError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.prompt import check_text
-from exl_cli.ui.chat import ChatConsole
-from exl_cli.ui.line_input import PlainInput
+from exl_cli.ui.chat import ChatConsole, plain_reader
 
 _option = partial(typer.Option, rich_help_panel="Conversation")
 
@@ -153,13 +152,12 @@ def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> 
 
 
 def _reader(talk: Conversation, console: ChatConsole, *, interactive: bool, keep_history: bool) -> ReadLine:
-    if not (interactive and sys.stderr.isatty()):
-        return PlainInput().read
-    if console.err.is_dumb_terminal:
-        return PlainInput(console.ask).read
-    from exl_cli.ui.terminal import TerminalInput
+    interactive = interactive and sys.stderr.isatty()
+    if not interactive or console.err.is_dumb_terminal:
+        return plain_reader(prompts=interactive)
+    from exl_cli.ui.terminal import terminal_reader
 
-    return TerminalInput(talk, data_dir() / "chat_history" if keep_history else None).read
+    return terminal_reader(talk, data_dir() / "chat_history" if keep_history else None)
 
 
 @contextmanager

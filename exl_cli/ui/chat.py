@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from exl_cli.api import records
 from exl_cli.api.notebook import accepted
+from exl_cli.chat.commands import is_open
+from exl_cli.chat.conversation import ReadLine
 from exl_cli.chat.session import Session, Turn, excerpt
 from exl_cli.engines.base import Summary
+from exl_cli.models.prompt import not_utf8
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.ui.answers import Answer, MarkdownAnswer
 from exl_cli.ui.console import Console
@@ -160,11 +163,6 @@ class ChatConsole(Console):
         last = f": “{excerpt(session.turns[-1].content, 100)}”" if session.turns else ""
         self.note(f"going on with {session.name}, {len(session.turns)} turns{last}")
 
-    def ask(self, prompt: str) -> None:
-        """Begin a line for the user to go on with, on a terminal that can do no more."""
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-
     def message(self, text: str) -> None:
         """A message that was not typed here, as if it had been."""
         self.block(PROMPT + text.replace("\n", "\n" + CONTINUATION))
@@ -177,6 +175,38 @@ class ChatConsole(Console):
         sys.stderr.write(f"\x1b]52;c;{encoded}\x07")
         sys.stderr.flush()
         return True
+
+
+def plain_reader(*, prompts: bool) -> ReadLine:
+    """Read lines from a pipe or file, or, with `prompts`, from a terminal that cannot edit lines."""
+
+    def read(draft: str) -> str | None:
+        text = _line(PROMPT if prompts else "")
+        while text is not None and is_open(text):
+            if (more := _line(CONTINUATION if prompts else "")) is None:
+                break
+            text += "\n" + more
+        return text
+
+    return read
+
+
+def _line(prompt: str) -> str | None:
+    """The next line of standard input without its end; None at the end of input."""
+    if sys.stdin is None or sys.stdin.closed:
+        return None
+    if prompt:
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+    buffer = getattr(sys.stdin, "buffer", None)
+    data = sys.stdin.readline().encode("utf-8", "replace") if buffer is None else buffer.readline()
+    if not data:
+        return None
+    try:
+        return str(data.decode("utf-8-sig")).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        hint = "it is left out; convert it with iconv -t UTF-8"
+        raise not_utf8("a line on standard input", error.start, data[error.start], hint) from error
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from exl_cli.chat import commands
-from exl_cli.chat.conversation import Conversation
+from exl_cli.chat.conversation import Conversation, ReadLine
 from exl_cli.models.prompt import check_text
 from exl_cli.system.files import write_atomically
 from exl_cli.ui.chat import CONTINUATION, PROMPT
@@ -29,36 +29,35 @@ from exl_cli.ui.text import harmless
 _MOST_HISTORY = 1_000_000
 
 
-class TerminalInput:
-    """Reads what a person types.
+def terminal_reader(chat: Conversation, history: Path | None) -> ReadLine:
+    """Read what a person types; the draft stands in the line, to be changed.
 
     Args:
         chat: whose commands, models, sessions and settings are completed.
         history: the file of earlier entries; None to keep none.
     """
+    session: PromptSession[str] = PromptSession(
+        PROMPT,
+        history=InMemoryHistory() if history is None else _History(history),
+        completer=_Completer(chat),
+        complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
+        multiline=True,
+        prompt_continuation=CONTINUATION,
+        placeholder=_placeholder,
+        key_bindings=_KEYS,
+        enable_suspend=True,
+        output=create_output(stdout=sys.stderr),
+    )
 
-    def __init__(self, chat: Conversation, history: Path | None) -> None:
-        self._session: PromptSession[str] = PromptSession(
-            PROMPT,
-            history=InMemoryHistory() if history is None else _History(history),
-            completer=_Completer(chat),
-            complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
-            multiline=True,
-            prompt_continuation=CONTINUATION,
-            placeholder=_placeholder,
-            key_bindings=_KEYS,
-            enable_suspend=True,
-            output=create_output(stdout=sys.stderr),
-        )
-
-    def read(self, draft: str) -> str | None:
-        """See `conversation.ReadLine`; the draft stands in the line, to be changed."""
+    def read(draft: str) -> str | None:
         try:
-            text = self._session.prompt(default=draft)
+            text = session.prompt(default=draft)
         except EOFError:
             return None
         check_text(("the line", text))
         return text
+
+    return read
 
 
 def _placeholder() -> FormattedText:
