@@ -220,6 +220,23 @@ def test_values_that_make_no_sense_are_refused(model: PlainModel, fields: dict[s
 
 
 @pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "a", "banned_strings": ["b", 5]}, "banned_strings.1"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "king", "content": "a"}]}, "messages.0.role"),
+    ],
+    ids=str,
+)
+def test_the_field_that_is_wrong_is_named_as_the_client_wrote_it(fields: dict[str, object], field: str) -> None:
+    with pytest.raises(BodyError) as error:
+        (ChatBody if "messages" in fields else CompletionBody).parse(fields)
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize(
     "text",
     [
         b"", b"{", b"[]", b"1", b"null", b"\xff", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"[" * 100_000,

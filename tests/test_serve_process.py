@@ -66,7 +66,7 @@ class ServeProcess:
 @pytest.fixture(scope="module")
 def processes() -> Iterator[dict[str, ServeProcess]]:
     """Those of all tests here, as each takes seconds to start."""
-    flags = {"draining": ("--host", "0.0.0.0"), "insisting": ()}  # noqa: S104
+    flags = {"draining": ("--host", "0.0.0.0", "--log-prompts"), "insisting": ()}  # noqa: S104
     started = {name: ServeProcess("--grace", "2m", *some) for name, some in flags.items()}
     yield started
     for server in started.values():
@@ -81,9 +81,11 @@ def test_a_signal_lets_requests_end_and_nobody_else(processes: dict[str, ServePr
     with socket.create_connection(("127.0.0.1", server.port)) as half_open, httpx.Client() as kept:
         half_open.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
         assert kept.get(f"{server.url}/v1/models").status_code == 200
+        too_long = asking(stream=True, messages=[{"role": "user", "content": "word " * 2000}])
+        assert kept.post(server.url + CHAT, json=too_long).json()["error"]["code"] == "context_length_exceeded"
         with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            assert next(lines).startswith("data: ")  # and no comment, as it had not to wait
             server.process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert server.ended() == ExitCode.OK  # long before the end of its two minutes
@@ -91,6 +93,7 @@ def test_a_signal_lets_requests_end_and_nobody_else(processes: dict[str, ServePr
     assert "WARNING: everybody who can reach 0.0.0.0 can use these models; --api-key-file asks for keys" in text
     assert "fable-7m is ready: 1,024 tokens" in text
     assert "stopping: 1 generations under way have 120 s" in text
+    assert 'prompt: "user' in text
     assert "Traceback" not in text
 
 
@@ -99,7 +102,8 @@ def test_a_second_signal_ends_it_at_once(processes: dict[str, ServeProcess]) -> 
     server.wait_until_ready()
     body = asking(stream=True, n=100, ignore_eos=True)
     with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # dropped, it would close the connection
+        next(lines)
         server.process.send_signal(signal.SIGINT)
         until(lambda: any("stopping: 100 generations" in line for line in server.log))
         server.process.send_signal(signal.SIGTERM)

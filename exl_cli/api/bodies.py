@@ -98,6 +98,9 @@ _HARMLESS = frozenset({
     "speculative_ngram", "priority", "request_id",
 })  # fmt: skip
 
+# What pydantic calls the branches of a union, besides list[...] and the like.
+_BRANCHES = {"str", "int", "float", "bool", "Part", "Block", "Item"}
+
 # The bias from which on OpenAI rules a token out.
 _BAN = -100.0
 _MOST = 2**31 - 1
@@ -155,9 +158,12 @@ class Body(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            # The branches of a union stand in the location too; those are no names of fields.
-            place = ".".join(str(part) for part in first["loc"] if not {"[", "-"} & set(str(part)))
+            errors = error.errors(include_url=False, include_context=False, include_input=False)
+            # Of a union's branches the one that got furthest is what the client meant.
+            first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+            # The branches stand in the location too; those are no names of fields.
+            parts = [str(part) for part in first["loc"]]
+            place = ".".join(part for part in parts if not {"[", "-"} & set(part) and part not in _BRANCHES)
             missing = first["type"] == "missing"
             message = f"{brief(place)} is missing" if missing else f"{brief(place)}: {_lower(first['msg'])}"
             raise BodyError(message, field=brief(place), code="missing" if missing else "invalid_value") from None

@@ -115,7 +115,7 @@ def serve(
         pool = ModelPool(
             catalog, loading, log, cli.load, sequences=sequences, max_loaded=most, idle_seconds=idle_seconds
         )
-        settings = Settings(queue, cache_per_key, log_prompts, cli.debug)
+        settings = Settings(queue=queue, prefix_cache_per_key=cache_per_key, log_prompts=log_prompts, debug=cli.debug)
         state = ServerState(pool, settings, note=log.note, warn=log.warn)
         hosts = {name.lower() for name in (host, socket.gethostname(), *(allow_host or []))}
         app = create_app(state, Policy(keys, frozenset(hosts), frozenset(cors_origin or [])))

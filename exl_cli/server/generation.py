@@ -28,14 +28,16 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
         count: generations that it comes to: choices times prompts.
 
     Raises:
-        ApiError: 404 for an unknown model, 429 where the queue is full, 503 where the model cannot be loaded or the
-            server is stopping, 500 after a fault of the device.
+        ApiError: 400 for more generations than the queue ever takes, 404 for an unknown model, 429 where the queue is
+            full, 503 where the model cannot be loaded or the server is stopping, 500 after a fault of the device.
     """
     if state.phase == "failed":
         raise ApiError(500, "the GPU failed; the server is ending", "engine_failed")
     if state.phase == "stopping":
         raise ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
     room = state.settings.queue + (sum(model.engine.max_batch for model in state.pool.loaded) or 1)
+    if count > room:
+        raise ApiError(400, f"one request comes to {count:,} generations, at most {room:,} are taken", "invalid_value")
     if state.accepted + count > room:
         said = f"{state.accepted:,} of {room:,} generations are under way or wait; try again later"
         raise ApiError(429, said, "queue_full", headers=RETRY_AFTER)

@@ -98,11 +98,9 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 @router.get("/v1/model")
 async def current_model(state: State) -> dict[str, Any]:
-    """The model in memory, of several the one used last."""
-    loaded = state.pool.loaded
-    if not loaded:
-        raise ApiError(503, "no model is loaded", "model_not_loaded")
-    return _card(state, max(loaded, key=lambda model: (model.users > 0, model.last_used)).name)
+    """The model in memory, of several the one used last; with none there, the default, which a request would load."""
+    in_use = max(state.pool.loaded, key=lambda model: (model.users > 0, model.last_used), default=None)
+    return _card(state, state.pool.catalog.default if in_use is None else in_use.name)
 
 
 class LoadRequest(BaseModel):

@@ -39,7 +39,7 @@ class Usage:
 usage: contextvars.ContextVar[Usage] = contextvars.ContextVar("usage")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a server treats its clients.
 
