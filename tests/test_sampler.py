@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from samplertools import by_top_k, dense, make, of, softmax, some_logits
 
 from exl_cli.engines.sampling.filters import draw
+from exl_cli.engines.sampling.noise import exponential
 from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.errors import EngineError
 from exl_cli.sampling import Sampling
@@ -25,26 +25,45 @@ def test_mirostat_holds_the_surprise_at_tau(tau: float) -> None:
     logits = some_logits(8, 500)  # of more than 3.5 bits of entropy
     sampler = make(500, mirostat=True, mirostat_tau=tau, mirostat_eta=0.1)
     surprise = []
-    for _ in range(1000):
+    for position in range(1000):
         probs = dense(sampler, logits)
-        surprise.append(-math.log2(probs[sampler.sample(logits, ())]))
+        surprise.append(-math.log2(probs[sampler.sample(logits, range(position))]))
     assert np.mean(surprise[300:]) == pytest.approx(tau, abs=0.05)
 
 
 # --- drawing
 
 
-def test_one_random_number_a_token_laid_against_the_cumulated_probabilities() -> None:
+def test_the_least_noise_over_probability_wins() -> None:
     logits = some_logits(9, 64)
-    sampler, points = make(64, seed=123), random.Random(123)
-    cumulated = np.cumsum(softmax(logits))
-    expected = [int(np.searchsorted(cumulated, points.random() * 0.9998)) for _ in range(200)]
-    assert [sampler.sample(logits, ()) for _ in range(200)] == expected
+    sampler, probs, ids = make(64, seed=123), softmax(logits), np.arange(64)
+    expected = [int((exponential(123, position, ids) / probs).argmin()) for position in range(200)]
+    assert [sampler.sample(logits, range(position)) for position in range(200)] == expected
+    assert len({*expected}) > 10
 
 
-@pytest.mark.parametrize(("point", "index"), [(0.0, 1), (0.2, 1), (0.26, 2), (0.9999, 3)])
-def test_a_draw_never_picks_what_has_no_probability(point: float, index: int) -> None:
-    assert draw(np.array([0.0, 0.25, 0.5, 0.2499, 0.0], dtype=np.float32), point) == index
+def test_what_was_drawn_before_does_not_matter() -> None:
+    logits = some_logits(9, 64)
+    sampler = make(64, seed=1)
+    tokens = [sampler.sample(logits, range(position)) for position in range(20)]
+    assert [sampler.sample(logits, range(position)) for position in reversed(range(20))] == tokens[::-1]
+    assert [make(64, seed=2).sample(logits, range(position)) for position in range(20)] != tokens
+
+
+def test_a_small_change_of_the_logits_changes_few_tokens() -> None:
+    """Also where it changes which of two tokens is the likelier, or one at the end of the candidates."""
+    same = 0
+    for position in range(1000):
+        logits = some_logits(position, 300)
+        noise = np.random.default_rng(position).normal(0.0, 1e-3, 300).astype(np.float32)
+        sampler = make(300, top_p=0.9)
+        same += sampler.sample(logits, range(position)) == sampler.sample(logits + noise, range(position))
+    assert same >= 995
+
+
+@pytest.mark.parametrize(("point", "index"), [(1e-9, 0), (0.2, 0), (0.26, 1), (0.9999, 2)])
+def test_a_draw_in_order(point: float, index: int) -> None:
+    assert draw(np.array([0.25, 0.5, 0.25], dtype=np.float32), point) == index
 
 
 def chi_square(tokens: list[int], probs: np.ndarray) -> float:
@@ -58,7 +77,7 @@ def chi_square(tokens: list[int], probs: np.ndarray) -> float:
 def test_frequencies_match_the_distribution() -> None:
     logits = some_logits(10, 1000)
     sampler = make(1000, seed=1, top_k=11, temperature=1.5)
-    tokens = [sampler.sample(logits, ()) for _ in range(5_000)]
+    tokens = [sampler.sample(logits, range(position)) for position in range(5_000)]
     assert chi_square(tokens, by_top_k(softmax(logits / 1.5), 11)) < 29.59  # 0.1 % point for 10 degrees of freedom
 
 
@@ -68,7 +87,7 @@ def test_skew_raises_the_cumulated_probabilities_to_a_power(skew: float) -> None
     sampler = make(4, seed=2, skew=skew)
     cumulated = np.array([0.0, 0.5, 0.75, 0.9, 1.0]) ** math.exp(skew)  # likeliest first: tokens 1, 3, 2, 0
     expected = np.diff(cumulated)[[3, 0, 2, 1]]
-    tokens = [sampler.sample(logits, ()) for _ in range(5_000)]
+    tokens = [sampler.sample(logits, range(position)) for position in range(5_000)]
     assert chi_square(tokens, expected) < 16.27  # 0.1 % point for 3 degrees of freedom
 
 
@@ -147,7 +166,7 @@ def test_last_temperature_near_zero_takes_the_likeliest_survivor() -> None:
 def test_tokens_beyond_the_vocabulary_are_never_chosen() -> None:
     logits = np.array([1.0, 9.0, 1.0, 1.0, 50.0, np.nan], dtype=np.float32)
     for changes in ({}, {"temperature": 0.0}, {"top_k": 3}, {"smoothing_factor": 1.0}):
-        assert {make(4, **changes).sample(logits, ()) for _ in range(50)} <= set(range(4))
+        assert {make(4, **changes).sample(logits, range(position)) for position in range(50)} <= set(range(4))
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 2}, {"token_repetition_penalty": 1.5}])
@@ -186,9 +205,3 @@ def test_a_history_that_grows_gives_what_a_new_one_gives() -> None:
         np.testing.assert_array_equal(dense(sampler, logits, history), dense(make(50, **changes), logits, history))
     shorter = history[100:200]
     np.testing.assert_array_equal(dense(sampler, logits, shorter), dense(make(50, **changes), logits, shorter))
-
-
-def test_min_p_fills_the_places_of_dropped_tokens_from_the_end() -> None:
-    """exllamav2's partition; a random number is laid against this order."""
-    ids, _ = make(6, min_p=0.5).distribution(of(0.3, 0.02, 0.02, 0.27, 0.37, 0.02), ())
-    assert ids.tolist() == [0, 4, 3]

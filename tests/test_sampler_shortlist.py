@@ -1,7 +1,6 @@
 """The sampler on vocabularies so large that it looks at the highest logits only: that must make no difference.
 
-So, too, top-p, which looks at candidates that are few and in order one by one, and of many at the likeliest first; and
-the draw, which sums many in blocks.
+So, too, top-p, which looks at candidates that are few and in order one by one, and of many at the likeliest first.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samplertools import make
 
-from exl_cli.engines.sampling.filters import draw
 from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.sampling import Sampling
 
@@ -122,23 +120,6 @@ def test_top_p_of_a_large_vocabulary_is_the_beginning_of_all_in_order(
     assert kept.tolist() == ids[order][: min(count, len(kept))].tolist()
     assert len(kept) == count or probs[order][len(kept)] <= 0.5 * (1 - mass) / len(ids)
     np.testing.assert_allclose(shares, probs[order][: len(kept)] / sums[len(kept) - 1], rtol=1e-4)
-
-
-@given(st.integers(0, 2**32), st.sampled_from([4096, 4097, 5000, 32000, 151936]), st.floats(0.3, 4.0), st.data())
-@settings(max_examples=100, deadline=None)
-def test_a_draw_from_many_is_that_of_their_exact_sums(seed: int, size: int, steep: float, data: Any) -> None:
-    rng = np.random.default_rng(seed)
-    weights = (1.0 + rng.permutation(size)) ** -steep
-    weights[rng.random(size) < data.draw(st.sampled_from([0.0, 0.5, 0.999]))] = 0
-    weights[rng.integers(size)] += 0.1
-    probs = (weights / weights.sum()).astype(np.float32)
-    point = data.draw(st.one_of(st.floats(0.0, 1.0, exclude_max=True), st.sampled_from([0.0, 1.0 - 2**-53])))
-    index = draw(probs, point)
-    # One random number in five thousand is never reached, as in exllamav2.
-    before, after = (probs[:end].astype(np.float64).sum() for end in (index, index + 1))
-    slack = 1e-6 if size > 4096 else 1e-3
-    assert probs[index] > 0
-    assert before - slack <= max(0.9998 * point, 1e-38) <= after + slack
 
 
 @pytest.mark.parametrize(("mass", "kept"), [(0.5, [0]), (0.75, [0, 1]), (0.76, [0, 1, 2])])

@@ -109,6 +109,11 @@ DEVICE unsigned warp_or(unsigned v)
     for (int i = 0; i < 32; i++) all |= w.u[turn][i][0];
     return all;
 }
+DEVICE unsigned float_bits(float f) { unsigned w; memcpy(&w, &f, 4); return w; }
+DEVICE float bits_float(unsigned w) { float f; memcpy(&f, &w, 4); return f; }
+DEVICE unsigned add_shared(unsigned* p, unsigned v) { unsigned before = *p; *p += v; return before; }
+template <class T> static void add_global(T* p, T v) { *p += v; }
+DEVICE void max_global(unsigned* p, unsigned v) { *p = max(*p, v); }
 DEVICE unsigned long long from_lane(unsigned long long v, unsigned from)
 {
     Warp& w = warps[current / 32];

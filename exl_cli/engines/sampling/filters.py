@@ -26,10 +26,6 @@ _LOWER = np.uint64(0xFFFFFFFF)
 # So many are sorted at first where a nucleus is looked for.
 _HEAD = 512
 
-# Above so many candidates their sums are those of blocks.
-_MANY = 4096
-_BLOCK = 512
-
 # Above so many logits a column the highest of each column are taken first; see `shortlist`.
 _COLUMNS = 1024
 _LEAST_ROWS = 4
@@ -37,13 +33,9 @@ _LEAST_ROWS = 4
 # The logit of a token that must not be chosen, as exllamav2 has it: no temperature makes it likely.
 _RULED_OUT = np.float32(-1e30)
 
-# exllamav2 scales its random number so that rounding of the probabilities' sum cannot run past the last candidate.
-_ROUNDING_ROOM = 0.9998
-_TINY = float(np.finfo(np.float32).tiny)
-
 
 class Candidates(NamedTuple):
-    """The tokens that may come next, in the order in which a random number is laid against them.
+    """The tokens that may come next.
 
     Attributes:
         ids: token ids, shape [n], n at least 1.
@@ -222,13 +214,7 @@ def min_p(candidates: Candidates, share: float) -> Candidates:
 
 
 def _at_least(candidates: Candidates, threshold: float) -> Candidates:
-    """The tokens of at least this probability. Their order is that of exllamav2's partition in place: where a token is
-    dropped, the last kept one not yet moved takes its place."""
-    kept = candidates.probs >= threshold
-    n = int(np.count_nonzero(kept))
-    places = np.arange(n)
-    places[~kept[:n]] = np.flatnonzero(kept[n:])[::-1] + n
-    return _kept(candidates, places)
+    return _kept(candidates, candidates.probs >= threshold)
 
 
 def descending(candidates: Candidates, least: float = _NEGLIGIBLE) -> Candidates:
@@ -315,19 +301,7 @@ def _kept(candidates: Candidates, which: BoolArray | IntArray | slice) -> Candid
 
 
 def draw(probs: FloatArray, point: float) -> int:
-    """The index of the first candidate at which the probabilities, summed in order, reach `point` (0 to 1).
-
-    Of many, blocks are summed first: sooner than one after the other, and closer to the true sums.
-    """
-    target = np.float32(max(point * _ROUNDING_ROOM, _TINY))
-    if len(probs) <= _MANY:
-        sums = np.add.accumulate(probs)
-        index = int(sums.searchsorted(target))
-        return index if index < len(sums) else int(np.flatnonzero(probs)[-1])
-    starts = np.arange(0, len(probs), _BLOCK)
-    totals = np.add.accumulate(np.add.reduceat(probs, starts), dtype=np.float64)
-    block = min(int(totals.searchsorted(target)), len(starts) - 1)
-    begin, before = int(starts[block]), float(totals[block - 1]) if block else 0.0
-    inside = probs[begin : begin + _BLOCK]
-    index = int((np.add.accumulate(inside, dtype=np.float64) + before).searchsorted(target))
-    return begin + (index if index < len(inside) else int(np.flatnonzero(inside)[-1]))
+    """The index of the first candidate at which the probabilities, summed in order, exceed `point` (above 0, below 1)
+    of their sum."""
+    sums = np.add.accumulate(probs, dtype=np.float64)
+    return min(int(sums.searchsorted(point * sums[-1], side="right")), len(sums) - 1)

@@ -1,8 +1,11 @@
 """The reference sampler: from one position's logits to the next token, on the CPU, in NumPy.
 
-It does what exllamav2 0.3.2's sampler does: the same steps in the same order, candidates kept in the same order, one
-`random.Random(seed).random()` per token. Given the same float32 logits, history and seed it picks the same token, but
-for rounding and but for what is wrong there. Those differences, each toward the published algorithm:
+Its distributions are those of exllamav2 0.3.2's sampler, which takes the same steps in the same order, but for rounding
+and for what is wrong there. The token is drawn by an exponential race: each candidate of probability p gets exponential
+noise E of its own, a function of seed, position and token (see `noise`), and the least E / p wins. Of all ways to draw
+from a distribution this is among those that a small change of it, as from another order of sums, changes least often.
+
+The differences from exllamav2, each toward the published algorithm:
 
 - Top-p: exllamav2 leaves out the token that reaches the threshold, then fills the room with less likely ones: of
   (0.5, 0.35, 0.1, 0.05) at 0.8 it keeps the first, third and fourth. Here: the fewest likeliest tokens whose sum is at
@@ -20,8 +23,6 @@ for rounding and but for what is wrong there. Those differences, each toward the
   probabilities are those of the mixture of both outcomes; and protected tokens take no part rather than call it off.
 - Skew: exllamav2 keeps tokens of a probability below 1e-8 behind the sorted ones; here they are dropped.
 - Mirostat: mu starts at 2 tau, once; exllamav2 starts it again whenever it happens to be 0.
-- The draw: a random number of 0 cannot pick a token of probability 0. Of more than 4,096 candidates sums of blocks are
-  searched, which are closer to the true ones than float32 sums from the first on.
 - DRY: see `dry`.
 - Logits that are NaN or infinite are refused; exllamav2 picks some token.
 """
@@ -29,7 +30,6 @@ for rounding and but for what is wrong there. Those differences, each toward the
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -64,6 +64,7 @@ from exl_cli.engines.sampling.filters import (
     xtc,
 )
 from exl_cli.engines.sampling.logprobs import token_logprobs
+from exl_cli.engines.sampling.noise import exponential, uniform
 from exl_cli.errors import EngineError, UsageError, param
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import Sampling
@@ -112,7 +113,7 @@ class Sampler:
         end_ids: Collection[int] = (),
     ) -> None:
         self._settings = settings
-        self._random = random.Random(seed)
+        self._seed = seed
         self._vocab_size = vocab_size
         self._all_ids = np.arange(vocab_size)
         self._mu = 2.0 * settings.mirostat_tau
@@ -133,7 +134,7 @@ class Sampler:
         self._steps = self._filters()
 
     def sample(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> int:
-        """Choose the next token. Draws one random number, whether it is needed or not.
+        """Choose the next token: with the same arguments the same one, mirostat aside.
 
         Args:
             logits: shape [n] with n at least 1, of any float type, not modified.
@@ -146,9 +147,14 @@ class Sampler:
             UsageError: no token is left that may be chosen.
             ValueError: logits of another shape.
         """
-        point = self._random.random()
         ids, probs = self.distribution(logits, history, banned)
-        chosen = 0 if len(ids) == 1 else draw(probs, self._skewed(point))
+        chosen = 0
+        if len(ids) > 1 and self._settings.skew:
+            # A power of the random number, so that it falls nearer one end of the candidates, likeliest first.
+            point = uniform(self._seed, len(history)) ** math.exp(-self._settings.skew)
+            chosen = draw(probs, point)
+        elif len(ids) > 1:
+            chosen = int((probs / exponential(self._seed, len(history), ids)).argmax())
         if self._settings.mirostat:
             surprise = -math.log2(probs[chosen])
             self._mu += self._settings.mirostat_eta * (self._settings.mirostat_tau - surprise)
@@ -245,10 +251,6 @@ class Sampler:
             (s.skew != 0, descending),
         ]
         return [step for on, step in steps if on]
-
-    def _skewed(self, point: float) -> float:
-        """Skew: a power of the random number, so that it falls nearer one end of the candidates, likeliest first."""
-        return point ** math.exp(-self._settings.skew) if self._settings.skew else point
 
 
 class History:

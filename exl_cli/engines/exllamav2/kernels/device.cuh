@@ -78,6 +78,15 @@ DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::
 
 DEVICE u32 warp_or(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
 
+DEVICE u32 float_bits(float f) { return __float_as_uint(f); }
+DEVICE float bits_float(u32 w) { return __uint_as_float(w); }
+
+// Atomic, in memory that the threads of a block share: what was there before.
+DEVICE u32 add_shared(u32* p, u32 v) { return atomicAdd(p, v); }
+DEVICE void add_global(u32* p, u32 v) { atomicAdd(p, v); }
+DEVICE void add_global(float* p, float v) { atomicAdd(p, v); }
+DEVICE void max_global(u32* p, u32 v) { atomicMax(p, v); }
+
 DEVICE u64 from_lane(u64 v, u32 lane) { return __shfl_sync(0xffffffffu, v, lane); }
 
 DEVICE float warp_sum(float v)

@@ -1,0 +1,552 @@
+// From a row of logits to its next token: what `engines/sampling` defines, one block a row.
+//
+// A filter keeps the candidates within an interval of q, the distance of a token's log-weight to the highest one: all of
+// them are monotone in the logit, and typical sampling keeps those around one value. So nothing is sorted. A bound is
+// found in two passes over the row, each of which adds up weights in 2,048 bins of equal width in shared memory. Weights
+// are integers there, so that their sums do not depend on the order in which threads come.
+//
+// The draw is an exponential race: of the candidates the one with the least E / p, where E is exponential noise of seed,
+// position and token (see `noise`): each token wins with probability p, and a small change of p changes few winners.
+
+#include "device.cuh"
+
+#ifndef INFINITY
+#define INFINITY bits_float(0x7f800000u)
+#endif
+
+const u32 BINS = 2048;
+const float RULED_OUT = -1e30f;         // the logit of a token that must not be chosen
+const float NEGLIGIBLE = 1e-8f;         // typical sampling and mirostat drop tokens below this probability
+const float WHOLE = 2147483648.0f;      // the weight of all candidates together in bins
+const float FAR = 32.0f;                // weights below e^-32 are not told apart
+const float MOST_PENALTY = 1e30f;
+
+const int FAILED = -1;                  // in the token's place: no candidate, or a logit that is no number
+
+const u32 GREEDY = 1, LAST = 2, MIROSTAT = 4, FADING = 8;
+
+struct Row
+{
+    const int* history;         // the tokens so far
+    int* next;                  // where the chosen one goes, too; or null
+    const u32* mask;            // bits of the tokens that may be chosen; or null
+    const u32* breakers;        // bits of the tokens that DRY does not match across
+    const u32* is_protected;    // bits of the tokens that XTC does not exclude
+    const int* edited;          // tokens with a bias
+    const float* biases;        // minus infinity rules a token out
+    u64 seed;
+    u32 logits;                 // the row of logits
+    u32 length;                 // of the history
+    u32 edits, flags, top_k;
+    u32 repetition_range, repetition_decay;
+    u32 dry_allowed_length, dry_range, dry_max_ngram;
+    u32 top_logprobs;           // how many of the likeliest are asked for, and 1: 0 for no log-probabilities at all
+    float temperature, smoothing, top_p, top_a, min_p, typical, min_temp, max_temp, temp_exponent;
+    float repetition, presence, frequency, dry_multiplier, dry_base;
+    float xtc_probability, xtc_threshold;
+    float bits;                 // mirostat's mu
+};
+
+const u32 MOST_TOP = 64;
+
+struct Chosen
+{
+    int token;
+    float prob;                 // in the distribution that it was drawn from
+    float total;                // logarithm of the sum of all exponentials of the model's logits
+    float logit;                // the model's
+    u32 top;                    // tokens in `ids`: as many as were asked for and those equal to the last of them
+    u32 padding[3];
+    int ids[MOST_TOP];
+    float logits[MOST_TOP];
+};
+
+struct Sample
+{
+    const float* logits;
+    const Row* rows;
+    Chosen* chosen;
+    float* scratch;             // for each row: `vocab` words, and as many for `FADING`
+    u32 columns;                // logits of a row
+    u32 vocab;                  // those that have a token
+};
+
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+struct Four { u32 word[4]; };
+DEVICE Four philox(u32 block, u32 position, u64 seed)
+{
+    u32 c0 = block, c1 = position, c2 = 0, c3 = 0, k0 = (u32) seed, k1 = (u32) (seed >> 32);
+    #pragma unroll
+    for (int round = 0; round < 10; round++)
+    {
+        u64 a = (u64) 0xd2511f53u * c0, b = (u64) 0xcd9e8d57u * c2;
+        c0 = (u32) (b >> 32) ^ c1 ^ k0;
+        c1 = (u32) b;
+        c2 = (u32) (a >> 32) ^ c3 ^ k1;
+        c3 = (u32) a;
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    return Four{{c0, c1, c2, c3}};
+}
+DEVICE float exponential(u32 word)
+{
+    return -log1pf(-fminf(((float) word + 0.5f) * 0x1p-32f, 0x1.fffffep-1f));
+}
+
+// Floats as integers of the same order.
+DEVICE u32 ordered(float f)
+{
+    u32 w = float_bits(f);
+    return w & 0x80000000u ? ~w : w | 0x80000000u;
+}
+DEVICE float unordered(u32 w) { return bits_float(w & 0x80000000u ? w & 0x7fffffffu : ~w); }
+
+// The next larger number of one that is not negative.
+DEVICE float above(float f) { return f > 0.0f ? bits_float(float_bits(f) + 1) : 0x1p-126f; }
+
+DEVICE bool bit(const u32* bits, u32 i) { return bits[i / 32] >> i % 32 & 1; }
+
+// What the threads of a block share.
+struct Shared
+{
+    u64 best[32];
+    float sums[32];
+    u32 counts[32];
+    u32 bins[BINS];
+    float threshold;
+    u32 counter;
+};
+
+DEVICE u64 block_max(u64 v, Shared& s)
+{
+    for (u32 offset = 16; offset; offset /= 2)
+    {
+        u64 other = from_lane(v, threadIdx.x % 32 ^ offset);
+        v = other > v ? other : v;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (u32 w = 0; w < blockDim.x / 32; w++) v = s.best[w] > v ? s.best[w] : v;
+    return v;
+}
+DEVICE float total(float v, Shared& s)
+{
+    __syncthreads();
+    return block_sum(v, s.sums);
+}
+DEVICE u32 count(u32 v, Shared& s)
+{
+    for (u32 offset = 16; offset; offset /= 2) v += (u32) from_lane(v, threadIdx.x % 32 ^ offset);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) s.counts[threadIdx.x / 32] = v;
+    __syncthreads();
+    u32 sum = 0;
+    for (u32 w = 0; w < blockDim.x / 32; w++) sum += s.counts[w];
+    return sum;
+}
+
+// The bin up to which weights add up to `target`; BINS where they do not. `before`: what lies before that bin.
+DEVICE u32 crossing(Shared& s, u32 target, u32& before)
+{
+    u32 lane = threadIdx.x % 32, own = 0, first = lane * (BINS / 32);
+    for (u32 i = 0; i < BINS / 32; i++) own += s.bins[first + (i + lane) % (BINS / 32)];
+    u32 sum = own;
+    for (u32 offset = 1; offset < 32; offset *= 2)
+    {
+        u32 other = (u32) from_lane(sum, lane - offset & 31);
+        if (lane >= offset) sum += other;
+    }
+    u32 reached = warp_or(sum >= target ? 1u << lane : 0u);
+    if (!reached) return BINS;
+    u32 owner = 0;
+    while (!(reached >> owner & 1)) owner++;
+    before = (u32) from_lane(sum - own, owner);
+    u32 at = owner * (BINS / 32);
+    while (before + s.bins[at] < target) before += s.bins[at++];
+    return at;
+}
+
+// A bound: the candidates of the least keys, as many as have weights of `target` together, are those below it, and with
+// them any that differ by less than a two-millionth of `range`. Keys close to `range` and above are not told apart.
+// `key(i)`: negative for what is no candidate. `weight(i)`: an integer.
+template <class Key, class Weight>
+DEVICE float bound(u32 n, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
+{
+    const float inverse = (float) BINS / range;
+    u32 first = 0, before = 0;
+    float base = 0.0f, fine = inverse;
+    for (int pass = 0; pass < 2; pass++)
+    {
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[i] = 0;
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        {
+            float k = key(i);
+            if (!(k >= 0.0f)) continue;
+            u32 bin = (u32) fminf(k * inverse, (float) (BINS - 1));
+            if (pass)
+            {
+                if (bin != first) continue;
+                bin = (u32) fminf(fmaxf((k - base) * fine, 0.0f), (float) (BINS - 1));
+            }
+            u32 w = weight(i);
+            if (w) add_shared(&s.bins[bin], w);
+        }
+        __syncthreads();
+        u32 less = 0, at = crossing(s, target - before, less);
+        if (at == BINS || (!pass && at == BINS - 1)) return INFINITY;  // all, as far as they are told apart
+        before += less;
+        base += (float) at / fine;
+        first = at;
+        if (!pass) fine = inverse * (float) BINS;
+    }
+    return base + 2.0f / fine;      // a bin more than needed, for rounding
+}
+
+// How strongly the token at a distance from the end of the history is penalized.
+DEVICE float strength(const Row& r, u32 distance)
+{
+    u32 beyond = distance > r.repetition_range ? distance - r.repetition_range : 0;
+    return 1.0f - (beyond ? (float) beyond / (float) r.repetition_decay : 0.0f);
+}
+DEVICE float penalized(const Row& r, float logit, float strength)
+{
+    float factor = 1.0f + (r.repetition - 1.0f) * strength;
+    return (logit > 0.0f ? logit / factor : logit * factor) - r.presence * strength;
+}
+
+// The length of the match of the history's end with what ends at `end`, see `longest_repeat`.
+DEVICE u32 repeated(const Row& r, u32 vocab, u32 first, u32 end)
+{
+    u32 length = 0, last = r.length - 1;
+    while (length < r.dry_max_ngram && length <= last)
+    {
+        u32 token = (u32) r.history[last - length];
+        if (token >= vocab || bit(r.breakers, token)) break;
+        if (end < first + length || (u32) r.history[end - length] != token) break;
+        length++;
+    }
+    return length;
+}
+
+// The model's logits with all that is asked for before the softmax, in scratch memory.
+DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* scores, Shared& s)
+{
+    u32* nearest = (u32*) scores;
+    u32* often = nearest + p.vocab;
+    bool penalties = r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f;
+    u32 reach = r.repetition_range + r.repetition_decay;
+    if (reach < r.repetition_range) reach = 0xffffffffu;
+    u32 begin = r.length > reach ? r.length - reach : 0;
+    if (penalties)
+    {
+        for (u32 i = threadIdx.x; i < p.vocab; i += blockDim.x)
+        {
+            nearest[i] = 0;
+            if (r.flags & FADING) often[i] = 0;
+        }
+        __syncthreads();
+        for (u32 at = begin + threadIdx.x; at < r.length; at += blockDim.x)
+        {
+            u32 token = (u32) r.history[at];
+            if (token >= p.vocab) continue;
+            max_global(&nearest[token], at + 1);
+            if (r.flags & FADING) add_global(&often[token], (u32) (strength(r, r.length - 1 - at) * 65536.0f + 0.5f));
+        }
+        __syncthreads();
+    }
+    for (u32 i = threadIdx.x; i < p.vocab; i += blockDim.x)
+    {
+        float score = logits[i];
+        if (penalties && nearest[i])
+        {
+            score = penalized(r, score, strength(r, r.length - nearest[i]));
+            if (r.flags & FADING) score -= r.frequency * ((float) often[i] / 65536.0f);
+        }
+        scores[i] = r.mask && !bit(r.mask, i) ? RULED_OUT : score;
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < r.edits; i += blockDim.x)
+        if ((u32) r.edited[i] < p.vocab) scores[r.edited[i]] = fmaxf(scores[r.edited[i]] + r.biases[i], RULED_OUT);
+    if (r.dry_multiplier > 0.0f && r.length > 1)
+    {
+        u32 first = r.dry_range && r.length - 1 > r.dry_range ? r.length - 1 - r.dry_range : 0;
+        u64 longest = 0;
+        for (u32 end = first + threadIdx.x; end < r.length - 1; end += blockDim.x)
+        {
+            u32 length = repeated(r, p.vocab, first, end);
+            longest = length > longest ? length : longest;
+        }
+        longest = block_max(longest, s);
+        if (longest && longest >= r.dry_allowed_length)
+        {
+            float factor = r.dry_multiplier * powf(r.dry_base, (float) (longest - r.dry_allowed_length));
+            for (u32 end = first + threadIdx.x; end < r.length - 1; end += blockDim.x)
+            {
+                u32 token = (u32) r.history[end + 1];
+                if (repeated(r, p.vocab, first, end) != longest) continue;
+                if (token < p.vocab && !bit(r.breakers, token)) add_global(&scores[token], -fminf(factor, MOST_PENALTY));
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// The log-probabilities that were asked for: of the model's own logits.
+DEVICE void report(const Sample& p, const Row& r, const float* logits, Chosen& out, Shared& s)
+{
+    u64 best = 0, named = 0;
+    for (u32 i = threadIdx.x; i < p.columns; i += blockDim.x)
+    {
+        u64 v = ordered(logits[i]);
+        best = v > best ? v : best;
+        if (i < p.vocab) named = v > named ? v : named;
+    }
+    float highest = unordered((u32) block_max(best, s)), first = unordered((u32) block_max(named, s)), sum = 0.0f;
+    for (u32 i = threadIdx.x; i < p.columns; i += blockDim.x) sum += expf(logits[i] - highest);
+    sum = total(sum, s);
+    float limit = 0.0f;
+    u32 wanted = r.top_logprobs - 1;
+    if (wanted)
+    {
+        limit = bound(p.vocab, [&](u32 i) { return first - logits[i]; }, [](u32) { return 1u; }, wanted, FAR, s);
+        if (threadIdx.x == 0) s.counter = 0;
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < p.vocab; i += blockDim.x)
+            if (first - logits[i] < limit)
+            {
+                u32 place = add_shared(&s.counter, 1);
+                if (place < MOST_TOP)
+                {
+                    out.ids[place] = i;
+                    out.logits[place] = logits[i];
+                }
+            }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0)
+    {
+        out.total = highest + logf(sum);
+        out.top = wanted ? s.counter : 0;
+    }
+}
+
+DEVICE void finish(const Row& r, const float* logits, Chosen& out, int token, float prob)
+{
+    if (threadIdx.x) return;
+    out.token = token;
+    out.prob = prob;
+    if (token < 0) return;
+    out.logit = logits[token];
+    if (r.next) *r.next = token;
+}
+
+extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
+{
+    Shared& s = *(Shared*) shared_memory;
+    wait_for_inputs();
+    const Row& r = p.rows[blockIdx.x];
+    const u32 n = p.vocab;
+    const float* logits = p.logits + (u64) r.logits * p.columns;
+    Chosen& out = p.chosen[blockIdx.x];
+
+    u64 bad = 0;
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x) bad |= !(fabsf(logits[i]) < INFINITY);
+    if (block_max(bad, s)) return finish(r, logits, out, FAILED, 0.0f);
+    if (r.top_logprobs) report(p, r, logits, out, s);
+
+    const float* scores = logits;
+    bool penalties = r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f;
+    if (penalties || r.mask || r.edits || r.dry_multiplier > 0.0f)
+    {
+        float* adjusted = p.scratch + (u64) blockIdx.x * 2 * p.vocab;
+        adjust(p, r, logits, adjusted, s);
+        scores = adjusted;
+    }
+    u64 best = 0;
+    float farthest = 0.0f;
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+    {
+        u64 v = (u64) ordered(scores[i]) << 32 | (0xffffffffu - i);     // of equals the first
+        best = v > best ? v : best;
+    }
+    best = block_max(best, s);
+    const float highest = unordered((u32) (best >> 32));
+    if (highest < 0.1f * RULED_OUT) return finish(r, logits, out, FAILED, 0.0f);
+    if (r.flags & GREEDY) return finish(r, logits, out, (int) (0xffffffffu - (u32) best), 1.0f);
+
+    // Candidates have nearest <= q < limit; their weights are e to the minus (q - nearest) times steepness, over `sum`.
+    const float temperature = r.flags & LAST ? 1.0f : r.temperature;
+    const float linear = r.smoothing > 0.0f ? 0.0f : 1.0f / temperature, squared = r.smoothing / temperature;
+    float nearest = 0.0f, limit = INFINITY, steepness = 1.0f, sum = 1.0f, shortest = -INFINITY;
+    u32 kept = n;
+    auto distance = [&](u32 i) { return highest - scores[i]; };
+    auto q = [&](u32 i)
+    {
+        float d = highest - scores[i];
+        if (!(d < shortest) && shortest > 0.0f) return -1.0f;
+        float v = squared > 0.0f ? d * d * squared : d * linear;
+        return v >= nearest && v < limit ? v : -1.0f;
+    };
+    auto weight = [&](float v) { return expf(-(v - nearest) * steepness); };
+    auto renew = [&](bool counted)
+    {
+        float own = 0.0f;
+        u32 number = 0;
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        {
+            float v = q(i);
+            if (v < 0.0f) continue;
+            own += weight(v);
+            number++;
+        }
+        sum = total(own, s);
+        if (counted) kept = count(number, s);
+    };
+    auto whole = [&](float v) { return (u32) (weight(v) / sum * WHOLE + 0.5f); };
+
+    if (0 < r.top_k && r.top_k < n)
+    {
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+            if (scores[i] > 0.1f * RULED_OUT) farthest = fmaxf(farthest, distance(i));
+        // A little more, so that the last bin stays empty.
+        float range = 1.001f * unordered((u32) block_max(ordered(farthest), s));
+        shortest = range > 0.0f ? bound(n, distance, [](u32) { return 1u; }, r.top_k, range, s) : INFINITY;
+    }
+    renew(false);
+    if (0.0f < r.top_p && r.top_p < 1.0f)
+    {
+        limit = bound(n, q, [&](u32 i) { return whole(q(i)); }, (u32) (r.top_p * WHOLE), FAR, s);
+        renew(false);
+    }
+    if (r.top_a > 0.0f)
+    {
+        limit = fminf(limit, above(-logf(fminf(r.top_a / sum, 1.0f))));
+        renew(false);
+    }
+    if (r.min_p > 0.0f)
+    {
+        limit = fminf(limit, above(-logf(r.min_p)));
+        renew(false);
+    }
+    if (0.0f < r.typical && r.typical < 1.0f)
+    {
+        limit = fminf(limit, -logf(NEGLIGIBLE * sum));
+        float own = 0.0f;
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        {
+            float v = q(i);
+            if (v >= 0.0f) own += weight(v) / sum * v;
+        }
+        float mean = total(own, s);     // of q; the entropy is that and the logarithm of `sum`
+        auto deviation = [&](u32 i) { float v = q(i); return v < 0.0f ? -1.0f : fabsf(v - mean); };
+        float widest = bound(n, deviation, [&](u32 i) { return whole(q(i)); }, (u32) (r.typical * WHOLE), FAR, s);
+        float low = fmaxf(mean - widest, 0.0f);
+        limit = fminf(limit, mean + widest);
+        u64 first = 0;      // the nearest that is left
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        {
+            float v = q(i);
+            if (v < 0.0f || fabsf(v - mean) >= widest) continue;
+            u64 back = 0xffffffffu - ordered(v);
+            first = back > first ? back : first;
+        }
+        first = block_max(first, s);
+        if (!first) return finish(r, logits, out, FAILED, 0.0f);
+        nearest = fmaxf(low, unordered(0xffffffffu - (u32) first));
+        renew(false);
+    }
+    if (r.flags & MIROSTAT)
+    {
+        float most = fminf(r.bits * 0.69314718f, -logf(NEGLIGIBLE)) - logf(sum);
+        limit = fminf(limit, fmaxf(above(nearest + most), above(nearest)));
+        renew(false);
+    }
+    if (r.max_temp > r.min_temp)
+    {
+        renew(true);
+        if (kept > 1)
+        {
+            float own = 0.0f;
+            for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+            {
+                float v = q(i), w = v < 0.0f ? 0.0f : weight(v) / sum;
+                if (w > 0.0f) own -= w * logf(w);
+            }
+            float share = fmaxf(total(own, s), 0.0f) / logf((float) kept);
+            float at = r.min_temp + (r.max_temp - r.min_temp) * powf(share, r.temp_exponent);
+            steepness = 1.0f / fmaxf(at, 1e-9f);
+            renew(false);
+        }
+    }
+    else if (r.flags & LAST)
+    {
+        steepness = 1.0f / fmaxf(r.temperature, 1e-9f);
+        renew(false);
+    }
+    // XTC: all but the least likely of the top choices are excluded, with a probability.
+    float excluded = 1.0f, others = 1.0f;
+    u32 spared = 0xffffffffu;
+    auto is_top = [&](u32 i, float v)
+    {
+        float w = weight(v) / sum;
+        return w >= r.xtc_threshold && w > 0.0f && !bit(r.is_protected, i);
+    };
+    if (r.xtc_probability > 0.0f)
+    {
+        u64 least = 0;
+        u32 number = 0;
+        float own = 0.0f;
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        {
+            float v = q(i);
+            if (v < 0.0f || !is_top(i, v)) continue;
+            u64 back = (u64) ordered(v) << 32 | i;
+            least = back > least ? back : least;
+            own += weight(v) / sum;
+            number++;
+        }
+        least = block_max(least, s);
+        number = count(number, s);
+        float top = total(own, s);
+        if (number > 1)
+        {
+            spared = (u32) least;
+            float v = q(spared);
+            float rest = 1.0f - top + weight(v) / sum;
+            excluded = 1.0f - r.xtc_probability;
+            others = excluded + r.xtc_probability / rest;
+        }
+        else spared = 0xfffffffeu;
+    }
+    auto prob = [&](u32 i, float v)
+    {
+        float w = weight(v) / sum;
+        if (spared >= 0xfffffffeu) return w;
+        return w * (i != spared && is_top(i, v) ? excluded : others);
+    };
+    u64 winner = 0;
+    for (u32 block = threadIdx.x; block * 4 < n; block += blockDim.x)
+    {
+        Four noise;
+        bool drawn = false;
+        for (u32 i = block * 4; i < block * 4 + 4 && i < n; i++)
+        {
+            float v = q(i);
+            if (v < 0.0f) continue;
+            if (!drawn) noise = philox(block, r.length, r.seed);
+            drawn = true;
+            float share = prob(i, v);
+            if (!(share > 0.0f)) continue;
+            u64 back = (u64) ordered(share / exponential(noise.word[i % 4])) << 32 | (0xffffffffu - i);
+            winner = back > winner ? back : winner;
+        }
+    }
+    winner = block_max(winner, s);
+    if (!winner) return finish(r, logits, out, FAILED, 0.0f);
+    u32 token = 0xffffffffu - (u32) winner;
+    finish(r, logits, out, (int) token, prob(token, q(token)));
+}

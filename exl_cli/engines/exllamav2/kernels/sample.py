@@ -1,0 +1,100 @@
+"""The arguments of `sample.cu`: from logits to tokens."""
+
+from __future__ import annotations
+
+import ctypes
+
+from exl_cli.sampling import Sampling
+
+FILE, NAME = "sample.cu", "sample"
+THREADS = 1024
+SHARED_BYTES = 9216
+FAILED = -1
+MOST_TOP = 64
+
+_GREEDY, _LAST, _MIROSTAT, _FADING = 1, 2, 4, 8
+_ENDLESS = 2**32 - 1
+
+
+class Row(ctypes.Structure):
+    """`Row` of sample.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("history", "next", "mask", "breakers", "is_protected", "edited")),
+        ("biases", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_uint32) for name in ("logits", "length", "edits", "flags", "top_k")),
+        *((name, ctypes.c_uint32) for name in ("repetition_range", "repetition_decay")),
+        *((name, ctypes.c_uint32) for name in ("dry_allowed_length", "dry_range", "dry_max_ngram", "top_logprobs")),
+        *((name, ctypes.c_float) for name in ("temperature", "smoothing", "top_p", "top_a", "min_p", "typical")),
+        *((name, ctypes.c_float) for name in ("min_temp", "max_temp", "temp_exponent")),
+        *((name, ctypes.c_float) for name in ("repetition", "presence", "frequency", "dry_multiplier", "dry_base")),
+        *((name, ctypes.c_float) for name in ("xtc_probability", "xtc_threshold", "bits")),
+    )
+
+
+class Chosen(ctypes.Structure):
+    """`Chosen` of sample.cu."""
+
+    _fields_ = (
+        ("token", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("prob", "total", "logit")),
+        ("top", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32 * 3),
+        ("ids", ctypes.c_int32 * MOST_TOP),
+        ("logits", ctypes.c_float * MOST_TOP),
+    )
+
+
+class SampleArgument(ctypes.Structure):
+    """`Sample` of sample.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "rows", "chosen", "scratch")),
+        ("columns", ctypes.c_uint32),
+        ("vocab", ctypes.c_uint32),
+    )
+
+
+def why_not(settings: Sampling) -> str:
+    """Why settings are left to the CPU's sampler, in a few words; empty where the kernel knows them.
+
+    Both steps need the candidates in order.
+    """
+    if 0 < settings.tfs < 1:
+        return "tail-free sampling"
+    return "skew" if settings.skew else ""
+
+
+def row(settings: Sampling, seed: int) -> Row:
+    """The row of a request but for its memory and its length."""
+    s = settings
+    fading = s.token_repetition_decay > 0 or s.token_frequency_penalty != 0
+    flags = _GREEDY * s.greedy | _LAST * s.temperature_last | _MIROSTAT * s.mirostat | _FADING * fading
+    return Row(
+        seed=seed % 2**64,
+        flags=flags,
+        top_k=min(s.top_k, _ENDLESS),
+        repetition_range=_ENDLESS if s.token_repetition_range < 0 else min(s.token_repetition_range, _ENDLESS),
+        repetition_decay=min(s.token_repetition_decay, _ENDLESS),
+        dry_allowed_length=min(s.dry_allowed_length, _ENDLESS),
+        dry_range=min(s.dry_range, _ENDLESS),
+        dry_max_ngram=min(s.dry_max_ngram, _ENDLESS),
+        temperature=s.temperature,
+        smoothing=s.smoothing_factor,
+        top_p=s.top_p,
+        top_a=s.top_a,
+        min_p=s.min_p,
+        typical=s.typical,
+        min_temp=s.min_temp,
+        max_temp=s.max_temp,
+        temp_exponent=s.temp_exponent,
+        repetition=s.token_repetition_penalty,
+        presence=s.token_presence_penalty,
+        frequency=s.token_frequency_penalty,
+        dry_multiplier=s.dry_multiplier,
+        dry_base=s.dry_base,
+        xtc_probability=s.xtc_probability,
+        xtc_threshold=s.xtc_threshold,
+        bits=2.0 * s.mirostat_tau,
+    )
