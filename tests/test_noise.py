@@ -37,6 +37,6 @@ def test_a_tokens_noise_does_not_depend_on_the_others() -> None:
 
 def test_uniform_numbers_are_between_0_and_1() -> None:
     numbers = np.sort([uniform(3, position) for position in range(5000)])
-    assert 0 < numbers[0]
+    assert numbers[0] > 0
     assert numbers[-1] < 1
     assert np.abs(numbers - np.arange(5000) / 5000).max() < 1.95 / np.sqrt(5000)
