@@ -86,7 +86,7 @@ class Sampling:
     temperature: float = _setting(
         0.85, "--temperature", "Softmax temperature; below 0.01 is greedy.", high=100.0, alias="--temp"
     )
-    top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens (tokens).", off=(0,))
+    top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens.", off=(0,))
     top_p: float = _setting(
         0.8, "--top-p", "Keep the likeliest tokens up to this total probability.", high=1.0, off=(0, 1)
     )
@@ -118,10 +118,10 @@ class Sampling:
         -1, "--repetition-range", "How far back penalties reach (tokens); -1 is the whole context, 0 none.", low=-1
     )
     token_repetition_decay: int = _setting(
-        0, "--repetition-decay", "Over how many more tokens the penalties fade out (tokens).", off=(0,)
+        0, "--repetition-decay", "Fade penalties out over this many tokens beyond the range.", off=(0,)
     )
     token_frequency_penalty: float = _setting(
-        0.0, "--frequency-penalty", "Subtract this for every time a token was seen.", low=-100.0, high=100.0, off=(0,)
+        0.0, "--frequency-penalty", "Subtract this for each time a token was seen.", low=-100.0, high=100.0, off=(0,)
     )
     token_presence_penalty: float = _setting(
         0.0, "--presence-penalty", "Subtract this once from tokens already seen.", low=-100.0, high=100.0, off=(0,)
@@ -129,16 +129,14 @@ class Sampling:
     smoothing_factor: float = _setting(
         0.0, "--smoothing-factor", "Quadratic smoothing of the logits.", high=100.0, off=(0,)
     )
-    min_temp: float = _setting(
-        0.0, "--min-temp", "Dynamic temperature: lowest, used where the model is sure.", high=100.0
-    )
+    min_temp: float = _setting(0.0, "--min-temp", "Dynamic temperature: lowest, where the model is sure.", high=100.0)
     max_temp: float = _setting(
         0.0, "--max-temp", "Dynamic temperature: highest; above --min-temp turns it on.", high=100.0
     )
     temp_exponent: float = _setting(
         1.0, "--temp-exponent", "Dynamic temperature: exponent of the entropy.", low_open=True, high=100.0
     )
-    mirostat: bool = _setting(False, "--mirostat", "Mirostat 2: hold the surprise of the text constant.")
+    mirostat: bool = _setting(False, "--mirostat", "Mirostat 2: keep the surprise of the text constant.")
     mirostat_tau: float = _setting(
         1.5, "--mirostat-tau", "Mirostat: target surprise (bits).", low_open=True, high=100.0
     )
@@ -149,13 +147,15 @@ class Sampling:
     dry_base: float = _setting(
         1.75, "--dry-base", "DRY: growth of the penalty with each repeated token.", low=1.0, high=100.0
     )
-    dry_allowed_length: int = _setting(2, "--dry-allowed-length", "DRY: repeats this long are free (tokens).", low=1)
+    dry_allowed_length: int = _setting(
+        2, "--dry-allowed-length", "DRY: longest repeat without a penalty (tokens).", low=1
+    )
     dry_range: int = _setting(0, "--dry-range", "DRY: how far back to look (tokens); 0 is the whole context.")
     dry_max_ngram: int = _setting(20, "--dry-max-ngram", "DRY: longest repeat to consider (tokens).", low=1)
     xtc_probability: float = _setting(
         0.0, "--xtc-probability", "XTC: chance of excluding the top choices.", high=1.0, off=(0,)
     )
-    xtc_threshold: float = _setting(0.1, "--xtc-threshold", "XTC: a top choice is at least this probable.", high=1.0)
+    xtc_threshold: float = _setting(0.1, "--xtc-threshold", "XTC: least probability of a top choice.", high=1.0)
 
     def __post_init__(self) -> None:
         for name, info in FIELDS.items():

@@ -126,7 +126,7 @@ def test_nvcc_must_be_of_torchs_cuda_and_whole(
     [
         ("--arch 9.0", {"CXX": "no-such-g++"}, "no-such-g++ is not found"),
         ("--arch 9.0", {"TORCH_EXTENSIONS_DIR": "/dev/null"}, "/dev/null"),
-        ("--arch hopper", {}, "'hopper' is no GPU architecture; write it as 8.6"),
+        ("--arch hopper", {}, "'hopper' is not a GPU architecture; write it as 8.6"),
         ("", {}, "there is no GPU here to compile for: say which with --arch"),
         (
             "",

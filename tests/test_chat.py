@@ -137,7 +137,7 @@ def test_a_session_whose_model_is_gone_says_how_to_go_on(gptq_dir: Path, data: P
     shutil.rmtree(tmp_path / "models")
     result = chat(Script(["b"]), "two\n", "--continue")
     assert result.exit_code == 3
-    assert "which trip was with; exl chat MODEL --session trip goes on with another" in result.stderr
+    assert "which session trip used; exl chat MODEL --session trip continues with another" in result.stderr
     assert chat(Script(["b"]), "two\n", "fable-7m", "--session", "trip").stdout == "b\n"
 
 

@@ -177,7 +177,7 @@ def test_the_table_names_the_cards_that_are_here(hub: FakeHub, repository: Repos
 
     both = ask("--json", CUDA_VISIBLE_DEVICES="0,1")
     assert {branch["name"]: branch["fits"] for branch in json.loads(both.stdout)}["fp16"] is True
-    assert ask(CUDA_VISIBLE_DEVICES="").stderr == "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB\n"
+    assert ask(CUDA_VISIBLE_DEVICES="").stderr == "no NVIDIA GPU here to fit; use --vram 24 for one with 24 GiB\n"
     assert ask("--vram", "much").exit_code == ExitCode.USAGE
 
 

@@ -90,7 +90,7 @@ def test_a_signal_lets_requests_end_and_nobody_else(processes: dict[str, ServePr
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert server.ended() == ExitCode.OK  # long before the end of its two minutes
     text = "".join(server.log)
-    assert "WARNING: everybody who can reach 0.0.0.0 can use these models; --api-key-file asks for keys" in text
+    assert "WARNING: anyone who can reach 0.0.0.0 can use these models; --api-key-file requires keys" in text
     assert "fable-7m is ready: 1,024 tokens" in text
     assert "stopping: 1 generations under way have 120 s" in text
     assert 'prompt: "user' in text
@@ -148,9 +148,9 @@ def empty(tmp_path: Path) -> str:
         ("fable-7m fable-7m", 2, "two models are called fable-7m"),
         ("--idle-unload soon", 2, "--idle-unload must be a time, got 'soon'; write it as 90s, 15m or 2h"),
         ("--grace -1", 2, "--grace must be a time, got '-1'"),
-        ("--served-name x=y", 2, "--served-name x=y: 'y' is none of the models"),
+        ("--served-name x=y", 2, "--served-name x=y: 'y' is not one of the models"),
         ("--served-name fable-7m", 2, "--served-name fable-7m: the name is empty or taken"),
-        ("--cache-per-key", 2, "--cache-per-key needs keys; give --api-key-file"),
+        ("--cache-per-key", 2, "--cache-per-key needs keys; add --api-key-file"),
         ("--port 70000", 2, "--port must be at least 0 and at most 65535"),
         ("--queue -1", 2, "--queue must be at least 0"),
     ],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from exl_cli.cli.app import app
@@ -26,7 +28,7 @@ SEE_RUN = "see exl run --help"
         ("run --quiet=1", f"--quiet takes no value; {SEE_RUN}"),
         ("run --tempratur 1", f"there is no option --tempratur; did you mean --temperature{{}}? {SEE_RUN}"),
         ("run -Z", f"there is no option -Z; {SEE_RUN}"),
-        ("run a b c d", f"too many arguments: c d; put several words that belong together in quotes; {SEE_RUN}"),
+        ("run a b c d", f"too many arguments: c d; put text with spaces in quotes; {SEE_RUN}"),
         ("download", "MODEL is missing; see exl download --help"),
         (
             "doctor --timeout 0.05",
@@ -89,6 +91,17 @@ def test_the_help_shows_the_range_of_every_setting() -> None:
         else:
             assert re.search(r"<(above )?-?[\d.]+ (to [\d.]+|or more)>", line), line
     assert "<0 to 1>" in next(line for line in shown.splitlines() if "--top-p " in line)
+
+
+def test_every_command_ends_its_help_with_two_examples_that_can_be_read() -> None:
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        title, *examples = command.epilog.split("\n\n")
+        assert (title, len(examples)) == ("Examples:", 2)
+        for example in examples:
+            words = shlex.split(example.rpartition("| ")[2])
+            assert words[:2] == ["exl", name]
+            command.make_context(name, words[2:])
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "bench", "download", "doctor", "rm"])

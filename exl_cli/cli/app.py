@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -123,7 +124,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     ctx: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", envvar="EXL_DEBUG", help="Show tracebacks of errors.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="EXL_DEBUG", help="Show a traceback with every error.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -135,17 +138,67 @@ def root(
         standard_streams.silence_libraries()
 
 
-app.command("run", cls=_Command)(run.run)
-app.command("serve", cls=_Command)(serve.serve)
-app.command("batch", cls=_Command)(batch.batch)
-app.command("bench", cls=_Command)(bench.bench)
-app.command("chat", cls=_Command)(chat.chat)
-app.command("download", cls=_Command)(download.download)
-app.command("list", cls=_Command)(list_models.list_models)
-app.command("show", cls=_Command)(show.show)
-app.command("rm", cls=_Command)(remove.remove)
-app.command("doctor", cls=_Command)(doctor.doctor)
-app.command("build", cls=_Command)(build.build)
+# In the order in which people meet them; with each, the two examples that end its help.
+_COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
+    "run": (
+        run.run,
+        'exl run -p "Once upon a time"',
+        'cat notes.txt | exl run MODEL -p "Summarize this." --temperature 0.3',
+    ),
+    "chat": (
+        chat.chat,
+        'exl chat MODEL --system "Answer in one sentence."',
+        "exl chat --continue",
+    ),
+    "download": (
+        download.download,
+        "exl download turboderp/Mistral-7B-instruct-exl2 --branches --vram 8",
+        "exl download turboderp/Mistral-7B-instruct-exl2:4.0bpw",
+    ),
+    "list": (
+        list_models.list_models,
+        "exl list",
+        "exl list --models-dir ./models --json",
+    ),
+    "show": (
+        show.show,
+        "exl show fable-7m",
+        "exl show ./models/TheBloke_Mistral-7B-Instruct-v0.2-GPTQ",
+    ),
+    "rm": (
+        remove.remove,
+        "exl rm turboderp/Mistral-7B-instruct-exl2:4.0bpw",
+        "exl rm TheBloke/Mistral-7B-Instruct-v0.2-GPTQ --yes",
+    ),
+    "serve": (
+        serve.serve,
+        "exl serve MODEL --max-seq-len 16384 --cache q8",
+        "exl serve MODEL --host 0.0.0.0 --api-key-file keys.txt",
+    ),
+    "batch": (
+        batch.batch,
+        "exl batch prompts.jsonl -o answers.jsonl --model MODEL",
+        'exl batch reviews.csv -o answers.jsonl --model MODEL --template "Translate: {text}"',
+    ),
+    "bench": (
+        bench.bench,
+        "exl bench MODEL --batch 1,8 --save before.json",
+        "exl bench MODEL --batch 1,8 --compare before.json",
+    ),
+    "doctor": (
+        doctor.doctor,
+        "exl doctor",
+        "exl doctor fable-7m",
+    ),
+    "build": (
+        build.build,
+        "exl build",
+        "exl build --arch 8.6,9.0 --out wheels",
+    ),
+}
+
+for _name, (_command, *_examples) in _COMMANDS.items():
+    app.command(_name, cls=_Command, epilog="\n\n".join(["Examples:", *_examples]))(_command)
 
 
 def main() -> int:

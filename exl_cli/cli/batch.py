@@ -48,29 +48,29 @@ def batch(
     loading: LoadOptions,
     sampling: SamplingFlags,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="INPUT…", help="JSON lines, lines of text, CSV or Parquet; - is stdin.")
+        list[str], typer.Argument(metavar="INPUT", help="JSON lines, lines of text, CSV or Parquet; - is stdin.")
     ],
     output: Annotated[
-        str, output_option("--output", "-o", help="The file of answers, or a folder for several; - is stdout.")
+        str, output_option("--output", "-o", help="File for the answers, or a folder for several; - is stdout.")
     ],
     model: Annotated[
         str | None,
         loading_option(
-            "--model", "-m", metavar="MODEL", help="As exl run takes it.", autocompletion=folders.complete_model
+            "--model", "-m", metavar="MODEL", help="Model, as for exl run.", autocompletion=folders.complete_model
         ),
     ] = None,
-    system: Annotated[str | None, _prompts("--system", "-s", help="System turn before each prompt.")] = None,
+    system: Annotated[str | None, _prompts("--system", "-s", help="System message for each prompt.")] = None,
     template: Annotated[
         str | None,
-        _prompts("--template", help="Makes each prompt from the line's fields: 'Translate: {text}'."),
+        _prompts("--template", help="Build each prompt from the line's fields, e.g. 'Translate: {text}'."),
     ] = None,
-    raw: Annotated[bool, _prompts("--raw", help="No chat template: continue each prompt.")] = False,
+    raw: Annotated[bool, _prompts("--raw", help="Continue each prompt, without a chat template.")] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens where a line does not say \\[512]."),
+        typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens, if a line sets none \\[512]."),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; repeatable.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Each line's own seed comes from it and its id.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; repeatable.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Each line's seed is derived from this and its id.")] = 0,
     eval_field: Annotated[
         str | None,
         _scoring("--eval", metavar="FIELD", help="Score the answers against this field or column of the input."),
@@ -79,36 +79,39 @@ def batch(
         list[str] | None,
         _scoring(
             "--eval-by",
-            help="exact text, regex (a pattern in it) or json (the same value); repeatable \\[exact].",
+            help="exact, regex (the field is a pattern) or json (equal values); repeatable \\[exact].",
         ),
     ] = None,
-    flat: Annotated[bool, output_option("--flat", help="Write texts in place of response objects.")] = False,
-    ordered: Annotated[bool, output_option("--ordered", help="Write answers in the order of the input.")] = False,
-    retry_errors: Annotated[bool, _work("--retry-errors", help="Try again what failed in earlier runs.")] = False,
-    mix: Annotated[bool, _work("--mix", help="Add to answers of another model or other settings.")] = False,
-    strict: Annotated[bool, _work("--strict", help="End at the first line that fails.")] = False,
+    flat: Annotated[bool, output_option("--flat", help="Write texts instead of response objects.")] = False,
+    ordered: Annotated[bool, output_option("--ordered", help="Write answers in input order.")] = False,
+    retry_errors: Annotated[bool, _work("--retry-errors", help="Retry lines that failed in earlier runs.")] = False,
+    mix: Annotated[bool, _work("--mix", help="Add to answers from another model or other settings.")] = False,
+    strict: Annotated[bool, _work("--strict", help="Stop at the first line that fails.")] = False,
     shard: Annotated[
-        str | None, _work("--shard", metavar="I/N", help="Answer share I, from 0, of N; its file is named after it.")
+        str | None,
+        _work("--shard", metavar="I/N", help="Answer share I of N, from 0; the output file gets its number."),
     ] = None,
     sequences: Annotated[
         int | None,
-        loading_option("--sequences", min=1, help="Full-length sequences to make room for \\[up to 64, as they fit]."),
+        loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 64]."),
     ] = None,
     models_dir: ModelsDir = None,
-    download: Annotated[bool, loading_option("--download", help="Download the model first if it is not here.")] = False,
+    download: Annotated[
+        bool, loading_option("--download", help="Download the model if needed, without asking.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer a file of prompts; started again, it goes on where it stopped."""
+    """Answer a file of prompts; the same command resumes an unfinished job."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
     prompt_texts.check_text(("--system", system), ("--template", template), ("--stop", stop))
     index, shards = _shard(shard)
     if ordered and retry_errors:
-        raise UsageError(f"{param('ordered')} and {param('retry_errors')} do not go together", "drop one of them")
+        raise UsageError(f"{param('ordered')} and {param('retry_errors')} cannot be combined", "drop one of them")
     if eval_by and eval_field is None:
         raise UsageError(f"{param('eval_by')} needs {param('eval')}", f"name the field with {param('eval')}")
     if eval_field is not None and "-" in (*prompts, output):
-        raise UsageError(f"{param('eval')} reads input and output again", "give files")
+        raise UsageError(f"{param('eval')} reads input and output a second time", "use files")
     build(sampling.given, sampling.preset)  # refuse what is wrong before a model is looked for
     info = ensure(model, models_dir, allow=download, console=console)
     loading = loader.with_draft(loading, models_dir)
@@ -123,7 +126,7 @@ def batch(
 
     metrics = [*dict.fromkeys(eval_by or ["exact"])]
     if unknown := next((metric for metric in metrics if metric not in METRICS), None):
-        raise UsageError(f"{param('eval_by')} {unknown!r} is no metric", f"metrics: {', '.join(METRICS)}")
+        raise UsageError(f"{param('eval_by')} {unknown!r} is not a metric", f"metrics: {', '.join(METRICS)}")
     outputs = _outputs([check_path(name) for name in prompts], check_path(output), index, shards)
     settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
     tokenizer = Tokenizer(info.path)
@@ -209,23 +212,23 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict
     """Where the answers to each input go: None for standard output."""
     if str(output) == "-":
         if len(prompts) > 1:
-            raise UsageError("several inputs do not go to one output", "give a folder")
+            raise UsageError("several inputs need several outputs", "give a folder")
         return {prompts[0]: None}
     if output.is_dir() or len(prompts) > 1:
         if output.exists() and not output.is_dir():
-            raise UsageError(f"{output} is no folder", f"give one for several inputs with {param('output')}")
+            raise UsageError(f"{output} is not a folder", f"give one for several inputs with {param('output')}")
         if any(str(path) == "-" for path in prompts):
-            raise UsageError("the answers to standard input have no name in a folder", "give a file")
+            raise UsageError("standard input has no file name to use in a folder", "give a file")
         paths = {path: output / _output_name(path) for path in prompts}
     else:
         paths = {prompts[0]: output}
     if shards > 1:
         paths = {k: path.with_name(f"{path.stem}.{shard}-of-{shards}{path.suffix}") for k, path in paths.items()}
     if len(set(paths.values())) < len(prompts):
-        raise UsageError("two inputs have the same name", "give each its own, or run them one by one")
+        raise UsageError("two inputs have the same name", "rename one, or run them one by one")
     for path in paths.values():
         if path.exists() and any(str(given) != "-" and path.samefile(given) for given in prompts if given.exists()):
-            raise UsageError(f"{path} is an input", f"give another place with {param('output')}")
+            raise UsageError(f"{path} is an input", f"choose another {param('output')}")
     return dict(paths)
 
 

@@ -31,28 +31,28 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Models as in exl run, fable-7m when none is named; or one saved result (.json), to look at it.",
+            help="Models, as for exl run (default fable-7m); or one saved result (.json), to display it.",
             show_default=False,
             autocompletion=folders.complete_model,
         ),
     ] = None,
     prompt_tokens: Annotated[
-        str | None, _tests("--prompt-tokens", "-p", help="Prompt lengths, as 512,2048 \\[512].")
+        str | None, _tests("--prompt-tokens", "-p", help="Prompt lengths, e.g. 512,2048 \\[512].")
     ] = None,
-    new_tokens: Annotated[str | None, _tests("--new-tokens", "-n", help="Generation lengths, as 128 \\[128].")] = None,
-    depth: Annotated[str, _tests("--depth", "-d", help="Context before a generation, as 0,4096.")] = "0",
-    batch: Annotated[str, _tests("--batch", help="Requests at a time, as 1,4,16.")] = "1",
-    caches: Annotated[
-        str | None, _tests("--caches", help="KV cache types to go through, as fp16,q4 \\[--cache].")
+    new_tokens: Annotated[
+        str | None, _tests("--new-tokens", "-n", help="Generation lengths, e.g. 128,512 \\[128].")
     ] = None,
-    repetitions: Annotated[int, _tests("--repetitions", "-r", min=1, max=1000, help="Of each test.")] = 5,
-    quick: Annotated[bool, _tests("--quick", help="Where no length is given: 128 prompt, 32 new tokens.")] = False,
+    depth: Annotated[str, _tests("--depth", "-d", help="Tokens of context before generation, e.g. 0,4096.")] = "0",
+    batch: Annotated[str, _tests("--batch", help="Concurrent requests, e.g. 1,4,16.")] = "1",
+    caches: Annotated[str | None, _tests("--caches", help="KV cache types to test, e.g. fp16,q4 \\[--cache].")] = None,
+    repetitions: Annotated[int, _tests("--repetitions", "-r", min=1, max=1000, help="Repetitions of each test.")] = 5,
+    quick: Annotated[bool, _tests("--quick", help="Default to 128 prompt and 32 new tokens.")] = False,
     perplexity: Annotated[
-        Path | None, _tests("--perplexity", metavar="FILE", help="Also the perplexity of a text.")
+        Path | None, _tests("--perplexity", metavar="FILE", help="Also compute the perplexity of this text.")
     ] = None,
-    seed: Annotated[int, _tests("--seed", min=0, help="Of prompts, order and sampler.")] = 0,
+    seed: Annotated[int, _tests("--seed", min=0, help="Seed for prompts, test order and sampling.")] = 0,
     compare: Annotated[
-        Path | None, _comparing("--compare", metavar="OLD.json", help="What differs from a saved result.")
+        Path | None, _comparing("--compare", metavar="OLD.json", help="Show what changed since a saved result.")
     ] = None,
     fail_under: Annotated[
         float | None,
@@ -60,18 +60,16 @@ def bench(
             "--fail-under",
             min=0.01,
             max=10.0,
-            help="Exit 11 where a test falls under this share of --compare's, as 0.95.",
+            help="Exit with 11 if a test drops below this share of --compare, e.g. 0.95.",
         ),
     ] = None,
-    output: Annotated[Output, output_option("--output", "-o", help="What to print.")] = "table",
-    save: Annotated[
-        Path | None, output_option("--save", metavar="FILE", help="Also write the result, as JSON.")
-    ] = None,
+    output: Annotated[Output, output_option("--output", "-o", help="Output format.")] = "table",
+    save: Annotated[Path | None, output_option("--save", metavar="FILE", help="Also save the result as JSON.")] = None,
     report: Annotated[Path | None, output_option("--report", metavar="FILE", help="Also write an HTML report.")] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure models: prompts, generation, first use, memory, distance from the hardware's limit."""
+    """Measure how fast models run, and how close that is to the hardware's limit."""
     # Its parts are imported only now: `exl --help` need not wait for them.
     from exl_cli.bench import outputs, plan, runner
     from exl_cli.bench.compare import compare as compared
@@ -82,7 +80,7 @@ def bench(
     state: State = ctx.obj
     console = Console(quiet=quiet)
     if fail_under is not None and compare is None:
-        raise UsageError("--fail-under has nothing to measure against", "give a saved result with --compare")
+        raise UsageError("--fail-under needs a result to compare with", "pass a saved one with --compare")
     before = None if compare is None else outputs.load(compare)
     for path, name in ((save, "save"), (report, "report")):
         if path is not None:

@@ -22,7 +22,7 @@ def build(
     arch: Annotated[
         str | None,
         typer.Option(
-            "--arch", metavar="LIST", help="Compile for these GPUs, as 8.6 or sm_86,sm_90 [dim]\\[those here][/dim]."
+            "--arch", metavar="LIST", help="GPU architectures, e.g. 8.6 or sm_86,sm_90 [dim]\\[this machine's][/dim]."
         ),
     ] = None,
     out: Annotated[
@@ -30,19 +30,22 @@ def build(
         typer.Option(
             "--out",
             metavar="FOLDER",
-            help="Also write it there as a wheel: on another machine with the same Python, torch and kind of GPU, "
+            help="Also write a wheel to this folder, for machines with the same Python, torch and kind of GPU: "
             "pip install FOLDER/exllamav2_ext-….whl.",
         ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", min=1, help="Compilers at once [dim]\\[as cores and memory allow][/dim]."),
+        typer.Option("--jobs", "-j", min=1, help="Compilers to run at once [dim]\\[as cores and memory allow][/dim]."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Compile everything again.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Recompile everything.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compile exllamav2's CUDA extension for this machine's GPU; once, a few minutes."""
+    """Compile exllamav2's CUDA extension for this machine's GPU.
+
+    That takes a few minutes, once. exl run does it by itself if it has to.
+    """
     console = Console(quiet=quiet)
     archs = _archs(arch)
     torch = extension.torch_for_cuda()
@@ -50,8 +53,8 @@ def build(
     if archs and (missing := compiled.uncovered(archs, gpus)):
         if out is None:
             raise UsageError(
-                f"--arch {arch} leaves out the GPU that is here ({compiled.sm(missing[0])})",
-                f"add --out FOLDER to carry the result to another machine, or {compiled.sm(missing[0])} to the list",
+                f"--arch {arch} does not include this machine's GPU ({compiled.sm(missing[0])})",
+                f"add --out FOLDER to compile for another machine, or {compiled.sm(missing[0])} to the list",
             )
         gpus = []
     made = None if force else compiled.ready(torch, gpus, archs)
@@ -82,7 +85,7 @@ def _archs(text: str | None) -> tuple[str, ...]:
     try:
         return compiled.parse_archs(text or "")
     except ValueError as error:
-        raise UsageError(f"--arch {str(error)!r} is no GPU architecture", "write it as 8.6 or sm_86") from error
+        raise UsageError(f"--arch {str(error)!r} is not a GPU architecture", "write it as 8.6 or sm_86") from error
 
 
 def _write_wheel(library: Path, facts: compiled.Facts, folder: Path) -> Path:
@@ -90,5 +93,5 @@ def _write_wheel(library: Path, facts: compiled.Facts, folder: Path) -> Path:
         return write_wheel(library, facts, folder)
     except OSError as error:
         raise DiskError(
-            f"cannot write the wheel to {folder}: {error.strerror or error}", "give another --out"
+            f"cannot write the wheel to {folder}: {error.strerror or error}", "choose another --out"
         ) from error

@@ -37,15 +37,15 @@ def chat(
     model: ModelArgument = None,
     system: Annotated[str | None, _option("--system", "-s", help="System message.")] = None,
     session: Annotated[
-        str | None, _option("--session", metavar="NAME", help="Go on with this session, or begin it.")
+        str | None, _option("--session", metavar="NAME", help="Resume this session, or start it.")
     ] = None,
-    go_on: Annotated[bool, _option("--continue", "-c", help="Go on with the last session.")] = False,
+    go_on: Annotated[bool, _option("--continue", "-c", help="Resume the last session.")] = False,
     no_save: Annotated[bool, _option("--no-save", help="Write nothing to disk.")] = False,
     on_overflow: Annotated[
         Overflow | None,
         _option(
             "--on-overflow",
-            help="When the context is full: drop the oldest turns, or say so and stop. \\[trim]",
+            help="When the context is full: drop the oldest turns, or refuse to answer \\[trim].",
             show_default=False,
         ),
     ] = None,
@@ -55,24 +55,22 @@ def chat(
             "--max-new-tokens",
             "-n",
             min=1,
-            help=f"Most tokens of one answer. \\[{DEFAULT_NEW_TOKENS}]",
+            help=f"Maximum number of tokens per answer \\[{DEFAULT_NEW_TOKENS}].",
             show_default=False,
         ),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer at this text; repeatable.")] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Same seed, same conversation; random when not given.")
-    ] = None,
-    markdown: Annotated[bool, _option("--markdown", help="Render answers as Markdown, on a terminal.")] = False,
-    hide_thinking: Annotated[bool, _option("--hide-thinking", help="Do not show the model's reasoning.")] = False,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop an answer at this text; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same conversation \\[random].")] = None,
+    markdown: Annotated[bool, _option("--markdown", help="Render answers as Markdown on a terminal.")] = False,
+    hide_thinking: Annotated[bool, _option("--hide-thinking", help="Hide the model's reasoning.")] = False,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with a model; /help there lists what can be done.
+    """Chat with a model; /help lists the commands.
 
-    Lines come from the terminal, or from a pipe: one line is one message or command, and \"\"\" begins and ends a
-    message of several lines. Answers go to stdout, everything else to stderr. Sessions are kept in EXL_DATA_DIR, or in
-    the user's data folder.
+    Input comes from the terminal or a pipe: each line is a message or a command, and \"\"\" starts and ends a message
+    of several lines. Answers go to stdout, everything else to stderr. Sessions are saved in EXL_DATA_DIR, or in your
+    user data folder.
     """
     state: State = ctx.obj
     check_text(("--system", system), ("--stop", stop))
@@ -120,7 +118,7 @@ def _session(store: SessionStore, name: str | None, *, go_on: bool) -> Session:
     if go_on:
         names = store.names()
         if not names:
-            raise UsageError(f"there is no saved session in {store.folder}", "begin one without --continue")
+            raise UsageError(f"there is no saved session in {store.folder}", "start one without --continue")
         return store.load(names[0])
     if name is None:
         return Session()
@@ -134,13 +132,13 @@ def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
     except loader.SentenceError as error:
         if name is None:
             raise
-        hint = "if that is a message, start exl chat without it and type it there"
+        hint = "if that is a message, start exl chat first and type it there"
         raise ModelNotFoundError(error.message, hint) from error
     except ModelNotFoundError as error:
         if name is not None:
             raise
-        hint = f"exl chat MODEL --session {session.name} goes on with another"
-        raise ModelNotFoundError(f"{error.message}, which {session.name} was with", hint) from error
+        hint = f"exl chat MODEL --session {session.name} continues with another"
+        raise ModelNotFoundError(f"{error.message}, which session {session.name} used", hint) from error
 
 
 def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> Settings:

@@ -27,15 +27,15 @@ def doctor(
     timeout: Annotated[
         float,
         typer.Option(
-            "--timeout", min=0.1, max=86_400, help="Seconds that a check may take; loading MODEL has five times that."
+            "--timeout", min=0.1, max=86_400, help="Seconds per check; loading MODEL gets five times as long."
         ),
     ] = 60.0,
     models_dir: ModelsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine, and MODEL if given: what was found, and the command that mends what is not well.
+    """Check this machine, and a model if given, and say how to fix what is wrong.
 
-    The exit code is 0 where exl run works on the GPU, 12 where it works on the CPU only, 13 where it does not work.
+    The exit code is 0 if exl run works on the GPU, 12 if it works on the CPU only, 13 if it does not work.
     """
     console = Console()
     checklist = Checklist(console)

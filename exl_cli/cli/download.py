@@ -28,30 +28,40 @@ _branches_option = partial(typer.Option, rich_help_panel="With --branches")
 
 def download(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="owner/name or owner/name:revision.")],
-    revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit.")] = None,
     include: Annotated[
-        list[str] | None, _files("--include", help="Files that match, instead of exl's choice; repeatable.")
+        list[str] | None,
+        _files("--include", help="Fetch files matching this pattern, instead of exl's choice; repeatable."),
     ] = None,
-    exclude: Annotated[list[str] | None, _files("--exclude", help="Leave out files that match; repeatable.")] = None,
-    token: Annotated[str | None, typer.Option("--token", help="Access token, instead of hf auth login's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch everything anew, from the newest commit.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read what is here again and compare hashes.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files and what of them is here.")] = False,
-    branches: Annotated[
-        bool, _branches_option("--branches", help="Show the branches: bits, bytes, GPU memory.")
+    exclude: Annotated[
+        list[str] | None, _files("--exclude", help="Skip files matching this pattern; repeatable.")
+    ] = None,
+    token: Annotated[str | None, typer.Option("--token", help="Access token \\[the one from hf auth login].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Download everything again, from the latest commit.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Reread the files already here and check their hashes.")
     ] = False,
-    context: Annotated[int, _branches_option("--context", min=1, help="Tokens to estimate GPU memory for.")] = 4096,
-    cache: Annotated[CacheType, _branches_option("--cache", help="KV cache to estimate GPU memory for.")] = "fp16",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and how much of each is here; download nothing.")
+    ] = False,
+    branches: Annotated[
+        bool, _branches_option("--branches", help="List the branches with their bits, size and GPU memory.")
+    ] = False,
+    context: Annotated[
+        int, _branches_option("--context", min=1, help="Context length for the memory estimate.")
+    ] = 4096,
+    cache: Annotated[CacheType, _branches_option("--cache", help="KV cache type for the memory estimate.")] = "fp16",
     vram: Annotated[
-        str | None, _branches_option("--vram", metavar="GIB", help="GPU memory to fit, as 24 or 24,24 [the GPUs here].")
+        str | None,
+        _branches_option("--vram", metavar="GIB", help="GPU memory to fit, e.g. 24 or 24,24 \\[this machine's]."),
     ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Download a model from the Hub: the files that inference needs, resumed wherever it stopped.
+    """Download a model from the Hub, resuming where an earlier download stopped.
 
-    Prints the folder on stdout.
+    Fetches only what inference needs. Prints the model's folder on stdout.
     """
     console = Console(quiet=quiet)
     repository = names.require(model, revision)
@@ -87,7 +97,7 @@ def _branches(
         gpus = memory.gpus()
         cards = [gpu.total for gpu in gpus]
         where = " + ".join(f"{gpu.name}, {units.gib(gpu.total)}" for gpu in gpus)
-        note = f"fits: on {where}" if gpus else "no NVIDIA GPU is here to fit; say --vram 24 for one of 24 GiB"
+        note = f"fits: on {where}" if gpus else "no NVIDIA GPU here to fit; use --vram 24 for one with 24 GiB"
     else:
         cards = _cards(vram)
         note = f"fits: in {' + '.join(units.gib(card) for card in cards)}"

@@ -72,7 +72,7 @@ def _explain_silence(note: Callable[[str], None]) -> None:
     except (OSError, ValueError):  # a test's or an embedder's stand-in without a file descriptor
         return
     if not ready:
-        note("waiting for the rest of the prompt on standard input; give it </dev/null if there is none")
+        note("waiting for the rest of the prompt on standard input; add </dev/null if there is none")
 
 
 def _read_stdin(exact: bool) -> str:
@@ -90,7 +90,7 @@ def _read_file(file: Path, exact: bool) -> str:
         return _decode(read_file(expanded(file), pipes=True), str(file), exact)
     except OSError as error:
         raise PromptError(
-            f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path given with --file"
+            f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path in --file"
         ) from error
 
 
@@ -126,7 +126,7 @@ def ensure(model: str | None, models: Path | None, *, allow: bool, console: Cons
             from exl_cli.models.hub.client import Hub
 
             plan = prepare(Hub(note=console.note), wanted)
-            question = f"{repository} is not here. Download {units.size(plan.remaining)} to {wanted.folder}?"
+            question = f"{repository} is not on this machine. Download {units.size(plan.remaining)} to {wanted.folder}?"
             if not confirm(console, question):
                 raise
     finished(console, fetch(wanted, transfers(console), plan=plan))

@@ -9,7 +9,7 @@ from exl_cli.ui.console import Console
 
 
 def list_models(models_dir: ModelsDir = None, as_json: Json = False) -> None:
-    """Show the models that are here, the built-in one included."""
+    """List the models on this machine, the built-in one included."""
     console = Console()
     entries = folders.entries(models_dir)
     if as_json:

@@ -26,16 +26,16 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A folder, a downloaded owner/name[:revision], or fable-7m, the built-in model (the default).",
+        help="Model folder, downloaded owner/name[:revision], or fable-7m, the built-in model (default).",
         autocompletion=folders.complete_model,
     ),
 ]
 ModelsDir = Annotated[
-    Path | None, loading_option("--models-dir", envvar="EXL_MODELS_DIR", help="Folder of downloaded models.")
+    Path | None, loading_option("--models-dir", envvar="EXL_MODELS_DIR", help="Folder for downloaded models.")
 ]
-Quiet = Annotated[bool, output_option("--quiet", "-q", help="Print nothing but errors on stderr.")]
-Json = Annotated[bool, output_option("--json", help="Print one JSON object instead of text.")]
-Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, model and stop strings.")]
+Quiet = Annotated[bool, output_option("--quiet", "-q", help="Print only errors on stderr.")]
+Json = Annotated[bool, output_option("--json", help="Print JSON instead of text.")]
+Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, stop strings and seed.")]
 
 
 # Engines that end with the process: one that nobody refers to closes itself.
@@ -81,7 +81,9 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add a flag for each field of `Sampling`, and `--preset`; the command gets them as `sampling: SamplingFlags`."""
     types = get_type_hints(Sampling)
     parameters = [
-        _parameter("preset", str | None, _sampling_option("--preset", help=f"Named settings: {', '.join(PRESETS)}."))
+        _parameter(
+            "preset", str | None, _sampling_option("--preset", help=f"Start from named settings: {', '.join(PRESETS)}.")
+        )
     ]
     for field in dataclasses.fields(Sampling):
         info, kind = FIELDS[field.name], types[field.name]
@@ -107,15 +109,20 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
         option = loading_option("--" + name.replace("_", "-"), help=help, **more)
         return _parameter(name, type_, option, default)
 
-    tokens = "Context to allocate (tokens) \\[as needed, up to the model's]."
-    guesses = "ngram: guess tokens from what was said before, verify several in one pass."
-    smaller = "Let a smaller model of the same vocabulary guess them."
+    tokens = "Context length to allocate, in tokens \\[as needed, up to the model's limit]."
+    guesses = "ngram: draft tokens from earlier text and verify several in one forward pass."
+    smaller = "Draft tokens with a smaller model that has the same vocabulary."
     parameters = [
-        flag("engine", EngineChoice, "auto", "auto takes exllamav2 where a GPU and the model allow it."),
+        flag(
+            "engine",
+            EngineChoice,
+            "auto",
+            "auto: exllamav2 if there is a GPU and it supports the model, otherwise cpu.",
+        ),
         flag("max_seq_len", int | None, None, tokens),
-        flag("cache", CacheType, "fp16", "Type of the KV cache on the GPU."),
-        flag("gpu_split", str, "auto", "auto, or GiB of weights per GPU, as 20,24."),
-        flag("low_mem", bool, False, "Smaller prompt chunks: less scratch memory on the GPU."),
+        flag("cache", CacheType, "fp16", "KV cache type on the GPU."),
+        flag("gpu_split", str, "auto", "auto, or GiB of weights per GPU, e.g. 20,24."),
+        flag("low_mem", bool, False, "Process prompts in smaller chunks, to save GPU memory."),
         flag("speculate", Speculation, "off", guesses),
         flag("draft", str | None, None, smaller, metavar="MODEL", autocompletion=folders.complete_model),
     ]

@@ -20,24 +20,27 @@ def remove(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A downloaded owner/name[:revision], or its folder in the models folder.",
+            help="Downloaded owner/name[:revision], or its folder in the models folder.",
             autocompletion=folders.complete_model,
         ),
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Remove a model from the models folder; of a link, the link alone. Nothing outside that folder is touched."""
+    """Remove a downloaded model.
+
+    Nothing outside the models folder is touched; a link is removed, the model it points to stays.
+    """
     console = Console(quiet=quiet)
     path = folders.find_to_remove(model, models_dir)
     if path.is_symlink():
-        what = f"the link {path} (the model that it leads to stays)"
+        what = f"the link {path} (the model it points to stays)"
     else:
         what = f"{path} ({units.size(folders.folder_bytes(path))})"
     if not yes:
         if not (sys.stdin.isatty() and console.err.is_terminal):
-            raise UsageError("exl rm asks first, and no one is there to answer", "say --yes")
+            raise UsageError("exl rm asks for confirmation, and there is no terminal to ask on", "add --yes")
         if not models.confirm(console, f"Remove {what}?", default=False):
             console.note("nothing removed")
             return

@@ -50,37 +50,40 @@ def run(
     loading: LoadOptions,
     sampling: SamplingFlags,
     model: Model = None,
-    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt, instead of --prompt.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Same as --prompt.")] = None,
     prompt: Annotated[str | None, _prompt("--prompt", "-p", help="The prompt.")] = None,
     file: Annotated[
         Path | None,
         _prompt(
             "--file",
             "-f",
-            help="Read it from a file; - is stdin. Its last line break is dropped and CRLF becomes LF, "
+            help="Read the prompt from a file; - is stdin. Drops the last line break and turns CRLF into LF, "
             "except with --raw.",
         ),
     ] = None,
-    system: Annotated[str | None, _prompt("--system", "-s", help="System turn.")] = None,
-    raw: Annotated[bool, _prompt("--raw", help="No chat template: continue the text, byte for byte.")] = False,
+    system: Annotated[str | None, _prompt("--system", "-s", help="System message.")] = None,
+    raw: Annotated[bool, _prompt("--raw", help="Continue the text byte for byte, without a chat template.")] = False,
     variant: Annotated[
-        str | None, _prompt("--chat-template", metavar="NAME", help="Which of the model's chat templates.")
+        str | None,
+        _prompt("--chat-template", metavar="NAME", help="Which chat template to use, if the model has several."),
     ] = None,
-    template: Annotated[str | None, _prompt("--template", help="A prompt with {name} variables.")] = None,
-    var: Annotated[list[str] | None, _prompt("--var", help="name=value for --template; repeatable.")] = None,
+    template: Annotated[str | None, _prompt("--template", help="Prompt with {name} placeholders.")] = None,
+    var: Annotated[
+        list[str] | None, _prompt("--var", help="Value for a placeholder, as name=value; repeatable.")
+    ] = None,
     show_prompt: Annotated[
-        bool, _prompt("--show-prompt", help="Print the exact prompt and its tokens; do not run.")
+        bool, _prompt("--show-prompt", help="Print the exact prompt and its token count, without running it.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens to generate.")
     ] = 512,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End at this text; repeatable.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end of response.")] = False,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Same seed, same text; random when not given.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-response token.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text \\[random].")] = None,
     models_dir: ModelsDir = None,
-    download: Annotated[bool, loading_option("--download", help="Download the model first if it is not here.")] = False,
+    download: Annotated[
+        bool, loading_option("--download", help="Download the model if needed, without asking.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -93,7 +96,7 @@ def run(
     try:
         info = ensure(model, models_dir, allow=download, console=console)
     except loader.SentenceError as error:
-        raise ModelNotFoundError(error.message, "if that is a prompt, give it with -p") from error
+        raise ModelNotFoundError(error.message, "if that is a prompt, pass it with -p") from error
     if loading.draft is not None:
         ensure(loading.draft, models_dir, allow=download, console=console)
         loading = loader.with_draft(loading, models_dir)

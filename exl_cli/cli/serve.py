@@ -36,49 +36,57 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]…",
-            help="The models, as exl run takes them; the first is the default. fable-7m, the built-in model, if none.",
+            metavar="MODEL",
+            help="Models, as for exl run; the first is the default. Without any: fable-7m, the built-in model.",
             autocompletion=folders.complete_model,
         ),
     ] = None,
-    host: Annotated[str, _network("--host", help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, _network("--port", min=0, max=65535, help="0 for any that is free.")] = 8080,
+    host: Annotated[str, _network("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, _network("--port", min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8080,
     api_key_file: Annotated[
-        Path | None, _network("--api-key-file", help="File with a key a line, as name: key. Read again on change.")
+        Path | None,
+        _network("--api-key-file", help="File with one API key per line, as name: key; reread when it changes."),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, _network("--allow-host", help="A name that clients reach this machine by; repeatable.")
+        list[str] | None,
+        _network("--allow-host", help="Another host name that clients use for this machine; repeatable."),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, _network("--cors-origin", help="Web pages that may ask, as https://x.org; repeatable.")
+        list[str] | None,
+        _network("--cors-origin", help="Web origin that may send requests, e.g. https://x.org; repeatable."),
     ] = None,
     served_name: Annotated[
-        list[str] | None, _serving("--served-name", help="Another name of the first model, or NAME=MODEL; repeatable.")
+        list[str] | None, _serving("--served-name", help="Another name for the first model, or NAME=MODEL; repeatable.")
     ] = None,
-    any_name: Annotated[bool, _serving("--any-name", help="Take unknown model names for the first model.")] = False,
+    any_name: Annotated[
+        bool, _serving("--any-name", help="Answer requests for unknown models with the first model.")
+    ] = False,
     max_loaded: Annotated[
         int | None,
-        _serving("--max-loaded", min=1, help="Models in memory at once \\[those named]."),
+        _serving("--max-loaded", min=1, help="Models to keep in memory at once \\[all that are named]."),
     ] = None,
     idle_unload: Annotated[
-        str | None, _serving("--idle-unload", metavar="TIME", help="Unload a model that nobody used for so long: 15m.")
+        str | None,
+        _serving("--idle-unload", metavar="TIME", help="Unload a model that has been idle this long, e.g. 15m."),
     ] = None,
-    queue: Annotated[int, _serving("--queue", min=0, help="Requests that may wait; more are refused with 429.")] = 1024,
+    queue: Annotated[
+        int, _serving("--queue", min=0, help="Requests that may wait; beyond that they get a 429.")
+    ] = 1024,
     grace: Annotated[
-        str, _serving("--grace", metavar="TIME", help="What SIGTERM and Ctrl-C leave requests to end in.")
+        str, _serving("--grace", metavar="TIME", help="Time for running requests to finish after SIGTERM or Ctrl-C.")
     ] = "30s",
     cache_per_key: Annotated[
         bool, _serving("--cache-per-key", help="Reuse a prompt's KV cache only for requests with the same API key.")
     ] = False,
-    log_prompts: Annotated[bool, _serving("--log-prompts", help="Write prompts into the log.")] = False,
+    log_prompts: Annotated[bool, _serving("--log-prompts", help="Include prompts in the log.")] = False,
     sequences: Annotated[
         int | None,
-        loading_option("--sequences", min=1, help="Full-length sequences to make room for \\[up to 8]."),
+        loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 8]."),
     ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serve models over HTTP, as OpenAI's, Anthropic's and TabbyAPI's servers do."""
+    """Serve models over HTTP, to clients of OpenAI's, Anthropic's and TabbyAPI's APIs."""
     cli: State = ctx.obj
     idle_seconds = None if idle_unload is None else _seconds("idle_unload", idle_unload)
     grace_seconds = _seconds("grace", grace)
@@ -87,7 +95,7 @@ def serve(
     # Named by the environment it says where models are; named here it says that they are to be served.
     folder = models_dir if source is not None and source.name == "COMMANDLINE" else None
     if loading.draft is not None and (len(named) > 1 or folder is not None):
-        raise UsageError(f"{param('draft')} goes with one model", f"serve one, or leave {param('draft')} away")
+        raise UsageError(f"{param('draft')} works with one model only", f"serve one, or drop {param('draft')}")
     loading = loader.with_draft(loading, models_dir)
     aliases = _aliases(served_name or [], named)
 
@@ -97,7 +105,7 @@ def serve(
     log = _Log(quiet=quiet)
     keys = None if api_key_file is None else Keys(api_key_file, log.warn)
     if cache_per_key and keys is None:
-        raise UsageError(f"{param('cache_per_key')} needs keys", f"give {param('api_key_file')}")
+        raise UsageError(f"{param('cache_per_key')} needs keys", f"add {param('api_key_file')}")
 
     from exl_cli.server import run
     from exl_cli.server.app import create_app
@@ -130,7 +138,7 @@ def serve(
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     if keys is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
-        log.warn(f"WARNING: everybody who can reach {shown} can use these models; --api-key-file asks for keys")
+        log.warn(f"WARNING: anyone who can reach {shown} can use these models; --api-key-file requires keys")
     log.note(
         f"listening on http://{shown}:{address[1]} (documents at /docs), loading {', '.join([*named][:max_loaded])}"
     )
@@ -174,9 +182,11 @@ def _aliases(served_names: list[str], named: dict[str, ModelInfo]) -> dict[str, 
     for text in served_names:
         name, equals, model = text.partition("=")
         if equals and model not in named:
-            raise UsageError(f"{param('served_name')} {text}: {model!r} is none of the models", "give MODEL's name")
+            raise UsageError(
+                f"{param('served_name')} {text}: {model!r} is not one of the models", "use one of their names"
+            )
         if not name.strip() or name in named or name in aliases:
-            raise UsageError(f"{param('served_name')} {text}: the name is empty or taken", "give another")
+            raise UsageError(f"{param('served_name')} {text}: the name is empty or taken", "choose another")
         aliases[name] = model if equals else next(iter(named))
     return aliases
 

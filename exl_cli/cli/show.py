@@ -18,7 +18,7 @@ _CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = False) -> None:
-    """Show everything known of a model: format, size, licence, chat template, GPU memory by context and cache."""
+    """Show a model's format, size, licence, chat template and estimated GPU memory."""
     console = Console()
     info = loader.resolve(model, models_dir)
     marker = store.read_marker(info.path)

@@ -52,7 +52,7 @@ def explain(error: Exception, command: str | None) -> UsageError:
     if extra:
         return UsageError(
             f"too many arguments: {textwrap.shorten(extra[1], 60, placeholder='…')}",
-            f"put several words that belong together in quotes; {see}",
+            f"put text with spaces in quotes; {see}",
         )
     return UsageError(_plain(raw.format_message()), see)
 
