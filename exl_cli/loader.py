@@ -66,6 +66,17 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
         return _open(path, model)
     if is_there(path):
         raise ModelNotFoundError(f"{brief(model)} is a file", "give the folder that holds config.json and the weights")
+    return resolve_name(model, models)
+
+
+def resolve_name(model: str, models: Path | None = None) -> ModelInfo:
+    """`resolve` for what is no path.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, DamagedModelError: see `resolve`.
+    """
+    if model == BUILTIN:
+        return inspect(BUILTIN_FOLDER, BUILTIN)
     folder = models_dir(models)
     repository = names.parse(model)
     here = folder / (repository.folder if repository else model)

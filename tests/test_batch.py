@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,61 @@ def test_a_score_needs_the_field(scripted: ScriptedLoader, tmp_path: Path) -> No
     assert refused.exit_code == 2
     assert "has a field 'want'" in refused.stderr
     assert batch(scripted, "-", "-o", tmp_path / "out.jsonl", "--eval", "want").exit_code == 2
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, exl2_dir: Path) -> Path:
+    """A models folder with the models a and broken."""
+    shutil.copytree(exl2_dir, tmp_path / "models" / "a")
+    (tmp_path / "models" / "broken").mkdir()
+    (tmp_path / "models" / "broken" / "config.json").write_text("{")
+    return tmp_path / "models"
+
+
+def naming(*models: str | None) -> list[dict[str, Any]]:
+    """Rows in OpenAI's form, which name these models."""
+    bodies = [{"prompt": f"{i}", **({} if model is None else {"model": model})} for i, model in enumerate(models)]
+    return [{"custom_id": f"{i}", "url": "/v1/completions", "body": body} for i, body in enumerate(bodies)]
+
+
+def test_a_row_goes_to_the_model_that_it_names_where_that_is_here(
+    scripted: ScriptedLoader, tmp_path: Path, shelf: Path
+) -> None:
+    rows = naming("a", "gpt-4", None, "fable-7m", "../models/a", str(shelf / "a"), "broken", "a")
+    prompts, output = jsonl(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    jsonl(tmp_path / "half.jsonl", *rows[:3])
+    for name, loads in ("half.jsonl", 2), ("in.jsonl", 4), ("in.jsonl", 4):
+        result = batch(scripted, tmp_path / name, "-o", output, "--models-dir", shelf)
+        assert len(scripted.engines) == loads, "one after the other, and only where there is something to compute"
+    assert result.exit_code == FINISHED_WITH_FAILURES
+    assert "3 rows name models that are not here (gpt-4" in result.stderr
+    written = answers(output)
+    assert "broken" in written.pop("6")["error"]["message"]
+    named = {id_: line["response"]["body"]["model"] for id_, line in written.items()}
+    assert [id_ for id_, model in named.items() if model == "a"] == ["0", "7"]
+    assert {model for id_, model in named.items() if id_ not in "07"} == {"fable-7m"}
+    assert [engine.closed for engine in scripted.engines] == [True] * 4
+
+    (shelf / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    jsonl(prompts, *naming(*"aaaaaaaaaa"))
+    changed = batch(scripted, prompts, "-o", output, "--models-dir", shelf)
+    assert changed.exit_code == 2
+    assert "another model called a" in changed.stderr
+
+
+def test_where_one_model_has_to_answer_all_rows_the_others_have_an_error(
+    scripted: ScriptedLoader, tmp_path: Path, shelf: Path
+) -> None:
+    rows = naming("a", "fable-7m", "gpt-4")
+    prompts = jsonl(tmp_path / "in.jsonl", *rows)
+    args: Sequence[Any] = ("-o", tmp_path / "piped.jsonl", "--models-dir", shelf)
+    assert batch(scripted, "-", *args, stdin=prompts.read_text()).exit_code == FINISHED_WITH_FAILURES
+    args = (prompts, "-o", tmp_path / "ordered.jsonl", "--models-dir", shelf, "--ordered")
+    assert batch(scripted, *args).exit_code == FINISHED_WITH_FAILURES
+    for name in ("piped", "ordered"):
+        written = answers(tmp_path / f"{name}.jsonl")
+        assert "it names a, and " in written["0"]["error"]["message"]
+        assert written["1"]["error"] is written["2"]["error"] is None
 
 
 BAD: dict[str, tuple[str, str]] = {

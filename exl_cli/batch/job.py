@@ -1,36 +1,26 @@
-"""Runs a batch job on one engine: rows in windows, requests side by side, answers written as they come.
-
-A window of rows is read, turned into requests and sorted while the engine computes the one before it; the whole input
-is never in memory. Where several jobs share the work, each takes the rows whose key falls to it: nothing else decides
-who answers what, and each writes its own output.
-"""
+"""Runs a batch job on one engine: requests side by side, as many as it takes, answers written as they come."""
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from exl_cli.api.bodies import BodyError
 from exl_cli.api.engine_thread import EngineThread
-from exl_cli.batch.output import KeySet, Sink
+from exl_cli.batch.output import Sink
 from exl_cli.batch.prompts import Preparer, Task, error_line
-from exl_cli.batch.rows import Row, Source
+from exl_cli.batch.windows import WINDOW_ROWS, Options, Rows, Slot, Windows
 from exl_cli.engines.base import Chunk
 from exl_cli.errors import DeviceError, ExitCode, ExlError, OutOfMemoryError, brief
+from exl_cli.system.readings import EnergyMeter
 
-# A window ends with so many rows, or once its prompts have so many tokens.
-_WINDOW_ROWS = 2048
-_WINDOW_TOKENS = 1 << 20
-# Prompts that have so many first tokens in common belong together.
-_SHARED = 32
 # Failures of the engine in a row, with no answer between them, after which it is given up.
 _MOST_FAILURES = 16
+# Between two readings of the energy taken.
+_ENERGY_SECONDS = 1.0
 
 
 class LinesFailedError(ExlError):
@@ -48,6 +38,7 @@ class Progress:
         before: rows that were answered, or had failed, when it began.
         expected: rows of the input, as far as can be told.
         prompt_tokens, new_tokens: of the answers of this run.
+        joules: energy that the GPUs took meanwhile; None where they do not say.
         seconds: since its first row.
     """
 
@@ -57,6 +48,7 @@ class Progress:
     expected: int | None = None
     prompt_tokens: int = 0
     new_tokens: int = 0
+    joules: float | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -82,163 +74,11 @@ class View(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a job goes about its rows.
-
-    Attributes:
-        flat: write texts alone.
-        ordered: write answers in the order of the input.
-        strict: end at the first row that fails.
-        shard, shards: take the rows of one of so many shares, from 0.
-    """
-
-    flat: bool = False
-    ordered: bool = False
-    strict: bool = False
-    shard: int = 0
-    shards: int = 1
-
-
-@dataclass
-class _Slot:
-    """A row of a window: its place in the input, and what became of it."""
-
-    index: int
-    row: Row
-    task: Task | None
-    error: BaseException | None = None
-
-
-class _Windows:
-    """Reads the input in a thread, a window ahead of the engine.
-
-    Args:
-        source: the input.
-        preparer: turns its rows into tasks.
-        answered: keys of rows to leave out.
-        options: of the job.
-        wake: called when `poll` has something.
-
-    Attributes:
-        before: rows left out so far.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        preparer: Preparer,
-        answered: KeySet,
-        options: Options,
-        wake: Callable[[], None],
-    ) -> None:
-        self._source, self._preparer, self._answered, self._options = source, preparer, answered, options
-        self._ready: queue.Queue[list[_Slot] | BaseException | None] = queue.Queue(maxsize=1)
-        self._stopped = threading.Event()
-        self._wake = wake
-        self.before = 0
-        threading.Thread(target=self._run, name="exl-batch-input", daemon=True).start()
-
-    def poll(self) -> list[_Slot] | None:
-        """The next window, empty where it is not ready yet; None after the last.
-
-        Raises, what reading the input raised.
-        """
-        try:
-            item = self._ready.get_nowait()
-        except queue.Empty:
-            return []
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        """Read no further."""
-        self._stopped.set()
-        with contextlib.suppress(queue.Empty):
-            self._ready.get_nowait()
-
-    def _run(self) -> None:
-        try:
-            for window in self._windows():
-                self._put(window)
-                if self._stopped.is_set():
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: list[_Slot] | BaseException | None) -> None:
-        self._ready.put(item)
-        self._wake()
-
-    def _windows(self) -> Iterator[list[_Slot]]:
-        window: list[_Slot] = []
-        tokens = 0
-        try:
-            for index, row in enumerate(self._rows()):
-                slot = self._slot(index, row)
-                window.append(slot)
-                tokens += 0 if slot.task is None else sum(len(request.ids) for request in slot.task.requests)
-                if len(window) >= _WINDOW_ROWS or tokens >= _WINDOW_TOKENS:
-                    yield self._sorted(window)
-                    window, tokens = [], 0
-                if self._stopped.is_set():
-                    return
-        except ExlError:  # the input ends before its end: what was read is good
-            if window:
-                yield self._sorted(window)
-            raise
-        if window:
-            yield self._sorted(window)
-
-    def _rows(self) -> Iterator[Row]:
-        """The rows of this job's share that have no answer yet."""
-        seen = KeySet()
-        for row in self._source:
-            if row.key % self._options.shards != self._options.shard:
-                continue
-            if row.key in seen and row.key != row.line_key:
-                row = _repeated(row)
-            seen.add(row.key)
-            if row.key in self._answered:
-                self.before += 1
-            else:
-                yield row
-
-    def _slot(self, index: int, row: Row) -> _Slot:
-        try:
-            return _Slot(index, row, self._preparer.prepare(row))
-        except Exception as error:  # of a bug, too: the other rows have theirs
-            return _Slot(index, row, None, error)
-
-    def _sorted(self, window: list[_Slot]) -> list[_Slot]:
-        """Errors first; then shared beginnings side by side, and among these groups the short prompts first."""
-        if self._options.ordered:
-            return window
-        failed = [slot for slot in window if slot.task is None]
-        tasks = [(tuple(slot.task.requests[0].ids), slot) for slot in window if slot.task is not None]
-        tasks.sort(key=lambda pair: (pair[0], pair[1].index))
-        groups: list[list[tuple[tuple[int, ...], _Slot]]] = []
-        for ids, slot in tasks:
-            if groups and groups[-1][-1][0][:_SHARED] == ids[:_SHARED]:
-                groups[-1].append((ids, slot))
-            else:
-                groups.append([(ids, slot)])
-        groups.sort(key=lambda group: len(group[0][0]))
-        return [*failed, *(slot for group in groups for _, slot in group)]
-
-
-def _repeated(row: Row) -> Row:
-    error = BodyError(f"custom_id {brief(row.custom_id)!r} is that of an earlier line", code="duplicate_custom_id")
-    return Row(row.number, f"line-{row.number}", row.line_key, row.line_key, row.record, error=error)
-
-
 @dataclass(eq=False)
 class _Work:
     """A task under way: the chunks of each of its requests, and which have ended."""
 
-    slot: _Slot
+    slot: Slot
     chunks: list[list[Chunk]]
     left: int
     failures: int = 0
@@ -268,12 +108,13 @@ class Job:
     """A batch job on one engine.
 
     Args:
-        source: the input.
-        preparer: turns its rows into tasks.
+        rows: the rows to answer.
+        preparer: turns them into tasks.
         sink: takes the answers.
         engine: loads the engine; called once there is something to compute.
         view: takes what there is to tell.
         options: of the job.
+        progress: how far the run is that this job is part of.
 
     Attributes:
         progress: how far it is.
@@ -282,24 +123,29 @@ class Job:
 
     def __init__(
         self,
-        source: Source,
+        rows: Rows,
         preparer: Preparer,
         sink: Sink,
         engine: Callable[[], EngineThread],
         view: View,
         options: Options,
+        progress: Progress | None = None,
     ) -> None:
-        self._source, self._sink, self._load, self._view, self._options = source, sink, engine, view, options
+        self._rows, self._sink, self._load, self._view, self._options = rows, sink, engine, view, options
         self._engine: EngineThread | None = None
         self._inbox: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
-        self._windows = _Windows(source, preparer, sink.answered, options, lambda: self._inbox.put(None))
+        self._windows = Windows(rows, preparer, lambda: self._inbox.put(None), is_sorted=not options.ordered)
         self._in_flight: set[_Flight] = set()
         self._again: deque[tuple[_Work, int]] = deque()
         self._limit: int | None = None
         self._unreadable: ExlError | None = None
         self._submitted = self._last_wave = self._failures = 0
         self._next, self._held = 0, dict[int, bytes]()
-        self.progress = Progress()
+        self._energy: EnergyMeter | None = None
+        self._energy_at = 0.0
+        self.progress = progress or Progress()
+        self._before = self.progress.before
+        self._joules = self.progress.joules
         self.is_stopped = False
 
     def stop(self) -> None:
@@ -333,9 +179,12 @@ class Job:
             if self._engine is not None:
                 for flight in self._in_flight:
                     self._engine.cancel(flight.engine_id)
+            self._energy_at = 0.0
             self._show()
+            if self._energy is not None:
+                self._energy.close()
 
-    def _slots(self) -> Iterator[_Slot]:
+    def _slots(self) -> Iterator[Slot]:
         while not self.is_stopped:
             try:
                 window = self._windows.poll()
@@ -349,13 +198,13 @@ class Job:
                 self._refill()
                 self._collect()
 
-    def _start(self, slot: _Slot, task: Task) -> None:
+    def _start(self, slot: Slot, task: Task) -> None:
         """Submit a task's requests as there is room for each."""
         work = _Work(slot, [[] for _ in task.requests], len(task.requests))
         for index in range(len(task.requests)):
             self._refill()
             # What is held back grows while others are answered before a long one.
-            while not (self._has_room() and len(self._held) < _WINDOW_ROWS) and not self.is_stopped:
+            while not (self._has_room() and len(self._held) < WINDOW_ROWS) and not self.is_stopped:
                 self._collect()
                 self._refill()
             if self.is_stopped or work.left == 0:
@@ -376,7 +225,9 @@ class Job:
     def _submit(self, work: _Work, index: int) -> None:
         if self._engine is None:
             self._engine = self._load()
-            self.progress.started = time.monotonic()
+            self._energy = EnergyMeter(self._engine.memory())
+            if not self.progress.answered:
+                self.progress.started = time.monotonic()
         task = work.slot.task
         if task is None:
             raise RuntimeError("no task")
@@ -471,16 +322,16 @@ class Job:
                 self._engine.cancel(flight.engine_id)
         self._fail(work.slot, error)
 
-    def _fail(self, slot: _Slot, error: BaseException) -> None:
+    def _fail(self, slot: Slot, error: BaseException) -> None:
         if self._options.strict:
             message = error.message if isinstance(error, ExlError) else str(error)
             hint = error.hint if isinstance(error, ExlError) else ""
-            raise LinesFailedError(f"{brief(self._source.name)}, line {slot.row.number}: {message}", hint)
+            raise LinesFailedError(f"{brief(self._rows.name)}, line {slot.row.number}: {message}", hint)
         self._write(slot, error_line(slot.row, error, flat=self._options.flat))
         self.progress.failed += 1
         self._show()
 
-    def _write(self, slot: _Slot, line: bytes) -> None:
+    def _write(self, slot: Slot, line: bytes) -> None:
         if not self._options.ordered:
             self._sink.append(line)
             return
@@ -490,7 +341,10 @@ class Job:
             self._next += 1
 
     def _show(self) -> None:
-        self.progress.before = self._windows.before
-        expected = self._source.expected_rows
-        self.progress.expected = None if expected is None else round(expected / self._options.shards)
+        self.progress.before = self._before + self._rows.before
+        self.progress.expected = self._rows.expected
+        if self._energy is not None and time.monotonic() >= self._energy_at:
+            self._energy_at = time.monotonic() + _ENERGY_SECONDS
+            joules = self._energy.joules()
+            self.progress.joules = None if joules is None else (self._joules or 0.0) + joules
         self._view.update(self.progress)

@@ -26,6 +26,8 @@ from exl_cli.system.files import read_text, write_atomically
 _SYNC_SECONDS = 1.0
 # How each line begins, so that reading them again takes no JSON parser.
 _HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{16})", "error": (null|\{)')
+# In a manifest: the hashes of further models, by their names.
+_OTHERS = "other_models"
 _GO_ON = "the same command goes on from there"
 
 
@@ -94,6 +96,10 @@ class Sink(Protocol):
         """Called every second at least."""
         ...
 
+    def add_model(self, name: str, model_hash: str) -> None:
+        """Another model than the job's answers lines, too."""
+        ...
+
     def close(self) -> None:
         """Have all of it on the disk."""
         ...
@@ -113,6 +119,9 @@ class StreamSink:
 
     def tick(self) -> None:
         """See `Sink.tick`."""
+
+    def add_model(self, name: str, model_hash: str) -> None:
+        """See `Sink.add_model`."""
 
     def close(self) -> None:
         """See `Sink.close`."""
@@ -138,7 +147,8 @@ class AnswerFile:
     def __init__(
         self, path: Path, manifest: Mapping[str, Any], *, mix: bool = False, retry_errors: bool = False
     ) -> None:
-        self._path = path
+        self._path, self._mix = path, mix
+        self._manifest = dict(manifest)
         self.answered, self.failed, self.damaged = KeySet(), 0, 0
         self._synced, self._is_dirty = time.monotonic(), False
         try:
@@ -150,7 +160,7 @@ class AnswerFile:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            self._check(manifest, mix)
+            self._check()
             self._read(retry_errors)
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._end = os.fstat(self._file).st_size
@@ -183,6 +193,22 @@ class AnswerFile:
         if self._is_dirty and time.monotonic() - self._synced >= _SYNC_SECONDS:
             self._sync()
 
+    def add_model(self, name: str, model_hash: str) -> None:
+        """See `Sink.add_model`.
+
+        Raises:
+            UsageError: there are answers of another model of this name.
+        """
+        others = self._manifest.setdefault(_OTHERS, {})
+        if others.get(name, model_hash) != model_hash and not self._mix:
+            raise UsageError(
+                f"answers in {brief(str(self._path))} were made with another model called {name}",
+                f"give another output, or {param('mix')} to add to them all the same",
+            )
+        if others.get(name) != model_hash:
+            others[name] = model_hash
+            self._write_manifest()
+
     def close(self) -> None:
         """See `Sink.close`."""
         try:
@@ -203,30 +229,39 @@ class AnswerFile:
         reason = error.strerror or str(error)
         return DiskError(f"cannot write {brief(str(self._path))}: {reason}", f"answers so far are kept: {_GO_ON}")
 
-    def _check(self, manifest: Mapping[str, Any], mix: bool) -> None:
+    @property
+    def _manifest_file(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.exl.json")
+
+    def _write_manifest(self) -> None:
+        write_atomically(self._manifest_file, json.dumps(self._manifest, ensure_ascii=False, indent=1) + "\n")
+
+    def _check(self) -> None:
         """Compare with how the answers in the file were made, and write that down."""
-        file = self._path.with_name(f"{self._path.name}.exl.json")
         is_begun = self._path.exists() and self._path.stat().st_size > 0
         if is_begun:
             try:
-                before = json.loads(read_text(file))
+                before = json.loads(read_text(self._manifest_file))
             except (OSError, ValueError):
                 before = None
             if not isinstance(before, dict):
                 raise UsageError(
                     f"{brief(str(self._path))} has something in it that no batch job wrote", "give another output"
                 )
-            names = [name for name in {**before, **manifest} if before.get(name) != manifest.get(name)]
+            if _OTHERS in before:
+                self._manifest[_OTHERS] = before[_OTHERS]
+            now = self._manifest
+            names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if names in ([], ["model"]):  # one model under two names
                 return
-            if not mix:
+            if not self._mix:
                 name = names[0]
-                were, now = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, manifest))
+                were, are = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, now))
                 raise UsageError(
-                    f"the answers in {brief(str(self._path))} were made with {name} {brief(were)}, not {brief(now)}",
+                    f"the answers in {brief(str(self._path))} were made with {name} {brief(were)}, not {brief(are)}",
                     f"give another output, or {param('mix')} to add to them all the same",
                 )
-        write_atomically(file, json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+        self._write_manifest()
 
     def _read(self, retry_errors: bool) -> None:
         """Take in what is answered, and take out what is no answer."""

@@ -16,7 +16,18 @@ from exl_cli.api.openai import ChatBody, ChatJob, CompletionBody, CompletionJob
 from exl_cli.batch.output import line_of
 from exl_cli.batch.rows import Row, hashed
 from exl_cli.engines.base import Chunk, Request
-from exl_cli.errors import ContextLengthError, ExlError, OutOfMemoryError, PromptError, UsageError, brief, param, spell
+from exl_cli.errors import (
+    ContextLengthError,
+    DamagedModelError,
+    ExlError,
+    OutOfMemoryError,
+    PromptError,
+    UnsupportedModelError,
+    UsageError,
+    brief,
+    param,
+    spell,
+)
 from exl_cli.models.chat_template import Format, PlainFormat
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.prompt import fill, placeholders
@@ -30,6 +41,8 @@ _CODES: dict[type[BaseException], str] = {
     ContextLengthError: "context_length_exceeded",
     PromptError: "invalid_prompt",
     UsageError: "invalid_value",
+    UnsupportedModelError: "model_unusable",
+    DamagedModelError: "model_unusable",
     OutOfMemoryError: "out_of_memory",
     MemoryError: "out_of_memory",
 }

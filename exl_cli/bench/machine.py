@@ -46,13 +46,11 @@ class Watch:
 
     def attach(self, uuids: Sequence[str]) -> None:
         """Look at these GPUs from now on."""
-        handles = {uuid: self._driver.ask("DeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
-        self._handles = {uuid: handle for uuid, handle in handles.items() if handle is not None}
+        self._handles = self._driver.handles(uuids)
 
     def joules(self) -> float | None:
         """Energy that the GPUs have taken since their driver was loaded."""
-        readings = self._ask("DeviceGetTotalEnergyConsumption")
-        return sum(readings) / 1000 if readings else None
+        return self._driver.joules(self._handles.values())
 
     def used_bytes(self) -> int | None:
         """GPU memory in use, by all processes."""

@@ -26,7 +26,7 @@ from exl_cli.cli.options import (
 from exl_cli.errors import ExitCode, OutOfMemoryError, UsageError, param
 from exl_cli.models import folders
 from exl_cli.models import prompt as prompt_texts
-from exl_cli.models.chat_template import load_format
+from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
@@ -116,22 +116,37 @@ def batch(
     info = ensure(model, models_dir, allow=download, console=console)
     loading = loader.with_draft(loading, models_dir)
 
-    from exl_cli.batch.job import Job, Options
     from exl_cli.batch.manifest import manifest
+    from exl_cli.batch.models import ModelNames
     from exl_cli.batch.output import AnswerFile, Sink, StreamSink
-    from exl_cli.batch.prompts import BatchModel, Preparer, Settings
+    from exl_cli.batch.passes import OneEngine, answer_input
+    from exl_cli.batch.prompts import Settings
     from exl_cli.batch.rows import Source, check_path, open_source
     from exl_cli.batch.scores import METRICS, score
-    from exl_cli.ui.batch import BatchProgress, show_scores, summary
+    from exl_cli.batch.windows import Options
+    from exl_cli.ui.batch import BatchProgress, elsewhere, show_scores, summary
 
     metrics = [*dict.fromkeys(eval_by or ["exact"])]
     if unknown := next((metric for metric in metrics if metric not in METRICS), None):
         raise UsageError(f"{param('eval_by')} {unknown!r} is not a metric", f"metrics: {', '.join(METRICS)}")
     outputs = _outputs([check_path(name) for name in prompts], check_path(output), index, shards)
     settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
-    tokenizer = Tokenizer(info.path)
-    context = loader.context_to_allocate(info, loading)
-    preparer = Preparer(BatchModel(info.name, info, tokenizer, load_format(info.path), context), settings)
+
+    def load(model: ModelInfo, tokenizer: Tokenizer) -> EngineThread:
+        view.end()
+        count = sequences or loader.fitting_sequences(model, loading, _SEQUENCES)
+        with console.loading(f"{model.name} ({model.format_name})") as observer:
+            while True:
+                try:
+                    options = dataclasses.replace(loading, sequences=count)
+                    return EngineThread(state.load(model, tokenizer, options, observer))
+                except OutOfMemoryError:
+                    if sequences or count == 1:
+                        raise
+                    count //= 2
+
+    engines = OneEngine(load, settings, loading)
+    preparer = engines.preparer(info)
     opened: dict[Path, Source] = {}
     for name in outputs:  # what is wrong with any of them shows before the first is begun
         source = open_source(name)
@@ -143,25 +158,8 @@ def batch(
             opened[name] = source  # a pipe cannot be opened again
         else:
             source.close()
-    engines: list[EngineThread] = []
-
-    def load() -> EngineThread:
-        if engines:
-            return engines[0]
-        view.end()
-        count = sequences or loader.fitting_sequences(info, loading, _SEQUENCES)
-        with console.loading(f"{info.name} ({info.format_name})") as progress:
-            while not engines:
-                options = dataclasses.replace(loading, sequences=count)
-                try:
-                    engines.append(EngineThread(state.load(info, tokenizer, options, progress)))
-                except OutOfMemoryError:
-                    if sequences or count == 1:
-                        raise
-                    count //= 2
-        return engines[0]
-
     made = manifest(info, settings, cache=loading.cache, shard=f"{index}/{shards}", flat=flat, ordered=ordered)
+    options = Options(flat, ordered, strict, index, shards)
     failed = 0
     try:
         for name, path in outputs.items():
@@ -173,25 +171,26 @@ def batch(
                 sink = AnswerFile(path, made, mix=mix, retry_errors=retry_errors)
                 if sink.damaged:
                     console.note(f"{path}: {sink.damaged:,} damaged lines were taken out, and are answered again")
+            names = ModelNames(info, model, models_dir)
             try:
-                with BatchProgress(console) as view:
-                    job = Job(source, preparer, sink, load, view, Options(flat, ordered, strict, index, shards))
-                    with cancel_on_interrupt(job.stop):
-                        job.run()
+                with BatchProgress(console) as view, cancel_on_interrupt(engines.stop):
+                    progress = answer_input(name, source, sink, names, engines, view, options)
             finally:
                 sink.close()
-            console.note(summary(job.progress, "standard output" if path is None else str(path)))
-            if job.is_stopped:
+            console.note(summary(progress, "standard output" if path is None else str(path)))
+            if names.missing:
+                console.note(elsewhere(names.missing, info.name))
+            if engines.is_stopped:
                 if path is not None:
                     console.note("stopped: the same command goes on from there")
                 raise typer.Exit(ExitCode.INTERRUPTED)
             if eval_field is not None and path is not None:
                 show_scores(console, score(open_source(name), path, eval_field, metrics))
-            failed += sink.failed + job.progress.failed
+            failed += sink.failed + progress.failed
     finally:
-        for engine in engines:
-            state.close(engine)
-    if ignored := preparer.ignored - {eval_field}:
+        if engines.engine is not None:
+            state.close(engines.engine)
+    if ignored := engines.ignored - {eval_field}:
         console.note(f"fields without a meaning here: {', '.join(sorted(ignored)[:20])}")
     if failed:
         again = "" if output == "-" else f"; {param('retry_errors')} tries them again"

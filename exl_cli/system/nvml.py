@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,6 +27,16 @@ class Driver:
         """The handles of all GPUs, hidden ones included."""
         handles = [self.ask("DeviceGetHandleByIndex", index) for index in range(self.ask("DeviceGetCount") or 0)]
         return [handle for handle in handles if handle is not None]
+
+    def handles(self, uuids: Iterable[str]) -> dict[str, Any]:
+        """The handles of these GPUs, of those that the driver knows."""
+        handles = {uuid: self.ask("DeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
+        return {uuid: handle for uuid, handle in handles.items() if handle is not None}
+
+    def joules(self, handles: Iterable[Any]) -> float | None:
+        """Energy that these GPUs have taken since their driver was loaded; None where one withholds it."""
+        readings = [self.ask("DeviceGetTotalEnergyConsumption", handle) for handle in handles]
+        return sum(readings) / 1000 if readings and None not in readings else None
 
     def close(self) -> None:
         """No more questions."""

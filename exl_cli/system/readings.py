@@ -105,3 +105,27 @@ def _reading(memory: DeviceMemory, driver: Driver) -> GpuReading:
         process_bytes=memory.current_bytes,
         process_peak_bytes=memory.peak_bytes,
     )
+
+
+class EnergyMeter:
+    """Energy that GPUs take from now on, by all programs together.
+
+    Args:
+        memory: of an engine, for the GPUs that it uses.
+        driver: closed with this object; None for this machine's.
+    """
+
+    def __init__(self, memory: Sequence[DeviceMemory], driver: Driver | None = None) -> None:
+        self._driver = driver or (open_driver() if memory else Driver(None))
+        self._handles = self._driver.handles(entry.uuid for entry in memory)
+        self._start = self._driver.joules(self._handles.values())
+
+    def joules(self) -> float | None:
+        """So far; None where a GPU withholds it, and without one."""
+        now = self._driver.joules(self._handles.values())
+        return None if now is None or self._start is None else now - self._start
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        self._driver.close()
+        self._handles = {}

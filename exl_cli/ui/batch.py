@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from exl_cli.errors import brief
 from exl_cli.system.units import Milestones, clock_time
 from exl_cli.ui.console import Console
 from exl_cli.ui.progress import Live, bar_column, text_column
@@ -42,6 +44,13 @@ def summary(progress: Progress, output: str) -> str:
     return f"{output}: {_line(progress)}"
 
 
+def elsewhere(missing: Counter[str], model: str) -> str:
+    """The line about models that rows name and that are not here."""
+    shown = ", ".join(brief(name, 60) for name, _ in missing.most_common(3))
+    more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+    return f"{missing.total():,} rows name models that are not here ({shown}{more}): {model} answers them"
+
+
 def show_scores(console: Console, scores: Scores) -> None:
     """The table of scores on stdout, and what has none."""
     titles = ("Score", "Right", "Of", "Share", "95 % interval")
@@ -66,4 +75,5 @@ def _line(progress: Progress) -> str:
     fresh = progress.done - progress.before
     if progress.expected and fresh and progress.expected > progress.done:
         left = f", about {clock_time((progress.expected - progress.done) * progress.seconds / fresh)} left"
-    return f"{progress.done:,}{of} rows{before}{failed}, {tokens}{left}"
+    energy = "" if progress.joules is None else f", {progress.joules / 3600:,.1f} Wh"
+    return f"{progress.done:,}{of} rows{before}{failed}, {tokens}{energy}{left}"

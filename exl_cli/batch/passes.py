@@ -1,0 +1,166 @@
+"""From an input to its output: a pass over the rows for each model that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from exl_cli import loader
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.batch.job import Job, Progress, View
+from exl_cli.batch.manifest import model_hash
+from exl_cli.batch.models import ModelNames
+from exl_cli.batch.output import Sink
+from exl_cli.batch.prompts import BatchModel, Preparer, Settings
+from exl_cli.batch.rows import Row, Source, open_source
+from exl_cli.batch.windows import Options, Pending
+from exl_cli.errors import ExlError, UsageError, param
+from exl_cli.models.chat_template import load_format
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
+from exl_cli.models.tokenizer import Tokenizer
+
+
+class Engines(Protocol):
+    """What answers rows.
+
+    Attributes:
+        is_stopped: whether `stop` was called.
+    """
+
+    is_stopped: bool
+
+    def answer(
+        self, rows: Pending, model: ModelInfo, sink: Sink, view: View, options: Options, progress: Progress
+    ) -> None:
+        """Answer rows with a model; see `Job.run`."""
+        ...
+
+    def stop(self) -> None:
+        """End the work under way, and begin none; see `Job.stop`."""
+        ...
+
+
+def prepare(model: ModelInfo, settings: Settings, loading: LoadOptions) -> tuple[Preparer, Tokenizer]:
+    """What turns rows into tasks for a model, and the model's tokenizer.
+
+    Raises:
+        UsageError, PromptError: settings that make no sense for it.
+        DamagedModelError: its files cannot be read.
+    """
+    tokenizer = Tokenizer(model.path)
+    context = loader.context_to_allocate(model, loading)
+    return Preparer(BatchModel(model.name, model, tokenizer, load_format(model.path), context), settings), tokenizer
+
+
+class OneEngine:
+    """An engine in this process, for one model after the other.
+
+    Args:
+        load: loads a model.
+        settings: what rows do not say themselves.
+        loading: how models are loaded.
+
+    Attributes:
+        engine: the last one; the caller's to close.
+        is_stopped: see `Engines`.
+    """
+
+    def __init__(
+        self, load: Callable[[ModelInfo, Tokenizer], EngineThread], settings: Settings, loading: LoadOptions
+    ) -> None:
+        self.engine: EngineThread | None = None
+        self.is_stopped = False
+        self._load, self._settings, self._loading = load, settings, loading
+        self._model: ModelInfo | None = None
+        self._prepared: dict[Path, tuple[Preparer, Tokenizer]] = {}
+        self._job: Job | None = None
+
+    @property
+    def ignored(self) -> set[str]:
+        """Names of fields that no setting goes by."""
+        return {name for preparer, _ in self._prepared.values() for name in preparer.ignored}
+
+    def preparer(self, model: ModelInfo) -> Preparer:
+        """What turns rows into tasks for a model; see `prepare`."""
+        if model.path not in self._prepared:
+            self._prepared[model.path] = prepare(model, self._settings, self._loading)
+        return self._prepared[model.path][0]
+
+    def answer(
+        self, rows: Pending, model: ModelInfo, sink: Sink, view: View, options: Options, progress: Progress
+    ) -> None:
+        """See `Engines.answer`."""
+        preparer = self.preparer(model)
+        self._job = Job(rows, preparer, sink, lambda: self._engine_for(model), view, options, progress)
+        if not self.is_stopped:
+            self._job.run()
+
+    def stop(self) -> None:
+        """See `Engines.stop`. May be called by a handler of a signal."""
+        self.is_stopped = True
+        if self._job is not None:
+            self._job.stop()
+
+    def _engine_for(self, model: ModelInfo) -> EngineThread:
+        if self.engine is not None and self._model is not None and self._model.path == model.path:
+            return self.engine
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+        self.engine, self._model = self._load(model, self._prepared[model.path][1]), model
+        return self.engine
+
+
+def answer_input(
+    path: Path, source: Source, sink: Sink, names: ModelNames, engines: Engines, view: View, options: Options
+) -> Progress:
+    """Answer all rows of an input, each with the model that it names.
+
+    Args:
+        path: the input.
+        source: the same, opened.
+        sink: takes the answers.
+        names: which model answers a row.
+        engines: compute the answers.
+        view: takes what there is to tell.
+        options: of the job.
+
+    Raises:
+        ExlError: see `Job.run`.
+    """
+    progress = Progress()
+    why = _why_one_model(path, options)
+    for model in names.models:  # which grows with the first pass
+        is_first = model is names.models[0]
+        names.missing.clear()  # each pass sees every row
+        if not is_first:
+            source = open_source(path)
+            sink.add_model(model.name, model_hash(model))
+
+        def select(row: Row, model: ModelInfo = model, is_first: bool = is_first) -> Row | None:
+            try:
+                own = names.of(row)
+            except ExlError as error:
+                return dataclasses.replace(row, error=error) if is_first else None
+            if own is model:
+                return row
+            if not is_first:
+                return None
+            return dataclasses.replace(row, error=UsageError(f"it names {own.name}, and {why}")) if why else None
+
+        engines.answer(Pending(source, sink.answered, options, select), model, sink, view, options, progress)
+        if why or engines.is_stopped:
+            break
+    return progress
+
+
+def _why_one_model(path: Path, options: Options) -> str | None:
+    """Why all rows have to go to one model."""
+    if options.ordered:
+        return f"{param('ordered')} is for one model"
+    if not path.is_file():
+        return "what is no file can be read for one model only"
+    return None
