@@ -28,7 +28,7 @@ __all__ = [
     "load",
 ]
 
-# Imported on first use, so that `import exl_cli`, and with it `exl --help`, stays light.
+# Imported on first use: `import exl_cli` and `exl --help` must stay light.
 _HOMES = {
     "AsyncStream": "api.streams",
     "ExlError": "errors",
@@ -47,22 +47,22 @@ def download(
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Download a model unless it is there. "owner/name" is in `models_dir/owner_name`, as in LangChain's notebook.
+    """Download a model from the Hugging Face Hub into `models_dir/owner_name`, unless it is already there.
 
-    Says on stdout when the model is there already, and then touches no network; shows on stderr how a download goes.
+    If it is, says so on stdout without touching the network. Progress goes to stderr.
 
     Args:
         model_name: "owner/name" or "owner/name:revision".
-        models_dir: where downloaded models are; made if need be.
-        revision: a branch, tag or commit, as the quantizations of EXL2 repositories; anything but main has a folder of
-            its own, `owner_name@revision`.
-        token: for gated models; None for the one that huggingface_hub is logged in with.
+        models_dir: parent folder of downloaded models; created if missing.
+        revision: a branch, tag or commit; EXL2 repositories keep one quantization per branch. Anything but main goes
+            into `owner_name@revision`.
+        token: Hub token for gated models; None for the one stored by `hf auth login`.
 
     Returns:
-        The model's folder, to be given to `load`.
+        The model's folder, to pass to `load`.
 
     Raises:
-        UsageError: not the name of a repository.
+        UsageError: `model_name` is not a repository name.
         DownloadError, DiskError: see `hub.download`.
     """
     from exl_cli.api import download as api

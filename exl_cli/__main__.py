@@ -12,8 +12,8 @@ def _end(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command and end the process; Ctrl-C shows no traceback from the very first moment on."""
-    # While the first modules are imported there is nothing to lose or to say, and nobody to catch an exception.
+    """Run the command and exit; Ctrl-C never shows a traceback, not even during the first imports."""
+    # Until the CLI is imported there is nothing to clean up and no error boundary: SIGINT exits at once.
     waiting = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if waiting:
         signal.signal(signal.SIGINT, _end)

@@ -1,4 +1,4 @@
-"""The errors a user can meet: one line that says what is wrong, one that says the next step, and an exit code."""
+"""Exceptions shown to users. Each carries a message, a hint for the next step, and an exit code."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import re
 from collections.abc import Callable
 from enum import IntEnum
 
-# A parameter's name inside a message, between two code points that no text of ours or of a model uses.
+# Marks a parameter name inside a message. U+FDD0 and U+FDD1 are Unicode noncharacters, so no real text contains them.
 _MARK = re.compile("\ufdd0([a-z_]+)\ufdd1")
 
 
 def param(name: str) -> str:
-    """A parameter, for use in the text of an error or a note: the CLI shows `--max-seq-len`, Python `max_seq_len`."""
+    """Mark a parameter name in a message. The CLI prints it as `--max-seq-len`, Python as `max_seq_len`."""
     return f"\ufdd0{name}\ufdd1"
 
 
 def spell(text: str, spelling: Callable[[str], str] = str) -> str:
-    """Text with each `param` in it written out, by its name unless `spelling` says otherwise."""
+    """Replace each `param` mark in a text with `spelling(name)`; by default the bare name."""
     return _MARK.sub(lambda match: spelling(match[1]), text)
 
 
 def brief(text: str, length: int = 160) -> str:
-    """A name for a message: a stranger's can have thousands of characters. Its middle is left out."""
+    """Shorten user input or file contents for a message by cutting out the middle."""
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"
 
 
 class ExitCode(IntEnum):
-    """What `exl` returns to the shell. README lists these; a number never changes its meaning."""
+    """Exit codes of `exl`. They are documented and stable: never renumber or reuse one."""
 
     OK = 0
     INTERNAL = 1
@@ -48,13 +48,13 @@ class ExitCode(IntEnum):
 
 
 class ExlError(Exception):
-    """Base of everything that is the user's to mend rather than a bug of ours.
+    """Base class of errors the user can fix. Any other exception is a bug.
 
     Args:
-        message: one sentence, lower case, without a final stop: what is wrong, with the numbers or names involved.
-        hint: the next step, an imperative or a command; empty when there is none.
+        message: what is wrong, with the numbers or names involved; lower case, no final period.
+        hint: the next step, as an imperative or a command; may be empty.
 
-    Both may hold a `param`. `str()` writes parameters by name; the CLI shows an error through `spell`.
+    Both may contain `param` marks: `str()` writes the bare names, the CLI writes flags.
     """
 
     exit_code = ExitCode.INTERNAL
@@ -69,66 +69,66 @@ class ExlError(Exception):
 
 
 class UsageError(ExlError):
-    """A flag or argument that cannot be honoured."""
+    """An invalid flag or argument, or a combination that cannot work."""
 
     exit_code = ExitCode.USAGE
 
 
 class ModelNotFoundError(ExlError):
-    """No model of that name or path is here."""
+    """No model has this name or path, or it is only partly downloaded."""
 
     exit_code = ExitCode.MODEL_NOT_FOUND
 
 
 class UnsupportedModelError(ExlError):
-    """A model that is whole, but of a kind that exl or the chosen engine cannot run."""
+    """The model is intact, but exl or the chosen engine cannot run it."""
 
     exit_code = ExitCode.UNSUPPORTED_MODEL
 
 
 class DamagedModelError(ExlError):
-    """A model folder whose files are missing, truncated or unreadable."""
+    """Model files are missing, truncated or unreadable."""
 
     exit_code = ExitCode.DAMAGED_MODEL
 
 
 class PromptError(ExlError):
-    """A prompt or template that cannot be turned into tokens, or does not fit the context."""
+    """The prompt or chat template cannot be turned into tokens, or the prompt does not fit the context."""
 
     exit_code = ExitCode.PROMPT
 
 
 class ContextLengthError(PromptError):
-    """A prompt that is longer than the context."""
+    """The prompt does not fit the context."""
 
 
 class OutOfMemoryError(ExlError):
-    """Too little GPU or host memory for the model and its KV cache."""
+    """Not enough GPU or host memory for the model and its KV cache."""
 
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class EngineError(ExlError):
-    """An engine that is not installed, cannot start or failed while running."""
+    """The engine is not installed, cannot start, or failed while running."""
 
     exit_code = ExitCode.ENGINE
 
 
 class DeviceError(EngineError):
-    """A fault after which this process cannot use the GPU any more."""
+    """A CUDA error that leaves this process unable to use the GPU."""
 
 
 class ResponseTimeoutError(EngineError, TimeoutError):
-    """A response that was not complete within the time given."""
+    """The response was not complete before the timeout."""
 
 
 class DownloadError(ExlError):
-    """A model that cannot be had from the Hub: not there, not allowed, not reachable, or not what it should be."""
+    """A download failed: repository missing, access denied, Hub unreachable, or a file that does not match its hash."""
 
     exit_code = ExitCode.DOWNLOAD
 
 
 class DiskError(ExlError):
-    """A disk that is full, or a place that cannot be read or written."""
+    """The disk is full, or a path cannot be read or written."""
 
     exit_code = ExitCode.DISK

@@ -1,4 +1,4 @@
-"""The model loader: from what the user typed to a `ModelInfo`, and from that to a loaded engine."""
+"""The model loader: resolve a name or path to a `ModelInfo`, then load it into an engine."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ _MIN_ALLOCATION = 4096
 
 
 class SentenceError(ModelNotFoundError):
-    """What stands in a model's place is several words, and like no model's name: perhaps meant for the model."""
+    """The model argument is several words and resembles no model name: probably a prompt."""
 
 
 class Observer(Protocol):
-    """Takes what a load has to tell."""
+    """Receives notes and progress while a model loads."""
 
     def note(self, message: str) -> None:
-        """A decision worth telling: which engine, and why."""
+        """Report a decision, such as the choice of engine and its reason."""
         ...
 
     def progress(self, done: int, total: int) -> None:
-        """So many of so many parts are loaded."""
+        """Report how many of the model's modules are loaded."""
         ...
 
 
 def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
-    """Find a model and read what it is.
+    """Find a model on disk and inspect its files. No network, no torch.
 
     Args:
         model: None for the built-in model, a path, a built-in name, `owner/name[:revision]`, or the name of a folder
             in the models folder.
-        models: the folder of downloaded models; see `models_dir`. A repository that is not there is looked for in the
-            cache of the Hub's own library.
+        models: the folder of downloaded models; see `models_dir`. A repository that is not there is looked up in
+            huggingface_hub's cache.
 
     Raises:
         UsageError: the name is empty.
-        ModelNotFoundError: nothing of that name is here, or only part of it.
+        ModelNotFoundError: no such model, or it is only partly downloaded.
         UnsupportedModelError, DamagedModelError: see `info.inspect`.
     """
     if model is not None and not model.strip():
@@ -117,7 +117,7 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
 
 
 def with_draft(options: LoadOptions, models: Path | None = None) -> LoadOptions:
-    """The options with the draft model's folder in the place of its name; the same where there is none.
+    """Replace the draft model's name in the options with its absolute path.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, DamagedModelError: see `resolve`.
@@ -128,21 +128,21 @@ def with_draft(options: LoadOptions, models: Path | None = None) -> LoadOptions:
 
 
 def context_to_allocate(info: ModelInfo, options: LoadOptions, needed: int | None = None) -> int:
-    """How many tokens of context to load a model with.
+    """Context length to load a model with, in tokens.
 
     Args:
         info: the model.
-        options: `max_seq_len` decides, where it is given.
-        needed: tokens of prompt and response, where they are known: the KV cache need not be larger.
+        options: `max_seq_len` wins if set.
+        needed: prompt plus response tokens, if known; the KV cache need not be larger.
 
     Raises:
-        UsageError: more than the model has positions.
+        UsageError: `max_seq_len` is beyond the model's learned position embeddings.
     """
     if options.max_seq_len is not None:
         if options.max_seq_len > info.extended_length and has_learned_positions(info.config):
             raise UsageError(_beyond(info, options.max_seq_len), f"use at most {info.extended_length}")
         return options.max_seq_len
-    # A context that is extended takes more memory than most conversations need.
+    # RoPE-scaled contexts reach 128k and more, and few prompts need such a cache: allocate what this one needs.
     return min(info.extended_length, max(needed or 0, min(info.context_length, _MIN_ALLOCATION)))
 
 
@@ -154,7 +154,7 @@ def _beyond(info: ModelInfo, max_seq_len: int) -> str:
 
 
 def gpus_for(info: ModelInfo, options: LoadOptions) -> list[memory.Gpu]:
-    """The GPUs that a model will run on; none for the CPU engine."""
+    """The GPUs a model will run on; empty if it will run on the CPU."""
     from exl_cli.engines.exllamav2 import support
 
     on_cpu = options.engine == "cpu" or support.why_not(info, context_to_allocate(info, options))
@@ -162,13 +162,13 @@ def gpus_for(info: ModelInfo, options: LoadOptions) -> list[memory.Gpu]:
 
 
 def memory_needed(info: ModelInfo, options: LoadOptions, sequences: int) -> memory.Estimate | None:
-    """GPU memory for a model with a KV cache for so many full-length sequences; None where that cannot be told."""
+    """Estimate GPU memory for a model and a KV cache of `sequences` full contexts; None if it cannot be estimated."""
     tokens = context_to_allocate(info, options) * sequences
     return memory.estimate(info, tokens, options.cache, low_mem=options.low_mem)
 
 
 def fitting_sequences(info: ModelInfo, options: LoadOptions, counts: Iterable[int]) -> int:
-    """The first of these counts of full-length sequences that fits the free GPU memory; 1 where none does."""
+    """The first of `counts` full-length sequences whose KV cache fits the free GPU memory; 1 if none does."""
     free = [gpu.free for gpu in gpus_for(info, options)]
     for count in counts if free else ():
         if (needed := memory_needed(info, options, count)) is not None and memory.fits(needed, free):
@@ -179,18 +179,19 @@ def fitting_sequences(info: ModelInfo, options: LoadOptions, counts: Iterable[in
 def load(
     info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions, observer: Observer, needed: int | None = None
 ) -> Engine:
-    """Load a model with the engine that fits it.
+    """Choose an engine and load a model into it.
 
     Args:
         info: from `resolve`.
-        tokenizer: the model's.
-        options: the load flags; a draft model is looked for in the usual folder, see `with_draft`.
-        observer: takes the choice of engine and the progress.
-        needed: tokens of prompt and response, where they are known.
+        tokenizer: the model's tokenizer.
+        options: the load options. A draft model given by name is looked up in the default models folder; see
+            `with_draft` for others.
+        observer: receives the choice of engine and the progress.
+        needed: prompt plus response tokens, if known; see `context_to_allocate`.
 
     Raises:
-        EngineError: the engine asked for cannot run here.
-        UnsupportedModelError: the engine asked for cannot run this model.
+        EngineError: the requested engine cannot run on this machine.
+        UnsupportedModelError: the requested engine cannot run this model.
         OutOfMemoryError, DamagedModelError, UsageError: see the engines.
     """
     context = context_to_allocate(info, options, needed)
@@ -200,7 +201,7 @@ def load(
         observer.note(f"{_beyond(info, context)}: what it says beyond them may make no sense")
     for name, value in sampling.unusable(info.generation_config).items():
         observer.note(f"generation_config.json: {name} {brief(repr(value))} is left out")
-    # Read when torch is first imported. Threads that spin while they wait are slowed tenfold by any other busy program.
+    # OpenMP reads this when torch is first imported. Spinning workers run ten times slower beside another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with hold_interrupt(), startup.collector_paused():
         chosen = _choose(info, context, options, observer.note)
@@ -215,12 +216,11 @@ def load(
             observer if isinstance(observer, build.Observer) else build.Notes(observer.note)
         )
         return exllamav2.load(info, tokenizer, context, options, observer.progress, draft)
-    with startup.collector_paused():  # it imports transformers
+    with startup.collector_paused():  # imports transformers
         return engine.load(info, tokenizer, context, observer.progress)
 
 
 def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> ModelInfo | None:
-    """The draft model, if there is to be one, checked."""
     if options.draft is None:
         return None
     from exl_cli.engines.exllamav2 import support

@@ -1,8 +1,7 @@
-"""The sampler-settings builder: one frozen `Sampling`, where its values come from, and what values are legal.
+"""Sampler settings: the frozen `Sampling`, its presets, and the precedence of flags, preset and generation config.
 
-The fields, their names and their meaning are those of exllamav2's sampler, so that settings written for it carry over.
-Each field's own metadata holds its legal range, unit and one line of help; flags, validation and documentation all
-read it from there.
+Fields have the names and meanings of exllamav2's sampler settings. Each field's metadata holds its range and help line;
+flags, validation and documentation are generated from it.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from exl_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What is known of one field besides its default.
+    """A field's flag, help and range.
 
     Attributes:
-        flag: the flag that sets it.
-        help: one line, which names the values that are off.
-        low, high, low_open: its range.
-        alias: the name that others have for the flag.
-        off: the values with which it does nothing.
+        flag: the CLI flag.
+        help: one line, including the values that turn the setting off.
+        low, high: the range; `low` itself is excluded if `low_open`.
+        alias: another flag name, as in llama.cpp.
+        off: values that turn the setting off.
     """
 
     flag: str
@@ -38,16 +37,12 @@ class FieldInfo:
 
     @property
     def range(self) -> str:
-        """The legal values, short enough for a table."""
+        """The range in words: "0 to 1", "above 0"."""
         low = f"above {self.low:g}" if self.low_open else f"{self.low:g}"
         return f"{low} or more" if self.high == math.inf else f"{low} to {self.high:g}"
 
     def check(self, name: str, value: float) -> None:
-        """Refuse a value outside the range.
-
-        Raises:
-            UsageError: naming the range.
-        """
+        """Raise UsageError if a value is outside the range."""
         low_ok = value > self.low if self.low_open else value >= self.low
         if not (low_ok and value <= self.high):
             bound = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
@@ -73,11 +68,10 @@ def _setting(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits. The defaults are the LangChain notebook's; 0 means off except where
-    the help says otherwise.
+    """Sampler settings. Defaults are those of LangChain's exllamav2 notebook; 0 is off unless the help says otherwise.
 
-    Order of application, as in exllamav2: penalties, DRY, temperature and smoothing, top-k, top-p, top-a, min-p,
-    tail-free, typical, mirostat, dynamic or last temperature, XTC, skew, one draw.
+    Applied in exllamav2's order: penalties, DRY, temperature and smoothing, top-k, top-p, top-a, min-p, tail-free,
+    typical, mirostat, dynamic or last temperature, XTC, skew, and one draw.
 
     Raises:
         UsageError: a value outside its range, or two that contradict each other.
@@ -108,7 +102,7 @@ class Sampling:
         1.05,
         "--repetition-penalty",
         "Divide the logits of tokens already seen.",
-        # Divided by less, logits leave the range of a float32, and all tokens seen are alike.
+        # A smaller divisor overflows float32, which would make all seen tokens equal.
         low=0.01,
         high=100.0,
         alias="--repeat-penalty",
@@ -175,15 +169,14 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """True where the likeliest token is always taken, so that the seed has no effect."""
+        """Whether the most likely token is always taken, whatever the seed."""
         return self.top_k == 1 or self.temperature < 0.01
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, JSON-ready."""
         return asdict(self)
 
     def brief(self) -> dict[str, Any]:
-        """The notebook's four fields, and whatever else differs from its default: what `--verbose` prints."""
+        """The notebook's four fields plus any non-default ones, as `--verbose` prints them."""
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -208,7 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "creative": {"temperature": 1.1, "top_k": 0, "top_p": 0.0, "min_p": 0.05, "token_repetition_penalty": 1.05},
 }
 
-# generation_config.json's names (transformers' GenerationConfig) for what exllamav2 names otherwise.
+# Keys of generation_config.json (transformers' GenerationConfig) and the fields they set.
 _GENERATION_CONFIG_NAMES = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -222,12 +215,12 @@ _GENERATION_CONFIG_NAMES = {
 def build(
     flags: Mapping[str, Any], preset: str | None = None, generation_config: Mapping[str, Any] | None = None
 ) -> Sampling:
-    """Put settings together: flags, then the preset, then the model's generation config, then the notebook's values.
+    """Build settings. Flags win over the preset, then the model's generation config, then the defaults.
 
     Args:
-        flags: field names to values, those that were not given left out or None.
-        preset: a key of `PRESETS`; it replaces the generation config rather than mixing with it.
-        generation_config: the parsed `generation_config.json` of the model.
+        flags: field names to values; None counts as not given.
+        preset: a key of `PRESETS`; with one, the generation config is ignored.
+        generation_config: the model's parsed `generation_config.json`.
 
     Raises:
         UsageError: an unknown preset or field, or an illegal value.
@@ -249,7 +242,7 @@ def build(
 
 
 def unusable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `generation_config.json` sets to a value that is left out: one of the wrong type, or out of range."""
+    """The entries of a `generation_config.json` that are ignored for a wrong type or an out-of-range value."""
     odd = {
         theirs: config[theirs]
         for theirs, ours in _GENERATION_CONFIG_NAMES.items()
@@ -265,8 +258,7 @@ def unusable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a `generation_config.json` sets. Values that are null, of the wrong type or out of range are
-    ignored: a model file must not be able to stop a run that sets them itself."""
+    """The fields set by a `generation_config.json`. Invalid values are ignored: a bad file must not block a run."""
     values: dict[str, Any] = {}
     for theirs, ours in _GENERATION_CONFIG_NAMES.items():
         value: Any = config.get(theirs)
@@ -275,13 +267,13 @@ def from_generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
         try:
             value = int(value) if ours == "top_k" else float(value)
             replace(Sampling(), **{ours: value})
-        except (UsageError, ValueError, OverflowError):  # the last two: Infinity, NaN or a number of 400 digits
+        except (UsageError, ValueError, OverflowError):  # JSON allows NaN, Infinity and integers beyond any float
             continue
         values[ours] = value
     if config.get("do_sample") is False:
-        # By the temperature alone, so that a temperature given as a flag does something.
+        # Greedy through the temperature, not top_k, so a --temperature flag still overrides it.
         values["temperature"] = 0.0
     if values and "token_repetition_penalty" not in values:
-        # A model that states how it wants to be sampled, and names no penalty, means none.
+        # A model that recommends sampler settings without a penalty means no penalty, not the notebook's 1.05.
         values["token_repetition_penalty"] = 1.0
     return values

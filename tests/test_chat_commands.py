@@ -200,7 +200,7 @@ def test_export_writes_markdown_and_json_and_overwrites_only_its_own(tmp_path: P
     assert "error: there is nothing to export yet" in result.stderr
     assert "error: a.txt ends neither in .md nor in .json" in result.stderr
     assert "error: mine.md exists already" in result.stderr
-    assert "no file's name has a zero byte; choose another place" in result.stderr
+    assert "a file name cannot contain a null byte; choose another place" in result.stderr
     assert (tmp_path / "mine.md").read_text() == "precious"
 
 

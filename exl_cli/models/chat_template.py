@@ -56,7 +56,7 @@ class ChatTemplate:
     add_special_tokens: ClassVar[bool] = False
 
     @property
-    def name(self) -> str:  # noqa: D102
+    def name(self) -> str:
         return f"chat template ({self.origin})"
 
     def start(self) -> ChatTemplate:

@@ -35,9 +35,9 @@ class TextBody(Protocol):
     stream: bool
 
     @property
-    def count(self) -> int: ...  # noqa: D102
+    def count(self) -> int: ...
     @property
-    def ignored(self) -> tuple[str, ...]: ...  # noqa: D102
+    def ignored(self) -> tuple[str, ...]: ...
 
 
 async def respond(

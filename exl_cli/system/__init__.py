@@ -1,1 +1,1 @@
-"""What every layer may use of the machine: files, processes, memory, NVML, units, interrupts."""
+"""Operating system helpers: files, processes, signals, memory, NVML, units, versions."""

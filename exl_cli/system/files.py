@@ -1,4 +1,4 @@
-"""The user's folders for exl's data, and files that are whole at any moment."""
+"""User data folders, bounded reads, and atomic writes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import BinaryIO
 
 
 def user_data() -> Path:
-    """The platform's place for a user's data of exl; nothing is made there."""
+    """The platform's data folder for exl; not created."""
     import platformdirs
 
     return Path(platformdirs.user_data_path("exl", appauthor=False))
 
 
 def user_cache() -> Path:
-    """The platform's place for what exl can make again; nothing is made there."""
+    """The platform's cache folder for exl; not created."""
     import platformdirs
 
     return Path(platformdirs.user_cache_path("exl", appauthor=False))
 
 
 def expanded(path: Path) -> Path:
-    """The path, `~` at its start replaced by that user's folder; as it is where there is no such user."""
+    """`Path.expanduser`, but an unknown user's `~name` stays as it is."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -36,7 +36,7 @@ def expanded(path: Path) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder, as far as the user can see; False too for a name that no folder can have."""
+    """`Path.is_dir`, but False instead of OSError, for example for a name that is too long."""
     try:
         return path.is_dir()
     except OSError:
@@ -44,7 +44,7 @@ def is_folder(path: Path) -> bool:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything, as far as the user can see; False too for a name that nothing can have."""
+    """`Path.exists`, but False instead of OSError, for example for a name that is too long."""
     try:
         return path.exists()
     except OSError:
@@ -53,22 +53,22 @@ def is_there(path: Path) -> bool:
 
 LARGEST_TEXT = 256 << 20
 _TEMPORARY = re.compile(r"\..{1,40}\.([0-9]+)\.tmp")
-_LEFT_SECONDS = 5
+_STALE_SECONDS = 5
 
 
 def read_file(path: Path, *, limit: int = LARGEST_TEXT, pipes: bool = False) -> bytes:
-    """A file's bytes: a device would be read without end, and a pipe that nobody writes to waited for.
+    """Read a file, refusing devices, which never end, and pipes, which may block.
 
     Args:
         path: the file.
-        limit: the most bytes that are read.
-        pipes: read a pipe too, as a shell's `<(command)` gives one.
+        limit: largest size in bytes.
+        pipes: allow a pipe, such as a shell's `<(command)`.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than the limit.
+        OSError: unreadable, not a regular file, or larger than `limit`.
     """
-    _refuse_zero_byte(path)
-    mode = path.stat().st_mode  # before it is opened: opening a pipe waits for a writer
+    _refuse_null_byte(path)
+    mode = path.stat().st_mode  # before opening: opening a pipe blocks until it has a writer
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
@@ -78,21 +78,17 @@ def read_file(path: Path, *, limit: int = LARGEST_TEXT, pipes: bool = False) -> 
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends as \\n; see `read_file`.
+    """Read a UTF-8 file with universal newlines.
 
     Raises:
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is something else.
+        OSError: see `read_file`.
+        UnicodeDecodeError: not UTF-8.
     """
     return io.StringIO(read_file(path).decode("utf-8"), newline=None).read()
 
 
 def read_stream(stream: BinaryIO, limit: int = LARGEST_TEXT) -> bytes:
-    """All bytes of a stream.
-
-    Raises:
-        OSError: there are more than `limit`.
-    """
+    """Read a stream to its end, or raise OSError after `limit` bytes."""
     data = stream.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB")
@@ -100,21 +96,21 @@ def read_stream(stream: BinaryIO, limit: int = LARGEST_TEXT) -> bytes:
 
 
 def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
-    """Write a file and its folder; at any moment the old or the new one is there, whole.
+    """Write to a temporary file, fsync it, and rename it into place; create the parent folder if needed.
 
     Args:
-        path: where to.
-        content: all of it; text is written as UTF-8.
-        private: nobody but the user may read it, whatever the umask says.
+        path: the destination.
+        content: bytes, or text to encode as UTF-8.
+        private: create with mode 0600 instead of the umask's default.
 
     Raises:
-        OSError: it cannot be written; nothing has changed then.
+        OSError: the write failed; the old file is unchanged.
     """
-    _refuse_zero_byte(path)
+    _refuse_null_byte(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(path.parent)
+    _remove_stale(path.parent)
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
@@ -127,18 +123,18 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
         temporary.unlink(missing_ok=True)
 
 
-def _refuse_zero_byte(path: Path) -> None:
+def _refuse_null_byte(path: Path) -> None:
     if "\0" in str(path):
-        raise OSError(errno.EINVAL, "no file's name has a zero byte", str(path))
+        raise OSError(errno.EINVAL, "a file name cannot contain a null byte", str(path))
 
 
-def _remove_left(folder: Path) -> None:
-    """Remove what writes that were killed have left in a folder."""
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary files of writers that were killed."""
     for file in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(file.name)
         with contextlib.suppress(OSError):
-            # A few seconds are for a process of the same id in another container or on another machine.
-            if match and not _is_running(int(match[1])) and time.time() - file.stat().st_mtime > _LEFT_SECONDS:
+            # The writer may run in another container or on another machine, where we cannot see its process id.
+            if match and not _is_running(int(match[1])) and time.time() - file.stat().st_mtime > _STALE_SECONDS:
                 file.unlink()
 
 
@@ -148,5 +144,5 @@ def _is_running(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        pass  # somebody else's
+        pass  # another user's process
     return True

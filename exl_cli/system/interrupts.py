@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-Z and other keys while a model loads or an answer streams."""
+"""SIGINT, SIGTSTP and terminal echo while a model loads or a response streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 @contextmanager
 def cancel_on_interrupt(cancel: Callable[[], object]) -> Iterator[None]:
-    """Within it, the first SIGINT calls `cancel`; a second one raises KeyboardInterrupt. Main thread only."""
+    """The first SIGINT calls `cancel`, a second one raises KeyboardInterrupt. Main thread only."""
     cancelled = False
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -37,27 +37,27 @@ def cancel_on_interrupt(cancel: Callable[[], object]) -> Iterator[None]:
 
 
 class _Loading:
-    """The handler of SIGINT while a model loads."""
+    """The SIGINT handler while a model loads."""
 
-    def __init__(self, told: Callable[[], object]) -> None:
-        self._told = told
+    def __init__(self, on_interrupt: Callable[[], object]) -> None:
+        self._on_interrupt = on_interrupt
         self.arrived = self.held = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         again, self.arrived = self.arrived, True
-        self._told()
+        self._on_interrupt()
         if again or not self.held:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def insist_on_interrupt(told: Callable[[], object] = lambda: None) -> Iterator[_Loading]:
-    """Within it, a SIGINT calls `told` and raises KeyboardInterrupt, and once more at the end if that one got lost.
+def insist_on_interrupt(on_interrupt: Callable[[], object] = lambda: None) -> Iterator[_Loading]:
+    """SIGINT calls `on_interrupt` and raises KeyboardInterrupt, again on leaving if the first was swallowed.
 
-    Importing torch and transformers runs through `except BaseException` here and there, which eats an interrupt that
-    happens to arrive at that moment, or makes another error of it. Main thread only.
+    The imports of torch and transformers contain `except BaseException`, which can swallow a KeyboardInterrupt or turn
+    it into another exception. Main thread only.
     """
-    handler = _Loading(told)
+    handler = _Loading(on_interrupt)
     previous = signal.signal(signal.SIGINT, handler)
     try:
         yield handler
@@ -73,10 +73,10 @@ def insist_on_interrupt(told: Callable[[], object] = lambda: None) -> Iterator[_
 
 @contextmanager
 def hold_interrupt() -> Iterator[None]:
-    """Within it, the KeyboardInterrupt of a first SIGINT waits for the end; a second one comes up at once.
+    """Delay the KeyboardInterrupt of a first SIGINT until the block ends; a second one raises at once.
 
-    For imports of seconds, not for more: while torch starts, an exception can come up where its C++ ends the whole
-    process for it, with a page of its frames. Does nothing where a program has a handler of its own.
+    For imports of a few seconds only. An exception raised in the middle of torch's initialisation can reach C++ code
+    that aborts the process with a stack trace. Does nothing if the program has installed its own handler.
     """
     with contextlib.ExitStack() as stack:
         handler = signal.getsignal(signal.SIGINT)
@@ -99,10 +99,10 @@ def hold_interrupt() -> Iterator[None]:
 
 @contextmanager
 def unseen_keys() -> Iterator[None]:
-    """Within it, the terminal does not show what is typed, nor `^C`; it keeps the lines for the next to read.
+    """Turn terminal echo off, `^C` included; typed lines stay queued for the next reader.
 
-    Ctrl-Z stops the program with the echo on, and off again when it goes on; a signal that ends it turns it on first.
-    Does nothing without a terminal, or in one that another program has in hand. Main thread only.
+    Echo comes back before Ctrl-Z stops the process or a signal ends it, and goes off again after `fg`. Does nothing
+    without a terminal or in the background. Main thread only.
     """
     terminal = _terminal()
     if terminal is None:
@@ -119,7 +119,7 @@ def unseen_keys() -> Iterator[None]:
         else:
             signal.signal(number, handlers[number])
             os.kill(os.getpid(), number)
-        # Here it goes on, perhaps in the background.
+        # Resumed by SIGCONT, perhaps in the background, where _echo changes nothing.
         changed = _echo(terminal, on=False)
 
     handlers: dict[int, Any] = {}
@@ -137,20 +137,16 @@ def unseen_keys() -> Iterator[None]:
 
 
 def _terminal() -> int | None:
-    """The file descriptor of the terminal that keys come from, or text goes to."""
     for stream in (sys.stdin, sys.stdout):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, a stand-in of an embedder, or closed
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, replaced by an embedder, or closed
             if os.isatty(stream.fileno()):
                 return stream.fileno()
     return None
 
 
 def _echo(terminal: int, *, on: bool) -> bool:
-    """Let the terminal show what is typed, or not; returns whether that has changed.
-
-    Nothing changes in the background: the terminal stops a job there that tries.
-    """
-    with contextlib.suppress(OSError, termios.error):  # it has been closed
+    """Switch echo and return whether it changed. A background job must not try: tcsetattr would stop it (SIGTTOU)."""
+    with contextlib.suppress(OSError, termios.error):  # terminal closed
         modes = termios.tcgetattr(terminal)
         flags = modes[3] | termios.ECHO if on else modes[3] & ~termios.ECHO
         if flags != modes[3] and os.tcgetpgrp(terminal) == os.getpgrp():

@@ -1,4 +1,4 @@
-"""NVML, the NVIDIA driver's own interface, where there is a driver."""
+"""NVML (NVIDIA's management library) without exceptions: every failed query is None."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 
 class Driver:
-    """The driver's answers; None for each that it, a card or a container withholds, and for all without a driver.
+    """Queries of NVML. Each is None if the driver, the card or the container does not answer it.
 
     Args:
-        nvml: the `pynvml` module, initialised; None where there is no driver.
+        nvml: the initialised `pynvml` module, or None without a driver.
     """
 
     def __init__(self, nvml: Any) -> None:
         self.nvml = nvml
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """What one of NVML's functions answers, "DeviceGetName" for `nvmlDeviceGetName`."""
+        """Call an NVML function by its name without the prefix: "DeviceGetName" for `nvmlDeviceGetName`."""
         try:
             return getattr(self.nvml, f"nvml{name}")(*arguments)
         except Exception:
             return None
 
     def gpus(self) -> list[Any]:
-        """The handles of all GPUs, hidden ones included."""
+        """Handles of all GPUs, including those that CUDA_VISIBLE_DEVICES hides."""
         handles = [self.ask("DeviceGetHandleByIndex", index) for index in range(self.ask("DeviceGetCount") or 0)]
         return [handle for handle in handles if handle is not None]
 
@@ -39,7 +39,7 @@ class Driver:
         return sum(readings) / 1000 if readings and None not in readings else None
 
     def close(self) -> None:
-        """No more questions."""
+        """Shut NVML down; later queries are None."""
         self.ask("Shutdown")
         self.nvml = None
 
@@ -54,7 +54,7 @@ class Driver:
 
 
 def open_driver() -> Driver:
-    """The driver of this machine; close it."""
+    """Initialise NVML. The caller closes it."""
     try:
         import pynvml
 

@@ -1,4 +1,4 @@
-"""Processes of exl: how to start one that sees the same packages, end it with all it started, and leave this one."""
+"""Child processes: start one with the same packages, end it with everything it started; and exit this one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _STOP_SECONDS = 8.0
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module as `python -m` does, but with this process's path.
+    """A command like `python -m module`, but with this process's sys.path.
 
-    `-m` would put the working folder first on it: a clone of exllamav2 there would be taken for the installed one.
+    `-m` puts the working directory first, and a clone of exllamav2 there would shadow the installed package.
     """
     code = f"import runpy, sys; sys.path[:] = {sys.path!r}; runpy.run_module({module!r}, run_name='__main__')"
     return [sys.executable, "-c", code, *arguments]
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads a session, and everything it started; return when all of that is gone.
+    """End a session leader and its whole session: SIGTERM to the group, then SIGKILL until nothing is left.
 
-    ninja puts its compilers into groups of their own, so those left over are found by their session.
+    Killing the group is not enough: ninja starts each compiler in a new process group, but in the same session.
     """
     session = process.pid
     if process.poll() is None:
@@ -37,7 +37,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
             os.killpg(session, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-    # Another time, for what one of them started meanwhile.
+    # Repeat: a process may fork between the listing and its kill.
     while pids := _session(session):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -51,7 +51,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def _session(session: int) -> list[int]:
-    """The processes of a session."""
+    """Live processes of a session, from /proc (proc(5): field 3 of stat is the state, field 6 the session)."""
     pids = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -62,7 +62,7 @@ def _session(session: int) -> list[int]:
 
 
 def signal_name(number: int) -> str:
-    """ "SIGSEGV"; "signal 35" where it has no name."""
+    """A signal's name, "SIGSEGV"; "signal 35" for a number without one."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -70,14 +70,14 @@ def signal_name(number: int) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, without the seconds that Python takes to free the modules of torch and transformers.
+    """Exit without tearing the interpreter down, which takes seconds once torch and transformers are imported.
 
-    What has to be undone is undone before, in a `finally`. Python waits for no thread here: each computes what nobody
-    will read, and writes files in a way that can be cut off.
+    Cleanup has happened in `finally` blocks by now. Threads are not joined: their results have no reader, and their
+    file writes are atomic.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(Exception):
-        # Of libraries: matplotlib removes its temporary folder, say. exl itself registers none.
+        # For libraries, such as matplotlib's temporary folder; exl registers no exit functions.
         atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError, DiskError):
         sys.stdout.flush()

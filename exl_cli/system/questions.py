@@ -1,7 +1,7 @@
-"""Questions that may crash or hang, each a function of some module that is asked in a child process with a time limit.
+"""Call functions that may crash or hang in a child process with a time limit.
 
-The module ends with `if __name__ == "__main__": questions.answer(globals())`. Its functions take keyword arguments and
-return facts; both are JSON-ready.
+A module with such functions ends with `if __name__ == "__main__": questions.answer(globals())`. The functions take
+keyword arguments and return a dict; both must be JSON-serialisable.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _asked: set[subprocess.Popen[str]] = set()
 
 @dataclass(frozen=True)
 class Answer:
-    """How a question ended.
+    """The result of a call, or why there is none.
 
     Attributes:
-        value: the facts; None where there is no answer.
-        problem: why there is none, in a few words: "crashed (SIGSEGV)", "hung: no answer in 30 s", an exception's text.
-        kind: of the problem: "hang", "crash" or "error".
-        output: what else the child printed.
+        value: the returned dict; None after a failure.
+        problem: "crashed (SIGSEGV)", "hung: no answer in 30 s", or the last line of the exception.
+        kind: "hang", "crash", "error", or empty.
+        output: the child's stderr, with whatever libraries printed.
     """
 
     value: dict[str, Any] | None
@@ -40,7 +40,7 @@ class Answer:
 
     @property
     def said(self) -> str:
-        """The problem without an exception's class: "exl_cli.errors.EngineError: …"."""
+        """The problem without the exception's class name."""
         head, colon, rest = self.problem.partition(": ")
         return rest if self.kind == "error" and colon and " " not in head else self.problem
 
@@ -51,7 +51,7 @@ class Answer:
 
 
 def ask(module: str, question: str, seconds: float, arguments: Mapping[str, Any] | None = None) -> Answer:
-    """Run a function in a separate process and session; after so many seconds it counts as hanging."""
+    """Call `module`'s function `question` in a child process, in its own session, and kill it after `seconds`."""
     process = subprocess.Popen(  # noqa: S603
         processes.command(module, question, json.dumps(dict(arguments or {}))),
         stdin=subprocess.DEVNULL,
@@ -82,7 +82,7 @@ def ask(module: str, question: str, seconds: float, arguments: Mapping[str, Any]
 
 
 def stop() -> None:
-    """Kill every question that any thread still waits for."""
+    """Kill all children that any thread is waiting for."""
     for process in list(_asked):
         _kill(process)
 
@@ -97,19 +97,19 @@ def _last_line(text: str) -> str:
 
 
 def answer(functions: Mapping[str, Any]) -> None:
-    """The child: `QUESTION ARGUMENTS`, the latter a JSON object."""
-    # Libraries print to stdout, from C as well: the answer goes where they cannot reach.
+    """Entry point of the child; its arguments are the function's name and a JSON object of keyword arguments."""
+    # Libraries print to stdout, from C too. Keep the real stdout for the result, and send theirs to stderr.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
         facts = functions[sys.argv[1]](**json.loads(sys.argv[2]))
     except ExlError as error:
-        # A traceback would spell parameters by name; here they stay marked for the CLI.
+        # str(error), as in a traceback, would replace `param` marks by bare names; the CLI needs the marks.
         said = "; ".join(filter(None, (error.message, error.hint)))
         sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
         sys.exit(1)
     out.write(json.dumps(facts) + "\n")
     out.flush()
-    # The question is answered: nothing that an exit handler does may still change how this ends.
+    # Skip exit handlers: one that crashes would turn this result into a failure.
     sys.stderr.flush()
     os._exit(0)

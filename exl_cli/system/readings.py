@@ -1,4 +1,4 @@
-"""Memory and device readings, in numbers: what the engine says of itself and what the driver says of the card."""
+"""Memory and GPU readings: the engine's allocator, NVML, and this process's resident set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from exl_cli.system.nvml import Driver, open_driver
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What an engine's allocator holds on one GPU.
+    """Memory that an engine's allocator has reserved on one GPU.
 
     Attributes:
-        device: torch's name for it, e.g. "cuda:0".
+        device: torch's device name, such as "cuda:0".
         name: the card's name.
-        uuid: NVML's identifier of the card; empty where unknown.
-        current_bytes, peak_bytes: reserved by this process, now and at most since it started.
+        uuid: NVML's identifier of the card; empty if unknown.
+        current_bytes, peak_bytes: reserved now, and the most since the process started.
     """
 
     device: str
@@ -31,16 +31,16 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU as NVML sees it, and this process's share as the engine sees it. None where it cannot be read.
+    """NVML's readings of one GPU, None where unavailable, and the memory that the engine's allocator has reserved.
 
     Attributes:
-        device: torch's name for it, e.g. "cuda:0".
+        device: torch's device name, such as "cuda:0".
         name: the card's name.
         temperature: degrees Celsius.
         power, power_limit: watts.
-        used_bytes, total_bytes: memory of the whole card, all processes.
-        utilisation: percent of the last sample period in which a kernel ran.
-        process_bytes, process_peak_bytes: memory reserved by this process, now and at most.
+        used_bytes, total_bytes: memory of the card, across all processes.
+        utilisation: percent of NVML's last sample period in which a kernel ran.
+        process_bytes, process_peak_bytes: reserved by this process, now and at its peak.
     """
 
     device: str
@@ -57,18 +57,14 @@ class GpuReading:
 
 @dataclass(frozen=True)
 class HostReading:
-    """This process's memory on the host.
-
-    Attributes:
-        resident_bytes, peak_bytes: resident set, now and at most.
-    """
+    """This process's resident set in bytes, now and at its peak."""
 
     resident_bytes: int
     peak_bytes: int
 
 
 def read_host() -> HostReading:
-    """This process's resident memory."""
+    # ru_maxrss counts bytes on macOS, KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -79,7 +75,7 @@ def read_host() -> HostReading:
 
 
 def read_gpus(memory: Sequence[DeviceMemory]) -> list[GpuReading]:
-    """Readings of the GPUs that an engine uses; without a working NVML only the engine's own numbers are there."""
+    """Read the GPUs that an engine uses. Without NVML only the allocator's numbers are filled in."""
     if not memory:
         return []
     with open_driver() as driver:
@@ -96,8 +92,8 @@ def _reading(memory: DeviceMemory, driver: Driver) -> GpuReading:
     return GpuReading(
         device=memory.device,
         name=memory.name,
-        temperature=driver.ask("DeviceGetTemperature", handle, 0),  # NVML_TEMPERATURE_GPU, the only sensor
-        power=None if power is None else power / 1000,
+        temperature=driver.ask("DeviceGetTemperature", handle, 0),  # 0: NVML_TEMPERATURE_GPU
+        power=None if power is None else power / 1000,  # NVML reports milliwatts
         power_limit=None if limit is None else limit / 1000,
         used_bytes=whole and int(whole.used),
         total_bytes=whole and int(whole.total),

@@ -1,4 +1,4 @@
-"""Bytes, counts and times as people write them, and when progress is worth a line."""
+"""Bytes, counts and times for people, and when to print a line of progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def size(count: float) -> str:
-    """Bytes as the Hub writes them, in powers of 1,000: "4.16 GB"."""
+    """Bytes in powers of 1,000, like the Hub's: "4.16 GB"."""
     unit = 0
     while abs(count) >= 999.5 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1
@@ -17,7 +17,7 @@ def size(count: float) -> str:
 
 
 def gib(count: float) -> str:
-    """GPU memory, in GiB as cards are sold: "5.7 GiB"."""
+    """GPU memory in GiB: "5.7 GiB"."""
     return f"{count / GIB:.1f} GiB"
 
 
@@ -27,7 +27,7 @@ def mib(count: float) -> str:
 
 
 def parameters(count: int) -> str:
-    """Weights in the usual short form: "7.24B", "7.3M"."""
+    """Parameter counts in the usual short form: "7.24B", "7.3M"."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"
@@ -35,30 +35,30 @@ def parameters(count: int) -> str:
 
 
 def clock_time(seconds: float) -> str:
-    """95 seconds as "1:35"."""
+    """Minutes and seconds: "1:35"."""
     whole = round(max(0.0, seconds))
     return f"{whole // 60}:{whole % 60:02}"
 
 
 class Milestones:
-    """Picks the moments for a line of progress: every tenth of the whole, but no flood of them, and one a minute.
+    """Decides when to print a line of progress: at each 10 %, at most every 2 seconds and at least every 60.
 
     Args:
-        clock: in seconds.
-        done, total: how far it is at the start.
+        clock: current time in seconds.
+        done, total: progress at the start, for a resumed download.
     """
 
-    _TENTHS, _SOONEST, _LATEST = 10, 2.0, 60.0
+    _MIN_SECONDS, _MAX_SECONDS = 2.0, 60.0
 
     def __init__(self, clock: Callable[[], float], done: int = 0, total: int = 1) -> None:
         self._clock = clock
-        self._tenth, self._last = self._TENTHS * done // max(total, 1), clock()
+        self._tenth, self._last = 10 * done // max(total, 1), clock()
 
     def reached(self, done: int, total: int) -> bool:
-        """Whether this is one of those moments."""
-        now, tenth = self._clock(), self._TENTHS * done // max(total, 1)
+        """Whether to print a line now."""
+        now, tenth = self._clock(), 10 * done // max(total, 1)
         since = now - self._last
-        if since >= self._LATEST or (tenth > self._tenth and since >= self._SOONEST):
+        if since >= self._MAX_SECONDS or (tenth > self._tenth and since >= self._MIN_SECONDS):
             self._tenth, self._last = tenth, now
             return True
         return False

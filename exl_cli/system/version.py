@@ -1,10 +1,10 @@
-"""Versions of installed packages, exl's among them."""
+"""Versions of installed packages, including exl's."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
+    """An installed distribution's version, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -12,5 +12,5 @@ def package_version(name: str) -> str | None:
 
 
 def installed_version() -> str:
-    """The version of exl, or "0+unknown" for a source tree that was never installed."""
+    """exl's version; "0+unknown" when run from a source tree that was never installed."""
     return package_version("exl-cli") or "0+unknown"
