@@ -70,7 +70,7 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
 
 
 def resolve_name(model: str, models: Path | None = None) -> ModelInfo:
-    """`resolve` for what is no path.
+    """`resolve` for a name that is no path.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, DamagedModelError: see `resolve`.

@@ -82,7 +82,7 @@ def test_of_a_server_that_ignores_ranges_what_is_here_is_passed_over(hub: FakeHu
     fetch("acme/tiny")
     assert arrived(fetch)
     assert hub.sent("/cdn/*") == 2 * 70_000 + SIZE
-    assert fetch.notes.count(f"{WEIGHTS}: the server cannot go on in the middle: starting anew") == 2
+    assert fetch.notes.count(f"{WEIGHTS}: the server cannot go on in the middle: starting over") == 2
     assert fetch.bytes[WEIGHTS] == SIZE
 
 

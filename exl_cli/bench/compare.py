@@ -69,7 +69,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two results have in common, and what is different about the machines."""
+    """The tests that two results have in common, and the differences between the machines."""
 
     rows: list[Row]  # in the order of the second result, as the figures
     figures: list[Figure]
@@ -135,7 +135,7 @@ def compare(before: Result, after: Result) -> Comparison:
     """Compare the tests that two results have in common.
 
     Tests belong together by model, cache and shape. Where each result has one model only, or one cache type, the two
-    need not be the same: that is then what is being compared.
+    need not be the same: then these are being compared.
     """
     results = (before, after)
     by_model = any(len({run.label for run in result.runs}) > 1 for result in results)

@@ -43,7 +43,7 @@ METHOD = (
     f"Where tokens were guessed and verified ({param('speculate')}, {param('draft')}), a forward pass gives one and "
     "those guessed right. After random prompts there is little to guess, so such figures say nothing of real texts.",
     "Time to first token is from the call to the arrival of the first new token, decoded.",
-    "Each test is run once before it is timed. A repetition goes through all tests in a random order of its own.",
+    "Each test is run once before it is timed. A repetition goes through all tests in a new random order.",
     "Cold is the first generation of a fresh process. Its import time runs from the start of the process to the "
     "first weight that is read, its load time from there until the model can answer. The files are as the operating "
     "system had them in its cache.",

@@ -288,7 +288,7 @@ def _share(out: Collector, stage: str, done: int, total: int) -> None:
 
 
 def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
-    """Do a job in this process; `out` is given what is measured.
+    """Do a job in this process; `out` receives the measurements.
 
     Raises:
         ExlError: whatever resolving, loading or running the model raises.

@@ -235,7 +235,7 @@ class Conversation:
     def _answer(self, unfinished: Turn | None = None) -> None:
         """Answer the last message, or go on with the unfinished answer; what comes is kept, whatever happens."""
         prompt = self._prompt(unfinished)
-        if not self._redoing:  # the file still holds what is to be replaced
+        if not self._redoing:  # the file still holds the turns to be replaced
             self.save()
         turn = unfinished or Turn("assistant", "")
         summary = self._generate(prompt, turn)

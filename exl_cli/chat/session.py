@@ -1,7 +1,7 @@
 """A conversation as data: its turns, which of them the model still sees, its file, and the folder of saved sessions.
 
 All turns are kept. When the context fills, the oldest are no longer sent to the model (`Session.trim`), but they stay
-in the session, in its file and in what is exported.
+in the session, in its file and in exports.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def loads(text: str, name: str, source: str) -> Session:
 
 
 def _session(value: dict[str, Any], name: str) -> Session:
-    """A session from the object in its file; TypeError says what is wrong with it."""
+    """A session from the object in its file; TypeError names the first fault."""
     if value.get("version") != VERSION:
         raise TypeError(f"its version is {value.get('version')!r}")
     turns = value.pop("turns", None)

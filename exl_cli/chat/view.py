@@ -34,7 +34,7 @@ class ChatView(Protocol):
         """Say which turns the model no longer sees, and by how many tokens the prompt is shorter for it."""
 
     def note(self, message: str) -> None:
-        """Say what is going on, unless only answers are wanted."""
+        """Show a line on progress, unless only answers are wanted."""
 
     def say(self, message: str) -> None:
         """Say what a command did."""

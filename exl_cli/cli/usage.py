@@ -77,8 +77,8 @@ def _parameter(error: Any, see: str) -> UsageError:
 
 
 def _kind(param: Any, message: str) -> str:
-    found = _INVALID.match(message)
-    return _KINDS.get(found[1] or found[2], "") if found else ""
+    match = _INVALID.match(message)
+    return _KINDS.get(match[1] or match[2], "") if match else ""
 
 
 def _limits(param: Any) -> str:

@@ -145,7 +145,7 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A value of config.json, its class's default, or what is nested: multimodal models have a `text_config`."""
+    """A value of config.json, its class's default, or a nested one: multimodal models have a `text_config`."""
     if key in config:
         return config[key]
     text = _text(config)

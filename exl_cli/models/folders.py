@@ -112,7 +112,7 @@ class Entry:
 
 
 def entries(models: Path | None = None) -> list[Entry]:
-    """All models: the built-in one first. What only looks like one is among them, with what is wrong.
+    """All models, the built-in one first, and folders that only look like one, each with its problem.
 
     Raises:
         DiskError: the models folder cannot be read.

@@ -233,7 +233,7 @@ class Tokenizer:
         start = 0
         for id_, added, (begin, end) in zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True):
             if (added and begin == end) or (begin < end and text[begin:end].strip() == self.token(id_) in self._cuts):
-                # What is added at the end has no place in the text; what is added before it comes before any part.
+                # Tokens added at the end have no place in the text; those added before it come before any part.
                 stop = begin if begin < end else len(text) if part else start
                 ids += [*self._encode_part(text[start:stop], part, start == 0), id_]
                 part, start = [], end if begin < end else stop

@@ -219,7 +219,7 @@ class Console:
             yield shown
 
     def error(self, error: BaseException) -> None:
-        """What is wrong and the next step, on one line; of what is no ExlError, that nobody foresaw it."""
+        """Show an error and the next step on one line; one that is no ExlError is called unexpected."""
         if not isinstance(error, ExlError):
             text = str(error).strip().splitlines()
             what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

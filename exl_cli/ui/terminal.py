@@ -146,7 +146,7 @@ def _alt_enter(event: KeyPressEvent) -> None:
 def _interrupt(event: KeyPressEvent) -> None:
     buffer = event.current_buffer
     if buffer.text:
-        # The up arrow brings back what is thrown away.
+        # The up arrow brings the discarded text back.
         buffer.append_to_history()
         buffer.reset()
     else:

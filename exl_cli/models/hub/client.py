@@ -191,7 +191,7 @@ class Hub:
                 raise BrokenTransferError(f"the server sends {brief(sent)} instead of bytes {offset}-")
             skip = offset if response.status_code == 200 else 0
             if skip:
-                self.note(f"{file.name}: the server cannot go on in the middle: starting anew")
+                self.note(f"{file.name}: the server cannot go on in the middle: starting over")
             for chunk in response.iter_bytes():
                 yield chunk[skip:]
                 skip = max(0, skip - len(chunk))

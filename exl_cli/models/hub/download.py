@@ -215,7 +215,7 @@ def _survey(hub: Hub, wanted: Wanted, files: Sequence[File], whole: Collection[F
 
 
 def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = None) -> Outcome:
-    """Fetch what is missing of a model, after `prepare` unless its plan is given.
+    """Fetch the missing part of a model, after `prepare` unless its plan is given.
 
     Raises:
         DownloadError: see `failures.explain`.
@@ -256,7 +256,7 @@ def _check_disk(plan: Plan) -> None:
 
 
 def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
-    """Fetch what is missing and put it in place; the first failure, or Ctrl-C, stops all transfers."""
+    """Fetch the missing files and put them in place; the first failure, or Ctrl-C, stops all transfers."""
     folder, old, marker = plan.wanted.folder, store.read_marker(plan.wanted.folder), _marker(plan)
     # The largest first: a small one at the end keeps no one waiting.
     rest = sorted((item for item in plan.items if not item.in_place), key=lambda item: -item.file.size)
