@@ -28,11 +28,9 @@ class Lines:
         self._here = self._done = 0
 
     def note(self, message: str) -> None:
-        """See `Observer.note`."""
         self._note(message)
 
     def begin(self, plan: Plan) -> None:
-        """See `Observer.begin`."""
         self._plan = plan
         self._here = self._done = sum(item.bytes_here for item in plan.items)
         resumed = f", {size(self._here)} of it are here" if self._here else ""
@@ -44,7 +42,6 @@ class Lines:
         self._milestones = Milestones(self._clock, self._here, plan.total)
 
     def advance(self, name: str, count: int) -> None:
-        """See `Observer.advance`."""
         self._done += count
         self._show(name, count)
 

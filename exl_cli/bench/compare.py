@@ -46,7 +46,6 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """After over before."""
         return self.after / self.before
 
     def fails(self, bound: float) -> bool:
@@ -79,7 +78,6 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether any test is faster or slower."""
         return any(row.mark in ("faster", "slower") for row in self.rows)
 
     @property

@@ -45,7 +45,6 @@ class Watch:
         self.looks = 0
 
     def attach(self, uuids: Sequence[str]) -> None:
-        """Look at these GPUs from now on."""
         self._handles = self._driver.handles(uuids)
 
     def joules(self) -> float | None:
@@ -84,7 +83,6 @@ class Watch:
         return count
 
     def warnings(self) -> list[str]:
-        """What a reader must know of the GPUs."""
         lines = []
         if self.slowed:
             reasons = ", ".join(f"{name} {count}" for name, count in self.slowed.most_common())
@@ -95,7 +93,6 @@ class Watch:
         return lines
 
     def close(self) -> None:
-        """Let go of the driver."""
         self._driver.close()
         self._handles = {}
 

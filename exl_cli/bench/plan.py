@@ -69,7 +69,6 @@ class Case:
 
     @property
     def context(self) -> int:
-        """Tokens of context that each request needs."""
         return self.prompt_ids + self.new_tokens
 
 
@@ -203,6 +202,5 @@ class Prompts:
         self._first: list[int] = []
 
     def draw(self, length: int) -> list[int]:
-        """A prompt of so many tokens."""
         self._first = self._first or self._random.sample(self._ids, len(self._ids))
         return [self._first.pop(), *self._random.choices(self._ids, k=length - 1)]

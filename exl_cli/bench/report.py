@@ -112,7 +112,6 @@ class _Report:
         return ", ".join(parts) or run.short_name
 
     def name(self, run: Run, rest: str) -> str:
-        """What to call a part of a run."""
         return f"{self.label(run)}: {rest}" if self.several else rest
 
     def colour(self, run: Run) -> str:
@@ -120,7 +119,6 @@ class _Report:
         return _SERIES[self.runs.index(run) % len(_SERIES)]
 
     def warnings(self) -> str:
-        """What to know first."""
         notes = [f"Not complete: {self.result.partial}."] if self.result.partial else []
         notes += [*self.result.warnings, *self.result.skipped]
         return f'<aside aria-label="What to know first">{_list(map(escape, notes))}</aside>' if notes else ""
@@ -136,12 +134,10 @@ class _Report:
         return f"<section><h2>{escape(title)}</h2>{_key_figures(run)}{tests}{holds}</section>"
 
     def depths(self) -> str:
-        """Generation against depth."""
         words = ("depth", "Generation against depth", "tokens of context before", "depth")
         return self._lines(words, "n_depth", lambda test, first: (test.n_parallel, test.n_gen) == (1, first.n_gen))
 
     def batches(self) -> str:
-        """Throughput against requests at a time, in steps that double."""
         words = ("batch", "Throughput against batch", "requests at a time", "requests")
         return self._lines(words, "n_parallel", lambda *tests: len({(t.n_gen, t.n_depth) for t in tests}) == 1)
 
@@ -242,7 +238,6 @@ class _Report:
         return _bars("first-use", "Time to the first token", ("", "cold", "warm"), rows, bars, "seconds")
 
     def memory(self) -> str:
-        """Peaks of memory beside the size of the weight files."""
         bars: list[_Bar] = []
         for run in self.runs:
             colour = self.colour(run)
@@ -258,7 +253,6 @@ class _Report:
         return _bars("memory", "Peak memory", ("", "MiB"), rows, bars, "MiB")
 
     def shares(self) -> str:
-        """How close each test comes to its limit."""
         bars: list[_Bar] = []
         rows: list[Row] = []
         for run, entry in self.result.measured():
@@ -275,7 +269,6 @@ class _Report:
         return _bars("limit", "Share of the hardware's limit", ("", "share", "least", "measured"), rows, bars, "")
 
     def perplexities(self) -> str:
-        """The quality beside the speed."""
         rows = [
             (run.where, f"{p.value:.4f} ± {p.error:.4f}", f"{p.tokens:,}", f"{p.window:,} / {p.stride:,}")
             for run in self.runs
@@ -284,12 +277,10 @@ class _Report:
         return _table(("", "perplexity", "tokens", "window / stride"), rows) if rows else ""
 
     def method(self) -> str:
-        """How it was measured."""
         order = f"<h3>Order of the repetitions</h3><p class=quiet>{escape(', '.join(self.result.order))}</p>"
         return f"<section><h2>How it was measured</h2>{_list(map(escape, outputs.METHOD))}{order}</section>"
 
     def environment(self) -> str:
-        """Hardware, versions, engines and settings."""
         rows: list[Row] = [(name, value) for name, value in self.result.environment.items() if value is not None]
         for run in self.runs:
             name, facts = self.label(run), ", ".join(f"{k} {v}" for k, v in run.engine.items() if k != "name")

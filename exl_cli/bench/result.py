@@ -62,7 +62,6 @@ class Cold:
 
     @property
     def first_token_seconds(self) -> float:
-        """From the call to the first token."""
         return self.sample.ttft_ns / 1e9
 
     @property
@@ -72,7 +71,6 @@ class Cold:
 
     @property
     def generation_rate(self) -> float:
-        """Tokens per second after the first."""
         return self.sample.rate
 
 
@@ -110,7 +108,6 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity."""
         return math.exp(self.mean_nll)
 
     @property
@@ -138,17 +135,14 @@ class Measured:
 
     @property
     def avg_ts(self) -> float:
-        """Mean of the rates."""
         return mean(self.rates)
 
     @property
     def stddev_ts(self) -> float:
-        """Deviation of the rates."""
         return deviation(self.rates)
 
     @property
     def avg_ns(self) -> float:
-        """Mean time."""
         return mean([sample.ns for sample in self.samples])
 
     @property
@@ -169,7 +163,6 @@ class Measured:
 
     @property
     def ttft_ns(self) -> list[int]:
-        """Time to first token of each sample."""
         return [sample.ttft_ns for sample in self.samples]
 
     @property
@@ -214,16 +207,13 @@ class Run:
 
     @property
     def where(self) -> str:
-        """The label with the cache type."""
         return f"{self.label}, cache {self.cache}"
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU does the work."""
         return self.memory.allocator is not None
 
     def find(self, kind: str) -> list[Measured]:
-        """The tests of a kind."""
         return [entry for entry in self.tests if entry.test.kind == kind]
 
 
@@ -244,5 +234,4 @@ class Result:
     skipped: list[str] = field(default_factory=list)  # what was left out, and why
 
     def measured(self) -> list[tuple[Run, Measured]]:
-        """Every test with its run."""
         return [(run, entry) for run in self.runs for entry in run.tests]

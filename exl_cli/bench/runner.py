@@ -48,9 +48,7 @@ _IMPOSSIBLE = 1.05
 class Observer(Protocol):
     """Shows how a benchmark is going."""
 
-    def note(self, message: str) -> None:
-        """Show a line."""
-        ...
+    def note(self, message: str) -> None: ...
 
     def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
         """Show the repetitions done (the untimed ones count too), and the time left once it can be estimated."""
@@ -241,7 +239,6 @@ class Collector:
         self.result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
 
     def fail(self, message: str, hint: str, exit_code: ExitCode) -> None:
-        """Raise the error that ended the job's process."""
         error = ExlError(message, hint)
         error.exit_code = exit_code
         raise error

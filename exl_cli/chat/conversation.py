@@ -147,7 +147,6 @@ class Conversation:
     # --- saying and answering -----------------------------------------------------------------------------------------
 
     def send(self, text: str) -> None:
-        """Say something and get an answer."""
         if not text.strip():
             raise PromptError("the message is empty", "write something")
         attachments, self.attachments = self.attachments, []
@@ -205,7 +204,6 @@ class Conversation:
         return size
 
     def last_answer(self) -> Turn:
-        """The last answer."""
         if self.session.last is None:
             raise UsageError("there is no answer yet", "say something first")
         return self.session.last
@@ -398,7 +396,6 @@ class Conversation:
         self.model = new
 
     def values(self) -> dict[str, Any]:
-        """Every setting and its value with this model."""
         return self.settings.values(self.model.info.generation_config)
 
     def change(self, settings: Settings) -> dict[str, tuple[Any, Any]]:

@@ -84,5 +84,4 @@ class ModelLoader:
         model.encoder = PromptEncoder(model.tokenizer, add_special_tokens=model.format.add_special_tokens)
 
     def names(self) -> list[str]:
-        """The models that can be named without a path."""
         return folders.known_models(self._models_dir)

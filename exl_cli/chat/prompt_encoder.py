@@ -50,7 +50,6 @@ class PromptEncoder:
         self.tag_ids = tag_ids(tokenizer)
 
     def encode(self, text: str) -> Encoded:
-        """The ids of a prompt."""
         marks = self.known.marks
         for index in range(len(marks) - 1, 0, -1):
             (end, count), start = marks[index], marks[index - 1][0]
@@ -73,7 +72,6 @@ class PromptEncoder:
             self.known = Encoded(text, ids, (*prompt.marks, (len(text), len(ids))))
 
     def count(self, text: str) -> int:
-        """Tokens of a text on its own."""
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _rest(self, text: str, start: int, end: int) -> tuple[int, ...] | None:

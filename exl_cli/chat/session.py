@@ -91,7 +91,6 @@ class Totals:
     accepted_tokens: int = 0
 
     def add(self, summary: Summary) -> None:
-        """Count one generation."""
         self.answers += 1
         for entry in fields(self):
             if entry.name != "answers":
@@ -122,7 +121,6 @@ class Session:
 
     @property
     def last(self) -> Turn | None:
-        """The last turn."""
         return self.turns[-1] if self.turns else None
 
     @property
@@ -284,7 +282,6 @@ class SessionStore:
         return self.folder / f"{name}.json"
 
     def exists(self, name: str) -> bool:
-        """Whether there is a session of that name."""
         return self.path(name).exists()
 
     def names(self) -> list[str]:

@@ -51,11 +51,9 @@ class Settings:
         self.sampling({})
 
     def sampling(self, generation_config: Mapping[str, Any]) -> Sampling:
-        """The sampler's settings for a model with this `generation_config.json`."""
         return samplings.build(self.given, self.preset, generation_config)
 
     def values(self, generation_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Every setting by the name that `/set` takes."""
         return {**{name: getattr(self, name) for name in _OWN}, **self.sampling(generation_config).to_dict()}
 
     def with_value(self, name: str, text: str) -> Settings:

@@ -33,7 +33,6 @@ class Answer:
         self._kind = ""
 
     def show(self, pieces: Iterable[Piece]) -> None:
-        """Show what has come."""
         for piece in pieces:
             # Models begin with a space or a line break that belongs to the turn's header.
             text = piece.text if self._kind == piece.kind else piece.text.lstrip()

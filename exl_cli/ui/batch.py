@@ -27,7 +27,6 @@ class BatchProgress(Live):
         return self
 
     def update(self, progress: Progress) -> None:
-        """See `View.update`."""
         if not self._console.is_live:
             if progress.expected and self._milestones.reached(progress.done, progress.expected):
                 self.note(_line(progress))

@@ -39,7 +39,6 @@ class Measuring(Counted):
         return self
 
     def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
-        """See `Observer.update`."""
         left = "" if eta_seconds is None else f"{_duration(eta_seconds)} left"
         if self._console.is_live:
             self._draw(what, done, total, left)

@@ -40,7 +40,6 @@ class ChatConsole(Console):
 
     @contextmanager
     def answering(self, *, thinking: bool, markdown: bool) -> Iterator[Callable[[Iterable[Piece]], None]]:
-        """See `ChatView.answering`."""
         answer = (MarkdownAnswer if markdown and sys.stdout.isatty() else Answer)(self, thinking=thinking)
         with self.streaming():
             try:
@@ -55,7 +54,6 @@ class ChatConsole(Console):
         super().end_text()
 
     def turn(self, summary: Summary, context_length: int, *, answered: bool) -> None:
-        """The line after an answer."""
         used = summary.prompt_tokens + summary.new_tokens
         parts = [
             f"prompt {summary.prompt_tokens:,} tokens ({summary.reused_tokens:,} reused)",
@@ -78,7 +76,6 @@ class ChatConsole(Console):
             self.note(f"note: {summary.note}")
 
     def dropped(self, turns: Sequence[Turn], tokens: int) -> None:
-        """What the model no longer sees."""
         first = [turn for turn in turns if turn.role == "user"]
         what = f"the oldest {len(first)} exchanges" if len(first) > 1 else "the oldest exchange"
         quoted = f"“{excerpt(first[0].content)}”" if first else ""
@@ -89,15 +86,12 @@ class ChatConsole(Console):
     # --- what commands show ---------------------------------------------------------------------------------------
 
     def say(self, message: str) -> None:
-        """The outcome of a command."""
         self.line((message, "dim"))
 
     def block(self, text: str) -> None:
-        """A text as it is."""
         self.line(text)
 
     def commands(self, commands: Iterable[Command]) -> None:
-        """What commands there are."""
         rows = []
         for command in commands:
             also = f" (also {', '.join('/' + name for name in command.aliases)})" if command.aliases else ""
@@ -106,18 +100,15 @@ class ChatConsole(Console):
         self.say('Anything else is a message. """ begins and ends one of several lines; Alt-Enter breaks a line.')
 
     def settings(self, values: Mapping[str, Any]) -> None:
-        """Settings and their values."""
         self._list((name, _shown(value)) for name, value in values.items())
 
     def changes(self, changed: Mapping[str, tuple[Any, Any]], unchanged: str) -> None:
-        """Settings with their old and new values; `unchanged` names what stayed where nothing else changed."""
         for name, (old, new) in changed.items():
             self.say(f"{name}: {_shown(old)} → {_shown(new)}")
         if not changed:
             self.say(f"{unchanged} is as it was")
 
     def model(self, model: ChatModel) -> None:
-        """See `ChatView.model`."""
         info, engine = model.info, model.engine
         facts = {
             "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} weights)",
@@ -128,7 +119,6 @@ class ChatConsole(Console):
         self.settings(facts)
 
     def stats(self, session: Session, gpus: Sequence[GpuReading], host: HostReading) -> None:
-        """See `ChatView.stats`."""
         totals = session.totals
         evaluated = totals.prompt_tokens - totals.reused_tokens
         share = totals.reused_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
@@ -145,7 +135,6 @@ class ChatConsole(Console):
         Console().memory(gpus, host)  # it was asked for, quiet or not
 
     def sessions(self, overviews: Iterable[tuple[str, datetime, Session | str]], current: str) -> None:
-        """See `ChatView.sessions`."""
         rows = []
         for name, updated, session in overviews:
             shown, when = f"{name} *" if name == current else name, f"{updated:%Y-%m-%d %H:%M}"
@@ -159,12 +148,10 @@ class ChatConsole(Console):
         self.table(self.err, titles, rows, box=None, padding=(0, 2, 0, 0), pad_edge=True, header_style="dim")
 
     def resumed(self, session: Session) -> None:
-        """Where a saved conversation stands."""
         last = f": “{excerpt(session.turns[-1].content, 100)}”" if session.turns else ""
         self.note(f"going on with {session.name}, {len(session.turns)} turns{last}")
 
     def message(self, text: str) -> None:
-        """A message that was not typed here, as if it had been."""
         self.block(PROMPT + text.replace("\n", "\n" + CONTINUATION))
 
     def copy(self, text: str) -> bool:

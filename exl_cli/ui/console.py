@@ -55,12 +55,10 @@ class Console:
 
     @cached_property
     def out(self) -> RichConsole:
-        """Rich's console on stdout."""
         return _rich(sys.stdout)
 
     @cached_property
     def err(self) -> RichConsole:
-        """Rich's console on stderr."""
         return _rich(sys.stderr)
 
     @property

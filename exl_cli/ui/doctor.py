@@ -34,7 +34,6 @@ class Checklist:
             self._status.update(dim(f"checking {what}"))
 
     def show(self, result: CheckResult) -> None:
-        """One result."""
         result, out = spelled(result), self._console.out
         mark, style = _MARKS[result.status]
         title = f" {result.check:<{_TITLE}} "
@@ -47,7 +46,6 @@ class Checklist:
             self._console.line(indent, self._shown("→") + " ", (result.fix, "bold"), to=out)
 
     def conclude(self, summary: str) -> None:
-        """The verdict."""
         self._console.line("\n", (flags(summary), "bold"), to=self._console.out)
 
     def _shown(self, mark: str) -> str:

@@ -26,7 +26,6 @@ class Live:
         self._bars: Any = None
 
     def note(self, message: str) -> None:
-        """A line, for any observer."""
         self._console.note(message)
 
     def _make_bars(self, *columns: Any) -> Any:
@@ -36,7 +35,6 @@ class Live:
         return self._bars
 
     def end(self) -> None:
-        """Take the bars away."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -85,7 +83,6 @@ class Transfers(Live, Lines):
         Lines.__init__(self, console.note)
 
     def begin(self, plan: Plan) -> None:
-        """See `hub.download.Observer`."""
         from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
         super().begin(plan)
@@ -139,7 +136,6 @@ class Build(Counted):
         self._last: BuildProgress | None = None
 
     def building(self, progress: BuildProgress) -> None:
-        """See `Observer.building`."""
         self._last = progress
         if self._console.is_live:
             left: object = "" if progress.left is None else _Countdown(time.monotonic() + progress.left)
@@ -208,7 +204,6 @@ class Loading(Live):
         self._interrupted = True
 
     def progress(self, done: int, total: int) -> None:
-        """See `loader.Observer.progress`."""
         self._end_build()
         if self._status is not None:
             self._status.update(dim(f"{self._line} {100 * done // max(total, 1)} %"))

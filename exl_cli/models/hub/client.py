@@ -78,7 +78,6 @@ class Hub:
             raise failures.explain(error, repository, self) from error
 
     def patience(self, task: str) -> Patience:
-        """Count the failures of a task of that name."""
         return Patience(task, self.note, self._wait)
 
     def listing(self, repository: Repository, choice: Choice = ALL_NEEDED, commit: str | None = None) -> Listing:

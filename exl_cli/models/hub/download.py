@@ -40,7 +40,6 @@ class Wanted:
 
     @property
     def folder(self) -> Path:
-        """The model's folder."""
         return self.models / self.repository.folder
 
 
@@ -83,12 +82,10 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
         return sum(item.file.size for item in self.items)
 
     @property
     def remaining(self) -> int:
-        """Bytes still to fetch."""
         return sum(item.file.size - item.bytes_here for item in self.items)
 
 
@@ -109,7 +106,6 @@ class Outcome:
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
         return sum(file.size for file in self.files)
 
 

@@ -26,7 +26,6 @@ class Repository:
 
     @property
     def id(self) -> str:
-        """owner/name."""
         return f"{self.owner}/{self.name}"
 
     @property

@@ -58,7 +58,6 @@ class Marker:
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
         return sum(file.size for file in self.files.values())
 
 

@@ -41,7 +41,6 @@ class Xet:
 
     @property
     def usable(self) -> bool:
-        """Whether to ask for files in xet storage."""
         return self._tries > 0
 
     def chunks(self, source: Any, size: int, offset: int) -> Iterator[bytes]:
