@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,13 +27,17 @@ from exl_cli.errors import DeviceError, ExitCode, OutOfMemoryError
 class ServeProcess:
     """`exl serve --port 0` and its log.
 
+    Args:
+        flags: more of its flags.
+        program: what Python runs in the place of exl.
+
     Attributes:
         log: its lines so far.
         process: it.
     """
 
-    def __init__(self, *flags: str) -> None:
-        command = [sys.executable, "-m", "exl_cli", "serve", "--port", "0", *flags]
+    def __init__(self, *flags: str, program: Sequence[str] = ("-m", "exl_cli")) -> None:
+        command = [sys.executable, *program, "serve", "--port", "0", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -63,20 +69,31 @@ class ServeProcess:
             self.log.append(line)
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[dict[str, ServeProcess]]:
-    """Those of all tests here, as each takes seconds to start."""
-    flags = {"draining": ("--host", "0.0.0.0", "--log-prompts"), "insisting": ()}  # noqa: S104
-    started = {name: ServeProcess("--grace", "2m", *some) for name, some in flags.items()}
-    yield started
-    for server in started.values():
+@contextmanager
+def scripted(*flags: str) -> Iterator[ServeProcess]:
+    """One with a scripted model, ready."""
+    program = Path(__file__).with_name("scripted_serve.py")
+    server = ServeProcess("--grace", "2m", *flags, program=[str(program)])
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
         server.process.kill()
         server.ended()
 
 
-def test_a_signal_lets_requests_end_and_nobody_else(processes: dict[str, ServeProcess]) -> None:
-    server = processes["draining"]
-    server.wait_until_ready()
+def test_a_signal_lets_requests_end_and_nobody_else() -> None:
+    with scripted("--host", "0.0.0.0", "--log-prompts") as server:  # noqa: S104
+        drain(server)
+    text = "".join(server.log)
+    assert "WARNING: anyone who can reach 0.0.0.0 can use these models; --api-key-file requires keys" in text
+    assert "fable-7m is ready: 1,024 tokens" in text
+    assert "stopping: 1 generations under way have 120 s" in text
+    assert 'prompt: "user' in text
+    assert "Traceback" not in text
+
+
+def drain(server: ServeProcess) -> None:
     body = asking(stream=True, max_tokens=200, ignore_eos=True)
     with socket.create_connection(("127.0.0.1", server.port)) as half_open, httpx.Client() as kept:
         half_open.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
@@ -89,25 +106,29 @@ def test_a_signal_lets_requests_end_and_nobody_else(processes: dict[str, ServePr
             server.process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert server.ended() == ExitCode.OK  # long before the end of its two minutes
-    text = "".join(server.log)
-    assert "WARNING: anyone who can reach 0.0.0.0 can use these models; --api-key-file requires keys" in text
-    assert "fable-7m is ready: 1,024 tokens" in text
-    assert "stopping: 1 generations under way have 120 s" in text
-    assert 'prompt: "user' in text
-    assert "Traceback" not in text
 
 
-def test_a_second_signal_ends_it_at_once(processes: dict[str, ServeProcess]) -> None:
-    server = processes["insisting"]
-    server.wait_until_ready()
-    body = asking(stream=True, n=100, ignore_eos=True)
-    with httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
+def test_a_second_signal_ends_it_at_once() -> None:
+    body = asking(stream=True, n=100, max_tokens=900)
+    with scripted() as server, httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
         lines = answer.iter_lines()  # dropped, it would close the connection
         next(lines)
         server.process.send_signal(signal.SIGINT)
         until(lambda: any("stopping: 100 generations" in line for line in server.log))
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == ExitCode.INTERRUPTED
+
+
+def test_a_fault_of_the_device_is_said_to_all_and_ends_the_process_with_its_code() -> None:
+    with scripted() as server, ThreadPoolExecutor(3) as pool:
+        bodies = [asking(seed=13), asking(), asking(stream=True)]
+        answers = [pool.submit(httpx.post, server.url + CHAT, json=bodies[0], timeout=60)]
+        until(lambda: "exl_requests_running 1.0" in httpx.get(f"{server.url}/metrics", timeout=60).text)
+        answers += [pool.submit(httpx.post, server.url + CHAT, json=body, timeout=60) for body in bodies[1:]]
+        for answer in answers:
+            assert answer.result().json()["error"]["code"] == "engine_failed"
+        assert server.ended() == ExitCode.ENGINE
+    assert "error: an illegal memory access was encountered" in server.log[-1]
 
 
 # --- before anything is loaded ----------------------------------------------------------------------------------------
