@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +18,23 @@ if TYPE_CHECKING:
 # For these small models, threads cost more than they bring, and far more where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without compiled code at hand, each `exl` that a test starts would compile the package again, for longer than it runs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_for_the_collector() -> None:
+    """Keep the garbage collector from looking through torch and transformers for each engine that is closed."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class TestUnit(Capabilities, ChatModelUnitTests):
 
 class TestIntegration(Capabilities, ChatModelIntegrationTests):
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
-        model = ChatExLlamaV2(**PARAMETERS)
+        model = ChatExLlamaV2(**PARAMETERS, max_tokens=12)
         model.invoke("Write me 2 haikus.")
         if not stream:
             return model.invoke("Write me 2 haikus.")
