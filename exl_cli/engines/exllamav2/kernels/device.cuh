@@ -57,6 +57,9 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Shared memory that this thread wrote can be read by products of four warps, once all such threads have met.
+DEVICE void seen_by_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 DEVICE u32 shared_address(const void* p) { return (u32) __cvta_generic_to_shared(p); }
 
 // Asynchronous copies into shared memory, past the first-level cache: weights are read once.
@@ -125,6 +128,12 @@ DEVICE void from_others(float (&to)[4], const void* from)
 {
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from) : "memory");
+}
+
+DEVICE void to_others(void* to, const float (&from)[4])
+{
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]) : "memory");
 }
 
 // Programmatic dependent launch: the kernel before may still be running until `wait_for_inputs` returns. Both do

@@ -37,16 +37,11 @@
 
 #include "device.cuh"
 #include "unpack.cuh"
+#include "matrix.cuh"
 
 #include "operands.cuh"
 #include "multiply.cuh"
 #include "row.cuh"
-
-DEVICE float activate(float gate, u32 activation)
-{
-    if (activation == 0) return gate / (1.0f + expf(-gate));
-    return 0.5f * gate * (1.0f + tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate)));
-}
 
 // A sum over the warps of a strip, from the first on.
 DEVICE float total(const float* sums, u32 shares)

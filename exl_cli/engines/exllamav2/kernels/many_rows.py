@@ -1,0 +1,97 @@
+"""Which build of `gemm.cu` multiplies many rows with quantized matrices, and what its launches need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, Variant
+
+FILE, NAME = "gemm.cu", "gemm"
+_CHUNK = 128
+_SCRATCH = 1024
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How `gemm.cu` divides its work.
+
+    Attributes:
+        warps: of a block, a multiple of 4.
+        row_warps: warps for different rows; the others are for different columns.
+        tiles: of 8 rows, of a warp.
+        strips: of 32 columns, of a warp.
+        stages: of the ring.
+        resident: blocks on a multiprocessor.
+        wgmma: whether four warps multiply together; needs compute capability 9.0.
+    """
+
+    warps: int
+    row_warps: int
+    tiles: int
+    strips: int
+    stages: int
+    resident: int
+    wgmma: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block's tile."""
+        return 8 * self.tiles * self.row_warps
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block's tile: of a pair, half of them of each matrix."""
+        return 32 * self.strips * (self.warps // self.row_warps)
+
+    def units(self, product: Product, rows: int) -> int:
+        """Pieces of work, tiles times chunks of k."""
+        side = self.columns // (2 if product.paired else 1)
+        matrices = product.matrices[: 1 if product.paired else None]
+        columns = sum(-(-matrix.n // side) for matrix in matrices)
+        return columns * -(-rows // self.rows) * -(-matrices[0].k // _CHUNK)
+
+    def blocks(self, product: Product, rows: int, processors: int) -> int:
+        """Blocks of a launch on so many multiprocessors."""
+        return min(self.resident * processors, self.units(product, rows))
+
+
+def variant(product: Product, config: GemmConfig) -> Variant:
+    """The build for a product."""
+    matrices, sides = product.matrices, 2 if product.paired else 1
+    exl2, max_bits = matrices[0].exl2, max(matrix.width for matrix in matrices)
+    fine = not all(matrix.coarse for matrix in matrices)
+    two_x = product.paired and matrices[0].order != matrices[1].order
+    defines = {
+        "FORMAT": int(exl2), "MAX_BITS": max_bits, "PAIRED": int(product.paired), "TWO_X": int(two_x), "FINE": int(fine),
+        "WARPS": config.warps, "ROW_WARPS": config.row_warps, "TILES": config.tiles, "STRIPS": config.strips,
+        "STAGES": config.stages, "RESIDENT": config.resident, "WGMMA": int(config.wgmma),
+    }  # fmt: skip
+    parts, columns = 4 if fine else 1, config.columns // sides
+    of_a_side = 4 * max_bits * columns * 4 + parts * columns // 2 + (32 if exl2 else parts * columns * 2)
+    stage = (2 if two_x else 1) * config.rows * 2 * _CHUNK + sides * of_a_side
+    return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024))
+
+
+class Workspace:
+    """Where blocks leave the sums of tiles that they share. Launches one after the other may use the same.
+
+    Args:
+        device: the GPU.
+        floats: of all launches the most that one needs, see `partial_floats`.
+        tiles: of all launches the most that one has.
+    """
+
+    def __init__(self, device: torch.device, floats: int, tiles: int) -> None:
+        self._partial = torch.empty(floats, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+    def connect(self, argument: Products) -> None:
+        """Have a launch use it."""
+        argument.partial, argument.arrived = self._partial.data_ptr(), self._arrived.data_ptr()
+
+
+def partial_floats(config: GemmConfig, blocks: int) -> int:
+    """Numbers that a launch of so many blocks may leave in its workspace."""
+    return 2 * blocks * config.rows * config.columns

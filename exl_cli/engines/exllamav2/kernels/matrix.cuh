@@ -1,0 +1,34 @@
+// Quantized matrices side by side and what they multiply: the argument of `gemv.cu` and `gemm.cu`.
+
+struct Matrix
+{
+    const u32* weight;      // packed rows of n columns
+    const u16* x;           // half, row r at x + r x_stride, in the order of the weight's rows; with ONE_ROW see perm
+    const u16* perm;        // with ONE_ROW: the weight's row j belongs to x[perm[j]]; or null: to x[j]
+    const u16* norm;        // with ONE_ROW: x is normed (RMS) first, row j of the weight then sees it times norm[j]; or null
+    const u32* four;        // four bits a column, rows of n / 8: zero points less 1 (GPTQ) or scales (EXL2), per group
+    const u16* scale;       // half, rows of n, per group (GPTQ)
+    const u64* block;       // per 32 rows (EXL2): packed row | bits << 24 | half scale << 32 | group << 48
+    const u16* bias;        // half, n; or null
+    const u16* scatter;     // where in the output each column goes; or null: in order
+    u16* out;               // half, row r at out + r out_stride
+    const u16* add;         // half, laid out as out, is added; or null
+    float epsilon;          // of the norm
+    u32 n, k, x_stride, out_stride, group_shift, first_block;
+};
+
+struct Products
+{
+    Matrix matrix[3];
+    u32 count;              // of matrices, one beside the other; with PAIRED always two, of the same n and, with ONE_ROW, x
+    u32 rows;
+    u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
+    float* partial;         // of `gemm.cu`: sums of tiles that several blocks share, two tiles a block
+    u32* arrived;           // of `gemm.cu`: for each tile zero, before and after
+};
+
+DEVICE float activate(float gate, u32 activation)
+{
+    if (activation == 0) return gate / (1.0f + expf(-gate));
+    return 0.5f * gate * (1.0f + tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate)));
+}

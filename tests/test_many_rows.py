@@ -1,0 +1,142 @@
+"""`gemm.cu` run on the CPU by an emulation of a block of threads, against float64 products of the unpacked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernels.emulated import COMPILER, Emulated
+from test_kernels import error, exl2, gptq, inputs, ordered
+from torch import Tensor
+
+from exl_cli.engines.exllamav2.kernels import many_rows, quantized_linear
+from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig
+from exl_cli.engines.exllamav2.kernels.quantized_linear import QuantizedMatrix
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def multiply(
+    folder: Path,
+    matrices: Sequence[QuantizedMatrix],
+    x: Tensor,
+    config: GemmConfig,
+    blocks: int,
+    *,
+    paired: bool = False,
+    activation: str = "silu",
+    add: Tensor | None = None,
+    scatter: Tensor | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """All products by one launch; outputs, what lies around them and the workspace are NaN before."""
+    rows = len(x)
+    product = quantized_linear.Product(tuple(matrices), paired)
+    argument = quantized_linear.argument(product, rows, activation)
+    outs = []
+    for target, matrix in zip(argument.matrix, matrices, strict=False):
+        out = torch.full((rows + 1, matrix.n + 32), float("nan"), dtype=torch.float16)
+        if add is not None:
+            out[:rows, : matrix.n] = add
+            target.add = out.data_ptr()
+        if scatter is not None:
+            target.scatter = scatter.data_ptr()
+        outs.append(out)
+    xs = [ordered(matrix, x) for matrix in matrices]
+    quantized_linear.connect(argument, xs, outs)
+    variant = many_rows.variant(product, config)
+    units = config.units(product, rows)
+    partial = torch.full((many_rows.partial_floats(config, blocks),), float("nan"))
+    arrived = torch.zeros(units, dtype=torch.int32)
+    argument.partial, argument.arrived = partial.data_ptr(), arrived.data_ptr()
+    kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "Products", variant.defines)
+    kernel(argument, (min(blocks, units),), 32 * config.warps, seed)
+    assert not arrived.any()
+    for out, matrix in zip(outs, matrices, strict=True):
+        assert out[rows:].isnan().all()
+        assert out[:, matrix.n :].isnan().all()
+    return [out[:rows, : matrix.n].double() for out, matrix in zip(outs, matrices, strict=True)]
+
+
+SMALL = GemmConfig(warps=4, row_warps=1, tiles=2, strips=1, stages=2, resident=1)
+HIGH = GemmConfig(warps=4, row_warps=2, tiles=2, strips=2, stages=3, resident=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "columns", "group", "act_order", "config", "blocks"),
+    [
+        (9, 416, 96, 32, False, SMALL, 3),
+        (16, 640, 160, 128, True, SMALL, 7),
+        (33, 256, 224, 128, False, HIGH, 5),
+        (37, 704, 64, 64, True, HIGH, 2),
+    ],
+)
+def test_gptq(
+    folder: Path, rows: int, k: int, columns: int, group: int, act_order: bool, config: GemmConfig, blocks: int
+) -> None:
+    rng = np.random.default_rng(rows * k)
+    matrix, weight = gptq(rng, columns, k, group, act_order)
+    x = inputs(rng, rows, k)
+    (got,) = multiply(folder, [matrix], x, config, blocks)
+    assert error(got, x.double() @ weight.T) < 1e-3
+    # Blocks in another order, and copies at other times, change not a bit.
+    (again,) = multiply(folder, [matrix], x, config, blocks, seed=rows | 1)
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "heights", "config", "blocks"),
+    [
+        (17, (8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 160, 64), HIGH, 4),
+        (10, (3, 2), (96, 224), SMALL, 3),
+        (12, (6, 5, 4), (128, 128, 256), SMALL, 4),
+        (20, (5, 3), (128, 160), HIGH, 1),
+    ],
+)
+def test_exl2(
+    folder: Path, rows: int, bits: tuple[int, ...], heights: tuple[int, ...], config: GemmConfig, blocks: int
+) -> None:
+    rng = np.random.default_rng(len(bits) * rows)
+    matrix, weight = exl2(rng, 96, bits, heights)
+    x = inputs(rng, rows, sum(heights))
+    (got,) = multiply(folder, [matrix], x, config, blocks)
+    assert error(got, x.double() @ weight.T) < 2e-3
+
+
+@pytest.mark.parametrize("act_order", [(False, False), (True, False)])
+def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...]) -> None:
+    rng = np.random.default_rng(4)
+    made = [gptq(rng, 96, 384, 128, order) for order in act_order]
+    x = inputs(rng, 19, 384) / 8
+    scatter = torch.from_numpy(rng.permutation(96)).to(torch.int16)
+    got, _ = multiply(folder, [m for m, _ in made], x, HIGH, 3, paired=True, scatter=scatter)
+    gate, up = (x.double() @ weight.T for _, weight in made)
+    expected = torch.empty_like(gate)
+    expected[:, scatter.long()] = torch.nn.functional.silu(gate) * up
+    assert error(got, expected) < 2e-3
+
+
+def test_a_gate_of_other_widths_than_what_it_gates(folder: Path) -> None:
+    rng = np.random.default_rng(6)
+    made = [exl2(rng, 64, bits, heights) for bits, heights in [((5, 4), (128, 256)), ((3, 2), (160, 224))]]
+    x = inputs(rng, 10, 384) / 8
+    got, _ = multiply(folder, [m for m, _ in made], x, HIGH, 2, paired=True, activation="gelu")
+    gate, up = (x.double() @ weight.T for _, weight in made)
+    assert error(got, torch.nn.functional.gelu(gate, approximate="tanh") * up) < 2e-3
+
+
+def test_several_matrices_at_once_and_a_residual(folder: Path) -> None:
+    rng = np.random.default_rng(3)
+    made = [gptq(rng, columns, 256, 128, False) for columns in (160, 32, 96)]
+    x, residual = inputs(rng, 18, 256), inputs(rng, 18, 1) * 10
+    got = multiply(folder, [matrix for matrix, _ in made], x, SMALL, 5, add=residual)
+    for out, (_, weight) in zip(got, made, strict=True):
+        assert error(out, x.double() @ weight.T + residual) < 1e-3
