@@ -24,6 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
+def arranged(matrix: QuantizedMatrix, x: Tensor, config: GemmConfig) -> Tensor:
+    """The input in the order that a build wants."""
+    if not config.wgmma:
+        return ordered(matrix, x)
+    return x[:, many_rows.places(matrix.perm, matrix.k).long() & 0xFFFF].contiguous()
+
+
 def multiply(
     folder: Path,
     matrices: Sequence[QuantizedMatrix],
@@ -50,7 +57,7 @@ def multiply(
         if scatter is not None:
             target.scatter = scatter.data_ptr()
         outs.append(out)
-    xs = [ordered(matrix, x) for matrix in matrices]
+    xs = [arranged(matrix, x, config) for matrix in matrices]
     quantized_linear.connect(argument, xs, outs)
     variant = many_rows.variant(product, config)
     units = config.units(product, rows)
@@ -68,6 +75,8 @@ def multiply(
 
 SMALL = GemmConfig(warps=4, row_warps=1, tiles=2, strips=1, stages=2, resident=1)
 HIGH = GemmConfig(warps=4, row_warps=2, tiles=2, strips=2, stages=3, resident=1)
+TOGETHER = GemmConfig(warps=4, row_warps=1, tiles=4, strips=1, stages=2, resident=1, wgmma=True)
+TOGETHER_HIGH = GemmConfig(warps=8, row_warps=2, tiles=8, strips=2, stages=2, resident=1, wgmma=True)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +86,8 @@ HIGH = GemmConfig(warps=4, row_warps=2, tiles=2, strips=2, stages=3, resident=1)
         (16, 640, 160, 128, True, SMALL, 7),
         (33, 256, 224, 128, False, HIGH, 5),
         (37, 704, 64, 64, True, HIGH, 2),
+        (45, 384, 160, 64, True, TOGETHER, 5),
+        (130, 256, 288, 128, False, TOGETHER_HIGH, 3),
     ],
 )
 def test_gptq(
@@ -99,6 +110,7 @@ def test_gptq(
         (10, (3, 2), (96, 224), SMALL, 3),
         (12, (6, 5, 4), (128, 128, 256), SMALL, 4),
         (20, (5, 3), (128, 160), HIGH, 1),
+        (33, (8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 192, 96), TOGETHER, 4),
     ],
 )
 def test_exl2(

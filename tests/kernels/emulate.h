@@ -21,7 +21,7 @@ using std::max;
 struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) Words;
-static char shared_bytes[256 * 1024] __attribute__((aligned(16)));
+static char shared_bytes[256 * 1024] __attribute__((aligned(1024)));
 #define shared_memory ((Words*) shared_bytes)
 
 struct Copy { void* to; const void* from; unsigned bytes; };
@@ -100,6 +100,36 @@ DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
         d[i] = (float) sum;
     }
 }
+// Each warp for itself: the others' rows are theirs.
+DEVICE unsigned long long operand(const char* x) { return (unsigned long long) x; }
+template <unsigned long TILES_>
+DEVICE void multiply_together(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
+{
+    Warp& w = warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
+    unsigned given[4] = {a0, a1, a2, a3};
+    memcpy(w.u[turn][lane], given, sizeof given);
+    __syncwarp();
+    for (unsigned tile = 0; tile < TILES_; tile++)
+        for (int i = 0; i < 4; i++)
+        {
+            unsigned row = lane / 4 + (i / 2) * 8, column = tile * 8 + lane % 4 * 2 + (i & 1);
+            double sum = d[tile][i];
+            for (unsigned k = 0; k < 16; k++)
+            {
+                unsigned a = w.u[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+                unsigned long long at = x + column * 128 + k * 2;
+                unsigned short b;
+                memcpy(&b, (const void*) (at ^ (at >> 7 & 7) << 4), 2);
+                sum += (double) part(a, k & 1 ? 16 : 0) * half_to_float(b);
+            }
+            d[tile][i] = (float) sum;
+        }
+}
+DEVICE void products_begin() {}
+DEVICE void products_commit() {}
+template <int PENDING> DEVICE void products_wait() { __syncwarp(); }
+DEVICE void arrived_here(float&) {}
 DEVICE unsigned warp_or(unsigned v)
 {
     Warp& w = warps[current / 32];

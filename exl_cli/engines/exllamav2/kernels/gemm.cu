@@ -20,6 +20,7 @@
 #include "device.cuh"
 #include "unpack.cuh"
 #include "matrix.cuh"
+#include "wgmma.cuh"
 #include "gemm_ring.cuh"
 #include "gemm_tile.cuh"
 

@@ -100,29 +100,48 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                     if (!LATE) a[s][c][i] = h2_mul(a[s][c][i], columns[FIRST + s].factor[c]);
                 }
             }
+        const char* xs = stage + (TWO_X ? FIRST * X_BYTES : 0);
+#if WGMMA
+        products_begin();
+        #pragma unroll
+        for (int step = 0; step < 2; step++)
+        {
+            const u64 x = operand(xs + q / 2 * (ROWS * 128) + l.rows * 128 + q % 2 * 64 + step * 32);
+            #pragma unroll
+            for (int s = 0; s < COUNT; s++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++)
+                {
+                    const u32 *low = a[s][half * 2] + step * 2, *high = a[s][half * 2 + 1] + step * 2;
+                    multiply_together(sums[FIRST + s][half], low[0], high[0], low[1], high[1], x);
+                }
+        }
+        products_commit();
+        if (q < 3) products_wait<1>();
+        else products_wait<0>();
+#else
         #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
         {
-            const char* xs = stage + (TWO_X ? FIRST * X_BYTES : 0);
             Words x = *(const Words*) (xs + place(l.rows + tile * 8 + l.g, l.t * 4 + q));
             #pragma unroll
-            for (int s = 0; s < COUNT; s++)
+            for (int step = 0; step < 2; step++)
                 #pragma unroll
-                for (int half = 0; half < 2; half++)
-                {
-                    const u32 *low = a[s][half * 2], *high = a[s][half * 2 + 1];
-                    mma(sums[FIRST + s][half][tile], low[0], high[0], low[1], high[1], x.x, x.y);
-                }
-            #pragma unroll
-            for (int s = 0; s < COUNT; s++)
-                #pragma unroll
-                for (int half = 0; half < 2; half++)
-                {
-                    const u32 *low = a[s][half * 2], *high = a[s][half * 2 + 1];
-                    mma(sums[FIRST + s][half][tile], low[2], high[2], low[3], high[3], x.z, x.w);
-                }
+                for (int s = 0; s < COUNT; s++)
+                    #pragma unroll
+                    for (int half = 0; half < 2; half++)
+                    {
+                        const u32 *low = a[s][half * 2] + step * 2, *high = a[s][half * 2 + 1] + step * 2;
+                        mma(sums[FIRST + s][half][tile], low[0], high[0], low[1], high[1], step ? x.z : x.x,
+                            step ? x.w : x.y);
+                    }
         }
+#endif
     }
+#if WGMMA
+    #pragma unroll
+    for (int i = 0; i < COUNT * 2 * TILES * 4; i++) arrived_here((&sums[FIRST][0][0][0])[i]);
+#endif
 }
 
 template <int FIRST, int COUNT>

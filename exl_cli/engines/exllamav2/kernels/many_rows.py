@@ -74,6 +74,22 @@ def variant(product: Product, config: GemmConfig) -> Variant:
     return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024))
 
 
+def places(perm: torch.Tensor | None, k: int) -> torch.Tensor:
+    """Where in the model's order each number of an input lies that `gemm.cu` with WGMMA takes.
+
+    The tensor cores read an input from memory in the order in which a warp's lanes hold the weights: of 16 numbers,
+    lane t of four holds those at 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, which are four rows that follow one another.
+
+    Args:
+        perm: weight row j belongs to input perm[j]; int16 (uint16 in truth). None: as it comes.
+        k: rows of the weight, a multiple of 128.
+    """
+    step, lane = torch.arange(8)[:, None, None, None], torch.arange(4)[:, None]
+    rows = 32 * lane + 4 * step + 2 * torch.arange(2)[:, None, None] + torch.arange(2)
+    order = (torch.arange(k // _CHUNK)[:, None] * _CHUNK + rows.flatten()).flatten().to(torch.int16)
+    return order if perm is None else perm[(order.long() & 0xFFFF).to(perm.device)].contiguous()
+
+
 class Workspace:
     """Where blocks leave the sums of tiles that they share. Launches one after the other may use the same.
 
