@@ -255,7 +255,9 @@ def _binary(build: Build) -> bytes:
     library = _library()
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "asking NVRTC for its version")
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
+    # Products of four warps together are of one architecture alone, no part of those after it.
+    alone = "a" if dict(defines).get("WGMMA") else ""
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{alone}", "--std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in defines]
     text = source(file)
     key = hashlib.sha256("\n".join([text, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:24]
