@@ -45,18 +45,29 @@ DEVICE bool gathered(const Products& p, const Line& line, u32 tile, Sums& sums)
     __syncthreads();
     if (*order != last - first) return false;
     if (threadIdx.x == 0) p.arrived[tile] = 0;
+    // Several at a time, or each would wait for the one before.
+    const u32 batch = quads <= 8 ? 4 : quads <= 16 ? 2 : 1;
     #pragma unroll 1
-    for (u32 worker = first; worker <= last; worker++)
+    for (u32 worker = first; worker <= last; worker += batch)
     {
-        const float* part = partial + line.slot(worker, first, tile) * slot;
+        float more[batch][quads][4];
         #pragma unroll
-        for (u32 i = 0; i < quads; i++)
+        for (u32 b = 0; b < batch; b++)
         {
-            float (&to)[4] = sums[i / (2 * TILES)][i / TILES % 2][i % TILES], more[4];
-            from_others(more, part + i * (THREADS * 4));
+            const float* part = partial + line.slot(min(worker + b, last), first, tile) * slot;
             #pragma unroll
-            for (int j = 0; j < 4; j++) to[j] = worker == first ? more[j] : to[j] + more[j];
+            for (u32 i = 0; i < quads; i++) from_others(more[b][i], part + i * (THREADS * 4));
         }
+        #pragma unroll
+        for (u32 b = 0; b < batch; b++)
+            #pragma unroll
+            for (u32 i = 0; i < quads; i++)
+            {
+                float (&to)[4] = sums[i / (2 * TILES)][i / TILES % 2][i % TILES];
+                #pragma unroll
+                for (int j = 0; j < 4; j++)
+                    to[j] = worker + b == first ? more[b][i][j] : worker + b <= last ? to[j] + more[b][i][j] : to[j];
+            }
     }
     return true;
 }
@@ -78,49 +89,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Produ
     const u32 begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
     Source ahead(p, line, begin);
     u32 copied = begin;
-    #pragma unroll
-    for (u32 s = 0; s < STAGES - 1; s++, copied++)
-        if (copied < end)
-        {
-            ahead.copy_weights(ring + s * STAGE);
-            ahead.next(p, line, copied + 1 < end);
-        }
+    #pragma unroll 1
+    for (u32 s = 0; s < STAGES - 1 && copied < end; s++, copied++)
+    {
+        ahead.copy_weights(ring + s * STAGE);
+        ahead.next(p, line, copied + 1 < end);
+    }
     let_next_start();
     wait_for_inputs();
+    Source again(p, line, begin);
+    #pragma unroll 1
+    for (u32 s = 0; s < STAGES - 1; s++)
     {
-        Source again(p, line, begin);
-        #pragma unroll
-        for (u32 s = 0; s < STAGES - 1; s++)
+        if (begin + s < end)
         {
-            if (begin + s < end)
-            {
-                again.copy_x(p, ring + s * STAGE);
-                again.next(p, line, begin + s + 1 < end);
-            }
-            copies_commit();
+            again.copy_x(ring + s * STAGE);
+            again.next(p, line, begin + s + 1 < end);
         }
+        copies_commit();
     }
 
     Sums sums;
     clear(sums);
-    u32 tile = begin / line.chunks, chunk = begin % line.chunks, stage = 0;
+    u32 tile = begin / line.chunks, chunk = begin - tile * line.chunks, stage = 0;
     #pragma unroll 1
     for (u32 unit = begin; unit < end; unit++)
     {
         copies_wait<STAGES - 2>();
         if (WGMMA) seen_by_tensor_cores();
         __syncthreads();
-        if (copied < end)
-        {
-            // Into the place of the chunk before, whose numbers have been used by now.
-            char* to = ring + (stage ? stage - 1 : STAGES - 1) * STAGE;
-            ahead.copy_weights(to);
-            ahead.copy_x(p, to);
-            copied++;
-            ahead.next(p, line, copied < end);
-        }
-        copies_commit();
-        compute(l, ring + stage * STAGE, sums);
+        Refill refill{p, line, ahead, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
+        compute(l, ring + stage * STAGE, sums, refill);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         if (++chunk == line.chunks || unit + 1 == end)
         {

@@ -17,7 +17,7 @@ struct Tile { u32 which, column0, row0; };
 // All chunks of all tiles, one behind the other; rows are the innermost, so that neighbours read the same weights.
 struct Line
 {
-    u32 chunks, row_tiles, units;
+    u32 chunks, row_tiles, units, share, longer;   // the first `longer` workers have a unit more than `share`
 
     DEVICE Line(const Products& p)
     {
@@ -26,10 +26,16 @@ struct Line
         u32 columns = 0;
         for (u32 m = 0; m < (PAIRED ? 1 : p.count); m++) columns += (p.matrix[m].n + SIDE_COLUMNS - 1) / SIDE_COLUMNS;
         units = columns * row_tiles * chunks;
+        share = units / gridDim.x;
+        longer = units - share * gridDim.x;
     }
     // A worker's first unit, and a unit's worker.
-    DEVICE u32 begin(u32 worker) const { return (u32) ((u64) units * worker / gridDim.x); }
-    DEVICE u32 worker(u32 unit) const { return (u32) (((u64) (unit + 1) * gridDim.x - 1) / units); }
+    DEVICE u32 begin(u32 worker) const { return worker * share + min(worker, longer); }
+    DEVICE u32 worker(u32 unit) const
+    {
+        const u32 of_longer = longer * (share + 1);
+        return unit < of_longer ? unit / (share + 1) : longer + (unit - of_longer) / share;
+    }
     // Where a worker's sums of a tile go that begins with `first`: only a worker's first and last tile are cut.
     DEVICE u32 slot(u32 worker, u32 first, u32 tile) const
     {
@@ -38,6 +44,7 @@ struct Line
     DEVICE Tile tile(const Products& p, u32 index) const
     {
         u32 column = index / row_tiles, which = 0;
+        const u32 row0 = (index - column * row_tiles) * ROWS;
         if (!PAIRED)
             for (; which + 1 < p.count; which++)
             {
@@ -45,7 +52,7 @@ struct Line
                 if (column < columns) break;
                 column -= columns;
             }
-        return Tile{which, column * SIDE_COLUMNS, index % row_tiles * ROWS};
+        return Tile{which, column * SIDE_COLUMNS, row0};
     }
 };
 
@@ -61,67 +68,92 @@ DEVICE u32 place(u32 row, u32 unit)
     return row * 256 + ((unit & 8) | ((unit & 7) ^ (unit >> 3) * 2 ^ (row & 1))) * 16;
 }
 
-// A thread's view of the chunk that is copied next. A quarter of the threads copies each 32 rows of it.
+// What a thread copies of a chunk, and where to. A quarter of the threads copies each 32 rows ("part") of the weights.
+const u32 COPIERS = THREADS / 4, UNITS = SIDE_COLUMNS / 4;          // of a part, and 16 bytes of a row
+const u32 WEIGHT_COPIES = (MAX_BITS * UNITS + COPIERS - 1) / COPIERS;
+const u32 X_ROWS = THREADS / 16, X_COPIES = ROWS / X_ROWS;          // rows copied at once
+// 16 bytes of scales and of fours, for one side and one part; who copies them.
+const u32 SCALE_UNITS = FORMAT == 0 ? SIDE_COLUMNS / 8 : 0, GROUP_UNITS = SCALE_UNITS + SIDE_COLUMNS / 32;
+const u32 GROUP_COPIERS = FINE ? COPIERS : THREADS, ROLES = (SIDES * GROUP_UNITS + GROUP_COPIERS - 1) / GROUP_COPIERS;
+
 struct Source
 {
-    u32 tile_index, chunk, chunks, k, n, rows, part, thread;
-    Tile tile;
-    const u16* x[XS];
-    const char *weight[SIDES], *four[SIDES], *scale[SIDES];
+    u32 tile_index, chunk, chunks, k, row_bytes, x_valid, x_step, group_shift, weight_valid;
+    const char *x[XS], *weight[SIDES], *group[ROLES];
     const u64* block[SIDES];
-    u32 group_shift, x_stride[XS];
     u64 entry[SIDES];       // of its 32 rows: packed row | bits << 24 | half scale << 32 | group << 48
+
+    static DEVICE u32 part() { return threadIdx.x / COPIERS; }
+    static DEVICE u32 copier() { return threadIdx.x % COPIERS; }
 
     DEVICE Source(const Products& p, const Line& line, u32 unit)
     {
-        tile_index = unit / line.chunks;
-        chunk = unit % line.chunks;
         chunks = line.chunks;
-        part = same_in_warp(threadIdx.x / (THREADS / 4));
-        thread = threadIdx.x % (THREADS / 4);
+        k = p.matrix[0].k;
+        tile_index = unit / chunks;
+        chunk = unit - tile_index * chunks;
         enter(p, line);
         look_up();
     }
 
     DEVICE void enter(const Products& p, const Line& line)
     {
-        tile = line.tile(p, tile_index);
-        const u32 unit = thread % (SIDE_COLUMNS / 4);
+        const Tile tile = line.tile(p, tile_index);
+        const u32 n = p.matrix[tile.which].n;
+        const u32 unit = copier() % UNITS, first_row = copier() / UNITS;
+        row_bytes = n * 4;
+        group_shift = p.matrix[tile.which].group_shift;
+        // Of the turns in which the columns differ, so many are inside.
+        const u32 left = n - tile.column0;
+        weight_valid = left > unit * 4 ? (left - unit * 4 + COPIERS * 4 - 1) / (COPIERS * 4) : 0;
         #pragma unroll
         for (u32 side = 0; side < SIDES; side++)
         {
             const Matrix& m = p.matrix[tile.which + side];
-            weight[side] = (const char*) (m.weight + tile.column0 + unit * 4);
-            four[side] = (const char*) (m.four + tile.column0 / 8);
-            scale[side] = (const char*) (m.scale + tile.column0);
+            weight[side] = (const char*) (m.weight + tile.column0 + unit * 4) + (u64) first_row * row_bytes;
             block[side] = m.block;
             if (side < XS)
-            {
-                x[side] = m.x + (u64) tile.row0 * m.x_stride;
-                x_stride[side] = m.x_stride;
-            }
+                x[side] = (const char*) (m.x + (u64) (tile.row0 + threadIdx.x / 16) * m.x_stride + threadIdx.x % 16 * 8)
+                          + chunk * 256;
         }
-        const Matrix& m = p.matrix[tile.which];
-        k = m.k;
-        n = m.n;
-        group_shift = m.group_shift;
-        rows = p.rows - tile.row0;
+        // Both have the same stride.
+        x_step = p.matrix[tile.which].x_stride * (X_ROWS * 2);
+        const u32 row = tile.row0 + threadIdx.x / 16;
+        x_valid = p.rows > row ? (p.rows - row + X_ROWS - 1) / X_ROWS : 0;
+        #pragma unroll
+        for (u32 i = 0; i < ROLES; i++)
+        {
+            const u32 role = role_of(i), side = role / GROUP_UNITS, at = role % GROUP_UNITS;
+            group[i] = nullptr;
+            if (role >= SIDES * GROUP_UNITS) continue;
+            const Matrix& m = p.matrix[tile.which + side];
+            const bool scales = at < SCALE_UNITS;
+            const u32 column = scales ? at * 8 : (at - SCALE_UNITS) * 32;
+            if (column < left)
+                group[i] = scales ? (const char*) (m.scale + tile.column0 + column)
+                                  : (const char*) (m.four + (tile.column0 + column) / 8);
+        }
     }
 
+    static DEVICE u32 role_of(u32 i) { return i * GROUP_COPIERS + (FINE ? copier() : threadIdx.x); }
+
     // Behind the last row x counts as zero: any numbers will do, if only they have the scale of the others.
-    DEVICE u32 row_block() const { return chunk * 4 + (chunk * 128 + part * 32 < k ? part : 0); }
+    DEVICE bool inside() const { return chunk * 128 + part() * 32 < k; }
 
     DEVICE void look_up()
     {
         #pragma unroll
         for (u32 side = 0; side < SIDES; side++)
-            entry[side] = FORMAT == 1 ? block[side][row_block()] : row_block() * 4 | 4u << 24;
+            if (FORMAT == 1) entry[side] = block[side][chunk * 4 + (inside() ? part() : 0)];
     }
 
     DEVICE void next(const Products& p, const Line& line, bool there_is)
     {
         if (!there_is) return;
-        if (++chunk == chunks)
+        chunk++;
+        #pragma unroll
+        for (u32 side = 0; side < XS; side++) x[side] += 256;
+        if (chunk == chunks)
         {
             chunk = 0;
             tile_index++;
@@ -130,60 +162,81 @@ struct Source
         look_up();
     }
 
-    DEVICE void copy_weights(char* stage)
+    DEVICE void copy_weights(char* stage) const
     {
-        const u32 units = SIDE_COLUMNS / 4, threads = THREADS / 4;
-        const bool real = chunk * 128 + part * 32 < k;
+        const bool real = inside();
         #pragma unroll
         for (u32 side = 0; side < SIDES; side++)
         {
-            const u32 bits = FORMAT == 0 ? 4 : (u32) entry[side] >> 24;
-            const u32 row_bytes = n * 4;
-            const char* from = weight[side] + (u64) ((u32) entry[side] & 0xffffff) * row_bytes;
-            char* to = stage + WEIGHTS + side * SIDE_WEIGHTS + part * (MAX_BITS * WEIGHT_ROW);
+            const u32 bits = FORMAT == 0 ? 4 : (u32) entry[side] >> 24 & 15, first_row = copier() / UNITS;
+            const u32 packed = FORMAT == 0 ? chunk * 16 + part() * 4 : (u32) entry[side] & 0xffffff;
+            const char* from = weight[side] + (u64) packed * row_bytes;
+            char* to = stage + WEIGHTS + side * SIDE_WEIGHTS + (part() * MAX_BITS + first_row) * WEIGHT_ROW
+                       + swizzled(part(), copier() % UNITS);
             #pragma unroll
-            for (u32 i = 0; i < (MAX_BITS * units + threads - 1) / threads; i++)
+            for (u32 i = 0; i < WEIGHT_COPIES; i++)
             {
-                // The columns stay the same from one turn to the next, or take turns themselves.
-                const u32 all = i * threads + thread, row = all / units, unit = all % units;
-                const u32 moved = units > threads ? i * threads % units : 0;
-                if (row < bits && real && tile.column0 + unit * 4 < n)
-                    copy16(to + row * WEIGHT_ROW + swizzled(part, unit), from + (u64) row * row_bytes + moved * 16);
+                // Either a turn takes several rows, or a row several turns.
+                const u32 row = i * COPIERS / UNITS, moved = UNITS > COPIERS ? i * COPIERS % UNITS : 0;
+                if ((FORMAT == 0 || row + first_row < bits) && real && moved / COPIERS < weight_valid)
+                    copy16(to + row * WEIGHT_ROW + moved * 16, from + (u64) row * row_bytes + moved * 16);
             }
-            if (FORMAT == 1 && thread == 0) *(u64*) (stage + BLOCKS + side * 32 + part * 8) = entry[side];
-            if (PARTS == 4 || part == 0)
-            {
-                const u32 group = FORMAT == 1 ? (u32) (entry[side] >> 48) : row_block() * 32 >> group_shift;
-                const u32 at = FINE ? part : 0, scales = FORMAT == 0 ? SIDE_COLUMNS / 8 : 0;
-                for (u32 i = thread; i < scales + SIDE_COLUMNS / 32; i += threads)
-                {
-                    if (i < scales)
-                    {
-                        if (tile.column0 + i * 8 < n)
-                            copy16(stage + SCALES + side * SIDE_SCALES + at * (SIDE_COLUMNS * 2) + i * 16,
-                                   scale[side] + (u64) group * (n * 2) + i * 16);
-                    }
-                    else if (tile.column0 + (i - scales) * 32 < n)
-                        copy16(stage + FOURS + side * SIDE_FOURS + at * (SIDE_COLUMNS / 2) + (i - scales) * 16,
-                               four[side] + (u64) group * (n / 2) + (i - scales) * 16);
-                }
-            }
+            if (FORMAT == 1 && copier() == 0) *(u64*) (stage + BLOCKS + side * 32 + part() * 8) = entry[side];
+        }
+        #pragma unroll
+        for (u32 i = 0; i < ROLES; i++)
+        {
+            const u32 role = role_of(i), side = role / GROUP_UNITS, at = role % GROUP_UNITS, fine = FINE ? part() : 0;
+            if (!group[i]) continue;
+            const bool scales = at < SCALE_UNITS;
+            const u32 row = chunk * 128 + (FINE && inside() ? part() * 32 : 0);
+            const u32 which = FORMAT == 1 ? (u32) ((SIDES == 2 && side ? entry[SIDES - 1] : entry[0]) >> 48) : row >> group_shift;
+            const u32 to = scales ? SCALES + side * SIDE_SCALES + fine * (SIDE_COLUMNS * 2) + at * 16
+                                  : FOURS + side * SIDE_FOURS + fine * (SIDE_COLUMNS / 2) + (at - SCALE_UNITS) * 16;
+            copy16(stage + to, group[i] + (u64) which * (scales ? row_bytes / 2 : row_bytes / 8));
         }
     }
 
-    DEVICE void copy_x(const Products& p, char* stage)
+    DEVICE void copy_x(char* stage) const
     {
-        const u32 row = threadIdx.x / 16, unit = threadIdx.x % 16, from = chunk * 128 + unit * 8;
+        const bool beyond = chunk * 128 + threadIdx.x % 16 * 8 >= k;
         #pragma unroll
         for (u32 side = 0; side < XS; side++)
+        {
+            char* to = stage + side * X_BYTES + place(threadIdx.x / 16, threadIdx.x % 16);
+            const char* from = x[side];
             #pragma unroll
-            for (u32 i = 0; i < ROWS * 16 / THREADS; i++)
-            {
-                const u32 r = row + i * (THREADS / 16);
-                char* to = stage + side * X_BYTES + place(r, unit);
-                // With WGMMA x has zeros there, as the order of k goes across the end.
-                if (!WGMMA && from >= k) *(Words*) to = Words{0, 0, 0, 0};
-                else if (r < rows) copy16(to, x[side] + (u64) r * x_stride[side] + from);
-            }
+            for (u32 i = 0; i < X_COPIES; i++, from += x_step)
+                if (i < x_valid && (WGMMA || !beyond)) copy16(to + i * (X_ROWS * (WGMMA ? 128 : 256)), from);
+            // With WGMMA x has zeros there, as the order of k goes across the end.
+            if (!WGMMA && beyond)
+                for (u32 i = 0; i < X_COPIES; i++) *(Words*) (to + i * (X_ROWS * 256)) = Words{0, 0, 0, 0};
+        }
+    }
+};
+
+// The copies of a later chunk into the place of the one before, asked for once.
+struct Refill
+{
+    const Products& p;
+    const Line& line;
+    Source& source;
+    char* to;
+    u32& copied;
+    u32 end;
+    bool due;
+
+    DEVICE void operator()()
+    {
+        if (!due) return;
+        due = false;
+        if (copied < end)
+        {
+            source.copy_weights(to);
+            source.copy_x(to);
+            copied++;
+            source.next(p, line, copied < end);
+        }
+        copies_commit();
     }
 };

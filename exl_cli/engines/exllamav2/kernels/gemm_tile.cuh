@@ -47,9 +47,10 @@ DEVICE void read_columns(const Lane& l, const char* stage, u64 block, u32 s, Col
         c.factor[i] = LATE ? 0 : FORMAT == 0 ? both((u32) (c.scales >> (16 * i)) & 0xffff) : both(nearest_half(scale_of(c, i)));
 }
 
-// The lane's 32 rows of the chunk, all of BITS bits, for the COUNT strips from FIRST on.
+// The lane's 32 rows of the chunk, all of BITS bits, for the COUNT strips from FIRST on. Copies are asked for while the
+// tensor cores are busy.
 template <int BITS, int FIRST, int COUNT>
-DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums)
+DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Refill& refill)
 {
     typedef Unit<BITS> U;
     u32 minus[COUNT][4][7];
@@ -117,6 +118,7 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                 }
         }
         products_commit();
+        if (q == 0) refill();
         if (q < 3) products_wait<1>();
         else products_wait<0>();
 #else
@@ -136,6 +138,7 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                             step ? x.w : x.y);
                     }
         }
+        if (q == 0) refill();
 #endif
     }
 #if WGMMA
@@ -145,29 +148,29 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
 }
 
 template <int FIRST, int COUNT>
-DEVICE void multiply_any(u32 bits, const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums)
+DEVICE void multiply_any(u32 bits, const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Refill& refill)
 {
 #if FORMAT == 0
-    multiply<4, FIRST, COUNT>(l, stage, columns, sums);
+    multiply<4, FIRST, COUNT>(l, stage, columns, sums, refill);
 #else
     switch (bits)
     {
-    case 2: multiply<2, FIRST, COUNT>(l, stage, columns, sums); break;
-    case 3: multiply<3, FIRST, COUNT>(l, stage, columns, sums); break;
-    case 4: multiply<4, FIRST, COUNT>(l, stage, columns, sums); break;
+    case 2: multiply<2, FIRST, COUNT>(l, stage, columns, sums, refill); break;
+    case 3: multiply<3, FIRST, COUNT>(l, stage, columns, sums, refill); break;
+    case 4: multiply<4, FIRST, COUNT>(l, stage, columns, sums, refill); break;
     #if MAX_BITS > 4
-    case 5: multiply<5, FIRST, COUNT>(l, stage, columns, sums); break;
-    case 6: multiply<6, FIRST, COUNT>(l, stage, columns, sums); break;
+    case 5: multiply<5, FIRST, COUNT>(l, stage, columns, sums, refill); break;
+    case 6: multiply<6, FIRST, COUNT>(l, stage, columns, sums, refill); break;
     #endif
     #if MAX_BITS > 6
-    case 8: multiply<8, FIRST, COUNT>(l, stage, columns, sums); break;
+    case 8: multiply<8, FIRST, COUNT>(l, stage, columns, sums, refill); break;
     #endif
     }
 #endif
 }
 
 // The strips from FIRST on, which are of one side.
-template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums)
+template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums, Refill& refill)
 {
     const u64* blocks = (const u64*) (stage + BLOCKS + side_of(FIRST) * 32);
     const u64 block = FORMAT == 0 ? 4u << 24 : blocks[FINE ? l.t : 0];
@@ -194,18 +197,18 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
                 #pragma unroll
                 for (int c = 0; c < 4; c++) own[s].factor[c] = bits == width ? columns[s].factor[c] : 0;
             }
-            multiply_any<FIRST, COUNT>(width, l, stage, own, sums);
+            multiply_any<FIRST, COUNT>(width, l, stage, own, sums, refill);
         }
         return;
     }
     if (!LATE)
     {
-        multiply_any<FIRST, COUNT>(bits, l, stage, columns, sums);
+        multiply_any<FIRST, COUNT>(bits, l, stage, columns, sums, refill);
         return;
     }
     Sums part;
     clear(part);
-    multiply_any<FIRST, COUNT>(bits, l, stage, columns, part);
+    multiply_any<FIRST, COUNT>(bits, l, stage, columns, part, refill);
     #pragma unroll
     for (int s = FIRST; s < FIRST + COUNT; s++)
         #pragma unroll
@@ -221,14 +224,14 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
         }
 }
 
-DEVICE void compute(const Lane& l, const char* stage, Sums& sums)
+DEVICE void compute(const Lane& l, const char* stage, Sums& sums, Refill& refill)
 {
 #if PAIRED && (FORMAT == 1 || TWO_X)
     // Widths, or x, may differ.
-    compute_strips<0, 1>(l, stage, sums);
-    compute_strips<1, 1>(l, stage, sums);
+    compute_strips<0, 1>(l, stage, sums, refill);
+    compute_strips<1, 1>(l, stage, sums, refill);
 #else
-    compute_strips<0, STRIPS>(l, stage, sums);
+    compute_strips<0, STRIPS>(l, stage, sums, refill);
 #endif
 }
 
