@@ -1,5 +1,5 @@
-// Runs a kernel's source on the CPU, one block at a time: every thread is a fiber, switched at barriers and
-// at the operations of a whole warp. Asynchronous copies really are late: they take place when they are waited for.
+// Runs a kernel's source on the CPU, one block at a time until it waits for others: every thread is a fiber, switched at
+// barriers and at the operations of a whole warp. Asynchronous copies really are late: they take place when they are waited for.
 #pragma once
 #define EMULATED
 #include <algorithm>
@@ -21,8 +21,8 @@ using std::max;
 struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) Words;
-static char shared_bytes[256 * 1024] __attribute__((aligned(1024)));
-#define shared_memory ((Words*) shared_bytes)
+const size_t SHARED_BYTES = 256 * 1024, STACK_BYTES = 64 * 1024;
+#define shared_memory ((Words*) block->shared)
 
 struct Copy { void* to; const void* from; unsigned bytes; };
 struct Fiber
@@ -34,11 +34,18 @@ struct Fiber
     std::deque<std::vector<Copy>> groups;
 };
 struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count = 0, phase = 0, turn[32] = {}; };
-static std::vector<Fiber> fibers;
-static std::vector<Warp> warps;
-static std::vector<std::vector<char>> stacks;
+struct Block
+{
+    Dim index;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    char *shared, *stacks;
+    unsigned left, count = 0, phase = 0;    // threads that are not done, and that are at a barrier
+    bool waits = false;                     // for another block
+};
+static Block* block;
 static jmp_buf scheduler;
-static unsigned current, block_count, block_phase;
+static unsigned current;
 static bool at_once;
 
 static void become(unsigned fiber)
@@ -49,7 +56,7 @@ static void become(unsigned fiber)
 static void give_way()
 {
     unsigned me = current;
-    if (!_setjmp(fibers[me].place)) _longjmp(scheduler, 1);
+    if (!_setjmp(block->fibers[me].place)) _longjmp(scheduler, 1);
     become(me);
 }
 static void meet(unsigned& count, unsigned& phase, unsigned all)
@@ -58,8 +65,8 @@ static void meet(unsigned& count, unsigned& phase, unsigned all)
     if (++count == all) { count = 0; phase++; return; }
     while (phase == mine) give_way();
 }
-static void __syncthreads() { meet(block_count, block_phase, fibers.size()); }
-static void __syncwarp() { Warp& w = warps[current / 32]; meet(w.count, w.phase, 32); }
+static void __syncthreads() { meet(block->count, block->phase, block->fibers.size()); }
+static void __syncwarp() { Warp& w = block->warps[current / 32]; meet(w.count, w.phase, 32); }
 
 static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
 static unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
@@ -82,7 +89,7 @@ DEVICE unsigned same_in_warp(unsigned v) { return v; }
 DEVICE unsigned in_register(unsigned v, void*) { return v; }
 DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1)
 {
-    Warp& w = warps[current / 32];
+    Warp& w = block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     unsigned given[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(w.u[turn][lane], given, sizeof given);
@@ -105,7 +112,7 @@ DEVICE unsigned long long operand(const char* x) { return (unsigned long long) x
 template <unsigned long TILES_>
 DEVICE void multiply_together(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
 {
-    Warp& w = warps[current / 32];
+    Warp& w = block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     unsigned given[4] = {a0, a1, a2, a3};
     memcpy(w.u[turn][lane], given, sizeof given);
@@ -132,7 +139,7 @@ template <int PENDING> DEVICE void products_wait() { __syncwarp(); }
 DEVICE void arrived_here(float&) {}
 DEVICE unsigned warp_or(unsigned v)
 {
-    Warp& w = warps[current / 32];
+    Warp& w = block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1, all = 0;
     w.u[turn][lane][0] = v;
     __syncwarp();
@@ -146,7 +153,7 @@ template <class T> static void add_global(T* p, T v) { *p += v; }
 DEVICE void max_global(unsigned* p, unsigned v) { *p = max(*p, v); }
 DEVICE unsigned long long from_lane(unsigned long long v, unsigned from)
 {
-    Warp& w = warps[current / 32];
+    Warp& w = block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     memcpy(w.u[turn][lane], &v, sizeof v);
     __syncwarp();
@@ -155,7 +162,7 @@ DEVICE unsigned long long from_lane(unsigned long long v, unsigned from)
 }
 DEVICE float warp_sum(float v)
 {
-    Warp& w = warps[current / 32];
+    Warp& w = block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     float all = 0;
     w.f[turn][lane][0] = v;
@@ -166,7 +173,7 @@ DEVICE float warp_sum(float v)
 // What each lane of the warp gives.
 static float* given(float v)
 {
-    Warp& w = warps[current / 32];
+    Warp& w = block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     w.f[turn][lane][0] = v;
     __syncwarp();
@@ -189,6 +196,14 @@ DEVICE unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xff
 DEVICE float reciprocal(float v) { return 1.0f / v; }
 DEVICE float power_of_two(float v) { return exp2f(v); }
 DEVICE unsigned arrive(unsigned* counter) { return (*counter)++; }
+DEVICE void await(const unsigned* counter, unsigned count)
+{
+    while (*(volatile const unsigned*) counter < count)
+    {
+        block->waits = true;
+        give_way();
+    }
+}
 template <unsigned long N> DEVICE void from_others(float (&to)[N], const void* from) { memcpy(to, from, sizeof to); }
 DEVICE void to_others(void* to, const float (&from)[4]) { memcpy(to, from, sizeof from); }
 DEVICE void seen_by_tensor_cores() {}
@@ -196,7 +211,7 @@ DEVICE float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 static void later(void* to, const void* from, unsigned bytes)
 {
     if (at_once) memcpy(to, from, bytes);
-    else fibers[current].open.push_back({to, from, bytes});
+    else block->fibers[current].open.push_back({to, from, bytes});
 }
 DEVICE void copy16(void* to, const void* from)
 {
@@ -208,10 +223,10 @@ DEVICE void copy8(void* to, const void* from)
     if ((uintptr_t) to % 8 || (uintptr_t) from % 8) abort();
     later(to, from, 8);
 }
-DEVICE void copies_commit() { Fiber& f = fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
+DEVICE void copies_commit() { Fiber& f = block->fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
 template <int PENDING> DEVICE void copies_wait()
 {
-    Fiber& f = fibers[current];
+    Fiber& f = block->fibers[current];
     while (f.groups.size() > PENDING)
     {
         for (Copy& c : f.groups.front()) memcpy(c.to, c.from, c.bytes);
@@ -226,7 +241,7 @@ template <class Argument> static const Argument* argument;
 template <class Argument> static void start()
 {
     entry<Argument>(*argument<Argument>);
-    fibers[current].done = true;
+    block->fibers[current].done = true;
     give_way();
 }
 // Blocks run in order, or with `seed` in another one; where that is odd, asynchronous copies take place at once.
@@ -249,35 +264,53 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
         number = number * 48271 % 2147483647;
         std::swap(blocks[left - 1], blocks[number % left]);
     }
-    for (const Dim& block : blocks)
+    static std::deque<Block> running;   // not in registers, which a jump puts back
+    static size_t begun, turn;
+    static unsigned i;
+    running.clear();
+    for (begun = turn = 0; begun < blocks.size() || !running.empty();)
     {
-        blockIdx = block;
-        // What a block finds in shared memory is undefined: here, NaNs.
-        memset(shared_bytes, 0xff, sizeof shared_bytes);
-        fibers = std::vector<Fiber>(threads);
-        warps = std::vector<Warp>((threads + 31) / 32);
-        if (stacks.size() < threads) stacks.resize(threads, std::vector<char>(64 * 1024));
-        for (unsigned i = 0; i < threads; i++)
+        // Another one begins when all that have begun wait.
+        if (turn == running.size() && begun < blocks.size())
         {
-            Fiber& f = fibers[i];
-            getcontext(&f.context);
-            f.context.uc_stack.ss_sp = stacks[i].data();
-            f.context.uc_stack.ss_size = stacks[i].size();
-            makecontext(&f.context, (void (*)()) start<Argument>, 0);
+            running.push_back(Block{blocks[begun++], std::vector<Fiber>(threads), std::vector<Warp>((threads + 31) / 32)});
+            Block& b = running.back();
+            b.left = threads;
+            b.shared = (char*) aligned_alloc(1024, SHARED_BYTES);
+            b.stacks = (char*) malloc(threads * STACK_BYTES);
+            // What a block finds in shared memory is undefined: here, NaNs.
+            memset(b.shared, 0xff, SHARED_BYTES);
+            for (unsigned t = 0; t < threads; t++)
+            {
+                ucontext_t& context = b.fibers[t].context;
+                getcontext(&context);
+                context.uc_stack.ss_sp = b.stacks + t * STACK_BYTES;
+                context.uc_stack.ss_size = STACK_BYTES;
+                makecontext(&context, (void (*)()) start<Argument>, 0);
+            }
         }
-        static unsigned left, i;    // not in registers, which a jump puts back
-        for (left = threads; left;)
+        else if (turn == running.size()) turn = 0;
+        block = &running[turn];
+        blockIdx = block->index;
+        for (block->waits = false; block->left && !block->waits;)
             for (i = 0; i < threads; i++)
             {
-                if (fibers[i].done) continue;
+                if (block->fibers[i].done) continue;
                 become(i);
                 if (!_setjmp(scheduler))
                 {
-                    if (fibers[i].begun) _longjmp(fibers[i].place, 1);
-                    fibers[i].begun = true;
-                    setcontext(&fibers[i].context);
+                    if (block->fibers[i].begun) _longjmp(block->fibers[i].place, 1);
+                    block->fibers[i].begun = true;
+                    setcontext(&block->fibers[i].context);
                 }
-                if (fibers[i].done) left--;
+                if (block->fibers[i].done) block->left--;
             }
+        if (block->left) turn++;
+        else
+        {
+            free(block->shared);
+            free(block->stacks);
+            running.erase(running.begin() + turn);
+        }
     }
 }

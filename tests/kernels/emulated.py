@@ -62,7 +62,7 @@ class Emulated:
         self._run = ctypes.CDLL(str(library)).run
 
     def __call__(self, argument: ctypes.Structure, grid: tuple[int, ...], threads: int, seed: int = 0) -> None:
-        """Run all blocks, one after the other; with a seed other than 0, out of order.
+        """Run all blocks, one after the other unless they wait for later ones; with a seed other than 0, out of order.
 
         Asynchronous copies take place when they are waited for, or with an odd seed when they are asked for.
         """

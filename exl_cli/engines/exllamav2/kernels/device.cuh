@@ -120,6 +120,13 @@ DEVICE u32 arrive(u32* counter)
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
+// Wait until a counter has come that far.
+DEVICE void await(const u32* counter, u32 count)
+{
+    u32 now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    while (now < count);
+}
 DEVICE void from_others(float (&to)[2], const void* from)
 {
     asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(from) : "memory");

@@ -8,8 +8,8 @@
 //
 // All chunks of all tiles stand in one line, which is cut into as many equal parts as there are blocks (stream-K: Osama,
 // Merrill, Cecka, Garland and Owens 2023, arXiv 2301.03598). So every multiprocessor has as much to do, whatever the shape.
-// A tile that was cut is put together by the block that comes last, from sums in global memory, always in the same
-// order: the same input always gives the same bits.
+// A tile that was cut is put together at the end by the blocks that have parts of it, each some of it, from sums in global
+// memory, always in the same order: the same input always gives the same bits.
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), MAX_BITS of a weight (4, 6 or 8), PAIRED (a warp's two strips are a
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block
@@ -24,52 +24,54 @@
 #include "gemm_ring.cuh"
 #include "gemm_tile.cuh"
 
-// The sums of a tile that several blocks share: out to memory and, in the last of them, all together. Whether this is it.
-DEVICE bool gathered(const Products& p, const Line& line, u32 tile, Sums& sums)
+// A block's sums of a tile that several share: out to memory, and counted.
+DEVICE void share(const Products& p, const Line& line, u32 tile, Sums& sums)
 {
-    const u32 first = line.worker(tile * line.chunks), last = line.worker(tile * line.chunks + line.chunks - 1);
-    if (first == last) return true;
-    const u32 quads = STRIPS * 2 * TILES;
-    float* partial = p.partial + (u64) threadIdx.x * 4;
-    const u64 slot = (u64) quads * THREADS * 4;
-    float* own = partial + line.slot(blockIdx.x, first, tile) * slot;
+    float* to = p.partial + line.slot(blockIdx.x, line.first_worker(tile), tile) * (u64) SLOT + threadIdx.x * 4;
     #pragma unroll
-    for (u32 i = 0; i < quads; i++)
-    {
-        float (&from)[4] = sums[i / (2 * TILES)][i / TILES % 2][i % TILES];
-        to_others(own + i * (THREADS * 4), from);
-    }
+    for (u32 i = 0; i < QUADS; i++) to_others(to + i * (THREADS * 4), sums[i / (2 * TILES)][i / TILES % 2][i % TILES]);
     __syncthreads();
-    u32* order = (u32*) shared_memory;
-    if (threadIdx.x == 0) *order = arrive(p.arrived + tile);
+    if (threadIdx.x == 0) arrive(p.arrived + tile);
+}
+
+// A block's share of putting such a tile together, always in the same order. The other blocks are there, as a launch has
+// no more blocks than the GPU holds at once, and none waits before its last sums are in memory.
+DEVICE void gather(const Products& p, const Line& line, const Lane& l, u32 tile)
+{
+    const u32 first = line.first_worker(tile), last = line.last_worker(tile), parts = last - first + 1;
+    if (parts == 1) return;
+    if (threadIdx.x == 0) await(p.arrived + tile, parts);
     __syncthreads();
-    if (*order != last - first) return false;
-    if (threadIdx.x == 0) p.arrived[tile] = 0;
-    // Several at a time, or each would wait for the one before.
-    const u32 batch = quads <= 8 ? 4 : quads <= 16 ? 2 : 1;
+    const u32 pieces = TILES * (PAIRED ? 1 : STRIPS), mine = blockIdx.x - first, batch = 4;
+    const Tile at = line.tile(p, tile);
     #pragma unroll 1
-    for (u32 worker = first; worker <= last; worker += batch)
+    for (u32 piece = pieces * mine / parts; piece < pieces * (mine + 1) / parts; piece++)
     {
-        float more[batch][quads][4];
-        #pragma unroll
-        for (u32 b = 0; b < batch; b++)
+        const u32 s = piece / TILES, t = piece % TILES;
+        float sum[SIDES][2][4] = {};
+        #pragma unroll 1
+        for (u32 worker = first; worker <= last; worker += batch)
         {
-            const float* part = partial + line.slot(min(worker + b, last), first, tile) * slot;
+            // Several at a time, or each would wait for the one before.
+            float more[batch][SIDES][2][4] = {};
             #pragma unroll
-            for (u32 i = 0; i < quads; i++) from_others(more[b][i], part + i * (THREADS * 4));
-        }
-        #pragma unroll
-        for (u32 b = 0; b < batch; b++)
-            #pragma unroll
-            for (u32 i = 0; i < quads; i++)
+            for (u32 b = 0; b < batch; b++)
             {
-                float (&to)[4] = sums[i / (2 * TILES)][i / TILES % 2][i % TILES];
+                if (worker + b > last) continue;
+                const float* from = p.partial + line.slot(worker + b, first, tile) * (u64) SLOT + threadIdx.x * 4;
                 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    to[j] = worker + b == first ? more[b][i][j] : worker + b <= last ? to[j] + more[b][i][j] : to[j];
+                for (u32 i = 0; i < SIDES * 2; i++)
+                    from_others(more[b][i / 2][i % 2], from + ((s * 2 + i) * TILES + t) * (THREADS * 4));
             }
+            #pragma unroll
+            for (u32 b = 0; b < batch; b++)
+                #pragma unroll
+                for (u32 i = 0; i < SIDES * 8; i++) (&sum[0][0][0])[i] += (&more[b][0][0][0])[i];
+        }
+        write(p, l, at, s, t, sum);
     }
-    return true;
+    // Whoever leaves last puts the counter back.
+    if (threadIdx.x == 0 && arrive(p.arrived + tile) == 2 * parts - 1) p.arrived[tile] = 0;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Products p)
@@ -123,11 +125,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Produ
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         if (++chunk == line.chunks || unit + 1 == end)
         {
-            if (gathered(p, line, tile, sums)) write(p, l, line.tile(p, tile), sums);
+            if (line.first_worker(tile) != line.last_worker(tile)) share(p, line, tile, sums);
+            else write_all(p, l, line.tile(p, tile), sums);
             clear(sums);
             chunk = 0;
             tile++;
         }
     }
     copies_wait<0>();
+    // Only its first and last tile may be cut.
+    const u32 first = begin / line.chunks, last = (end - 1) / line.chunks;
+    gather(p, line, l, first);
+    if (last != first) gather(p, line, l, last);
 }

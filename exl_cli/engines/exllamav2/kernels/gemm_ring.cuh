@@ -36,6 +36,8 @@ struct Line
         const u32 of_longer = longer * (share + 1);
         return unit < of_longer ? unit / (share + 1) : longer + (unit - of_longer) / share;
     }
+    DEVICE u32 first_worker(u32 tile) const { return worker(tile * chunks); }
+    DEVICE u32 last_worker(u32 tile) const { return worker(tile * chunks + chunks - 1); }
     // Where a worker's sums of a tile go that begins with `first`: only a worker's first and last tile are cut.
     DEVICE u32 slot(u32 worker, u32 first, u32 tile) const
     {

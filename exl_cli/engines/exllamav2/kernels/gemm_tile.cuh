@@ -8,6 +8,7 @@ struct Lane
 
 // Of each strip, half and tile: columns 4 g + 2 half and the next, rows 8 tile + 2 t and the next.
 typedef float Sums[STRIPS][2][TILES][4];
+const u32 QUADS = STRIPS * 2 * TILES, SLOT = QUADS * THREADS * 4;   // of a thread; numbers of all threads
 
 // Scales wait for the sum over a chunk: where there are few rows that is less to do than scaling weights.
 const bool LATE = !FINE && TILES <= 4 && !WGMMA;
@@ -235,50 +236,56 @@ DEVICE void compute(const Lane& l, const char* stage, Sums& sums, Refill& refill
 #endif
 }
 
-DEVICE void write(const Products& p, const Lane& l, Tile at, const Sums& sums)
+// Eight rows of a strip, of a pair of both sides.
+DEVICE void write(const Products& p, const Lane& l, Tile at, u32 s, u32 tile, const float (&sum)[SIDES][2][4])
 {
     const Matrix& m = p.matrix[at.which];
+    const u32 column = at.column0 + strip_of(l, s) * 32 + l.g * 4;
+    if (column >= m.n) return;
+    #pragma unroll
+    for (u32 j = 0; j < 2; j++)
+    {
+        const u32 row = at.row0 + l.rows + tile * 8 + l.t * 2 + j;
+        if (row >= p.rows) continue;
+        float v[4];
+        #pragma unroll
+        for (int c = 0; c < 4; c++)
+        {
+            v[c] = sum[0][c / 2][c % 2 * 2 + j] + (m.bias ? to_float(m.bias[column + c]) : 0.0f);
+            if (PAIRED)
+            {
+                const u16* bias = p.matrix[1].bias;
+                v[c] = activate(v[c], p.activation)
+                       * (sum[SIDES - 1][c / 2][c % 2 * 2 + j] + (bias ? to_float(bias[column + c]) : 0.0f));
+            }
+        }
+        const u64 to = (u64) row * m.out_stride;
+        if (m.scatter)
+            #pragma unroll
+            for (int c = 0; c < 4; c++) m.out[to + m.scatter[column + c]] = to_half(v[c]);
+        else
+        {
+            if (m.add)
+            {
+                const u64 more = *(const u64*) (m.add + to + column);
+                #pragma unroll
+                for (int c = 0; c < 4; c++) v[c] += to_float((u16) (more >> (16 * c)));
+            }
+            *(u64*) (m.out + to + column) = to_halves(v[0], v[1]) | (u64) to_halves(v[2], v[3]) << 32;
+        }
+    }
+}
+
+DEVICE void write_all(const Products& p, const Lane& l, Tile at, const Sums& sums)
+{
     #pragma unroll
     for (u32 s = 0; s < (PAIRED ? 1 : STRIPS); s++)
-    {
-        const u32 column = at.column0 + strip_of(l, s) * 32 + l.g * 4;
-        if (column >= m.n) return;
-        float bias[4] = {}, bias2[4] = {};
-        if (m.bias)
-            #pragma unroll
-            for (int c = 0; c < 4; c++) bias[c] = to_float(m.bias[column + c]);
-        if (PAIRED && p.matrix[1].bias)
-            #pragma unroll
-            for (int c = 0; c < 4; c++) bias2[c] = to_float(p.matrix[1].bias[column + c]);
         #pragma unroll
         for (u32 tile = 0; tile < TILES; tile++)
+        {
+            float sum[SIDES][2][4];
             #pragma unroll
-            for (u32 j = 0; j < 2; j++)
-            {
-                const u32 row = at.row0 + l.rows + tile * 8 + l.t * 2 + j;
-                if (row >= p.rows) continue;
-                float v[4];
-                #pragma unroll
-                for (int c = 0; c < 4; c++)
-                {
-                    v[c] = sums[s][c / 2][tile][c % 2 * 2 + j] + bias[c];
-                    if (PAIRED)
-                        v[c] = activate(v[c], p.activation) * (sums[STRIPS - 1][c / 2][tile][c % 2 * 2 + j] + bias2[c]);
-                }
-                const u64 to = (u64) row * m.out_stride;
-                if (m.scatter)
-                    #pragma unroll
-                    for (int c = 0; c < 4; c++) m.out[to + m.scatter[column + c]] = to_half(v[c]);
-                else
-                {
-                    if (m.add)
-                    {
-                        const u64 more = *(const u64*) (m.add + to + column);
-                        #pragma unroll
-                        for (int c = 0; c < 4; c++) v[c] += to_float((u16) (more >> (16 * c)));
-                    }
-                    *(u64*) (m.out + to + column) = to_halves(v[0], v[1]) | (u64) to_halves(v[2], v[3]) << 32;
-                }
-            }
-    }
+            for (u32 i = 0; i < SIDES * 8; i++) (&sum[0][0][0])[i] = sums[s + i / 8][i / 4 % 2][tile][i % 4];
+            write(p, l, at, s, tile, sum);
+        }
 }
