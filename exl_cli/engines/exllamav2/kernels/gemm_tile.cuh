@@ -227,7 +227,7 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
 
 DEVICE void compute(const Lane& l, const char* stage, Sums& sums, Refill& refill)
 {
-#if PAIRED && (FORMAT == 1 || TWO_X)
+#if PAIRED && (FORMAT == 1 || TWO_X || WGMMA)
     // Widths, or x, may differ.
     compute_strips<0, 1>(l, stage, sums, refill);
     compute_strips<1, 1>(l, stage, sums, refill);
