@@ -17,8 +17,9 @@ from quantize import random_exl2, random_gptq
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import CachedScoring
-from exl_cli.engines.exllamav2.kernels import quantized_linear
+from exl_cli.engines.exllamav2.kernels import many_rows, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig
 from exl_cli.engines.exllamav2.kernels.quantized_linear import QuantizedMatrix, from_exllamav2
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -77,6 +78,47 @@ def test_products_of_random_matrices(kind: str, rows: int) -> None:
             if not one.blocks(tile) or quantized_linear.variant(one, rows, tile).shared_bytes > 160 * 1024:
                 continue
             first, second = (product(matrix, x, tile) for _ in range(2))
+            assert float((first - expected).norm() / expected.norm()) < 2e-3
+            assert torch.equal(first, second)
+
+
+def many_rows_product(matrix: QuantizedMatrix, x: torch.Tensor, config: GemmConfig) -> torch.Tensor:
+    """Into poisoned memory, by way of a poisoned workspace; what lies around the result stays as it was."""
+    rows, product, threads = len(x), quantized_linear.Product((matrix,)), 32 * config.warps
+    variant = many_rows.variant(product, config)
+    kernel = Kernel(variant.file, variant.name, variant.defines, x.device, variant.shared_bytes)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    blocks = config.blocks(product, rows, min(config.resident, kernel.resident(threads)) * processors)
+    partial = torch.full((many_rows.partial_floats(config, blocks),), float("nan"), device=x.device)
+    arrived = torch.zeros(config.units(product, rows), dtype=torch.int32, device=x.device)
+    order = many_rows.places(matrix.perm, matrix.k) if config.wgmma else matrix.perm
+    ordered = x if order is None else x[:, order.long().to(x.device) & 0xFFFF].contiguous()
+    out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
+    argument = quantized_linear.argument(product, rows)
+    quantized_linear.connect(argument, [ordered], [out])
+    argument.partial, argument.arrived = partial.data_ptr(), arrived.data_ptr()
+    kernel.bind((blocks,), threads, argument)(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    assert not arrived.any()
+    assert out[rows:].isnan().all()
+    assert out[:, matrix.n :].isnan().all()
+    return out[:rows, : matrix.n].double()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "exl2"])
+@pytest.mark.parametrize("rows", [9, 16, 31, 32, 100, 200])
+def test_products_of_many_rows_with_random_matrices(kind: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    together = torch.cuda.get_device_capability() == (9, 0)
+    for _ in range(3):
+        matrix, weight = random_matrix(rng, kind, 32 * int(rng.choice([1, 3, 4, 8, 12, 40])))
+        x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
+        expected = x.double() @ weight.T
+        configs = many_rows.configs(quantized_linear.Product((matrix,)), rows)
+        if together and matrix.k % 128 == 0:
+            configs += [GemmConfig(8, 1, 8, 1, 2, 1, wgmma=True), GemmConfig(8, 2, 16, 1, 2, 1, wgmma=True)]
+        for config in configs:
+            first, second = (many_rows_product(matrix, x, config) for _ in range(2))
             assert float((first - expected).norm() / expected.norm()) < 2e-3
             assert torch.equal(first, second)
 

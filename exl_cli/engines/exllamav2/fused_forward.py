@@ -19,7 +19,7 @@ from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
 from exl_cli.engines.exllamav2.build_model import rope_switches
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
-from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
+from exl_cli.engines.exllamav2.kernels.compiler import Launch
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Products
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer, Mlp
@@ -198,7 +198,7 @@ class FusedForward:
         if residual:
             for target, out in zip(argument.matrix, outs, strict=False):
                 target.add = out.data_ptr()
-        return self._bind(group.product, rows, argument)
+        return self._tuner.bind(group.product, rows, argument)
 
     def _mixture(self, experts: Any, rows: int) -> Work:
         """Norm, experts and what they add to the stream."""
@@ -219,16 +219,7 @@ class FusedForward:
         quantized_linear.connect(argument, xs, [self._inner] * len(product.matrices))
         # Both halves of a block write one output, and take its order from the first.
         argument.matrix[0].scatter = None if down.inverse is None else down.inverse.data_ptr()
-        return self._bind(product, rows, argument)
-
-    def _bind(self, product: quantized_linear.Product, rows: int, argument: Products) -> Launch:
-        """A launch in the tile that suits the product and all that are like it."""
-        tile = self._tuner.tile_config(product, rows)
-        variant = quantized_linear.variant(product, rows, tile)
-        kernel = Kernel(
-            quantized_linear.FILE, quantized_linear.NAME, variant.defines, self._device, variant.shared_bytes
-        )
-        return kernel.bind((product.blocks(tile),), 32 * tile.warps, argument)
+        return self._tuner.bind(product, rows, argument)
 
     def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
         """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""

@@ -207,6 +207,16 @@ class Kernel:
         config = _Config(*dimensions, self._shared_bytes, None, ctypes.pointer(attribute), int(overlaps))
         return Launch(self._function, config, argument)
 
+    def resident(self, threads: int) -> int:
+        """Blocks of so many threads that a multiprocessor holds at once."""
+        blocks = ctypes.c_int()
+        with torch.cuda.device(self._device):
+            code = _library().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                ctypes.byref(blocks), self._function, threads, ctypes.c_size_t(self._shared_bytes)
+            )
+        _check(code, "asking how many blocks are resident")
+        return blocks.value
+
 
 @cache
 def _function(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, Variant
+from exl_cli.engines.exllamav2.kernels import quantized_linear
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, TileConfig, Variant
 
 FILE, NAME = "gemm.cu", "gemm"
 _CHUNK = 128
@@ -52,9 +53,9 @@ class GemmConfig:
         columns = sum(-(-matrix.n // side) for matrix in matrices)
         return columns * -(-rows // self.rows) * -(-matrices[0].k // _CHUNK)
 
-    def blocks(self, product: Product, rows: int, processors: int) -> int:
-        """Blocks of a launch on so many multiprocessors."""
-        return min(self.resident * processors, self.units(product, rows))
+    def blocks(self, product: Product, rows: int, at_once: int) -> int:
+        """Blocks of a launch on a GPU that holds so many at once: a launch of more would never end."""
+        return min(at_once, self.units(product, rows))
 
 
 def variant(product: Product, config: GemmConfig) -> Variant:
@@ -64,14 +65,43 @@ def variant(product: Product, config: GemmConfig) -> Variant:
     fine = not all(matrix.coarse for matrix in matrices)
     two_x = product.paired and matrices[0].order != matrices[1].order
     defines = {
-        "FORMAT": int(exl2), "MAX_BITS": max_bits, "PAIRED": int(product.paired), "TWO_X": int(two_x), "FINE": int(fine),
-        "WARPS": config.warps, "ROW_WARPS": config.row_warps, "TILES": config.tiles, "STRIPS": config.strips,
-        "STAGES": config.stages, "RESIDENT": config.resident, "WGMMA": int(config.wgmma),
+        "FORMAT": int(exl2), "MAX_BITS": max_bits, "PAIRED": int(product.paired), "TWO_X": int(two_x),
+        "FINE": int(fine), "WARPS": config.warps, "ROW_WARPS": config.row_warps, "TILES": config.tiles,
+        "STRIPS": config.strips, "STAGES": config.stages, "RESIDENT": config.resident, "WGMMA": int(config.wgmma),
     }  # fmt: skip
     parts, columns = 4 if fine else 1, config.columns // sides
     of_a_side = 4 * max_bits * columns * 4 + parts * columns // 2 + (32 if exl2 else parts * columns * 2)
     stage = (2 if two_x else 1) * config.rows * 2 * _CHUNK + sides * of_a_side
-    return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024))
+    return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024), FILE, NAME)
+
+
+def configs(product: Product, rows: int) -> list[GemmConfig]:
+    """Those worth trying for that many rows, the likeliest first; those that measure well on an H200."""
+    if rows <= 8:
+        return []
+    if rows <= 16:
+        return [GemmConfig(8, 1, 2, 2, 4, 1)] if product.paired else [GemmConfig(4, 1, 2, 1, 4, 4)]
+    if product.paired:
+        return [GemmConfig(4, 1, 4, 2, 4, 2), GemmConfig(8, 1, 4, 2, 4, 1)]
+    return [GemmConfig(4, 1, 4, 1, 4, 3), GemmConfig(8, 1, 4, 1, 6, 1)]
+
+
+def builds(product: Product, rows: int, shared_bytes: int) -> dict[TileConfig | GemmConfig, Variant]:
+    """What to choose from for a product, of both kernels, those of `gemv.cu` first; empty where nothing fits.
+
+    Args:
+        product: what to compute.
+        rows: of the input.
+        shared_bytes: that a block can have on the GPU.
+    """
+    all_builds: dict[TileConfig | GemmConfig, Variant] = {}
+    for tile, build in quantized_linear.builds(product, rows, shared_bytes).items():
+        all_builds[tile] = build
+    for config in configs(product, rows):
+        build = variant(product, config)
+        if build.shared_bytes <= shared_bytes:
+            all_builds[config] = build
+    return all_builds
 
 
 def places(perm: torch.Tensor | None, k: int) -> torch.Tensor:

@@ -205,15 +205,18 @@ class Product:
 
 
 class Variant(NamedTuple):
-    """A build of the source for a product.
+    """A build of a kernel for a product.
 
     Attributes:
         defines: values of the names that the source leaves open.
         shared_bytes: dynamic shared memory of a block.
+        file, name: the kernel's.
     """
 
     defines: dict[str, int]
     shared_bytes: int
+    file: str = FILE
+    name: str = NAME
 
 
 def most_rows(rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Which tile of a product is fastest on this GPU: measured once for each shape, and remembered.
+"""Which kernel and tile of a product is fastest on this GPU: measured once for each shape, and remembered.
 
 What was measured is kept in the user's cache folder, for each GPU by name, under the shape and the kernels' source.
 """
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.graphs import captured
-from exl_cli.engines.exllamav2.kernels import compiler, quantized_linear
+from exl_cli.engines.exllamav2.kernels import compiler, many_rows, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
-from exl_cli.engines.exllamav2.kernels.quantized_linear import Product
+from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig, Workspace
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, TileConfig, Variant
 from exl_cli.errors import EngineError
 from exl_cli.system.files import user_cache, write_atomically
 
@@ -28,9 +29,11 @@ _REPEATS = 4
 # Smaller matrices take as long as a launch, however they are divided.
 _WORTH_MEASURING = 1 << 20
 
+Config = TileConfig | GemmConfig
+
 
 class Tuner:
-    """Chooses tile configs for the products of one model on one device.
+    """Chooses kernels and tile configs for the products of one model on one device, and launches them.
 
     Args:
         device: the GPU.
@@ -50,10 +53,12 @@ class Tuner:
             self._alike.setdefault(product.kind, []).append(product)
         self._begun: list[compiler.Build] = []
         # By kind and most rows.
-        self._chosen: dict[tuple[tuple[object, ...], int], quantized_linear.TileConfig] = {}
+        self._chosen: dict[tuple[tuple[object, ...], int], Config] = {}
+        self._processors = properties.multi_processor_count
+        self._workspace: Workspace | None = None
 
     def microseconds(self, product: Product, rows: int) -> float | None:
-        """Of a launch in the tile that `tile_config` chose; None where it measured nothing."""
+        """Of a launch in the config that `config` chose; None where it measured nothing."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return float(self._read()[_key(product, quantized_linear.most_rows(rows))]["microseconds"])
         return None
@@ -76,44 +81,76 @@ class Tuner:
     def begin(self, *rows: int) -> None:
         """Have everything compiled in the background that the products of so many rows want, in this order."""
         known = self._read()
-        wanted: list[quantized_linear.Variant] = []
+        wanted: list[Variant] = []
         for most in map(quantized_linear.most_rows, rows):
             for kind, (product, *_) in self._alike.items():
                 if (kind, most) not in self._chosen:
-                    builds = quantized_linear.builds(product, most, self._shared_bytes)
-                    tile = _settled(product, most, builds, known)
-                    wanted += builds.values() if tile is None else [builds[tile]]
-        self._begun += compiler.begin(quantized_linear.FILE, [build.defines for build in wanted], self._device)
+                    builds = many_rows.builds(product, most, self._shared_bytes)
+                    config = _settled(product, most, builds, known)
+                    wanted += builds.values() if config is None else [builds[config]]
+        for file in dict.fromkeys(build.file for build in wanted):
+            defines = [build.defines for build in wanted if build.file == file]
+            self._begun += compiler.begin(file, defines, self._device)
 
     def close(self) -> None:
         """Compile no further in the background; what is asked for is still compiled."""
         compiler.forget(self._begun)
 
-    def tile_config(self, product: Product, rows: int) -> quantized_linear.TileConfig:
-        """The fastest tile for a product and all those of its kind; begin what it needs before.
+    def config(self, product: Product, rows: int) -> Config:
+        """The fastest for a product and all those of its kind; begin what it needs before.
 
         Args:
             product: one of the model's.
             rows: of the input; all numbers of rows that share a build share the result.
 
         Raises:
-            EngineError: no tile can be built or run here.
+            EngineError: nothing can be built or run here.
         """
         key = (product.kind, quantized_linear.most_rows(rows))
         if key not in self._chosen:
             self._chosen[key] = self._choose(self._alike[product.kind], key[1])
         return self._chosen[key]
 
-    def _choose(self, alike: Sequence[Product], rows: int) -> quantized_linear.TileConfig:
-        builds = quantized_linear.builds(alike[0], rows, self._shared_bytes)
+    def bind(self, product: Product, rows: int, argument: Products) -> Launch:
+        """A launch of a product in the config that suits it; see `config`."""
+        config = self.config(product, rows)
+        return self._bind(product, rows, config, self._kernel(_variant(product, rows, config)), argument)
+
+    def _kernel(self, build: Variant) -> Kernel:
+        return Kernel(build.file, build.name, build.defines, self._device, build.shared_bytes)
+
+    def _bind(self, product: Product, rows: int, config: Config, kernel: Kernel, argument: Products) -> Launch:
+        threads = 32 * config.warps
+        if isinstance(config, TileConfig):
+            return kernel.bind((product.blocks(config),), threads, argument)
+        at_once = min(config.resident, kernel.resident(threads)) * self._processors
+        if self._workspace is None:
+            self._workspace = self._shared_sums()
+        self._workspace.connect(argument)
+        return kernel.bind((config.blocks(product, rows, at_once),), threads, argument)
+
+    def _shared_sums(self) -> Workspace:
+        """Enough for all products of all configs."""
+        products = [product for product, *_ in self._alike.values()]
+        floats = tiles = 0
+        for product in products:
+            for rows in (16, quantized_linear.MOST_ROWS):
+                for config in many_rows.configs(product, rows):
+                    floats = max(floats, many_rows.partial_floats(config, config.resident * self._processors))
+            # No tile has fewer columns than a strip, or fewer rows than can be.
+            tiles = max(tiles, sum(-(-matrix.n // 32) for matrix in product.matrices))
+        return Workspace(self._device, floats, tiles)
+
+    def _choose(self, alike: Sequence[Product], rows: int) -> Config:
+        builds = many_rows.builds(alike[0], rows, self._shared_bytes)
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
         known = self._read()
-        if (tile := _settled(alike[0], rows, builds, known)) is not None:
-            return tile
+        if (config := _settled(alike[0], rows, builds, known)) is not None:
+            return config
         times = self._measure(alike, rows, builds)
-        best = min(times, key=lambda tile: times[tile])
-        entry = {"tile": astuple(best), "microseconds": round(times[best], 2)}
+        best = min(times, key=lambda config: times[config])
+        entry = {"tile": _described(best), "microseconds": round(times[best], 2)}
         self._write({**known, _key(alike[0], rows): entry})
         return best
 
@@ -128,45 +165,44 @@ class Tuner:
             return {}
         return known if isinstance(known, dict) else {}
 
-    def _measure(
-        self, alike: Sequence[Product], rows: int, builds: dict[quantized_linear.TileConfig, quantized_linear.Variant]
-    ) -> dict[quantized_linear.TileConfig, float]:
-        """Microseconds of a launch, for every tile."""
+    def _measure(self, alike: Sequence[Product], rows: int, builds: Mapping[Config, Variant]) -> dict[Config, float]:
+        """Microseconds of a launch, for every config."""
         # All first: a GPU that had to wait for one would not be as fast with it. From the last on: threads come to the
         # others meanwhile.
-        kernels = {
-            tile: Kernel(quantized_linear.FILE, quantized_linear.NAME, build.defines, self._device, build.shared_bytes)
-            for tile, build in reversed(builds.items())
-        }
+        kernels = {config: self._kernel(build) for config, build in reversed([*builds.items()])}
         matrices = alike[0].matrices
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
         outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in matrices]
         count = -(-_MORE_THAN_CACHED // alike[0].bytes)
         used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}
-        for tile in builds:
-            kernel = kernels[tile]
+        for config in builds:
             launches: list[Callable[[], None]] = []
             for product in used:
                 argument = quantized_linear.argument(product, rows)
                 quantized_linear.connect(argument, [x] * len(outs), outs)
-                launch = kernel.bind((product.blocks(tile),), 32 * tile.warps, argument)
+                launch = self._bind(product, rows, config, kernels[config], argument)
                 launches.append(partial(_on_current_stream, launch))
-            times[tile] = _microseconds(launches) / len(used)
+            times[config] = _microseconds(launches) / len(used)
         return times
+
+
+def _variant(product: Product, rows: int, config: Config) -> Variant:
+    if isinstance(config, TileConfig):
+        return quantized_linear.variant(product, rows, config)
+    return many_rows.variant(product, config)
+
+
+def _described(config: Config) -> list[Any]:
+    return [type(config).__name__, *astuple(config)]
 
 
 def _on_current_stream(launch: Launch) -> None:
     launch(torch.cuda.current_stream().cuda_stream)
 
 
-def _settled(
-    product: Product,
-    rows: int,
-    builds: Mapping[quantized_linear.TileConfig, quantized_linear.Variant],
-    known: Mapping[str, Any],
-) -> quantized_linear.TileConfig | None:
-    """The tile to take where it need not be measured: it hardly matters, or it was; otherwise None.
+def _settled(product: Product, rows: int, builds: Mapping[Config, Variant], known: Mapping[str, Any]) -> Config | None:
+    """The config to take where it need not be measured: it hardly matters, or it was; otherwise None.
 
     Args:
         product, rows: what it is for.
@@ -175,9 +211,9 @@ def _settled(
     """
     if product.bytes < _WORTH_MEASURING:
         return next(iter(builds), None)
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        tile = quantized_linear.TileConfig(*(int(size) for size in known[_key(product, rows)]["tile"]))
-        return tile if tile in builds else None
+    with contextlib.suppress(KeyError, TypeError):
+        tile = known[_key(product, rows)]["tile"]
+        return next((config for config in builds if _described(config) == tile), None)
     return None
 
 
@@ -187,7 +223,8 @@ def _key(product: Product, rows: int) -> str:
 
 @lru_cache
 def _source_key() -> str:
-    return hashlib.sha256(compiler.source(quantized_linear.FILE).encode()).hexdigest()[:12]
+    sources = (compiler.source(file) for file in (quantized_linear.FILE, many_rows.FILE))
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
 def _microseconds(works: Sequence[Callable[[], None]]) -> float:
