@@ -22,7 +22,7 @@ struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) Words;
 const size_t SHARED_BYTES = 256 * 1024, STACK_BYTES = 64 * 1024;
-#define shared_memory ((Words*) block->shared)
+#define shared_memory ((Words*) running_block->shared)
 
 struct Copy { void* to; const void* from; unsigned bytes; };
 struct Fiber
@@ -43,7 +43,7 @@ struct Block
     unsigned left, count = 0, phase = 0;    // threads that are not done, and that are at a barrier
     bool waits = false;                     // for another block
 };
-static Block* block;
+static Block* running_block;
 static jmp_buf scheduler;
 static unsigned current;
 static bool at_once;
@@ -56,7 +56,7 @@ static void become(unsigned fiber)
 static void give_way()
 {
     unsigned me = current;
-    if (!_setjmp(block->fibers[me].place)) _longjmp(scheduler, 1);
+    if (!_setjmp(running_block->fibers[me].place)) _longjmp(scheduler, 1);
     become(me);
 }
 static void meet(unsigned& count, unsigned& phase, unsigned all)
@@ -65,8 +65,8 @@ static void meet(unsigned& count, unsigned& phase, unsigned all)
     if (++count == all) { count = 0; phase++; return; }
     while (phase == mine) give_way();
 }
-static void __syncthreads() { meet(block->count, block->phase, block->fibers.size()); }
-static void __syncwarp() { Warp& w = block->warps[current / 32]; meet(w.count, w.phase, 32); }
+static void __syncthreads() { meet(running_block->count, running_block->phase, running_block->fibers.size()); }
+static void __syncwarp() { Warp& w = running_block->warps[current / 32]; meet(w.count, w.phase, 32); }
 
 static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
 static unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
@@ -89,7 +89,7 @@ DEVICE unsigned same_in_warp(unsigned v) { return v; }
 DEVICE unsigned in_register(unsigned v, void*) { return v; }
 DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1)
 {
-    Warp& w = block->warps[current / 32];
+    Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     unsigned given[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(w.u[turn][lane], given, sizeof given);
@@ -112,7 +112,7 @@ DEVICE unsigned long long operand(const char* x) { return (unsigned long long) x
 template <unsigned long TILES_>
 DEVICE void multiply_together(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
 {
-    Warp& w = block->warps[current / 32];
+    Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     unsigned given[4] = {a0, a1, a2, a3};
     memcpy(w.u[turn][lane], given, sizeof given);
@@ -139,7 +139,7 @@ template <int PENDING> DEVICE void products_wait() { __syncwarp(); }
 DEVICE void arrived_here(float&) {}
 DEVICE unsigned warp_or(unsigned v)
 {
-    Warp& w = block->warps[current / 32];
+    Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1, all = 0;
     w.u[turn][lane][0] = v;
     __syncwarp();
@@ -153,7 +153,7 @@ template <class T> static void add_global(T* p, T v) { *p += v; }
 DEVICE void max_global(unsigned* p, unsigned v) { *p = max(*p, v); }
 DEVICE unsigned long long from_lane(unsigned long long v, unsigned from)
 {
-    Warp& w = block->warps[current / 32];
+    Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     memcpy(w.u[turn][lane], &v, sizeof v);
     __syncwarp();
@@ -162,7 +162,7 @@ DEVICE unsigned long long from_lane(unsigned long long v, unsigned from)
 }
 DEVICE float warp_sum(float v)
 {
-    Warp& w = block->warps[current / 32];
+    Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     float all = 0;
     w.f[turn][lane][0] = v;
@@ -173,7 +173,7 @@ DEVICE float warp_sum(float v)
 // What each lane of the warp gives.
 static float* given(float v)
 {
-    Warp& w = block->warps[current / 32];
+    Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
     w.f[turn][lane][0] = v;
     __syncwarp();
@@ -200,7 +200,7 @@ DEVICE void await(const unsigned* counter, unsigned count)
 {
     while (*(volatile const unsigned*) counter < count)
     {
-        block->waits = true;
+        running_block->waits = true;
         give_way();
     }
 }
@@ -211,7 +211,7 @@ DEVICE float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 static void later(void* to, const void* from, unsigned bytes)
 {
     if (at_once) memcpy(to, from, bytes);
-    else block->fibers[current].open.push_back({to, from, bytes});
+    else running_block->fibers[current].open.push_back({to, from, bytes});
 }
 DEVICE void copy16(void* to, const void* from)
 {
@@ -223,10 +223,10 @@ DEVICE void copy8(void* to, const void* from)
     if ((uintptr_t) to % 8 || (uintptr_t) from % 8) abort();
     later(to, from, 8);
 }
-DEVICE void copies_commit() { Fiber& f = block->fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
+DEVICE void copies_commit() { Fiber& f = running_block->fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
 template <int PENDING> DEVICE void copies_wait()
 {
-    Fiber& f = block->fibers[current];
+    Fiber& f = running_block->fibers[current];
     while (f.groups.size() > PENDING)
     {
         for (Copy& c : f.groups.front()) memcpy(c.to, c.from, c.bytes);
@@ -241,7 +241,7 @@ template <class Argument> static const Argument* argument;
 template <class Argument> static void start()
 {
     entry<Argument>(*argument<Argument>);
-    block->fibers[current].done = true;
+    running_block->fibers[current].done = true;
     give_way();
 }
 // Blocks run in order, or with `seed` in another one; where that is odd, asynchronous copies take place at once.
@@ -290,26 +290,26 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
             }
         }
         else if (turn == running.size()) turn = 0;
-        block = &running[turn];
-        blockIdx = block->index;
-        for (block->waits = false; block->left && !block->waits;)
+        running_block = &running[turn];
+        blockIdx = running_block->index;
+        for (running_block->waits = false; running_block->left && !running_block->waits;)
             for (i = 0; i < threads; i++)
             {
-                if (block->fibers[i].done) continue;
+                if (running_block->fibers[i].done) continue;
                 become(i);
                 if (!_setjmp(scheduler))
                 {
-                    if (block->fibers[i].begun) _longjmp(block->fibers[i].place, 1);
-                    block->fibers[i].begun = true;
-                    setcontext(&block->fibers[i].context);
+                    if (running_block->fibers[i].begun) _longjmp(running_block->fibers[i].place, 1);
+                    running_block->fibers[i].begun = true;
+                    setcontext(&running_block->fibers[i].context);
                 }
-                if (block->fibers[i].done) block->left--;
+                if (running_block->fibers[i].done) running_block->left--;
             }
-        if (block->left) turn++;
+        if (running_block->left) turn++;
         else
         {
-            free(block->shared);
-            free(block->stacks);
+            free(running_block->shared);
+            free(running_block->stacks);
             running.erase(running.begin() + turn);
         }
     }
