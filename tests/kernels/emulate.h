@@ -34,7 +34,7 @@ struct Fiber
     std::deque<std::vector<Copy>> groups;
 };
 struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count = 0, phase = 0, turn[32] = {}; };
-struct Block
+struct RunningBlock
 {
     Dim index;
     std::vector<Fiber> fibers;
@@ -43,7 +43,7 @@ struct Block
     unsigned left, count = 0, phase = 0;    // threads that are not done, and that are at a barrier
     bool waits = false;                     // for another block
 };
-static Block* running_block;
+static RunningBlock* running_block;
 static jmp_buf scheduler;
 static unsigned current;
 static bool at_once;
@@ -264,7 +264,7 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
         number = number * 48271 % 2147483647;
         std::swap(blocks[left - 1], blocks[number % left]);
     }
-    static std::deque<Block> running;   // not in registers, which a jump puts back
+    static std::deque<RunningBlock> running;   // not in registers, which a jump puts back
     static size_t begun, turn;
     static unsigned i;
     running.clear();
@@ -273,8 +273,8 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
         // Another one begins when all that have begun wait.
         if (turn == running.size() && begun < blocks.size())
         {
-            running.push_back(Block{blocks[begun++], std::vector<Fiber>(threads), std::vector<Warp>((threads + 31) / 32)});
-            Block& b = running.back();
+            running.push_back(RunningBlock{blocks[begun++], std::vector<Fiber>(threads), std::vector<Warp>((threads + 31) / 32)});
+            RunningBlock& b = running.back();
             b.left = threads;
             b.shared = (char*) aligned_alloc(1024, SHARED_BYTES);
             b.stacks = (char*) malloc(threads * STACK_BYTES);
