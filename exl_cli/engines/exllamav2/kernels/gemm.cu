@@ -20,8 +20,9 @@
 // | 2: all its blocks do; less copying, spills  | 0.27 (8 us a tile) | 0.28 | 0.20 | 0.33 | 0.48 | 0.74 | 0.94 |
 //
 // EXL2 of 4.0 bits, version 2: 0.20, 0.13, 0.33, 0.51, 0.82, 1.05. Without the proxy fence: the same. What limits it: per
-// launch some 9 us at 32 and 64 rows and 19 at 512 (o against down) that do not grow with k, mostly writing and reading
-// shared sums; what grows reaches 0.8 of cuBLAS's rate at 512, but for the pair 0.55 (eight tiles a strip, not sixteen).
+// launch some 9 us at 32 and 64 rows and 19 at 512 (o against down) that do not grow with k, which shared sums may be (not
+// measured by themselves); what grows reaches 0.8 of cuBLAS's rate at 512, but for the pair 0.55 (eight tiles a strip, not
+// sixteen).
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), MAX_BITS of a weight (4, 6 or 8), PAIRED (a warp's two strips are a
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block
