@@ -331,7 +331,9 @@ def _table(titles: Sequence[str], rows: Sequence[Row], words: int = 1) -> str:
 
     def line(tag: str, row: Row) -> str:
         kinds = ["" if place < words else ' class="n"' for place in range(len(row))]
-        cells = (f"<{tag}{kind}>{escape(str(value))}</{tag[:2]}>" for kind, value in zip(kinds, row, strict=True))
+        # A cell may break on a phone, but not before a unit or a deviation.
+        texts = (escape(str(value)).replace(" ± ", "&nbsp;±&nbsp;").replace(" ms", "&nbsp;ms") for value in row)
+        cells = (f"<{tag}{kind}>{text}</{tag[:2]}>" for kind, text in zip(kinds, texts, strict=True))
         return f"<tr>{''.join(cells)}</tr>"
 
     head, body = line('th scope="col"', titles), "".join(line("td", row) for row in rows)
