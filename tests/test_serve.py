@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -9,17 +10,21 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from helpers import until
+from helpers import Recorder, until
 from serving import CHAT, HeldLoader, Server, asking, serving
 from wireformats import events
 
 from exl_cli import loader
 from exl_cli.errors import DeviceError, OutOfMemoryError, UnsupportedModelError
+from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
-from exl_cli.server.state import Settings
+from exl_cli.server import run
+from exl_cli.server.pool import Catalog, ModelPool
+from exl_cli.server.state import ServerState, Settings
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +318,34 @@ def test_a_connection_that_asks_nothing_is_closed(load: HeldLoader, begin: bytes
             assert not half_open.recv(1)
         load.engines["fable-7m"].let_go()
         asker.read_until(b"[DONE]")
+
+
+def test_a_client_that_reads_nothing_of_its_answer_is_closed() -> None:
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(64):  # megabytes, more than a system buffers
+                await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        state = ServerState(ModelPool(Catalog({"fable-7m": loader.resolve(None)}), LoadOptions(), Recorder()))
+        listener = run.listen("127.0.0.1", 0)
+        serving = asyncio.ensure_future(
+            run.serve(app, state, listener, preload=[], grace=0, signals=False, read_seconds=0.1)
+        )
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asyncio.wait_for(gone.wait(), 60)
+        serving.cancel()
+        await asyncio.wait({serving})
+        listener.close()
+
+    asyncio.run(main())
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from exl_cli.server.state import ServerState
 _LAST_SECONDS = 2
 # For a client to send the head of a request.
 _HEAD_SECONDS = 60.0
+# For a client to read some of what waits for it.
+_READ_SECONDS = 60.0
 # Each connection is one. Many systems allow 1,024 unless asked for more.
 _OPEN_FILES = 65_536
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -68,12 +70,13 @@ def raise_file_limit() -> None:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's, closed when the head of a request does not come in time."""
+    """uvicorn's, closed when the head of a request does not come in time, or a response is not read."""
 
-    def __init__(self, *args: Any, head_seconds: float, **rest: Any) -> None:
+    def __init__(self, *args: Any, head_seconds: float, read_seconds: float, **rest: Any) -> None:
         super().__init__(*args, **rest)
-        self._head_seconds = head_seconds
+        self._head_seconds, self._read_seconds = head_seconds, read_seconds
         self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a request."""
@@ -92,6 +95,33 @@ class _Connection(H11Protocol):
         """Expect nothing more."""
         super().connection_lost(exc)
         self._stop_timer()
+        self._stop_read_timer()
+
+    def pause_writing(self) -> None:
+        """Expect the client to read: the system's buffers and the transport's are full."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        self._stop_read_timer()
+
+    def _expect_reading(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(self._read_seconds, self._abort_unless_read, waiting)
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _abort_unless_read(self, waiting: int) -> None:
+        if self.transport.get_write_buffer_size() < waiting:
+            self._expect_reading()
+        else:
+            # As if the client had gone away, which ends its generation.
+            self.transport.abort()
 
     def _is_between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -128,6 +158,7 @@ async def serve(
     grace: float,
     signals: bool,
     head_seconds: float = _HEAD_SECONDS,
+    read_seconds: float = _READ_SECONDS,
 ) -> None:
     """Serve until a signal, or until a device fails.
 
@@ -139,13 +170,15 @@ async def serve(
         grace: seconds that requests under way have once a signal has come.
         signals: SIGTERM and SIGINT end it, a second one at once; in the main thread only.
         head_seconds: after which a connection is closed whose request's head has not come.
+        read_seconds: after which a connection is closed whose client reads nothing of what waits for it.
 
     Raises:
         ExlError: a model cannot be loaded at the start, or a `DeviceError`.
     """
+    connection: Any = partial(_Connection, head_seconds=head_seconds, read_seconds=read_seconds)
     config = uvicorn.Config(
         app, loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        http=partial(_Connection, head_seconds=head_seconds),  # type: ignore[arg-type] # anything that makes one
+        http=connection,
         timeout_keep_alive=65, timeout_graceful_shutdown=round(grace),
     )  # fmt: skip
     server = _Uvicorn(config)
