@@ -446,8 +446,7 @@ class _Wire:
 
 def main() -> None:
     """The process that does a job."""
-    stream = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # where libraries may print
+    stream = processes.own_stdout()
     out = cast(Collector, _Wire(stream))
     try:
         work(pickle.load(sys.stdin.buffer), loader.load, out)  # noqa: S301 - written by the process that started this one

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import FrameType
@@ -23,6 +21,7 @@ from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, State, with_loa
 from exl_cli.errors import ModelNotFoundError, UsageError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.prompt import check_text
+from exl_cli.system.interrupts import handling
 from exl_cli.ui.chat import ChatConsole, plain_reader
 
 _option = partial(typer.Option, rich_help_panel="Conversation")
@@ -104,7 +103,7 @@ def chat(
             console.resumed(saved)
         elif interactive:
             console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
-        with _leaving_in_order():
+        with handling(_leave, signal.SIGTERM, signal.SIGHUP):
             talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
         state.close(talk.model.engine)
@@ -158,16 +157,6 @@ def _reader(talk: Conversation, console: ChatConsole, *, interactive: bool, keep
     return terminal_reader(talk, data_dir() / "chat_history" if keep_history else None)
 
 
-@contextmanager
-def _leaving_in_order() -> Iterator[None]:
-    """Within it, a closed terminal or a polite kill leaves through every `finally`: what came of an answer is kept."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Leave through every `finally` when the terminal closes or a SIGTERM comes: what came of an answer is kept."""
+    raise SystemExit(128 + number)

@@ -15,6 +15,17 @@ from typing import Any
 
 
 @contextmanager
+def handling(handler: Callable[[int, FrameType | None], Any], *signals: int) -> Iterator[None]:
+    """Let `handler` take these signals. Main thread only."""
+    previous = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def cancel_on_interrupt(cancel: Callable[[], object]) -> Iterator[None]:
     """The first SIGINT calls `cancel`, a second one raises KeyboardInterrupt. Main thread only."""
     cancelled = False
@@ -26,11 +37,8 @@ def cancel_on_interrupt(cancel: Callable[[], object]) -> Iterator[None]:
         cancelled = True
         cancel()
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
+    with handling(handle, signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 # --- while a model loads ----------------------------------------------------------------------------------------------
@@ -58,15 +66,13 @@ def insist_on_interrupt(on_interrupt: Callable[[], object] = lambda: None) -> It
     it into another exception. Main thread only.
     """
     handler = _Loading(on_interrupt)
-    previous = signal.signal(signal.SIGINT, handler)
     try:
-        yield handler
+        with handling(handler, signal.SIGINT):
+            yield handler
     except Exception as error:
         if handler.arrived:
             raise KeyboardInterrupt from error
         raise
-    finally:
-        signal.signal(signal.SIGINT, previous)
     if handler.arrived:
         raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from exl_cli.errors import DiskError
 
@@ -24,6 +24,13 @@ def command(module: str, *arguments: str) -> list[str]:
     """
     code = f"import runpy, sys; sys.path[:] = {sys.path!r}; runpy.run_module({module!r}, run_name='__main__')"
     return [sys.executable, "-c", code, *arguments]
+
+
+def own_stdout() -> BinaryIO:
+    """The real stdout, for this process's results; what libraries print, from C too, goes to stderr from now on."""
+    stream = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return stream
 
 
 def stop(process: subprocess.Popen[Any]) -> None:

@@ -98,9 +98,7 @@ def _last_line(text: str) -> str:
 
 def answer(functions: Mapping[str, Any]) -> None:
     """Entry point of the child; its arguments are the function's name and a JSON object of keyword arguments."""
-    # Libraries print to stdout, from C too. Keep the real stdout for the result, and send theirs to stderr.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    out = processes.own_stdout()
     try:
         facts = functions[sys.argv[1]](**json.loads(sys.argv[2]))
     except ExlError as error:
@@ -108,7 +106,7 @@ def answer(functions: Mapping[str, Any]) -> None:
         said = "; ".join(filter(None, (error.message, error.hint)))
         sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
         sys.exit(1)
-    out.write(json.dumps(facts) + "\n")
+    out.write(json.dumps(facts).encode() + b"\n")
     out.flush()
     # Skip exit handlers: one that crashes would turn this result into a failure.
     sys.stderr.flush()
