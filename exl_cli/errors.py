@@ -26,7 +26,7 @@ def brief(text: str, length: int = 160) -> str:
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `exl`. They are documented and stable: never renumber or reuse one."""
+    """Exit codes of `exl`, documented in docs/errors.md. They are stable: never renumber or reuse one."""
 
     OK = 0
     INTERNAL = 1

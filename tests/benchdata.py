@@ -38,7 +38,7 @@ def gpu_run(
     perplexity: float | None = None,
     seed: int = 0,
 ) -> Run:
-    """A 7B model on a GPU: rates near those of README, times `factor` for generation."""
+    """A 7B model on a GPU: rates near those of docs/performance.md, times `factor` for generation."""
     numbers = random.Random(seed)
 
     def rates(mean: float) -> list[float]:

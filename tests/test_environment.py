@@ -54,7 +54,7 @@ def variables(file: Path) -> Iterator[str]:
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the page lies in the repository only")
 def test_the_page_and_the_code_name_the_same_variables() -> None:
-    page = PAGE.read_text(encoding="utf-8").partition("## Honoured by the libraries")[0]
+    page = PAGE.read_text(encoding="utf-8").partition("## Variables that exl's libraries read")[0]
     first_cells = re.findall(r"^\|(.*?)\|", page, flags=re.MULTILINE)
     assert {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)} == {
         name for file in (ROOT / "exl_cli").rglob("*.py") for name in variables(file)

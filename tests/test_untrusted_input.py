@@ -1,4 +1,4 @@
-"""Input that would take all memory or time, or that no file system takes: one line and an exit code of README."""
+"""Input that would take all memory or time, or that no file system takes: one line and a documented exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fast path gains over exllamav2's own API, on one machine in one go: the table of README's "How fast".
+"""What the fast path gains over exllamav2's own API, on one machine in one go: the table of docs/performance.md.
 
     python tests/gpu/fast_path.py MODEL... [--vs CHECKOUT] [--prompt-tokens 512] [--new-tokens 256] [--runs 3]
                                            [--batch 8,16] [--decode]
