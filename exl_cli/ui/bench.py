@@ -10,7 +10,7 @@ from exl_cli.bench.outputs import milliseconds
 from exl_cli.bench.result import Result, Run, mean
 from exl_cli.system.units import mib
 from exl_cli.ui.console import Console
-from exl_cli.ui.progress import Counted
+from exl_cli.ui.progress import Live
 
 _LINE_EVERY_SECONDS = 30.0
 _NAME_WIDTH = 12
@@ -25,7 +25,7 @@ _MARKS = {
 _STYLES = {"faster": "green", "slower": "bold red", "same": "dim", "noise": "dim", "unclear": "yellow"}
 
 
-class Measuring(Counted):
+class Measuring(Live):
     """A benchmark; see `bench.runner.Observer`."""
 
     def __init__(self, console: Console) -> None:
@@ -35,13 +35,13 @@ class Measuring(Counted):
 
     def __enter__(self) -> Measuring:
         if self._console.is_live:
-            self._draw("starting", 0, None)
+            self._count("starting", 0, None)
         return self
 
     def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
         left = "" if eta_seconds is None else f"{_duration(eta_seconds)} left"
         if self._console.is_live:
-            self._draw(what, done, total, left)
+            self._count(what, done, total, left)
             return
         now, model = time.monotonic(), what.rpartition(": ")[0]
         if model != self._model or now - self._last_line >= _LINE_EVERY_SECONDS:

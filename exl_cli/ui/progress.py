@@ -34,6 +34,19 @@ class Live:
         self._bars = Progress(*columns, console=self._console.err, expand=True, transient=True)
         return self._bars
 
+    def _count(self, what: str, done: int, total: int | None, left: object = "", name: str = "") -> None:
+        """Show a single bar with a count, the time left and the name of the current item."""
+        if self._bars is None:
+            from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+
+            texts = (text_column(f"{{task.fields[{field}]}}") for field in ("left", "name"))
+            counts = MofNCompleteColumn(), TimeElapsedColumn()
+            bars = self._make_bars(text_column("{task.description}", ratio=3), bar_column(), *counts, *texts)
+            self._task = bars.add_task("", left="", name="")
+            bars.start()
+        what, name = harmless(what), harmless(name)
+        self._bars.update(self._task, description=what, completed=done, total=total, left=left, name=name)
+
     def end(self) -> None:
         if self._bars is not None:
             self._bars.stop()
@@ -51,28 +64,12 @@ def text_column(template: str, **layout: Any) -> Any:
     return TextColumn(template, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", **layout))
 
 
-def bar_column(width: int | None = 40) -> Any:
+def bar_column() -> Any:
     """The bar itself, which gives way first when the terminal is narrow."""
     from rich.progress import BarColumn
     from rich.table import Column
 
-    return BarColumn(width, table_column=Column(ratio=1))
-
-
-class Counted(Live):
-    """A bar with a count, and what else there is to say of it."""
-
-    def _draw(self, what: str, done: int, total: int | None, left: object = "", name: str = "") -> None:
-        if self._bars is None:
-            from rich.progress import MofNCompleteColumn, TimeElapsedColumn
-
-            texts = (text_column(f"{{task.fields[{field}]}}") for field in ("left", "name"))
-            counts = MofNCompleteColumn(), TimeElapsedColumn()
-            bars = self._make_bars(text_column("{task.description}", ratio=3), bar_column(), *counts, *texts)
-            self._task = bars.add_task("", left="", name="")
-            bars.start()
-        what, name = harmless(what), harmless(name)
-        self._bars.update(self._task, description=what, completed=done, total=total, left=left, name=name)
+    return BarColumn(40, table_column=Column(ratio=1))
 
 
 class Transfers(Live, Lines):
@@ -122,7 +119,7 @@ def finished(console: Console, outcome: Outcome) -> None:
         console.note(f"{name} is in {folder}: {size(outcome.fetched_bytes)} in {outcome.seconds:.1f} s, {size(rate)}/s")
 
 
-class Build(Counted):
+class Build(Live):
     """A build of exllamav2's extension; see `extension.build.Observer`.
 
     Args:
@@ -141,7 +138,7 @@ class Build(Counted):
             left: object = "" if progress.left is None else _Countdown(time.monotonic() + progress.left)
             if progress.done >= progress.total:
                 left = "loading it once"
-            self._draw("Compiling", progress.done, progress.total, left, progress.name)
+            self._count("Compiling", progress.done, progress.total, left, progress.name)
         elif progress.done and self._milestones.reached(progress.done, progress.total):
             known = progress.left is not None and progress.done < progress.total
             rest = f", about {clock_time(progress.left or 0.0)} left" if known else ""
