@@ -258,10 +258,10 @@ def in_this_process(gpu: Path, cpu: Path) -> dict[str, CheckResult]:
 def test_a_window_that_an_engine_ignores_shows_in_logits_past_it(gptq_dir: Path, tmp_path: Path) -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     without = with_config(gptq_dir, tmp_path / "without", **mistral, sliding_window=None)
-    windowed = with_config(gptq_dir, tmp_path / "windowed", **mistral, sliding_window=300)
+    windowed = with_config(gptq_dir, tmp_path / "windowed", **mistral, sliding_window=130)
     same = in_this_process(windowed, windowed)["Engines agree"]
     assert same.status == "ok", same.message
-    assert "over 600 tokens, more than its window of 300" in same.message
+    assert "over 260 tokens, more than its window of 130" in same.message
     assert same.details["distances"]["prompt"]["relative_l2"] < 1e-6
     other = in_this_process(without, windowed)["Engines agree"]
     assert other.status in ("warn", "fail")

@@ -25,10 +25,14 @@ def oracle():
     return PreTrainedTokenizerFast.from_pretrained(FABLE)
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(FABLE)
+
+
 @settings(deadline=None)
 @given(text=TEXT)
-def test_ids_and_text_are_those_of_transformers(oracle, text: str) -> None:
-    tokenizer = Tokenizer(FABLE)
+def test_ids_and_text_are_those_of_transformers(oracle, tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=True)
     assert ids == oracle(text)["input_ids"]
     assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
@@ -36,8 +40,7 @@ def test_ids_and_text_are_those_of_transformers(oracle, text: str) -> None:
 
 @settings(deadline=None)
 @given(prompt=TEXT, text=TEXT)
-def test_streaming_gives_the_whole_text_and_whole_characters(prompt: str, text: str) -> None:
-    tokenizer = Tokenizer(FABLE)
+def test_streaming_gives_the_whole_text_and_whole_characters(tokenizer: Tokenizer, prompt: str, text: str) -> None:
     before = tokenizer.encode(prompt, add_special_tokens=False)
     ids = tokenizer.encode(text, add_special_tokens=False)
     stream = tokenizer.decode_stream(before)
@@ -114,14 +117,13 @@ TYPED = st.lists(
 
 @settings(deadline=None)
 @given(user=TYPED, system=TYPED)
-def test_special_tokens_that_a_user_types_are_text(oracle, user: str, system: str) -> None:
+def test_special_tokens_that_a_user_types_are_text(oracle, tokenizer: Tokenizer, user: str, system: str) -> None:
     """The template's own are themselves, and what lies between them is what transformers makes of plain text."""
 
     def plain(text: str) -> list[int]:
         return oracle(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     start, end = oracle.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    tokenizer = Tokenizer(FABLE)
     text, expected = "", []
     for role, content in (("system", system), ("user", user)):
         text += f"<|im_start|>{role}\n{tokenizer.as_text(content)}<|im_end|>\n"
@@ -131,13 +133,17 @@ def test_special_tokens_that_a_user_types_are_text(oracle, user: str, system: st
     assert tokenizer.shown(text) == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
 
 
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory) -> Tokenizer:
+    return sentencepiece_like(tmp_path_factory.mktemp("model"), add_bos_token=True, bos_token="<s>")
+
+
 @settings(deadline=None)
 @given(parts=st.lists(st.sampled_from(["</s>", "<s>", "Hello", " world", " ", "!"]), max_size=6))
-def test_typed_special_tokens_never_come_out_as_such(tmp_path_factory, parts: list[str]) -> None:
+def test_typed_special_tokens_never_come_out_as_such(spaced: Tokenizer, parts: list[str]) -> None:
     """Where the vocabulary has them as words too, and a text begins with a space of the tokenizer's."""
-    tokenizer = sentencepiece_like(tmp_path_factory.mktemp("model"), add_bos_token=True, bos_token="<s>")
-    ids = tokenizer.encode(f"<s>{tokenizer.as_text(''.join(parts))}</s>", add_special_tokens=False)
-    bos, eos = tokenizer.token_id("<s>"), tokenizer.token_id("</s>")
+    ids = spaced.encode(f"<s>{spaced.as_text(''.join(parts))}</s>", add_special_tokens=False)
+    bos, eos = spaced.token_id("<s>"), spaced.token_id("</s>")
     assert [id_ for id_ in ids if id_ in (bos, eos)] == [bos, eos]
 
 
