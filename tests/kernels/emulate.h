@@ -1,19 +1,16 @@
 // Runs a kernel's source on the CPU, one block at a time until it waits for others: every thread is a fiber, switched at
 // barriers and at the operations of a whole warp. Asynchronous copies really are late: they take place when they are waited for.
+// No containers of the standard library: compiling those takes longer than compiling a kernel.
 #pragma once
 #define EMULATED
-#include <algorithm>
-#include <cmath>
-#include <csetjmp>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
-#include <utility>
-#include <vector>
-using std::min;
-using std::max;
+template <class T> static T min(T a, T b) { return b < a ? b : a; }
+template <class T> static T max(T a, T b) { return a < b ? b : a; }
 
 #define DEVICE inline
 #define __global__
@@ -24,24 +21,25 @@ struct alignas(16) Words;
 const size_t SHARED_BYTES = 256 * 1024, STACK_BYTES = 64 * 1024;
 #define shared_memory ((Words*) running_block->shared)
 
-struct Copy { void* to; const void* from; unsigned bytes; };
+const unsigned MOST_COPIES = 512;          // of a thread, asked for and not yet waited for
+struct Copy { void* to; const void* from; unsigned bytes, group; };
 struct Fiber
 {
     ucontext_t context;
     jmp_buf place;                          // where it gave way: _setjmp saves no signals, which would be a system call
-    bool begun = false, done = false;
-    std::vector<Copy> open;
-    std::deque<std::vector<Copy>> groups;
+    bool begun, done;
+    unsigned copies, groups;                // still to be made; closed so far
+    Copy copy[MOST_COPIES];
 };
-struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count = 0, phase = 0, turn[32] = {}; };
+struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count, phase, turn[32]; };
 struct RunningBlock
 {
     Dim index;
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
+    Fiber* fibers;
+    Warp* warps;
     char *shared, *stacks;
-    unsigned left, count = 0, phase = 0;    // threads that are not done, and that are at a barrier
-    bool waits = false;                     // for another block
+    unsigned left, count, phase;            // threads that are not done, and that are at a barrier
+    bool waits;                             // for another block
 };
 static RunningBlock* running_block;
 static jmp_buf scheduler;
@@ -65,7 +63,7 @@ static void meet(unsigned& count, unsigned& phase, unsigned all)
     if (++count == all) { count = 0; phase++; return; }
     while (phase == mine) give_way();
 }
-static void __syncthreads() { meet(running_block->count, running_block->phase, running_block->fibers.size()); }
+static void __syncthreads() { meet(running_block->count, running_block->phase, blockDim.x); }
 static void __syncwarp() { Warp& w = running_block->warps[current / 32]; meet(w.count, w.phase, 32); }
 
 static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
@@ -211,7 +209,12 @@ DEVICE float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 static void later(void* to, const void* from, unsigned bytes)
 {
     if (at_once) memcpy(to, from, bytes);
-    else running_block->fibers[current].open.push_back({to, from, bytes});
+    else
+    {
+        Fiber& f = running_block->fibers[current];
+        if (f.copies == MOST_COPIES) abort();
+        f.copy[f.copies++] = {to, from, bytes, f.groups};
+    }
 }
 DEVICE void copy16(void* to, const void* from)
 {
@@ -223,15 +226,18 @@ DEVICE void copy8(void* to, const void* from)
     if ((uintptr_t) to % 8 || (uintptr_t) from % 8) abort();
     later(to, from, 8);
 }
-DEVICE void copies_commit() { Fiber& f = running_block->fibers[current]; f.groups.push_back(std::move(f.open)); f.open.clear(); }
+DEVICE void copies_commit() { running_block->fibers[current].groups++; }
 template <int PENDING> DEVICE void copies_wait()
 {
     Fiber& f = running_block->fibers[current];
-    while (f.groups.size() > PENDING)
+    unsigned kept = 0;
+    for (unsigned i = 0; i < f.copies; i++)
     {
-        for (Copy& c : f.groups.front()) memcpy(c.to, c.from, c.bytes);
-        f.groups.pop_front();
+        const Copy& c = f.copy[i];
+        if (c.group + PENDING < f.groups) memcpy(c.to, c.from, c.bytes);
+        else f.copy[kept++] = c;
     }
+    f.copies = kept;
 }
 DEVICE void wait_for_inputs() {}
 DEVICE void let_next_start() {}
@@ -253,29 +259,33 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
     argument<Argument> = &a;
     gridDim = grid;
     blockDim = {threads, 1, 1};
-    std::vector<Dim> blocks;
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) blocks.push_back({x, y, z});
+    static Dim* blocks;                     // not in registers, which a jump puts back
+    static RunningBlock* running;
+    static unsigned count, size, begun, turn, i;
+    count = grid.x * grid.y * grid.z;
+    blocks = (Dim*) malloc(count * sizeof(Dim));
+    for (unsigned n = 0; n < count; n++) blocks[n] = {n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y};
     // By Park and Miller's generator: <random> would take longer to compile than a kernel.
     uint64_t number = seed;
-    for (size_t left = seed ? blocks.size() : 0; left > 1; left--)
+    for (unsigned left = seed ? count : 0; left > 1; left--)
     {
         number = number * 48271 % 2147483647;
-        std::swap(blocks[left - 1], blocks[number % left]);
+        Dim last = blocks[left - 1];
+        blocks[left - 1] = blocks[number % left];
+        blocks[number % left] = last;
     }
-    static std::deque<RunningBlock> running;   // not in registers, which a jump puts back
-    static size_t begun, turn;
-    static unsigned i;
-    running.clear();
-    for (begun = turn = 0; begun < blocks.size() || !running.empty();)
+    running = (RunningBlock*) malloc(count * sizeof(RunningBlock));
+    for (size = begun = turn = 0; begun < count || size;)
     {
         // Another one begins when all that have begun wait.
-        if (turn == running.size() && begun < blocks.size())
+        if (turn == size && begun < count)
         {
-            running.push_back(RunningBlock{blocks[begun++], std::vector<Fiber>(threads), std::vector<Warp>((threads + 31) / 32)});
-            RunningBlock& b = running.back();
+            RunningBlock& b = running[size++];
+            memset(&b, 0, sizeof b);
+            b.index = blocks[begun++];
             b.left = threads;
+            b.fibers = (Fiber*) calloc(threads, sizeof(Fiber));
+            b.warps = (Warp*) calloc((threads + 31) / 32, sizeof(Warp));
             b.shared = (char*) aligned_alloc(1024, SHARED_BYTES);
             b.stacks = (char*) malloc(threads * STACK_BYTES);
             // What a block finds in shared memory is undefined: here, NaNs.
@@ -289,7 +299,7 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
                 makecontext(&context, (void (*)()) start<Argument>, 0);
             }
         }
-        else if (turn == running.size()) turn = 0;
+        else if (turn == size) turn = 0;
         running_block = &running[turn];
         blockIdx = running_block->index;
         for (running_block->waits = false; running_block->left && !running_block->waits;)
@@ -308,9 +318,14 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
         if (running_block->left) turn++;
         else
         {
+            free(running_block->fibers);
+            free(running_block->warps);
             free(running_block->shared);
             free(running_block->stacks);
-            running.erase(running.begin() + turn);
+            size--;
+            memmove(running_block, running_block + 1, (size - turn) * sizeof(RunningBlock));
         }
     }
+    free(running);
+    free(blocks);
 }
