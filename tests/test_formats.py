@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exl_cli.errors import DamagedModelError
 from exl_cli.models.formats import exl2, gptq
 
 ROOT = Path(__file__).parent.parent
@@ -179,23 +178,6 @@ def test_other_dtypes_are_the_float32_weight_rounded_once(
 ) -> None:
     tensors, unpack = layer
     assert torch.equal(unpack(tensors, dtype=dtype), unpack(tensors).to(dtype))
-
-
-def test_out_is_filled_and_returned(layer: tuple[dict[str, Tensor], Unpack]) -> None:
-    tensors, unpack = layer
-    parameter = torch.nn.Parameter(torch.full((64, 200), torch.nan, dtype=torch.float16))
-    assert unpack(tensors, out=parameter) is parameter
-    assert torch.equal(parameter.data, unpack(tensors, dtype=torch.float16))
-    every_other = torch.zeros(64, 400)[:, ::2]
-    assert torch.equal(unpack(tensors, out=every_other), unpack(tensors))
-
-
-def test_out_may_leave_out_the_padding_of_the_output_features(layer: tuple[dict[str, Tensor], Unpack]) -> None:
-    tensors, unpack = layer
-    assert torch.equal(unpack(tensors, out=torch.zeros(33, 200)), unpack(tensors)[:33])
-    for shape in ((32, 200), (65, 200), (64, 199)):
-        with pytest.raises(DamagedModelError, match=r"holds a weight of shape \[64, 200\], the model needs"):
-            unpack(tensors, out=torch.zeros(shape))
 
 
 def test_inputs_stay_as_they_are_and_need_not_be_contiguous(layer: tuple[dict[str, Tensor], Unpack]) -> None:

@@ -120,8 +120,6 @@ def test_a_prompt_goes_through_the_chat_template():
     assert render_prompt("hi", chat=CHAT) == Prompt("[user]hi", add_special_tokens=False, kind="chat")
     assert render_prompt("hi", system="be brief", chat=CHAT).text == "[system]be brief[user]hi"
     assert render_prompt("hi", system="", chat=CHAT).text == "[system][user]hi"
-    thinking = ChatTemplate("{{ enable_thinking }}")
-    assert render_prompt("hi", chat=thinking, extra={"enable_thinking": False}).text == "False"
 
 
 def test_the_built_in_model_writes_its_turns(exl2_dir):

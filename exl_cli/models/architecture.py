@@ -270,13 +270,13 @@ def _by_kind(keys: _Keys, layers: int, window: int, kinds: list[bool]) -> list[i
     return [window if slides else 0 for slides in kinds]
 
 
-def _alternating(pattern: int, default: int = 4096) -> Callable[[_Keys, int], list[int]]:
+def _alternating(pattern: int) -> Callable[[_Keys, int], list[int]]:
     """A window in all but every so manyth layer, as of Gemma and Cohere."""
 
     def windows(keys: _Keys, layers: int) -> list[int]:
         period = keys.whole("sliding_window_pattern", default=pattern)
         kinds = [bool((index + 1) % period) for index in range(layers)]
-        return _by_kind(keys, layers, _window(keys, default), kinds)
+        return _by_kind(keys, layers, _window(keys, 4096), kinds)
 
     return windows
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
-from typing import Any, Literal
+from typing import Literal
 
 from exl_cli.errors import PromptError, UsageError, param
 from exl_cli.models.chat_template import ChatTemplate
@@ -159,7 +159,6 @@ def render_prompt(
     template: str | None = None,
     variables: Mapping[str, str] | None = None,
     chat: ChatTemplate | None = None,
-    extra: Mapping[str, Any] | None = None,
     as_text: Callable[[str], str] = str,
 ) -> Prompt:
     """Turn what the user gave into the text for the model.
@@ -171,7 +170,6 @@ def render_prompt(
         template: a plain template, sent as it is once filled.
         variables: the values for `template`.
         chat: the model's chat template; None where the model has none, and then the text is sent as it is.
-        extra: more variables for the chat template.
         as_text: hides special tokens in what goes into a template; see `Tokenizer.as_text`.
 
     Raises:
@@ -193,7 +191,7 @@ def render_prompt(
     messages = [{"role": "user", "content": as_text(text)}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": as_text(system)})
-    return Prompt(chat.render(messages, extra=extra), add_special_tokens=False, kind="chat")
+    return Prompt(chat.render(messages), add_special_tokens=False, kind="chat")
 
 
 def _check_options(

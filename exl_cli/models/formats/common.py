@@ -18,9 +18,6 @@ from exl_cli.models.formats.quantized_layers import damaged
 # A block of this many weights keeps the intermediate tensors (five, of four bytes each) in or near the CPU's caches.
 BLOCK_WEIGHTS = 1 << 19
 
-# Writers round the output features up to a multiple of 32 with columns that mean nothing.
-PADDING = 32
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,32 +48,18 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return (packed.unsqueeze(2) >> shifts).bitwise_and_(15).flatten(1)
 
 
-def output(out: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype, key: str, name: str) -> Tensor:
-    """Return `out` if it can take a weight of that shape [N, K], or a new tensor of `dtype` where there is none.
-
-    Raises:
-        DamagedModelError: `out`, which has the shape that the model's config asks for, does not fit.
-    """
-    if out is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    rows = out.shape[0]
-    if tuple(out.shape) != (rows, shape[1]) or not shape[0] - PADDING < rows <= shape[0]:
-        raise damaged(name, key, f"holds a weight of shape {list(shape)}, the model needs {list(out.shape)}")
-    return out
-
-
-def dequantize(words: Tensor, layout: Layout, zeros: Tensor, scales: Tensor, out: Tensor) -> Tensor:
-    """Write the weight into `out` and return it, a block of rows at a time.
+def dequantize(words: Tensor, layout: Layout, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute the weight [N, K], a block of rows at a time.
 
     Args:
         words: packed codes, int32 [rows of words, N].
         layout: where the code of each of the K rows lies.
         zeros: code of the weight 0, float32 [groups, N], or [groups, 1] where the columns share it.
         scales: weight of one step of the code, float32 [groups, N].
-        out: any float tensor [N, K], or [n, K] to leave out the columns of `words` from n on.
+        dtype: of the result.
     """
-    columns, rows = out.shape
-    words, zeros, scales = words[:, :columns], zeros[:, :columns], scales[:, :columns]
+    rows, columns = len(layout.word), words.shape[1]
+    out = torch.empty((columns, rows), dtype=dtype, device=words.device)
     height = max(32, BLOCK_WEIGHTS // columns)
     with torch.no_grad():
         for start in range(0, rows, height):

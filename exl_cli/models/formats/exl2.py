@@ -38,35 +38,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from exl_cli.models.formats.common import Layout, dequantize, output, require_finite, unpack_nibbles
+from exl_cli.models.formats.common import Layout, dequantize, require_finite, unpack_nibbles
 from exl_cli.models.formats.quantized_layers import damaged
 
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, out: Tensor | None = None, name: str = ""
-) -> Tensor:
+def unpack(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, name: str = "") -> Tensor:
     """Return the weight of a layer as `torch.nn.Linear` has it: [N, K], output features first.
 
     Args:
         tensors: the layer's tensors, of the types and shapes that `quantized_layers` requires.
         dtype: of the result. The arithmetic is float32 in any case.
-        out: a tensor to fill instead of a new one; its dtype and device count, then. It may have up to 31 rows fewer
-            than N: converters pad the output features to a multiple of 32, and the padding is left out.
         name: the layer's name, for error messages.
 
     Raises:
-        DamagedModelError: a tensor holds what the format does not allow, or the weight is not of the shape of `out`.
+        DamagedModelError: a tensor holds what the format does not allow.
     """
     words = tensors["q_weight"]
     scales = _scales(tensors, name)
     order = _order(tensors, name)
     bits, layout = _layout(tensors, len(scales), words, len(order), name)
     zeros = (1 << (bits - 1)).to(torch.float32)[:, None]
-    out = output(out, (words.shape[1], len(order)), words, dtype, "q_weight", name)
     layout = Layout(*(part[order].to(words.device) for part in (layout.word, layout.shift, layout.bits, layout.group)))
-    return dequantize(words, layout, zeros.to(words.device), scales, out)
+    return dequantize(words, layout, zeros.to(words.device), scales, dtype)
 
 
 def _unsigned(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from exl_cli.models.formats.common import Layout, dequantize, output, require_finite, unpack_nibbles
+from exl_cli.models.formats.common import Layout, dequantize, require_finite, unpack_nibbles
 from exl_cli.models.formats.quantized_layers import damaged, group_size_of
 
 
@@ -42,7 +42,6 @@ def unpack(
     zero_offset: int,
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
     name: str = "",
 ) -> Tensor:
     """Return the weight of a layer as `torch.nn.Linear` has it: [N, K], output features first.
@@ -53,22 +52,19 @@ def unpack(
         group_size: rows in a group, -1 for all. It counts only where `g_idx` does not tell; None derives it from K
             and the number of groups.
         dtype: of the result. The arithmetic is float32 in any case.
-        out: a tensor to fill instead of a new one; its dtype and device count, then. It may have up to 31 rows fewer
-            than N, which leaves out a padding of the output features.
         name: the layer's name, for error messages.
 
     Raises:
-        DamagedModelError: a tensor holds what the format does not allow, or the weight is not of the shape of `out`.
+        DamagedModelError: a tensor holds what the format does not allow.
     """
     words, scales = tensors["qweight"], tensors["scales"]
-    rows, columns = 8 * words.shape[0], words.shape[1]
+    rows = 8 * words.shape[0]
     require_finite(scales, "scales", name)
     zeros = unpack_nibbles(tensors["qzeros"]) + zero_offset
     group = _groups(tensors, len(scales), rows, group_size, name).to(words.device)
-    out = output(out, (columns, rows), words, dtype, "qweight", name)
     row = torch.arange(rows, device=words.device)
     layout = Layout(row // 8, (row % 8 * 4).int(), torch.full_like(row, 4, dtype=torch.int32), group)
-    return dequantize(words, layout, zeros.to(torch.float32), scales.to(torch.float32), out)
+    return dequantize(words, layout, zeros.to(torch.float32), scales.to(torch.float32), dtype)
 
 
 def _groups(tensors: Mapping[str, Tensor], groups: int, rows: int, group_size: int | None, name: str) -> Tensor:
