@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
+from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw, ScheduledTokens
 from exl_cli.engines.sampling.sampler import Sampler
 
 _MASK = (1 << 61) - 1
@@ -47,6 +47,28 @@ class FakeClock:
         return self.now
 
 
+class FakeSampler:
+    """A `TokenSampler`: the CPU's, at another time. It leaves a token of an id below 10 to the CPU."""
+
+    def __init__(self, seats: int) -> None:
+        self.seats = seats
+        self.draws = 0
+
+    def begin(self, sampler: Sampler, request: Request) -> Sampler | None:
+        if not self.seats:
+            return None
+        self.seats -= 1
+        return sampler
+
+    def end(self, seat: Sampler) -> None:
+        self.seats += 1
+
+    def choose(self, draw: Draw, logits: torch.Tensor) -> Chosen | None:
+        token = draw.seat.sample(logits.numpy(), draw.ids, draw.banned)
+        self.draws += token >= 10
+        return Chosen(token, None) if token >= 10 else None
+
+
 class FakeForward:
     """A `ModelRunner`.
 
@@ -56,6 +78,7 @@ class FakeForward:
         wrong: how many of a hundred logits are those of another model.
         clock: moves on by the time that passes take: `seconds` and for each token `growth` times as much.
         rope_switches: see `ModelRunner`.
+        seats: sequences whose tokens it chooses itself; None for no sampler on the device.
         fail: called before each piece of work with its name; what it raises is raised in the midst of that.
     """
 
@@ -74,11 +97,14 @@ class FakeForward:
         seconds: float = 1.0,
         growth: float = 0.05,
         rope_switches: Sequence[int] = (),
+        seats: int | None = None,
         fail: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.page_size, self.pages = page_size, pages
         self.max_batch, self.max_tokens, self.vocab_size = max_batch, max_tokens, vocab_size
         self.rope_switches = rope_switches
+        self.sampler = None if seats is None else FakeSampler(seats)
+        self._chosen: list[Chosen | None] = []
         self._spread, self.memory, self._wrong, self.fail = spread, memory, wrong, fail
         self.clock, self.seconds, self.growth = clock or FakeClock(), seconds, growth
         self.prefill_seconds = 0.0
@@ -107,7 +133,7 @@ class FakeForward:
         self._behind = 0.0
         self._outstanding = None
 
-    def submit(self, rows: Sequence[ScheduledTokens]) -> None:
+    def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
         assert self._outstanding is None, "submit before collect"
         longest = max(len(row.ids) for row in rows)
         assert 0 < len(rows) <= self.max_batch
@@ -126,6 +152,14 @@ class FakeForward:
             for place, state in enumerate(self._read(row)):
                 state += state % 100 < self._wrong
                 self._outstanding[index, place] = _logits(state, self.vocab_size, self._spread)
+        self._chosen = []
+        if longest == 1 and any(draws):
+            self._chosen = [
+                draw and self.sampler.choose(draw, self._outstanding[index, 0]) for index, draw in enumerate(draws)
+            ]
+            for index, chosen in enumerate(self._chosen):
+                if chosen is not None:
+                    self._outstanding[index] = float("nan")
         self._takes = self.seconds * (1 + self.growth * sum(len(row.ids) for row in rows))
         self.fail("submit")
 
@@ -137,6 +171,10 @@ class FakeForward:
         self._behind = 0.0
         self._returned, self._outstanding = self._outstanding, None
         return self._returned
+
+    def chosen(self) -> Sequence[Chosen | None]:
+        assert self._outstanding is None, "chosen without collect"
+        return self._chosen
 
     def copy_page(self, source: int, target: int) -> None:
         assert source != target

@@ -42,19 +42,24 @@ class OutputTokens:
         """The tokens that must not be chosen in a place of the sequence, counted from 0."""
         return self._ruled_out.get(place, ())
 
-    def take(self, logits: Logits, ids: list[int]) -> bool:
-        """The last token of a sequence was chosen from these logits.
+    def logprobs(self, logits: Logits, token_id: int) -> TokenLogprobs | None:
+        """The log-probabilities that were asked for of a token chosen from these logits, shape [vocabulary]."""
+        count = self._request.logprobs
+        return None if count is None else token_logprobs(logits, token_id, count, self._vocab_size)
+
+    def take(self, ids: list[int], logprobs: TokenLogprobs | None) -> bool:
+        """The last token of a sequence was chosen.
 
         Args:
-            logits: shape [vocabulary].
             ids: the whole sequence; what is taken back is removed from it.
+            logprobs: of the token, where they were asked for.
 
         Returns:
             Whether anything was.
         """
         self._held.append(ids[-1])
-        if self._request.logprobs is not None:
-            self._logprobs.append(token_logprobs(logits, ids[-1], self._request.logprobs, self._vocab_size))
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
         if not self._banned or ids[-1] in self._request.stop_ids:
             self._pieces.append("")
             self._ready = len(self._held)

@@ -128,7 +128,7 @@ class CpuEngine(GeneratorEngine):
                     yield Step((ids[-1],))
                     continue
                 ids.append(sampler.sample(logits, ids, outputs.ruled_out(len(ids))))
-                if outputs.take(logits, ids):
+                if outputs.take(ids, outputs.logprobs(logits, ids[-1])):
                     cache.rewind(ids, request.cache_salt)
                 ended = len(ids) >= end or ids[-1] in request.stop_ids
                 tokens, logprobs = outputs.release(ended=ended)

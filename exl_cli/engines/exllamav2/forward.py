@@ -14,10 +14,12 @@ import torch
 from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
 from exl_cli.engines.exllamav2.build_model import experts_captured, rope_offsets, rope_switches
-from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
+from exl_cli.engines.exllamav2.device_sampler import DeviceSampler
+from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw, ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
 from exl_cli.engines.exllamav2.kernels import quantized_linear
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
+from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
 
 _LEAST_KEYS = 1024
@@ -76,7 +78,14 @@ class GpuForward:
         self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._experts_captured = experts_captured(model)
+        # What a pass gives, on its device, and what the CPU gets of it.
+        self._scores = torch.empty((self.max_tokens, self.vocab_size), dtype=torch.float32, device=self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
+        self.sampler: DeviceSampler | None = None
+        if self._device == self._last and not too_old(self._device):
+            self.sampler = DeviceSampler(self._device, self.max_batch, self.vocab_size, self._most_keys)
+        self._drawn: list[int] = []  # rows of the pass whose tokens are chosen on the device
+        self._chosen: list[Chosen | None] = []
         # Views of it, by the rows asked for, the longest one's tokens, and the tokens computed of each.
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
         self._asked = (0, 0, 0)
@@ -139,20 +148,31 @@ class GpuForward:
             torch.cuda.synchronize(device)
         self._pending = False
 
-    def submit(self, rows: Sequence[ScheduledTokens]) -> None:
+    def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
         """See `ModelRunner.submit`."""
-        self._asked = (len(rows), *self._pass(rows))
+        self._asked = (len(rows), *self._pass(rows, draws))
 
     def collect(self) -> torch.Tensor:
         """See `ModelRunner.collect`."""
         self._done.synchronize()
         self._pending = False
+        self._chosen = []
+        if self.sampler is not None and self._drawn:
+            self._chosen = [None] * self._asked[0]
+            for index, chosen in zip(self._drawn, self.sampler.collect(), strict=True):
+                self._chosen[index] = chosen
+                if chosen is None:
+                    self._logits[index].copy_(self._scores[index])
         view = self._views.get(self._asked)
         if view is None:
             rows, longest, tokens = self._asked
             view = self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
             self._views[self._asked] = view
         return view
+
+    def chosen(self) -> Sequence[Chosen | None]:
+        """See `ModelRunner.chosen`."""
+        return self._chosen
 
     @torch.inference_mode()
     def copy_page(self, source: int, target: int) -> None:
@@ -167,7 +187,8 @@ class GpuForward:
         self._graphs.clear()
         if small := self.__dict__.pop("small", None):
             small.close()
-        for name in ("_large", "_inputs", "_embeddings", "_logits", "_views", "_model", "cache"):
+        self.sampler = None
+        for name in ("_large", "_inputs", "_embeddings", "_logits", "_scores", "_views", "_model", "cache"):
             self.__dict__.pop(name, None)
 
     def _enter(self) -> None:
@@ -181,8 +202,10 @@ class GpuForward:
             self._done.synchronize()
             self._pending = False
 
-    def _pass(self, rows: Sequence[ScheduledTokens]) -> tuple[int, int]:
+    def _pass(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] | None = None) -> tuple[int, int]:
         """Run rows as one small pass; returns the tokens of the longest row and how many it computes of each.
+
+        With `draws`, even none, what follows is wanted: see `submit`.
 
         The GPU is idle meanwhile. So where there is a graph, as in all passes but the first ones, nothing is asked of
         torch but to start it.
@@ -201,6 +224,11 @@ class GpuForward:
         torch.cuda.set_stream(self._stream)
         if not self._graphs.replay((batch, tokens, bound)):
             self._run(batch, tokens, bound)
+        if draws is not None:
+            self._follow(len(rows), tokens, draws)
+        if self._last != self._device:
+            # The event that is recorded next is of the first GPU's stream.
+            torch.cuda.synchronize(self._last)
         self._done.record(self._stream)
         self._pending = True
         self._graphs.capture()
@@ -211,13 +239,7 @@ class GpuForward:
         """A pass over what lies in its inputs, of which there is no graph yet."""
         self._enter()
         count = batch * tokens
-        if len(self._logits) < count:
-            # A graph writes where the one before did: they go with it.
-            self._graphs.clear()
-            self._views.clear()
-            size = 1 if count == 1 else self.max_tokens
-            self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
-        logits = self._logits
+        scores = self._scores[:count]
 
         def work() -> None:
             inputs = self._inputs
@@ -226,19 +248,33 @@ class GpuForward:
                 inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound,
                 inputs.rope_offsets[:batch] if self.rope_switches else None,
             )  # fmt: skip
-            softcap = self._model.config.final_logit_softcapping
-            real = out[:, : self.vocab_size].float()
-            if softcap:
-                real = torch.tanh(real / softcap) * softcap
-            logits[:count].copy_(real, non_blocking=True)
+            scores.copy_(out[:, : self.vocab_size])
+            if softcap := self._model.config.final_logit_softcapping:
+                scores.div_(softcap).tanh_().mul_(softcap)
 
         if self._experts_captured < count:
             work()
         else:
             self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
-        if self._last != self._device:
-            # The event that is recorded next is of the first GPU's stream.
-            torch.cuda.synchronize(self._last)
+
+    @torch.inference_mode()
+    def _follow(self, rows: int, tokens: int, draws: Sequence[Draw | None]) -> None:
+        """Choose tokens from the pass's logits, or have these copied to the CPU."""
+        count = rows * tokens
+        if len(self._logits) < count:
+            self._views.clear()
+            size = 1 if count == 1 else self.max_tokens
+            self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
+        self._drawn = []
+        if self.sampler is not None and tokens == 1:
+            self._drawn = [index for index, draw in enumerate(draws) if draw is not None]
+        if not self._drawn:
+            self._logits[:count].copy_(self._scores[:count], non_blocking=True)
+            return
+        for index in {*range(rows)}.difference(self._drawn):
+            self._logits[index].copy_(self._scores[index], non_blocking=True)
+        if self.sampler is not None:
+            self.sampler.launch(self._scores, self._drawn, [draw for draw in draws if draw is not None])
 
 
 def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:

@@ -7,9 +7,12 @@ forward pass reads and writes where its block tables say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from exl_cli.engines.base import Request, TokenLogprobs
+from exl_cli.engines.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +35,47 @@ class ScheduledTokens:
     rope_table: int = 0
 
 
+class Chosen(NamedTuple):
+    """A token chosen on the device.
+
+    Attributes:
+        token: its id.
+        logprobs: as far as they were asked for.
+    """
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+# A sequence's place in the memory of the device's sampler.
+Seat = Any
+
+
+class Draw(NamedTuple):
+    """What is to be chosen behind a pass: the token after `ids`, and none of `banned`."""
+
+    seat: Seat
+    ids: Sequence[int]
+    banned: Collection[int]
+
+
+class TokenSampler(Protocol):
+    """Chooses tokens on the device, as the CPU's sampler would."""
+
+    def begin(self, sampler: Sampler, request: Request) -> Seat | None:
+        """A seat for a sequence that is about to decode; None where the CPU has to sample it."""
+        ...
+
+    def end(self, seat: Seat) -> None:
+        """Give a seat back."""
+        ...
+
+
 class ModelRunner(Protocol):
     """A model with its paged KV cache.
 
     Attributes:
+        sampler: chooses tokens on the device; None where the CPU chooses all.
         page_size: positions in a page.
         pages: pages that a scheduler may use, numbered from 0.
         max_batch: the most sequences of one `submit`.
@@ -53,6 +93,9 @@ class ModelRunner(Protocol):
     vocab_size: int
     rope_switches: Sequence[int]
 
+    @property
+    def sampler(self) -> TokenSampler | None: ...
+
     def prefill(self, row: ScheduledTokens) -> None:
         """Put the keys and values of any number of tokens into the cache. Returns once that is under way."""
         ...
@@ -61,8 +104,11 @@ class ModelRunner(Protocol):
         """Wait until the device has done everything asked of it."""
         ...
 
-    def submit(self, rows: Sequence[ScheduledTokens]) -> None:
+    def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
         """Start one forward pass; returns at once. `collect` gets its logits, and must precede the next `submit`.
+
+        With `draws`, one for each row, and rows of one token, the tokens that follow are chosen on the device, but for
+        rows where it is None: `chosen` gets them.
 
         Rows may differ in length. Positions behind a row's last token, in its own last page, may be overwritten with
         meaningless keys and values.
@@ -72,7 +118,15 @@ class ModelRunner(Protocol):
     def collect(self) -> torch.Tensor:
         """Wait for the forward pass and return its logits: float32, on the CPU, shape (rows, longest row, vocabulary).
 
-        Logits behind a shorter row's last token are meaningless. The next `submit` overwrites them all.
+        Logits behind a shorter row's last token are meaningless, as are those of rows whose token was chosen on the
+        device. The next `submit` overwrites them all.
+        """
+        ...
+
+    def chosen(self) -> Sequence[Chosen | None]:
+        """For each row of the pass that was collected, the token chosen on the device; None where none was.
+
+        Empty where the pass had no `draws`.
         """
         ...
 

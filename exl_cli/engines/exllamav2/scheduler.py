@@ -28,7 +28,7 @@ import numpy.typing as npt
 from exl_cli.engines.base import Request, TokenLogprobs
 from exl_cli.engines.exllamav2.block_manager import BlockManager, Root
 from exl_cli.engines.exllamav2.draft_length import AcceptanceRate
-from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
+from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw, ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.sequence import Sequence
 from exl_cli.engines.exllamav2.speculation import Drafter, DraftTokens, Speculation
 from exl_cli.engines.output_tokens import OutputTokens
@@ -171,13 +171,14 @@ class Scheduler:
         in_flight, self._in_flight = self._in_flight, []
         if self._speculation is not None:
             self._speculation.collected(since)
-        for index, part in enumerate(in_flight):
+        drawn = self._runner.chosen() or repeat(None)
+        for part, its_logits, chosen in zip(in_flight, logits, drawn, strict=False):
             if not part.sequence.ended:
-                self._extend(part, logits[index])
+                self._extend(part, its_logits, chosen)
         self._finish_prefill()
 
-    def _extend(self, part: _InFlight, logits: Logits) -> None:
-        """Sample position by position for as long as the draft tokens turn out right."""
+    def _extend(self, part: _InFlight, logits: Logits, drawn: Chosen | None) -> None:
+        """Sample position by position for as long as the draft tokens turn out right; or take what the device chose."""
         sequence, row, draft = part
         ids, stops, outputs = sequence.ids, sequence.request.stop_ids, sequence.outputs
         chosen: list[int] = []
@@ -187,10 +188,15 @@ class Scheduler:
             for place in range(len(row.ids)):
                 if place and chosen[-1] != row.ids[place]:
                     break  # these logits follow a draft token that was wrong
-                ruled_out = outputs.ruled_out(len(ids)) if outputs else ()
-                chosen.append(sequence.sampler.sample(logits[place], ids, ruled_out))
-                ids.append(chosen[-1])
-                taken_back = outputs is not None and outputs.take(logits[place], ids)
+                if drawn is not None:
+                    token, logprobs = drawn
+                else:
+                    ruled_out = outputs.ruled_out(len(ids)) if outputs else ()
+                    token = sequence.sampler.sample(logits[place], ids, ruled_out)
+                    logprobs = outputs.logprobs(logits[place], token) if outputs else None
+                chosen.append(token)
+                ids.append(token)
+                taken_back = outputs is not None and outputs.take(ids, logprobs)
                 if taken_back or chosen[-1] in stops or not sequence.max_new_tokens_left:
                     break
         except Exception as raised:  # its own logits or settings; the other sequences have theirs
@@ -202,8 +208,8 @@ class Scheduler:
             step = self._speculation.outcome(sequence, draft, chosen)
         ended = error is not None or (not taken_back and (chosen[-1] in stops or not sequence.max_new_tokens_left))
         if outputs:
-            token_ids, logprobs = outputs.release(ended=ended)
-            step = dataclasses.replace(step, token_ids=token_ids, logprobs=logprobs)
+            token_ids, released = outputs.release(ended=ended)
+            step = dataclasses.replace(step, token_ids=token_ids, logprobs=released)
         if chosen or self._speculation is not None:
             self._outcomes.append((sequence.id, step))
         if ended:
@@ -217,6 +223,7 @@ class Scheduler:
         That is all of it where its length asks for other rotary embeddings, and little where tokens were taken back.
         """
         self._running.remove(sequence)
+        self._stand_up(sequence)
         self._blocks.free(sequence.blocks)
         sequence.allocation = None
         sequence.num_computed_tokens, sequence.num_to_prefill = 0, len(sequence.ids)
@@ -294,6 +301,9 @@ class Scheduler:
                 self._end(sequence)
                 return
             self._prefilling = None
+            # Which draft tokens are right is found out by sampling one after the other.
+            if self._runner.sampler is not None and self._speculation is None:
+                sequence.seat = self._runner.sampler.begin(sequence.sampler, sequence.request)
             self._running.append(sequence)
 
     def _submit(self, *, busy: bool) -> None:
@@ -310,8 +320,20 @@ class Scheduler:
             row = ScheduledTokens(ids, start, blocks.block_table, sequence.rope_table)
             self._blocks.grow(blocks, start + len(row.ids))
             in_flight.append(_InFlight(sequence, row, draft))
-        self._runner.submit([part.row for part in in_flight])
+        self._runner.submit([part.row for part in in_flight], [self._draw(part.sequence) for part in in_flight])
         self._in_flight = in_flight
+
+    @staticmethod
+    def _draw(sequence: Sequence) -> Draw | None:
+        if sequence.seat is None:
+            return None
+        ids, outputs = sequence.ids, sequence.outputs
+        return Draw(sequence.seat, ids, outputs.ruled_out(len(ids)) if outputs else ())
+
+    def _stand_up(self, sequence: Sequence) -> None:
+        if sequence.seat is not None and self._runner.sampler is not None:
+            self._runner.sampler.end(sequence.seat)
+        sequence.seat = None
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
@@ -324,6 +346,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         if self._speculation is not None:
             self._speculation.end(sequence)
+        self._stand_up(sequence)
         if sequence.allocation is not None:
             self._blocks.free(sequence.allocation)
         sequence.ended = True

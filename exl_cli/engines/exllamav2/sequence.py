@@ -10,6 +10,7 @@ from typing import Any
 from exl_cli.engines.base import Request, TokenLogprobs
 from exl_cli.engines.exllamav2.block_manager import Allocation
 from exl_cli.engines.exllamav2.draft_length import SpeculationStatistics
+from exl_cli.engines.exllamav2.forward_pass import Seat
 from exl_cli.engines.output_tokens import OutputTokens
 from exl_cli.engines.sampling.sampler import Sampler
 
@@ -32,6 +33,7 @@ class Sequence:
         num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
         outputs: what it asks of its new tokens besides; None for nothing.
         prompt_logprobs: of its prompt's tokens so far, where they are asked for.
+        seat: its place in the device's sampler while it decodes; None where the CPU samples it.
         draft: the drafter's state for it; None for no draft tokens.
         statistics: what speculation brought it.
         answering: whether its prompt has been computed.
@@ -52,6 +54,7 @@ class Sequence:
     outputs: OutputTokens | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     answering: bool = False
+    seat: Seat | None = None
     draft: Any = None
     statistics: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     ended: bool = False

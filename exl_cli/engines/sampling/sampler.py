@@ -98,6 +98,11 @@ class Sampler:
         bias: what is added to the logits of tokens; see `Request.logit_bias`.
         min_length: until the history is so long, `end_ids` are not chosen.
         end_ids: tokens that end the generation.
+
+    Attributes:
+        settings, seed, vocab_size: as given.
+        breakers, protected: masks of shape [vocab_size].
+        bits: mirostat's limit of a token's surprise.
     """
 
     def __init__(
@@ -112,25 +117,23 @@ class Sampler:
         min_length: int = 0,
         end_ids: Collection[int] = (),
     ) -> None:
-        self._settings = settings
-        self._seed = seed
-        self._vocab_size = vocab_size
+        self.settings, self.seed, self.vocab_size = settings, seed, vocab_size
         self._all_ids = np.arange(vocab_size)
-        self._mu = 2.0 * settings.mirostat_tau
+        self.bits = 2.0 * settings.mirostat_tau
         self._penalties = (
             settings.token_repetition_penalty != 1.0
             or settings.token_frequency_penalty != 0.0
             or settings.token_presence_penalty != 0.0
         )
         self._dry = settings.dry_multiplier > 0.0
-        bias = {id_: value for id_, value in (bias or {}).items() if id_ < vocab_size}
-        self._biased = np.array([*bias], dtype=np.int64)
-        self._bias = np.array([*bias.values()], dtype=np.float32)
+        self._bias_of = {id_: value for id_, value in (bias or {}).items() if id_ < vocab_size}
+        self._biased = np.array([*self._bias_of], dtype=np.int64)
+        self._bias = np.array([*self._bias_of.values()], dtype=np.float32)
         self._min_length, self._end_ids = min_length if end_ids else 0, end_ids
         self._history = History(vocab_size)
         self._short = self._few_matter()
-        self._breakers = token_mask(breakers() if self._dry else (), vocab_size)
-        self._protected = token_mask(protected() if settings.xtc_probability > 0.0 else (), vocab_size)
+        self.breakers = token_mask(breakers() if self._dry else (), vocab_size)
+        self.protected = token_mask(protected() if settings.xtc_probability > 0.0 else (), vocab_size)
         self._steps = self._filters()
 
     def sample(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> int:
@@ -149,23 +152,35 @@ class Sampler:
         """
         ids, probs = self.distribution(logits, history, banned)
         chosen = 0
-        if len(ids) > 1 and self._settings.skew:
+        if len(ids) > 1 and self.settings.skew:
             # A power of the random number, so that it falls nearer one end of the candidates, likeliest first.
-            point = uniform(self._seed, len(history)) ** math.exp(-self._settings.skew)
+            point = uniform(self.seed, len(history)) ** math.exp(-self.settings.skew)
             chosen = draw(probs, point)
         elif len(ids) > 1:
-            chosen = int((probs / exponential(self._seed, len(history), ids)).argmax())
-        if self._settings.mirostat:
-            surprise = -math.log2(probs[chosen])
-            self._mu += self._settings.mirostat_eta * (self._settings.mirostat_tau - surprise)
+            chosen = int((probs / exponential(self.seed, len(history), ids)).argmax())
+        self.observe(probs[chosen])
         return int(ids[chosen])
+
+    def observe(self, prob: float) -> None:
+        """A token of this probability was chosen."""
+        if self.settings.mirostat:
+            self.bits += self.settings.mirostat_eta * (self.settings.mirostat_tau + math.log2(prob))
+
+    def edits(self, length: int, banned: Collection[int]) -> dict[int, float]:
+        """What is added to logits after the penalties, with so long a history; minus infinity rules a token out."""
+        if length < self._min_length:
+            banned = {*banned, *self._end_ids}
+        if not banned:
+            return self._bias_of
+        ruled_out = {id_: -math.inf for id_ in banned if id_ < self.vocab_size}
+        return {**self._bias_of, **ruled_out}
 
     def distribution(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> Candidates:
         """What the next token is drawn from. Arguments and errors are those of `sample`; it draws nothing."""
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"logits must have the shape [n], got {logits.shape}")
-        scores = np.asarray(logits[: self._vocab_size], dtype=np.float32)
-        settings = self._settings
+        scores = np.asarray(logits[: self.vocab_size], dtype=np.float32)
+        settings = self.settings
         if len(history) < self._min_length:
             banned = {*banned, *self._end_ids}
         short = self._short and not banned and len(scores) >= _LARGE
@@ -192,7 +207,7 @@ class Sampler:
     def _few_matter(self) -> bool:
         """Whether the candidates can be told from the highest logits alone: penalties only lower a token's logit, and
         by what depends on nothing but whether it was seen."""
-        s = self._settings
+        s = self.settings
         plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
         lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
         penalties = not self._penalties or (plain and lowers)
@@ -202,13 +217,13 @@ class Sampler:
     def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
         """The ids of the `top_k` highest logits after penalties, highest first, and these logits; what is not among the
         highest before is not looked at. None where that does not do, because too many of those were lowered."""
-        k = self._settings.top_k
+        k = self.settings.top_k
         if not math.isfinite(np.minimum.reduce(scores)):
             check_finite(scores)
         ids, bound = shortlist(scores, 2 * k if self._penalties else k)
         values = scores[ids]
         if self._penalties:
-            values = lowered(values, bound, self._history.seen(history)[ids], self._settings)
+            values = lowered(values, bound, self._history.seen(history)[ids], self.settings)
         order = best(values, k)
         values = values[order]
         if not math.isfinite(values[0]):
@@ -223,7 +238,7 @@ class Sampler:
             return scores
         scores, past = scores.copy(), self._history.read(history)
         if self._penalties:
-            penalize(scores, past, self._settings)
+            penalize(scores, past, self.settings)
         if restricted:
             rule_out(scores, np.array([id_ for id_ in banned if id_ < len(scores)], dtype=np.int64))
             inside = self._biased < len(scores)
@@ -231,12 +246,12 @@ class Sampler:
             if all_ruled_out(np.maximum.reduce(scores)):
                 raise UsageError("no token is left that may come next", f"rule out fewer with {param('logit_bias')}")
         if self._dry:
-            apply_dry(scores, past, self._breakers, self._settings)
+            apply_dry(scores, past, self.breakers, self.settings)
         return scores
 
     def _filters(self) -> list[Callable[[Candidates], Candidates]]:
         """The steps after the softmax, in exllamav2's order, those that are off left out."""
-        s = self._settings
+        s = self.settings
         dynamic = s.max_temp > s.min_temp
         steps: list[tuple[bool, Callable[[Candidates], Candidates]]] = [
             (0 < s.top_p < 1, lambda c: top_p(c, s.top_p)),
@@ -244,10 +259,10 @@ class Sampler:
             (s.min_p > 0, lambda c: min_p(c, s.min_p)),
             (0 < s.tfs < 1, lambda c: tail_free(c, s.tfs)),
             (0 < s.typical < 1, lambda c: typical(c, s.typical)),
-            (s.mirostat, lambda c: surprise_limit(c, self._mu)),
+            (s.mirostat, lambda c: surprise_limit(c, self.bits)),
             (dynamic, lambda c: dynamic_temperature(c, s.min_temp, s.max_temp, s.temp_exponent)),
             (s.temperature_last and not dynamic, lambda c: retemper(c, s.temperature)),
-            (s.xtc_probability > 0, lambda c: xtc(c, s.xtc_probability, s.xtc_threshold, self._protected)),
+            (s.xtc_probability > 0, lambda c: xtc(c, s.xtc_probability, s.xtc_threshold, self.protected)),
             (s.skew != 0, descending),
         ]
         return [step for on, step in steps if on]

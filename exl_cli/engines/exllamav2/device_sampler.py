@@ -1,0 +1,202 @@
+"""Chooses tokens on the GPU, behind the forward pass that gave their logits: see `kernels/sample.cu`.
+
+The CPU's sampler says what is chosen; this one takes its settings and state. What it leaves to the CPU is in
+`DeviceSampler.begin`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from exl_cli.engines.base import Request, TokenLogprobs
+from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw
+from exl_cli.engines.exllamav2.kernels import compiler, sample
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.sampling.dry import BoolArray
+from exl_cli.engines.sampling.sampler import Sampler
+from exl_cli.errors import EngineError
+
+_log = logging.getLogger(__name__)
+
+# Biases and bans of a row; one with more is left to the CPU.
+_MOST_EDITS = 1024
+# Log-probabilities asked for; tokens equal to the last one take the rest of `sample.MOST_TOP`.
+_MOST_LOGPROBS = 32
+# Different masks of tokens that are kept on the device.
+_MOST_MASKS = 64
+
+
+class Seat:
+    """A sequence's place in the device's memory, from `begin` to `end`.
+
+    Attributes:
+        index: which one.
+        sampler: the sequence's.
+        row: its settings, as the kernel reads them.
+        count: how many of the likeliest tokens have their log-probabilities reported; None for no log-probabilities.
+        known: tokens of its history that are on the device.
+        needs_history: whether the kernel reads that.
+    """
+
+    def __init__(self, index: int, sampler: Sampler, count: int | None) -> None:
+        self.index, self.sampler, self.count = index, sampler, count
+        self.row = sample.row(sampler.settings, sampler.seed)
+        self.known = 0
+        settings = sampler.settings
+        self.needs_history = (
+            settings.token_repetition_penalty != 1.0
+            or settings.token_presence_penalty != 0.0
+            or settings.token_frequency_penalty != 0.0
+            or settings.dry_multiplier > 0.0
+        )
+
+
+class DeviceSampler:
+    """Chooses the tokens of up to `seats` sequences.
+
+    Args:
+        device: where the logits are.
+        seats: sequences at a time.
+        columns: logits of a position.
+        longest: tokens of the longest sequence.
+
+    Attributes:
+        why_not: why the kernel cannot be used, once that is known; empty where it can.
+    """
+
+    def __init__(self, device: torch.device, seats: int, columns: int, longest: int) -> None:
+        self._device, self._columns = device, columns
+        self._free = [*range(seats)]
+        self._kernel: Kernel | None = None
+        self.why_not = ""
+        compiler.begin(sample.FILE, [{}], device)
+        self._histories = torch.empty((seats, longest + 1), dtype=torch.int32, device=device)
+        self._rows, self._rows_there, self._row_array = self._shared(sample.Row, seats)
+        self._chosen, self._chosen_there, self._chosen_array = self._shared(sample.Chosen, seats)
+        self._edits = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._edits_there = torch.empty_like(self._edits, device=device, pin_memory=False)
+        self._scratch: torch.Tensor | None = None
+        self._masks: dict[bytes, torch.Tensor] = {}
+        self._argument = sample.SampleArgument()
+        self._counts: list[tuple[int | None, Sampler]] = []
+
+    def _shared(self, kind: type[ctypes.Structure], count: int) -> tuple[torch.Tensor, torch.Tensor, ctypes.Array[Any]]:
+        """Memory for structures on both sides, and those of the CPU's side."""
+        size = count * ctypes.sizeof(kind)
+        here = torch.zeros(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        there = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return here, there, (kind * count).from_address(here.data_ptr())
+
+    def begin(self, sampler: Sampler, request: Request) -> Seat | None:
+        """Take a sequence in; None where the CPU has to sample it.
+
+        That is with tail-free sampling and with skew, which need the candidates in order, and with more than 512 biases
+        or 32 log-probabilities.
+        """
+        if sample.why_not(sampler.settings) or not self._free or (request.logprobs or 0) > _MOST_LOGPROBS:
+            return None
+        if len(sampler.edits(0, ())) > _MOST_EDITS // 2 or not self._compiled():
+            return None
+        seat = Seat(self._free.pop(), sampler, request.logprobs)
+        row, history = seat.row, self._histories[seat.index]
+        row.history = history.data_ptr()
+        row.top_logprobs = 0 if seat.count is None else seat.count + 1
+        if sampler.settings.dry_multiplier > 0:
+            row.breakers = self._mask(sampler.breakers)
+        if sampler.settings.xtc_probability > 0:
+            row.is_protected = self._mask(sampler.protected)
+        return seat
+
+    def _compiled(self) -> bool:
+        """Whether the kernel is there, for which this waits."""
+        if self._kernel is None and not self.why_not:
+            try:
+                self._kernel = Kernel(sample.FILE, sample.NAME, {}, self._device, sample.SHARED_BYTES)
+            except EngineError as error:
+                self.why_not = error.message
+                _log.info("tokens are chosen on the CPU: %s", self.why_not)
+        return not self.why_not
+
+    def end(self, seat: Seat) -> None:
+        """Let a sequence go."""
+        self._free.append(seat.index)
+
+    def launch(self, logits: torch.Tensor, places: Sequence[int], draws: Sequence[Draw]) -> None:
+        """Choose tokens, in order with what runs on the current stream; `collect` gets them.
+
+        Args:
+            logits: float32, shape (rows, columns), contiguous.
+            places: the row of each draw's logits.
+            draws: at most one of each seat.
+        """
+        vocab = draws[0].seat.sampler.vocab_size
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        edited = scratch = False
+        for index, (place, draw) in enumerate(zip(places, draws, strict=True)):
+            seat, length = draw.seat, len(draw.ids)
+            row, edits = seat.row, seat.sampler.edits(length, draw.banned)
+            if seat.needs_history and seat.known < length:
+                # What the CPU has chosen, or computed before.
+                late = torch.tensor(draw.ids[seat.known :], dtype=torch.int32).pin_memory()
+                self._histories[seat.index, seat.known : length].copy_(late, non_blocking=True)
+                seat.known = length
+            row.logits, row.length, row.edits, row.bits = place, length, len(edits), seat.sampler.bits
+            row.next = row.history + 4 * length
+            if edits:
+                ids, biases = self._edits[0, index], self._edits[1, index].view(torch.float32)
+                ids.numpy()[: len(edits)] = [*edits]
+                biases.numpy()[: len(edits)] = [*edits.values()]
+                row.edited, row.biases = (self._edits_there[side, index].data_ptr() for side in (0, 1))
+                edited = True
+            scratch |= bool(edits) or seat.needs_history
+            self._row_array[index] = row
+        self._counts = [(draw.seat.count, draw.seat.sampler) for draw in draws]
+        size = len(draws) * ctypes.sizeof(sample.Row)
+        self._rows_there[:size].copy_(self._rows[:size], non_blocking=True)
+        if edited:
+            self._edits_there[:, : len(draws)].copy_(self._edits[:, : len(draws)], non_blocking=True)
+        if scratch and self._scratch is None:
+            self._scratch = torch.empty((len(self._row_array), 2, vocab), dtype=torch.float32, device=self._device)
+        if self._kernel is None:
+            raise RuntimeError("a sequence without a seat is sampled")
+        argument = self._argument
+        argument.logits, argument.rows = logits.data_ptr(), self._rows_there.data_ptr()
+        argument.chosen, argument.columns, argument.vocab = self._chosen_there.data_ptr(), self._columns, vocab
+        argument.scratch = None if self._scratch is None else self._scratch.data_ptr()
+        self._kernel.bind((len(draws),), sample.THREADS, argument)(stream)
+        size = len(draws) * ctypes.sizeof(sample.Chosen)
+        self._chosen[:size].copy_(self._chosen_there[:size], non_blocking=True)
+
+    def collect(self) -> list[Chosen | None]:
+        """The tokens of the last `launch`, which has ended; None for one that the CPU has to choose, which says why."""
+        tokens: list[Chosen | None] = []
+        for (count, sampler), chosen in zip(self._counts, self._chosen_array, strict=False):
+            if chosen.token == sample.FAILED or chosen.top > sample.MOST_TOP:
+                tokens.append(None)
+                continue
+            sampler.observe(chosen.prob)
+            tokens.append(Chosen(chosen.token, None if count is None else _logprobs(chosen, count)))
+        return tokens
+
+    def _mask(self, mask: BoolArray) -> int:
+        """The address of a mask's bits on the device."""
+        padded = np.zeros(-(-len(mask) // 32) * 32, dtype=np.bool_)
+        padded[: len(mask)] = mask
+        key = np.packbits(padded, bitorder="little").tobytes()
+        if key not in self._masks:
+            self._masks[key] = torch.frombuffer(bytearray(key), dtype=torch.uint8).to(self._device)
+        return self._masks[key].data_ptr()
+
+
+def _logprobs(chosen: sample.Chosen, count: int) -> TokenLogprobs:
+    """As `token_logprobs` gives them."""
+    top = sorted(zip(chosen.logits[: chosen.top], chosen.ids[: chosen.top], strict=True), reverse=True)[:count]
+    return TokenLogprobs(
+        chosen.token, chosen.logit - chosen.total, tuple((id_, logit - chosen.total) for logit, id_ in top)
+    )
