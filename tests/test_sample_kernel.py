@@ -65,13 +65,14 @@ def choose(
     row.top_logprobs = 0 if logprobs is None else logprobs + 1
     row.bits = mu or row.bits
     scratch = np.full(2 * vocab, np.nan, dtype=np.float32)
-    chosen = sample.Chosen()
+    chosen = sample.Chosen(top=2**32 - 1)  # whatever lies there
     scores = np.ascontiguousarray(logits, dtype=np.float32)
     argument = sample.SampleArgument(
         scores.ctypes.data, ctypes.addressof(row), ctypes.addressof(chosen), scratch.ctypes.data, len(logits), vocab
     )
     kernel(argument, (1,), THREADS)
     if chosen.token >= 0:
+        assert logprobs is not None or chosen.top == 0
         assert memory["history"][-1] == chosen.token
     return chosen
 

@@ -152,6 +152,7 @@ class GpuForward:
         """See `ModelRunner.submit`."""
         self._asked = (len(rows), *self._pass(rows, draws))
 
+    @torch.inference_mode()
     def collect(self) -> torch.Tensor:
         """See `ModelRunner.collect`."""
         self._done.synchronize()

@@ -357,6 +357,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) bad |= !(fabsf(logits[i]) < INFINITY);
     if (block_max(bad, s)) return finish(r, logits, out, FAILED, 0.0f);
     if (r.top_logprobs) report(p, r, logits, out, s);
+    else if (threadIdx.x == 0) out.top = 0;
 
     const float* scores = logits;
     bool penalties = r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f;
