@@ -24,7 +24,6 @@ class FieldInfo:
         help: one line, including the values that turn the setting off.
         low, high: the range; `low` itself is excluded if `low_open`.
         alias: another flag name, as in llama.cpp.
-        off: values that turn the setting off.
     """
 
     flag: str
@@ -33,7 +32,6 @@ class FieldInfo:
     high: float = math.inf
     low_open: bool = False
     alias: str = ""
-    off: tuple[float, ...] = ()
 
     @property
     def range(self) -> str:
@@ -63,7 +61,7 @@ def _setting(
     if off:
         values = " and ".join(f"{value:g}" for value in off)
         help = f"{help.removesuffix('.')}; {values} {'is' if len(off) == 1 else 'are'} off."
-    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open, alias, off)})
+    return field(default=default, metadata={"info": FieldInfo(flag, help, low, high, low_open, alias)})
 
 
 @dataclass(frozen=True)
