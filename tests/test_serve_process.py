@@ -119,6 +119,20 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert server.ended() == ExitCode.INTERRUPTED
 
 
+def test_what_is_under_way_when_the_grace_is_over_ends_with_an_error() -> None:
+    with scripted("--grace", "0.2s") as server, ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(httpx.post, server.url + CHAT, json=asking(max_tokens=900, n=9), timeout=60)
+        with httpx.stream("POST", server.url + CHAT, json=asking(True, max_tokens=900, n=9), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            until(lambda: "exl_requests_waiting 17.0" in httpx.get(f"{server.url}/metrics", timeout=60).text)
+            server.process.send_signal(signal.SIGTERM)
+            assert '"code":"stopping"' in [line for line in lines if line][-1]
+        assert whole.result().status_code == 503
+        assert server.ended() == ExitCode.OK
+    assert "Traceback" not in "".join(server.log)
+
+
 def test_a_fault_of_the_device_is_said_to_all_and_ends_the_process_with_its_code() -> None:
     with scripted() as server, ThreadPoolExecutor(3) as pool:
         bodies = [asking(seed=13), asking(), asking(stream=True)]

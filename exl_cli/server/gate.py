@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exl_cli.server.errors import ApiError, as_api_error
+from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
 from exl_cli.server.keys import Keys
 from exl_cli.server.state import ServerState, Usage, caller, usage
 
@@ -72,7 +72,9 @@ class Gate:
             self._check(scope, headers)
             await exchange.read_body(headers, self._policy.max_body)
             await exchange.run(self._app, scope)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError):  # by uvicorn, once the grace is over
+                error = ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
             answer = as_api_error(error)
             self._state.report(answer, error)
             if not exchange.status:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import os
 import resource
 import signal
 import socket
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -17,10 +20,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from exl_cli.errors import ExitCode, UsageError, param
-from exl_cli.server.errors import ApiError
+from exl_cli.server.errors import RETRY_AFTER, ApiError
 from exl_cli.server.state import ServerState
 
-# After a fault of the device: for responses to be sent.
+# After a fault of the device, or when no grace is left: for responses to be sent.
 _LAST_SECONDS = 2
 # For a client to send the head of a request.
 _HEAD_SECONDS = 60.0
@@ -140,6 +143,20 @@ class _Connection(H11Protocol):
             self.timeout_keep_alive_handler()
 
 
+class _UvicornLog(logging.Handler):
+    """What uvicorn has to say as lines of the server's log."""
+
+    def __init__(self, state: ServerState) -> None:
+        super().__init__(logging.WARNING)
+        self._state = state
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self._state.note(record.getMessage().strip())
+        if record.exc_info and self._state.settings.debug:
+            self._state.warn("".join(traceback.format_exception(*record.exc_info)))
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its handling of signals, which is ours."""
 
@@ -179,21 +196,25 @@ async def serve(
     config = uvicorn.Config(
         app, loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         http=connection,
-        timeout_keep_alive=65, timeout_graceful_shutdown=round(grace),
+        timeout_keep_alive=65, timeout_graceful_shutdown=math.ceil(grace) + _LAST_SECONDS,
     )  # fmt: skip
     server = _Uvicorn(config)
     loop = asyncio.get_running_loop()
+    stopped = ApiError(503, "the server stopped before the response was complete", "stopping", headers=RETRY_AFTER)
 
     def stop(number: int) -> None:
         if state.phase == "stopping":
             os._exit(ExitCode.INTERRUPTED)
         state.phase = "stopping"
         state.note(f"stopping: {state.accepted} generations under way have {grace:g} s")
+        loop.call_later(grace, state.end_all, stopped)
         server.should_exit = True
 
     if signals:
         for number in _SIGNALS:
             loop.add_signal_handler(number, stop, number)
+    log = _UvicornLog(state)
+    logging.getLogger("uvicorn").addHandler(log)
     serving = asyncio.create_task(server.serve([listener]))
     loading = asyncio.create_task(_load(state, preload))
     failing = asyncio.create_task(state.failed.wait())
@@ -210,6 +231,7 @@ async def serve(
     finally:
         failing.cancel()
         loading.cancel()
+        logging.getLogger("uvicorn").removeHandler(log)
         if signals:
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)

@@ -107,6 +107,10 @@ class ServerState:
         """Give up after a fault that the GPU does not recover from: everything under way ends with it."""
         self.phase, self.fault = "failed", error
         self.failed.set()
+        self.end_all(error)
+
+    def end_all(self, error: BaseException) -> None:
+        """End every generation under way with an error."""
         for inbox in list(self.inboxes):
             inbox.put_nowait(error)
 
