@@ -14,6 +14,7 @@ from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.cli.inputs import ensure
 from exl_cli.cli.options import (
+    Download,
     ModelsDir,
     Quiet,
     SamplingFlags,
@@ -96,9 +97,7 @@ def batch(
         loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 64]."),
     ] = None,
     models_dir: ModelsDir = None,
-    download: Annotated[
-        bool, loading_option("--download", help="Download the model if needed, without asking.")
-    ] = False,
+    download: Download = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer a file of prompts; the same command resumes an unfinished job."""

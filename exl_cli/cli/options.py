@@ -33,6 +33,7 @@ Model = Annotated[
 ModelsDir = Annotated[
     Path | None, loading_option("--models-dir", envvar="EXL_MODELS_DIR", help="Folder for downloaded models.")
 ]
+Download = Annotated[bool, loading_option("--download", help="Download the model if needed, without asking.")]
 Quiet = Annotated[bool, output_option("--quiet", "-q", help="Print only errors on stderr.")]
 Json = Annotated[bool, output_option("--json", help="Print JSON instead of text.")]
 Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, stop strings and seed.")]

@@ -18,6 +18,7 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.cli import inputs
 from exl_cli.cli.inputs import ensure
 from exl_cli.cli.options import (
+    Download,
     Json,
     Model,
     ModelsDir,
@@ -25,7 +26,6 @@ from exl_cli.cli.options import (
     SamplingFlags,
     State,
     Verbose,
-    loading_option,
     with_loading,
     with_sampling,
 )
@@ -81,9 +81,7 @@ def run(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-response token.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text \\[random].")] = None,
     models_dir: ModelsDir = None,
-    download: Annotated[
-        bool, loading_option("--download", help="Download the model if needed, without asking.")
-    ] = False,
+    download: Download = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: Json = False,
