@@ -231,7 +231,7 @@ def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> Model
     if difference := tokenizer.difference(Tokenizer(draft.path)):
         raise UsageError(
             f"the vocabulary of the draft model {draft.name} is not that of {info.name}: {difference}",
-            f"take a smaller model of the same family, or leave {param('draft')} away",
+            f"use a smaller model of the same family, or drop {param('draft')}",
         )
     return draft
 

@@ -239,7 +239,7 @@ def test_a_folder_that_is_no_model_is_not_called_damaged(whole: Path, tmp_path: 
         loader.resolve(str(tmp_path))
     for name in ("b", "a"):
         altered(whole, tmp_path / name)
-    with pytest.raises(ModelNotFoundError, match="holds no model itself") as caught:
+    with pytest.raises(ModelNotFoundError, match="is not a model, but contains models") as caught:
         loader.resolve(str(tmp_path))
     assert caught.value.hint == f"give one of them: {tmp_path / 'a'}, {tmp_path / 'b'}"
     (tmp_path / "a" / "config.json").unlink()

@@ -162,10 +162,10 @@ def test_prompts_without_the_stray_token_go_on_working(
 @pytest.mark.parametrize(
     ("architecture", "kind", "said"),
     [
-        ("AyaVisionForConditionalGeneration", "aya_vision", "reads images as well"),
-        ("LlavaNextForConditionalGeneration", "llava_next", "reads images as well"),
-        ("T5ForConditionalGeneration", "t5", "no model that continues a text"),
-        ("OpenAIGPTLMHeadModel", "openai-gpt", "takes no KV cache"),
+        ("AyaVisionForConditionalGeneration", "aya_vision", "is multimodal"),
+        ("LlavaNextForConditionalGeneration", "llava_next", "is multimodal"),
+        ("T5ForConditionalGeneration", "t5", "is not a text-generation model"),
+        ("OpenAIGPTLMHeadModel", "openai-gpt", "has no KV cache"),
     ],
 )
 def test_a_model_of_another_kind_is_called_so(tmp_path: Path, architecture: str, kind: str, said: str) -> None:

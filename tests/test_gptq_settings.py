@@ -159,7 +159,7 @@ EIGHTS, SEVENS, THREES = (torch.full((4, 8), code * 0x11111111).to(torch.int32) 
         ({}, {}, "qzeros", SEVENS.repeat(1, 2), UnsupportedModelError, "layers.1.mlp.up_proj is GPTQ at 8 bits"),
         ({}, {}, "qzeros", SEVENS[1:], DamagedModelError, "qzeros: expected shape [4, 8], found [3, 8]"),
         ({}, {}, "qzeros", None, DamagedModelError, "layers.1.mlp.up_proj.qzeros: the tensor is missing"),
-        ({}, {"desc_act": True}, "g_idx", None, DamagedModelError, "up_proj.g_idx, which tells the order of the rows"),
+        ({}, {"desc_act": True}, "g_idx", None, DamagedModelError, "up_proj.g_idx, which holds the order of the rows"),
         ({"g_idx": "zeros"}, {"desc_act": True}, "bias", None, DamagedModelError, "is zero throughout"),
     ],
 )

@@ -55,10 +55,10 @@ def test_a_config_without_an_architecture_says_what_to_add(folder: Path) -> None
 def test_an_unknown_rope_type_is_named(folder: Path, key: str) -> None:
     rope = {"rope_type": "spiral", "factor": 2.0, "rope_theta": 10000.0}
     change(folder / "config.json", lambda config: (config.pop("rope_parameters", None), config.update({key: rope})))
-    assert "the rope type 'spiral'" in " ".join(exl("show", str(folder)).stdout.split())
+    assert "unknown RoPE type 'spiral'" in " ".join(exl("show", str(folder)).stdout.split())
     run = exl("run", str(folder), "-p", "x", "--engine", "cpu")
     assert run.exit_code == ExitCode.DAMAGED_MODEL
-    assert "names the rope type 'spiral', which transformers does not know; update transformers" in run.stderr
+    assert "names the RoPE type 'spiral', which transformers does not know; update transformers" in run.stderr
 
 
 def test_an_untied_model_without_a_head_is_not_to_be_downloaded_again(gptq_dir: Path, tmp_path: Path) -> None:

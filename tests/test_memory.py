@@ -127,7 +127,7 @@ def test_the_refusal_has_need_free_and_what_would_fit() -> None:
     )
     with pytest.raises(OutOfMemoryError, match=r"3\.0 GiB are free") as caught:
         memory.check(model, 4096, "fp16", [3 * GIB])
-    assert caught.value.hint.startswith("no context fits: take a smaller quantization")
+    assert caught.value.hint.startswith("no context fits: use a smaller quantization")
 
 
 def test_several_cards_add_up_less_what_each_needs_for_itself() -> None:

@@ -87,7 +87,7 @@ BAD_FOLDERS = {
     "deep-header": (lambda path: _write_header(path, "[" * 5000), "has an unreadable header"),
     "endless": (lambda path: _write_header(path, ENDLESS), "describes tensor 'x' in a way that cannot be read"),
     "deep-marker": (lambda path: (path / store.MARKER).write_text("[" * 100_000), "only partly downloaded"),
-    "config-gone": (lambda path: _relink(path / "config.json", Path("../gone.json")), "leads to ../gone.json, which"),
+    "config-gone": (lambda path: _relink(path / "config.json", Path("../gone.json")), "points to ../gone.json, which"),
 }
 ENDLESS = '{"x": {"dtype": "F16", "shape": [1], "data_offsets": [0, 1e400]}}'
 
@@ -115,7 +115,7 @@ def test_list_shows_each_bad_folder_with_its_problem_and_all_the_others(tmp_path
     wanted = {name: problem for name, (_, problem) in BAD_FOLDERS.items()}
     assert list(listed) == ["fable-7m", *sorted([*wanted, "link-gone", "whole"])]
     assert (listed["fable-7m"], listed["whole"]) == (None, None)
-    assert listed["link-gone"] == f"{tmp_path / 'link-gone'} leads to /nowhere/model, which is not there"
+    assert listed["link-gone"] == f"{tmp_path / 'link-gone'} points to /nowhere/model, which does not exist"
     for name, problem in wanted.items():
         assert problem in listed[name]
 

@@ -201,8 +201,8 @@ def test_it_ends_with_its_parent(end):
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ("/nonexistent/python", "failed: no process can be started for it"),
-        ("/bin/false", "failed: the process for it ends while it starts"),
+        ("/nonexistent/python", "failed: the helper process cannot be started"),
+        ("/bin/false", "failed: the helper process ends while starting"),
     ],
 )
 def test_a_python_that_does_not_start_is_said(monkeypatch, python, said):

@@ -1,16 +1,16 @@
-"""The interface of an engine: requests of token ids in, chunks of text out. No prompts, chats or terminals here.
+"""The engine interface: token ids in, chunks of text out. Prompts, chats and terminals live elsewhere.
 
-An engine is stepped by one thread (`api.engine_thread`): requests are added, and each step gives some of them chunks.
-`Request` and `Chunk` are plain data that can be pickled; a request is cancelled by its id.
+One thread steps an engine (`api.engine_thread`): it adds requests, and each step yields chunks for some of them.
+`Request` and `Chunk` are plain, picklable data; a request is cancelled by its id.
 
-Timing rules, the same for every engine, so that their numbers compare:
+All engines measure time alike:
 
-- *prompt* is the evaluation of all prompt tokens but the last, from the call to the moment the device has finished;
-- *response* is one forward pass for each new token (the first of them evaluates the last prompt token), or for several
-  where tokens are proposed and verified, with its sampling and its decoding to text;
-- *time to first token* runs from the call to the moment the first new token has been decoded.
+- *prompt*: prefill of all prompt tokens but the last, from the call until the device has finished;
+- *generation*: the forward passes after that, with sampling and detokenization. The first one takes the last prompt
+  token; each gives one new token, or several when draft tokens are accepted;
+- *time to first token*: from the call until the first new token is decoded.
 
-Loading the model, tokenizing and rendering the prompt are not part of any of them.
+Model loading, tokenization and prompt rendering are not included.
 """
 
 from __future__ import annotations
@@ -30,29 +30,27 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Request:
-    """One generation to run.
+    """One generation request.
 
     Attributes:
         ids: the prompt's token ids, at least one.
-        sampling: how each next token is chosen.
-        max_new_tokens: the most tokens to generate; with 0 the prompt is evaluated, and that is all.
+        sampling: sampler settings.
+        max_new_tokens: most tokens to generate; 0 only evaluates the prompt.
         seed: fixes the random choices: the same request on the same engine gives the same tokens. Exceptions, where two
             tokens nearly tie: requests that share a forward pass with others, and models on the GPU that exl's own
             kernels do not take, since exllamav2's add up in an order that varies.
-        stop_strings: text that ends the generation; it is not part of the output.
-        stop_ids: token ids that end the generation; pass the model's own end-of-sequence ids here.
-        min_new_tokens: until there are so many, no stop id is chosen and text that completes a stop string ends
-            nothing, as in vLLM; such text stays in the output.
-        logit_bias: what is added to the logits of tokens, -100 to 100, after the penalties and before DRY; minus
-            infinity rules a token out.
-        banned_strings: text that never comes, in upper or lower case, special tokens aside. Where it would, generation
-            goes back to before it, and the token that began it is ruled out there. Tokens that may become such text are
-            held back until that is settled.
-        dry_sequence_breakers: text that DRY does not match across; None for exllamav2's (see `dry.dry_breakers`).
-        logprobs: with each new token, its log-probability and those of so many of the likeliest, in the model's own
-            distribution, before any setting; None for none.
-        prompt_logprobs: the same for each token of the prompt but the first; nothing is taken from the prefix cache.
-        cache_salt: prompts of different salts never share what the prefix cache holds.
+        stop_strings: strings that end the generation; not part of the output.
+        stop_ids: token ids that end the generation; pass the model's EOS ids.
+        min_new_tokens: as in vLLM, stop ids are masked until then, and stop strings are ignored and stay in the output.
+        logit_bias: added to logits, -100 to 100, after the penalties and before DRY; -inf bans a token.
+        banned_strings: strings that must not be generated, compared case-insensitively and without special tokens. When
+            one is completed, generation rewinds to its first token, which is banned at that position. Tokens that could
+            begin one are held back.
+        dry_sequence_breakers: strings that DRY does not match across; None for exllamav2's (see `dry.dry_breakers`).
+        logprobs: with each new token, return its log-probability and this many of the most likely ones, from the raw
+            model distribution; None for no log-probabilities.
+        prompt_logprobs: the same for each prompt token but the first; bypasses the prefix cache.
+        cache_salt: requests with different salts never share prefix-cache entries.
     """
 
     ids: Sequence[int]
@@ -72,11 +70,11 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token's log-probability after what came before it, and those of the likeliest in its place.
+    """A token's log-probability, and the most likely alternatives.
 
     Attributes:
-        token_id, logprob: the token's.
-        top: the same of as many of the likeliest tokens as were asked for, likeliest first.
+        token_id, logprob: the token; natural logarithm.
+        top: (token id, logprob) of the requested number of tokens, most likely first.
     """
 
     token_id: int
@@ -86,18 +84,17 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a generation ended and how long its parts took.
+    """How a generation ended, token counts, and timings as the module docstring defines them.
 
     Attributes:
         finish_reason: "stop" (a stop id or stop string), "length" (max_new_tokens) or "cancelled".
         prompt_tokens: tokens of the prompt.
-        reused_tokens: how many of them were found in the KV cache and not computed again.
-        new_tokens: tokens generated, an end-of-sequence token included.
-        prompt_seconds, generation_seconds, first_token_seconds: see the module's timing rules; the last is 0.0
-            where no token came.
-        drafted_tokens: tokens that speculation proposed and a pass computed; 0 without speculation.
-        accepted_tokens: how many of them were what the sampler chose.
-        note: a remark for readers of the numbers, usually empty.
+        reused_tokens: prompt tokens taken from the prefix cache.
+        new_tokens: generated tokens, including EOS.
+        prompt_seconds, generation_seconds, first_token_seconds: the last is 0.0 if no token was generated.
+        drafted_tokens: draft tokens verified in forward passes; 0 without speculation.
+        accepted_tokens: draft tokens that matched the sampler's choice.
+        note: a remark on the numbers, usually empty.
     """
 
     finish_reason: FinishReason
@@ -113,12 +110,12 @@ class Summary:
 
     @property
     def prompt_rate(self) -> float:
-        """Prompt tokens per second, those reused left out; 0.0 where nothing was timed."""
+        """Prefill speed in tokens per second, without reused tokens; 0.0 if nothing was timed."""
         return _rate(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
 
     @property
     def generation_rate(self) -> float:
-        """New tokens per second; 0.0 where nothing was timed."""
+        """Decode speed in tokens per second; 0.0 if nothing was timed."""
         return _rate(self.new_tokens, self.generation_seconds)
 
 
@@ -128,14 +125,14 @@ def _rate(tokens: int, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a generation, in order.
+    """A piece of a generation.
 
     Attributes:
-        text: whole characters only, possibly none; the chunks' texts joined are the output.
-        token_ids: the new tokens since the last chunk; text may lag behind them by a held-back character.
-        summary: on the last chunk, and only there.
-        logprobs: of each of `token_ids`, where they were asked for.
-        prompt_logprobs: on the first chunk, where they were asked for: of each token of the prompt but the first.
+        text: complete characters, possibly none. The output is the concatenation of all chunks' texts.
+        token_ids: new tokens since the last chunk. The text may lag behind by an incomplete character.
+        summary: set on the last chunk only.
+        logprobs: for each of `token_ids`, if requested.
+        prompt_logprobs: on the first chunk, if requested: for each prompt token but the first.
     """
 
     text: str
@@ -145,17 +142,17 @@ class Chunk:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-# A request's id with a chunk of its response, or with the exception that ended it.
+# A request's id, and a chunk of its response or the exception that ended it.
 Event = tuple[int, "Chunk | BaseException"]
 
 
 class Engine(Protocol):
-    """A loaded model. One thread at a time calls `add`, `step`, `logits` and `close`; the rest may be called from any.
+    """A loaded model. `add`, `step`, `logits` and `close` belong to one thread at a time; the rest is thread-safe.
 
     Attributes:
-        name: "exllamav2", "cpu" or another engine's own name.
-        context_length: the most tokens, prompt and response together, that it can hold.
-        max_batch: the most requests that may be under way at once.
+        name: "exllamav2", "cpu", or another engine's name.
+        context_length: most tokens per request, prompt plus response.
+        max_batch: most requests in flight.
     """
 
     name: str
@@ -164,61 +161,63 @@ class Engine(Protocol):
 
     @property
     def facts(self) -> dict[str, str]:
-        """Device, dtype, attention, cache and the like, in words, as things stand: for reports."""
+        """Device, dtype, attention backend, cache and the like, for reports."""
         ...
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run.
 
         Raises:
-            PromptError: it is empty, does not fit, or has a token that the model does not know.
-            UsageError: another field that makes no sense, such as a bias of a token that the model does not know.
+            PromptError: the prompt is empty, does not fit, or has a token id outside the vocabulary.
+            UsageError: another field is invalid.
         """
         ...
 
     def add(self, request_id: int, request: Request) -> None:
-        """Take up a request that `check` has passed; at most `max_batch` are under way.
+        """Start a request that `check` accepted, with at most `max_batch` in flight.
 
         Raises:
-            UsageError: for a sampling field that this engine does not have.
+            UsageError: a sampler setting that this engine does not support.
         """
         ...
 
     def cancel(self, request_id: int) -> None:
-        """End a request with finish reason "cancelled", in the step under way where that can be cut short, else in the
-        next one. Does nothing for a request that has ended."""
+        """End a request with finish reason "cancelled", in this step if it can be interrupted, else in the next.
+
+        Ignored for a request that has ended.
+        """
         ...
 
     def step(self) -> Iterable[Event]:
-        """Do the next piece of work for the requests under way. A request's last chunk carries its summary."""
+        """Advance the requests in flight, by a forward pass as a rule. A request's last chunk carries its summary."""
         ...
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Float32 logits of every position, on the CPU: shape (len(ids), vocabulary)."""
+        """Logits of every position: float32 on the CPU, [len(ids), vocabulary]."""
         ...
 
     def memory(self) -> list[DeviceMemory]:
-        """The GPUs in use; empty where the engine uses none."""
+        """Memory reserved on each GPU in use; empty on the CPU."""
         ...
 
     def close(self) -> None:
-        """Give the memory back. The engine cannot be used afterwards; closing twice is fine."""
+        """Free the model's memory. Idempotent; the engine cannot be used afterwards."""
         ...
 
 
 @runtime_checkable
 class CachedScoring(Protocol):
-    """An engine whose KV cache may be quantized, which changes the logits that are computed from it."""
+    """An engine whose KV cache may be quantized, which affects its logits."""
 
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
-        """`Engine.logits`, `step` tokens a forward pass, so that earlier keys and values come from the cache."""
+        """`Engine.logits` with `step` tokens per forward pass, reading earlier keys and values back from the cache."""
         ...
 
 
 @runtime_checkable
 class PagedCache(Protocol):
-    """An engine whose KV cache consists of pages."""
+    """An engine with a paged KV cache."""
 
     def pages(self) -> tuple[int, int]:
-        """How many pages requests hold, and how many there are; may be called from any thread."""
+        """Pages held by requests, and pages in total. Thread-safe."""
         ...

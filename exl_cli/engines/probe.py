@@ -1,7 +1,4 @@
-"""What a device can do: how fast it reads memory and multiplies matrices, and how long it computes.
-
-Measured with torch, in the process and on the device that are being benchmarked.
-"""
+"""Measure a device with torch: memory bandwidth, matrix throughput, and busy time of the GPUs."""
 
 from __future__ import annotations
 
@@ -14,24 +11,23 @@ import torch
 _LARGEST_BUFFER = 2**30
 _SMALLEST_BUFFER = 2**20
 _ROUND_SECONDS = 0.03
-_MOST_ROUNDS, _CALM_ROUNDS = 40, 3
+_MAX_ROUNDS, _PATIENCE = 40, 3
 
 
 def bandwidth(device: str, size: int) -> tuple[float, int]:
-    """How fast a device goes through a buffer.
+    """Measure memory bandwidth: the better of a sum over a buffer and a copy from one half to the other.
 
-    The better of two ways: a sum over it, and a copy of one half to the other (which counts both). Buffers that fit
-    into a cache are as fast as the cache is, as the weights of a model of that size would be.
+    A buffer that fits into a cache measures the cache, which is what a model of that size would see too.
 
     Args:
-        device: torch's name for it.
-        size: bytes of the buffer; at most 1 GiB are used.
+        device: torch's device name.
+        size: bytes of the buffer, between 1 MiB and 1 GiB.
 
     Returns:
-        Bytes per second, and the bytes of the buffer.
+        Bytes per second (a copy counts reads and writes), and the bytes of the buffer used.
 
     Raises:
-        RuntimeError: no memory for the buffer (torch.cuda.OutOfMemoryError on a GPU).
+        RuntimeError: out of memory (torch.cuda.OutOfMemoryError on a GPU).
     """
     words = min(max(size, _SMALLEST_BUFFER), _LARGEST_BUFFER) // 8 * 2
     buffer = torch.ones(words, dtype=torch.float32, device=device)
@@ -41,22 +37,20 @@ def bandwidth(device: str, size: int) -> tuple[float, int]:
 
 
 def matrix_rate(device: str, dtype: str) -> float:
-    """Multiplications and additions per second of a square matrix product: 8,192 rows on a GPU, 1,024 on a CPU.
+    """Floating point operations per second of a square matmul, of size 8192 on a GPU and 1024 on a CPU.
 
     Raises:
-        RuntimeError: no memory for the matrices (torch.cuda.OutOfMemoryError on a GPU).
+        RuntimeError: out of memory (torch.cuda.OutOfMemoryError on a GPU).
     """
     rows = 1024 if device == "cpu" else 8192
     kind = getattr(torch, dtype)
-    # Random numbers: a GPU takes less power for zeros, and clocks higher than it could with a model.
+    # Random data: with zeros a GPU draws less power and clocks higher than it does for a model.
     left, right = (torch.randn(rows, rows, device=device, dtype=kind) for _ in range(2))
     return _rate(lambda: torch.matmul(left, right), device) * 2 * rows**3
 
 
 def _rate(work: Callable[[], Any], device: str) -> float:
-    """Calls per second in the best round: whatever disturbs a round only makes it slower, so it goes on until three in
-    a row have brought nothing better.
-    """
+    """Calls per second in the best round. Noise only ever slows a round down, so stop after three without a gain."""
     synchronize: Callable[[], Any] = (lambda: None) if device == "cpu" else torch.cuda.synchronize
     with torch.inference_mode():
         work()
@@ -65,28 +59,28 @@ def _rate(work: Callable[[], Any], device: str) -> float:
         work()
         synchronize()
         calls = max(1, int(_ROUND_SECONDS / max(time.perf_counter() - start, 1e-9)))
-        best, calm = 0.0, 0
-        for _ in range(_MOST_ROUNDS):
+        best, without_gain = 0.0, 0
+        for _ in range(_MAX_ROUNDS):
             start = time.perf_counter()
             for _ in range(calls):
                 work()
             synchronize()
             rate = calls / (time.perf_counter() - start)
-            calm = 0 if rate > 1.01 * best else calm + 1
+            without_gain = 0 if rate > 1.01 * best else without_gain + 1
             best = max(best, rate)
-            if calm == _CALM_ROUNDS:
+            if without_gain == _PATIENCE:
                 break
     return best
 
 
 class KernelClock:
-    """How long the GPUs compute between `start` and `stop`, by torch's profiler; it slows the CPU down meanwhile."""
+    """GPU busy time between `start` and `stop`, from torch's profiler, which slows the CPU down."""
 
     def __init__(self) -> None:
         self._profiler: Any = None
 
     def start(self) -> None:
-        """Begin. Where the GPU cannot be traced, `stop` gives None."""
+        """Start tracing; if the GPU cannot be traced, `stop` returns None."""
         try:
             torch.cuda.synchronize()
             self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
@@ -95,7 +89,7 @@ class KernelClock:
             self._profiler = None
 
     def stop(self) -> tuple[float, int] | None:
-        """Seconds in which at least one kernel or copy ran, and how many there were."""
+        """Seconds during which at least one kernel or copy ran, and the number of kernels and copies."""
         if self._profiler is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""From the tokens that an engine computes to a response: decoding, stop strings, the end, the timings."""
+"""Turn an engine's tokens into a response: detokenization, stop conditions, timings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from exl_cli.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass of an engine gave.
+    """Result of one forward pass for a request.
 
     Attributes:
-        token_ids: new tokens, in order; none while the prompt is being evaluated.
-        prompt_seconds: set once, on the first step after the prompt was evaluated and the device had finished.
-        reused_tokens: with prompt_seconds: prompt tokens whose keys and values were still in the cache.
+        token_ids: new tokens; none during prefill.
+        prompt_seconds: set once, on the first step after prefill.
+        reused_tokens: set with prompt_seconds: prompt tokens taken from the KV cache.
         drafted_tokens, accepted_tokens: of this pass; see `base.Summary`.
-        note: what the summary should say, as far as it can be told by now; None for what it said before.
-        logprobs: of each token, where asked for.
-        prompt_logprobs: with prompt_seconds, where asked for: of each token of the prompt but the first.
+        note: replaces the summary's note; None keeps it.
+        logprobs: for each token, if requested.
+        prompt_logprobs: set with prompt_seconds, if requested: for each prompt token but the first.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -39,60 +39,58 @@ class Step:
 
 
 class Decoder(Protocol):
-    """Turns tokens into text one at a time, holding back incomplete characters."""
+    """Incremental detokenizer; holds incomplete characters back."""
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; special tokens have none."""
+        """The text this token completes; empty for special tokens."""
         ...
 
     def special(self, token_id: int) -> str:
-        """A special token as it is written in text; empty for any other token."""
+        """A special token's text; empty for any other token."""
         ...
 
 
 class StopScanner:
-    """Finds the first stop string in a stream of text, holding back what may still become one.
+    """Finds the earliest stop string in streamed text; holds back text that may begin one.
 
-    Of several stop strings the one that begins first wins; of those that begin together, the longest already complete.
-    Hidden text, that of special tokens, is searched as well but never output: a stop string may be a special token, or
-    hold some.
+    Special tokens are pushed as hidden text: never output, but searched, since a stop string may contain them.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self._hidden: list[bool] = []  # of each held character
-        self._ignored = 0  # of the held characters the first so many complete no stop string
+        self._hidden: list[bool] = []  # for each held character
+        self._ignored = 0  # a stop string may not end within the first so many held characters
 
     def push(self, text: str, *, hidden: bool = False, ignored: bool = False) -> tuple[str, bool]:
-        """Text that is certain to be output, and whether a stop string was met; ignored text completes none."""
+        """Add text; return what can be output now, and whether a stop string ends in it (never in `ignored` text)."""
         if not self._stops:
             return "" if hidden else text, False
         self._held += text
         self._hidden += [hidden] * len(text)
         if ignored:
             self._ignored = len(self._held)
-        ends = ((stop, max(self._ignored + 1 - len(stop), 0)) for stop in self._stops)
-        places = [at for stop, begin in ends if (at := self._held.find(stop, begin)) >= 0]
-        if places:
-            out = self._release(min(places))
+        begins = ((stop, max(self._ignored + 1 - len(stop), 0)) for stop in self._stops)
+        starts = [start for stop, begin in begins if (start := self._held.find(stop, begin)) >= 0]
+        if starts:
+            out = self._release(min(starts))
             self._held, self._hidden = "", []
             return out, True
         return self._release(len(self._held) - max(self._overlap(stop) for stop in self._stops)), False
 
     def flush(self) -> str:
-        """What was held back: no stop string came of it."""
+        """Output what is held back, at the end of the text."""
         return self._release(len(self._held))
 
     def _release(self, count: int) -> str:
-        """Output the first `count` held characters, those that are not hidden."""
+        """Remove the first `count` held characters and return those not hidden."""
         text, hidden = self._held[:count], self._hidden[:count]
         self._held, self._hidden = self._held[count:], self._hidden[count:]
         self._ignored = max(self._ignored - count, 0)
         return "".join(char for char, is_hidden in zip(text, hidden, strict=True) if not is_hidden)
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins this stop string."""
+        """Length of the longest proper prefix of `stop` that the held text ends with."""
         for size in range(min(len(stop) - 1, len(self._held)), 0, -1):
             if self._held.endswith(stop[:size]):
                 return size
@@ -100,7 +98,7 @@ class StopScanner:
 
 
 def check_can_fit(least_tokens: int, context_length: int, *, counted: str = " or more") -> None:
-    """Refuse a text that cannot fit before it is tokenized; see `Tokenizer.least_tokens`.
+    """Refuse a text that cannot fit, before tokenizing it; see `Tokenizer.least_tokens`.
 
     Raises:
         ContextLengthError: with both numbers.
@@ -114,26 +112,22 @@ def check_can_fit(least_tokens: int, context_length: int, *, counted: str = " or
 
 
 def check_fits(prompt_tokens: int, context_length: int) -> None:
-    """Refuse a prompt without tokens, or one that leaves no room for a single new token.
-
-    Raises:
-        PromptError: with both numbers.
-    """
+    """Raise PromptError for a prompt without tokens, or one that leaves no room for a new token."""
     if prompt_tokens == 0:
         raise PromptError("the prompt has no tokens", f"give some text with {param('prompt')}")
     check_can_fit(prompt_tokens, context_length, counted="")
 
 
 def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
-    """Refuse a prompt with a token that the model has no embedding for, as a stray token added to a tokenizer is.
+    """Refuse token ids without an embedding; some tokenizers define more tokens than the model has.
 
     Args:
         ids: the prompt.
-        rows: embeddings of the model.
-        tokenizer: what made the ids.
+        rows: number of the model's embeddings.
+        tokenizer: for the token's name.
 
     Raises:
-        PromptError: with the first such token.
+        PromptError: naming the first such token.
     """
     if max(ids, default=0) >= rows:
         first = next(id_ for id_ in ids if id_ >= rows)
@@ -144,11 +138,7 @@ def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
 
 
 def check_settings(request: Request, rows: int) -> None:
-    """Refuse what a request says of its new tokens if it makes no sense.
-
-    Args:
-        request: what was asked for.
-        rows: logits that the model computes.
+    """Validate logit_bias, min_new_tokens, logprobs and banned_strings; `rows` is the number of logits.
 
     Raises:
         UsageError: naming the field.
@@ -175,21 +165,21 @@ def check_settings(request: Request, rows: int) -> None:
 
 
 def new_token_limit(request: Request, context_length: int) -> int:
-    """The most tokens that a request can get."""
+    """`max_new_tokens`, capped by the context."""
     return min(request.max_new_tokens, context_length - len(request.ids))
 
 
 class Response:
-    """The response to one request: text in chunks, the end, and the timings (see `base` for their rules).
+    """Builds the chunks and the summary of one request from its steps.
 
     Args:
-        request: what to generate.
-        decoder: decodes the new tokens.
-        context_length: the most tokens that prompt and response may have together.
+        request: the request.
+        decoder: decoder for the new tokens.
+        context_length: most tokens of prompt and response.
 
     Attributes:
-        max_new_tokens: the most tokens that will be taken.
-        ended: whether a stop id, a stop string or the limit was met.
+        max_new_tokens: most tokens that will be taken.
+        ended: whether a stop id, a stop string or the token limit was reached.
     """
 
     def __init__(self, request: Request, decoder: Decoder, context_length: int) -> None:
@@ -205,7 +195,7 @@ class Response:
         self._note = ""
 
     def take(self, step: Step) -> list[Chunk]:
-        """The chunks that a step gives; the last of them has the summary once `ended` is true."""
+        """The chunks for a step; once `ended`, the last one carries the summary."""
         if step.prompt_seconds is not None:
             self._prompt_seconds, self._reused = step.prompt_seconds, step.reused_tokens
         self._drafted += step.drafted_tokens
@@ -222,13 +212,13 @@ class Response:
         return [*chunks, self._end()] if self.ended else chunks
 
     def finish(self, *, cancelled: bool = False) -> Chunk:
-        """The last chunk of a response that gets no further tokens."""
+        """The last chunk of a response that ends without reaching a stop condition."""
         if cancelled:
             self._reason = "cancelled"
         return self._end()
 
     def _decode(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> list[Chunk]:
-        """Chunks of as many of these tokens as count. A special token ends its chunk: its place is known so."""
+        """Decode tokens up to the first stop condition. A special token ends its chunk, to show where it stands."""
         chunks: list[Chunk] = []
         token_ids = token_ids[: self.max_new_tokens - self._count]
         begin, text = 0, ""
@@ -269,9 +259,9 @@ class Response:
 
 
 class GeneratorEngine(ABC):
-    """An engine that computes each request with a generator of steps; the requests under way take turns.
+    """An engine that runs each request as a generator of steps, round-robin.
 
-    A subclass gives `name`, `context_length` and what else `base.Engine` asks for.
+    A subclass provides `name`, `context_length` and the rest of `base.Engine`.
     """
 
     context_length: int
@@ -283,34 +273,30 @@ class GeneratorEngine(ABC):
 
     @abstractmethod
     def _decoder(self, request: Request) -> Decoder:
-        """Decodes the new tokens of a request."""
+        """A decoder for a request's new tokens."""
 
     @abstractmethod
     def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
-        """Compute a request. The generator is closed once no more is wanted.
+        """Run a request. The generator is closed when the response has ended.
 
         Args:
-            request: what to generate.
-            is_cancelled: whether it has been cancelled; for work that can be cut short inside a step, by returning.
+            request: the request.
+            is_cancelled: lets long steps check for cancellation and return early.
         """
 
     def check(self, request: Request) -> None:
-        """See `base.Engine.check`."""
         check_fits(len(request.ids), self.context_length)
 
     def add(self, request_id: int, request: Request) -> None:
-        """See `base.Engine.add`."""
         response = Response(request, self._decoder(request), self.context_length)
         steps = self._steps(request, lambda: request_id in self._cancelled)
         self._responses[request_id] = response, steps
 
     def cancel(self, request_id: int) -> None:
-        """See `base.Engine.cancel`."""
         if request_id in self._responses:
             self._cancelled.add(request_id)
 
     def step(self) -> Iterable[Event]:
-        """See `base.Engine.step`."""
         for request_id, (response, steps) in list(self._responses.items()):
             chunks: list[Chunk | BaseException] = []
             try:

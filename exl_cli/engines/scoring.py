@@ -1,4 +1,4 @@
-"""Whether an engine computes what its model means: log-likelihoods of a text, and how another engine's choices fare."""
+"""Quality metrics: log-likelihoods, perplexity, logit gaps of another engine's tokens, distance of logits."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import torch
 
 from exl_cli.engines.base import CachedScoring
 
-# Rows whose log-softmax is taken at a time, so that no second copy of a window's logits is needed.
+# Rows per log-softmax, to avoid a second copy of all logits.
 _ROWS = 64
-# Tokens a pass.
+# Tokens per forward pass.
 _STEP = 2048
 
 
 def log_likelihoods(engine: CachedScoring, ids: Sequence[int], count: int, step: int) -> list[float]:
-    """Natural logarithms of the probabilities that a model gives to the last tokens of a text.
+    """Log-likelihoods, in nats, of the last tokens of a text.
 
     Args:
         engine: a loaded model.
         ids: the text's token ids.
-        count: how many of its last tokens, at most len(ids) - 1.
-        step: tokens a pass where the engine's cache may be quantized, so that keys and values come out of it as they
-            do while generating; elsewhere all are evaluated at once.
+        count: number of tokens to score, at most len(ids) - 1.
+        step: tokens per forward pass. Small steps read keys and values back from a quantized cache, as decoding does.
 
     Returns:
         `count` numbers, at most 0.
@@ -38,12 +37,7 @@ def log_likelihoods(engine: CachedScoring, ids: Sequence[int], count: int, step:
 
 
 def perplexity(engine: CachedScoring, ids: Sequence[int]) -> float:
-    """How many tokens the model hesitates between at each token of a text, on average; NaN where it computes none.
-
-    Args:
-        engine: a loaded model.
-        ids: the text's token ids, at least two.
-    """
+    """Perplexity of a text of at least two tokens; NaN if the model computes NaN or infinities."""
     values = log_likelihoods(engine, ids, len(ids) - 1, _STEP)
     mean = sum(values) / len(values)
     if not math.isfinite(mean):
@@ -52,13 +46,12 @@ def perplexity(engine: CachedScoring, ids: Sequence[int]) -> float:
 
 
 def shortfalls(engine: CachedScoring, ids: Sequence[int], count: int) -> list[float]:
-    """How far below the engine's own first choice each of the last tokens is: 0 for its choice, else a difference of
-    logits.
+    """For each of the last tokens, the engine's top logit minus that token's logit; 0 if it is the engine's choice.
 
     Args:
         engine: a loaded model.
         ids: prompt and response.
-        count: the response's tokens, at the end of `ids`.
+        count: tokens of the response.
     """
     logits = engine.cached_logits(ids, len(ids))[len(ids) - 1 - count : len(ids) - 1].float()
     chosen = torch.tensor(list(ids[len(ids) - count :]))[:, None]
@@ -67,14 +60,13 @@ def shortfalls(engine: CachedScoring, ids: Sequence[int], count: int) -> list[fl
 
 
 def distance(logits: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """How far logits are from those of a reference.
+    """Compare logits with those of a reference.
 
     Args:
-        logits, reference: of the same positions; where one has more columns than the other, these are padding.
+        logits, reference: [positions, vocabulary]; extra columns of the wider one are padding.
 
     Returns:
-        The L2 norm of their difference, relative to the reference's, and the Kullback-Leibler divergence of the
-        distributions from the reference's, in nats, on average over the positions.
+        Relative L2 error, and KL(reference || logits) in nats, averaged over positions.
     """
     width = min(logits.shape[-1], reference.shape[-1])
     logits, reference = logits[:, :width].float(), reference[:, :width].float()

@@ -1,9 +1,9 @@
-"""What each architecture computes, read once from config.json: for engines that do not ask transformers.
+"""Translate config.json into an `Architecture`, the description of a text model that the GPU engine builds from.
 
-exllamav2's own tables are wrong in places and read some keys only (its 0.3.2 takes layer norm for Qwen 3's heads, no
-window for Mistral, no `rope_parameters`). So nothing is left to them: `read` translates config.json into an
-`Architecture`, and refuses by name what it cannot translate. A key that changes what is computed and that the
-architecture's reader does not know is refused, too. The expected values in the tests are transformers' in float32.
+exllamav2 0.3.2's own tables are incomplete (layer norm for Qwen 3's heads, no sliding window for Mistral, no
+`rope_parameters`), so we use none of them. A wrong reading would give fluent nonsense, so `read` rejects any key or
+tensor that could change the computation and that the architecture's reader does not handle. The tests compare with
+transformers in float32.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RotaryStyle = Literal["halves", "pairs", "none"]
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of an MLP.
+    """A mixture of experts (MoE) in place of the MLP.
 
     Attributes:
-        count, per_token: experts of a layer, and how many of them a token goes through.
-        inner: width of one.
-        normalized: whether the weights of a token's experts are made to add up to 1.
-        dense: layers that have an ordinary MLP instead.
+        count, per_token: experts per layer, and how many of them each token is routed to.
+        inner: intermediate size of one expert.
+        normalized: whether the routing weights of a token are normalized to sum to 1.
+        dense: indices of layers with an ordinary MLP.
     """
 
     count: int
@@ -42,30 +42,30 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a text model computes.
+    """A text model's dimensions and everything else that determines its forward pass.
 
     Attributes:
-        hidden, layers, heads, kv_heads, head_dim, inner, vocabulary: dimensions; `inner` is the MLP's.
-        norm, norm_eps, norm_offset: the layers' norms; the offset is added to their weights.
-        norms: the layers' norms by what they are before and after (attention, after it, MLP, after it), each a
-            tensor's name in a layer, or empty.
-        head_norm: of queries and keys, None for none.
-        parallel: attention and MLP read the same normed states.
-        activation: "silu" or "gelu"; `gated` says whether it gates another product.
-        rotary: which values of a head are a pair: "halves" (i and i + dim / 2), "pairs" (2i and 2i + 1).
-        ropes: of each layer, None where it has no rotary embedding.
-        windows: keys that a query of each layer sees, itself included; 0 for all.
-        learned_positions: positions that have an embedding of their own; 0 for none.
-        attention_scale: factor on the dot products.
-        attention_softcap, logit_softcap: see `causal_attention`; 0 for none.
-        embedding_scale, residual_scale, logit_scale: factors on the embeddings, on what each half of a layer adds, and
-            on the logits.
-        wide_residual: hidden states pass float16's range.
-        normalized_head: rows of the head are scaled to length 1.
+        hidden, layers, heads, kv_heads, head_dim, inner, vocabulary: sizes; `inner` is the MLP's intermediate size.
+        norm, norm_eps, norm_offset: type, epsilon, and a constant added to the norms' weights (1 for Gemma).
+        norms: names of a layer's norms before attention, after attention, before the MLP, after the MLP; empty if
+            there is none.
+        head_norm: norm applied to each query and key head; None if there is none.
+        parallel: attention and MLP both read the same normed hidden states.
+        activation: "silu" or "gelu"; `gated` for a gated MLP (act(gate) * up).
+        rotary: which elements of a head RoPE rotates together: "halves" (i and i + dim / 2) or "pairs" (2i and 2i + 1).
+        ropes: one per layer; None for a layer without RoPE.
+        windows: one sliding window per layer, in tokens, including the query's own; 0 for full attention.
+        learned_positions: number of learned position embeddings; 0 for none.
+        attention_scale: multiplies the query-key products.
+        attention_softcap, logit_softcap: cap * tanh(x / cap) on attention scores and logits; 0 for none.
+        embedding_scale, residual_scale, logit_scale: multiply the embeddings, each block's output before it is added
+            to the residual, and the logits.
+        wide_residual: the residual stream overflows float16 and is kept in float32.
+        normalized_head: rows of the output head are scaled to unit length.
         experts: None for an ordinary MLP.
-        names: how tensors are called: (pattern, replacement) pairs that lead to Llama's names.
-        fused: tensors that hold several, see `Fused`.
-        transposed: whether unquantized matrices are stored input by output.
+        names: (pattern, replacement) pairs that turn tensor names into Llama's.
+        fused: tensors that concatenate several of Llama's; see `Fused`.
+        transposed: unquantized matrices are stored as [inputs, outputs].
     """
 
     hidden: int
@@ -102,17 +102,17 @@ class Architecture:
     transposed: bool = False
 
     def rope_switches(self, context: int) -> list[int]:
-        """Lengths of a sequence up to `context` beyond which its rotary embeddings are others; see `Rope.switches`."""
+        """Sequence lengths, up to `context`, at which any layer's RoPE frequencies change; see `Rope.switches`."""
         return sorted({length for rope in self.ropes if rope for length in rope.switches(context)})
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A tensor whose outputs are those of several.
+    """A matrix that concatenates several of Llama's along its outputs, such as a QKV projection.
 
     Attributes:
-        name: in a layer.
-        parts: the tensors' names in a layer, with the outputs of each, in their order.
+        name: its name within a layer.
+        parts: name of each Llama matrix within a layer, and the ranges of output rows that make it up, in order.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Fused:
 
 
 class _Keys:
-    """config.json's text part, with a record of which keys were asked for."""
+    """The text model's part of config.json. Records which keys were read: the others are checked afterwards."""
 
     def __init__(self, info: ModelInfo) -> None:
         nested = info.config.get("text_config")
@@ -129,20 +129,20 @@ class _Keys:
         self._config = info.config
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The value of the first name that has one, or what its class takes for granted."""
+        """The first of these keys with a value, in config.json or in its model type's defaults."""
         self.read.update(names)
         values = (value_of(self._config, name) for name in names)
         return next((value for value in values if value is not None), default)
 
     def whole(self, *names: str, default: int | None = None) -> int:
-        """The same, for a whole number of at least 1."""
+        """`get` for a positive integer."""
         value = self.get(*names, default=default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise _NotComputedError(f"{names[0]} is {value!r}")
         return value
 
     def number(self, *names: str, default: float) -> float:
-        """The same, for a finite number."""
+        """`get` for a finite number."""
         value = self.get(*names, default=default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
             raise _NotComputedError(f"{names[0]} is {value!r}")
@@ -150,14 +150,14 @@ class _Keys:
 
 
 class _NotComputedError(Exception):
-    """With what is not computed, in a few words."""
+    """Names a feature of the model that the GPU engine does not implement."""
 
 
 def read(info: ModelInfo) -> Architecture:
-    """What a model computes.
+    """Read a model's architecture from its config.json and tensor names.
 
     Raises:
-        UnsupportedModelError: it is not known how to compute it; the message says what.
+        UnsupportedModelError: the architecture or one of its features is not implemented; the message names it.
     """
     reader = _READERS.get(info.architecture)
     if reader is None:
@@ -178,9 +178,9 @@ def read(info: ModelInfo) -> Architecture:
     return architecture
 
 
-# --- what all have in common --------------------------------------------------------------------------------------
+# --- defaults, windows --------------------------------------------------------------------------------------------
 
-# exllamav2's kernels compute the tanh form for both; the largest difference between the two is 0.0005.
+# exllamav2's kernels use the tanh approximation for every GELU; it is off by 0.0005 at most.
 _ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {
     "silu": "silu",
     "swish": "silu",
@@ -205,27 +205,27 @@ def _base(
     windows: Callable[[_Keys, int], list[int]] | None = None,
     tied: bool = False,
 ) -> Architecture:
-    """What Llama computes, with what differs in other classes' defaults.
+    """A Llama-like architecture. The keyword arguments are the defaults of the model's class in transformers.
 
     Args:
-        norm, eps, default_eps: the norm, the keys of its epsilon, and the class's default.
+        norm, eps, default_eps: type of norm, the keys of its epsilon, and the default.
         theta, local_theta, partial: see `ropes`.
-        activation, head_dim, tied: the class's defaults.
-        windows: reads the layers' windows; None for no window.
+        activation, head_dim, tied: defaults.
+        windows: reads the sliding window of each layer; None for full attention.
     """
     hidden = keys.whole("hidden_size", "n_embd", "d_model")
     layers = keys.whole("num_hidden_layers", "n_layer", "n_layers")
     heads = keys.whole("num_attention_heads", "n_head", "n_heads", default=1)
     head_dim = keys.whole("head_dim", default=head_dim or hidden // heads)
-    spans = windows(keys, layers) if windows else [0] * layers
-    longest = context_length_of(keys.text)
+    layer_windows = windows(keys, layers) if windows else [0] * layers
+    context_length = context_length_of(keys.text)
     for name in ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor"):
         keys.get(name)
-    each = ropes(keys.text, head_dim, longest, theta=theta, local_theta=local_theta, partial=partial)
-    called = keys.get("hidden_activation", "hidden_act", "activation_function", default=activation)
-    if called not in _ACTIVATIONS:
-        raise _NotComputedError(f"the activation {called!r}")
-    keys.get("attention_bias", "mlp_bias", "bias")  # the tensors say it
+    by_kind = ropes(keys.text, head_dim, context_length, theta=theta, local_theta=local_theta, partial=partial)
+    act = keys.get("hidden_activation", "hidden_act", "activation_function", default=activation)
+    if act not in _ACTIVATIONS:
+        raise _NotComputedError(f"the activation {act!r}")
+    keys.get("attention_bias", "mlp_bias", "bias")  # the bias tensors themselves decide
     return Architecture(
         hidden=hidden,
         layers=layers,
@@ -236,9 +236,9 @@ def _base(
         vocabulary=keys.whole("vocab_size"),
         norm=norm,
         norm_eps=keys.number(*eps, default=default_eps),
-        activation=_ACTIVATIONS[called],
-        ropes=tuple(each.get(SLIDING if window else FULL) or each[FULL] for window in spans),
-        windows=tuple(spans),
+        activation=_ACTIVATIONS[act],
+        ropes=tuple(by_kind.get(SLIDING if window else FULL) or by_kind[FULL] for window in layer_windows),
+        windows=tuple(layer_windows),
         attention_scale=head_dim**-0.5,
         tied=bool(keys.get("tie_word_embeddings", default=tied)),
     )
@@ -256,22 +256,22 @@ def _window(keys: _Keys, default: int | None = None) -> int:
 
 
 def _everywhere(default: int | None = None) -> Callable[[_Keys, int], list[int]]:
-    """One window for all layers, as of Mistral."""
+    """The same window in all layers (Mistral)."""
     return lambda keys, layers: [_window(keys, default)] * layers
 
 
 def _by_kind(keys: _Keys, layers: int, window: int, kinds: list[bool]) -> list[int]:
-    """The window where a layer's kind in `layer_types`, or else in `kinds`, is to have one."""
-    named = keys.get("layer_types")
-    if named is not None:
-        if not isinstance(named, list) or len(named) != layers or not {*named} <= {FULL, SLIDING}:
+    """`window` for layers that `layer_types` calls sliding; without `layer_types`, for those marked in `kinds`."""
+    layer_types = keys.get("layer_types")
+    if layer_types is not None:
+        if not isinstance(layer_types, list) or len(layer_types) != layers or not {*layer_types} <= {FULL, SLIDING}:
             raise _NotComputedError("layer_types of this model")
-        kinds = [name == SLIDING for name in named]
-    return [window if slides else 0 for slides in kinds]
+        kinds = [name == SLIDING for name in layer_types]
+    return [window if sliding else 0 for sliding in kinds]
 
 
 def _alternating(pattern: int) -> Callable[[_Keys, int], list[int]]:
-    """A window in all but every so manyth layer, as of Gemma and Cohere."""
+    """Sliding windows, with full attention in every `pattern`-th layer (Gemma, Cohere 2)."""
 
     def windows(keys: _Keys, layers: int) -> list[int]:
         period = keys.whole("sliding_window_pattern", default=pattern)
@@ -282,7 +282,7 @@ def _alternating(pattern: int) -> Callable[[_Keys, int], list[int]]:
 
 
 def _from_a_layer_on(keys: _Keys, layers: int) -> list[int]:
-    """Qwen's: only where `use_sliding_window` says so, and from `max_window_layers` on."""
+    """Qwen 2 and 3: sliding windows from layer `max_window_layers` on, if `use_sliding_window` is set."""
     window = _window(keys, 4096) if keys.get("use_sliding_window", default=False) else 0
     first = keys.get("max_window_layers", default=28)
     keys.read.add("sliding_window")
@@ -299,7 +299,7 @@ def _qwen_moe_windows(keys: _Keys, layers: int) -> list[int]:
 
 
 def _llama(keys: _Keys) -> Architecture:
-    keys.get("pretraining_tp")  # a way to split the same products
+    keys.get("pretraining_tp")  # splits the matmuls, with the same result
     return _base(keys)
 
 
@@ -378,7 +378,7 @@ def _gemma3(keys: _Keys) -> Architecture:
 
 def _gemma_23(keys: _Keys, base: Architecture, attention: float | None, logits: float | None) -> Architecture:
     _refuse_bidirectional(keys)
-    keys.get("sliding_window_size")  # published beside sliding_window, and read by nobody
+    keys.get("sliding_window_size")  # duplicates sliding_window; transformers does not read it
 
     def cap(name: str, default: float | None) -> float:
         keys.read.add(name)
@@ -411,13 +411,13 @@ def _cohere2(keys: _Keys) -> Architecture:
     base = _base(
         keys, norm="layer", eps=("layer_norm_eps",), default_eps=1e-5, windows=_alternating(4), tied=True
     )  # fmt: skip
-    # Layers that see everything have no positions.
+    # Full-attention layers have no positional encoding (NoPE).
     local = tuple(rope if window else None for rope, window in zip(base.ropes, base.windows, strict=True))
     return _cohere_12(keys, replace(base, ropes=local))
 
 
 def _cohere_12(keys: _Keys, base: Architecture) -> Architecture:
-    # What Cohere's own code calls what the class stands for.
+    # Keys of Cohere's own code; their published values are what the class implements.
     keys.get("layer_switch", "order_of_interleaved_layers", "use_gated_activation", "use_parallel_block")
     scale = keys.number("logit_scale", default=0.0625)
     return replace(base, norms=("input_layernorm", "", "", ""), parallel=True, rotary="pairs", logit_scale=scale)
@@ -491,7 +491,7 @@ def _internlm2(keys: _Keys) -> Architecture:
         (r"\.feed_forward\.w3\.", ".mlp.up_proj."),
         (r"\.feed_forward\.w2\.", ".mlp.down_proj."),
     )
-    # The query heads of a key head, then it, then its value head; and so on.
+    # wqkv interleaves per key-value head: its group of query heads, the key head, the value head.
     width, group = base.head_dim, base.heads // base.kv_heads
     starts = range(0, base.kv_heads * (group + 2) * width, (group + 2) * width)
     parts = (
@@ -522,7 +522,7 @@ def _gpt(keys: _Keys, activation: str) -> Architecture:
         keys, norm="layer", eps=("layer_norm_epsilon",), default_eps=1e-5, activation=activation, tied=True
     )  # fmt: skip
     if keys.get("scale_attn_weights", default=True) is not True or keys.get("scale_attn_by_inverse_layer_idx"):
-        raise _NotComputedError("attention that is scaled otherwise")
+        raise _NotComputedError("attention scaled by layer, or not at all,")
     if keys.get("add_cross_attention"):
         raise _NotComputedError("add_cross_attention")
     positions = keys.whole("n_positions", "max_position_embeddings", default=1024)
@@ -547,7 +547,7 @@ def _gpt_bigcode(keys: _Keys) -> Architecture:
     if keys.get("multi_query", default=True):
         base = replace(base, kv_heads=1)
         return replace(base, fused=(_qkv(base, "self_attn.c_attn"),))
-    # Each head's query, key and value.
+    # c_attn interleaves per head: query, key, value.
     width = base.head_dim
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     parts = tuple(
@@ -562,18 +562,17 @@ def _dbrx(keys: _Keys) -> Architecture:
 
 
 def _multimodal(keys: _Keys) -> Architecture:
-    """Llava and Mistral 3: a vision tower in front of a model of a kind that text_config names."""
-    kind = keys.get("model_type")
-    kind = keys.text.get("model_type", kind)
+    """Llava and Mistral 3: a vision tower, which we ignore, and a text model named by `text_config.model_type`."""
+    model_type = keys.get("model_type")
+    model_type = keys.text.get("model_type", model_type)
     readers = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
-    if kind not in readers:
-        raise _NotComputedError(f"a text model of the type {kind!r}")
-    return readers[kind](keys)
+    if model_type not in readers:
+        raise _NotComputedError(f"a text model of type {model_type!r}")
+    return readers[model_type](keys)
 
 
 def _qkv(base: Architecture, name: str) -> Fused:
-    """Queries, keys and values, one after the other."""
-    return _in_a_row(
+    return _concatenated(
         name,
         ("self_attn.q_proj", base.heads * base.head_dim),
         ("self_attn.k_proj", base.kv_heads * base.head_dim),
@@ -582,10 +581,10 @@ def _qkv(base: Architecture, name: str) -> Fused:
 
 
 def _gate_up(base: Architecture) -> Fused:
-    return _in_a_row("mlp.gate_up_proj", ("mlp.gate_proj", base.inner), ("mlp.up_proj", base.inner))
+    return _concatenated("mlp.gate_up_proj", ("mlp.gate_proj", base.inner), ("mlp.up_proj", base.inner))
 
 
-def _in_a_row(name: str, *parts: tuple[str, int]) -> Fused:
+def _concatenated(name: str, *parts: tuple[str, int]) -> Fused:
     start, ranges = 0, []
     for part, width in parts:
         ranges.append((part, (range(start, start + width),)))
@@ -624,15 +623,16 @@ _READERS: dict[str, Callable[[_Keys], Architecture]] = {
     "YiForCausalLM": _yi,
 }
 
-# --- nothing unknown passes ---------------------------------------------------------------------------------------
+# --- rejecting what we do not implement ---------------------------------------------------------------------------
 
-# Words of keys that may change what is computed. The rest is about tokens, training, files and other programs.
+# An unread key that contains one of these may change the computation, and is refused. Other keys concern tokens,
+# training, files or other programs.
 _COMPUTING = re.compile(
     r"act|alibi|attention|attn|bias|cap|clip|expert|factor|head|kernel|layer|logit|mamba|mlp|moe|mtp|multiplier|norm"
     r"|parallel|pattern|position|pre_|proj|qk|query|residual|rope|rotary|router|scal|shared|sliding|softcap|sparse|ssm"
     r"|state|temperature|topk|top_k|window"
 )
-# Keys with such a word that change nothing in a model that only answers.
+# Exceptions: keys that do not affect text inference.
 _HARMLESS = re.compile(
     r"dropout|pdrop|initializer|jitter|aux_loss|loss|cache|chunk_size_feed|output_|_implementation|flash|fp32_attention"
     r"|softmax_in_fp32|upcast_attn|z3|torch|quantization|problem_type|pruned|task_specific|auto_map|architectures"
@@ -661,7 +661,7 @@ def _refuse_unread(keys: _Keys) -> None:
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.([a-z_]+)$")
 _OTHER_PARTS = re.compile(r"vision|visual|multi_modal|projector|patch_merger|image_|audio")
-# Buffers of older checkpoints, which hold no weights.
+# Buffers in older checkpoints; no weights.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:bias|masked_bias)$|_scale$")
 _PREFIXES = (
     (re.compile(r"^model\.language_model\.(?:model\.)?"), "model."),
@@ -671,7 +671,7 @@ _PREFIXES = (
 
 
 def llama_name(name: str, architecture: Architecture) -> str | None:
-    """What Llama would call a tensor; None for one of a vision tower or one that holds no weights."""
+    """A tensor's name in Llama's naming; None for a buffer or a tensor outside the text model."""
     if _OTHER_PARTS.search(name) or (_BUFFERS.search(name) and not name.endswith(".q_scale")):
         return None
     for pattern, prefix in _PREFIXES:
@@ -682,7 +682,7 @@ def llama_name(name: str, architecture: Architecture) -> str | None:
 
 
 def _refuse_unknown_tensors(info: ModelInfo, architecture: Architecture) -> None:
-    """Refuse a layer's weights that nothing would read."""
+    """Refuse weights inside a layer that the forward pass would silently ignore."""
     known = {
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj",
         *(name for name in architecture.norms if name), *(fused.name for fused in architecture.fused),

@@ -1,7 +1,7 @@
-"""From a conversation to text: a model's own chat template, or plain turns for a model that has none.
+"""Turn a conversation into text with the model's chat template, or with a plain format if it has none.
 
-Templates are looked for where transformers looks, and render as in transformers, in a process of their own: see
-`template_worker`. This module knows the files, the special tokens and the shape of a conversation.
+Templates are found and rendered as in transformers (`apply_chat_template`). They are untrusted code, so rendering
+happens in a sandboxed helper process; see `template_worker`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_REPORT = 300
 
 
 class RefusedError(PromptError):
-    """The template does not take this conversation; it may take another."""
+    """The template rejects this conversation (`raise_exception`), for example for its order of roles."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class ChatTemplate:
     """A model's chat template.
 
     Args:
-        source: the Jinja text.
-        origin: the file it came from, for messages.
-        special_tokens: `bos_token`, `eos_token` and so on, as the template sees them.
-        variant: which of the model's templates this is.
-        helper: the process that it renders in; a model's own unless several are known to be harmless to each other.
+        source: the Jinja source.
+        origin: the file it came from, for error messages.
+        special_tokens: `bos_token`, `eos_token` and so on, passed to the template as variables.
+        variant: its name, if the model has several templates.
+        helper: the process it renders in. Templates of different models should not share one.
 
     Attributes:
         name: the format in words.
-        stops: texts that end an answer.
-        add_special_tokens: whether the tokenizer adds its own, such as BOS; a chat template writes them itself.
+        stops: strings that end a response.
+        add_special_tokens: False: the template writes BOS and the like itself.
     """
 
     source: str
@@ -60,7 +60,7 @@ class ChatTemplate:
         return f"chat template ({self.origin})"
 
     def start(self) -> ChatTemplate:
-        """Start the process that it renders in, which takes a tenth of a second, while the caller does other things."""
+        """Start the helper process without waiting for it; it takes about 0.1 s. Returns self."""
         self.helper.start()
         return self
 
@@ -72,16 +72,16 @@ class ChatTemplate:
         continue_final: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """Write a conversation as the model was trained to read it.
+        """Render a conversation in the format the model was trained on.
 
         Args:
-            messages: the turns, each with at least `role` and `content`.
-            add_generation_prompt: end with the header of an assistant turn; not done when `continue_final` is set.
-            continue_final: leave the last turn open for the model to go on writing it.
-            extra: more variables for the template, such as `tools` or `enable_thinking`.
+            messages: each with at least `role` and `content`.
+            add_generation_prompt: end with the header of an assistant turn; ignored with `continue_final`.
+            continue_final: leave the last message open for the model to continue.
+            extra: more template variables, such as `tools` or `enable_thinking`.
 
         Raises:
-            PromptError: the template refuses the conversation, is broken, or does what it is not allowed to do.
+            PromptError: the template rejects the conversation, has an error, or was stopped by the sandbox.
         """
         if not messages:
             raise PromptError("there is no message to send to the model", "give a prompt")
@@ -101,7 +101,7 @@ class ChatTemplate:
         return reply.text if final is None else _cut_after(reply.text, final)
 
     def problem(self) -> str:
-        """What keeps it from rendering any conversation; empty where nothing does."""
+        """Why the template fails on even a one-message conversation; empty if it does not."""
         try:
             self.render([{"role": "user", "content": "Hello"}])
         except PromptError as error:
@@ -118,7 +118,7 @@ class ChatTemplate:
         return PromptError(f"the model's chat template {verb}: {reason} ({place})", _WITHOUT)
 
     def _open_final_turn(self, turns: list[dict[str, Any]]) -> str:
-        """Mark the end of the last turn's text, so that what the template writes after it can be cut off."""
+        """Append a marker to the last message and return its original text; `_cut_after` cuts the output there."""
         content = turns[-1].get("content")
         if isinstance(content, list):
             block = next((block for block in reversed(content) if isinstance(block, dict) and "text" in block), {})
@@ -136,12 +136,12 @@ def _cut_after(text: str, final: str) -> str:
     if final.strip() not in text or _CONTINUE_TAG.strip() not in text:
         raise PromptError("the model's chat template leaves out the message to continue", _WITHOUT)
     end = text.rindex(_CONTINUE_TAG.strip())
-    # A template that trims its messages has trimmed the tag; then the text before it is trimmed too.
+    # If the template stripped the marker's trailing space, it strips messages: strip the cut text as well.
     return text[:end] if text[end:].startswith(_CONTINUE_TAG) else text[:end].rstrip()
 
 
 def _plain(value: Any) -> Any:
-    """A copy made of JSON's own types, so that a template meets no method of anything else."""
+    """Copy a value into plain JSON types, to be sent to the helper process."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):
@@ -154,14 +154,14 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_turn(message: Mapping[str, Any]) -> dict[str, Any]:
-    """One turn, without empty fields, and with its reasoning under each name that templates read it by."""
+    """Drop None fields, and store reasoning under both names that templates use: `thinking`, `reasoning_content`."""
     turn = {key: _plain(value) for key, value in message.items() if value is not None}
     reasoning = next((turn[name] for name in _REASONING_FIELDS if name in turn), None)
     return turn if reasoning is None else {"thinking": reasoning, **turn, "reasoning_content": reasoning}
 
 
 def _one_line(error: object) -> str:
-    """What a template says, fit for one line of a terminal: it may hold anything."""
+    """Make a template's error message printable on one line."""
     text = "".join(char if char.isprintable() else " " for char in str(error)[: 4 * _MAX_REPORT])
     text = " ".join(text.split())
     return text if len(text) <= _MAX_REPORT else text[: _MAX_REPORT - 1] + "…"
@@ -186,11 +186,11 @@ Assistant:
 
 
 class PlainFormat:
-    """A plain turn format, for models without a chat template; its attributes are those of `ChatTemplate`.
+    """User/Assistant format for models without a chat template. Same interface as `ChatTemplate`.
 
-    The system message comes first, then an empty line. Each turn is "User:" or "Assistant:", a space, its text and a
-    line break; the prompt ends with "Assistant:", without a space, because tokens begin with one. The answer ends where
-    the model would begin another turn.
+    The system message, an empty line, then one "User: …" or "Assistant: …" line per message. The prompt ends with
+    "Assistant:" and no space, since the first token of a word includes its leading space. "\\nUser:" and
+    "\\nAssistant:" are stop strings.
     """
 
     name = "plain turns, as the model has no chat template"
@@ -206,7 +206,7 @@ class PlainFormat:
         continue_final: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text, up to where the model's answer begins; see `ChatTemplate.render`."""
+        """See `ChatTemplate.render`."""
         text = "".join(map(self._turn, messages))
         if continue_final:
             return text.removesuffix("\n")
@@ -216,7 +216,7 @@ class PlainFormat:
         text = str(message["content"])
         if message["role"] == "system":
             return f"{text}\n\n"
-        # A generated answer begins with the space that the model put there.
+        # A generated response already starts with a space.
         space = "" if text[:1].isspace() else " "
         return f"{'User' if message['role'] == 'user' else 'Assistant'}:{space}{text}\n"
 
@@ -225,7 +225,7 @@ Format = ChatTemplate | PlainFormat
 
 
 def load_format(model_dir: Path) -> Format:
-    """The format of the model in a folder; a chat template's process is on its way then.
+    """Load a model's chat format and start the helper process of its template, if it has one.
 
     Raises:
         PromptError, DamagedModelError: see `load_chat_template`.
@@ -235,18 +235,18 @@ def load_format(model_dir: Path) -> Format:
 
 
 def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate | None:
-    """Find a model's chat template.
+    """Find a model's chat template, in transformers' order: *.jinja files, chat_template.json, tokenizer_config.json.
 
     Args:
         model_dir: the model's folder.
-        name: one of several templates; without it, the default one.
+        name: one of several named templates; None for the default.
 
     Returns:
-        The template, or None where the model has none.
+        The template, or None if the model has none.
 
     Raises:
-        PromptError: there is no template of that name, or several and none is the default.
-        DamagedModelError: a file that cannot be read as what its name says.
+        PromptError: no template of that name, or several without a default.
+        DamagedModelError: a template file cannot be read or parsed.
     """
     config = read_json(model_dir / "tokenizer_config.json")
     legacy = model_dir / "chat_template.json"
@@ -273,7 +273,7 @@ def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate
 
 
 def _from_jinja_files(model_dir: Path) -> dict[str, tuple[str, str]]:
-    """Each template's file and text, by its name."""
+    """Template name to (file, source)."""
     files = {path.stem: path for path in sorted((model_dir / "additional_chat_templates").glob("*.jinja"))}
     if (model_dir / "chat_template.jinja").is_file():
         files = {"default": model_dir / "chat_template.jinja", **files}
@@ -281,7 +281,7 @@ def _from_jinja_files(model_dir: Path) -> dict[str, tuple[str, str]]:
 
 
 def _named(file: str, value: Any) -> dict[str, tuple[str, str]]:
-    """The same from a JSON file's value: nothing, one text, or a list of names and texts."""
+    """Template name to (file, source), from a JSON value: None, a string, or a list of {name, template}."""
     if value is None:
         return {}
     try:
@@ -294,7 +294,7 @@ def _named(file: str, value: Any) -> dict[str, tuple[str, str]]:
 
 
 def _special_tokens(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name. `special_tokens_map.json` counts, and wins, only beside an older configuration."""
+    """Special tokens by name. In older models, without added_tokens_decoder, special_tokens_map.json wins."""
     values = dict(config)
     if "added_tokens_decoder" not in config:
         values |= read_json(model_dir / "special_tokens_map.json")

@@ -1,7 +1,7 @@
-"""What a model's JSON files say, read with care: they come from strangers, and some leave out what goes without saying.
+"""Read a model's JSON files: untrusted input, with missing keys filled in as transformers would.
 
-transformers fills what a config.json leaves out from its classes' own defaults. `_DEFAULTS` repeats those of the
-families whose published models do leave keys out, because transformers itself takes seconds to import.
+transformers takes missing keys from the defaults of its config classes. `_DEFAULTS` copies those that published models
+rely on, because importing transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GEMMA_2 = {
 }
 _GEMMA_3 = {**_GEMMA_2, "vocab_size": 262208, "max_position_embeddings": 131072}
 
-# By model_type; where a model is nested under text_config, by the one that stands there.
+# By model_type; for multimodal models, that of text_config.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
         **_GEMMA_2,
@@ -43,7 +43,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA_2,
     "gemma3": _GEMMA_3,
     "gemma3_text": _GEMMA_3,
-    # Llava and Mistral 3 name in text_config only what differs from these.
+    # The text_config of Llava and Mistral 3 lists only differences from these.
     "llama": {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -82,7 +82,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "model_max_le
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer")
 
 _IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.\d+\.")
-# The text model's own layers, by the names that checkpoints give them: no vision tower, no layer of anything else.
+# Layers of the text model only, not those of a vision tower.
 _TEXT_LAYER = re.compile(
     r"(?:model\.(?:language_model\.|decoder\.)?layers|language_model\.model\.layers|gpt_neox\.layers"
     r"|(?:transformer\.)?h|transformer\.blocks)\.(\d+)\."
@@ -90,20 +90,20 @@ _TEXT_LAYER = re.compile(
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A JSON object from a model folder; empty where an optional file is not there.
+    """Read a JSON object from a model folder; {} if an optional file is missing.
 
     Raises:
-        DamagedModelError: the file is missing (and required), unreadable, or not a JSON object.
+        DamagedModelError: a required file is missing, or the file is unreadable or not a JSON object.
     """
     if not path.exists():
         if required:
-            raise DamagedModelError(f"{path} is missing", "download the model again, all its JSON files included")
+            raise DamagedModelError(f"{path} is missing", "download the model again, including all its JSON files")
         return {}
     require_regular(path)
     try:
         data = read_file(path)
         refuse_pointer(path, data)
-        # Windows' editors put a byte order mark first.
+        # Windows editors write a byte order mark.
         value = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise DamagedModelError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
@@ -117,21 +117,17 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse a path that exists but is no file: reading a pipe or a device may never end.
-
-    Raises:
-        DamagedModelError: so it is.
-    """
+    """Raise DamagedModelError for a pipe or device, which might block or never end."""
     if not path.is_file():
         raise DamagedModelError(f"{path} is not a regular file", "download the file again")
 
 
 def with_quantization(config: dict[str, Any], read_older: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A config.json with the quantization's parameters: GPTQ checkpoints made before 2024 keep them in another file.
+    """Add `quantization_config` to a config.json that lacks it.
 
     Args:
         config: from config.json.
-        read_older: reads quantize_config.json; empty where there is none.
+        read_older: reads quantize_config.json, AutoGPTQ's file until 2024; {} if there is none.
     """
     if isinstance(config.get("quantization_config"), dict) or not (older := read_older()):
         return config
@@ -139,19 +135,19 @@ def with_quantization(config: dict[str, Any], read_older: Callable[[], dict[str,
 
 
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization's parameters; empty where there are none."""
+    """config.json's `quantization_config`; {} if there is none."""
     value = config.get("quantization_config")
     return value if isinstance(value, dict) else {}
 
 
 def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """A value of config.json, its class's default, or a nested one: multimodal models have a `text_config`."""
+    """Look a key up in config.json, then in its `text_config`, then in the model type's defaults."""
     if key in config:
         return config[key]
     text = _text(config)
     if key in text:
         return text[key]
-    # DBRX's own.
+    # DBRX nests these.
     for part in (config.get("attn_config"), config.get("ffn_config")):
         if isinstance(part, dict) and key in part:
             return part[key]
@@ -159,22 +155,22 @@ def value_of(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def context_length_of(config: Mapping[str, Any]) -> int:
-    """The longest context that a config.json says the model was made for, in tokens."""
-    # What is written anywhere counts before what a class takes for granted.
+    """The context length that config.json states, in tokens, before RoPE scaling."""
+    # Any explicit value takes precedence over the model type's default.
     lengths = [source.get(key) for source in (config, _text(config)) for key in _CONTEXT_KEYS]
     lengths.append(value_of(config, _CONTEXT_KEYS[0]))
-    # exllamav2's own default for a config that does not say is 2,048.
+    # 2048 is exllamav2's default.
     return next((value for value in lengths if isinstance(value, int) and value > 0), 2048)
 
 
 def extended_length_of(config: Mapping[str, Any]) -> int:
-    """The longest context that a model was made for once its rotary embeddings are scaled, in tokens."""
+    """The context length after RoPE scaling, in tokens."""
     length = context_length_of(config)
     return max(extended_length(config, length), extended_length(_text(config), length))
 
 
 def has_learned_positions(config: Mapping[str, Any]) -> bool:
-    """Whether positions are embeddings that were learned, so that there are none past the last."""
+    """Whether the model has learned position embeddings, which end at its context length."""
     return config.get("model_type") in ("gpt2", "gpt_bigcode", "gpt_neo", "opt", "openai-gpt", "biogpt")
 
 
@@ -182,12 +178,12 @@ _ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "su", "llama3
 
 
 def unknown_rope(config: Mapping[str, Any]) -> str:
-    """The type of rotary embedding that a config.json names, if it is none that is known; else empty."""
+    """The RoPE type in config.json if we do not know it; else empty."""
     for source in (config, _text(config)):
         for rope in (source.get("rope_scaling"), source.get("rope_parameters")):
             if not isinstance(rope, dict):
                 continue
-            # Models with several kinds of layers have an object for each.
+            # Models with several layer types nest one object per type.
             for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
                 kind = part.get("rope_type", part.get("type", "default"))
                 if kind not in _ROPE_TYPES if isinstance(kind, str) else kind is not None:
@@ -196,11 +192,7 @@ def unknown_rope(config: Mapping[str, Any]) -> str:
 
 
 def refuse_pointer(path: Path, data: bytes) -> None:
-    """Refuse what a clone without Git LFS has in place of a file's content.
-
-    Raises:
-        DamagedModelError: so it is.
-    """
+    """Raise DamagedModelError for a Git LFS pointer, as left by a clone without Git LFS."""
     if data.startswith(b"version https://git-lfs.github.com/spec/"):
         raise DamagedModelError(
             f"{path} is a Git LFS pointer, not the file itself",
@@ -209,10 +201,10 @@ def refuse_pointer(path: Path, data: bytes) -> None:
 
 
 def check_values(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse dimensions that no text model has. A list, one number per layer, is left to the engine, and so is null.
+    """Refuse dimensions that are not positive integers. Null and lists (one value per layer) are left to the engine.
 
     Raises:
-        DamagedModelError: with the field and what it holds.
+        DamagedModelError: naming the field and its value.
     """
     file = path / "config.json"
     if not isinstance(config.get("text_config", {}), (dict, NoneType)):
@@ -235,7 +227,7 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_layers(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse weights of fewer or more layers than config.json counts; layers that only predict further tokens are fine.
+    """Check that the weights have as many layers as config.json says, plus any multi-token-prediction layers.
 
     Raises:
         DamagedModelError: with both numbers.
@@ -244,7 +236,7 @@ def check_layers(path: Path, config: Mapping[str, Any], names: Iterable[str]) ->
     there = max((1 + int(match[1]) for name in names if (match := _TEXT_LAYER.match(name))), default=0)
     if not wanted or not there or config.get("is_encoder_decoder"):
         return
-    # DeepSeek V3, GLM 4.5 and others store layers for multi-token prediction behind the last one.
+    # DeepSeek V3, GLM 4.5 and others append layers for multi-token prediction (MTP).
     sources = (config, _text(config))
     extra = sum(v for s in sources for k, v in s.items() if ("nextn" in k or "mtp" in k) and isinstance(v, int))
     if there < wanted or there > wanted + max(0, extra):
@@ -255,7 +247,7 @@ def check_layers(path: Path, config: Mapping[str, Any], names: Iterable[str]) ->
 
 
 def in_layer(name: str) -> bool:
-    """Whether a tensor belongs to one of a model's layers rather than to its embeddings, last norm or head."""
+    """Whether a tensor belongs to a transformer layer, not to the embeddings, final norm or head."""
     return _IN_LAYER.search(name) is not None
 
 

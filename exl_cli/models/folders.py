@@ -1,4 +1,4 @@
-"""The models that are here: the built-in one and those in the models folder, listed, described and removed."""
+"""Local models: list, describe and remove the built-in model and those in the models folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUILTIN_FOLDER = Path(__file__).parent / "builtin" / BUILTIN
 
 
 def models_dir(given: Path | None = None) -> Path:
-    """The folder of downloaded models: the one given, else `EXL_MODELS_DIR`, else the user's data folder."""
+    """The folder of downloaded models: `given`, else `EXL_MODELS_DIR`, else `models` in the user data folder."""
     if given is not None:
         return given
     if env := os.environ.get("EXL_MODELS_DIR"):
@@ -29,12 +29,12 @@ def models_dir(given: Path | None = None) -> Path:
 
 
 def known_models(models: Path | None = None) -> list[str]:
-    """Names of the models that can be given without a path: the built-in one and the downloaded folders."""
+    """Model names that work without a path: the built-in one and the names of downloaded folders."""
     return [BUILTIN, *(path.name for path in model_folders(models) if store.state(path) != "partial")]
 
 
 def model_folders(models: Path | None = None) -> list[Path]:
-    """The folders of models, those half downloaded among them, sorted."""
+    """Sorted model folders, including partial downloads."""
     folder = models_dir(models)
     if not is_folder(folder):
         return []
@@ -43,9 +43,9 @@ def model_folders(models: Path | None = None) -> list[Path]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Names for the shell to complete: what was downloaded, as owner/name[:revision], else the folder's own name.
+    """Shell completions: owner/name[:revision] for downloads, else the folder's name.
 
-    Some shells take a colon for the end of a word; a folder with a revision can be completed by both names.
+    A folder with a revision is offered under both names, because some shells break words at a colon.
     """
     names_here = [BUILTIN]
     for path in model_folders():
@@ -57,7 +57,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def in_hub_cache(repository: names.Repository) -> Path | None:
-    """The repository's snapshot in the cache of the Hub's own library, where one with weights is there."""
+    """A repository's snapshot in huggingface_hub's cache, if it has safetensors weights; else None."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     hub = expanded(Path(os.environ.get("HF_HUB_CACHE") or home / "hub"))
@@ -74,16 +74,16 @@ def in_hub_cache(repository: names.Repository) -> Path | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model that is here, or part of one.
+    """A local model, complete or not.
 
     Attributes:
-        name: what the user can call it.
+        name: the name to use on the command line.
         path: its folder.
-        size_bytes: bytes of all its files, those that links lead to included.
-        info: what it is; None where it cannot be run.
-        problem: why not; empty where it can.
-        marker: of a download by exl, also of an unfinished one.
-        complete: false where a download is unfinished.
+        size_bytes: size of all its files, following symbolic links.
+        info: None if the model cannot run.
+        problem: why it cannot run; else empty.
+        marker: exl's download record, also of a partial download; None if exl did not download it.
+        complete: False for a partial download.
     """
 
     name: str
@@ -95,7 +95,6 @@ class Entry:
     complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; sizes in bytes."""
         known: dict[str, Any] = self.info.to_dict() if self.info else {}
         source = self.marker if self.complete else None
         return {
@@ -112,7 +111,7 @@ class Entry:
 
 
 def entries(models: Path | None = None) -> list[Entry]:
-    """All models, the built-in one first, and folders that only look like one, each with its problem.
+    """All local models, the built-in one first. Broken ones are included, with their `problem`.
 
     Raises:
         DiskError: the models folder cannot be read.
@@ -131,7 +130,7 @@ def entries(models: Path | None = None) -> list[Entry]:
 
 
 def _is_listed(path: Path) -> bool:
-    """Whether it is a model as far as one can see: a lost link, say of a disk not mounted, may well have been one."""
+    """Whether to list a folder as a model. Dangling links count: their disk may just not be mounted."""
     try:
         (path / "config.json").lstat()
     except PermissionError:
@@ -146,17 +145,17 @@ def _is_lost(path: Path) -> bool:
 
 
 def describe(path: Path) -> Entry:
-    """The model in one folder."""
+    """Describe the model in a folder; never raises."""
     size = folder_bytes(path, linked=True)
     try:
         for link in (path, path / "config.json"):
             if _is_lost(link):
-                return Entry(path.name, path, size, problem=f"{link} leads to {link.readlink()}, which is not there")
+                return Entry(path.name, path, size, problem=f"{link} points to {link.readlink()}, which does not exist")
         return _described(path, size)
     except OSError as error:
         return Entry(path.name, path, size, problem=f"cannot be read: {error.strerror or error}")
     except Exception as error:
-        # Whatever one folder holds, the others are to be seen.
+        # One broken folder must not hide the others.
         return Entry(path.name, path, size, problem=f"cannot be read: {type(error).__name__} {error}")
 
 
@@ -168,19 +167,19 @@ def _described(path: Path, size: int) -> Entry:
         return Entry(name, path, size, problem="only partly downloaded", marker=marker, complete=False)
     try:
         info = inspect(path, name)
-        info.to_dict()  # the values shown come from the same files
+        info.to_dict()  # raises for values that cannot be shown
         return Entry(name, path, size, info, marker=marker)
     except ExlError as error:
         return Entry(name, path, size, problem=error.message, marker=marker)
 
 
 def folder_bytes(path: Path, *, linked: bool = False) -> int:
-    """Bytes of the files in a folder.
+    """Total size of the files in a folder, in bytes.
 
     Args:
         path: the folder.
-        linked: count the files that links in it lead to, each once (the Hub's cache consists of links); else what
-            lies in the folder itself. Links to folders are not followed.
+        linked: count the targets of symbolic links to files, each once (huggingface_hub's cache consists of links),
+            instead of the links. Links to folders are never followed.
     """
     sizes: dict[tuple[int, int], int] = {}
     for place, _, files in os.walk(path):
@@ -188,13 +187,13 @@ def folder_bytes(path: Path, *, linked: bool = False) -> int:
             try:
                 status = (Path(place) / name).stat(follow_symlinks=linked)
             except OSError:
-                continue  # removed meanwhile, or a link to nothing
+                continue  # removed meanwhile, or a dangling link
             sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())
 
 
 def licence(path: Path, marker: Marker | None) -> str:
-    """The licence as the model card names it, else the first line of a licence file; empty where neither is there."""
+    """The licence from the download record or the model card, else a licence file's first line, else empty."""
     if marker and marker.license:
         return marker.license
     card = _lines(path / "README.md")
@@ -220,18 +219,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def find_to_remove(model: str, models: Path | None = None) -> Path:
-    """The folder, directly in the models folder, that a name means. It may be a link, which is not followed.
+    """Find the entry of the models folder that `exl rm` would delete. A link is returned as it is, not followed.
 
     Args:
         model: owner/name[:revision], a folder's name, or a path to it.
         models: see `models_dir`.
 
     Raises:
-        UsageError: the built-in model, or a place outside the models folder.
-        ModelNotFoundError: nothing of that name is there, or it is no model.
+        UsageError: the built-in model, or a path outside the models folder.
+        ModelNotFoundError: no such entry, or not a model.
     """
     if model == BUILTIN:
-        raise UsageError(f"{model} comes with exl and is not removed", "uninstall exl-cli to be rid of it")
+        raise UsageError(f"{model} is part of exl and cannot be removed", "uninstall exl-cli to remove it")
     home = models_dir(models)
     repository = names.parse(model)
     given = expanded(Path(model))
@@ -242,16 +241,16 @@ def find_to_remove(model: str, models: Path | None = None) -> Path:
     elif given.name == model and model not in (".", ".."):
         path = home / model
     else:
-        # Only the last part is taken as it is: following it could lead anywhere.
+        # Resolve the parent only: resolving the last component would follow a link out of the models folder.
         path = given.absolute()
         if path.name in ("", ".", "..") or path.parent.resolve() != home.resolve():
             raise UsageError(
-                f"{brief(model)} is not directly in {home}, and exl rm deletes nothing else", "remove it yourself"
+                f"{brief(model)} is not directly in {home}, and exl rm deletes only from there", "delete it yourself"
             )
     if not os.path.lexists(path):
         raise ModelNotFoundError(f"{brief(model)} is not in {home}", "exl list shows what is")
     if not path.is_symlink() and not _is_model(path):
-        raise ModelNotFoundError(f"{path} is no model, so exl rm leaves it alone", "remove it yourself")
+        raise ModelNotFoundError(f"{path} is not a model, and exl rm deletes only models", "delete it yourself")
     return path
 
 
@@ -260,16 +259,16 @@ def _is_model(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder found with `find_to_remove`; of a link, the link alone.
+    """Delete what `find_to_remove` returned; for a link, only the link.
 
     Raises:
-        DiskError: it cannot be removed, or is being downloaded just now.
+        DiskError: it cannot be deleted, or a download holds its lock.
     """
     with store.lock(path, None), store.explained(path):
         if path.is_symlink():
             path.unlink()
             return
-        # Out of sight at once: nothing half removed is ever taken for a model.
+        # Rename first: an interrupted deletion must not leave something that looks like a model.
         doomed = path.with_name(f".exl-removed-{os.getpid()}-{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)

@@ -1,4 +1,4 @@
-"""What is known of a model before any weight is read: from its JSON files and safetensors headers alone."""
+"""Describe a model from its JSON files and safetensors headers, without loading weights."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ Format = Literal["exl2", "gptq", "float"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model folder that `exl` can run.
+    """A model folder that exl can run.
 
     Attributes:
-        name: what the user calls it.
+        name: the name the user gave.
         path: its folder.
         format: how its weights are stored.
-        architecture: transformers' class name, e.g. "LlamaForCausalLM".
-        parameters: weights of the network; a head tied to the embeddings counts once.
-        bits_per_weight: stored bits per weight of the linear layers, scales and zero points included.
-        context_length: the context that config.json counts, in tokens.
-        extended_length: the longest context the model was made for: the same, or what `rope_scaling` extends it to.
-        size_bytes: bytes of its weight files.
-        tensors: every tensor's header, by name.
-        has_chat_template: whether it says how to format a conversation.
-        group_size, desc_act, symmetric, zero_offset, head_bits: the quantization's parameters, where there are any;
-            see `GptqSettings`.
-        notes: where the weights are not what config.json declares, a line each.
-        config, generation_config: the parsed files; the latter is empty where there is none.
+        architecture: class name in transformers, such as "LlamaForCausalLM".
+        parameters: number of weights; a head tied to the embeddings counts once.
+        bits_per_weight: stored bits per weight of the linear layers, including scales and zero points.
+        context_length: context length stated in config.json, in tokens.
+        extended_length: context length after RoPE scaling, in tokens; at least `context_length`.
+        size_bytes: size of the weight files.
+        tensors: tensor headers by name.
+        has_chat_template: whether the folder has a chat template.
+        group_size, desc_act, symmetric, zero_offset: GPTQ parameters; see `GptqSettings`.
+        head_bits: bits per weight of an EXL2 model's head.
+        notes: one line for each point on which the tensors contradict config.json.
+        config, generation_config: the parsed files; {} if missing.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ModelInfo:
 
     @property
     def format_name(self) -> str:
-        """The format and its bits, as people write it: "EXL2 5.0 bpw", "GPTQ 4-bit g128", "float16"."""
+        """Format and bits in the usual notation: "EXL2 5.0 bpw", "GPTQ 4-bit g128", "float16"."""
         if self.format == "exl2":
             bits = quantization_of(self.config).get("bits")
             return f"EXL2 {float(bits) if isinstance(bits, (int, float)) else self.bits_per_weight:.1f} bpw"
@@ -83,11 +83,10 @@ class ModelInfo:
         return f"float{self.bits_per_weight:.0f}"
 
     def text_config(self, key: str, default: Any = None) -> Any:
-        """A value of config.json; see `configs.value_of`."""
+        """See `config.value_of`."""
         return value_of(self.config, key, default)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; sizes in bytes and tokens."""
         return {
             "name": self.name,
             "path": str(self.path),
@@ -104,12 +103,12 @@ class ModelInfo:
 
 
 def inspect(path: Path, name: str | None = None) -> ModelInfo:
-    """Everything about the model in a folder.
+    """Inspect the model in a folder.
 
     Raises:
-        DamagedModelError: files missing, truncated, unreadable, or at odds with one another.
-        ModelNotFoundError: the folder is none of a model.
-        UnsupportedModelError: a format that `exl` does not run, named.
+        DamagedModelError: files are missing, truncated, unreadable, or contradict each other.
+        ModelNotFoundError: the folder does not hold a model.
+        UnsupportedModelError: exl does not run this weight format; the message names it.
     """
     if not (path / "config.json").exists():
         _refuse_other_kinds(path)
@@ -117,7 +116,7 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
     config = read_json(path / "config.json", required=True)
     config = with_quantization(config, lambda: read_json(path / "quantize_config.json"))
     quantization = quantization_of(config)
-    refuse_method(path, {**quantization, "bits": 4})  # how many bits GPTQ weights have they tell themselves
+    refuse_method(path, {**quantization, "bits": 4})  # not the declared bits: GPTQ tensors show their real width
     check_values(path, config)
     files = weight_files(path)
     tensors = _read_headers(files)
@@ -172,17 +171,17 @@ def _read_headers(files: list[Path]) -> dict[str, TensorHeader]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files that make up the model, shards in order.
+    """The model's safetensors files, sorted by name.
 
     Raises:
         DamagedModelError: a shard is missing.
-        UnsupportedModelError: the weights are of another kind.
+        UnsupportedModelError: the weights are in another format.
     """
     index = read_json(path / "model.safetensors.index.json").get("weight_map")
     if isinstance(index, dict):
         if not all(isinstance(file, str) for file in index.values()):
             raise DamagedModelError(
-                f"{path}/model.safetensors.index.json names files by something else than text", "download it again"
+                f"{path}/model.safetensors.index.json has a file name that is not a string", "download it again"
             )
         files = [path / file for file in sorted(set(index.values()))]
         if any(file.parent != path for file in files):
@@ -191,7 +190,7 @@ def weight_files(path: Path) -> list[Path]:
             )
     else:
         files = sorted(path.glob("*.safetensors"))
-        # Mistral's repositories carry the same weights twice, once in its own naming.
+        # Mistral's repositories contain the weights twice; the consolidated file uses Mistral's own tensor names.
         files = [f for f in files if not f.name.startswith("consolidated")] or files
     if not files:
         _refuse_other_kinds(path)
@@ -205,7 +204,7 @@ def weight_files(path: Path) -> list[Path]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DamagedModelError(
-            f"{path / brief(missing[0])}{more} missing", "download the model again: it goes on where it stopped"
+            f"{path / brief(missing[0])}{more} missing", "run exl download again; it resumes where it stopped"
         )
     return files
 
@@ -237,7 +236,7 @@ def _unsupported(path: Path, what: str, hint: str = _ADVICE) -> UnsupportedModel
 
 
 def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
-    """Raise UnsupportedModelError where config.json's quantization settings name a method that exl does not run."""
+    """Raise UnsupportedModelError if `quantization_config` names a method or layout that exl does not run."""
     method = str(quantization.get("quant_method", "")).lower()
     if method in _OTHER_METHODS:
         hint = "run EXL3 models with exllamav3" if method == "exl3" else _ADVICE
@@ -245,9 +244,7 @@ def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
     if method == "gptq":
         bits = quantization.get("bits")
         if isinstance(bits, (int, float)) and bits != 4:
-            raise UnsupportedModelError(
-                f"{path} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only", _ADVICE
-            )
+            raise UnsupportedModelError(f"{path} is GPTQ at {bits:g} bits; exllamav2 supports 4-bit GPTQ only", _ADVICE)
         layout = str(quantization.get("checkpoint_format") or "gptq").lower()
         if layout not in ("gptq", "gptq_v2"):
             raise _unsupported(path, f"GPTQ repacked as {layout}")
@@ -262,13 +259,13 @@ def _refuse_other_kinds(path: Path) -> None:
         raise _unsupported(path, "LoRA adapter", "merge the adapter into its base model first")
     if any(file for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)):
         raise UnsupportedModelError(
-            f"{path} holds pickled weights only; a pickle can run code when it is opened, so exl never loads one",
+            f"{path} holds only pickled weights, which can run code when opened, so exl does not load them",
             "look for a safetensors version, or convert it with transformers' save_pretrained",
         )
 
 
 def _refuse_no_model(path: Path) -> None:
-    """Tell a folder that never was a model from one that has lost its config.json."""
+    """Raise ModelNotFoundError unless the folder looks like a model that lost its config.json."""
     if any(path.glob("*.safetensors")) or (path / "tokenizer.json").exists():
         return
     inside = sorted(file.parent.name for file in path.glob("*/config.json"))
@@ -276,7 +273,7 @@ def _refuse_no_model(path: Path) -> None:
         raise ModelNotFoundError(f"{path} holds no model", "give the folder that holds config.json and the weights")
     more = f" or {len(inside) - 3} more" if len(inside) > 3 else ""
     raise ModelNotFoundError(
-        f"{path} holds no model itself, but folders with models",
+        f"{path} is not a model, but contains models",
         f"give one of them: {', '.join(str(path / name) for name in inside[:3])}{more}",
     )
 
@@ -286,6 +283,7 @@ def _detect_format(path: Path, tensors: dict[str, TensorHeader]) -> Format:
         return "exl2"
     for name, tensor in tensors.items():
         if name.endswith(".qweight"):
+            # GPTQ packs codes along the inputs, so qweight is as wide as scales; AWQ packs along the outputs.
             scales = tensors.get(name[: -len("qweight")] + "scales")
             if scales is not None and scales.shape[-1:] != tensor.shape[-1:]:
                 raise _unsupported(path, "AWQ")
@@ -305,7 +303,7 @@ _QUANTIZED_PART = re.compile(r"\.(q_weight|q_scale|q_scale_max|q_groups|q_invper
 
 
 def _count(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> tuple[int, float]:
-    """Parameters, and stored bits per weight of the linear layers (those with two dimensions inside the layers)."""
+    """Number of parameters, and stored bits per weight of the linear layers (2-D weights inside transformer layers)."""
     tied = bool(value_of(config, "tie_word_embeddings"))
     parameters = linear_weights = linear_bits = 0
     for name, tensor in tensors.items():
@@ -317,7 +315,7 @@ def _count(config: dict[str, Any], tensors: dict[str, TensorHeader]) -> tuple[in
             rows = tensors.get(name[: part.start()] + ".q_invperm")
             weights = (rows.numel if rows else 0) * tensor.shape[-1]
         elif part[1] == "qweight":
-            weights = tensor.numel * 8
+            weights = tensor.numel * 8  # eight 4-bit codes per int32
         if part is not None or (len(tensor.shape) == 2 and in_layer(name)):
             linear_weights += weights
             linear_bits += 8 * tensor.nbytes

@@ -1,4 +1,4 @@
-"""How a model is to be loaded: the values behind the load flags."""
+"""Load options, validated."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ Speculation = Literal["off", "ngram"]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where and how a model is loaded.
+    """Where and how to load a model.
 
     Attributes:
-        engine: "auto" takes exllamav2 where a GPU and the model allow it.
-        max_seq_len: context to allocate, in tokens; None for what the request needs, between 4,096 and the model's.
-        cache: type of the KV cache on the GPU.
-        gpu_split: GiB of weights per GPU; None to fill the GPUs one after the other.
-        low_mem: evaluate prompts in smaller pieces, for less scratch memory.
+        engine: "auto" is exllamav2 if the machine and the model allow it, else the CPU.
+        max_seq_len: context to allocate, in tokens; None for what the request needs, at least 4,096 and at most the
+            model's context.
+        cache: KV cache type on the GPU.
+        gpu_split: GiB of weights per GPU; None fills the GPUs in order.
+        low_mem: smaller prefill chunks, for less scratch memory.
         sequences: how many sequences of that context the KV cache shall have room for at once.
 
-        speculate: "ngram" proposes tokens that followed the same ones before, and verifies several in one pass.
-        draft: a smaller model of the same vocabulary to propose them, found as any model is; None for none.
+        speculate: "ngram" drafts tokens by prompt lookup.
+        draft: name or path of a draft model with the same vocabulary; None for none.
 
     Raises:
-        UsageError: a value that cannot be.
+        UsageError: an invalid value or combination.
     """
 
     engine: EngineChoice = "auto"
@@ -59,37 +60,28 @@ class LoadOptions:
             self.refuse_speculation(f"{param('engine')} cpu")
 
     def for_the_gpu(self) -> list[str]:
-        """The parameters given that the CPU engine ignores, for use in a text; see `param`."""
+        """Parameters that were set but that the CPU engine ignores, as `param` marks."""
         given = {"cache": self.cache != "fp16", "gpu_split": self.gpu_split is not None, "low_mem": self.low_mem}
         return [param(name) for name, said in given.items() if said]
 
     def refuse_speculation(self, reason: str) -> None:
-        """For an engine that computes one token at a time, and `reason` why it was chosen.
-
-        Raises:
-            UsageError: there is to be speculation.
-        """
+        """Raise UsageError if speculation was requested; `reason` says why the CPU engine was chosen."""
         if self.speculate != "off" or self.draft is not None:
             name = param("speculate" if self.draft is None else "draft")
             raise UsageError(
                 f"{name} is for the exllamav2 engine, the CPU engine does not speculate ({reason})",
-                f"leave {name} away",
+                f"drop {name}",
             )
 
 
 def _is_split(values: object) -> bool:
-    """Whether these are GiB per GPU, not all of them 0."""
     if not isinstance(values, tuple) or not all(isinstance(value, (int, float)) for value in values):
         return False
     return all(0 <= value < 10_000 for value in values) and any(values)
 
 
 def parse_gpu_split(text: str) -> tuple[float, ...] | None:
-    """ "auto" to None, "20,24" to (20.0, 24.0).
-
-    Raises:
-        UsageError: anything else.
-    """
+    """Parse "auto" (None) or GiB per GPU such as "20,24" ((20.0, 24.0)); anything else is a UsageError."""
     if text.strip().lower() == "auto":
         return None
     try:

@@ -1,19 +1,19 @@
-"""How much GPU memory a model takes on exllamav2, estimated before it is loaded, and the GPUs that there are.
+"""Estimate the GPU memory of a model on exllamav2 before loading it, and list the GPUs.
 
-The sum follows exllamav2 0.3.2 (file names are its own) at the moment when it holds most:
+The estimate follows exllamav2 0.3.2 (whose files are named below) at its peak:
 
-- weights: every tensor of the text model but the embeddings, which stay on the CPU (`embedding.py`); unquantized ones
-  as float16 (`module.py`, `load_weight`); a head tied to the embeddings is loaded as a separate float16 matrix;
-- KV cache: keys and values of every layer for every token, the context rounded up to a page of 256. A quantized cache
-  stores blocks of 32 values with a float16 scale, and keeps one layer of float16 to compute with (`cache.py`);
-- scratch: one buffer per GPU, as large as the hungriest module's `scratch_space_fixed`, and its size does not depend on
-  the context but on the prompt chunk of 2,048 tokens (1,024 with `low_mem`); only quantized modules need it;
-- working memory: while loading, `load_autosplit` holds back 448 MiB and sends a full chunk through every layer up to
-  the logits. Running takes less: attention needs no memory that grows with the context, CUDA graphs some megabytes.
-  With it counts the one page of the cache that is nobody's (`engines/exllamav2/forward.py`);
-- the CUDA context and kernels of torch and exllamav2, and what torch's allocator loses by rounding.
+- weights: all tensors of the text model except the embeddings, which stay on the CPU (`embedding.py`). Unquantized
+  weights become float16 (`module.py`, `load_weight`); a head tied to the embeddings is a separate float16 matrix.
+- KV cache: keys and values for every layer and token, the context rounded up to whole pages of 256 tokens. A quantized
+  cache stores blocks of 32 values with a float16 scale, plus one layer in float16 to compute with (`cache.py`).
+- scratch: one buffer per GPU, the maximum of the modules' `scratch_space_fixed`. It depends on the prefill chunk of
+  2,048 tokens (1,024 with `low_mem`), not on the context, and only quantized modules need it.
+- working memory: while loading, `load_autosplit` reserves 448 MiB and runs a full chunk through all layers to the
+  logits. Inference takes less: attention memory does not grow with the context, CUDA graphs take a few megabytes. The
+  spare page of the KV cache (`engines/exllamav2/forward.py`) is counted here.
+- the CUDA context with the kernels of torch and exllamav2, and the rounding of torch's allocator.
 
-`tests/gpu/estimate_against_peak.py` compares it with measured peaks.
+`tests/gpu/estimate_against_peak.py` compares the estimate with measured peaks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from exl_cli.system.units import MIB, gib
 PAGE = 256
 CACHE_TYPES: tuple[CacheType, ...] = ("fp16", "q8", "q6", "q4")
 
-# Bits per stored value, scales included; q6 keeps keys at 8 bits and values at 4.
+# Bits per cached value, including a float16 scale per 32 values; q6 is 8-bit keys and 4-bit values.
 CACHE_BITS: dict[str, float] = {"fp16": 16, "q8": 8.5, "q6": 6.5, "q4": 4.5}
 _CHUNK, _CHUNK_LOW_MEM = 2048, 1024
 _LARGEST_DEQUANTIZED = 512 * MIB
@@ -42,7 +42,7 @@ _HELD_BACK, _HELD_BACK_LATER = (192 + 256) * MIB, (64 + 256) * MIB
 _CUDA_CONTEXT = 512 * MIB
 _ROUNDING = 0.03
 
-# Parts of multimodal checkpoints that the text model does without.
+# Tensors of multimodal checkpoints that are not part of the text model.
 _OTHER_PARTS = ("vision_", "visual.", "multi_modal_projector", "patch_merger", "image_")
 _HEADS = ("lm_head.weight", "lm_head.q_weight", "lm_head.qweight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "word_embeddings.weight")
@@ -50,7 +50,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "wo
 
 @dataclass(frozen=True)
 class Estimate:
-    """GPU memory in bytes, by what it is for; see the module's first lines."""
+    """GPU memory in bytes by purpose; see the module docstring."""
 
     weights: int
     cache: int
@@ -61,18 +61,18 @@ class Estimate:
 
     @property
     def allocated(self) -> int:
-        """All but the CUDA context: what torch's allocator will ask for."""
+        """Bytes that torch's allocator will reserve: all but the CUDA context."""
         return self.weights + self.cache + self.scratch + self.working + self.rounding
 
     @property
     def total(self) -> int:
-        """All of it: what the card must have free before the program starts."""
+        """Bytes that must be free before the process starts."""
         return self.allocated + self.cuda
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of this machine, in bytes."""
+    """A GPU and its memory in bytes."""
 
     name: str
     total: int
@@ -81,7 +81,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions; `inner` is the MLP's (one expert's, where there are several)."""
+    """A model's dimensions; `inner` is the intermediate size of the MLP, or of one expert."""
 
     layers: int
     hidden: int
@@ -93,17 +93,15 @@ class Shape:
 
     @property
     def queries(self) -> int:
-        """Width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of all key heads."""
         return self.kv_heads * self.head_dim
 
 
 def shape_of(info: ModelInfo) -> Shape | None:
-    """The dimensions under the names that exllamav2 looks for; None where config.json does not say."""
+    """Read the dimensions under any of exllamav2's key names; None if config.json lacks one."""
 
     def read(*names: str) -> int:
         values = (info.text_config(name) for name in names)
@@ -117,27 +115,27 @@ def shape_of(info: ModelInfo) -> Shape | None:
         return None
     inner = read("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_hidden_size") or 4 * hidden
     head_dim = read("head_dim") or hidden // heads
-    # GPTBigCode's name for one key head that all queries share.
+    # multi_query: GPTBigCode, one key-value head for all queries.
     kv_heads = 1 if info.text_config("multi_query") is True else read("num_key_value_heads", "kv_n_heads") or heads
     return Shape(layers, hidden, heads, kv_heads, head_dim, inner, vocabulary)
 
 
 def round_up(tokens: int) -> int:
-    """The context that is really allocated: whole pages."""
+    """Round a context length up to whole pages."""
     return -(-tokens // PAGE) * PAGE
 
 
 def estimate(info: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem: bool = False) -> Estimate | None:
-    """GPU memory of a model on one GPU.
+    """Estimate the memory of a model on one GPU.
 
     Args:
-        info: the model; without `tensors` (a branch that is not here) its `size_bytes` stands for them.
-        context: tokens to allocate.
-        cache: type of the KV cache.
-        low_mem: prompts in smaller chunks.
+        info: the model. If `tensors` is empty, as for a branch not downloaded yet, `size_bytes` is used.
+        context: tokens of KV cache.
+        cache: KV cache type.
+        low_mem: smaller prefill chunks.
 
     Returns:
-        None where config.json does not give the model's dimensions.
+        None if config.json does not give the model's dimensions.
     """
     shape = shape_of(info)
     if shape is None:
@@ -156,23 +154,22 @@ def _weights(info: ModelInfo, shape: Shape) -> int:
     matrix = 2 * shape.vocabulary * shape.hidden
     tied = bool(info.text_config("tie_word_embeddings"))
     if not info.tensors:
-        # Unquantized weights become float16, whatever they were stored as. EXL2 files always hold a quantized head;
-        # others leave a tied one out.
+        # Unquantized weights become float16. EXL2 files always contain a head; other formats omit a tied one.
         wide = info.bits_per_weight / 16 if info.format == "float" and info.bits_per_weight > 16 else 1
         return max(0, round(info.size_bytes / wide) - matrix) + (matrix if tied and info.format != "exl2" else 0)
     total, head = 0, False
     for tensor in info.tensors.values():
         if tensor.name.endswith(_EMBEDDINGS) or any(part in tensor.name for part in _OTHER_PARTS):
             continue
-        # InternLM's head is called output; attention's own output has a longer name.
+        # InternLM 2 names its head output.weight; attention outputs have longer names.
         head = head or tensor.name == "output.weight" or tensor.name.endswith(_HEADS)
         total += 2 * tensor.numel if tensor.dtype in ("F32", "BF16") else tensor.nbytes
     return total if head else total + matrix
 
 
 def _cache(shape: Shape, context: int, cache: CacheType) -> int:
-    values = 2 * shape.keys * context
-    layer = 0 if cache == "fp16" else 2 * values
+    values = 2 * shape.keys * context  # keys and values of one layer
+    layer = 0 if cache == "fp16" else 2 * values  # one layer dequantized to float16
     return math.ceil(shape.layers * values * CACHE_BITS[cache] / 8) + layer
 
 
@@ -187,13 +184,13 @@ def _scratch(shape: Shape, rows: int) -> int:
 
 
 def _working(shape: Shape, rows: int, cache: CacheType) -> int:
-    # Hidden states in and out of a layer, queries, attention's output, keys and values.
+    # A layer's hidden states before and after, queries, attention output, keys and values, all float16.
     layer = 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
     return _HELD_BACK + layer + 2 * rows * shape.vocabulary + _cache(shape, PAGE, cache)
 
 
 def _rotary(info: ModelInfo, shape: Shape, context: int) -> int:
-    """Sines and cosines in float16 for sequences that a "dynamic" rope extends, see `Rope.switches`."""
+    """Bytes of the float16 sine and cosine tables of "dynamic" RoPE scaling; see `Rope.switches`."""
     given = info.text_config("rope_parameters") or info.text_config("rope_scaling")
     if not isinstance(given, dict) or given.get("rope_type", given.get("type")) != "dynamic":
         return 0
@@ -203,16 +200,13 @@ def _rotary(info: ModelInfo, shape: Shape, context: int) -> int:
 
 
 def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp16", *, low_mem: bool = False) -> int:
-    """The most tokens of context, in whole pages and at most what the model was made for, that fit.
+    """The largest context that fits, in tokens: whole pages, at most the model's context; 0 if nothing fits.
 
     Args:
         info: the model.
-        free: bytes free on each GPU, the CUDA context not among them.
-        cache: type of the KV cache.
+        free: free bytes on each GPU, after the CUDA context.
+        cache: KV cache type.
         low_mem: see `estimate`.
-
-    Returns:
-        0 where not even one page fits.
     """
 
     def fits(pages: int) -> bool:
@@ -227,23 +221,23 @@ def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp
 
 
 def usable(needed: Estimate, free: Sequence[int]) -> int:
-    """How much of the GPUs' free bytes serves weights, cache and work: each after the first needs its own scratch."""
+    """Bytes usable for one model across GPUs: every GPU after the first needs its own scratch and load reserve."""
     each = needed.scratch + _HELD_BACK_LATER
     largest = sorted(free, reverse=True)
     return sum(largest[:1]) + sum(max(0, count - each) for count in largest[1:])
 
 
 def fits(needed: Estimate, cards: Sequence[int]) -> bool:
-    """Whether that fits cards of so many bytes, each of which a CUDA context takes its part of."""
+    """Whether an estimate fits GPUs with these free bytes, before any CUDA context exists."""
     return needed.allocated <= usable(needed, [card - _CUDA_CONTEXT for card in cards])
 
 
 def beside(draft: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem: bool = False) -> int:
-    """GPU memory in bytes that a draft model takes beside the model: one works while the other waits.
+    """Extra bytes for a draft model. The two models never run at once, so its working memory is not counted.
 
     Args:
-        draft: the smaller model.
-        context: tokens to allocate, of which it uses as many as it was made for.
+        draft: the draft model.
+        context: tokens of KV cache, capped at the draft model's context.
         cache, low_mem: see `estimate`.
     """
     needed = estimate(draft, min(context, draft.extended_length), cache, low_mem=low_mem)
@@ -259,21 +253,21 @@ def check(
     low_mem: bool = False,
     draft: ModelInfo | None = None,
 ) -> Estimate | None:
-    """Refuse to load what will not fit.
+    """Raise OutOfMemoryError, with advice, if a model will not fit.
 
     Args:
         info: the model.
-        context: tokens to allocate.
-        cache: type of the KV cache.
-        free: bytes free on each GPU as torch.cuda.mem_get_info tells them, which no longer count the CUDA context.
+        context: tokens of KV cache.
+        cache: KV cache type.
+        free: free bytes on each GPU from torch.cuda.mem_get_info, so after the CUDA context.
         low_mem: see `estimate`.
-        draft: a model that is to be loaded as well.
+        draft: the draft model to be loaded too.
 
     Returns:
-        The estimate, without the draft's; None where none can be made, and nothing is refused.
+        The estimate without the draft model; None if none can be made.
 
     Raises:
-        OutOfMemoryError: with need, free and the largest context that fits.
+        OutOfMemoryError: with the memory needed, the memory free, and the largest context that fits.
     """
     needed = estimate(info, context, cache, low_mem=low_mem)
     have = f"{gib(sum(free))} {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
@@ -299,12 +293,12 @@ def _advice(info: ModelInfo, context: int, cache: CacheType, free: Sequence[int]
     if fitting["q4"] > fitting[cache]:
         ways.append(f"{param('cache')} q4 fits {min(fitting['q4'], max(context, fitting[cache])):,} tokens")
     if not ways:
-        ways.append("no context fits: take a smaller quantization (exl download owner/name --branches)")
-    return "; ".join([*ways, "nvidia-smi shows who uses the GPU"])
+        ways.append("no context fits: use a smaller quantization (exl download owner/name --branches)")
+    return "; ".join([*ways, "nvidia-smi shows what else uses the GPU"])
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that a program started now would see; empty where there is none, or no driver to ask."""
+    """The NVIDIA GPUs that a new process would see; empty without GPUs or a driver."""
     with open_driver() as driver:
         handles = _visible(driver)
         asked = [(driver.ask("DeviceGetName", handle), driver.ask("DeviceGetMemoryInfo", handle)) for handle in handles]
@@ -312,7 +306,7 @@ def gpus() -> list[Gpu]:
 
 
 def _visible(driver: Driver) -> list[Any]:
-    """Handles of the GPUs that CUDA_VISIBLE_DEVICES leaves, by number or by the beginning of a UUID."""
+    """Handles of the GPUs in CUDA_VISIBLE_DEVICES, which lists indices or prefixes of UUIDs."""
     handles = driver.gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:

@@ -1,4 +1,4 @@
-"""From what the user typed to the text that is tokenized: plain templates with variables, chat templates, raw text."""
+"""Render the user's input into the text to tokenize: chat template, plain template with variables, or raw."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _AS_NAME_VALUE = f"write it as {_VAR} name=value"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text ready to be tokenized.
+    """Text ready to be tokenized.
 
     Args:
-        text: all of it.
-        add_special_tokens: whether the tokenizer is to add its own, such as BOS; a chat template writes them itself.
-        variables: what a plain template was filled with.
-        kind: where the text came from.
+        text: the full prompt.
+        add_special_tokens: whether the tokenizer adds BOS and the like; chat templates write them themselves.
+        variables: the values that filled a plain template.
+        kind: how the text was made.
     """
 
     text: str
@@ -33,13 +33,10 @@ class Prompt:
 
 
 def parse_variables(items: Sequence[str]) -> dict[str, str]:
-    """Read variables for a plain template.
-
-    Args:
-        items: each `name=value`; the value may hold more equals signs.
+    """Parse `name=value` items; values may contain further equals signs.
 
     Raises:
-        UsageError: an item without an equals sign or name, a name that cannot stand in a template, or one given twice.
+        UsageError: no equals sign, a name that is not an identifier, or a repeated name.
     """
     variables: dict[str, str] = {}
     for item in items:
@@ -47,7 +44,7 @@ def parse_variables(items: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise UsageError(f"{_VAR} {item!r} has no '='", _AS_NAME_VALUE)
         if not name.isidentifier():
-            what = f"{name!r} is not a name" if name else "has no name before '='"
+            what = f"{name!r} is not a name" if name else "there is no name before '='"
             raise UsageError(f"{_VAR} {item!r}: {what}", _AS_NAME_VALUE)
         if name in variables:
             raise UsageError(f"{_VAR} {name} is given twice", "give each variable once")
@@ -56,14 +53,10 @@ def parse_variables(items: Sequence[str]) -> dict[str, str]:
 
 
 def fill(template: str, variables: Mapping[str, str]) -> str:
-    """Put values into a template's `{name}` placeholders; `{{` and `}}` stand for braces.
-
-    Args:
-        template: the text with placeholders.
-        variables: a value for each placeholder, and for nothing else.
+    """Replace `{name}` placeholders; `{{` and `}}` are literal braces.
 
     Raises:
-        PromptError: the template is malformed, or its placeholders and the variables do not match.
+        PromptError: the template is malformed, or placeholders and variables do not match exactly.
     """
     parts, names = _parse(template), placeholders(template)
     missing = [name for name in names if name not in variables]
@@ -83,10 +76,10 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
 
 
 def placeholders(template: str) -> list[str]:
-    """The names that a template needs, each once.
+    """The distinct placeholder names of a template, in order.
 
     Raises:
-        PromptError: it is malformed.
+        PromptError: the template is malformed.
     """
     return list(dict.fromkeys(name for _, name in _parse(template) if name is not None))
 
@@ -97,8 +90,8 @@ def _suggest(name: str, others: Iterable[str], sentence: str) -> str:
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """Split a template into pieces: a literal, and the placeholder after it."""
-    braces = "write {{ and }} for braces that are not placeholders"
+    """Split a template into (literal, name of the placeholder after it or None)."""
+    braces = "write {{ and }} for literal braces"
     try:
         fields = list(Formatter().parse(template))
     except ValueError as error:
@@ -109,24 +102,24 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
         if name == "" or name.isdecimal():
             raise PromptError(f"the template has a placeholder without a name: {{{name}}}", "name it, as in {question}")
         if not name.split(".")[0].split("[")[0].isidentifier():
-            raise PromptError(f"the template has a placeholder that is not a name: {{{name}}}", braces)
+            raise PromptError(f"the template has an invalid placeholder: {{{name}}}", braces)
         if not name.isidentifier() or spec or conversion:
             shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise PromptError(
-                f"the template has a placeholder that is more than a name: {{{shown}}}",
+                f"the template has a placeholder with more than a name: {{{shown}}}",
                 "use plain {name} placeholders; attributes, indices, conversions and formats are not supported",
             )
     return [(literal, name) for literal, name, _, _ in fields]
 
 
 def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
-    """Refuse text that is not UTF-8: a bad byte of a command line arrives as a lone surrogate.
+    """Check that command-line text is UTF-8. Python decodes argv with surrogateescape: bad bytes are lone surrogates.
 
     Args:
-        arguments: each a name and its value, or values; None where it was not given.
+        arguments: pairs of a name and its value or values; None if not given.
 
     Raises:
-        PromptError: for the first that is not.
+        PromptError: for the first bad byte.
     """
     for name, values in arguments:
         for value in (values,) if isinstance(values, str) else values or ():
@@ -138,7 +131,7 @@ def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
 
 
 def half_character(text: str) -> str:
-    """A text's first lone surrogate, which neither files nor tokenizers take, as U+D800; empty where it has none."""
+    """The first lone surrogate in a text, as "U+D800"; empty if there is none. Tokenizers and files reject them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -147,7 +140,7 @@ def half_character(text: str) -> str:
 
 
 def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
-    """The error for bytes that are not UTF-8, which names the first bad byte and its position."""
+    """The error for text that is not UTF-8."""
     return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)
 
 
@@ -161,19 +154,19 @@ def render_prompt(
     chat: ChatTemplate | None = None,
     as_text: Callable[[str], str] = str,
 ) -> Prompt:
-    """Turn what the user gave into the text for the model.
+    """Render a prompt for the model.
 
     Args:
-        text: the prompt; with a `template` it may be None, or fill the template's `{prompt}`.
-        system: a system message, for models with a chat template.
-        raw: send the text as it is, without the model's chat template.
-        template: a plain template, sent as it is once filled.
-        variables: the values for `template`.
-        chat: the model's chat template; None where the model has none, and then the text is sent as it is.
-        as_text: hides special tokens in what goes into a template; see `Tokenizer.as_text`.
+        text: the prompt. With `template`, it fills `{prompt}` or is None.
+        system: a system message; needs a chat template.
+        raw: bypass the chat template.
+        template: a plain template; its filled text bypasses the chat template.
+        variables: values for `template`.
+        chat: the model's chat template; if None, the text is sent as it is.
+        as_text: escapes special tokens in user text; see `Tokenizer.as_text`.
 
     Raises:
-        UsageError: options that do not go together.
+        UsageError: options that exclude each other.
         PromptError: an empty prompt, or a template that cannot be filled or rendered.
     """
     _check_options(system=system, raw=raw, template=template, variables=variables, chat=chat)
@@ -203,15 +196,15 @@ def _check_options(
     chat: ChatTemplate | None,
 ) -> None:
     if raw and template is not None:
-        raise UsageError(f"{_RAW} and {_TEMPLATE} do not go together", f"a template is sent as it is; drop {_RAW}")
+        raise UsageError(f"{_RAW} and {_TEMPLATE} exclude each other", f"drop {_RAW}; a template is sent as it is")
     if variables and template is None:
         raise UsageError(f"{_VAR} needs a {_TEMPLATE} to fill", f"add {_TEMPLATE} 'text with {{name}}'")
     if system is None:
         return
     if template is not None:
-        raise UsageError(f"{_SYSTEM} and {_TEMPLATE} do not go together", "write the system text into the template")
+        raise UsageError(f"{_SYSTEM} and {_TEMPLATE} exclude each other", "write the system message into the template")
     if raw:
-        raise UsageError(f"{_SYSTEM} and {_RAW} do not go together", "drop one of them")
+        raise UsageError(f"{_SYSTEM} and {_RAW} exclude each other", "drop one of them")
     if chat is None:
         raise UsageError(
             f"{_SYSTEM} needs a model with a chat template, and this one has none", "write it into the prompt"

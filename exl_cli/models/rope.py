@@ -1,7 +1,6 @@
-"""Rotary embeddings as config.json describes them: each kind of layer's, their frequencies, and how far they reach.
+"""RoPE as config.json describes it: per layer type, with all scaling methods of transformers' modeling_rope_utils.py.
 
-Everything here follows transformers (`modeling_rope_utils.py`), whose computation is what a model was trained with or
-is published for. It is plain Python: a model's description must not import torch.
+Plain Python, because inspecting a model must not import torch.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-# Names that mean one of these: Phi 3 called longrope "su" at first; for text alone mrope is the default.
+# Aliases: Phi 3 first called longrope "su"; mrope (Qwen 2 VL) equals the default for text.
 _OTHER_NAMES = {"su": "longrope", "mrope": "default"}
 _NUMBERS = ("rope_theta", "factor", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary embedding of one kind of layers.
+    """The RoPE of one layer type.
 
     Attributes:
         kind: one of KINDS.
-        theta: the base.
-        dim: values of a head that are rotated, the first ones.
-        original: tokens that the model saw before its context was extended.
-        longest: tokens that config.json counts, extended or not.
-        parameters: the keys that belong to the kind.
+        theta: the base of the frequencies.
+        dim: number of leading elements of a head that are rotated.
+        original: context length before scaling, in tokens.
+        longest: context length stated in config.json, in tokens; depending on the kind, before or after scaling.
+        parameters: the keys of `rope_scaling` or `rope_parameters`.
     """
 
     kind: str
@@ -40,18 +39,18 @@ class Rope:
 
     @property
     def factor(self) -> float:
-        """By how much the context is extended; 1 where it is not."""
+        """The scaling factor of the context; 1 without scaling."""
         factor = self.parameters.get("factor")
         if factor is None:
             return self.longest / self.original if self.kind in ("yarn", "longrope") else 1.0
         return float(factor)
 
     def switches(self, context: int) -> list[int]:
-        """Lengths of a sequence up to `context` beyond which it takes other frequencies, from its first token on.
+        """Sequence lengths, up to `context`, at which the frequencies change for all of a sequence's tokens.
 
-        Those of "dynamic" follow each token. Taken by steps of a sixteenth of the length, in the middle of each, logits
-        are off by 0.5 % (relative L2, a model of 1,024 tokens computed as one of 256 extended fourfold), and 99 % of
-        the likeliest tokens are the same.
+        longrope changes once, at the original length. "dynamic" changes with every token; we approximate it with steps
+        of 1/16 of the length, using the frequencies of each step's middle. Measured on a 1,024-token model run as a
+        256-token one extended fourfold, logits are off by 0.5 % (relative L2) and 99 % of the top tokens agree.
         """
         if self.kind == "longrope":
             return [self.original] if context > self.original else []
@@ -63,9 +62,10 @@ class Rope:
         return switches
 
     def frequencies(self, length: int = 0) -> list[float]:
-        """Radians a position, for each pair of rotated values, in a sequence of `length` tokens."""
+        """Radians per position of each of the dim / 2 pairs, in a sequence of `length` tokens."""
         theta = self.theta
         if self.kind == "dynamic" and length > self.longest:
+            # NTK-aware scaling: a larger base stretches low frequencies and leaves high ones nearly unchanged.
             grown = self.factor * length / self.longest - (self.factor - 1)
             theta *= grown ** (self.dim / (self.dim - 2))
         plain = [theta ** (-2 * index / self.dim) for index in range(self.dim // 2)]
@@ -80,7 +80,7 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """By what sines and cosines are multiplied."""
+        """Multiplies sines and cosines, and so scales attention scores by its square (YaRN's temperature)."""
         given = self.parameters.get("attention_factor")
         if self.kind not in ("yarn", "longrope"):
             return 1.0
@@ -95,7 +95,8 @@ class Rope:
         return float((scale * log + 1) / (all_dims * log + 1)) if scale and all_dims else log + 1
 
     def _llama3(self, value: float) -> float:
-        # Long waves are stretched, short ones are not, and between two lengths one passes into the other.
+        # Llama 3.1: keep high frequencies, divide low ones by the factor, and interpolate between. `turns` is the
+        # number of rotations within the original context.
         low, high = (float(self.parameters[f"{end}_freq_factor"]) for end in ("low", "high"))
         turns = self.original * value / (2 * math.pi)
         if turns > high:
@@ -106,7 +107,9 @@ class Rope:
         return (1 - smooth) * value / self.factor + smooth * value
 
     def _yarn(self, plain: list[float]) -> list[float]:
-        # Pairs that turn often enough in the original context are kept, those that turn too little are stretched.
+        # YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071): pairs that rotate more than beta_fast times within
+        # the original context keep their frequency, those below beta_slow are divided by the factor, and a linear ramp
+        # over the pair's index lies between. `pair` is the index of the pair with that many rotations.
         def pair(turns: float) -> float:
             return self.dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
@@ -129,27 +132,28 @@ def ropes(
     local_theta: float | None = None,
     partial: float | None = None,
 ) -> dict[str, Rope]:
-    """The rotary embeddings that a text model's config.json describes, by the kind of layer.
+    """Read the RoPE of each layer type.
 
     Args:
-        config: its text part.
-        head_dim: values of a head.
-        longest: tokens of context that it counts.
-        theta, local_theta, partial: what the model's class takes for granted: the base, that of layers with a window
-            where they have one of their own, and the share of a head that is rotated (None: all of it, always).
+        config: the text model's part of config.json.
+        head_dim: size of a head.
+        longest: context length stated there, in tokens.
+        theta: default base.
+        local_theta: default base of sliding-window layers; None if they share the other layers' RoPE.
+        partial: default fraction of a head that is rotated; None if the class always rotates all of it.
 
     Returns:
-        FULL and, where layers with a window have one of their own, SLIDING.
+        FULL, and SLIDING if sliding-window layers differ.
 
     Raises:
-        ValueError: with what makes no sense, in a few words.
+        ValueError: an unknown type or an invalid parameter.
     """
     nested = config.get("rope_parameters")
     if not isinstance(nested, dict) or not (FULL in nested or SLIDING in nested):
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         ropes = {FULL: _rope(config, given, head_dim, longest, theta, partial)}
         if local_theta is not None:
-            # Gemma 3 before transformers 5; its layers with a window are not scaled.
+            # Gemma 3 before transformers 5. Its sliding-window layers are not scaled.
             local = config.get("rope_local_base_freq") or local_theta
             ropes[SLIDING] = _rope(config, {"rope_theta": local}, head_dim, longest, theta, partial)
         return ropes
@@ -169,21 +173,21 @@ def _rope(
     kind = given.get("rope_type", given.get("type")) or "default"
     kind = _OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind == "yarn" and "long_factor" in given:
-        kind = "longrope"  # what Phi 3 said before it said su
+        kind = "longrope"  # the earliest Phi 3 configs call longrope "yarn"
     if kind not in KINDS:
-        raise ValueError(f"the rope type {kind!r} is not known")
+        raise ValueError(f"unknown RoPE type {kind!r}")
     for name in _NUMBERS:
         value = given.get(name, config.get(name) if name != "attention_factor" else None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
-    # Phi 3 keeps the original length outside, and there it counts more.
+    # Phi 3 has the original length at top level, where transformers gives it precedence.
     original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     if kind in ("default", "linear", "dynamic"):
         original = None
     base = given.get("rope_theta") or config.get("rope_theta") or theta
     share = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial or 1.0
     if partial is None and share != 1.0:
-        raise ValueError(f"partial_rotary_factor is {share}, and its class rotates whole heads")
+        raise ValueError(f"partial_rotary_factor is {share}, but this architecture rotates whole heads")
     dim = int(head_dim * share)
     rope = Rope(kind, float(base), dim, _length(original) or longest, longest, given)
     if kind in ("linear", "dynamic", "llama3") and given.get("factor") is None:
@@ -207,19 +211,19 @@ def _length(value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"original_max_position_embeddings must be a whole number, at least 1, not {value!r}")
+        raise ValueError(f"original_max_position_embeddings must be a positive integer, not {value!r}")
     return value
 
 
 def extended_length(config: Mapping[str, Any], longest: int) -> int:
-    """How many tokens a model can take once `rope_scaling` has extended its context.
+    """Context length after RoPE scaling, in tokens.
 
-    Publishers keep either the original or the extended length in max_position_embeddings; the larger reading counts, as
-    for exllamav2 and vLLM. With llama3 and longrope max_position_embeddings is the extended one already.
+    max_position_embeddings is the original length in some models and the scaled one in others. Like exllamav2 and vLLM,
+    take the larger reading. For llama3 and longrope it is always the scaled length.
 
     Args:
-        config: config.json's text part.
-        longest: tokens of context that it counts.
+        config: the text model's part of config.json.
+        longest: context length stated there, in tokens.
     """
     scaling = config.get("rope_parameters") or config.get("rope_scaling")
     if not isinstance(scaling, dict) or str(config.get("model_type")).startswith("gemma3"):

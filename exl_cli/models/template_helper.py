@@ -1,4 +1,4 @@
-"""The near side of the process that renders chat templates or tries tokenizers: starting it, asking it, ending it."""
+"""Client of the sandboxed helper process that renders chat templates and tests tokenizers; see `template_worker`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VERBS = {"templates": "renders", "tokenizers": "tries"}
 
 
 class Reply(NamedTuple):
-    """The answer to a request: text where `kind` is TEXT, else the reason, and the template's line or 0."""
+    """A reply. `text` is the result if `kind` is TEXT, else the reason; `line` is the template's line, or 0."""
 
     kind: str
     line: int
@@ -34,16 +34,15 @@ class Reply(NamedTuple):
 
 
 class Helper:
-    """A process that answers requests about a stranger's file and can do nothing else: see `template_worker`.
+    """A helper process, started on demand and restarted after it was killed. Thread-safe: a lock orders requests.
 
-    It starts at the first request, or ahead of it by `start`, and again after something ended it. It ends with this
-    object and with this process, however that ends; a process forked from this one starts its own. Threads take turns.
+    The process ends with this object, and at EOF when the parent dies. After a fork, the child starts a new one.
 
     Args:
-        deadline: seconds that an answer may take, the start of a process included where that takes less than half.
-        program: of `template_worker`.
-        cpu_seconds: seconds of computing that it may take; as many as the deadline has if not given.
-        memory: bytes of address space.
+        deadline: seconds per request. Starting the process counts, but a request always gets half of it.
+        program: "templates" or "tokenizers".
+        cpu_seconds: CPU time per request (RLIMIT_CPU); by default the deadline.
+        memory: bytes of address space (RLIMIT_AS).
     """
 
     def __init__(
@@ -58,20 +57,20 @@ class Helper:
 
     @property
     def pid(self) -> int | None:
-        """The process's id; None where none has been started."""
+        """Process id; None if it is not running."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process where it is not running, without waiting for it."""
+        """Start the process if needed, without waiting for it."""
         with self._lock, contextlib.suppress(OSError):
             self._start()
 
     def render(self, source: str, variables: dict[str, Any]) -> Reply:
-        """Render a Jinja template, which is compiled once, with variables of JSON's types."""
+        """Render a Jinja template with JSON-serialisable variables; the process caches compiled templates."""
         return self.ask(source, datetime.now().isoformat(), variables)
 
     def ask(self, *request: Any) -> Reply:
-        """Send a request, of JSON's types, and wait for the reply; it is STOPPED or FAILED where none came."""
+        """Send a JSON-serialisable request and wait; without a reply the result is STOPPED or FAILED."""
         line = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             end = time.monotonic() + self._deadline
@@ -83,17 +82,17 @@ class Helper:
                     self._end()
                     return reply
                 self._ready = True
-                # What its start took counts, but half of the time is for the answer.
+                # Startup counts against the deadline, but leave at least half of it for the request.
                 reply = _exchange(process, line, max(end - time.monotonic(), self._deadline / 2))
             except TimeoutError:
                 reply = Reply(STOPPED, 0, f"it takes more than {self._deadline:g} seconds")
             except EOFError:
-                reply = Reply(STOPPED, 0, f"it ended the process that {_VERBS[self._program]} it")
-                if not self._ready:  # before that it has seen nothing of a stranger's
-                    reply = Reply(FAILED, 0, "the process for it ends while it starts")
+                reply = Reply(STOPPED, 0, f"it crashed the process that {_VERBS[self._program]} it")
+                if not self._ready:  # it had not read any untrusted input yet
+                    reply = Reply(FAILED, 0, "the helper process ends while starting")
             except OSError as error:
-                reply = Reply(FAILED, 0, f"no process can be started for it: {error.strerror}")
-            except BaseException:  # KeyboardInterrupt: the reply would be taken for that to the next request
+                reply = Reply(FAILED, 0, f"the helper process cannot be started: {error.strerror}")
+            except BaseException:  # KeyboardInterrupt: a late reply would be taken for that of the next request
                 self._end()
                 raise
             if reply.kind == STOPPED or not self._ready:
@@ -105,11 +104,11 @@ class Helper:
             program = (sys.executable, "-I", "-S", "-W", "ignore", template_worker.__file__)
             self._process = subprocess.Popen(  # noqa: S603 - our own program
                 [*program, *self._arguments, *filter(os.path.isabs, sys.path)],
-                bufsize=0,  # a buffer would have a lock, which a process forked meanwhile could not take
+                bufsize=0,  # a buffered stream has a lock, which a forked child could find locked for good
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                # Some Pythons find their own library by it.
+                # Some Python builds need it to find libpython.
                 env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 start_new_session=True,
             )
@@ -123,7 +122,7 @@ class Helper:
         self._process = None
 
     def _forget(self) -> None:
-        """In a forked process: leave the helper to the parent, and the lock to whichever thread there holds it."""
+        """In a forked child: drop the parent's process and its lock, which a parent's thread may hold."""
         self._lock = threading.Lock()
         if self._process is not None:
             self._kill.detach()
@@ -143,10 +142,8 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 def try_tokenizer(data: bytes) -> Reply:
-    """Try the tokenizer of a tokenizer.json on a short text.
-
-    A text of that size takes milliseconds; the file itself may be large and takes some seconds to read.
-    """
+    """Test a tokenizer.json on a short text, in a fresh helper process; see `template_worker.trier`."""
+    # Encoding the text takes milliseconds, but loading a large file takes seconds and memory.
     megabytes = len(data) >> 20
     helper = Helper(20.0 + 2 * megabytes, "tokenizers", 5 + megabytes // 2, _MEMORY + 8 * len(data))
     return helper.ask(data.decode("utf-8", "replace"))
@@ -156,8 +153,8 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) 
     """Send a request and wait for the reply.
 
     Raises:
-        TimeoutError: it did not come within so many seconds, and the process was killed.
-        EOFError: the process has ended, or sends something else than a reply.
+        TimeoutError: no reply in time; the process has been killed.
+        EOFError: the process ended, or sent something that is not a reply.
     """
     end = time.monotonic() + seconds
     alarm = threading.Timer(seconds, process.kill)
@@ -182,12 +179,12 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)  # it leads a session
+        os.killpg(process.pid, signal.SIGKILL)  # a session leader, so also a group leader
     _close(process)
     process.wait()
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
     for stream in filter(None, (process.stdin, process.stdout)):
-        with contextlib.suppress(OSError):  # what it did not read
+        with contextlib.suppress(OSError):
             stream.close()

@@ -1,11 +1,11 @@
-"""The process in which a stranger's chat template renders or tokenizer is tried, with nothing else in reach.
+"""The sandboxed process that renders untrusted chat templates and tests untrusted tokenizers.
 
-`template_helper` starts it by its path, with `python -I -S` and the folders of its own `sys.path`; it imports nothing
-of exl. It imports what its program needs, gives up files, processes and memory for good, and then answers requests
-until its standard input ends.
+`template_helper` starts this file with `python -I -S` and its own `sys.path`; it imports nothing from exl. The worker
+imports its libraries, drops its rights to open files, start processes and use more memory, and then serves requests
+until EOF on stdin.
 
-A request is a line of JSON: a list of the template, the time and the variables, or of the text of a tokenizer.json. So
-is a reply: its kind, the template's line or 0, and the text or the reason.
+Protocol, one JSON array per line. Request: [template source, local time, variables], or [text of tokenizer.json].
+Reply: [kind, line of the template or 0, text or reason].
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ TEXT, REFUSED, BROKEN, STOPPED, FAILED = "text", "refused", "broken", "stopped",
 _MAX_REASON = 1200
 _NOBODY = 65534
 
-# What Jinja and Python import only when it is used for the first time; the last line fails.
+# Triggers the lazy imports of Jinja and Python, which would fail later without files; the last line raises an error.
 _WARM_UP = """{% macro m(x) %}{{ x|tojson(indent=1) }}{% endmacro %}{{ m(1.5) }}{{ strftime_now('%c') }}{{ lipsum(1) }}
 {{ 'a b'|wordwrap(1) }}{{ [1]|pprint }}{{ '<'|e }}{% generation %}{% endgeneration %}{{ 'x'.encode('ascii') }}
 {{ a.b.c }}"""
 
-# A tokenizer may make so many times the text's characters of it.
+# Refuse a tokenizer whose output is longer than this multiple of the input.
 _MAX_GROWTH = 16
-# Letters, digits and signs; scripts of one to four bytes a character; runs, on which some patterns take quadratic time.
+# ASCII; scripts of one to four UTF-8 bytes per character; runs, which make some regular expressions quadratic.
 _SAMPLE = (
     "".join(map(chr, range(32, 127)))
     + " The quick brown fox jumps over the lazy dog.\n\tÄpfel, naïve œuvre; Ελλάδα, Привет,  שלום, مرحبا, हिन्दी, ไทย, "
@@ -42,18 +42,18 @@ Answer = tuple[str, int, str]
 
 
 def max_text(request: int) -> int:
-    """The most bytes of text that may come of a request of so many bytes: more would only keep the tokenizer busy."""
+    """Longest text in a reply to a request of `request` bytes."""
     return (1 << 20) + 8 * request
 
 
 def give_up(memory: int) -> None:
-    """Give up for good what only a program that broke out would use, as far as the platform can refuse it.
+    """Drop privileges for good: no new files, sockets or processes, no environment, at most `memory` bytes.
 
-    Afterwards no file or socket can be opened, no process started, no environment read, and no more than `memory` bytes
-    of address space used. What is open stays open. Root, who could raise the limits again, becomes nobody.
+    Only what a template that escaped Jinja's sandbox could use; open descriptors stay open. Root could raise the limits
+    again, so it becomes nobody.
     """
     os.environ.clear()
-    with contextlib.suppress(ImportError):  # where the platform has no such limits
+    with contextlib.suppress(ImportError):  # no rlimits on this platform
         import resource
 
         for name, value in {"AS": memory, "NOFILE": 0, "FSIZE": 0, "CORE": 0, "NPROC": 0}.items():
@@ -67,7 +67,7 @@ def give_up(memory: int) -> None:
 
 
 def allow_cpu(seconds: int) -> None:
-    """Have the system end this process after so many more seconds of CPU time, whether or not anybody waits for it."""
+    """Let the kernel kill this process after `seconds` more of CPU time, even if the parent is gone."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -76,9 +76,9 @@ def allow_cpu(seconds: int) -> None:
 
 
 def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
-    """A function that renders a template, given its source, the local time (ISO 8601) and its variables.
+    """Set Jinja up as transformers does, and return `render(source, local time in ISO 8601, variables)`.
 
-    A MemoryError comes through.
+    Errors become replies, except MemoryError, after which the process should not go on.
     """
     from datetime import datetime
     from functools import lru_cache
@@ -91,12 +91,12 @@ def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class RefusedError(TemplateError):
-        """The template called `raise_exception`: it does not take this conversation."""
+        """The template called `raise_exception`."""
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks the assistant's text for training; a rendering shows what is inside."""
+        """`{% generation %}` marks assistant text for training masks; for inference, render its body."""
 
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own way
+        tags = {"generation"}  # noqa: RUF012 - Jinja's interface
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -140,14 +140,14 @@ def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
 
 
 def trier() -> Callable[[str], Answer]:
-    """A function that tries the tokenizer of a tokenizer.json on a short text, and replies whether it is harmless.
+    """Return a function that checks that a tokenizer does not blow a short text up.
 
-    One that cannot be read is: the parent reads it again, and says what is wrong.
+    An unreadable tokenizer passes: the parent loads it next and reports the error.
     """
     from tokenizers import Tokenizer
 
     def sizes(tokenizer: Any, text: str) -> Iterator[int]:
-        """Characters or tokens after each step of encoding and decoding; no step is taken before it is asked for."""
+        """Characters or tokens after each step of encoding and decoding. Lazy: stop before a step grows further."""
         normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
         normalized = normalizer.normalize_str(text) if normalizer else text
         yield len(normalized)
@@ -157,12 +157,12 @@ def trier() -> Callable[[str], Answer]:
         yield len(tokenizer.decode(ids, skip_special_tokens=False))
 
     def attempt(request: str) -> Answer:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no thread can be started
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # RLIMIT_NPROC forbids threads
         try:
             tokenizer = Tokenizer.from_str(request)
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            # Also what its patterns name: a text that makes it grow holds that.
+            # Add every character in the normalizer's and pre-tokenizer's patterns: what they expand must be tested.
             parts = filter(None, (tokenizer.normalizer, tokenizer.pre_tokenizer))
             text = _SAMPLE + "".join(sorted({char for part in parts for char in part.__getstate__().decode()}))
             size = next((size for size in sizes(tokenizer, text) if size > _MAX_GROWTH * len(text)), 0)
@@ -175,7 +175,7 @@ def trier() -> Callable[[str], Answer]:
 
 
 def _line_of(error: BaseException) -> int:
-    """The template's line, from the traceback that Jinja rewrote to point there; 0 where it does not."""
+    """The template's line, from the traceback that Jinja rewrites; 0 if it has none."""
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":
@@ -190,7 +190,7 @@ def _reply(*answer: str | int) -> None:
 
 
 def main(program: str, cpu_seconds: str, memory: str, *folders: str) -> None:
-    """Answer requests, each within so many seconds of computing, all within so many bytes of memory."""
+    """Serve requests on stdin; `cpu_seconds` for each, `memory` bytes in all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path += folders
     try:
@@ -209,9 +209,9 @@ def main(program: str, cpu_seconds: str, memory: str, *folders: str) -> None:
                 kind, line, text = STOPPED, 0, "it writes too much text"
             _reply(kind, line, text)
         except MemoryError as error:
-            # Whether enough of the heap is free for the next rendering is luck: the parent starts a fresh process.
+            # The heap may stay full, so the parent replaces this process after a STOPPED reply.
             _reply(STOPPED, _line_of(error), "it needs too much memory")
-        except Exception as error:  # such as one that cannot be written out
+        except Exception as error:  # for example text that cannot be encoded
             _reply(FAILED, 0, type(error).__name__)
     return None
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the tokenizers library alone, so that neither torch nor transformers is needed."""
+"""The model's tokenizer: encoding, incremental decoding, special tokens. Imports neither transformers nor torch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-# SHA-256 of the built-in model's tokenizer.json, which needs no trial.
+# SHA-256 of the built-in model's tokenizer.json, which is trusted.
 BUILTIN_SHA256 = "8ca15f966f4c3efdcf43743e81754c3a4650514f51da785ad0401d3bfc30b653"
 
 
-# A special token that stands for its own text: three code points that no text uses, digits to the base of 30.
+# `as_text` replaces a special token in user text by its index, written as three digits in base 30. The digits are
+# Unicode noncharacters, which no real text contains.
 _DIGITS = [chr(code) for code in range(0xFDD2, 0xFDF0)]
 _CUT = "\uffff"
 _HIDDEN = re.compile(f"[{_DIGITS[0]}-{_DIGITS[-1]}]{{3}}")
 
-# How byte-level vocabularies write bytes: printable characters of Latin-1 as they are, the others from U+0100 on
-# (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+# Byte-level BPE writes printable Latin-1 bytes as themselves and the others from U+0100 on (openai/gpt-2,
+# src/encoder.py, bytes_to_unicode).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
@@ -41,13 +42,13 @@ class Tokenizer:
     """A model's tokenizer, read from `tokenizer.json`.
 
     Attributes:
-        eos_ids: the token ids that end a response: those of generation_config.json, else of config.json, and the
-            tokenizer's own `eos_token`.
-        vocab_size: one more than the largest token id.
+        eos_ids: ids that end a response: from generation_config.json, else config.json, plus the tokenizer's
+            `eos_token`.
+        vocab_size: largest token id plus 1.
 
     Raises:
         UnsupportedModelError: the folder has only a SentencePiece `tokenizer.model`.
-        DamagedModelError: no tokenizer, an unreadable one, or one that would take all memory or time.
+        DamagedModelError: the file is missing, unreadable, or would use excessive memory or time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +73,7 @@ class Tokenizer:
             self._backend: tokenizers.Tokenizer = Backend.from_buffer(data)
         except Exception as error:  # the Rust side raises bare Exception
             raise DamagedModelError(f"{file} cannot be read: {error}", "download the file again") from error
-        # Settings of training time that would cut or pad prompts.
+        # Training-time settings that would cut or pad prompts.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._plain_backends: dict[bool, tokenizers.Tokenizer] = {}
@@ -84,12 +85,11 @@ class Tokenizer:
         self.eos_ids = self._find_eos_ids(path)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; special tokens written in it are recognised, except those that `as_text` has hidden.
+        """Encode a text. Special tokens in it are recognised, except those escaped by `as_text`.
 
         Args:
             text: the text.
-            add_special_tokens: put what the model expects around a plain text, as a rule a beginning-of-sequence
-                token; False for a text that a chat template has already completed.
+            add_special_tokens: add BOS and the like; False for the output of a chat template, which contains them.
         """
         if _HIDDEN.search(text):
             ids = self._encode_hidden(text, add_special_tokens)
@@ -100,9 +100,9 @@ class Tokenizer:
         return ids
 
     def least_tokens(self, text: str) -> int:
-        """The fewest tokens that a text can have: what cannot fit need not be tokenized, which takes 200 bytes a byte.
+        """A lower bound on a text's tokens. Encoding takes 200 bytes of memory per byte: refuse hopeless texts first.
 
-        Blanks are not counted, and of the rest a half: a normalizer may leave out the former and the accents.
+        Spaces and newlines count nothing, other characters half: normalizers may drop spaces and accents.
         """
         return (len(text) - text.count(" ") - text.count("\n")) // (2 * self._longest)
 
@@ -111,9 +111,9 @@ class Tokenizer:
         return max((len(token) for token in self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def as_text(self, text: str) -> str:
-        """A user's text to be put into a template, with its special tokens hidden: `encode` takes them for plain text.
+        """Escape special tokens in user text, so that `encode` treats them as plain text.
 
-        A chat template writes special tokens, and what a user types must not become one.
+        Otherwise a user could end their own turn, or forge a system message, by typing the template's tokens.
         """
         typed = [name for name in self._special_names if name in text]
         if not typed:
@@ -122,7 +122,7 @@ class Tokenizer:
         return re.sub(pattern, lambda match: self._mark(match[0]), text)
 
     def as_text_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with `as_text` of what others than the model have written, ready for a chat template."""
+        """Apply `as_text` to all messages but the assistant's."""
 
         def hidden(content: Any) -> Any:
             if isinstance(content, str):
@@ -141,32 +141,32 @@ class Tokenizer:
         ]
 
     def shown(self, text: str) -> str:
-        """A text with what `as_text` has hidden written out again."""
+        """Undo `as_text`."""
         return _HIDDEN.sub(lambda match: self._name(match[0]), text)
 
     def hidden(self, text: str) -> list[str]:
-        """The special tokens that `as_text` has hidden in a text, each once."""
+        """The distinct special tokens that `as_text` escaped in a text."""
         return list(dict.fromkeys(self._name(mark) for mark in _HIDDEN.findall(text)))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """Decode token ids, skipping special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def decode_stream(self, prompt_ids: Sequence[int]) -> DecodeStream:
-        """A decoder for tokens that follow a prompt."""
+        """An incremental decoder for the tokens after a prompt."""
         return DecodeStream(self._backend, prompt_ids, self._special)
 
     def pieces(self) -> list[str]:
-        """The text of every token on its own, by id; empty for ids that are special or not in use."""
+        """Each token's text decoded on its own, indexed by id; empty for special and unused ids."""
         return self._backend.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=True)
 
     @property
     def special_tokens(self) -> dict[int, str]:
-        """The special tokens as they are written in text, by id."""
+        """Special tokens by id."""
         return dict(self._special)
 
     def token_bytes(self, id_: int) -> bytes:
-        """A token's part of a text in UTF-8, a piece of a character as it may be; a special token's name."""
+        """A token's UTF-8 bytes, possibly part of a character; a special token's name."""
         token = self.token(id_)
         if id_ in self._special:
             return token.encode()
@@ -182,23 +182,21 @@ class Tokenizer:
         return "" if decoder is None else decoder.__getstate__().decode()
 
     def special_ids(self) -> set[int]:
-        """Ids of the special tokens."""
         return set(self._special)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its exact name; None where there is none."""
+        """The id of an exact vocabulary entry; None if there is none."""
         id_: int | None = self._backend.token_to_id(token)
         return id_
 
     def token(self, id_: int) -> str:
-        """The token of an id by its exact name; empty where there is none."""
+        """The vocabulary entry of an id; empty if there is none."""
         return self._backend.id_to_token(id_) or ""
 
     def difference(self, other: Tokenizer) -> str:
-        """How another tokenizer's token ids differ from these, in words; empty where all mean the same.
+        """How another tokenizer's vocabulary differs, in words; empty if all ids, special ones included, mean the same.
 
-        Special tokens are compared as well; how a text is cut into tokens is not, nor what the models pad their
-        vocabularies with.
+        Merges and the padding of the models' vocabularies are not compared.
         """
         mine, theirs = ({id_: token for token, id_ in t._backend.get_vocab(True).items()} for t in (self, other))
         different = [id_ for id_ in mine.keys() | theirs.keys() if mine.get(id_) != theirs.get(id_)]
@@ -223,17 +221,16 @@ class Tokenizer:
         return self._special_names[index] if index < len(self._special_names) else mark
 
     def _encode_hidden(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Like `encode`: what lies between two special tokens, and has hidden ones, is encoded again as plain text.
-
-        A tokenizer cuts a text at its special tokens first, and what lies between them is tokenized on its own.
-        """
+        """`encode` for a text with escaped special tokens."""
+        # A tokenizer first splits the text at special tokens and then encodes each part independently. So encode once
+        # to find the parts, then encode the parts with escapes again, unescaped and with special tokens disabled.
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         ids: list[int] = []
         part: list[int] = []
         start = 0
         for id_, added, (begin, end) in zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True):
             if (added and begin == end) or (begin < end and text[begin:end].strip() == self.token(id_) in self._cuts):
-                # Tokens added at the end have no place in the text; those added before it come before any part.
+                # Tokens added by the post-processor have empty offsets: before any part it is BOS, after it EOS.
                 stop = begin if begin < end else len(text) if part else start
                 ids += [*self._encode_part(text[start:stop], part, start == 0), id_]
                 part, start = [], end if begin < end else stop
@@ -246,23 +243,23 @@ class Tokenizer:
         return frozenset(self._special_names)
 
     def _encode_part(self, text: str, ids: list[int], first: bool) -> list[int]:
-        """The ids of a part that holds no special tokens; those given, unless something is hidden in it."""
+        """Encode the text between two special tokens; returns `ids` if it has no escapes."""
         if not _HIDDEN.search(text):
             return ids
         again: list[int] = self._plain(first).encode(self.shown(text), add_special_tokens=False).ids
         if {self.token_id(name) for name in self.hidden(text)}.isdisjoint(again):
             return again
-        # The model's vocabulary has it as a word too: it is cut after its first letter.
+        # The special token is an ordinary vocabulary entry too. Split it after its first character to avoid its id.
         cut = _HIDDEN.sub(lambda match: f"{self._name(match[0])[0]}{_CUT}{self._name(match[0])[1:]}", text).split(_CUT)
         parts = [self._plain(first and not i).encode(t, add_special_tokens=False).ids for i, t in enumerate(cut)]
         return [id_ for part in parts for id_ in part]
 
     def _plain(self, first: bool) -> tokenizers.Tokenizer:
-        """The tokenizer without special tokens, for the first part of a text or another."""
+        """The tokenizer with special tokens disabled; `first` for the beginning of a text."""
         if first in self._plain_backends:
             return self._plain_backends[first]
         source = self._backend.to_str()
-        if not first:  # some begin a text, and nothing else, with a space
+        if not first:  # SentencePiece-style tokenizers put a space before the first word of a text only
             source = source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
         plain = type(self._backend).from_str(source)
         plain.encode_special_tokens = True
@@ -270,18 +267,18 @@ class Tokenizer:
         return plain
 
     def _find_eos_ids(self, path: Path) -> frozenset[int]:
-        found: set[int] = set()
+        ids: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             value = read_json(path / name).get("eos_token_id")
             values = value if isinstance(value, list) else [value]
-            found |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
-            if found:
+            ids |= {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
+            if ids:
                 break
         own = self.token_id(_token_text(self._config.get("eos_token")))
-        return frozenset(found if own is None else found | {own})
+        return frozenset(ids if own is None else ids | {own})
 
     def _apply_bos_setting(self, ids: list[int]) -> list[int]:
-        # transformers lets tokenizer_config.json overrule what tokenizer.json's post-processor does.
+        # As in transformers, add_bos_token in tokenizer_config.json overrides tokenizer.json's post-processor.
         setting, bos = self._config.get("add_bos_token"), self.token_id(_token_text(self._config.get("bos_token")))
         if bos is None or not isinstance(setting, bool):
             return ids
@@ -292,10 +289,9 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """Decodes token by token: a piece of text comes out only once its last character is whole.
+    """Incremental decoder. Holds bytes back until they form a complete character.
 
-    The prompt's last tokens are given to the decoder first, so that a leading space of the response is kept or
-    dropped as it would be in the whole text.
+    Primed with the end of the prompt, since whether a leading space is kept depends on the preceding tokens.
     """
 
     _CONTEXT = 8
@@ -308,33 +304,29 @@ class DecodeStream:
         self._stream: Any = Backend(ids=list(prompt_ids)[-self._CONTEXT :], skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is still incomplete."""
+        """The text this token completes; empty while a character is incomplete."""
         return self._stream.step(self._tokenizer, token_id) or ""
 
     def special(self, token_id: int) -> str:
-        """A special token as it is written in text; empty for any other token."""
+        """A special token's text; empty for any other token."""
         return self._special.get(token_id, "")
 
 
 def _try(file: Path, data: bytes) -> None:
-    """Refuse a tokenizer that would take all memory or time, found out in a bounded process, once for each content.
-
-    Raises:
-        DamagedModelError: so it is.
-    """
+    """Test a tokenizer in the helper process, once per file content; raises DamagedModelError if it fails."""
     digest = hashlib.sha256(data).hexdigest()
     if digest == BUILTIN_SHA256:
         return
-    # The folder's name has a number: stricter limits must not trust what was tried with these.
+    # Bump the number in the folder's name when the limits change: old results must not count.
     passed = user_cache() / "tokenizers-1" / digest
     if passed.exists():
         return
     reply = template_helper.try_tokenizer(data)
     if reply.kind == STOPPED:
         raise DamagedModelError(
-            f"{file} was refused: tried on a short text, {reply.text}", "take it from the original model's repository"
+            f"{file} was refused: on a short text, {reply.text}", "copy it from the original model's repository"
         )
-    if reply.kind == TEXT:  # not where no process could be started
+    if reply.kind == TEXT:  # not if the helper process failed to start
         with contextlib.suppress(OSError):
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()

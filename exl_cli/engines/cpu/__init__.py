@@ -1,1 +1,1 @@
-"""The CPU engine: transformers' own model classes in float32."""
+"""The CPU engine: transformers' model classes in float32."""

@@ -1,7 +1,7 @@
-"""Back from exllamav2's names for tensors to those of transformers.
+"""Rename the tensors of EXL2 files back to transformers' names.
 
-exllamav2's converter writes EXL2 files with the names that exllamav2 itself works with: some architectures take
-Llama's, fused projections come apart, stacked experts as well, and what transformers calls a Conv1D is a linear layer.
+exllamav2's converter writes its internal names and layouts: Llama's names for some architectures, fused projections and
+stacked experts split up, Conv1D weights transposed to linear layers.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _EXPERT = re.compile(r"(.*\.ffn\.experts\.mlp)\.(\d+)\.(w1|v1|w2)\.weight")
 
 
 def is_transposed(model_type: str, layer: str) -> bool:
-    """Whether transformers holds the weight of a quantized layer as [in, out], in a Conv1D."""
+    """Whether transformers stores this layer as [in, out] (Conv1D)."""
     return model_type == "gpt2" and layer != "lm_head"
 
 
 def restore(config: Mapping[str, Any], state: State) -> State:
-    """Unpacked tensors under transformers' names; those that have them already stay as they are.
+    """Rename and fuse tensors as transformers expects; those already in its layout stay as they are.
 
     Args:
         config: config.json.
-        state: the tensors, some of which are taken out.
+        state: dequantized tensors by name; modified.
     """
     model_type = str(config.get("model_type"))
     if names := _NAMES.get(model_type):
@@ -69,7 +69,7 @@ def restore(config: Mapping[str, Any], state: State) -> State:
             pieces = [state.pop(first.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
             fused = torch.cat(pieces, -1 if is_transposed(model_type, whole) else 0)
             if config.get("multi_query") is False:
-                # GPTBigCode: each head's query, key and value follow one another.
+                # GPTBigCode interleaves per head: query, key, value.
                 heads = torch.stack([piece.view(config["n_head"], -1, *piece.shape[1:]) for piece in pieces], 1)
                 fused = heads.flatten(0, 2)
             state[first.replace(f".{parts[0]}.", f".{whole}.")] = fused
@@ -77,7 +77,7 @@ def restore(config: Mapping[str, Any], state: State) -> State:
 
 
 def _stack_experts(state: State) -> State:
-    """DBRX has the matrices of all experts in one, the last of the three as [in, out]."""
+    """DBRX concatenates all experts into one matrix each for w1, v1 and w2, the last transposed."""
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for name in list(state):
         if match := _EXPERT.fullmatch(name):

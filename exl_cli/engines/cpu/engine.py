@@ -1,7 +1,7 @@
-"""The reference engine: any GPTQ, EXL2 or float model on the CPU, through transformers' own model classes.
+"""The reference engine: GPTQ, EXL2 and float models on the CPU through transformers.
 
-Quantized weights are unpacked to floats when the model is loaded, so this engine computes what the format means without
-any low-bit kernel: slow for large models, right for all, and the yardstick of the others.
+Weights are dequantized at load time, so no low-bit kernels are involved: slow for large models, but correct, and what
+the other engines are tested against.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from exl_cli.system.machine import available_memory
 from exl_cli.system.readings import DeviceMemory
 from exl_cli.system.units import gib
 
-# Prompt tokens evaluated in a step.
+# Tokens per prefill step.
 _PREFILL_CHUNK = 128
 
 Progress = Callable[[int, int], None]
@@ -45,7 +45,7 @@ class _Cancelled(Exception):  # noqa: N818 - a signal between our own frames, no
 
 
 class CpuEngine(GeneratorEngine):
-    """A model on the CPU, one generation at a time. See `engines.base.Engine`."""
+    """A model on the CPU, one request at a time; see `engines.base.Engine`."""
 
     name = "cpu"
 
@@ -68,7 +68,6 @@ class CpuEngine(GeneratorEngine):
         }
 
     def check(self, request: Request) -> None:
-        """See `engines.base.Engine.check`."""
         super().check(request)
         check_known(request.ids, self._rows, self._tokenizer)
         check_settings(request, self._rows)
@@ -83,11 +82,9 @@ class CpuEngine(GeneratorEngine):
         return logits
 
     def memory(self) -> list[DeviceMemory]:
-        """See `engines.base.Engine.memory`."""
         return []
 
     def close(self) -> None:
-        """See `engines.base.Engine.close`."""
         self._model = self._cache = None
         gc.collect()
 
@@ -109,14 +106,14 @@ class CpuEngine(GeneratorEngine):
             if request.prompt_logprobs is not None:
                 cache.reset()
             reused = cache.rewind(ids, request.cache_salt)
-            # Beyond that length the first tokens' angles depend on how many follow: all at once, then.
+            # With length-dependent RoPE, chunks would use the frequencies of shorter sequences: one chunk then.
             chunk = _PREFILL_CHUNK if len(ids) <= cache.fixed_until else len(ids)
             for begin in range(reused, len(ids) - 1, chunk):
-                some = ids[: min(begin + chunk, len(ids) - 1)]
+                prefix = ids[: min(begin + chunk, len(ids) - 1)]
                 if request.prompt_logprobs is None:
-                    self._forward(some, cache)
+                    self._forward(prefix, cache)
                 else:
-                    rows = self._forward(some, cache, every=True).numpy()
+                    rows = self._forward(prefix, cache, every=True).numpy()
                     scored += self._samplers.prompt_logprobs(request, begin, rows)
                 yield Step()
             seconds = time.perf_counter() - start
@@ -141,7 +138,7 @@ class CpuEngine(GeneratorEngine):
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], cache: KvCache, *, every: bool = False) -> torch.Tensor:
-        """Float32 logits of the last token, or of every token that the cache does not have: shape [n, vocabulary]."""
+        """Compute the tokens that are not cached. Float32 logits [n, vocabulary] of all of them, or of the last."""
 
         def compute(new: list[int], states: Any) -> Any:
             tokens = {"input_ids": torch.tensor([new]), self._kv_name: states}
@@ -152,12 +149,12 @@ class CpuEngine(GeneratorEngine):
         return logits
 
     def _forget_length(self) -> None:
-        """Have "dynamic" rotary embeddings follow this sequence: transformers keeps those of the longest so far."""
+        """Reset dynamic RoPE, for which transformers remembers the longest sequence so far."""
         for module in self._rotary:
             module.max_seq_len_cached = 0
 
     def _watch(self, is_cancelled: Callable[[], bool]) -> list[Any]:
-        """Look for a cancellation before each layer: a single pass of a large model can take many seconds here."""
+        """Check for cancellation before each layer: one forward pass of a large model can take many seconds."""
 
         def check(*_: object) -> None:
             if is_cancelled():
@@ -168,33 +165,33 @@ class CpuEngine(GeneratorEngine):
 
 
 def _kv_parameter(model_class: Any) -> str:
-    """What a model's forward calls its KV cache: `cache` since transformers 5.24, by other names before.
+    """Name of the KV cache parameter of a model's forward: `cache` since transformers 5.24, before that others.
 
     Raises:
-        UnsupportedModelError: it takes none, so that each new token would be computed without those before it.
+        UnsupportedModelError: the model takes no KV cache.
     """
     parameters = inspect.signature(model_class.forward).parameters
     for name in ("cache", "cache_params", "past_key_values"):
         if name in parameters:
             return name
     raise UnsupportedModelError(
-        f"{model_class.__name__} takes no KV cache in transformers, and exl generates with one", "choose another model"
+        f"{model_class.__name__} has no KV cache in transformers, which exl needs", "choose another model"
     )
 
 
 def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: Progress) -> CpuEngine:
-    """Unpack a model's weights into a transformers model.
+    """Dequantize a model's weights into a transformers model.
 
     Args:
         info: the model.
         tokenizer: its tokenizer.
-        context_length: most tokens to hold; memory for them is taken as they come.
-        progress: called with (layers done, layers in all).
+        context_length: most tokens per request; the KV cache grows as needed.
+        progress: called with (layers done, layers in total).
 
     Raises:
-        UnsupportedModelError: transformers has no class for the architecture, or not one of a text model.
-        OutOfMemoryError: the unpacked weights would not fit this machine's memory.
-        DamagedModelError: a tensor is missing, of the wrong shape, or cannot be read; or config.json makes no sense.
+        UnsupportedModelError: transformers has no text-generation class for the architecture.
+        OutOfMemoryError: the dequantized weights would not fit into memory.
+        DamagedModelError: a tensor is missing, has the wrong shape or cannot be read, or config.json is invalid.
     """
     config, model_class = transformers_model.choose_class(info)
     _kv_parameter(model_class)
@@ -203,11 +200,11 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
         state = converted_names.restore(info.config, _state_dict(info, dtype, progress))
     except (KeyError, RuntimeError) as error:
         raise DamagedModelError(
-            f"{info.path}: parts of a fused weight do not fit together: {error}",
+            f"{info.path}: parts of a fused weight do not match: {error}",
             "download the model again, or take config.json from its repository",
         ) from error
     if head := next((name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in state), None):
-        # EXL2 quantizes a tied head on its own, so it is no longer the embedding matrix, and pads it to 32 rows.
+        # EXL2 quantizes a tied head separately from the embeddings, and pads it to a multiple of 32 rows.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         state[head] = state[head][: config.get_text_config().vocab_size]
     model = transformers_model.build(info, config, model_class, state, dtype)
@@ -215,12 +212,12 @@ def load(info: ModelInfo, tokenizer: Tokenizer, context_length: int, progress: P
 
 
 def _choose_dtype(info: ModelInfo) -> torch.dtype:
-    """float32 where the unpacked weights fit the free memory, bfloat16 where only that does."""
+    """float32 if the dequantized weights fit into free memory, else bfloat16."""
     free = available_memory()
     if free is None:
         return torch.float32
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        # A twentieth on top for activations and the cache.
+        # 5 % for activations and the KV cache.
         if info.parameters * size * 1.05 < free:
             return dtype
     raise OutOfMemoryError(
@@ -230,7 +227,7 @@ def _choose_dtype(info: ModelInfo) -> torch.dtype:
 
 
 def _state_dict(info: ModelInfo, dtype: torch.dtype, progress: Progress) -> dict[str, torch.Tensor]:
-    """Every parameter as a float tensor under its transformers name."""
+    """All tensors, dequantized, under the names in the files."""
     from safetensors import SafetensorError, safe_open
 
     groups: dict[str, list[str]] = {}

@@ -1,13 +1,13 @@
-"""The keys and values of one sequence on the CPU, kept from one generation to the next.
+"""The CPU engine's KV cache: one sequence, kept between requests to reuse common prefixes.
 
-What a new prompt has in common with the sequence, from its first token on, is not computed again. The rest is cut off,
-and that only where it leaves exactly the state of a cache that never held it:
+The cache is truncated to the prefix it shares with the new prompt, if that gives exactly the state of a cache that
+never held the rest:
 
-- layers that keep every position can be cut anywhere;
-- a sliding window has thrown positions away once it was full, and the state of a recurrent layer cannot be turned back.
-  Such a sequence can be continued, but not cut;
-- rotary embeddings that change with the length of the sequence ("dynamic", "longrope") have turned what is kept by
-  angles that a longer or shorter sequence would not use. Where they change, all is computed again.
+- full-attention layers can be truncated anywhere;
+- a full sliding window has dropped old positions, and recurrent state cannot be rolled back. Such a sequence can be
+  extended but not truncated, and is reset instead;
+- with length-dependent RoPE ("dynamic", "longrope"), cached keys are rotated for the old length. When the frequencies
+  change, the cache is reset.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 
 class KvCache:
-    """A transformers cache and the tokens it holds.
+    """A transformers cache and the token ids it holds.
 
     Args:
-        config: the model's.
+        config: the model's transformers config.
 
     Attributes:
-        ids: the tokens whose keys and values are held, in order.
-        states: what the model's forward takes as its cache.
-        fixed_until: up to which length of a sequence the rotary embeddings do not depend on it.
+        ids: cached token ids.
+        states: the transformers cache, passed to forward.
+        fixed_until: sequence length up to which RoPE does not depend on the length.
     """
 
     def __init__(self, config: Any) -> None:
@@ -38,7 +38,6 @@ class KvCache:
         self.reset()
 
     def reset(self) -> None:
-        """Hold nothing."""
         from transformers import DynamicCache
 
         self.ids: list[int] = []
@@ -46,14 +45,14 @@ class KvCache:
         self._angles = 0.0
 
     def rewind(self, ids: Sequence[int], salt: str = "") -> int:
-        """Keep what a prompt begins with, but never its last token, whose logits are wanted.
+        """Truncate to the prefix shared with a prompt, without its last token, whose logits are needed.
 
         Args:
             ids: the prompt.
-            salt: with another than the tokens held have, nothing is kept.
+            salt: nothing is kept if it differs from the cached tokens' salt.
 
         Returns:
-            How many tokens of the prompt are held.
+            Number of prompt tokens that are cached.
         """
         alike = salt == self._salt and self._angles_at(len(ids)) == self._angles
         common = _common(self.ids, ids[:-1]) if alike else 0
@@ -63,12 +62,11 @@ class KvCache:
         return len(self.ids)
 
     def extend(self, ids: Sequence[int], compute: Callable[[list[int], Any], T]) -> T:
-        """Compute the tokens that are not held yet.
+        """Compute the tokens that are not cached yet.
 
         Args:
-            ids: the whole sequence, which begins with the tokens held.
-            compute: runs the model on tokens, with the states it is given, and extends them; the tokens of one that
-                raises are not held.
+            ids: the whole sequence, starting with the cached tokens.
+            compute: runs the model on new tokens and extends the states. If it raises, its tokens are dropped.
         """
         if self._angles_at(len(ids)) != self._angles:
             self.reset()
@@ -76,20 +74,20 @@ class KvCache:
         try:
             result = compute(list(ids[len(self.ids) :]), self.states)
         except BaseException:
-            # Some layers have them already, others do not.
+            # Only some layers have the new tokens: roll them back.
             self._truncate(len(self.ids))
             raise
         self.ids = list(ids)
         return result
 
     def _angles_at(self, length: int) -> float:
-        """A number that changes with the angles by which a sequence of that length is turned."""
+        """A key for the RoPE frequencies used at a sequence length: equal keys, equal frequencies."""
         if length <= self.fixed_until:
             return 0.0
         return length if self._dynamic else 1.0
 
     def _truncate(self, count: int) -> None:
-        """Hold the first `count` tokens only; nothing at all where that cannot be done exactly."""
+        """Keep the first `count` tokens, or reset if a layer cannot be truncated."""
         if not count or not all(_is_whole(layer) for layer in self.states.layers):
             self.reset()
             return
@@ -107,7 +105,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _is_whole(layer: Any) -> bool:
-    """Whether a layer's state is the keys and values of every position, and nothing else."""
+    """Whether a layer still holds the keys and values of every position."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if type(layer) is DynamicLayer:
@@ -118,9 +116,9 @@ def _is_whole(layer: Any) -> bool:
 
 
 def _length_rule(config: Any) -> tuple[bool, float]:
-    """Whether the rotary embeddings change with each token, rather than once; and beyond which length they change."""
+    """Whether RoPE changes with every token (dynamic) or once (longrope), and the length beyond which it changes."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # One setting for the model, or one for each type of layer.
+    # One setting for the model, or one per layer type.
     settings = [rope] if "rope_type" in rope or "type" in rope else [it for it in rope.values() if isinstance(it, dict)]
     limits = {
         setting.get("rope_type", setting.get("type")): (

@@ -1,6 +1,6 @@
-"""From config.json and unpacked weights to transformers' own model; what may be wrong with them is said in words.
+"""Build the transformers model from config.json and dequantized weights, and turn failures into readable errors.
 
-transformers raises whatever the first line that meets a strange value happens to raise: hence the wide nets here.
+transformers does not validate configs: a bad value raises whatever exception comes first. Hence the broad `except`s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from exl_cli.models.info import ModelInfo
 
 _LONGEST_REASON = 300
 
-# Quantization and foreign code, which exl sees to, and what is decided by how exl calls the model.
+# Keys not passed on: quantization and remote code, which exl handles, and settings that exl makes itself.
 _NOT_OURS = {
     "quantization_config",
     "auto_map",
@@ -28,16 +28,16 @@ _NOT_OURS = {
     "output_attentions",
     "output_hidden_states",
 }
-# Models that read images as well, and that exllamav2 runs: their text part is computed as if it stood alone.
+# Multimodal models that exllamav2 supports; run as text models.
 _TEXT_PART_RUNS = {"llava", "mistral3", "qwen2_vl", "qwen2_5_vl"}
 
 
 def choose_class(info: ModelInfo) -> tuple[Any, Any]:
-    """transformers' configuration of a model, and the class to make it of.
+    """transformers' config and model class for a model.
 
     Raises:
-        UnsupportedModelError: there is no such class, or not one of a text model.
-        DamagedModelError: config.json holds a value that the configuration does not take.
+        UnsupportedModelError: transformers has no such class, or not a text-generation one.
+        DamagedModelError: transformers rejects a value in config.json.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -69,33 +69,33 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
     except KeyError:
         if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise UnsupportedModelError(
-                f"{info.architecture} reads images as well; on the CPU exl runs pure text models only",
+                f"{info.architecture} is multimodal; on the CPU exl runs text-only models",
                 "choose a text model, or run its text part on a GPU with --engine exllamav2",
             ) from None
         raise UnsupportedModelError(
-            f"{info.architecture} is no model that continues a text; exl runs no others",
-            "choose a model for text generation, whose architecture ends in ForCausalLM as a rule",
+            f"{info.architecture} is not a text-generation model, and exl runs no others",
+            "choose a model for text generation; its architecture usually ends in ForCausalLM",
         ) from None
 
 
 def _dbrx(raw: dict[str, Any]) -> dict[str, Any]:
-    """DBRX's config with what transformers 5 does not read in it: the rotary base, and that nothing is clipped."""
+    """Add what transformers 5 misses in DBRX's config: the RoPE base inside attn_config, and a null clip_qkv."""
     attention = raw.get("attn_config")
     if not isinstance(attention, dict):
         return raw
     base = {"rope_theta": attention["rope_theta"]} if "rope_theta" in attention else {}
-    # None of both bounds is an error of torch.clamp.
+    # torch.clamp rejects None for both bounds.
     clip = math.inf if attention.get("clip_qkv") is None else attention["clip_qkv"]
     return {**base, **raw, "attn_config": {**attention, "clip_qkv": clip}}
 
 
 def build(info: ModelInfo, config: Any, model_class: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """The model with its weights, ready to compute.
+    """Instantiate the model with its weights, in eval mode.
 
     Raises:
-        DamagedModelError: config.json describes no model that could be made, or the weights are not those of it.
+        DamagedModelError: config.json does not describe a valid model, or the weights do not match it.
     """
-    # Before 5.24 Gemma 2 claims torch's SDPA, which knows no soft cap and leaves it out.
+    # Before 5.24, Gemma 2 claims to support SDPA, which silently ignores the soft cap.
     soft_cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     attention = "sdpa" if getattr(model_class, "_supports_sdpa", False) and not soft_cap else "eager"
     try:
@@ -116,16 +116,16 @@ def build(info: ModelInfo, config: Any, model_class: Any, state: dict[str, torch
     if missing:
         hint = "take the weights and config.json from the same repository"
         if missing == ["lm_head.weight"]:
-            hint = 'if its embeddings are its output layer too, set "tie_word_embeddings": true in config.json'
+            hint = 'if its head is tied to the embeddings, set "tie_word_embeddings": true in config.json'
         raise DamagedModelError(f"{info.path} has no weights for {missing[0]} ({len(missing)} missing)", hint)
     return model.eval()
 
 
 def _check_sizes(info: ModelInfo, config: Any, model_class: Any, state: dict[str, torch.Tensor]) -> None:
-    """Compare sizes before there is any memory: transformers fills weights that do not fit with random numbers first.
+    """Compare tensor sizes on the meta device, in milliseconds, before transformers allocates anything.
 
-    Shapes of one size are its own affair: some it transposes while loading. Whatever making the model raises, it raises
-    here, in milliseconds.
+    transformers would replace mismatched weights by random ones. Compare element counts, not shapes: it transposes some
+    weights while loading.
     """
     with torch.device("meta"):
         wanted = model_class(copy.deepcopy(config)).state_dict()
@@ -133,7 +133,7 @@ def _check_sizes(info: ModelInfo, config: Any, model_class: Any, state: dict[str
         there, asked = list(state[name].shape), list(wanted[name].shape)
         if math.prod(there) != math.prod(asked):
             raise DamagedModelError(
-                f"{info.path}: the weights do not fit config.json: {name} is {there}, it asks for {asked}",
+                f"{info.path}: the weights do not match config.json: {name} is {there}, it asks for {asked}",
                 "download the model again, or take config.json from its repository",
             )
 
@@ -141,10 +141,10 @@ def _check_sizes(info: ModelInfo, config: Any, model_class: Any, state: dict[str
 def _at_odds(info: ModelInfo, error: Exception) -> ExlError:
     if rope := unknown_rope(info.config):
         return DamagedModelError(
-            f"{info.path / 'config.json'} names the rope type {rope!r}, which transformers does not know",
+            f"{info.path / 'config.json'} names the RoPE type {rope!r}, which transformers does not know",
             "update transformers, or correct rope_type where it is misspelled",
         )
-    # Its checks of single fields and of their relations wrap what they found in a sentence about themselves.
+    # huggingface_hub's strict dataclasses wrap the actual error.
     while type(error).__name__.startswith("StrictDataclass") and isinstance(error.__cause__, Exception):
         error = error.__cause__
     reason = _one_line(error)
@@ -152,11 +152,11 @@ def _at_odds(info: ModelInfo, error: Exception) -> ExlError:
         known = str(error.args[0]) if error.args else ""
         reason = " ".join(known.split()) if " " in known else f"it does not know {reason}"
     elif "ignore_mismatched_sizes" in reason:
-        reason = "it asks for weights of other shapes"
+        reason = "the weights have other shapes"
     elif not reason or (not isinstance(error, (ValueError, RuntimeError)) and "ield " not in reason):
         reason = f"{type(error).__name__}: {reason}"
     return DamagedModelError(
-        f"{info.path / 'config.json'}: transformers cannot make {info.architecture} of it: {reason}",
+        f"{info.path / 'config.json'}: transformers cannot build {info.architecture} from it: {reason}",
         "download the file again, or take it from the original model's repository",
     )
 

@@ -156,7 +156,9 @@ class Weights:
             if not any(f"{name}.{part}" in self._sources for part in ("weight", "q_weight", "qweight")):
                 hint = "take the weights and config.json from the same repository"
                 if name == "lm_head":
-                    hint = 'if its embeddings are its output layer too, set "tie_word_embeddings": true in config.json'
+                    hint = (
+                        'if its output layer is tied to the embeddings, set "tie_word_embeddings": true in config.json'
+                    )
                 raise DamagedModelError(f"{path} has no weights for {name}", hint)
 
 

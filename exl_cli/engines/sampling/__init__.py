@@ -1,1 +1,1 @@
-"""From logits to the next token, in NumPy."""
+"""The sampler, in NumPy: logits to next token."""

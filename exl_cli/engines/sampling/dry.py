@@ -1,18 +1,17 @@
-"""DRY ("don't repeat yourself"): a penalty on the token that would continue a sequence already seen.
+"""DRY ("don't repeat yourself"): penalize tokens that would extend a repetition.
 
-Source: p-e-w, text-generation-webui pull request 5677. The end of the history is looked up in what came before it; a
-token that followed an earlier copy of its last n tokens loses `multiplier * base ** (n - allowed_length)`, if n is at
-least `allowed_length`. Breakers end a match and are never penalized.
+Source: p-e-w, text-generation-webui pull request 5677. If the last n tokens of the history occurred before, the token
+that followed them there loses `multiplier * base ** (n - allowed_length)` for n >= `allowed_length`. Sequence breakers
+end a match and are never penalized.
 
-As in exllamav2, and unlike the pull request, only the longest match counts, and a token's penalty is multiplied by the
-number of times it followed one. Two defects of exllamav2 0.3.2 are not repeated here:
+Like exllamav2 and unlike the pull request, we use only the longest match, and multiply a token's penalty by the number
+of times it followed one. Two defects of exllamav2 0.3.2 are fixed:
 
-- it leaves the last token out of what can follow a match, so a run of one token ("a a a a") is never penalized;
-- its index ends where a match of `max_ngram` tokens does, so one that long or longer is not penalized at all; here it
-  counts as one of `max_ngram` tokens.
+- it excludes the last token as a continuation, so a run of one token ("a a a a") is never penalized;
+- matches of `max_ngram` or more tokens are not penalized at all. Here they count as `max_ngram`.
 
-The history is searched again for every token. In NumPy that takes some 20 microseconds at 8,000 tokens, less than it
-would take Python to keep an index of n-grams up to date.
+The history is searched anew for every token: about 20 microseconds in NumPy for 8,000 tokens, less than updating an
+n-gram index in Python.
 """
 
 from __future__ import annotations
@@ -30,22 +29,19 @@ BoolArray = npt.NDArray[np.bool_]
 
 BREAKER_CHARACTERS = frozenset('.,!?<>[](){}\n\t"')
 
-# Enough to rule a token out under any temperature, and far from float32's largest number.
+# Bans a token at any temperature without overflowing float32.
 _MAX_PENALTY = 1e30
 
 
 def dry_breakers(
     pieces: Sequence[str], special: Collection[int], breakers: Collection[str] = BREAKER_CHARACTERS
 ) -> frozenset[int]:
-    """The tokens that DRY does not match across, by exllamav2's rule.
+    """Ids of the sequence breakers: special tokens, and tokens whose text contains a breaker (exllamav2's rule).
 
     Args:
-        pieces: the decoded text of every token, at the index of its id ("\\n", not the vocabulary's "Ċ" or "<0x0A>").
-        special: ids of the special tokens, such as the end of sequence.
-        breakers: text that makes a token one; the default is exllamav2's.
-
-    Returns:
-        The ids whose text contains one of the breakers, and all of `special`.
+        pieces: decoded text of each token by id ("\\n", not the vocabulary's "Ċ" or "<0x0A>").
+        special: ids of the special tokens.
+        breakers: breaker strings; exllamav2's by default.
     """
     characters = {text for text in breakers if len(text) == 1}
     texts = [text for text in breakers if len(text) > 1]
@@ -55,28 +51,28 @@ def dry_breakers(
 
 
 def token_mask(ids: Collection[int], size: int) -> BoolArray:
-    """A mask of shape [size], True at `ids`; ids outside it are left out."""
+    """Boolean mask [size], True at `ids`; ids out of range are ignored."""
     mask = np.zeros(size, dtype=np.bool_)
     mask[[i for i in ids if 0 <= i < size]] = True
     return mask
 
 
 def longest_repeat(history: IntArray, breakers: BoolArray, reach: int, max_length: int) -> tuple[int, IntArray]:
-    """Where the end of a history occurred before.
+    """Find the longest suffix of the history that occurred before.
 
     Args:
-        history: token ids, shape [n], oldest first.
-        breakers: shape [vocab]; a match contains none of these tokens, nor any id beyond the vocabulary.
-        reach: how many tokens before the last are searched; 0 is all of them.
-        max_length: a longer match counts as one of this length.
+        history: token ids, [n].
+        breakers: mask [vocab]; a match contains no breaker and no id beyond the vocabulary.
+        reach: how many tokens before the last to search; 0 for all.
+        max_length: longest match to look for.
 
     Returns:
-        The length of the longest match (0 where there is none) and the positions right after each of its earlier
-        occurrences, ascending.
+        The match's length, 0 if there is none, and the ascending positions right after its earlier occurrences.
     """
+    # Extend the match leftwards one token at a time, keeping the occurrences that still match.
     n = len(history)
     first = max(0, n - 1 - reach) if reach else 0
-    length, ends = 0, np.empty(0, dtype=np.int64)  # ends: the last positions of the earlier copies
+    length, ends = 0, np.empty(0, dtype=np.int64)  # last positions of the earlier occurrences
     while length < max_length and n > 1:
         token = history[n - 1 - length]
         if token >= len(breakers) or breakers[token]:
@@ -93,7 +89,7 @@ def longest_repeat(history: IntArray, breakers: BoolArray, reach: int, max_lengt
 
 
 def apply_dry(logits: FloatArray, history: IntArray, breakers: BoolArray, settings: Sampling) -> None:
-    """Take the penalties off the logits (shape [vocab]), in place. For the rest see `longest_repeat`."""
+    """Subtract the penalties from the logits [vocab] in place. `history` and `breakers` as in `longest_repeat`."""
     length, following = longest_repeat(history, breakers, settings.dry_range, settings.dry_max_ngram)
     if length < settings.dry_allowed_length:
         return

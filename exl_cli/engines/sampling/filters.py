@@ -1,6 +1,6 @@
-"""The steps from logits to the next token, one function each: penalties, softmax, filters, draw.
+"""The sampling steps, one function each: penalties, softmax, filters, draw.
 
-The docstring of `sampler` says where a step differs from exllamav2's, and why.
+`sampler` documents the differences from exllamav2.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import numpy as np
 from exl_cli.engines.sampling.dry import BoolArray, FloatArray, IntArray
 from exl_cli.sampling import Sampling
 
-# Sorting drops tokens below this probability, here as in exllamav2: in a large vocabulary that is most of them.
+# As in exllamav2, sorting drops tokens below this probability: most of a large vocabulary.
 _NEGLIGIBLE = 1e-8
 
-# So many candidates are looked at one by one.
+# Up to this many candidates, a Python loop beats NumPy's call overhead.
 _FEW = 64
 
-# Of an integer that holds two.
+# To pack two 32-bit values into a uint64 sort key.
 _HALF = np.uint64(32)
 _LOWER = np.uint64(0xFFFFFFFF)
 
-# So many are sorted at first where a nucleus is looked for.
+# top_p first looks for the nucleus among this many of the most likely tokens.
 _HEAD = 512
 
-# Above so many logits a column the highest of each column are taken first; see `shortlist`.
+# `shortlist` arranges logits in this many columns or more, if that gives at least _LEAST_ROWS rows.
 _COLUMNS = 1024
 _LEAST_ROWS = 4
 
-# The logit of a token that must not be chosen, as exllamav2 has it: no temperature makes it likely.
+# Logit of a banned token, as in exllamav2; finite, but unlikely at any temperature.
 _RULED_OUT = np.float32(-1e30)
 
 
@@ -49,8 +49,8 @@ class Candidates(NamedTuple):
 def penalize(logits: FloatArray, history: IntArray, settings: Sampling) -> None:
     """Repetition (Keskar et al. 2019, https://arxiv.org/abs/1909.05858), presence and frequency penalties, in place.
 
-    A token is penalized by its nearest occurrence, for its frequency by each. Beyond `token_repetition_range` tokens
-    back the penalties fade, by 1 / `token_repetition_decay` of themselves with each further token.
+    Repetition and presence penalties use a token's most recent occurrence; the frequency penalty sums over all. Beyond
+    `token_repetition_range` tokens back, their strength falls linearly to 0 over `token_repetition_decay` tokens.
     """
     n, decay = len(history), settings.token_repetition_decay
     sustained = n if settings.token_repetition_range < 0 else settings.token_repetition_range
@@ -64,29 +64,29 @@ def penalize(logits: FloatArray, history: IntArray, settings: Sampling) -> None:
     factor = 1.0 + (settings.token_repetition_penalty - 1.0) * strength
     before = logits[tokens]
     after = np.where(before > 0, before / factor, before * factor) - settings.token_presence_penalty * strength
-    logits[tokens] = after  # of a repeated index NumPy keeps the last value: that of the nearest occurrence
+    logits[tokens] = after  # for repeated indices NumPy keeps the last value, that of the most recent occurrence
     if settings.token_frequency_penalty:
         np.subtract.at(logits, tokens, np.float32(settings.token_frequency_penalty) * strength)
 
 
 def rule_out(logits: FloatArray, ids: IntArray) -> None:
-    """Have tokens never chosen, in place. As in exllamav2 their logits stay finite, and all that follows applies."""
+    """Ban tokens, in place. As in exllamav2, their logits stay finite."""
     logits[ids] = _RULED_OUT
 
 
 def add_bias(logits: FloatArray, ids: IntArray, bias: FloatArray) -> None:
-    """Add to the logits of tokens, in place; minus infinity rules a token out."""
+    """Add biases to the logits of `ids`, in place; -inf bans a token."""
     logits[ids] = np.maximum(logits[ids] + bias, _RULED_OUT)
 
 
 def all_ruled_out(highest: np.float32) -> bool:
-    """Whether no token is left, told from the highest logit."""
+    """Whether every token is banned, given the highest logit."""
     return bool(highest < 0.1 * _RULED_OUT)
 
 
 def softmax(logits: FloatArray, highest: np.float32, temperature: float, smoothing: float = 0.0) -> FloatArray:
-    """Probabilities at a temperature. Smoothing (kalomaze's quadratic sampling) first squares each logit's distance
-    to the highest and scales it."""
+    """Softmax at a temperature. With `smoothing` (kalomaze's quadratic sampling), logits are first replaced by
+    -smoothing * (highest - logit) ** 2."""
     scores = logits - highest
     if smoothing > 0:
         with np.errstate(over="ignore"):
@@ -98,18 +98,18 @@ def softmax(logits: FloatArray, highest: np.float32, temperature: float, smoothi
 
 
 def lowered(values: FloatArray, bound: np.float32, seen: BoolArray, settings: Sampling) -> FloatArray:
-    """What `penalize` makes of a few logits where it can only lower them, and all at full strength.
+    """`penalize` for a shortlist of logits, if the settings can only lower them and have no range or frequency.
 
     Args:
-        values: logits, shape [n].
-        bound: none of them is lower.
-        seen: which of them are of tokens in the history.
-        settings: a repetition penalty of at least 1, a presence penalty of at least 0, no range, none for frequency.
+        values: logits, [n].
+        bound: a lower bound on them.
+        seen: mask [n] of tokens in the history.
+        settings: repetition penalty >= 1, presence penalty >= 0, unlimited range, no frequency penalty.
     """
     factor = np.float32(1.0) + np.float32(settings.token_repetition_penalty - 1.0)
     after = values / factor
     if not bound > 0:
-        # Divided where positive, else multiplied: with a factor of at least 1 that is the lower of the two.
+        # Positive logits are divided, negative ones multiplied; for a factor >= 1 that is the smaller result.
         after = np.minimum(after, values * factor)
     if settings.token_presence_penalty:
         after -= np.float32(settings.token_presence_penalty)
@@ -117,15 +117,13 @@ def lowered(values: FloatArray, bound: np.float32, seen: BoolArray, settings: Sa
 
 
 def shortlist(logits: FloatArray, count: int) -> tuple[IntArray, np.float32]:
-    """All logits from a bound on that at least `count` logits reach, and as a rule not many more.
-
-    In a large vocabulary a logit is looked at twice, in passes without branches. The vocabulary is laid out in
-    columns, and the highest of each column are as many different logits: the bound is the lowest of the `count` highest
-    among those.
+    """Select a superset of the `count` highest logits that is usually not much larger.
 
     Returns:
-        Their ids, ascending; and the bound.
+        Ascending ids of all logits at or above a bound, and the bound.
     """
+    # A full partition is slow for large vocabularies. Instead reshape into columns and take each column's maximum.
+    # The `count`-th highest maximum is a bound that at least `count` logits reach. Both passes are vectorized.
     columns = _COLUMNS
     while columns < 4 * count:
         columns *= 2
@@ -157,18 +155,18 @@ def best(values: FloatArray, k: int) -> IntArray:
 
 
 def top_k(logits: FloatArray, k: int) -> IntArray:
-    """The ids of the k highest logits, highest first, k below their number. Equals: see `best`."""
+    """Ids of the k highest logits, highest first, for k < n; ties as in `best`."""
     ids, _ = shortlist(logits, k)
     return ids[best(logits[ids], k)]
 
 
 def top_p(candidates: Candidates, mass: float) -> Candidates:
-    """Nucleus sampling: the fewest likeliest tokens whose probabilities sum to at least `mass`, likeliest first."""
-    # All tokens below this bound together have less than what may be left out, so they need no sorting.
+    """Nucleus sampling: the fewest most likely tokens with a total probability >= `mass`, in descending order."""
+    # Tokens below this bound sum to less than (1 - mass) / 2, so none is in the nucleus: skip them when sorting.
     least = 0.5 * (1.0 - mass) / len(candidates.probs)
     if len(candidates.probs) <= _FEW and (count := _sorted_nucleus(candidates.probs.tolist(), mass, least)):
         return _kept(candidates, slice(count))
-    # Of a large vocabulary the likeliest are sorted first: as a rule they are enough.
+    # In a large vocabulary the nucleus usually lies within the top few hundred.
     head = _HEAD
     while head <= len(candidates.probs) // _LEAST_ROWS:
         places, _ = shortlist(candidates.probs, head)
@@ -182,15 +180,12 @@ def top_p(candidates: Candidates, mass: float) -> Candidates:
 
 
 def _reaching(probs: FloatArray, mass: float) -> int:
-    """How many of them, from the first on, sum to at least `mass`; one more than there are where all do not."""
+    """Length of the shortest prefix that sums to at least `mass`; n + 1 if there is none."""
     return int(np.add.accumulate(probs, dtype=np.float64).searchsorted(mass)) + 1
 
 
 def _sorted_nucleus(probs: list[float], mass: float, least: float) -> int:
-    """How many candidates `top_p` keeps, if they are the first ones and in order; 0 where that is not so.
-
-    After `top_k` it nearly always is, and a few numbers are added up sooner than NumPy is asked for it.
-    """
+    """Size of the nucleus if the candidates are already sorted, as they are after `top_k`; else 0."""
     total, last = 0.0, math.inf
     for index, prob in enumerate(probs):
         if not last > prob > 1.01 * least:
@@ -218,9 +213,9 @@ def _at_least(candidates: Candidates, threshold: float) -> Candidates:
 
 
 def descending(candidates: Candidates, least: float = _NEGLIGIBLE) -> Candidates:
-    """The tokens of at least this probability, likeliest first; their probabilities as they were."""
-    weighty = (candidates.probs >= least).nonzero()[0]
-    return _sorted(Candidates(candidates.ids[weighty], candidates.probs[weighty]))
+    """Tokens of at least this probability in descending order, not renormalized."""
+    kept = (candidates.probs >= least).nonzero()[0]
+    return _sorted(Candidates(candidates.ids[kept], candidates.probs[kept]))
 
 
 def tail_free(candidates: Candidates, share: float) -> Candidates:
@@ -236,7 +231,8 @@ def tail_free(candidates: Candidates, share: float) -> Candidates:
 
 
 def typical(candidates: Candidates, mass: float) -> Candidates:
-    """Locally typical sampling: the fewest tokens that sum to `mass`, surprise nearest to the entropy first."""
+    """Locally typical sampling (https://arxiv.org/abs/2202.00666): the tokens whose surprise is closest to the entropy,
+    up to a total probability of `mass`."""
     candidates = descending(candidates)
     surprise = -np.log(candidates.probs)
     order = np.argsort(np.abs(surprise - np.dot(candidates.probs, surprise)), kind="stable")
@@ -245,28 +241,30 @@ def typical(candidates: Candidates, mass: float) -> Candidates:
 
 
 def surprise_limit(candidates: Candidates, bits: float) -> Candidates:
-    """Mirostat 2 (Basu et al. 2021, https://arxiv.org/abs/2007.14966): drop tokens whose surprise is above `bits`,
-    never the likeliest."""
+    """Mirostat 2 (Basu et al. 2021, https://arxiv.org/abs/2007.14966): drop tokens with a surprise above `bits`, except
+    the most likely one."""
     candidates = descending(candidates)
     return _kept(candidates, slice(max(1, int(np.count_nonzero(candidates.probs >= 2.0**-bits)))))
 
 
 def retemper(candidates: Candidates, temperature: float) -> Candidates:
-    """Apply a temperature to probabilities. It may be 0, which leaves the likeliest token."""
+    """Apply a temperature to probabilities, relative to the highest one, so that 0 is greedy instead of 0 / 0."""
     relative = candidates.probs / candidates.probs.max()
     return Candidates(candidates.ids, _normalized(relative ** np.float32(1.0 / max(temperature, 1e-9))))
 
 
 def dynamic_temperature(candidates: Candidates, low: float, high: float, exponent: float) -> Candidates:
-    """Dynamic temperature (kalomaze): between `low` and `high` by the entropy's share of its maximum, to a power."""
+    """Dynamic temperature (kalomaze): low + (high - low) * (entropy / maximum entropy) ** exponent."""
     probs = candidates.probs[candidates.probs > 0]
     share = max(0.0, -float(np.dot(probs, np.log(probs)))) / math.log(len(candidates.probs))
     return retemper(candidates, low + (high - low) * share**exponent)
 
 
 def xtc(candidates: Candidates, probability: float, threshold: float, protected: BoolArray) -> Candidates:
-    """Exclude top choices: of the tokens of at least the probability `threshold`, all but the least likely are excluded
-    with `probability`. Returned is the mixture of that and of no exclusion. Protected tokens count for neither."""
+    """XTC ("exclude top choices"): with `probability`, drop all tokens >= `threshold` but the least likely of them.
+
+    Returns the mixture of both outcomes instead of flipping a coin. Protected tokens are neither dropped nor counted.
+    """
     ids, probs = candidates
     top = np.flatnonzero((probs >= threshold) & (probs > 0) & ~protected[ids])
     if len(top) < 2:
@@ -279,10 +277,9 @@ def xtc(candidates: Candidates, probability: float, threshold: float, protected:
 
 
 def _sorted(candidates: Candidates) -> Candidates:
-    """The likeliest first and, among equals, the highest id.
-
-    Positive floats are ordered as their bits are: so one sort of integers does, several times as fast as by two keys.
-    """
+    """Sort by descending probability, then by descending id."""
+    # Non-negative floats order like their bit patterns, so a uint64 of (probability, id) sorts both keys at once,
+    # several times faster than np.lexsort.
     keys = candidates.probs.view(np.uint32).astype(np.uint64)
     keys <<= _HALF
     keys |= candidates.ids.view(np.uint64)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens in the model's own distribution."""
+"""Log-probabilities under the raw model distribution."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from exl_cli.engines.sampling.filters import best, shortlist
 
 
 def token_logprobs(logits: FloatArray, token_id: int, count: int, vocab_size: int) -> TokenLogprobs:
-    """The log-probability of a token and those of the likeliest ones.
+    """Log-probabilities of a token and of the most likely tokens, in nats.
 
     Args:
-        logits: float32, shape [n]: the distribution is over all of them.
+        logits: float32, [n]; normalized over all of them.
         token_id: the token.
-        count: how many of the likeliest.
-        vocab_size: tokens that have a name; what an output layer has beyond them is not among the likeliest.
+        count: number of most likely tokens.
+        vocab_size: size of the tokenizer's vocabulary; padding beyond it is never among the most likely.
     """
     highest = np.maximum.reduce(logits)
     total = float(highest) + math.log(np.add.reduce(np.exp(logits - highest), dtype=np.float64))

@@ -1,8 +1,8 @@
-"""Random numbers of a token: functions of seed, position and id, which need no state.
+"""Counter-based random numbers: stateless functions of seed, position and token id.
 
-So neither the batch nor the device nor the order of computation changes them. The generator is Philox4x32-10 (Salmon,
-Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"). Its key is the seed; its counter is the
-token's id over four, the position, and the number of the stream.
+They do not depend on the batch, the device or the order of computation. The generator is Philox4x32-10 (Salmon et al.
+2011, "Parallel random numbers: as easy as 1, 2, 3"). The key is the seed; the counter is (token id // 4, position,
+stream, 0), and each counter gives four 32-bit words, for four consecutive ids.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _RACE, _UNIFORM = 0, 1  # streams
 
 
 def exponential(seed: int, position: int, ids: IntArray) -> FloatArray:
-    """Exponential noise of mean 1 for some tokens in a position.
+    """Exponential noise of mean 1 for tokens at one position.
 
     Args:
-        seed: any integer; those that are equal modulo 2**64 are alike.
-        position: the token's place in its sequence, counted from 0.
-        ids: token ids, shape [n].
+        seed: any integer, reduced modulo 2**64.
+        position: position in the sequence, from 0.
+        ids: token ids, [n].
 
     Returns:
-        Shape [n], each above 0.
+        [n], all above 0.
     """
     blocks = ids >> 2
-    if 4 * len(ids) > (last := int(blocks.max()) + 1):  # dense: each block once
+    if 4 * len(ids) > (last := int(blocks.max()) + 1):  # dense ids: compute each block once
         words = philox(np.arange(last), position, _RACE, seed).T.reshape(-1)[ids]
     else:
         words = philox(blocks, position, _RACE, seed)[ids & 3, np.arange(len(ids))]
@@ -46,17 +46,13 @@ def exponential(seed: int, position: int, ids: IntArray) -> FloatArray:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number above 0 and below 1 for a position."""
+    """A uniform number in (0, 1) for a position, with 52 bits."""
     high, low, _, _ = philox(np.zeros(1, dtype=np.int64), position, _UNIFORM, seed)[:, 0].tolist()
     return float(((high << 20 | low >> 12) + 0.5) * 2.0**-52)
 
 
 def philox(blocks: IntArray, position: int, stream: int, seed: int) -> Words:
-    """Four random words of 32 bits for each counter (block, position, stream, 0).
-
-    Returns:
-        Shape [4, n] for blocks of the shape [n].
-    """
+    """Four random 32-bit words for each counter (block, position, stream, 0): [n] to [4, n]."""
     even = np.empty((2, len(blocks)), dtype=np.uint64)  # words 0 and 2 of the counter
     odd = np.zeros((2, len(blocks)), dtype=np.uint64)  # words 1 and 3
     even[0], even[1], odd[0] = blocks, stream, position

@@ -71,38 +71,38 @@ from exl_cli.sampling import Sampling
 
 AnyFloats = npt.NDArray[np.floating[Any]]
 
-# From so many logits on, and up to such a `top_k`, it is quicker to look at the highest ones only.
+# With at least this many logits and at most this `top_k`, a shortlist of the highest logits is faster.
 _LARGE = 2048
 _MOST_SHORT = 512
 
 
 def xtc_protected(pieces: Sequence[str], special: Collection[int]) -> frozenset[int]:
-    """The tokens that XTC must not exclude, by exllamav2's rule: those with a newline, and the special ones.
+    """Ids that XTC never drops, by exllamav2's rule: special tokens and tokens with a newline.
 
     Args:
-        pieces: the decoded text of every token, at the index of its id.
-        special: ids of the special tokens, such as the end of sequence.
+        pieces: decoded text of each token, by id.
+        special: ids of the special tokens.
     """
     return frozenset(special).union(i for i, piece in enumerate(pieces) if "\n" in piece)
 
 
 class Sampler:
-    """Chooses the tokens of one generation, one after the other. Holds that generation's state: make one for each.
+    """The sampler of one generation. It has state (history, mirostat), so make one for each.
 
     Args:
-        settings: how to choose.
-        seed: fixes the random numbers.
-        vocab_size: how many tokens the tokenizer knows; logits beyond them (padding of the output layer) are ignored.
-        breakers: gives the ids that DRY does not match across; called at most once, only when DRY is on.
-        protected: gives the ids that XTC does not exclude; called at most once, only when XTC is on.
-        bias: what is added to the logits of tokens; see `Request.logit_bias`.
-        min_length: until the history is so long, `end_ids` are not chosen.
-        end_ids: tokens that end the generation.
+        settings: sampler settings.
+        seed: seed of the noise.
+        vocab_size: size of the tokenizer's vocabulary; logits beyond it are padding and ignored.
+        breakers: returns the ids of DRY's sequence breakers; called only if DRY is on.
+        protected: returns the ids that XTC never drops; called only if XTC is on.
+        bias: added to logits; see `Request.logit_bias`.
+        min_length: `end_ids` are banned while the history is shorter than this.
+        end_ids: ids that end the generation.
 
     Attributes:
         settings, seed, vocab_size: as given.
-        breakers, protected: masks of shape [vocab_size].
-        bits: mirostat's limit of a token's surprise.
+        breakers, protected: masks [vocab_size].
+        bits: mirostat's current limit on a token's surprise.
     """
 
     def __init__(
@@ -131,29 +131,28 @@ class Sampler:
         self._bias = np.array([*self._bias_of.values()], dtype=np.float32)
         self._min_length, self._end_ids = min_length if end_ids else 0, end_ids
         self._history = History(vocab_size)
-        self._short = self._few_matter()
+        self._short = self._can_shortlist()
         self.breakers = token_mask(breakers() if self._dry else (), vocab_size)
         self.protected = token_mask(protected() if settings.xtc_probability > 0.0 else (), vocab_size)
         self._steps = self._filters()
 
     def sample(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> int:
-        """Choose the next token: with the same arguments the same one, mirostat aside.
+        """Sample the next token. Deterministic in its arguments, except for mirostat's state.
 
         Args:
-            logits: shape [n] with n at least 1, of any float type, not modified.
-            history: all tokens so far, prompt included. Between calls it may only grow at its end; a shorter one is
-                read afresh.
-            banned: ids not to be chosen this time.
+            logits: [n], any float type; not modified.
+            history: all tokens so far, including the prompt. From call to call it must grow at the end, or be shorter.
+            banned: ids banned at this position.
 
         Raises:
             EngineError: a logit is NaN or infinite.
-            UsageError: no token is left that may be chosen.
-            ValueError: logits of another shape.
+            UsageError: every token is banned.
+            ValueError: logits are not one-dimensional, or empty.
         """
         ids, probs = self.distribution(logits, history, banned)
         chosen = 0
         if len(ids) > 1 and self.settings.skew:
-            # A power of the random number, so that it falls nearer one end of the candidates, likeliest first.
+            # A power of the uniform number moves it towards one end of the sorted candidates.
             point = uniform(self.seed, len(history)) ** math.exp(-self.settings.skew)
             chosen = draw(probs, point)
         elif len(ids) > 1:
@@ -162,12 +161,12 @@ class Sampler:
         return int(ids[chosen])
 
     def observe(self, prob: float) -> None:
-        """A token of this probability was chosen."""
+        """Update mirostat with the probability of the sampled token."""
         if self.settings.mirostat:
             self.bits += self.settings.mirostat_eta * (self.settings.mirostat_tau + math.log2(prob))
 
     def edits(self, length: int, banned: Collection[int]) -> dict[int, float]:
-        """What is added to logits after the penalties, with so long a history; minus infinity rules a token out."""
+        """Biases by token id for a history of `length` tokens; -inf bans a token."""
         if length < self._min_length:
             banned = {*banned, *self._end_ids}
         if not banned:
@@ -176,7 +175,7 @@ class Sampler:
         return {**self._bias_of, **ruled_out}
 
     def distribution(self, logits: AnyFloats, history: Sequence[int], banned: Collection[int] = ()) -> Candidates:
-        """What the next token is drawn from. Arguments and errors are those of `sample`; it draws nothing."""
+        """The distribution that `sample` draws from; same arguments and errors."""
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"logits must have the shape [n], got {logits.shape}")
         scores = np.asarray(logits[: self.vocab_size], dtype=np.float32)
@@ -204,9 +203,9 @@ class Sampler:
                 candidates = step(candidates)
         return candidates
 
-    def _few_matter(self) -> bool:
-        """Whether the candidates can be told from the highest logits alone: penalties only lower a token's logit, and
-        by what depends on nothing but whether it was seen."""
+    def _can_shortlist(self) -> bool:
+        """Whether the highest raw logits suffice: penalties may only lower logits, by an amount that depends only on
+        whether the token was seen."""
         s = self.settings
         plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
         lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
@@ -215,8 +214,10 @@ class Sampler:
         return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not others and penalties
 
     def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
-        """The ids of the `top_k` highest logits after penalties, highest first, and these logits; what is not among the
-        highest before is not looked at. None where that does not do, because too many of those were lowered."""
+        """Ids and values of the `top_k` highest logits after penalties, from a shortlist of the highest before.
+
+        None if penalties lowered so many of the shortlist that a token outside it may rank higher.
+        """
         k = self.settings.top_k
         if not math.isfinite(np.minimum.reduce(scores)):
             check_finite(scores)
@@ -228,11 +229,11 @@ class Sampler:
         values = values[order]
         if not math.isfinite(values[0]):
             check_finite(scores)
-        # All others were below the bound, and still are.
+        # Tokens outside the shortlist are below the bound, and penalties do not raise them.
         return (ids[order], values) if values[-1] >= bound else None
 
     def _adjusted(self, scores: FloatArray, history: Sequence[int], banned: Collection[int]) -> FloatArray:
-        """The logits after penalties, bans, bias and DRY; a copy where anything changes."""
+        """The logits after penalties, bans, bias and DRY; a copy if anything changes."""
         restricted = bool(banned) or len(self._biased) > 0
         if not (self._penalties or self._dry or restricted):
             return scores
@@ -244,13 +245,13 @@ class Sampler:
             inside = self._biased < len(scores)
             add_bias(scores, self._biased[inside], self._bias[inside])
             if all_ruled_out(np.maximum.reduce(scores)):
-                raise UsageError("no token is left that may come next", f"rule out fewer with {param('logit_bias')}")
+                raise UsageError("every token is banned", f"ban fewer with {param('logit_bias')}")
         if self._dry:
             apply_dry(scores, past, self.breakers, self.settings)
         return scores
 
     def _filters(self) -> list[Callable[[Candidates], Candidates]]:
-        """The steps after the softmax, in exllamav2's order, those that are off left out."""
+        """The enabled steps after the softmax, in exllamav2's order."""
         s = self.settings
         dynamic = s.max_temp > s.min_temp
         steps: list[tuple[bool, Callable[[Candidates], Candidates]]] = [
@@ -269,10 +270,10 @@ class Sampler:
 
 
 class History:
-    """A history as arrays. Between calls it may only grow at its end; a shorter one is read afresh.
+    """A token history mirrored in NumPy arrays, updated incrementally while it grows and from scratch when it shrinks.
 
     Args:
-        vocab_size: ids from there on are not marked as seen.
+        vocab_size: larger ids are not marked as seen.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -281,7 +282,7 @@ class History:
         self._length = self._read = self._marked = 0
 
     def read(self, history: Sequence[int]) -> IntArray:
-        """The whole history, shape [n]: a view that the next call may overwrite."""
+        """The history, [n]: a view, valid until the next call."""
         n = self._begin(history)
         if n > len(self._tokens):
             self._tokens = np.concatenate([self._tokens[: self._read], np.empty(2 * n - self._read, dtype=np.int64)])
@@ -290,9 +291,9 @@ class History:
         return self._tokens[:n]
 
     def seen(self, history: Sequence[int]) -> BoolArray:
-        """Which tokens occur in it, shape [vocab_size]: an array that the next call may change."""
+        """Mask of the tokens that occur, [vocab_size]; valid until the next call."""
         n = self._begin(history)
-        if n == self._marked + 1:  # as a rule: a tenth of the time
+        if n == self._marked + 1:  # the usual case, ten times faster
             if history[-1] < len(self._seen):
                 self._seen[history[-1]] = True
         elif n > self._marked:
@@ -311,26 +312,22 @@ class History:
 
 
 def check_finite(scores: FloatArray) -> None:
-    """Refuse logits that are no numbers.
-
-    Raises:
-        EngineError: some are NaN or infinite.
-    """
+    """Raise EngineError if a logit is NaN or infinite."""
     if not np.isfinite(scores).all():
         nans = int(np.isnan(scores).sum())
         what = f"NaN: {nans} of {len(scores)} logits are not numbers" if nans else "infinite logits"
         raise EngineError(
             f"the model computed {what}",
-            "download it again, its files may be damaged; or try another engine, its numbers may exceed float16",
+            "download it again if its files are damaged, or try another engine: activations may overflow float16",
         )
 
 
 class Samplers:
-    """Makes the sampler of each generation for one model.
+    """Makes the samplers for one model.
 
     Args:
-        tokenizer: the model's.
-        vocab_size: rows of the model's output layer; what the tokenizer does not know of them is never chosen.
+        tokenizer: the model's tokenizer.
+        vocab_size: rows of the model's output layer; ids unknown to the tokenizer are never sampled.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -338,7 +335,6 @@ class Samplers:
         self._vocab_size = min(tokenizer.vocab_size, vocab_size)
 
     def make(self, request: Request) -> Sampler:
-        """The sampler for one request."""
         return Sampler(
             request.sampling,
             request.seed,
@@ -351,19 +347,19 @@ class Samplers:
         )
 
     def outputs(self, request: Request) -> OutputTokens | None:
-        """What a request needs between its sampler and its response; None where it asks for nothing of that kind."""
+        """Log-probabilities and banned strings of a request; None if it asks for neither."""
         if request.logprobs is None and not request.banned_strings:
             return None
         return OutputTokens(request, self._tokenizer.decode_stream, self._vocab_size)
 
     def prompt_logprobs(self, request: Request, begin: int, logits: FloatArray) -> list[TokenLogprobs]:
-        """Log-probabilities of the prompt's tokens after `begin`, from the logits of that token and those behind it."""
+        """Log-probabilities of the prompt tokens after position `begin`; `logits` are those from `begin` on."""
         following = request.ids[begin + 1 : begin + 1 + len(logits)]
         count = request.prompt_logprobs or 0
         return [token_logprobs(row, id_, count, self._vocab_size) for row, id_ in zip(logits, following, strict=False)]
 
     def _breakers(self, texts: Collection[str] | None) -> frozenset[int]:
-        """The tokens that DRY does not match across; of texts that no token has, the last token, as in TabbyAPI."""
+        """DRY's sequence breakers. As in TabbyAPI, the last token of each given string counts too."""
         special = self._tokenizer.special_ids()
         if texts is None:
             return dry_breakers(self._pieces, special)

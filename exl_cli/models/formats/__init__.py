@@ -1,1 +1,1 @@
-"""Readers of quantized weight formats: packed tensors in, float tensors out."""
+"""Weight formats: safetensors headers, and EXL2 and GPTQ dequantization in torch."""

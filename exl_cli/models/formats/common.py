@@ -1,9 +1,8 @@
-"""The arithmetic from codes to weights, which both packed formats share.
+"""Dequantization shared by EXL2 and GPTQ.
 
-Both keep a weight of `K` input and `N` output features with the inputs along the rows. A column's codes are little
-numbers written one after another, lowest bits first, into the 32-bit words of that column; words are stored as int32
-though they are bit patterns, so a shift to the right must not carry the sign along. Rows come in groups; a group has
-one scale per column, and the weight is `(code - zero) * scale`.
+Both store a weight of K inputs and N outputs as a [K, N] matrix of small integer codes. The codes of a column are
+packed into that column's 32-bit words, lowest bits first. The words are unsigned but stored as int32, so a right shift
+needs masking. Rows form groups with one scale per column, and a weight is `(code - zero) * scale`.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from torch import Tensor
 
 from exl_cli.models.formats.quantized_layers import damaged
 
-# A block of this many weights keeps the intermediate tensors (five, of four bytes each) in or near the CPU's caches.
+# Weights dequantized at a time, chosen to keep five 4-byte intermediates in or near the CPU's cache.
 BLOCK_WEIGHTS = 1 << 19
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the codes of the weight's K rows lie, row by row: four tensors [K].
+    """Where to find the codes of each of K rows; tensors of shape [K].
 
     Attributes:
-        word: index of the row of words in which the code begins, int64.
-        shift: bit of that word at which it begins, int32, 0 to 31; what does not fit goes on in the next word.
+        word: index of the packed row with the code's first bit, int64.
+        shift: that bit's position in the word, int32, 0 to 31; a code may continue in the next word.
         bits: width of the code, int32.
-        group: index of the group whose scale and zero apply, int64.
+        group: index into zeros and scales, int64.
     """
 
     word: Tensor
@@ -37,26 +36,26 @@ class Layout:
 
 
 def require_finite(tensor: Tensor, key: str, name: str) -> None:
-    """Raise DamagedModelError where the tensor holds an infinity or a NaN."""
+    """Raise DamagedModelError for infinities and NaNs."""
     if not bool(torch.isfinite(tensor).all()):
         raise damaged(name, key, "holds values that are not finite")
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Return the eight 4-bit fields of every int32, lowest first: int32 [G, C] becomes int32 [G, 8 * C]."""
+    """Unpack the eight 4-bit fields of each int32, lowest first: [G, C] to [G, 8 * C], int32."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
     return (packed.unsqueeze(2) >> shifts).bitwise_and_(15).flatten(1)
 
 
 def dequantize(words: Tensor, layout: Layout, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the weight [N, K], a block of rows at a time.
+    """Dequantize to a weight [N, K], a block of rows at a time.
 
     Args:
-        words: packed codes, int32 [rows of words, N].
-        layout: where the code of each of the K rows lies.
-        zeros: code of the weight 0, float32 [groups, N], or [groups, 1] where the columns share it.
-        scales: weight of one step of the code, float32 [groups, N].
-        dtype: of the result.
+        words: packed codes, int32 [packed rows, N].
+        layout: position and width of each row's code.
+        zeros: zero points, float32 [groups, N] or [groups, 1].
+        scales: float32 [groups, N].
+        dtype: dtype of the result.
     """
     rows, columns = len(layout.word), words.shape[1]
     out = torch.empty((columns, rows), dtype=dtype, device=words.device)
@@ -72,19 +71,19 @@ def dequantize(words: Tensor, layout: Layout, zeros: Tensor, scales: Tensor, dty
 
 
 def _codes(words: Tensor, layout: Layout, block: slice) -> Tensor:
-    """Return the codes of a block of rows, int32 [rows, N]."""
+    """Unpack the codes of a block of rows, int32 [rows, N]."""
     word, shift, bits = layout.word[block], layout.shift[block], layout.bits[block]
-    here = torch.minimum(bits, 32 - shift)
+    low_bits = torch.minimum(bits, 32 - shift)  # bits in the first word
     codes = words.index_select(0, word)
-    # The shift copies the sign downwards; the mask leaves only bits that were in the word.
-    codes.bitwise_right_shift_(shift[:, None]).bitwise_and_(_ones(here)[:, None])
-    split = (here < bits).nonzero().squeeze(1)
+    # The shift is arithmetic; the mask removes the copies of the sign bit.
+    codes.bitwise_right_shift_(shift[:, None]).bitwise_and_(_mask(low_bits)[:, None])
+    # Add the high bits of codes that continue in the next word.
+    split = (low_bits < bits).nonzero().squeeze(1)
     if len(split):
-        rest = words.index_select(0, word[split] + 1).bitwise_and_(_ones(bits - here)[split][:, None])
-        codes.index_add_(0, split, rest.bitwise_left_shift_(here[split][:, None]))
+        high = words.index_select(0, word[split] + 1).bitwise_and_(_mask(bits - low_bits)[split][:, None])
+        codes.index_add_(0, split, high.bitwise_left_shift_(low_bits[split][:, None]))
     return codes
 
 
-def _ones(count: Tensor) -> Tensor:
-    """Return int32 masks with that many low bits set; a code has 8 bits at most."""
-    return (1 << count) - 1
+def _mask(bits: Tensor) -> Tensor:
+    return (1 << bits) - 1

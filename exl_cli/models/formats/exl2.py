@@ -1,34 +1,33 @@
-"""EXL2, the format of exllamav2: a weight whose rows take 2, 3, 4, 5, 6 or 8 bits each, group by group.
+"""EXL2, exllamav2's format: groups of rows with 2, 3, 4, 5, 6 or 8 bits per weight, mixed within a layer.
 
-A layer of K input and N output features is stored as
+A layer with K inputs and N outputs is stored as
 
-| tensor | type | shape | holds |
+| tensor | type | shape | contents |
 |---|---|---|---|
-| `q_weight` | int32 | [words, N] | the codes of all rows |
-| `q_groups` | int16 | [2 * groups] | for each group its bits, then the row of `q_weight` where it begins |
-| `q_scale` | int32 | [groups, N / 8] | a number from 0 to 15 per group and column, eight in a word, lowest bits first |
+| `q_weight` | int32 | [words, N] | packed codes |
+| `q_groups` | int16 | [2 * groups] | per group: bits, first row in `q_weight` |
+| `q_scale` | int32 | [groups, N / 8] | 4-bit scales per group and column, eight per word, lowest bits first |
 | `q_scale_max` | float16 | [groups] | a factor per group |
-| `q_invperm` | int32 or int16 | [K] | for each input feature the packed row that holds its weights |
+| `q_invperm` | int32 or int16 | [K] | packed row of each input |
 
-Codes. A group of r rows with b bits takes r * b / 32 rows of words. Read in one column from the top, lowest bit first,
-those words are one string of bits, and the code of the group's i-th row is its bits i * b to i * b + b - 1. With 3, 5
-and 6 bits a code may begin in one word and end in the next. Only the last group may end inside a word. Its rows are
-those that are left of K, so the groups need not be of equal size.
+Codes: a group of r rows with b bits takes r * b / 32 rows of words. Within a column, from the top and lowest bit
+first, the words form one bit string, and row i of the group has bits i * b to i * b + b - 1. Codes of 3, 5 and 6 bits
+can span two words. The last group holds the remaining rows of K, and only it may end inside a word.
 
-Weights. `(code - 2 ** (b - 1)) * scale`, where `scale = (q_scale + 1) ** 2 * (q_scale_max / 256)`. Both products of
-the scale are rounded to float16. That rounding is part of the format: `q_scale_max / 256` often is a subnormal
-float16, off by half a percent and more, and the converter chose the codes with the rounded scale in hand.
+Weights: `(code - 2 ** (b - 1)) * scale`, with `scale = (q_scale + 1) ** 2 * (q_scale_max / 256)`. The division and the
+product are both rounded to float16. The rounding is part of the format: `q_scale_max / 256` is often subnormal, off by
+0.5 % and more, and the converter chose the codes for the rounded scale.
 
-Rows. The converter sorts the input features by their importance before it packs them, so that the more important
-ones get more bits. Input feature k lies in packed row `q_invperm[k]`.
+Rows: the converter sorts the inputs by importance, so that important ones get more bits. Input k is in packed row
+`q_invperm[k]`.
 
-Sign. torch knows no uint16 in old files: the row numbers in `q_groups` and an int16 `q_invperm` are unsigned all the
-same, and large layers do pass 32767.
+Sign: `q_groups` and an int16 `q_invperm` hold unsigned values (older torch has no uint16), and large layers exceed
+32767.
 
-Defined by exllamav2 0.3.2: `conversion/adaptivegptq.py` (`AdaptiveGPTQ.pack`, `AdaptiveQuantizer.find_params`) and
-`exllamav2_ext/cuda/pack_tensor.cu` write it; `ext.py` (`make_q_matrix`), `exllamav2_ext/cuda/q_matrix.cu` and
-`exllamav2_ext/cuda/quant/qdq_util.cuh` (`dq_scale`) read it. The bit order that `quant/qdq_*.cuh` describe in their
-comments is one that exllamav2 makes in GPU memory while loading; files do not have it.
+Source: exllamav2 0.3.2. Written by `conversion/adaptivegptq.py` (`AdaptiveGPTQ.pack`, `AdaptiveQuantizer.find_params`)
+and `exllamav2_ext/cuda/pack_tensor.cu`; read by `ext.py` (`make_q_matrix`), `exllamav2_ext/cuda/q_matrix.cu` and
+`exllamav2_ext/cuda/quant/qdq_util.cuh` (`dq_scale`). The bit order documented in `quant/qdq_*.cuh` is that of
+exllamav2's shuffled copy in GPU memory, not of the file.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 def unpack(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, name: str = "") -> Tensor:
-    """Return the weight of a layer as `torch.nn.Linear` has it: [N, K], output features first.
+    """Dequantize a layer to `torch.nn.Linear`'s weight, [N, K]. Computes in float32.
 
     Args:
-        tensors: the layer's tensors, of the types and shapes that `quantized_layers` requires.
-        dtype: of the result. The arithmetic is float32 in any case.
+        tensors: the layer's tensors, validated by `quantized_layers`.
+        dtype: dtype of the result.
         name: the layer's name, for error messages.
 
     Raises:
-        DamagedModelError: a tensor holds what the format does not allow.
+        DamagedModelError: invalid contents.
     """
     words = tensors["q_weight"]
     scales = _scales(tensors, name)
@@ -65,13 +64,13 @@ def unpack(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32,
 
 
 def _unsigned(tensor: Tensor) -> Tensor:
-    """Return int16 that stands for uint16, or int32, as int64 in the CPU's memory."""
+    """Widen int32, or uint16 stored as int16, to int64 on the CPU."""
     wide = tensor.cpu().to(torch.int64)
     return wide & 0xFFFF if tensor.dtype == torch.int16 else wide
 
 
 def _scales(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return the scale of every group and column, float32 [groups, N]."""
+    """Scales, float32 [groups, N]; the rounding to float16 is deliberate, see the module docstring."""
     factor = tensors["q_scale_max"]
     require_finite(factor, "q_scale_max", name)
     steps = unpack_nibbles(tensors["q_scale"]).add_(1).square_().to(torch.float16)
@@ -79,7 +78,7 @@ def _scales(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _order(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return the packed row of every input feature, int64 [K]."""
+    """Packed row of each input, int64 [K]."""
     order = _unsigned(tensors["q_invperm"])
     if not torch.equal(order.sort().values, torch.arange(len(order))):
         raise damaged(name, "q_invperm", f"is not a permutation of 0 to {len(order) - 1}")
@@ -87,7 +86,7 @@ def _order(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def _layout(tensors: Mapping[str, Tensor], groups: int, words: Tensor, rows: int, name: str) -> tuple[Tensor, Layout]:
-    """Return the bits of every group, int64 [groups], and where the code of each packed row lies."""
+    """Bits of each group, int64 [groups], and the layout of the packed rows."""
     bits, start = _unsigned(tensors["q_groups"]).view(groups, 2).unbind(1)
     height = _heights(bits, start, len(words), rows, name)
     group = torch.arange(groups).repeat_interleave(height)
@@ -97,13 +96,13 @@ def _layout(tensors: Mapping[str, Tensor], groups: int, words: Tensor, rows: int
 
 
 def _heights(bits: Tensor, start: Tensor, words: int, rows: int, name: str) -> Tensor:
-    """Return the number of rows of every group, int64 [groups], once the table of groups is known to be sound."""
+    """Rows of each group, int64 [groups], after validating `q_groups`."""
     for group, width in enumerate(bits.tolist()):
         if width not in BIT_WIDTHS:
-            raise damaged(name, "q_groups", f"group {group} has {width} bits, the format knows 2, 3, 4, 5, 6 and 8")
+            raise damaged(name, "q_groups", f"group {group} has {width} bits, the format allows 2, 3, 4, 5, 6 and 8")
     size = torch.diff(start, append=torch.tensor([words]))
     if int(start[0]) or bool((size <= 0).any()):
-        raise damaged(name, "q_groups", f"the groups do not begin one after another within {words} rows of q_weight")
+        raise damaged(name, "q_groups", f"the groups' first rows are not ascending within {words} rows of q_weight")
     if bool((size * 32 % bits)[:-1].any()):
         raise damaged(name, "q_groups", "a group other than the last does not hold a whole number of rows")
     height = size * 32 // bits

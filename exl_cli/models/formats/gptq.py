@@ -1,27 +1,27 @@
-"""GPTQ with 4 bits, as AutoGPTQ and its successor GPTQModel write it.
+"""4-bit GPTQ, as written by AutoGPTQ and GPTQModel.
 
-A layer of K input and N output features is stored as
+A layer with K inputs and N outputs is stored as
 
-| tensor | type | shape | holds |
+| tensor | type | shape | contents |
 |---|---|---|---|
-| `qweight` | int32 | [K / 8, N] | the codes, eight rows in a word, lowest bits first |
-| `qzeros` | int32 | [groups, N / 8] | the zero point per group and column, eight columns in a word, lowest bits first |
-| `scales` | float16, bfloat16 or float32 | [groups, N] | the scale per group and column |
-| `g_idx` | int32 or int64 | [K] | the group of each row; may be absent |
+| `qweight` | int32 | [K / 8, N] | codes, eight rows per word, lowest bits first |
+| `qzeros` | int32 | [groups, N / 8] | zero points per group and column, eight columns per word, lowest bits first |
+| `scales` | float16, bfloat16 or float32 | [groups, N] | scales per group and column |
+| `g_idx` | int32 or int64 | [K] | group of each row; optional |
 
-Weights. Row k of column n is `(code - zero) * scale` with the zero and the scale of row k's group.
+Weights: `(code - zero) * scale`, with the zero point and scale of the row's group.
 
-Zero points. The original convention ("gptq") stores the zero less one (`zero_offset=1`), "gptq_v2" the zero itself
-(`zero_offset=0`). A stored 15 of the former gives 16, as in exllamav2's kernels; some versions of AutoGPTQ made 0 of
-it. Which of them a file follows `quantized_layers.gptq_settings` finds out.
+Zero points: "gptq" stores zero - 1 (`zero_offset=1`), "gptq_v2" stores zero (`zero_offset=0`). A stored 15 in "gptq"
+means 16, as in exllamav2's kernels; some versions of AutoGPTQ wrap it to 0. `quantized_layers.gptq_settings` detects
+which one a file uses.
 
-Groups. With act-order (`desc_act`) rows were quantized in the order of their importance but stay where they were, so
-that `g_idx` may name the groups in any order. Without, group g has the rows from g * group_size on; the last group
-may be short, and a group size of -1 means one group. A `g_idx` of zeros only, with more than one group, is a thing
-some writers leave behind: like exllamav2 we take it for absent.
+Groups: with act-order (`desc_act`), rows were quantized by importance but are stored in their original order, so
+`g_idx` is unordered. Without it, group g starts at row g * group_size; the last may be short, and group_size -1 means
+one group. An all-zero `g_idx` with several groups is an artefact of some converters and counts as absent, as in
+exllamav2.
 
-Defined by AutoGPTQ's `auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py` and `qlinear_cuda.py` (`pack`, `forward`). As
-exllamav2 0.3.2 reads it: `ext.py` (`make_q_matrix`), `exllamav2_ext/cuda/q_matrix.cu` (`reconstruct_gptq_kernel`,
+Source: AutoGPTQ, `auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py` and `qlinear_cuda.py` (`pack`, `forward`). Read by
+exllamav2 0.3.2 in `ext.py` (`make_q_matrix`) and `exllamav2_ext/cuda/q_matrix.cu` (`reconstruct_gptq_kernel`,
 `make_sequential`).
 """
 
@@ -44,18 +44,17 @@ def unpack(
     dtype: torch.dtype = torch.float32,
     name: str = "",
 ) -> Tensor:
-    """Return the weight of a layer as `torch.nn.Linear` has it: [N, K], output features first.
+    """Dequantize a layer to `torch.nn.Linear`'s weight, [N, K]. Computes in float32.
 
     Args:
-        tensors: the layer's tensors, of the types and shapes that `quantized_layers` requires.
-        zero_offset: what to add to the stored zero points: 1 for "gptq", 0 for "gptq_v2".
-        group_size: rows in a group, -1 for all. It counts only where `g_idx` does not tell; None derives it from K
-            and the number of groups.
-        dtype: of the result. The arithmetic is float32 in any case.
+        tensors: the layer's tensors, validated by `quantized_layers`.
+        zero_offset: added to the stored zero points: 1 for "gptq", 0 for "gptq_v2".
+        group_size: rows per group, -1 for one group, None to derive it from the shapes. Used only without `g_idx`.
+        dtype: dtype of the result.
         name: the layer's name, for error messages.
 
     Raises:
-        DamagedModelError: a tensor holds what the format does not allow.
+        DamagedModelError: invalid contents.
     """
     words, scales = tensors["qweight"], tensors["scales"]
     rows = 8 * words.shape[0]
@@ -68,7 +67,7 @@ def unpack(
 
 
 def _groups(tensors: Mapping[str, Tensor], groups: int, rows: int, group_size: int | None, name: str) -> Tensor:
-    """Return the group of every row, int64 [K]."""
+    """Group of each row, int64 [K]."""
     if "g_idx" in tensors:
         index = tensors["g_idx"]
         low, high = int(index.min()), int(index.max())

@@ -1,7 +1,7 @@
-"""safetensors headers, read without torch: names, dtypes, shapes and byte ranges of the tensors in a file.
+"""Read safetensors headers without torch: names, dtypes, shapes and byte ranges of a file's tensors.
 
-Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, that many bytes of JSON mapping
-each tensor name to `dtype`, `shape` and `data_offsets` (relative to the end of the header), then the data.
+Format (https://huggingface.co/docs/safetensors): the header's length as a little-endian uint64; the header, JSON that
+maps tensor names to `dtype`, `shape` and `data_offsets` relative to the header's end; then the data, without gaps.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-# The format's own limit; a larger number is a file of another kind.
+# The limit of the safetensors library; a larger number means another kind of file.
 _MAX_HEADER = 100_000_000
-# A file has some 100,000 where a model of many experts is quantized into one; twice as many keep a computer busy.
+# The largest real files, MoE models quantized into one shard, have about 100,000 tensors. Bounds time and memory.
 _MAX_TENSORS = 150_000
 _MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as its file describes it.
+    """A tensor's entry in a safetensors header.
 
     Attributes:
         name: the tensor's name.
-        dtype: safetensors' dtype name, e.g. "F16", "I32".
+        dtype: safetensors' name, such as "F16" or "I32".
         shape: its dimensions.
-        nbytes: bytes of data.
+        nbytes: size of its data.
         file: the file it is in.
-        offset: byte of that file at which its data begins.
+        offset: position of its data, from the start of the file.
     """
 
     name: str
@@ -54,15 +54,10 @@ class TensorHeader:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     def read(self, most: int) -> bytes:
-        """The first bytes of its data.
-
-        Raises:
-            DamagedModelError: the file cannot be read.
-        """
+        """Read at most `most` bytes of its data; raises DamagedModelError if the file cannot be read."""
         try:
             with self.file.open("rb") as stream:
                 stream.seek(self.offset)
@@ -72,15 +67,15 @@ class TensorHeader:
 
 
 def read_header(file: Path) -> list[TensorHeader]:
-    """The tensors of one safetensors file.
+    """Read and validate a file's header.
 
     Raises:
-        DamagedModelError: the file is unreadable, no regular one, not safetensors, or shorter than its header says.
+        DamagedModelError: unreadable, not a regular file, not safetensors, or not as long as its header says.
     """
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            # A pipe would be waited for, a device read without end.
+            # Reading a pipe may block, and a device never ends.
             raise _damaged(file, "is not a regular file")
         size = status.st_size
         with file.open("rb") as stream:
@@ -109,7 +104,7 @@ def read_header(file: Path) -> list[TensorHeader]:
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != end:
             state = "overlap" if tensor.offset < end else "have a gap"
-            raise _damaged(file, f"is no safetensors file: its tensors {state} at {brief(tensor.name)!r}")
+            raise _damaged(file, f"is not a safetensors file: its tensors {state} at {brief(tensor.name)!r}")
         end += tensor.nbytes
     if end != size:
         state = "truncated" if size < end else "longer than its header says"
@@ -118,7 +113,7 @@ def read_header(file: Path) -> list[TensorHeader]:
 
 
 def _tensor(file: Path, start: int, name: str, entry: Any) -> TensorHeader:
-    """The tensor that an entry of the header describes, where the data begins at byte `start` of the file."""
+    """Parse a header entry; the file's data section starts at byte `start`."""
     try:
         begin, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(entry["shape"])

@@ -1,7 +1,7 @@
-"""Quantized layers as their headers and a few of their tensors show them: whole, and how GPTQ really stored them.
+"""Validate quantized layers, and detect GPTQ's parameters from the tensors.
 
-What config.json declares about GPTQ is often not what its tensors hold: tools have converted one without the other.
-Wherever the tensors can tell, they count.
+The GPTQ parameters in config.json are often wrong, because tools converted the tensors without updating the file.
+Whatever the tensors show takes precedence.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ Parts = Mapping[str, TensorHeader]
 
 _PARTS = {"exl2": ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm"), "gptq": ("qweight", "qzeros")}
 _SCALES = ("F16", "BF16", "F32")
-# Layers that are looked into, and the most bytes read of a tensor of theirs.
+# Number of layers sampled, and bytes read of each of their tensors.
 _SAMPLED = 8
 _MOST_BYTES = 1 << 18
-# By what is to be added to a stored zero point.
+# By zero_offset.
 _FORMATS: dict[int | None, str] = {1: "gptq", 0: "gptq_v2"}
 _SHARP, _LARGEST_VARIANCE = 0.2, 14
 
 
 def damaged(name: str, part: str, problem: str) -> DamagedModelError:
-    """The error for a tensor of the layer `name`, ready to raise."""
+    """The error for a bad tensor of layer `name`."""
     where = f"{name}.{part}" if name else part
-    return DamagedModelError(f"{where}: {problem}", "download the model again, or convert it again")
+    return DamagedModelError(f"{where}: {problem}", "download or convert the model again")
 
 
 def quantized_layers(tensors: Mapping[str, TensorHeader], format_: str) -> Mapping[str, Parts]:
-    """The tensors of every layer that is quantized, by the layer's name and theirs.
+    """Group the tensors of quantized layers: layer name to part name ("qweight", …) to header. Validates each layer.
 
     Args:
-        tensors: all of a model, by name.
+        tensors: all of a model's headers, by name.
         format_: "exl2" or "gptq".
 
     Raises:
-        DamagedModelError: a tensor is missing, or its type or shape does not go with the others.
-        UnsupportedModelError: a GPTQ layer of other than 4 bits.
+        DamagedModelError: a part is missing, or the types or shapes of the parts do not match.
+        UnsupportedModelError: a GPTQ layer that is not 4-bit.
     """
     check = {"exl2": _check_exl2, "gptq": _check_gptq}[format_]
     parts: dict[str, dict[str, TensorHeader]] = {}
@@ -68,11 +68,11 @@ def _check_gptq(layer: str, parts: Parts) -> None:
     words, columns = _require(layer, parts, "qweight", 2, ("I32",)).shape
     groups, _ = _require(layer, parts, "scales", 2, _SCALES).shape
     _require(layer, parts, "scales", 2, _SCALES, (groups, columns))
-    # The width of qzeros is the only place where a layer's own tensors tell how many bits a code has.
+    # Only the width of qzeros, N * bits / 32, shows how many bits a code has.
     bits = 32 * _require(layer, parts, "qzeros", 2, ("I32",)).shape[1] / columns
     if bits in (2, 3, 8):
         raise UnsupportedModelError(
-            f"{layer} is GPTQ at {bits:g} bits; exllamav2 computes GPTQ at 4 bits only",
+            f"{layer} is GPTQ at {bits:g} bits; exllamav2 supports 4-bit GPTQ only",
             "look for an EXL2, GPTQ 4-bit or float16 version of the same model",
         )
     _require_eights(layer, "qweight", columns)
@@ -102,14 +102,14 @@ def _require_eights(layer: str, part: str, columns: int) -> None:
 
 
 class GptqSettings(NamedTuple):
-    """How a GPTQ model's tensors are to be read.
+    """A GPTQ model's actual parameters.
 
     Attributes:
-        group_size: rows of a group; -1 for one group, None where layers differ: see `group_size_of`.
-        desc_act: rows belong to groups in another order than their own (act-order).
-        symmetric: one zero point for all.
-        zero_offset: what is to be added to a stored zero point.
-        notes: where that is not what config.json says, a line each.
+        group_size: rows per group; -1 for one group, None if layers differ (see `group_size_of`).
+        desc_act: act-order: `g_idx` is unordered.
+        symmetric: all zero points are equal.
+        zero_offset: added to stored zero points: 1 for "gptq", 0 for "gptq_v2".
+        notes: one line for each contradiction of config.json.
     """
 
     group_size: int | None
@@ -120,15 +120,15 @@ class GptqSettings(NamedTuple):
 
 
 def gptq_settings(file: Path, declared: Mapping[str, Any], layers: Mapping[str, Parts]) -> GptqSettings:
-    """What a few layers' tensors say, where they can, and what is declared where they cannot.
+    """Detect the parameters from a sample of layers, falling back to those declared.
 
     Args:
-        file: config.json, for messages.
-        declared: the quantization's parameters that it holds.
+        file: path of config.json, for messages.
+        declared: its `quantization_config`.
         layers: from `quantized_layers`.
 
     Raises:
-        DamagedModelError: how the tensors are to be read cannot be known.
+        DamagedModelError: the tensors are ambiguous or inconsistent.
     """
     differences: list[str] = []
     if declared.get("bits") not in (None, 4):
@@ -141,25 +141,22 @@ def gptq_settings(file: Path, declared: Mapping[str, Any], layers: Mapping[str, 
 
 
 def group_size_of(rows: int, groups: int) -> int:
-    """The number of rows in a group where all groups but the last have it; 0 where there is no such number.
+    """Rows per group, if all groups but the last are equal; 0 if that is impossible.
 
-    Several sizes may fit. A power of two goes first, since quantizers offer hardly anything else and exllamav2 assumes
-    it; then groups of one size, then the smallest size.
+    Several sizes can give the same number of groups. Prefer a power of two, which nearly all quantizers use and
+    exllamav2 assumes; otherwise take the smallest.
     """
     least = -(-rows // groups)
     return next((size for size in (1 << (least - 1).bit_length(), least) if -(-rows // size) == groups), 0)
 
 
 def rows_and_groups(parts: Parts) -> tuple[int, int]:
-    """How many rows a GPTQ layer has, and how many groups."""
+    """Rows and groups of a GPTQ layer."""
     return 8 * parts["qweight"].shape[0], parts["scales"].shape[0]
 
 
 def stored_groups(parts: Parts) -> list[int] | None:
-    """The group of each row of a GPTQ layer; None where it does not say, and the groups follow one another.
-
-    Zeros only, with more than one group, are what some writers leave behind: exllamav2 takes that for nothing said too.
-    """
+    """A GPTQ layer's `g_idx`; None if it is absent or all zero (see `gptq`), so that groups are consecutive."""
     if "g_idx" not in parts:
         return None
     tensor = parts["g_idx"]
@@ -168,7 +165,7 @@ def stored_groups(parts: Parts) -> list[int] | None:
 
 
 def sample(layers: Mapping[str, Parts]) -> dict[str, Parts]:
-    """A few layers from all over the model."""
+    """Up to eight layers, evenly spaced through the model."""
     names = list(layers)
     return {name: layers[name] for i in range(_SAMPLED) for name in names[i * len(names) // _SAMPLED :][:1]}
 
@@ -191,7 +188,7 @@ def _act_order(file: Path, declared: Mapping[str, Any], layers: Mapping[str, Par
     silent = [name for name in silent if rows_and_groups(layers[name])[1] > 1]
     if said and silent:
         raise DamagedModelError(
-            f"{file} declares act-order (desc_act), but {silent[0]}.g_idx, which tells the order of the rows, "
+            f"{file} declares act-order (desc_act), but {silent[0]}.g_idx, which holds the order of the rows, "
             f"is {'zero throughout' if 'g_idx' in layers[silent[0]] else 'missing'}",
             "download the model again; if its rows are in order after all, set desc_act to false",
         )
@@ -207,15 +204,16 @@ def _act_order(file: Path, declared: Mapping[str, Any], layers: Mapping[str, Par
 def _zero_points(
     file: Path, declared: Mapping[str, Any], layers: Mapping[str, Parts], differences: list[str]
 ) -> tuple[bool, int]:
-    """Whether a zero point is the same everywhere, and what is to be added to those that are stored."""
+    """Whether all zero points are equal, and the zero offset."""
     zeros = {name: _codes(parts["qzeros"]) for name, parts in sample(layers).items()}
     constants = {code for counts in zeros.values() if len(counts) == 1 for code in counts}
-    # A symmetric quantizer's zero point is 8; one that fits it to each group never ends at the same number everywhere.
+    # A symmetric quantizer has zero point 8 throughout, stored as 8 (gptq_v2) or 7 (gptq). An asymmetric one fits it to
+    # each group and never gives the same value throughout a layer.
     if len(constants) > 1 or not constants <= {7, 8}:
         stored_as = " in some layers, and ".join(f"{code} for every zero point" for code in sorted(constants))
         raise DamagedModelError(
             f"{file.parent} stores {stored_as}, where gptq stores 7 and gptq_v2 stores 8",
-            "download the model again, or convert it again",
+            "download or convert the model again",
         )
     offsets: set[int | None] = {8 - code for code in constants}
     offsets = offsets or {_offset_by_means(_codes(layers[name]["qweight"]), counts) for name, counts in zeros.items()}
@@ -230,7 +228,7 @@ def _zero_points(
 
 
 def _codes(tensor: TensorHeader) -> Counter[int]:
-    """How often each 4-bit code stands in the first part of a tensor."""
+    """Histogram of the 4-bit codes in the first 256 KiB of a tensor."""
     counts: Counter[int] = Counter()
     for byte, count in Counter(tensor.read(_MOST_BYTES)).items():
         counts[byte & 15] += count
@@ -239,11 +237,9 @@ def _codes(tensor: TensorHeader) -> Counter[int]:
 
 
 def _offset_by_means(codes: Counter[int], zeros: Counter[int]) -> int | None:
-    """What the stored zero points lack for a mean weight of 0; None where that is not clear.
-
-    A trained layer's mean weight is near 0, and the means of so many codes are sharp: their difference is 0 or 1 within
-    0.05. Codes that are as good as random tell nothing; these have a variance of 21, those of trained layers 6 to 10.
-    """
+    """The zero offset that makes the mean weight 0; None if it is not clear."""
+    # The mean weight of a trained layer is near 0, so mean code - mean stored zero point is 0 or 1, within 0.05 over
+    # this many codes. Random codes would show nothing: their variance is 21, that of trained layers 6 to 10.
     mean = sum(code * count for code, count in codes.items()) / codes.total()
     if sum((code - mean) ** 2 * count for code, count in codes.items()) > _LARGEST_VARIANCE * codes.total():
         return None
