@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fakeforward import FakeForward
 from helpers import Recorder, until
 from serving import CHAT, HeldLoader, Server, asking, serving
 from wireformats import events
 
 from exl_cli import loader
+from exl_cli.engines.exllamav2.engine import ExLlamaV2Engine
 from exl_cli.errors import DeviceError, OutOfMemoryError, UnsupportedModelError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.server import run
 from exl_cli.server.pool import Catalog, ModelPool
 from exl_cli.server.state import ServerState, Settings
+from exl_cli.system.readings import DeviceMemory
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +351,47 @@ def test_a_client_that_reads_nothing_of_its_answer_is_closed() -> None:
         listener.close()
 
     asyncio.run(main())
+
+
+class PagedEngine(ExLlamaV2Engine):
+    """The engine of the GPU over forward passes without one: requests share them, and pages of a KV cache."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        forward = FakeForward(
+            page_size=8, pages=64, max_batch=4, max_tokens=64, vocab_size=tokenizer.vocab_size,
+            fail=lambda what: threading.Event().wait(0.001),
+        )  # fmt: skip
+        model: Any = SimpleNamespace(forward=forward, model=SimpleNamespace(config=SimpleNamespace(max_input_len=64)))
+        super().__init__(model, tokenizer, 128, {})
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def memory(self) -> list[DeviceMemory]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def test_pages_are_free_again_when_clients_went_away_at_random_moments() -> None:
+    def load(info: Any, tokenizer: Tokenizer, *args: Any) -> PagedEngine:
+        return PagedEngine(tokenizer)
+
+    choose = random.Random(1)
+    with serving({"fable-7m": None}, load) as server:
+        for _ in range(40):
+            text = "word " * choose.randrange(80)
+            asker = Asker(server, asking(choose.random() < 0.5, messages=[{"role": "user", "content": text}]))
+            threading.Event().wait(choose.random() * 0.03)
+            asker.go_away()
+        until(server.is_idle)
+        until(lambda: server.metric("exl_pages_in_use") == 0)
+        assert server.metric("exl_generations_total", "cancelled") > 10
+        assert server.metric("exl_pages") == 64
+        assert server.post(CHAT, asking(max_tokens=20)).status_code == 200
+        assert server.metric("exl_pages_in_use") == 0
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
