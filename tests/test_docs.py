@@ -1,6 +1,7 @@
 """The examples of README and docs/, in this process and on the CPU.
 
-- ```console: each `$ exl …` is run, and prints what follows it; `printf '…' |` in front of it is standard input.
+- ```console: each `$ exl …` is run, and prints what follows it. Lines after `>>> ` are typed, as is what `printf '…' |`
+  prints. `$ cat FILE` shows a file, or makes it if it is not there.
 - ```python: is run, and prints the ```text block that follows it.
 - ```sh and the other ```text blocks, which take a GPU or a network: each `exl …` is parsed, not run.
 
@@ -49,11 +50,12 @@ def words_of(line: str) -> list[str]:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Whether the output is the page's, times and the reason for using the CPU aside."""
+    """Whether the output is the page's, but for times, the reason for using the CPU, and what a terminal adds."""
 
     def normal(text: str) -> str:
-        text = re.sub(r"^running on the CPU: .*\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^(running on the CPU: |/help lists |>>>).*\n", "", text, flags=re.MULTILINE)
         text = re.sub(r"[\d,.]*\d (seconds|tokens/second|tokens/s|MiB)\b", r"N \1", text)
+        text = re.sub(r"^saved as \S+;", "saved as NAME;", text, flags=re.MULTILINE)
         return "".join(text.split())
 
     pattern = ".*?".join(re.escape(part) for part in normal(expected).split("[...]"))
@@ -74,27 +76,35 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @functools.cache
-def printed_by(line: str) -> str:
+def printed_by(line: str, typed: str) -> str:
     """What a command prints, stdout and stderr as they come. Pages that show the same command share it."""
     words = words_of(line)
-    piped = words[1] if words[0] == "printf" and words[2] == "|" else None
-    assert words[3 if piped else 0] == "exl"
-    return CliRunner().invoke(app, words[4 if piped else 1 :], input=piped or b"").output
+    if words[0] == "printf":
+        typed, words = words[1], words[3:]
+    assert words[0] == "exl"
+    return CliRunner().invoke(app, words[1:], input=typed or b"").output
 
 
 CONSOLE = [
-    pytest.param(line, output, id=f"{page.stem}: {line[:50]}")
+    pytest.param(block, id=f"{page.stem}: {block[2:50]}")
     for page in PAGES
     for language, block in blocks(page)
     if language == "console"
-    for line, output in sessions(block)
 ]
 
 
-@pytest.mark.parametrize(("line", "output"), CONSOLE)
-def test_a_command_prints_what_the_page_shows(line: str, output: str, home: Path) -> None:
-    printed = printed_by(line).replace(str(ROOT), "~/exl").replace(str(home), "~")
-    assert matches(output, printed), printed
+@pytest.mark.parametrize("block", CONSOLE)
+def test_commands_print_what_the_page_shows(block: str, home: Path) -> None:
+    for line, output in sessions(block):
+        command, _, name = line.partition(" ")
+        if command == "cat":
+            if not Path(name).exists():
+                Path(name).write_text(output, encoding="utf-8")
+            printed = Path(name).read_text(encoding="utf-8")
+        else:
+            typed = "".join(re.findall(r"^>>> (.*\n)", output, re.MULTILINE))
+            printed = printed_by(line, typed).replace(str(ROOT), "~/exl").replace(str(home), "~")
+        assert matches(output, printed), printed
 
 
 @pytest.mark.smoke
@@ -125,7 +135,7 @@ def test_every_command_of_a_shell_block_exists() -> None:
         if language in starts
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    lines = [re.split(r" (?:\||&&) ", match[2])[0] for match in matched if match]
+    lines = [re.split(r" (?:\||&&|>) ", match[2])[0] for match in matched if match]
     assert len(lines) > 20
     for line in lines:
         name, *words = shlex.split(line, comments=True)[1:]

@@ -112,6 +112,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Start with: exl run -p "Once upon a time"\n\nThe help of each command ends with examples: exl run --help',
 )
 
 
