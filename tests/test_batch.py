@@ -459,6 +459,42 @@ def test_an_engine_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     assert len(answers(tmp_path / "out.jsonl")) < 16
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("in.jsonl -o out.jsonl --gpus 0", "--gpus must be all or a number from 1, got '0'"),
+        ("in.jsonl -o out.jsonl --gpus all --ordered", "--gpus and --ordered cannot be combined"),
+        ("- -o out.jsonl --gpus all", "--gpus needs files, and - is a pipe"),
+        ("in.jsonl -o - --ray auto", "--ray needs files, and - is a pipe"),
+    ],
+)
+def test_what_many_engines_cannot_do_is_refused(
+    scripted: ScriptedLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"})
+    refused = batch(scripted, *flags.split())
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_parts_that_a_killed_job_left_are_taken_in(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}"} for i in range(6)))
+    output, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.exl.parts"
+    assert batch(scripted, prompts, "-o", output).exit_code == 0
+    lines = output.read_bytes().splitlines(keepends=True)
+    parts.mkdir()
+    output.write_bytes(lines[0] + lines[1])
+    (parts / "a.jsonl").write_bytes(b"".join(lines[1:4]) + lines[4][:30])  # whose first was taken in, the last is torn
+    (parts / "b.jsonl").write_bytes(lines[5])
+    again = batch(scripted, prompts, "-o", output)
+    assert again.exit_code == 0, again.stderr
+    assert "5 from before" in again.stderr
+    assert len(answers(output)) == 6
+    assert not parts.exists()
+
+
 def test_several_inputs_go_to_a_folder(scripted: ScriptedLoader, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("Three\n")
     inputs = [jsonl(tmp_path / "a.jsonl", {"prompt": "One"}, {"prompt": "Two"}), tmp_path / "b.txt"]

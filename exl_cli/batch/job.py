@@ -12,6 +12,7 @@ from typing import Protocol
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.batch.output import Sink
 from exl_cli.batch.prompts import Preparer, Task, error_line
+from exl_cli.batch.rows import Row
 from exl_cli.batch.windows import WINDOW_ROWS, Options, Rows, Slot, Windows
 from exl_cli.engines.base import Chunk
 from exl_cli.errors import DeviceError, ExitCode, ExlError, OutOfMemoryError, brief
@@ -27,6 +28,12 @@ class LinesFailedError(ExlError):
     """Lines of a batch job that have an error for an answer."""
 
     exit_code = ExitCode.LINES_FAILED
+
+    @classmethod
+    def of(cls, name: str, row: Row, error: BaseException) -> LinesFailedError:
+        """The error of a row as that of the job on an input of this name."""
+        message, hint = (error.message, error.hint) if isinstance(error, ExlError) else (str(error), "")
+        return cls(f"{brief(name)}, line {row.number}: {message}", hint)
 
 
 @dataclass
@@ -324,9 +331,7 @@ class Job:
 
     def _fail(self, slot: Slot, error: BaseException) -> None:
         if self._options.strict:
-            message = error.message if isinstance(error, ExlError) else str(error)
-            hint = error.hint if isinstance(error, ExlError) else ""
-            raise LinesFailedError(f"{brief(self._rows.name)}, line {slot.row.number}: {message}", hint)
+            raise LinesFailedError.of(self._rows.name, slot.row, error)
         self._write(slot, error_line(slot.row, error, flat=self._options.flat))
         self.progress.failed += 1
         self._show()

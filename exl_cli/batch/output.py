@@ -3,10 +3,14 @@
 State on disk: `answers.jsonl` only grows by whole lines; the job that writes it holds a lock on
 `answers.jsonl.exl.lock`; `answers.jsonl.exl.json` says how its answers were made, and is there before the first of
 them. A job that goes on reads the keys of the answers that are there; a torn last line is cut.
+
+Where several engines share the work, each writes a part, an output in the folder `answers.jsonl.exl.parts`. Parts are
+taken into the output at the end, or by the next job that opens it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +28,9 @@ from exl_cli.errors import DiskError, UsageError, brief, param
 from exl_cli.system.files import read_text, write_atomically
 
 _SYNC_SECONDS = 1.0
+# For a worker that was lost to let go of its part.
+_PART_SECONDS = 30.0
+_LINES_AT_ONCE = 256
 # How each line begins, so that reading them again takes no JSON parser.
 _HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{16})", "error": (null|\{)')
 # In a manifest: the hashes of further models, by their names.
@@ -153,7 +160,7 @@ class AnswerFile:
         self._synced, self._is_dirty = time.monotonic(), False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(f"{path}.exl.lock", timeout=0)
+            self._lock = FileLock(f"{path}.exl.lock", timeout=0, thread_local=False)
             self._lock.acquire()
         except Timeout:
             raise UsageError(f"another job writes {brief(str(path))}", "wait for it, or give another output") from None
@@ -161,15 +168,71 @@ class AnswerFile:
             raise self._unwritable(error) from error
         try:
             self._check()
+            if parts := self.parts():
+                self._read(retry_errors=False)
+                self._open()
+                for part in parts:
+                    self.take_in(part)
+                self._sync()
+                os.close(self._file)
+                self.answered, self.failed = KeySet(), 0
             self._read(retry_errors)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._end = os.fstat(self._file).st_size
+            self._open()
         except OSError as error:
             self._lock.release()
             raise self._unwritable(error) from error
         except BaseException:
             self._lock.release()
             raise
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._end = os.fstat(self._file).st_size
+
+    def part(self, name: str) -> Path:
+        """Where a part of this name is written."""
+        return self._path.absolute().with_name(f"{self._path.name}.exl.parts") / f"{name}.jsonl"
+
+    def parts(self) -> list[Path]:
+        """The parts that are there."""
+        return sorted(self.part("").parent.glob("*.jsonl"))
+
+    def take_in(self, part: Path) -> tuple[int, int]:
+        """Append the answers of a part that are not here yet, and remove it. Cut off, it can be done again.
+
+        Returns:
+            how many were answers, and how many errors.
+
+        Raises:
+            UsageError: somebody writes the part.
+            DiskError: it cannot be read, or these not be written.
+        """
+        counts = [0, 0]
+        try:
+            with FileLock(f"{part}.exl.lock", timeout=_PART_SECONDS):
+                with part.open("rb") as file:
+                    lines: list[bytes] = []
+                    for line in file:
+                        match = _HEAD.match(line)
+                        if match is None or not line.endswith(b"}\n") or (key := int(match[1], 16)) in self.answered:
+                            continue
+                        self.answered.add(key)
+                        counts[match[2] != b"null"] += 1
+                        lines.append(line)
+                        if len(lines) >= _LINES_AT_ONCE:
+                            self.append(b"".join(lines))
+                            lines.clear()
+                    self.append(b"".join(lines))
+                self._sync()
+                for name in ("", ".exl.json", ".exl.lock"):
+                    Path(f"{part}{name}").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another part is there
+                part.parent.rmdir()
+        except Timeout:
+            raise UsageError(f"another job writes {brief(str(part))}", "wait for it; then go on") from None
+        except OSError as error:
+            raise DiskError(f"cannot read {brief(str(part))}: {error.strerror or error}", _GO_ON) from error
+        return counts[0], counts[1]
 
     def append(self, line: bytes) -> None:
         """See `Sink.append`. What cannot be written whole is taken back.
@@ -228,6 +291,11 @@ class AnswerFile:
     def _unwritable(self, error: OSError) -> DiskError:
         reason = error.strerror or str(error)
         return DiskError(f"cannot write {brief(str(self._path))}: {reason}", f"answers so far are kept: {_GO_ON}")
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """How its answers are made, JSON-ready."""
+        return self._manifest
 
     @property
     def _manifest_file(self) -> Path:

@@ -16,11 +16,15 @@ from exl_cli.batch.output import Sink
 from exl_cli.batch.prompts import BatchModel, Preparer, Settings
 from exl_cli.batch.rows import Row, Source, open_source
 from exl_cli.batch.windows import Options, Pending
-from exl_cli.errors import ExlError, UsageError, param
+from exl_cli.engines.base import Engine
+from exl_cli.errors import ExlError, OutOfMemoryError, UsageError, param
 from exl_cli.models.chat_template import load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+
+# Full-length sequences that the KV cache gets room for where nobody says how many: the first of these that fits.
+_SEQUENCES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
 
 
 class Engines(Protocol):
@@ -53,6 +57,33 @@ def prepare(model: ModelInfo, settings: Settings, loading: LoadOptions) -> tuple
     tokenizer = Tokenizer(model.path)
     context = loader.context_to_allocate(model, loading)
     return Preparer(BatchModel(model.name, model, tokenizer, load_format(model.path), context), settings), tokenizer
+
+
+def load_engine(
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    loading: LoadOptions,
+    sequences: int | None,
+    load: Callable[..., Engine],
+    observer: loader.Observer,
+) -> EngineThread:
+    """Load a model with room in the KV cache for many sequences.
+
+    Args:
+        model, tokenizer, loading, load, observer: see `loader.load`.
+        sequences: full-length sequences to make room for; None for as many as fit.
+
+    Raises:
+        ExlError: see `loader.load`.
+    """
+    count = sequences or loader.fitting_sequences(model, loading, _SEQUENCES)
+    while True:
+        try:
+            return EngineThread(load(model, tokenizer, dataclasses.replace(loading, sequences=count), observer))
+        except OutOfMemoryError:
+            if sequences or count == 1:
+                raise
+            count //= 2
 
 
 class OneEngine:

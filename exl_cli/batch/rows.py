@@ -97,6 +97,29 @@ def open_source(path: Path) -> Source:
     return _LineFile(path, {".jsonl": True, ".ndjson": True, ".json": True, ".txt": False}.get(suffix))
 
 
+class RowReader:
+    """Rows of an input by their places; those behind the last one are read without opening the file again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: Iterator[Row] = iter(())
+        self._next: int | None = None
+
+    def read(self, index: int) -> Row | None:
+        """The row at a place, from 0; None behind the last.
+
+        Raises:
+            DiskError: the file cannot be read.
+        """
+        if self._next is None or index < self._next:
+            self._rows, self._next = iter(open_source(self._path)), 0
+        row = None
+        while self._next <= index:
+            row = next(self._rows, None)
+            self._next += 1
+        return row
+
+
 class _File:
     """A file that is read once, gunzipped where its name ends so; see `Source`."""
 

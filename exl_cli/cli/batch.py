@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from exl_cli.cli.options import (
     with_loading,
     with_sampling,
 )
-from exl_cli.errors import ExitCode, OutOfMemoryError, UsageError, param
+from exl_cli.errors import ExitCode, UsageError, param
 from exl_cli.models import folders
 from exl_cli.models import prompt as prompt_texts
 from exl_cli.models.info import ModelInfo
@@ -35,10 +34,8 @@ from exl_cli.system.interrupts import cancel_on_interrupt
 from exl_cli.ui.console import Console
 
 _prompts = partial(typer.Option, rich_help_panel="Prompts")
-# Full-length sequences that the KV cache gets room for where nobody says how many: the first of these that fits.
-_SEQUENCES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
-
 _work = partial(typer.Option, rich_help_panel="Work")
+_many = partial(typer.Option, rich_help_panel="Many GPUs and machines (pip install 'exl-cli\\[ray]')")
 _scoring = partial(typer.Option, rich_help_panel="Scores")
 
 
@@ -96,6 +93,12 @@ def batch(
         int | None,
         loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 64]."),
     ] = None,
+    gpus: Annotated[
+        str | None, _many("--gpus", metavar="all|N", help="Run an engine on each GPU of this machine, or on N of them.")
+    ] = None,
+    ray: Annotated[
+        str | None, _many("--ray", metavar="ADDRESS", help="Run engines on a Ray cluster; auto: the one running here.")
+    ] = None,
     models_dir: ModelsDir = None,
     download: Download = False,
     quiet: Quiet = False,
@@ -111,6 +114,9 @@ def batch(
         raise UsageError(f"{param('eval_by')} needs {param('eval')}", f"name the field with {param('eval')}")
     if eval_field is not None and "-" in (*prompts, output):
         raise UsageError(f"{param('eval')} reads input and output a second time", "use files")
+    engine_count = _engine_count(gpus)
+    if uses_ray := gpus is not None or ray is not None:
+        _check_ray(param("gpus") if ray is None else param("ray"), [*prompts, output], ordered=ordered)
     build(sampling.given, sampling.preset)  # refuse what is wrong before a model is looked for
     info = ensure(model, models_dir, allow=download, console=console)
     loading = loader.with_draft(loading, models_dir)
@@ -118,7 +124,7 @@ def batch(
     from exl_cli.batch.manifest import manifest
     from exl_cli.batch.models import ModelNames
     from exl_cli.batch.output import AnswerFile, Sink, StreamSink
-    from exl_cli.batch.passes import OneEngine, answer_input
+    from exl_cli.batch.passes import OneEngine, answer_input, load_engine, prepare
     from exl_cli.batch.prompts import Settings
     from exl_cli.batch.rows import Source, check_path, open_source
     from exl_cli.batch.scores import METRICS, score
@@ -133,19 +139,17 @@ def batch(
 
     def load(model: ModelInfo, tokenizer: Tokenizer) -> EngineThread:
         view.end()
-        count = sequences or loader.fitting_sequences(model, loading, _SEQUENCES)
         with console.loading(f"{model.name} ({model.format_name})") as observer:
-            while True:
-                try:
-                    options = dataclasses.replace(loading, sequences=count)
-                    return EngineThread(state.load(model, tokenizer, options, observer))
-                except OutOfMemoryError:
-                    if sequences or count == 1:
-                        raise
-                    count //= 2
+            return load_engine(model, tokenizer, loading, sequences, state.load, observer)
 
-    engines = OneEngine(load, settings, loading)
-    preparer = engines.preparer(info)
+    engines: OneEngine | RayEngines
+    if uses_ray:
+        from exl_cli.batch.cluster import RayEngines, Where
+
+        engines = RayEngines(Where(ray, engine_count), settings, loading, sequences, state.load)
+    else:
+        engines = OneEngine(load, settings, loading)
+    preparer, _ = prepare(info, settings, loading)
     opened: dict[Path, Source] = {}
     for name in outputs:  # what is wrong with any of them shows before the first is begun
         source = open_source(name)
@@ -187,7 +191,9 @@ def batch(
                 show_scores(console, score(open_source(name), path, eval_field, metrics))
             failed += sink.failed + progress.failed
     finally:
-        if engines.engine is not None:
+        if not isinstance(engines, OneEngine):
+            engines.close()
+        elif engines.engine is not None:
             state.close(engines.engine)
     if ignored := engines.ignored - {eval_field}:
         console.note(f"fields without a meaning here: {', '.join(sorted(ignored)[:20])}")
@@ -204,6 +210,23 @@ def _shard(text: str | None) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise UsageError(f"{param('shard')} must be I/N with I from 0 to N-1, got {text!r}", "write it as 0/8")
     return int(match[1]), int(match[2])
+
+
+def _engine_count(text: str | None) -> int | None:
+    """Of `--gpus`; None for as many as there are."""
+    if text is None or text == "all":
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise UsageError(f"{param('gpus')} must be all or a number from 1, got {text!r}", "write it as all")
+    return int(text)
+
+
+def _check_ray(option: str, paths: list[str], *, ordered: bool) -> None:
+    """Refuse what many engines cannot do."""
+    if ordered:
+        raise UsageError(f"{option} and {param('ordered')} cannot be combined", "drop one of them")
+    if wrong := next((path for path in paths if path == "-" or Path(path).is_fifo()), None):
+        raise UsageError(f"{option} needs files, and {wrong} is a pipe", "use files")
 
 
 def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict[Path, Path | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
 import re
 import socket
@@ -83,6 +84,10 @@ def serve(
         int | None,
         loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 8]."),
     ] = None,
+    replicas: Annotated[
+        int | None,
+        _serving("--replicas", min=1, help="Servers, each with its own GPU, behind Ray Serve (exl-cli\\[ray])."),
+    ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
@@ -117,16 +122,18 @@ def serve(
     if cli.owns_process:
         run.raise_file_limit()
 
+    most = max_loaded or len(named)
+    settings = Settings(queue=queue, prefix_cache_per_key=cache_per_key, log_prompts=log_prompts, debug=cli.debug)
+    hosts = frozenset({name.lower() for name in (host, socket.gethostname(), *(allow_host or []))})
+    origins = frozenset(cors_origin or [])
+
     async def main() -> None:
-        most = max_loaded or len(named)
         catalog = Catalog(named, aliases, folder, any_name=any_name)
         pool = ModelPool(
             catalog, loading, log, cli.load, sequences=sequences, max_loaded=most, idle_seconds=idle_seconds
         )
-        settings = Settings(queue=queue, prefix_cache_per_key=cache_per_key, log_prompts=log_prompts, debug=cli.debug)
         state = ServerState(pool, settings, note=log.note, warn=log.warn)
-        hosts = {name.lower() for name in (host, socket.gethostname(), *(allow_host or []))}
-        app = create_app(state, Policy(keys, frozenset(hosts), frozenset(cors_origin or [])))
+        app = create_app(state, Policy(keys, hosts, origins))
         try:
             await run.serve(
                 app, state, listener, preload=[*named][:most], grace=grace_seconds, signals=cli.owns_process
@@ -142,7 +149,30 @@ def serve(
     log.note(
         f"listening on http://{shown}:{address[1]} (documents at /docs), loading {', '.join([*named][:max_loaded])}"
     )
-    asyncio.run(main())
+    if replicas is None:
+        asyncio.run(main())
+        return
+
+    from exl_cli.server.replicas import Plan, serve_replicas
+
+    settings = dataclasses.replace(settings, queue=-(-queue // replicas))
+    plan = Plan(
+        {name: info.path.absolute() for name, info in named.items()},
+        aliases,
+        None if folder is None else folder.absolute(),
+        any_name,
+        loading,
+        sequences,
+        most,
+        idle_seconds,
+        settings,
+        None if api_key_file is None else api_key_file.absolute(),
+        hosts,
+        origins,
+        log,
+        cli.load,
+    )
+    serve_replicas(plan, replicas, listener, grace_seconds, log.note)
 
 
 class _Log:

@@ -216,7 +216,7 @@ async def serve(
     log = _UvicornLog(state)
     logging.getLogger("uvicorn").addHandler(log)
     serving = asyncio.create_task(server.serve([listener]))
-    loading = asyncio.create_task(_load(state, preload))
+    loading = asyncio.create_task(load_models(state, preload))
     failing = asyncio.create_task(state.failed.wait())
 
     def give_up(task: asyncio.Task[Any]) -> None:
@@ -241,7 +241,12 @@ async def serve(
         raise state.fault
 
 
-async def _load(state: ServerState, names: Sequence[str]) -> None:
+async def load_models(state: ServerState, names: Sequence[str]) -> None:
+    """Load models, and let `/health` say ok.
+
+    Raises:
+        ExlError: what is wrong with one.
+    """
     for name in names:
         try:
             async with state.pool.use(name) as model:
