@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 
 # Marks a parameter name inside a message. U+FDD0 and U+FDD1 are Unicode noncharacters, so no real text contains them.
@@ -23,6 +24,12 @@ def spell(text: str, spelling: Callable[[str], str] = str) -> str:
 def brief(text: str, length: int = 160) -> str:
     """Shorten user input or file contents for a message by cutting out the middle."""
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"
+
+
+def did_you_mean(name: str, known: Iterable[str], sentence: str = "did you mean {}?", cutoff: float = 0.6) -> str:
+    """A question about the known name most like `name`; empty where none is like it."""
+    near = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return sentence.format(near[0]) if near else ""
 
 
 class ExitCode(IntEnum):

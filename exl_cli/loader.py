@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +12,15 @@ from exl_cli import sampling
 from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
-from exl_cli.errors import EngineError, ModelNotFoundError, UnsupportedModelError, UsageError, brief, param
+from exl_cli.errors import (
+    EngineError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    UsageError,
+    brief,
+    did_you_mean,
+    param,
+)
 from exl_cli.models import memory
 from exl_cli.models.config import has_learned_positions
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, in_hub_cache, known_models, models_dir
@@ -100,12 +107,12 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
     model = brief(model)
     repository = names.parse(model)
     typed = repository.folder if repository else model
-    near = difflib.get_close_matches(typed, known_models(folder), 1, 0.8 if repository else 0.6)
+    near = did_you_mean(typed, known_models(folder), cutoff=0.8 if repository else 0.6)
     if repository:
-        meant = f"did you mean {near[0]}? If not, " if near else ""
+        meant = f"{near} If not, " if near else ""
         return ModelNotFoundError(f"{model} is not in {folder}", f"{meant}download it: exl download {model}")
     if near:
-        return ModelNotFoundError(f"no model named {model!r}", f"did you mean {near[0]}?")
+        return ModelNotFoundError(f"no model named {model!r}", near)
     if len(model.split()) > 1:
         return SentenceError(
             f"no model named {model!r}", f"give a folder with a model in it, or {BUILTIN} for the built-in one"

@@ -6,13 +6,12 @@ flags, validation and documentation are generated from it.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -232,8 +231,7 @@ def build(
         values.update(from_generation_config(generation_config))
     for name, value in flags.items():
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
-            raise UsageError(f"no sampler setting named {name!r}", f"did you mean {near[0]}?" if near else "see --help")
+            raise UsageError(f"no sampler setting named {name!r}", did_you_mean(name, FIELDS) or "see --help")
         if value is not None:
             values[name] = value
     return Sampling(**values)

@@ -25,9 +25,9 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Perplexity, Sample, deviation, mean
 from exl_cli.engines.base import Chunk, Request, Summary
-from exl_cli.errors import EngineError, PromptError, brief, param
+from exl_cli.errors import EngineError, PromptError, param
+from exl_cli.models.prompt import decode, read_input
 from exl_cli.models.tokenizer import Tokenizer
-from exl_cli.system.files import expanded, read_file
 
 Energy = Callable[[], "float | None"]
 
@@ -174,14 +174,8 @@ def read_text(file: Path) -> tuple[str, str]:
     Raises:
         PromptError: it cannot be read, or is not UTF-8.
     """
-    try:
-        data = read_file(expanded(file), pipes=True)
-        return data.decode("utf-8-sig"), hashlib.sha256(data).hexdigest()
-    except OSError as error:
-        problem = f"cannot read {brief(str(file))}: {error.strerror or error}"
-        raise PromptError(problem, f"check {param('perplexity')}") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file} is not UTF-8 text: byte {error.start}", "convert it with iconv -t UTF-8") from error
+    data = read_input(file, f"check {param('perplexity')}")
+    return decode(data, str(file)), hashlib.sha256(data).hexdigest()
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

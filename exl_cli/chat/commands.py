@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from exl_cli.chat import settings
 from exl_cli.chat.session import Session, excerpt, export
-from exl_cli.errors import PromptError, UsageError, brief, param
-from exl_cli.models.prompt import not_utf8
+from exl_cli.errors import PromptError, UsageError, did_you_mean, param
+from exl_cli.models.prompt import decode, read_input
 from exl_cli.sampling import PRESETS
 from exl_cli.system import readings
-from exl_cli.system.files import expanded, read_file, read_text
+from exl_cli.system.files import expanded, read_text
 
 if TYPE_CHECKING:
     from exl_cli.chat.conversation import Conversation
@@ -109,9 +108,9 @@ def find(word: str) -> Command:
     """The command of a name; a UsageError suggests the nearest."""
     name = word.lower().removeprefix("/")
     if name not in _BY_ANY_NAME:
-        near = difflib.get_close_matches(name, filter(str.isalpha, _BY_ANY_NAME), 1, 0.5)
         hint = "/help lists them; a message may begin with a space before the slash"
-        raise UsageError(f"there is no command /{name}", f"did you mean /{near[0]}?" if near else hint)
+        near = did_you_mean(name, filter(str.isalpha, _BY_ANY_NAME), "did you mean /{}?", 0.5)
+        raise UsageError(f"there is no command /{name}", near or hint)
     return _BY_ANY_NAME[name]
 
 
@@ -365,13 +364,7 @@ def _quit(chat: Conversation, text: str) -> None:
 def _attachment(file: Path) -> tuple[str, str]:
     """A file's name, and how it stands in a message: fenced by more backticks than it has itself."""
     hint = "only text can go into a message"
-    try:
-        data = read_file(file, pipes=True)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise PromptError(f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise not_utf8(str(file), error.start, data[error.start], hint) from error
+    text = decode(read_input(file, "check the path"), str(file), hint)
     if "\0" in text:
         raise PromptError(f"{file} is not a text file: it has zero bytes", hint)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)

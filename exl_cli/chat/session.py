@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import difflib
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any, Literal, get_type_hints
 
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
-from exl_cli.errors import DiskError, UsageError
+from exl_cli.errors import DiskError, UsageError, did_you_mean
 from exl_cli.models.prompt import half_character
 from exl_cli.system.files import expanded, is_there, read_file, user_data, write_atomically
 
@@ -305,8 +304,7 @@ class SessionStore:
         try:
             session = loads(_text(path), name, str(path))
         except FileNotFoundError:
-            near = difflib.get_close_matches(name, self.names(), 1)
-            hint = f"did you mean {near[0]}?" if near else f"the sessions are in {self.folder}"
+            hint = did_you_mean(name, self.names()) or f"the sessions are in {self.folder}"
             raise UsageError(f"there is no session named {name!r}", hint) from None
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from exl_cli import sampling as samplings
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, did_you_mean
 from exl_cli.sampling import FIELDS, PRESETS, Sampling
 
 Overflow = Literal["trim", "stop"]
@@ -142,8 +141,8 @@ def resolve(name: str) -> str:
     if key in _BY_FLAG:
         return _BY_FLAG[key]
     known = [*names(), *_BY_FLAG]
-    near = [other for other in known if key and other.startswith(key)] or difflib.get_close_matches(key, known, 1)
-    raise UsageError(f"no setting named {name!r}", f"did you mean {near[0]}?" if near else "/set lists them")
+    begun = next((other for other in known if key and other.startswith(key)), key)
+    raise UsageError(f"no setting named {name!r}", did_you_mean(begun, known) or "/set lists them")
 
 
 def _parse(name: str, text: str) -> Any:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.api.download import fetch
-from exl_cli.errors import ModelNotFoundError, PromptError, UsageError, brief
+from exl_cli.errors import ModelNotFoundError, PromptError, UsageError
 from exl_cli.models import folders
 from exl_cli.models.hub import names
 from exl_cli.models.hub.download import Wanted, prepare
 from exl_cli.models.info import ModelInfo
-from exl_cli.models.prompt import check_text, not_utf8
+from exl_cli.models.prompt import check_text, decode, read_input
 from exl_cli.system import units
-from exl_cli.system.files import expanded, read_file, read_stream
+from exl_cli.system.files import read_stream
 from exl_cli.ui.console import Console
 from exl_cli.ui.models import confirm
 from exl_cli.ui.progress import finished, transfers
@@ -55,7 +55,9 @@ def gather(
         raise UsageError(f"{' and '.join(given)} both give the prompt", "use one of them")
     if file is not None and str(file) == "-":
         return _read_stdin(exact)
-    text = _read_file(file, exact) if file is not None else prompt if prompt is not None else positional
+    text = prompt if prompt is not None else positional
+    if file is not None:
+        text = _text(read_input(file, "check the path in --file"), str(file), exact)
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return text
     if text is not None:
@@ -80,26 +82,16 @@ def _read_stdin(exact: bool) -> str:
     if buffer is None:
         return sys.stdin.read()
     try:
-        return _decode(read_stream(buffer), "standard input", exact)
+        data = read_stream(buffer)
     except OSError as error:
         raise PromptError(f"cannot read standard input: {error.strerror or error}", "give a shorter prompt") from error
+    return _text(data, "standard input", exact)
 
 
-def _read_file(file: Path, exact: bool) -> str:
-    try:
-        return _decode(read_file(expanded(file), pipes=True), str(file), exact)
-    except OSError as error:
-        raise PromptError(
-            f"cannot read {brief(str(file))}: {error.strerror or error}", "check the path in --file"
-        ) from error
-
-
-def _decode(data: bytes, source: str, exact: bool) -> str:
-    try:
-        text = data.decode("utf-8" if exact else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise not_utf8(source, error.start, data[error.start]) from error
-    return text if exact else text.replace("\r\n", "\n").removesuffix("\n")
+def _text(data: bytes, source: str, exact: bool) -> str:
+    if exact:
+        return decode(data, source, encoding="utf-8")
+    return decode(data, source).replace("\r\n", "\n").removesuffix("\n")
 
 
 def ensure(model: str | None, models: Path | None, *, allow: bool, console: Console) -> ModelInfo:

@@ -6,12 +6,11 @@ import re
 import shlex
 import textwrap
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import typer
 
-from exl_cli.errors import UsageError
+from exl_cli.errors import UsageError, did_you_mean
 
 # Typer's own class, which has moved between its versions.
 RawUsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -26,8 +25,8 @@ def unknown_command(name: str, commands: Sequence[str]) -> UsageError:
     shown = textwrap.shorten(name, 60, placeholder="…")
     if name != name.strip() or " " in name.strip() or "\n" in name:
         return UsageError(f"{shown!r} is not a command", f"a prompt goes after run: exl run -p {shlex.quote(shown)}")
-    near = [f"did you mean exl {match}?" for match in get_close_matches(name, commands, 1)]
-    return UsageError(f"there is no command {shown!r}", " ".join([*near, "see exl --help"]))
+    near = did_you_mean(name, commands, "did you mean exl {}? ")
+    return UsageError(f"there is no command {shown!r}", f"{near}see exl --help")
 
 
 def explain(error: Exception, command: str | None) -> UsageError:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from exl_cli.errors import PromptError, UsageError, param
+from exl_cli.errors import PromptError, UsageError, brief, did_you_mean, param
 from exl_cli.models.chat_template import ChatTemplate
+from exl_cli.system.files import expanded, read_file
 
 _RAW, _SYSTEM, _TEMPLATE, _VAR = (param(name) for name in ("raw", "system", "template", "var"))
+_CONVERT = "convert it with iconv -t UTF-8"
 _AS_NAME_VALUE = f"write it as {_VAR} name=value"
 
 
@@ -64,12 +66,12 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
     if missing:
         raise PromptError(
             f"the template needs {{{missing[0]}}}, and no {_VAR} gives it",
-            _suggest(missing[0], unused, "did you mean {} in the template?") or f"add {_VAR} {missing[0]}=…",
+            did_you_mean(missing[0], unused, "did you mean {} in the template?") or f"add {_VAR} {missing[0]}=…",
         )
     if unused:
         raise PromptError(
             f"{_VAR} {unused[0]} is not in the template",
-            _suggest(unused[0], names, f"did you mean {_VAR} {{}}?")
+            did_you_mean(unused[0], names, f"did you mean {_VAR} {{}}?")
             or f"drop it, or write {{{unused[0]}}} in the template",
         )
     return "".join(literal + ("" if name is None else variables[name]) for literal, name in parts)
@@ -82,11 +84,6 @@ def placeholders(template: str) -> list[str]:
         PromptError: the template is malformed.
     """
     return list(dict.fromkeys(name for _, name in _parse(template) if name is not None))
-
-
-def _suggest(name: str, others: Iterable[str], sentence: str) -> str:
-    near = difflib.get_close_matches(name, list(others), 1)
-    return sentence.format(near[0]) if near else ""
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
@@ -127,7 +124,7 @@ def check_text(*arguments: tuple[str, str | Sequence[str] | None]) -> None:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
                 position = len(value[: error.start].encode("utf-8"))
-                raise not_utf8(name, position, ord(value[error.start]) & 0xFF) from error
+                raise _not_utf8(name, position, ord(value[error.start]) & 0xFF, _CONVERT) from error
 
 
 def half_character(text: str) -> str:
@@ -139,8 +136,23 @@ def half_character(text: str) -> str:
     return ""
 
 
-def not_utf8(source: str, position: int, byte: int, hint: str = "convert it with iconv -t UTF-8") -> PromptError:
-    """The error for text that is not UTF-8."""
+def read_input(file: Path, hint: str) -> bytes:
+    """Read a file or pipe that the user names, or raise a PromptError with this hint."""
+    try:
+        return read_file(expanded(file), pipes=True)
+    except OSError as error:
+        raise PromptError(f"cannot read {brief(str(file))}: {error.strerror or error}", hint) from error
+
+
+def decode(data: bytes, source: str, hint: str = _CONVERT, encoding: str = "utf-8-sig") -> str:
+    """Decode UTF-8, or raise a PromptError that names the source and its first bad byte."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(source, error.start, data[error.start], hint) from error
+
+
+def _not_utf8(source: str, position: int, byte: int, hint: str) -> PromptError:
     return PromptError(f"{source} is not UTF-8 text: byte {position} is 0x{byte:02x}", hint)
 
 

@@ -18,7 +18,7 @@ from exl_cli.chat.commands import is_open
 from exl_cli.chat.conversation import ReadLine
 from exl_cli.chat.session import Session, Turn, excerpt
 from exl_cli.engines.base import Summary
-from exl_cli.models.prompt import not_utf8
+from exl_cli.models.prompt import decode
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.ui.answers import Answer, MarkdownAnswer
 from exl_cli.ui.console import Console
@@ -189,11 +189,8 @@ def _line(prompt: str) -> str | None:
     data = sys.stdin.readline().encode("utf-8", "replace") if buffer is None else buffer.readline()
     if not data:
         return None
-    try:
-        return str(data.decode("utf-8-sig")).rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        hint = "it is left out; convert it with iconv -t UTF-8"
-        raise not_utf8("a line on standard input", error.start, data[error.start], hint) from error
+    hint = "it is left out; convert it with iconv -t UTF-8"
+    return decode(data, "a line on standard input", hint).rstrip("\r\n")
 
 
 def _shown(value: Any) -> str:
