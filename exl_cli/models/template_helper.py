@@ -17,7 +17,7 @@ from io import FileIO
 from typing import Any, NamedTuple, cast
 
 from exl_cli.models import template_worker
-from exl_cli.models.template_worker import FAILED, STOPPED, max_text
+from exl_cli.models.template_worker import FAILED, SPENT, STOPPED, max_text
 
 _MEMORY = 512 << 20
 _START_SECONDS = 60.0
@@ -85,9 +85,9 @@ class Helper:
                 # Startup counts against the deadline, but leave at least half of it for the request.
                 reply = _exchange(process, line, max(end - time.monotonic(), self._deadline / 2))
             except TimeoutError:
-                reply = Reply(STOPPED, 0, f"it takes more than {self._deadline:g} seconds")
+                reply = Reply(SPENT, 0, f"it takes more than {self._deadline:g} seconds")
             except EOFError:
-                reply = Reply(STOPPED, 0, f"it crashed the process that {_VERBS[self._program]} it")
+                reply = Reply(SPENT, 0, f"it crashed the process that {_VERBS[self._program]} it")
                 if not self._ready:  # it had not read any untrusted input yet
                     reply = Reply(FAILED, 0, "the helper process ends while starting")
             except OSError as error:
@@ -95,9 +95,9 @@ class Helper:
             except BaseException:  # KeyboardInterrupt: a late reply would be taken for that of the next request
                 self._end()
                 raise
-            if reply.kind == STOPPED or not self._ready:
+            if reply.kind == SPENT or not self._ready:
                 self._end()
-            return reply
+            return reply._replace(kind=STOPPED) if reply.kind == SPENT else reply
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is None:

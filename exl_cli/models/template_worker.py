@@ -5,7 +5,7 @@ imports its libraries, drops its rights to open files, start processes and use m
 until EOF on stdin.
 
 Protocol, one JSON array per line. Request: [template source, local time, variables], or [text of tokenizer.json].
-Reply: [kind, line of the template or 0, text or reason].
+Reply: [kind, line of the template or 0, text or reason]. The process must be replaced after a SPENT reply.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-TEXT, REFUSED, BROKEN, STOPPED, FAILED = "text", "refused", "broken", "stopped", "failed"
+TEXT, REFUSED, BROKEN, STOPPED, FAILED, SPENT = "text", "refused", "broken", "stopped", "failed", "spent"
 _MAX_REASON = 1200
 _NOBODY = 65534
 
@@ -206,11 +206,11 @@ def main(program: str, cpu_seconds: str, memory: str, *folders: str) -> None:
         try:
             kind, line, text = answer(*json.loads(request))
             if len(text) > max_text(len(request)):
-                kind, line, text = STOPPED, 0, "it writes too much text"
+                kind, line, text = SPENT, 0, "it writes too much text"
             _reply(kind, line, text)
         except MemoryError as error:
             # The heap may stay full, so the parent replaces this process after a STOPPED reply.
-            _reply(STOPPED, _line_of(error), "it needs too much memory")
+            _reply(SPENT, _line_of(error), "it needs too much memory")
         except Exception as error:  # for example text that cannot be encoded
             _reply(FAILED, 0, type(error).__name__)
     return None
