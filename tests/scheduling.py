@@ -59,10 +59,19 @@ def ask(ids: Iterable[int], new: int = 5, sampling: Sampling = GREEDY, seed: int
 class Model:
     """A scheduler, its streams and the model behind them."""
 
-    def __init__(self, chunk: int = 2048, drafter: Drafter | None = None, **options: Any) -> None:
+    def __init__(
+        self, chunk: int = 2048, chunk_beside_decode: int = 2048, drafter: Drafter | None = None, **options: Any
+    ) -> None:
         self.clock = FakeClock()
         self.forward = FakeForward(clock=self.clock, **options)
-        self.scheduler = Scheduler(self.forward, sampler_for, drafter=drafter, chunk=chunk, clock=self.clock)
+        self.scheduler = Scheduler(
+            self.forward,
+            sampler_for,
+            drafter=drafter,
+            chunk=chunk,
+            chunk_beside_decode=chunk_beside_decode,
+            clock=self.clock,
+        )
         self.batch = Batch(self.scheduler)
 
     def steps(self, request: Request) -> Steps:

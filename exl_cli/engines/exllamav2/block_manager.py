@@ -9,8 +9,9 @@ many tokens as it has; when a page is wanted and none is free, the least recentl
 their parents. A prompt that shares only the first tokens of a page takes that page over if nothing is lost by it, and a
 copy of it otherwise.
 
-An allocation reserves all pages that its sequence may come to need, but takes them one by one: an admitted sequence
-never waits for another, and what it does not use in the end has evicted nothing.
+An allocation reserves the pages of its prompt, but takes them one by one: prefill never waits for other sequences, and
+evicts nothing before it gets there. Beyond the prompt an allocation grows while there are pages; what becomes of a
+sequence that gets none is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Allocation:
         num_reused_tokens: tokens of the prompt that were in the cache already.
         num_computed_tokens: tokens, from the first one on, that the cache is certain to hold.
         num_cached_pages: pages of the block table that are in the tree: all that are full and computed.
-        num_reserved_pages: pages that it may still take.
+        num_reserved_pages: pages that it is certain to get.
+        capacity: positions in its block table.
         root: where in the tree it begins.
     """
 
@@ -59,6 +61,7 @@ class Allocation:
     num_computed_tokens: int
     num_cached_pages: int
     num_reserved_pages: int
+    capacity: int
     root: Root = Root()
 
 
@@ -106,28 +109,31 @@ class BlockManager:
         """Pages that so many positions take up."""
         return -(-positions // self.size)
 
-    def allocate(self, ids: list[int], positions: int, root: Root = Root(), *, reuse: bool = True) -> Allocation | None:
+    def allocate(
+        self, ids: list[int], positions: int, root: Root = Root(), *, reuse: bool = True, spare: int = 0
+    ) -> Allocation | None:
         """Allocate pages for a sequence, sharing those that hold the beginning of its prompt.
 
         The last token of the prompt is never taken from the cache, since its logits are wanted.
 
         Args:
             ids: the prompt, at least one token.
-            positions: the most that the sequence may take up, at most as many as all pages hold.
+            positions: reserved for the sequence, at most as many as all pages hold.
             root: where it begins.
             reuse: share pages; False where all of the prompt is to be computed.
+            spare: pages to leave for others.
 
         Returns:
             None while there is no room for it.
         """
         shared = self._cached_prefix(ids, root) if reuse else []
         reserved = self.pages_for(positions) - len(shared)
-        if reserved + sum(not self._users[page] for page in shared) > self.num_available:
+        if reserved + sum(not self._users[page] for page in shared) + spare > self.num_available:
             return None
         for page in shared:
             self._use(page)
         reused = len(shared) * self.size
-        allocation = Allocation(ids, shared, reused, reused, len(shared), reserved, root)
+        allocation = Allocation(ids, shared, reused, reused, len(shared), reserved, reused, root)
         self._num_reserved += reserved
         self._allocations.add(allocation)
         try:
@@ -138,10 +144,13 @@ class BlockManager:
             raise
         return allocation
 
-    def grow(self, allocation: Allocation, positions: int) -> None:
-        """Extend the block table to so many positions, at most to those that were asked for."""
-        while len(allocation.block_table) * self.size < positions:
+    def grow(self, allocation: Allocation, positions: int) -> bool:
+        """Extend the block table to so many positions, as far as there are pages; returns whether there were."""
+        while allocation.capacity < positions:
+            if not (allocation.num_reserved_pages or self.num_available):
+                return False
             self._append(allocation, self._new_page())
+        return True
 
     def mark_computed(self, allocation: Allocation, positions: int) -> None:
         """Note that the cache holds the sequence's first `positions` tokens: the device has finished them.
@@ -243,8 +252,10 @@ class BlockManager:
 
     def _append(self, allocation: Allocation, page: int) -> None:
         allocation.block_table.append(page)
-        allocation.num_reserved_pages -= 1
-        self._num_reserved -= 1
+        allocation.capacity += self.size
+        if allocation.num_reserved_pages:
+            allocation.num_reserved_pages -= 1
+            self._num_reserved -= 1
 
     def _cache_page(self, allocation: Allocation) -> None:
         """Enter the next full page into the tree, or replace it by the page of the same tokens that is there."""

@@ -27,11 +27,11 @@ class _Draft:
 
     Attributes:
         ids: the sequence's tokens as far as the draft model knows them.
-        allocation: the pages for them and for draft tokens.
+        allocation: the pages for them and for draft tokens; where there are no more, fewer tokens are drafted, or none.
         num_computed_tokens: how many of `ids` its cache holds.
         proposed: its last draft tokens; all but the last are in its cache, too.
         rate: how often they were accepted.
-        most: positions that the allocation is for.
+        most: the most positions that it may take up.
     """
 
     ids: list[int]
@@ -85,7 +85,7 @@ class DraftModel:
         if len(ids) >= most:
             return None
         own = [*ids]
-        allocation = self._blocks.allocate(own, most)
+        allocation = self._blocks.allocate(own, len(own))
         if allocation is None:
             return None
         draft = _Draft(own, allocation, allocation.num_reused_tokens, (), AcceptanceRate(self._rate.value), most)
@@ -105,8 +105,8 @@ class DraftModel:
         for request in requests:
             if request.draft is not None:
                 self._tell(request.draft, request.ids)
-                room = min(request.most, request.draft.most - len(request.ids))
-                able.append((request.draft, room if len(able) < self._runner.max_batch else 0))
+                room = self._room(request) if len(able) < self._runner.max_batch else 0
+                able.append((request.draft, room))
         estimates = [AcceptanceEstimate(draft.rate.value, room) for draft, room in able]
         # Sequences without draft tokens are in the pass as well.
         estimates += [AcceptanceEstimate(0.0, 0)] * (len(requests) - len(able))
@@ -171,6 +171,14 @@ class DraftModel:
             self._runner.prefill(ScheduledTokens(ids, draft.num_computed_tokens, draft.allocation.block_table))
             draft.num_computed_tokens += count
 
+    def _room(self, request: DraftRequest) -> int:
+        """How many draft tokens a sequence can get; 0 or less for none. The last is never computed."""
+        draft, known = request.draft, len(request.ids)
+        room: int = min(request.most, draft.most - known)
+        if room > 0 and not self._blocks.grow(draft.allocation, known + room - 1):
+            room = draft.allocation.capacity - known + 1
+        return room
+
     def _propose(self, drafts: list[tuple[_Draft, int]]) -> None:
         """Extend each draft by so many tokens, in forward passes over all of them."""
         start = self._clock()
@@ -195,5 +203,4 @@ class DraftModel:
             ids, begin = draft.proposed[-1:], len(draft.ids) + len(draft.proposed) - 1
         else:
             ids, begin = tuple(draft.ids[draft.num_computed_tokens :]), draft.num_computed_tokens
-        self._blocks.grow(draft.allocation, begin + len(ids))
         return ScheduledTokens(ids, begin, draft.allocation.block_table)

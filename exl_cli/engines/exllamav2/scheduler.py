@@ -3,9 +3,14 @@
 A step collects the forward pass in flight, chooses a token for each of its sequences, and submits the next pass before
 it returns: the GPU computes while the caller turns the tokens into text. All running sequences are in each pass.
 
-Requests are admitted first come, first served, as soon as there is room in a pass and for all the pages that they may
-come to need. Prompts are prefilled in chunks between the decode steps of the others, at most one chunk's tokens a step,
-and one after the other: a prompt finds in the cache what it has in common with those before it.
+Requests are admitted first come, first served, as soon as there is room in a pass, and pages for the prompt and some
+tokens more of every sequence. Pages for the rest are taken as decoding proceeds. When there are none left, the sequence
+that came last is put back into the queue: its full pages stay in the cache until others need them, and later it is
+computed again as far as the cache does not hold it. Its sampler and all that it has said so far are kept meanwhile. The
+sequence that came first always goes on, so that all come to their end.
+
+Prompts are prefilled in chunks between the decode steps of the others, and one after the other: a prompt finds in the
+cache what it has in common with those before it.
 
 A model may compute sequences beyond some length otherwise, from their first token on: with LongRoPE (Ding et al. 2024,
 arXiv 2402.13753) beyond one, with "dynamic" rotary embeddings beyond many. A sequence that grows beyond it is computed
@@ -16,10 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import logging
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterable
-from itertools import repeat
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +43,17 @@ from exl_cli.engines.response import Step
 from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.errors import EngineError, PromptError, param
 
-# Prompt tokens prefilled between two decode steps.
+# Prompt tokens prefilled in a step while nothing is generated.
 CHUNK = 2048
+# The same while others generate, who wait for it: on an H200 `CHUNK` tokens take a 7B model as long as ten decode steps
+# of 32 sequences (56 and 5.8 ms), so few about as long as two.
+CHUNK_BESIDE_DECODE = 256
+# Nothing is admitted unless there is room for so much of a page more of each sequence: who is put back soon is computed
+# twice.
+_PAGE_AHEAD = 1 / 4
+
+_arrival = attrgetter("arrival")
+_log = logging.getLogger(__name__)
 
 _NO_DRAFT = DraftTokens((), 0, AcceptanceRate(0.0))
 
@@ -65,7 +81,7 @@ class Scheduler:
         outputs: makes what holds a request's new tokens back; None where it asks for nothing of that kind.
         score: gives the log-probabilities of a prompt's tokens; see `Samplers.prompt_logprobs`.
         drafter: proposes draft tokens; None for one token a forward pass.
-        chunk: prompt tokens prefilled between two decode steps.
+        chunk, chunk_beside_decode: the most prompt tokens prefilled in a step: alone, and while others generate.
         clock: seconds that pass.
     """
 
@@ -78,15 +94,18 @@ class Scheduler:
         score: Callable[[Request, int, Logits], list[TokenLogprobs]] = lambda request, begin, logits: [],
         drafter: Drafter | None = None,
         chunk: int = CHUNK,
+        chunk_beside_decode: int = CHUNK_BESIDE_DECODE,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
         self._sampler, self._outputs, self._score = sampler, outputs, score
-        self._chunk = chunk
+        self._chunk, self._chunk_beside_decode = chunk, min(chunk, chunk_beside_decode)
         self._clock = clock
         self._blocks = BlockManager(runner.pages, runner.page_size, runner.copy_page)
+        self._arrivals = itertools.count()
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        # Both in the order in which they came.
+        self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._running: list[Sequence] = []
         self._in_flight: list[_InFlight] = []
@@ -122,8 +141,10 @@ class Scheduler:
             max_new_tokens: the most new tokens; with 0 it ends with its prompt.
         """
         sampler, started = self._sampler(request), self._clock()
-        sequence = Sequence(request_id, request, max_new_tokens, sampler, [*request.ids], started)
-        sequence.num_to_prefill, sequence.rope_switches = len(sequence.ids), self._runner.rope_switches
+        ids = [*request.ids]
+        sequence = Sequence(request_id, request, max_new_tokens, sampler, ids, next(self._arrivals), started)
+        sequence.num_to_prefill = sequence.num_reused_tokens = len(ids)
+        sequence.rope_switches = self._runner.rope_switches
         sequence.outputs = self._outputs(request)
         self._sequences[request_id] = sequence
         self._waiting.append(sequence)
@@ -171,7 +192,7 @@ class Scheduler:
         in_flight, self._in_flight = self._in_flight, []
         if self._speculation is not None:
             self._speculation.collected(since)
-        drawn = self._runner.chosen() or repeat(None)
+        drawn = self._runner.chosen() or itertools.repeat(None)
         for part, its_logits, chosen in zip(in_flight, logits, drawn, strict=False):
             if not part.sequence.ended:
                 self._extend(part, its_logits, chosen)
@@ -222,12 +243,27 @@ class Scheduler:
 
         That is all of it where its length asks for other rotary embeddings, and little where tokens were taken back.
         """
-        self._running.remove(sequence)
+        if sequence is self._prefilling:
+            self._prefilling = None
+        else:
+            self._running.remove(sequence)
         self._stand_up(sequence)
         self._blocks.free(sequence.blocks)
         sequence.allocation = None
         sequence.num_computed_tokens, sequence.num_to_prefill = 0, len(sequence.ids)
-        self._waiting.appendleft(sequence)
+        if not sequence.answering:
+            sequence.prompt_logprobs.clear()
+        insort(self._waiting, sequence, key=_arrival)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Take a sequence's pages for those that came before it. No decode step is in flight.
+
+        Whatever a prefill in flight still writes into them precedes anything that others will write there.
+        """
+        _log.info("no page of the KV cache is free: request %d waits", sequence.id)
+        if self._speculation is not None:
+            self._speculation.end(sequence)
+        self._compute_again(sequence)
 
     def _prefill(self) -> bool:
         """Evaluate one chunk's tokens of prompts, and start decoding those that are complete.
@@ -235,7 +271,7 @@ class Scheduler:
         Returns:
             Whether the device is still at it.
         """
-        budget = self._chunk
+        budget = self._chunk_beside_decode if self._running else self._chunk
         while budget > 0 and (sequence := self._prefilling or self._admit()):
             begin, count = sequence.num_computed_tokens, min(budget, sequence.num_prompt_tokens_left)
             if count:
@@ -267,17 +303,35 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._runner.max_batch:
             return None
         # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
-        self._prefilling = sequence = self._waiting.popleft()
+        self._prefilling = sequence = self._waiting.pop(0)
         sequence.rope_table = sequence.wanted_rope_table
+        while not self._allocate(sequence):
+            if not self._running or self._running[-1].arrival < sequence.arrival:
+                self._prefilling = None
+                self._waiting.insert(0, sequence)
+                return None
+            self._put_back(self._running[-1])
+        sequence.num_computed_tokens = sequence.blocks.num_reused_tokens
+        sequence.num_reused_tokens = min(sequence.num_reused_tokens, sequence.num_computed_tokens)
+        return sequence
+
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Allocate pages for a sequence as far as it is known, if it and all that run can go on a while then."""
+        positions = min(len(sequence.ids), sequence.max_tokens)
         root = Root(sequence.rope_table, sequence.request.cache_salt)
         reuse = sequence.request.prompt_logprobs is None or sequence.answering
-        sequence.allocation = self._blocks.allocate(sequence.ids, sequence.max_tokens, root, reuse=reuse)
-        if sequence.allocation is None:
-            self._prefilling = None
-            self._waiting.appendleft(sequence)
-            return None
-        sequence.num_computed_tokens = sequence.allocation.num_reused_tokens
-        return sequence
+        spare = 0
+        if self._running:
+            wanted = (self._pages_ahead(other) - len(other.blocks.block_table) for other in self._running)
+            spare = sum(max(pages, 0) for pages in wanted)
+            spare += self._pages_ahead(sequence) - self._blocks.pages_for(positions)
+        sequence.allocation = self._blocks.allocate(sequence.ids, positions, root, reuse=reuse, spare=spare)
+        return sequence.allocation is not None
+
+    def _pages_ahead(self, sequence: Sequence) -> int:
+        """Pages that a sequence will have some tokens later."""
+        tokens = len(sequence.ids) + int(_PAGE_AHEAD * self._blocks.size)
+        return self._blocks.pages_for(min(tokens, sequence.max_tokens))
 
     def _finish_prefill(self) -> None:
         """The device has done everything asked of it: as much of the prompt as was sent is in the cache."""
@@ -286,13 +340,13 @@ class Scheduler:
             return
         self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
         if not sequence.num_prompt_tokens_left:
+            # What is drafted must not be taken back.
+            if self._speculation is not None and sequence.draft is None and not sequence.request.banned_strings:
+                self._speculation.begin(sequence)
             if not sequence.answering:
-                # What is drafted must not be taken back.
-                if self._speculation is not None and not sequence.request.banned_strings:
-                    self._speculation.begin(sequence)
                 step = Step(
                     prompt_seconds=self._clock() - sequence.started,
-                    reused_tokens=sequence.blocks.num_reused_tokens,
+                    reused_tokens=sequence.num_reused_tokens,
                     prompt_logprobs=tuple(sequence.prompt_logprobs),
                 )
                 self._outcomes.append((sequence.id, step))
@@ -304,13 +358,31 @@ class Scheduler:
             # Which draft tokens are right is found out by sampling one after the other.
             if self._runner.sampler is not None and self._speculation is None:
                 sequence.seat = self._runner.sampler.begin(sequence.sampler, sequence.request)
-            self._running.append(sequence)
+            insort(self._running, sequence, key=_arrival)
+
+    def _grow(self) -> None:
+        """Have a page for the next token of each running sequence, and for draft tokens as far as there are pages."""
+        done = 0
+        while done < len(self._running):
+            sequence = self._running[done]
+            if self._blocks.grow(sequence.blocks, len(sequence.ids)):
+                done += 1
+            else:
+                last = self._prefilling
+                self._put_back(max(last, self._running[-1], key=_arrival) if last else self._running[-1])
+        if self._speculation is not None and self._running:
+            most = self._speculation.most_draft_tokens(len(self._running))
+            for sequence in self._running:
+                if sequence.draft is not None:
+                    wanted = len(sequence.ids) + max(min(most, sequence.max_draft_tokens), 0)
+                    self._blocks.grow(sequence.blocks, wanted)
 
     def _submit(self, *, busy: bool) -> None:
         """Start the next decode step of all running sequences, perhaps while the device is still busy."""
+        self._grow()
         if not self._running:
             return
-        drafts: Iterable[DraftTokens] = repeat(_NO_DRAFT)
+        drafts: Iterable[DraftTokens] = itertools.repeat(_NO_DRAFT)
         if self._speculation is not None:
             drafts = self._speculation.draft(self._running, busy=busy)
         in_flight = []
@@ -318,7 +390,6 @@ class Scheduler:
             blocks, start = sequence.blocks, sequence.num_computed_tokens
             ids = (sequence.ids[start], *draft.tokens[: draft.used])
             row = ScheduledTokens(ids, start, blocks.block_table, sequence.rope_table)
-            self._blocks.grow(blocks, start + len(row.ids))
             in_flight.append(_InFlight(sequence, row, draft))
         self._runner.submit([part.row for part in in_flight], [self._draw(part.sequence) for part in in_flight])
         self._in_flight = in_flight

@@ -25,11 +25,13 @@ class Sequence:
         max_new_tokens: the most new tokens.
         sampler: chooses them.
         ids: the prompt and what followed.
+        arrival: its place in the order in which sequences came.
         started: when it was added.
-        allocation: its pages, from admission to its end.
+        allocation: its pages, from admission to its end or until it is put back.
         num_to_prefill: tokens that are computed before decoding goes on with the last of them: the prompt, and all so
             far where they are computed again.
         rope_switches, rope_table: see `ModelRunner` and `ScheduledTokens`.
+        num_reused_tokens: tokens of its prompt that were never computed for it.
         num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
         outputs: what it asks of its new tokens besides; None for nothing.
         prompt_logprobs: of its prompt's tokens so far, where they are asked for.
@@ -45,10 +47,12 @@ class Sequence:
     max_new_tokens: int
     sampler: Sampler
     ids: list[int]
+    arrival: int
     started: float
     allocation: Allocation | None = None
     num_computed_tokens: int = 0
     num_to_prefill: int = 0
+    num_reused_tokens: int = 0
     rope_switches: Integers[int] = ()
     rope_table: int = 0
     outputs: OutputTokens | None = None

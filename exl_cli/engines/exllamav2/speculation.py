@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from exl_cli.engines.exllamav2.draft_length import AcceptanceEstimate, AcceptanceRate, DraftLength
+from exl_cli.engines.exllamav2.draft_length import LADDER, AcceptanceEstimate, AcceptanceRate, DraftLength
 from exl_cli.engines.exllamav2.sequence import Sequence as TokenSequence
 from exl_cli.engines.response import Step
 
@@ -108,17 +108,25 @@ class Speculation:
         sequence.draft = self._drafter.begin(sequence.ids, sequence.max_tokens)
         sequence.statistics.seconds += self._clock() - start
 
+    def most_draft_tokens(self, count: int) -> int:
+        """The most draft tokens of each sequence that a pass of so many can verify."""
+        most = self._max_tokens if count == 1 else max(self._max_batch, self._max_tokens) // count
+        return min(most - 1, LADDER[-1])
+
     def draft(self, sequences: Sequence[TokenSequence], *, busy: bool) -> list[DraftTokens]:
         """Draft tokens to verify in the next forward pass, for each of its sequences.
 
         Args:
-            sequences: these.
+            sequences: these; their block tables bound how many tokens they get.
             busy: the device has prompts to evaluate first, and the time that the pass takes means nothing.
         """
         start = self._clock()
         count = len(sequences)
-        most = (self._max_tokens if count == 1 else max(self._max_batch, self._max_tokens) // count) - 1
-        requests = [DraftRequest(s.draft, s.ids, max(min(most, s.max_draft_tokens), 0)) for s in sequences]
+        most = self.most_draft_tokens(count)
+        requests = [
+            DraftRequest(s.draft, s.ids, max(min(most, s.max_draft_tokens, s.blocks.capacity - len(s.ids)), 0))
+            for s in sequences
+        ]
         drafts = self._drafter.propose(requests, self._length.choose)
         self._shape = (count, 1 + max(draft.used for draft in drafts))
         now = self._clock()
@@ -143,7 +151,7 @@ class Speculation:
         return Step(tuple(chosen), None, 0, draft.used, accepted, statistics.note(self._drafter.option))
 
     def end(self, sequence: TokenSequence) -> None:
-        """A sequence has ended."""
+        """A sequence has ended, or is put back."""
         if sequence.draft is not None:
             draft, sequence.draft = sequence.draft, None
             self._drafter.end(draft, sequence.ids)
