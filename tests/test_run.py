@@ -262,7 +262,7 @@ def test_arguments_that_are_not_utf8_are_refused_as_a_file_is(
 def test_a_sentence_in_the_models_place_is_meant_as_a_prompt(scripted: ScriptedLoader) -> None:
     result = run(scripted, "Hello there")
     assert result.exit_code == 3
-    assert result.stderr == "error: no model named 'Hello there'; if that is a prompt, give it with -p\n"
+    assert result.stderr == "error: no model named 'Hello there'; if that is a prompt, pass it with -p\n"
     for command in ("bench", "show"):
         result = CliRunner().invoke(app, [command, "Hello there"])
         assert result.exit_code == 3
