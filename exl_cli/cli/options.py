@@ -118,7 +118,7 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
             "engine",
             EngineChoice,
             "auto",
-            "auto: exllamav2 if there is a GPU and it supports the model, otherwise cpu.",
+            "auto: exllamav2 if it supports the model and there is a GPU, otherwise cpu.",
         ),
         flag("max_seq_len", int | None, None, tokens),
         flag("cache", CacheType, "fp16", "KV cache type on the GPU."),

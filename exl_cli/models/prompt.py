@@ -228,7 +228,7 @@ def _template_variables(text: str | None, template: str, variables: dict[str, st
         return variables
     if "prompt" in variables or all(name != "prompt" for _, name in _parse(template)):
         raise UsageError(
-            f"both a prompt and a filled {_TEMPLATE} are given",
+            f"both a prompt and a complete {_TEMPLATE} are given",
             "drop one, or write {prompt} in the template where the prompt belongs",
         )
     return {**variables, "prompt": text}
