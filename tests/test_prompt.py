@@ -163,7 +163,7 @@ def test_a_prompt_fills_the_place_that_a_template_names():
             UsageError,
             "both a prompt and a complete --template",
         ),
-        ({"text": "x", "template": "{prompt}", "variables": {"prompt": "1"}}, UsageError, "both a prompt and a complete"),
+        ({"text": "x", "template": "{prompt}", "variables": {"prompt": "1"}}, UsageError, "both a prompt and"),
         ({"text": None, "template": "{prompt}"}, PromptError, "the template needs {prompt}"),
         ({"text": "x", "raw": True, "template": "y"}, UsageError, "--raw and --template exclude each other"),
         ({"text": "x", "variables": {"a": "1"}}, UsageError, "--var needs a --template"),
