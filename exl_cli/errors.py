@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 
 # Marks a parameter name inside a message. U+FDD0 and U+FDD1 are Unicode noncharacters, so no real text contains them.
@@ -139,3 +140,12 @@ class DiskError(ExlError):
     """The disk is full, or a path cannot be read or written."""
 
     exit_code = ExitCode.DISK
+
+
+@contextlib.contextmanager
+def disk_errors(problem: str, hint: str) -> Iterator[None]:
+    """Turn an OSError into a DiskError: the problem, the system's reason, the hint."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{problem}: {error.strerror or error}", hint) from error

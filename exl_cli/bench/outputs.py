@@ -10,7 +10,6 @@ Texts of a result may hold an `errors.param`: what prints or writes one takes a 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -18,18 +17,19 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from exl_cli.bench import limits
 from exl_cli.bench.result import Measured, Perplexity, Result, Run, Sample, deviation, mean, percentile
-from exl_cli.errors import DiskError, ExlError, UsageError, brief, param, spell
+from exl_cli.errors import DiskError, ExlError, UsageError, brief, disk_errors, param, spell
 from exl_cli.system.files import expanded, is_folder, read_file, write_atomically
 
 OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
 
 SCHEMA = 1
+_DISK_HINT = "check folder and disk space"
 
 # What a reader of the figures must know; part of every report.
 METHOD = (
@@ -223,7 +223,7 @@ def require_writable(path: Path, name: str) -> None:
         DiskError: no file can be made there.
     """
     path = expanded(path)
-    with _explained(path):
+    with disk_errors(f"cannot write {path}", _DISK_HINT):
         try:
             kind = path.stat().st_mode
         except FileNotFoundError:
@@ -249,20 +249,13 @@ def keep(
     kinds: dict[OutputFormat, Path | None] = {"json": save, "html": report}
     for kind, path in kinds.items():
         if path is not None:
+            path = expanded(path)
             try:
-                with _explained(path := expanded(path)):
+                with disk_errors(f"cannot write {path}", _DISK_HINT):
                     write_atomically(path, render(result, kind, spelling))
             except DiskError as error:
                 failures.append(error)
     return failures
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}", "check folder and disk space") from error
 
 
 def size_text(count: int) -> str:

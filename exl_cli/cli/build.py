@@ -11,7 +11,7 @@ from exl_cli.cli.options import Json, Quiet
 from exl_cli.engines.exllamav2.extension import build as extension
 from exl_cli.engines.exllamav2.extension import compiled
 from exl_cli.engines.exllamav2.extension.wheel import write_wheel
-from exl_cli.errors import DiskError, UsageError
+from exl_cli.errors import UsageError, disk_errors
 from exl_cli.system.interrupts import insist_on_interrupt
 from exl_cli.system.units import clock_time
 from exl_cli.ui.console import Console
@@ -72,8 +72,10 @@ def build(
     else:
         on = f"on {facts.built[:10]} (--force does it again)"
         console.note(f"already compiled for {compiled.spoken(facts.archs)}, {on}")
-    wheel = _write_wheel(library, facts, out) if out is not None else None
-    if wheel:
+    wheel = None
+    if out is not None:
+        with disk_errors(f"cannot write the wheel to {out}", "choose another --out"):
+            wheel = write_wheel(library, facts, out)
         console.note(f"on the other machine: pip install {wheel.name}")
     if as_json:
         console.data({"library": str(library), "wheel": str(wheel) if wheel else None, **facts.to_dict()})
@@ -86,12 +88,3 @@ def _archs(text: str | None) -> tuple[str, ...]:
         return compiled.parse_archs(text or "")
     except ValueError as error:
         raise UsageError(f"--arch {str(error)!r} is not a GPU architecture", "write it as 8.6 or sm_86") from error
-
-
-def _write_wheel(library: Path, facts: compiled.Facts, folder: Path) -> Path:
-    try:
-        return write_wheel(library, facts, folder)
-    except OSError as error:
-        raise DiskError(
-            f"cannot write the wheel to {folder}: {error.strerror or error}", "choose another --out"
-        ) from error
