@@ -78,7 +78,7 @@ def test_a_session_stays_with_its_replica_and_sessions_spread(fable: Replicas) -
 
 
 def test_a_full_queue_is_a_429(fable: Replicas) -> None:
-    refused = fable.post(CHAT, asking(n=100))
+    refused = fable.post(CHAT, asking(n=16))
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert int(refused.headers["Retry-After"]) > 0
 

@@ -138,12 +138,12 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
     except ImportError:
         raise UsageError("replicas need Ray, which is not installed", "pip install 'exl-cli[ray]'") from None
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    stopping = _Stopping(note, grace)
     host, port = listener.getsockname()[:2]
     try:
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", logging_level="ERROR", **local)
+        stopping = _Stopping(note, grace)  # Ray has handlers of its own by now
         resources = _resources(ray.cluster_resources(), plan, count)
         listener.close()
         ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
@@ -169,8 +169,8 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
         note(f"{count} replicas are ready")
         stopping.wait()
         ray_serve.delete(_NAME)  # returns once the replicas have ended
-    finally:
         stopping.close()
+    finally:
         ray.shutdown()
 
 
