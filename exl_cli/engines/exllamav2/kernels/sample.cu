@@ -147,6 +147,22 @@ DEVICE u32 count(u32 v, Shared& s)
     return sum;
 }
 
+// f(i, x[i]) for all i below n, by all threads of the block. Eight numbers at a time are on their way: a row is read several
+// times by one block, and waiting for each number would take most of the time.
+template <class F> DEVICE void each(u32 n, const float* x, const F& f)
+{
+    u32 i = threadIdx.x;
+    for (; i + 7 * blockDim.x < n; i += 8 * blockDim.x)
+    {
+        float v[8];
+        #pragma unroll
+        for (u32 j = 0; j < 8; j++) v[j] = x[i + j * blockDim.x];
+        #pragma unroll
+        for (u32 j = 0; j < 8; j++) f(i + j * blockDim.x, v[j]);
+    }
+    for (; i < n; i += blockDim.x) f(i, x[i]);
+}
+
 // The bin up to which weights add up to `target`; BINS where they do not. `before`: what lies before that bin.
 DEVICE u32 crossing(Shared& s, u32 target, u32& before)
 {
@@ -170,9 +186,10 @@ DEVICE u32 crossing(Shared& s, u32 target, u32& before)
 
 // A bound: the candidates of the least keys, as many as have weights of `target` together, are those below it, and with
 // them any that differ by less than a two-millionth of `range`. Keys close to `range` and above are not told apart.
-// `key(i)`: negative for what is no candidate. `weight(i)`: an integer.
+// `key(score)`: negative for what is no candidate. `weight(score)`: an integer.
 template <class Key, class Weight>
-DEVICE float bound(u32 n, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
+DEVICE float bound(
+    u32 n, const float* scores, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
 {
     const float inverse = (float) BINS / range;
     u32 first = 0, before = 0;
@@ -182,19 +199,19 @@ DEVICE float bound(u32 n, const Key& key, const Weight& weight, u32 target, floa
         __syncthreads();
         for (u32 i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[i] = 0;
         __syncthreads();
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        each(n, scores, [&](u32, float score)
         {
-            float k = key(i);
-            if (!(k >= 0.0f)) continue;
+            float k = key(score);
+            if (!(k >= 0.0f)) return;
             u32 bin = (u32) fminf(k * inverse, (float) (BINS - 1));
             if (pass)
             {
-                if (bin != first) continue;
+                if (bin != first) return;
                 bin = (u32) fminf(fmaxf((k - base) * fine, 0.0f), (float) (BINS - 1));
             }
-            u32 w = weight(i);
+            u32 w = weight(score);
             if (w) add_shared(&s.bins[bin], w);
-        }
+        });
         __syncthreads();
         u32 less = 0, at = crossing(s, target - before, less);
         if (at == BINS || (!pass && at == BINS - 1)) return INFINITY;  // all, as far as they are told apart
@@ -258,16 +275,16 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
         }
         __syncthreads();
     }
-    for (u32 i = threadIdx.x; i < p.vocab; i += blockDim.x)
+    each(p.vocab, logits, [&](u32 i, float score)
     {
-        float score = logits[i];
-        if (penalties && nearest[i])
+        u32 last = penalties ? nearest[i] : 0;
+        if (last)
         {
-            score = penalized(r, score, strength(r, r.length - nearest[i]));
+            score = penalized(r, score, strength(r, r.length - last));
             if (r.flags & FADING) score -= r.frequency * ((float) often[i] / 65536.0f);
         }
         scores[i] = r.mask && !bit(r.mask, i) ? RULED_OUT : score;
-    }
+    });
     __syncthreads();
     for (u32 i = threadIdx.x; i < r.edits; i += blockDim.x)
         if ((u32) r.edited[i] < p.vocab) scores[r.edited[i]] = fmaxf(scores[r.edited[i]] + r.biases[i], RULED_OUT);
@@ -299,32 +316,31 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
 DEVICE void report(const Sample& p, const Row& r, const float* logits, Chosen& out, Shared& s)
 {
     u64 best = 0, named = 0;
-    for (u32 i = threadIdx.x; i < p.columns; i += blockDim.x)
+    each(p.columns, logits, [&](u32 i, float logit)
     {
-        u64 v = ordered(logits[i]);
+        u64 v = ordered(logit);
         best = v > best ? v : best;
         if (i < p.vocab) named = v > named ? v : named;
-    }
+    });
     float highest = unordered((u32) block_max(best, s)), first = unordered((u32) block_max(named, s)), sum = 0.0f;
-    for (u32 i = threadIdx.x; i < p.columns; i += blockDim.x) sum += expf(logits[i] - highest);
+    each(p.columns, logits, [&](u32, float logit) { sum += expf(logit - highest); });
     sum = total(sum, s);
     float limit = 0.0f;
     u32 wanted = r.top_logprobs - 1;
     if (wanted)
     {
-        limit = bound(p.vocab, [&](u32 i) { return first - logits[i]; }, [](u32) { return 1u; }, wanted, FAR, s);
+        auto distance = [&](float logit) { return first - logit; };
+        limit = bound(p.vocab, logits, distance, [](float) { return 1u; }, wanted, FAR, s);
         if (threadIdx.x == 0) s.counter = 0;
         __syncthreads();
-        for (u32 i = threadIdx.x; i < p.vocab; i += blockDim.x)
-            if (first - logits[i] < limit)
-            {
-                u32 place = add_shared(&s.counter, 1);
-                if (place < MOST_TOP)
-                {
-                    out.ids[place] = i;
-                    out.logits[place] = logits[i];
-                }
-            }
+        each(p.vocab, logits, [&](u32 i, float logit)
+        {
+            if (first - logit >= limit) return;
+            u32 place = add_shared(&s.counter, 1);
+            if (place >= MOST_TOP) return;
+            out.ids[place] = i;
+            out.logits[place] = logit;
+        });
         __syncthreads();
     }
     if (threadIdx.x == 0)
@@ -354,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     Chosen& out = p.chosen[blockIdx.x];
 
     u64 bad = 0;
-    for (u32 i = threadIdx.x; i < n; i += blockDim.x) bad |= !(fabsf(logits[i]) < INFINITY);
+    each(n, logits, [&](u32, float logit) { bad |= !(fabsf(logit) < INFINITY); });
     if (block_max(bad, s)) return finish(r, logits, out, FAILED, 0.0f);
     if (r.top_logprobs) report(p, r, logits, out, s);
     else if (threadIdx.x == 0) out.top = 0;
@@ -369,11 +385,11 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     }
     u64 best = 0;
     float farthest = 0.0f;
-    for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+    each(n, scores, [&](u32 i, float score)
     {
-        u64 v = (u64) ordered(scores[i]) << 32 | (0xffffffffu - i);     // of equals the first
+        u64 v = (u64) ordered(score) << 32 | (0xffffffffu - i);     // of equals the first
         best = v > best ? v : best;
-    }
+    });
     best = block_max(best, s);
     const float highest = unordered((u32) (best >> 32));
     if (highest < 0.1f * RULED_OUT) return finish(r, logits, out, FAILED, 0.0f);
@@ -384,10 +400,10 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     const float linear = r.smoothing > 0.0f ? 0.0f : 1.0f / temperature, squared = r.smoothing / temperature;
     float nearest = 0.0f, limit = INFINITY, steepness = 1.0f, sum = 1.0f, shortest = -INFINITY;
     u32 kept = n;
-    auto distance = [&](u32 i) { return highest - scores[i]; };
-    auto q = [&](u32 i)
+    auto distance = [&](float score) { return highest - score; };
+    auto q = [&](float score)
     {
-        float d = highest - scores[i];
+        float d = highest - score;
         if (!(d < shortest) && shortest > 0.0f) return -1.0f;
         float v = squared > 0.0f ? d * d * squared : d * linear;
         return v >= nearest && v < limit ? v : -1.0f;
@@ -397,30 +413,32 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     {
         float own = 0.0f;
         u32 number = 0;
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        each(n, scores, [&](u32, float score)
         {
-            float v = q(i);
-            if (v < 0.0f) continue;
+            float v = q(score);
+            if (v < 0.0f) return;
             own += weight(v);
             number++;
-        }
+        });
         sum = total(own, s);
         if (counted) kept = count(number, s);
     };
-    auto whole = [&](float v) { return (u32) (weight(v) / sum * WHOLE + 0.5f); };
+    auto whole_of = [&](float score) { return (u32) (weight(q(score)) / sum * WHOLE + 0.5f); };
 
     if (0 < r.top_k && r.top_k < n)
     {
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
-            if (scores[i] > 0.1f * RULED_OUT) farthest = fmaxf(farthest, distance(i));
+        each(n, scores, [&](u32, float score)
+        {
+            if (score > 0.1f * RULED_OUT) farthest = fmaxf(farthest, highest - score);
+        });
         // A little more, so that the last bin stays empty.
         float range = 1.001f * unordered((u32) block_max(ordered(farthest), s));
-        shortest = range > 0.0f ? bound(n, distance, [](u32) { return 1u; }, r.top_k, range, s) : INFINITY;
+        shortest = range > 0.0f ? bound(n, scores, distance, [](float) { return 1u; }, r.top_k, range, s) : INFINITY;
     }
     renew(false);
     if (0.0f < r.top_p && r.top_p < 1.0f)
     {
-        limit = bound(n, q, [&](u32 i) { return whole(q(i)); }, (u32) (r.top_p * WHOLE), FAR, s);
+        limit = bound(n, scores, q, whole_of, (u32) (r.top_p * WHOLE), FAR, s);
         renew(false);
     }
     if (r.top_a > 0.0f)
@@ -437,24 +455,28 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     {
         limit = fminf(limit, -logf(NEGLIGIBLE * sum));
         float own = 0.0f;
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        each(n, scores, [&](u32, float score)
         {
-            float v = q(i);
+            float v = q(score);
             if (v >= 0.0f) own += weight(v) / sum * v;
-        }
+        });
         float mean = total(own, s);     // of q; the entropy is that and the logarithm of `sum`
-        auto deviation = [&](u32 i) { float v = q(i); return v < 0.0f ? -1.0f : fabsf(v - mean); };
-        float widest = bound(n, deviation, [&](u32 i) { return whole(q(i)); }, (u32) (r.typical * WHOLE), FAR, s);
+        auto deviation = [&](float score)
+        {
+            float v = q(score);
+            return v < 0.0f ? -1.0f : fabsf(v - mean);
+        };
+        float widest = bound(n, scores, deviation, whole_of, (u32) (r.typical * WHOLE), FAR, s);
         float low = fmaxf(mean - widest, 0.0f);
         limit = fminf(limit, mean + widest);
         u64 first = 0;      // the nearest that is left
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        each(n, scores, [&](u32, float score)
         {
-            float v = q(i);
-            if (v < 0.0f || fabsf(v - mean) >= widest) continue;
+            float v = q(score);
+            if (v < 0.0f || fabsf(v - mean) >= widest) return;
             u64 back = 0xffffffffu - ordered(v);
             first = back > first ? back : first;
-        }
+        });
         first = block_max(first, s);
         if (!first) return finish(r, logits, out, FAILED, 0.0f);
         nearest = fmaxf(low, unordered(0xffffffffu - (u32) first));
@@ -472,11 +494,11 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         if (kept > 1)
         {
             float own = 0.0f;
-            for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+            each(n, scores, [&](u32, float score)
             {
-                float v = q(i), w = v < 0.0f ? 0.0f : weight(v) / sum;
+                float v = q(score), w = v < 0.0f ? 0.0f : weight(v) / sum;
                 if (w > 0.0f) own -= w * logf(w);
-            }
+            });
             float share = fmaxf(total(own, s), 0.0f) / logf((float) kept);
             float at = r.min_temp + (r.max_temp - r.min_temp) * powf(share, r.temp_exponent);
             steepness = 1.0f / fmaxf(at, 1e-9f);
@@ -501,22 +523,22 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         u64 least = 0;
         u32 number = 0;
         float own = 0.0f;
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x)
+        each(n, scores, [&](u32 i, float score)
         {
-            float v = q(i);
-            if (v < 0.0f || !is_top(i, v)) continue;
+            float v = q(score);
+            if (v < 0.0f || !is_top(i, v)) return;
             u64 back = (u64) ordered(v) << 32 | i;
             least = back > least ? back : least;
             own += weight(v) / sum;
             number++;
-        }
+        });
         least = block_max(least, s);
         number = count(number, s);
         float top = total(own, s);
         if (number > 1)
         {
             spared = (u32) least;
-            float v = q(spared);
+            float v = q(scores[spared]);
             float rest = 1.0f - top + weight(v) / sum;
             excluded = 1.0f - r.xtc_probability;
             others = excluded + r.xtc_probability / rest;
@@ -532,22 +554,27 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     u64 winner = 0;
     for (u32 block = threadIdx.x; block * 4 < n; block += blockDim.x)
     {
-        Four noise;
-        bool drawn = false;
-        for (u32 i = block * 4; i < block * 4 + 4 && i < n; i++)
+        float v[4];
+        bool any = false;
+        #pragma unroll
+        for (u32 j = 0; j < 4; j++)
         {
-            float v = q(i);
-            if (v < 0.0f) continue;
-            if (!drawn) noise = philox(block, r.length, r.seed);
-            drawn = true;
-            float share = prob(i, v);
+            v[j] = block * 4 + j < n ? q(scores[block * 4 + j]) : -1.0f;
+            any |= v[j] >= 0.0f;
+        }
+        if (!any) continue;
+        Four noise = philox(block, r.length, r.seed);
+        #pragma unroll
+        for (u32 j = 0; j < 4; j++)
+        {
+            float share = v[j] < 0.0f ? 0.0f : prob(block * 4 + j, v[j]);
             if (!(share > 0.0f)) continue;
-            u64 back = (u64) ordered(share / exponential(noise.word[i % 4])) << 32 | (0xffffffffu - i);
+            u64 back = (u64) ordered(share / exponential(noise.word[j])) << 32 | (0xffffffffu - (block * 4 + j));
             winner = back > winner ? back : winner;
         }
     }
     winner = block_max(winner, s);
     if (!winner) return finish(r, logits, out, FAILED, 0.0f);
     u32 token = 0xffffffffu - (u32) winner;
-    finish(r, logits, out, (int) token, prob(token, q(token)));
+    finish(r, logits, out, (int) token, prob(token, q(scores[token])));
 }
