@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +57,26 @@ class Seat:
         )
 
 
+class _Launch:
+    """The CPU's side of what a launch reads and writes.
+
+    Attributes:
+        rows, row_array: settings, as memory and as structures.
+        chosen, chosen_array: the tokens.
+        edits: ids and biases, int32, shape (2, seats, `_MOST_EDITS`).
+        drawn: each seat with the length of its history.
+    """
+
+    def __init__(self, seats: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.rows = torch.zeros(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, pin_memory=pinned)
+        self.row_array = (sample.Row * seats).from_address(self.rows.data_ptr())
+        self.chosen = torch.zeros(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, pin_memory=pinned)
+        self.chosen_array = (sample.Chosen * seats).from_address(self.chosen.data_ptr())
+        self.edits = torch.zeros((2, seats, _MOST_EDITS), dtype=torch.int32, pin_memory=pinned)
+        self.drawn: list[tuple[Seat, int]] = []
+
+
 class DeviceSampler:
     """Chooses the tokens of up to `seats` sequences.
 
@@ -77,21 +97,16 @@ class DeviceSampler:
         self.why_not = ""
         compiler.begin(sample.FILE, [{}], device)
         self._histories = torch.empty((seats, longest + 1), dtype=torch.int32, device=device)
-        self._rows, self._rows_there, self._row_array = self._shared(sample.Row, seats)
-        self._chosen, self._chosen_there, self._chosen_array = self._shared(sample.Chosen, seats)
-        self._edits = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._edits_there = torch.empty_like(self._edits, device=device, pin_memory=False)
+        self._rows_there = torch.empty(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, device=device)
+        self._chosen_there = torch.empty(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, device=device)
+        self._edits_there = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, device=device)
+        # Two: while the device works on one launch, the next is written.
+        self._idle = deque([_Launch(seats, device) for _ in range(2)])
+        self._launched: deque[_Launch] = deque()
         self._scratch: torch.Tensor | None = None
         self._masks: dict[bytes, torch.Tensor] = {}
         self._argument = sample.SampleArgument()
-        self._counts: list[tuple[int | None, Sampler]] = []
-
-    def _shared(self, kind: type[ctypes.Structure], count: int) -> tuple[torch.Tensor, torch.Tensor, ctypes.Array[Any]]:
-        """Memory for structures on both sides, and those of the CPU's side."""
-        size = count * ctypes.sizeof(kind)
-        here = torch.zeros(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        there = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return here, there, (kind * count).from_address(here.data_ptr())
+        self._seats = seats
 
     def begin(self, sampler: Sampler, request: Request) -> Seat | None:
         """Take a sequence in; None where the CPU has to sample it.
@@ -136,53 +151,67 @@ class DeviceSampler:
             draws: at most one of each seat.
         """
         vocab = draws[0].seat.sampler.vocab_size
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        launch = self._idle.popleft()
+        self._launched.append(launch)
+        launch.drawn.clear()
         edited = scratch = False
         for index, (place, draw) in enumerate(zip(places, draws, strict=True)):
-            seat, length = draw.seat, len(draw.ids)
+            seat, length = draw.seat, len(draw.ids) + draw.pending
             row, edits = seat.row, seat.sampler.edits(length, draw.banned)
             if seat.needs_history and seat.known < length:
                 # What the CPU has chosen, or computed before.
-                late = torch.tensor(draw.ids[seat.known :], dtype=torch.int32).pin_memory()
+                late = torch.tensor(draw.ids[seat.known : length], dtype=torch.int32).pin_memory()
                 self._histories[seat.index, seat.known : length].copy_(late, non_blocking=True)
-                seat.known = length
+            seat.known = length + 1
             row.logits, row.length, row.edits, row.bits = place, length, len(edits), seat.sampler.bits
             row.next = row.history + 4 * length
             if edits:
-                ids, biases = self._edits[0, index], self._edits[1, index].view(torch.float32)
+                ids, biases = launch.edits[0, index], launch.edits[1, index].view(torch.float32)
                 ids.numpy()[: len(edits)] = [*edits]
                 biases.numpy()[: len(edits)] = [*edits.values()]
                 row.edited, row.biases = (self._edits_there[side, index].data_ptr() for side in (0, 1))
                 edited = True
             scratch |= bool(edits) or seat.needs_history
-            self._row_array[index] = row
-        self._counts = [(draw.seat.count, draw.seat.sampler) for draw in draws]
+            launch.row_array[index] = row
+            launch.drawn.append((seat, length))
         size = len(draws) * ctypes.sizeof(sample.Row)
-        self._rows_there[:size].copy_(self._rows[:size], non_blocking=True)
+        self._rows_there[:size].copy_(launch.rows[:size], non_blocking=True)
         if edited:
-            self._edits_there[:, : len(draws)].copy_(self._edits[:, : len(draws)], non_blocking=True)
+            self._edits_there[:, : len(draws)].copy_(launch.edits[:, : len(draws)], non_blocking=True)
         if scratch and self._scratch is None:
-            self._scratch = torch.empty((len(self._row_array), 2, vocab), dtype=torch.float32, device=self._device)
+            self._scratch = torch.empty((self._seats, 2, vocab), dtype=torch.float32, device=self._device)
         if self._kernel is None:
             raise RuntimeError("a sequence without a seat is sampled")
         argument = self._argument
         argument.logits, argument.rows = logits.data_ptr(), self._rows_there.data_ptr()
         argument.chosen, argument.columns, argument.vocab = self._chosen_there.data_ptr(), self._columns, vocab
         argument.scratch = None if self._scratch is None else self._scratch.data_ptr()
+        stream = torch.cuda.current_stream(self._device).cuda_stream
         self._kernel.bind((len(draws),), sample.THREADS, argument)(stream)
         size = len(draws) * ctypes.sizeof(sample.Chosen)
-        self._chosen[:size].copy_(self._chosen_there[:size], non_blocking=True)
+        launch.chosen[:size].copy_(self._chosen_there[:size], non_blocking=True)
 
     def collect(self) -> list[Chosen | None]:
-        """The tokens of the last `launch`, which has ended; None for one that the CPU has to choose, which says why."""
+        """The tokens of the first launch that has not been collected, which has ended.
+
+        None for one that the CPU has to choose, which says why.
+        """
+        launch = self._launched.popleft()
+        self._idle.append(launch)
         tokens: list[Chosen | None] = []
-        for (count, sampler), chosen in zip(self._counts, self._chosen_array, strict=False):
+        for (seat, length), chosen in zip(launch.drawn, launch.chosen_array, strict=False):
             if chosen.token == sample.FAILED or chosen.top > sample.MOST_TOP:
+                seat.known = length
                 tokens.append(None)
                 continue
-            sampler.observe(chosen.prob)
-            tokens.append(Chosen(chosen.token, None if count is None else _logprobs(chosen, count)))
+            seat.sampler.observe(chosen.prob)
+            tokens.append(Chosen(chosen.token, None if seat.count is None else _logprobs(chosen, seat.count)))
         return tokens
+
+    def reset(self) -> None:
+        """Forget launches that nobody will collect; the device has ended all."""
+        self._idle.extend(self._launched)
+        self._launched.clear()
 
     def _mask(self, mask: BoolArray) -> int:
         """The address of a mask's bits on the device."""

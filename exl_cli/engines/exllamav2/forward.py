@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,10 @@ from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
 from exl_cli.engines.exllamav2.build_model import experts_captured, rope_offsets, rope_switches
 from exl_cli.engines.exllamav2.device_sampler import DeviceSampler
-from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw, ScheduledTokens
+from exl_cli.engines.exllamav2.forward_pass import PENDING, Chosen, Draw, ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
-from exl_cli.engines.exllamav2.kernels import quantized_linear
+from exl_cli.engines.exllamav2.kernels import norm_rope, quantized_linear
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import EngineError
@@ -31,6 +33,16 @@ _LOOKED_UP = 256
 _ALIGNMENT = 256
 _NO_TOKENS = ScheduledTokens((), 0, [])
 _log = logging.getLogger(__name__)
+
+
+class _Pass(NamedTuple):
+    """A pass to be collected: rows, tokens of the longest and those computed of each, rows whose tokens are chosen."""
+
+    rows: int
+    longest: int
+    tokens: int
+    drawn: list[int]
+    end: torch.cuda.Event
 
 
 class GpuForward:
@@ -84,11 +96,11 @@ class GpuForward:
         self.sampler: DeviceSampler | None = None
         if self._device == self._last and not too_old(self._device):
             self.sampler = DeviceSampler(self._device, self.max_batch, self.vocab_size, self._most_keys)
-        self._drawn: list[int] = []  # rows of the pass whose tokens are chosen on the device
+        self._ends = deque(torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
+        self._passes: deque[_Pass] = deque()
         self._chosen: list[Chosen | None] = []
         # Views of it, by the rows asked for, the longest one's tokens, and the tokens computed of each.
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._asked = (0, 0, 0)
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pending = False
 
@@ -128,6 +140,7 @@ class GpuForward:
             for first in range(0, len(row.ids), most):
                 ids = row.ids[first : first + most]
                 self._pass([ScheduledTokens(ids, row.start + first, row.block_table, row.rope_table)])
+                self._record()
             return
         self._await_inputs()
         block_table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
@@ -147,29 +160,46 @@ class GpuForward:
         for device in {self._device, self._last}:
             torch.cuda.synchronize(device)
         self._pending = False
+        self._passes.clear()
+        if self.sampler is not None:
+            self.sampler.reset()
 
     def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
         """See `ModelRunner.submit`."""
-        self._asked = (len(rows), *self._pass(rows, draws))
+        pending: tuple[int, ...] = ()
+        if rows[0].ids[0] == PENDING:
+            pending = tuple(draw.seat.row.next for draw in draws if draw is not None)
+        longest, tokens = self._pass(rows, pending)
+        drawn = self._follow(len(rows), tokens, draws)
+        self._record()
+        self._ends.rotate()
+        self._ends[0].record(self._stream)
+        self._passes.append(_Pass(len(rows), longest, tokens, drawn, self._ends[0]))
 
     @torch.inference_mode()
     def collect(self) -> torch.Tensor:
         """See `ModelRunner.collect`."""
-        self._done.synchronize()
-        self._pending = False
+        asked = self._passes.popleft()
+        asked.end.synchronize()
+        self._pending = bool(self._passes)
         self._chosen = []
-        if self.sampler is not None and self._drawn:
-            self._chosen = [None] * self._asked[0]
-            for index, chosen in zip(self._drawn, self.sampler.collect(), strict=True):
+        if self.sampler is not None and asked.drawn:
+            self._chosen = [None] * asked.rows
+            for index, chosen in zip(asked.drawn, self.sampler.collect(), strict=True):
                 self._chosen[index] = chosen
-                if chosen is None:
+                if chosen is None and not self._passes:
                     self._logits[index].copy_(self._scores[index])
-        view = self._views.get(self._asked)
+        key = (asked.rows, asked.longest, asked.tokens)
+        view = self._views.get(key)
         if view is None:
-            rows, longest, tokens = self._asked
-            view = self._logits[: rows * tokens].view(rows, tokens, -1)[:, :longest]
-            self._views[self._asked] = view
+            view = self._logits[: asked.rows * asked.tokens].view(asked.rows, asked.tokens, -1)[:, : asked.longest]
+            self._views[key] = view
         return view
+
+    @property
+    def pends(self) -> bool:
+        """See `ModelRunner.pends`."""
+        return self.sampler is not None and self._embeddings.address != 0
 
     def chosen(self) -> Sequence[Chosen | None]:
         """See `ModelRunner.chosen`."""
@@ -189,6 +219,8 @@ class GpuForward:
         if small := self.__dict__.pop("small", None):
             small.close()
         self.sampler = None
+        if embeddings := self.__dict__.get("_embeddings"):
+            embeddings.close()
         for name in ("_large", "_inputs", "_embeddings", "_logits", "_scores", "_views", "_model", "cache"):
             self.__dict__.pop(name, None)
 
@@ -203,37 +235,36 @@ class GpuForward:
             self._done.synchronize()
             self._pending = False
 
-    def _pass(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] | None = None) -> tuple[int, int]:
+    def _pass(self, rows: Sequence[ScheduledTokens], pending: Sequence[int] = ()) -> tuple[int, int]:
         """Run rows as one small pass; returns the tokens of the longest row and how many it computes of each.
 
-        With `draws`, even none, what follows is wanted: see `submit`.
-
-        The GPU is idle meanwhile. So where there is a graph, as in all passes but the first ones, nothing is asked of
-        torch but to start it.
+        The GPU may be idle meanwhile. So where there is a graph, as in all passes but the first ones, little is asked
+        of torch but to start it. `_record` has to follow. For `pending` see `Inputs.fill`.
         """
         longest, last = max(len(row.ids) for row in rows), max(row.start for row in rows)
         batch, tokens = _shape(len(rows), longest, self.max_tokens)
         if last + tokens > self._model.config.max_seq_len:
             tokens = longest  # models that learned their positions have none behind the end
-        self._await_inputs()
-        self._inputs.fill(rows, batch, tokens)
+        # A graph is of one GPU, and is started on the stream that is current in this thread.
+        torch.cuda.set_stream(self._stream)
+        self._inputs.fill(rows, batch, tokens, pending)
+        self._inputs.send(batch, tokens)
         bound = _LEAST_KEYS
         while bound < last + tokens:
             bound *= 2
         bound = min(bound, self._most_keys + self.page_size)
-        # A graph is of one GPU, and is started on the stream that is current in this thread.
-        torch.cuda.set_stream(self._stream)
         if not self._graphs.replay((batch, tokens, bound)):
             self._run(batch, tokens, bound)
-        if draws is not None:
-            self._follow(len(rows), tokens, draws)
+        return longest, tokens
+
+    def _record(self) -> None:
+        """A pass is under way, and what follows it."""
         if self._last != self._device:
             # The event that is recorded next is of the first GPU's stream.
             torch.cuda.synchronize(self._last)
         self._done.record(self._stream)
         self._pending = True
         self._graphs.capture()
-        return longest, tokens
 
     @torch.inference_mode()
     def _run(self, batch: int, tokens: int, bound: int) -> None:
@@ -244,7 +275,6 @@ class GpuForward:
 
         def work() -> None:
             inputs = self._inputs
-            inputs.send(batch, tokens)
             out = self.small.run(
                 inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound,
                 inputs.rope_offsets[:batch] if self.rope_switches else None,
@@ -259,23 +289,23 @@ class GpuForward:
             self._graphs.run((batch, tokens, bound), work, lambda: self.small.prepare(count))
 
     @torch.inference_mode()
-    def _follow(self, rows: int, tokens: int, draws: Sequence[Draw | None]) -> None:
-        """Choose tokens from the pass's logits, or have these copied to the CPU."""
+    def _follow(self, rows: int, tokens: int, draws: Sequence[Draw | None]) -> list[int]:
+        """Choose tokens from the pass's logits, and copy the others' to the CPU; returns the rows chosen for."""
         count = rows * tokens
         if len(self._logits) < count:
             self._views.clear()
             size = 1 if count == 1 else self.max_tokens
             self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
-        self._drawn = []
+        drawn: list[int] = []
         if self.sampler is not None and tokens == 1:
-            self._drawn = [index for index, draw in enumerate(draws) if draw is not None]
-        if not self._drawn:
+            drawn = [index for index, draw in enumerate(draws) if draw is not None]
+        if self.sampler is None or not drawn:
             self._logits[:count].copy_(self._scores[:count], non_blocking=True)
-            return
-        for index in {*range(rows)}.difference(self._drawn):
+            return []
+        for index in {*range(rows)}.difference(drawn):
             self._logits[index].copy_(self._scores[index], non_blocking=True)
-        if self.sampler is not None:
-            self.sampler.launch(self._scores, self._drawn, [draw for draw in draws if draw is not None])
+        self.sampler.launch(self._scores, drawn, [draw for draw in draws if draw is not None])
+        return drawn
 
 
 def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:
@@ -307,6 +337,7 @@ class Embeddings:
     Attributes:
         rows: the table of embeddings, two bytes a number, shape (vocabulary, hidden); None where an embedding is more
             than its row.
+        address: of the table, where the device may read it; 0 where it may not.
     """
 
     def __init__(self, module: Any, device: torch.device) -> None:
@@ -316,6 +347,7 @@ class Embeddings:
         self.rows: npt.NDArray[np.int16] | None = None
         if plain and weight.device.type == "cpu" and weight.dtype == torch.half:
             self.rows = weight.detach().view(torch.int16).numpy()
+        self.address = 0
         # Two, each with the event of its last copy: while one is copied, the other is written.
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
         on_gpu = device.type == "cuda"
@@ -323,6 +355,21 @@ class Embeddings:
             buffer = torch.empty((_LOOKED_UP, weight.shape[1]), dtype=torch.half, pin_memory=on_gpu)
             event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
             self._buffers.append((buffer, event))
+
+    def share(self) -> None:
+        """Let the device read the table, if the driver can do that."""
+        rows = self.rows
+        if rows is None or self.address or self._device.type != "cuda" or rows.shape[1] % 8:
+            return
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(rows.ctypes.data, rows.nbytes, 0)) == 0:
+            self.address = rows.ctypes.data
+
+    def close(self) -> None:
+        """Take the table back from the device, before its memory goes."""
+        if self.address and self.rows is not None:
+            torch.cuda.cudart().cudaHostUnregister(self.rows.ctypes.data)  # type: ignore[no-untyped-call]
+            self.address = 0
 
     def computed(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """The embeddings of tokens, shape (batch, tokens), by exllamav2 on the CPU; they get a dimension more."""
@@ -391,55 +438,92 @@ class Inputs:
         self._embeddings, self._spare_page, self._rope_offsets = embeddings, spare_page, rope_offsets
         self._state_bytes = hidden * dtype.itemsize
         # The numbers come first, all of them: a few bytes too many take less time than a second copy.
-        numbers = most_rows * (2 + table_width)
-        self._states_at = -(-4 * numbers // _ALIGNMENT) * _ALIGNMENT
+        self._numbers = -(-most_rows * (2 + table_width) // 2) * 2  # what follows is of eight bytes
+        self._shape = (most_rows, table_width, most_tokens, hidden, dtype)
+        self._states_at = -(-(4 * self._numbers + 8 * most_rows) // _ALIGNMENT) * _ALIGNMENT
         size = self._states_at + most_tokens * self._state_bytes
-        self._here = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
         self._there = torch.empty(size, dtype=torch.uint8, device=device)
+        self._sources, self.lengths, self.rope_offsets, self.block_table, self.hidden = self._parts(self._there)
+        pinned = device.type != "cpu"
+        self._sides = [
+            _Side(torch.empty(size, dtype=torch.uint8, pin_memory=pinned), self._parts, spare_page) for _ in range(2)
+        ]
+        self._embed: Kernel | None = None
 
-        def parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-            whole = memory[: 4 * numbers].view(torch.int32)
-            table = whole[2 * most_rows :].view(most_rows, table_width)
-            states = memory[self._states_at :].view(dtype).view(most_tokens, hidden)
-            return whole[:most_rows], whole[most_rows : 2 * most_rows], table, states
+    def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows, width, most_tokens, hidden, dtype = self._shape
+        numbers = memory[: 4 * self._numbers].view(torch.int32)
+        table = numbers[2 * rows : (2 + width) * rows].view(rows, width)
+        sources = memory[4 * self._numbers :][: 8 * rows].view(torch.int64)
+        states = memory[self._states_at :].view(dtype).view(most_tokens, hidden)
+        return sources, numbers[:rows], numbers[rows : 2 * rows], table, states
 
-        lengths, offsets, table, self._states = parts(self._here)
-        self._lengths, self._offsets, self._table = lengths.numpy(), offsets.numpy(), table.numpy()
-        self._state_halves = self._states.view(torch.int16).numpy()
-        # The block table that each row was written from.
-        self._written: list[list[int]] = [[] for _ in range(most_rows)]
-        self._table[:] = spare_page
-        self.lengths, self.rope_offsets, self.block_table, self.hidden = parts(self._there)
-
-    def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int) -> None:
-        """Write rows where `send` will find them.
+    def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int, pending: Sequence[int] = ()) -> None:
+        """Write rows where `send` will find them; not where the fill before wrote.
 
         Args:
             rows: at most `batch`.
             batch: sequences of the pass; those that are not there have no past and live on the spare page.
             tokens: of each; behind the end of a row's block table its tokens live on the spare page, too.
+            pending: for each row, the address on the device of its only token; none where the rows have them.
         """
-        count = batch * tokens
+        self._sides.reverse()
+        side, count = self._sides[0], batch * tokens
+        if side.sent is not None:
+            side.sent.synchronize()
         ids = np.zeros(count, dtype=np.int64)
         for index in range(batch):
             row = rows[index] if index < len(rows) else _NO_TOKENS
             begin = index * tokens
             ids[begin : begin + len(row.ids)] = row.ids
-            self._lengths[index] = row.start
-            self._offsets[index] = self._rope_offsets[row.rope_table]
-            # As a rule it is what it was for the pass before.
-            if self._written[index] != row.block_table:
-                self._table[index] = self._spare_page
-                self._table[index, : len(row.block_table)] = row.block_table
-                self._written[index] = [*row.block_table]
-        if self._embeddings.rows is not None:
-            self._embeddings.rows.take(ids, axis=0, out=self._state_halves[:count], mode="clip")
+            side.lengths[index] = row.start
+            side.offsets[index] = self._rope_offsets[row.rope_table]
+            # As a rule it is what it was for the pass before the last.
+            if side.written[index] != row.block_table:
+                side.table[index] = self._spare_page
+                side.table[index, : len(row.block_table)] = row.block_table
+                side.written[index] = [*row.block_table]
+        side.pending = len(pending)
+        if pending:
+            side.sources[: len(pending)] = pending
+        elif self._embeddings.rows is not None:
+            self._embeddings.rows.take(ids, axis=0, out=side.state_halves[:count], mode="clip")
         else:
             with torch.inference_mode():
                 embeddings = self._embeddings.computed(ids.reshape(batch, tokens))
-                self._states[:count].copy_(embeddings.view(count, -1))
+                side.states[:count].copy_(embeddings.view(count, -1))
 
     def send(self, batch: int, tokens: int) -> None:
-        """Copy to the device what `fill` wrote, in order with what runs there. May be captured in a graph."""
-        used = self._states_at + batch * tokens * self._state_bytes
-        self._there[:used].copy_(self._here[:used], non_blocking=True)
+        """Copy to the device what `fill` wrote, in order with what runs on the current stream there."""
+        side = self._sides[0]
+        used = self._states_at + (0 if side.pending else batch * tokens * self._state_bytes)
+        self._there[:used].copy_(side.memory[:used], non_blocking=True)
+        if side.sent is not None:
+            side.sent.record()
+        if side.pending:
+            self._look_up(side.pending)
+
+    def _look_up(self, rows: int) -> None:
+        """Have the device read the embeddings of tokens that only it knows."""
+        device = self.hidden.device
+        if self._embed is None:
+            self._embed = norm_rope.embed_kernel(device)
+        launch = norm_rope.embed(self._embed, rows, self._embeddings.address, self._sources, self.hidden)
+        launch(torch.cuda.current_stream(device).cuda_stream)
+
+
+class _Side:
+    """The CPU's side of `Inputs`: memory, its parts, and the block table that each row was written from."""
+
+    def __init__(
+        self, memory: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], spare_page: int
+    ) -> None:
+        self.memory = memory
+        sources, lengths, offsets, table, self.states = parts(memory)
+        self.sources, self.lengths, self.offsets = sources.numpy(), lengths.numpy(), offsets.numpy()
+        self.table, self.state_halves = table.numpy(), self.states.view(torch.int16).numpy()
+        self.table[:] = spare_page
+        self.written: list[list[int]] = [[] for _ in range(len(lengths))]
+        self.pending = 0
+        # Of its last copy.
+        self.sent = torch.cuda.Event() if memory.is_pinned() else None  # type: ignore[no-untyped-call]

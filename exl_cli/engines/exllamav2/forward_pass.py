@@ -51,12 +51,21 @@ class Chosen(NamedTuple):
 Seat = Any
 
 
+# In place of a token's id: the one that the device chose for the row's seat behind the pass before.
+PENDING = -1
+
+
 class Draw(NamedTuple):
-    """What is to be chosen behind a pass: the token after `ids`, and none of `banned`."""
+    """What is to be chosen behind a pass: the token after `ids`, and none of `banned`.
+
+    Attributes:
+        pending: whether the row's token is `PENDING`, and so comes between.
+    """
 
     seat: Seat
     ids: Sequence[int]
     banned: Collection[int]
+    pending: bool = False
 
 
 class TokenSampler(Protocol):
@@ -76,6 +85,7 @@ class ModelRunner(Protocol):
 
     Attributes:
         sampler: chooses tokens on the device; None where the CPU chooses all.
+        pends: whether a pass may take tokens that the CPU has not seen.
         page_size: positions in a page.
         pages: pages that a scheduler may use, numbered from 0.
         max_batch: the most sequences of one `submit`.
@@ -96,6 +106,9 @@ class ModelRunner(Protocol):
     @property
     def sampler(self) -> TokenSampler | None: ...
 
+    @property
+    def pends(self) -> bool: ...
+
     def prefill(self, row: ScheduledTokens) -> None:
         """Put the keys and values of any number of tokens into the cache. Returns once that is under way."""
         ...
@@ -107,6 +120,8 @@ class ModelRunner(Protocol):
     def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
         """Start one forward pass; returns at once. `collect` gets its logits, and must precede the next `submit`.
 
+        Where all its tokens are `PENDING`, it may follow another that has not been collected yet, if `pends`.
+
         With `draws`, one for each row, and rows of one token, the tokens that follow are chosen on the device, but for
         rows where it is None: `chosen` gets them.
 
@@ -116,8 +131,9 @@ class ModelRunner(Protocol):
         ...
 
     def collect(self) -> torch.Tensor:
-        """Wait for the forward pass and return its logits: float32, on the CPU, shape (rows, longest row, vocabulary).
+        """Wait for the first pass that has not been collected, and return its logits.
 
+        They are float32, on the CPU, of the shape (rows, longest row, vocabulary).
         Logits behind a shorter row's last token are meaningless, as are those of rows whose token was chosen on the
         device. The next `submit` overwrites them all.
         """

@@ -1,4 +1,4 @@
-"""The arguments of `step.cu`: norms and rotary embedding."""
+"""The arguments of `step.cu`: embeddings, norms and rotary embedding."""
 
 from __future__ import annotations
 
@@ -37,6 +37,35 @@ class RopeArgument(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("heads", "kv_heads", "head_dim", "turned", "tokens")),
         *((name, ctypes.c_uint32) for name in ("stride", "table_stride", "page_size")),
     )
+
+
+class EmbedArgument(ctypes.Structure):
+    """`Embed` of step.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table", "tokens", "to")),
+        ("dim", ctypes.c_uint32),
+    )
+
+
+def embed_kernel(device: torch.device) -> Kernel:
+    """The lookup of embeddings."""
+    return Kernel(FILE, "embed", {}, device, _SCRATCH)
+
+
+def embed(kernel: Kernel, rows: int, table: int, tokens: torch.Tensor, out: torch.Tensor) -> Launch:
+    """A launch that writes the embeddings of tokens.
+
+    Args:
+        kernel: `embed_kernel`.
+        rows: how many.
+        table: the address of the embeddings, as long as a row of `out` each.
+        tokens: int64, shape (rows or more,): the addresses of the tokens.
+        out: float16, shape (rows or more, dim), dim a multiple of 8.
+    """
+    dim = out.shape[-1]
+    argument = EmbedArgument(table=table, tokens=tokens.data_ptr(), to=out.data_ptr(), dim=dim)
+    return kernel.bind((rows,), norm_threads(dim), argument)
 
 
 def norm_kernel(device: torch.device, dim: int) -> Kernel:

@@ -94,3 +94,25 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rotate(const Rope 
     turn(pair);
     put(pair, to);
 }
+
+struct Embed
+{
+    const u16* table;       // embeddings, `dim` numbers each: the CPU's memory
+    const int* const* from; // where each row's token is; null for a row that is there already
+    u16* to;
+    u32 dim;                // a multiple of 8
+};
+
+// The embeddings of tokens that the CPU has not seen yet. A block a row.
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) embed(const Embed p)
+{
+    let_next_start();
+    wait_for_inputs();
+    const int* from = p.from[blockIdx.x];
+    if (!from) return;
+    int token = *from;
+    if (token < 0) return;      // none was chosen
+    const u16* row = p.table + (u64) token * p.dim;
+    u16* to = p.to + (u64) blockIdx.x * p.dim;
+    for (u32 i = threadIdx.x * 8; i < p.dim; i += blockDim.x * 8) *(Words*) (to + i) = *(const Words*) (row + i);
+}
