@@ -7,6 +7,7 @@ of just that. So a test knows every token without any cache.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from exl_cli.engines.base import Request
-from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw, ScheduledTokens
+from exl_cli.engines.exllamav2.forward_pass import PENDING, Chosen, Draw, ScheduledTokens
 from exl_cli.engines.sampling.sampler import Sampler
 
 _MASK = (1 << 61) - 1
@@ -48,11 +49,11 @@ class FakeClock:
 
 
 class FakeSampler:
-    """A `TokenSampler`: the CPU's, at another time. It leaves a token of an id below 10 to the CPU."""
+    """A `TokenSampler`: the CPU's, at another time. It leaves tokens of an id below `fails` to the CPU."""
 
-    def __init__(self, seats: int) -> None:
-        self.seats = seats
-        self.draws = 0
+    def __init__(self, seats: int, *, pends: bool, fails: int = 10) -> None:
+        self.seats, self.pends, self.fails = seats, pends, fails
+        self.last: dict[Sampler, int] = {}
 
     def begin(self, sampler: Sampler, request: Request) -> Sampler | None:
         if not self.seats:
@@ -64,9 +65,11 @@ class FakeSampler:
         self.seats += 1
 
     def choose(self, draw: Draw, logits: torch.Tensor) -> Chosen | None:
-        token = draw.seat.sample(logits.numpy(), draw.ids, draw.banned)
-        self.draws += token >= 10
-        return Chosen(token, None) if token >= 10 else None
+        ids = [*draw.ids, self.last[draw.seat]] if draw.pending else draw.ids
+        token = draw.seat.sample(logits.numpy(), ids, draw.banned)
+        failed = token < self.fails
+        self.last[draw.seat] = 96 if failed else token
+        return None if failed else Chosen(token, None)
 
 
 class FakeForward:
@@ -79,6 +82,7 @@ class FakeForward:
         clock: moves on by the time that passes take: `seconds` and for each token `growth` times as much.
         rope_switches: see `ModelRunner`.
         seats: sequences whose tokens it chooses itself; None for no sampler on the device.
+        pends: see `ModelRunner`.
         fail: called before each piece of work with its name; what it raises is raised in the midst of that.
     """
 
@@ -98,19 +102,21 @@ class FakeForward:
         growth: float = 0.05,
         rope_switches: Sequence[int] = (),
         seats: int | None = None,
+        pends: bool = False,
         fail: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.page_size, self.pages = page_size, pages
         self.max_batch, self.max_tokens, self.vocab_size = max_batch, max_tokens, vocab_size
         self.rope_switches = rope_switches
-        self.sampler = None if seats is None else FakeSampler(seats)
+        self.sampler = None if seats is None else FakeSampler(seats, pends=pends)
         self._chosen: list[Chosen | None] = []
         self._spread, self.memory, self._wrong, self.fail = spread, memory, wrong, fail
         self.clock, self.seconds, self.growth = clock or FakeClock(), seconds, growth
         self.prefill_seconds = 0.0
-        self._takes = self._behind = 0.0
+        self._behind = 0.0
         self._cache = [[(-1, -1, -1)] * page_size for _ in range(pages)]
-        self._outstanding: torch.Tensor | None = None
+        self._passes: list[tuple[torch.Tensor, list[Chosen | None], float]] = []
+        self.ahead = 0  # passes that took tokens which the CPU had not seen
         self._returned: torch.Tensor | None = None
         self._garbage = random.Random(0)
         self.calls: list[str] = []
@@ -119,7 +125,7 @@ class FakeForward:
         self.copies = 0
 
     def prefill(self, row: ScheduledTokens) -> None:
-        assert self._outstanding is None, "prefill between submit and collect"
+        assert not self._passes, "prefill between submit and collect"
         self.calls.append("prefill")
         self.fail("prefill")
         self._write(row)
@@ -131,10 +137,22 @@ class FakeForward:
         self.fail("synchronize")
         self.clock.now += self._behind
         self._behind = 0.0
-        self._outstanding = None
+        self._passes.clear()
+
+    @property
+    def pends(self) -> bool:
+        return self.sampler is not None and self.sampler.pends
 
     def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
-        assert self._outstanding is None, "submit before collect"
+        if rows[0].ids == (PENDING,):
+            assert len(self._passes) == 1
+            self.ahead += 1
+            rows = [
+                dataclasses.replace(row, ids=(self.sampler.last[draw.seat],))
+                for row, draw in zip(rows, draws, strict=True)
+            ]
+        else:
+            assert not self._passes, "submit before collect"
         longest = max(len(row.ids) for row in rows)
         assert 0 < len(rows) <= self.max_batch
         assert len(rows) > 1 or longest <= self.max_tokens
@@ -147,33 +165,32 @@ class FakeForward:
         assert len(owners) == len(set(owners)), "two rows write into one page"
         for row in rows:
             self._write(row)
-        self._outstanding = torch.full((len(rows), longest, self.vocab_size), float("nan"))
+        logits = torch.full((len(rows), longest, self.vocab_size), float("nan"))
         for index, row in enumerate(rows):
             for place, state in enumerate(self._read(row)):
                 state += state % 100 < self._wrong
-                self._outstanding[index, place] = _logits(state, self.vocab_size, self._spread)
-        self._chosen = []
+                logits[index, place] = _logits(state, self.vocab_size, self._spread)
+        chosen: list[Chosen | None] = []
         if longest == 1 and any(draws):
-            self._chosen = [
-                draw and self.sampler.choose(draw, self._outstanding[index, 0]) for index, draw in enumerate(draws)
-            ]
-            for index, chosen in enumerate(self._chosen):
-                if chosen is not None:
-                    self._outstanding[index] = float("nan")
-        self._takes = self.seconds * (1 + self.growth * sum(len(row.ids) for row in rows))
+            chosen = [draw and self.sampler.choose(draw, logits[index, 0]) for index, draw in enumerate(draws)]
+            for index, one in enumerate(chosen):
+                if one is not None:
+                    logits[index] = float("nan")
+        self._passes.append((logits, chosen, self.seconds * (1 + self.growth * sum(len(row.ids) for row in rows))))
         self.fail("submit")
 
     def collect(self) -> torch.Tensor:
-        assert self._outstanding is not None, "collect without submit"
+        assert self._passes, "collect without submit"
         self.calls.append("collect")
         self.fail("collect")
-        self.clock.now += self._takes + self._behind
+        self._returned, self._chosen, takes = self._passes.pop(0)
+        self.clock.now += takes + self._behind
         self._behind = 0.0
-        self._returned, self._outstanding = self._outstanding, None
+        if self._passes:
+            self._returned.fill_(float("nan"))  # they are the next pass's by now
         return self._returned
 
     def chosen(self) -> Sequence[Chosen | None]:
-        assert self._outstanding is None, "chosen without collect"
         return self._chosen
 
     def copy_page(self, source: int, target: int) -> None:

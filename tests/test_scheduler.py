@@ -160,3 +160,34 @@ def test_a_stop_id_ends_it_without_another_pass() -> None:
     tokens, _ = model.run(ask(range(5), 9, stop_ids=frozenset({stop})))
     assert tokens[-1] == stop
     assert model.forward.calls.count("submit") == len(tokens)
+
+
+def test_the_next_pass_is_submitted_before_the_tokens_of_the_last_one_are_seen() -> None:
+    model = Model(seats=4, pends=True, spread=2.0, pages=30)
+    model.forward.sampler.fails = 0
+    sampling = build({"top_k": 20}, None)
+    requests = [ask(range(n, n + 5), 12, sampling, seed=n) for n in (10, 30, 50)]
+    streams = [model.steps(request) for request in requests]
+    tokens = [[token for step in stream for token in step.token_ids] for stream in streams]
+    assert tokens == [model.expected(request) for request in requests]
+    assert model.forward.ahead >= 10
+    assert model.scheduler.num_allocated_pages == 0
+    assert model.forward.sampler.seats == 4
+
+
+def test_a_sequence_that_turns_out_to_have_ended_costs_one_row() -> None:
+    model = Model(seats=4, pends=True)
+    model.forward.sampler.fails = 0
+    whole = model.expected(ask(range(5), 12))
+    stop = frozenset({whole[6]})
+    tokens, _ = model.run(ask(range(5), 12, stop_ids=stop))
+    assert tokens == whole[: whole.index(whole[6]) + 1]
+    assert sum(map(len, model.forward.rows)) == len(tokens) + 1
+
+
+def test_a_token_that_the_device_could_not_choose_is_computed_again_for_the_cpu() -> None:
+    model = Model(seats=4, pends=True, spread=2.0)
+    model.forward.sampler.fails = 97
+    model.run(ask(range(5), 12, build({"top_k": 20}, None), seed=3))
+    assert model.forward.ahead == 1
+    assert model.forward.sampler.seats == 4

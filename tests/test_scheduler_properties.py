@@ -51,6 +51,7 @@ class Machine(RuleBasedStateMachine):
                 "page_size": st.sampled_from([3, 4]),
                 "max_batch": st.integers(1, 4),
                 "seats": st.sampled_from([None, 2, 4]),
+                "pends": st.booleans(),
                 "growth": st.sampled_from([0.01, 0.7]),
                 "rope_switches": st.sampled_from([(), (4,), (13,), (4, 6, 9, 13, 14)]),
             }

@@ -96,7 +96,7 @@ class DeviceSampler:
         self._kernel: Kernel | None = None
         self.why_not = ""
         compiler.begin(sample.FILE, [{}], device)
-        self._histories = torch.empty((seats, longest + 1), dtype=torch.int32, device=device)
+        self._histories = torch.zeros((seats, longest + 1), dtype=torch.int32, device=device)
         self._rows_there = torch.empty(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, device=device)
         self._chosen_there = torch.empty(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, device=device)
         self._edits_there = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -96,6 +97,13 @@ class GpuForward:
         self.sampler: DeviceSampler | None = None
         if self._device == self._last and not too_old(self._device):
             self.sampler = DeviceSampler(self._device, self.max_batch, self.vocab_size, self._most_keys)
+            since = time.perf_counter()
+            self._embeddings.share()
+            _log.info(
+                "the device reads embeddings itself: %s, %.3f s",
+                self._embeddings.address != 0,
+                time.perf_counter() - since,
+            )
         self._ends = deque(torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         self._passes: deque[_Pass] = deque()
         self._chosen: list[Chosen | None] = []

@@ -1,7 +1,8 @@
 """Continuous batching over a paged KV cache: which sequence computes what in which forward pass.
 
-A step collects the forward pass in flight, chooses a token for each of its sequences, and submits the next pass before
-it returns: the GPU computes while the caller turns the tokens into text. All running sequences are in each pass.
+A step collects the forward pass in flight, takes a token for each of its sequences, and submits the next pass before
+it returns: the GPU computes while the caller turns the tokens into text. All running sequences are in each pass. Where
+the device chooses the tokens itself, the next pass is submitted before the one in flight is collected.
 
 Requests are admitted first come, first served, as soon as there is room in a pass, and pages for the prompt and some
 tokens more of every sequence. Pages for the rest are taken as decoding proceeds. When there are none left, the sequence
@@ -24,7 +25,8 @@ import dataclasses
 import itertools
 import logging
 import time
-from bisect import insort
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import NamedTuple
@@ -33,9 +35,9 @@ import numpy as np
 import numpy.typing as npt
 
 from exl_cli.engines.base import Request, TokenLogprobs
-from exl_cli.engines.exllamav2.block_manager import BlockManager, Root
+from exl_cli.engines.exllamav2.block_manager import Allocation, BlockManager, Root
 from exl_cli.engines.exllamav2.draft_length import AcceptanceRate
-from exl_cli.engines.exllamav2.forward_pass import Chosen, Draw, ModelRunner, ScheduledTokens
+from exl_cli.engines.exllamav2.forward_pass import PENDING, Chosen, Draw, ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.sequence import Sequence
 from exl_cli.engines.exllamav2.speculation import Drafter, DraftTokens, Speculation
 from exl_cli.engines.output_tokens import OutputTokens
@@ -69,6 +71,7 @@ class _InFlight(NamedTuple):
     sequence: Sequence
     row: ScheduledTokens
     draft: DraftTokens
+    allocation: Allocation
 
 
 class Scheduler:
@@ -108,7 +111,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._running: list[Sequence] = []
-        self._in_flight: list[_InFlight] = []
+        self._in_flight: deque[list[_InFlight]] = deque()  # the pass to collect next, and perhaps one more
+        self._full = False  # whether the request that waits has found no pages, and none was freed since
         self._outcomes: list[Outcome] = []
         self._speculation = (
             None if drafter is None else Speculation(drafter, runner.max_batch, runner.max_tokens, clock)
@@ -164,8 +168,10 @@ class Scheduler:
         A forward pass that fails ends all sequences that are being computed, each with that exception.
         """
         try:
+            self._submit_ahead()
             self._collect()
-            self._submit(busy=self._prefill())
+            if not self._in_flight:
+                self._submit(busy=self._prefill())
         except Exception as error:  # whatever it is, it concerns all sequences in the pass
             self._fail(error)
         outcomes, self._outcomes = self._outcomes, []
@@ -189,18 +195,24 @@ class Scheduler:
             return
         since = self._clock()
         logits: Logits = self._runner.collect().numpy()
-        in_flight, self._in_flight = self._in_flight, []
+        in_flight = self._in_flight.popleft()
         if self._speculation is not None:
             self._speculation.collected(since)
         drawn = self._runner.chosen() or itertools.repeat(None)
         for part, its_logits, chosen in zip(in_flight, logits, drawn, strict=False):
-            if not part.sequence.ended:
+            # Its pages are others where it has been taken out meanwhile.
+            if part.allocation is part.sequence.allocation and not part.sequence.ended:
                 self._extend(part, its_logits, chosen)
         self._finish_prefill()
 
     def _extend(self, part: _InFlight, logits: Logits, drawn: Chosen | None) -> None:
         """Sample position by position for as long as the draft tokens turn out right; or take what the device chose."""
-        sequence, row, draft = part
+        sequence, row, draft, _ = part
+        if drawn is None and self._in_flight:
+            # The device could not choose, and its logits are those of the next pass by now.
+            sequence.leave_to_cpu = True
+            self._compute_again(sequence)
+            return
         ids, stops, outputs = sequence.ids, sequence.request.stop_ids, sequence.outputs
         chosen: list[int] = []
         taken_back = False
@@ -248,6 +260,7 @@ class Scheduler:
         else:
             self._running.remove(sequence)
         self._stand_up(sequence)
+        self._full = False
         self._blocks.free(sequence.blocks)
         sequence.allocation = None
         sequence.num_computed_tokens, sequence.num_to_prefill = 0, len(sequence.ids)
@@ -309,6 +322,7 @@ class Scheduler:
             if not self._running or self._running[-1].arrival < sequence.arrival:
                 self._prefilling = None
                 self._waiting.insert(0, sequence)
+                self._full = True
                 return None
             self._put_back(self._running[-1])
         sequence.num_computed_tokens = sequence.blocks.num_reused_tokens
@@ -356,7 +370,7 @@ class Scheduler:
                 return
             self._prefilling = None
             # Which draft tokens are right is found out by sampling one after the other.
-            if self._runner.sampler is not None and self._speculation is None:
+            if self._runner.sampler is not None and self._speculation is None and not sequence.leave_to_cpu:
                 sequence.seat = self._runner.sampler.begin(sequence.sampler, sequence.request)
             insort(self._running, sequence, key=_arrival)
 
@@ -390,9 +404,44 @@ class Scheduler:
             blocks, start = sequence.blocks, sequence.num_computed_tokens
             ids = (sequence.ids[start], *draft.tokens[: draft.used])
             row = ScheduledTokens(ids, start, blocks.block_table, sequence.rope_table)
-            in_flight.append(_InFlight(sequence, row, draft))
+            in_flight.append(_InFlight(sequence, row, draft, blocks))
         self._runner.submit([part.row for part in in_flight], [self._draw(part.sequence) for part in in_flight])
-        self._in_flight = in_flight
+        self._in_flight.append(in_flight)
+
+    def _submit_ahead(self) -> None:
+        """Start the decode step behind the one in flight, from the tokens that the device is about to choose.
+
+        So it need not wait while the CPU takes a token in. Which sequences end with theirs is known only then: what
+        this pass computes for them is thrown away.
+        """
+        waiting = self._prefilling or (self._waiting and not self._full and len(self._running) < self._runner.max_batch)
+        if len(self._in_flight) != 1 or not self._runner.pends or waiting:
+            return
+        in_flight, draws = [], []
+        for part in self._in_flight[0]:
+            sequence = part.sequence
+            if sequence.ended or sequence.max_new_tokens_left < 2:
+                continue
+            length = len(sequence.ids) + 1
+            if not self._goes_on(sequence, length) or not self._blocks.grow(sequence.blocks, length):
+                return
+            row = ScheduledTokens((PENDING,), length - 1, sequence.blocks.block_table, sequence.rope_table)
+            in_flight.append(_InFlight(sequence, row, _NO_DRAFT, sequence.blocks))
+            draws.append(Draw(sequence.seat, sequence.ids, (), pending=True))
+        if in_flight:
+            self._runner.submit([part.row for part in in_flight], draws)
+            self._in_flight.append(in_flight)
+
+    @staticmethod
+    def _goes_on(sequence: Sequence, length: int) -> bool:
+        """Whether a sequence's next token but one can be computed before the CPU knows the next one."""
+        return (
+            sequence.seat is not None
+            # These depend on the token.
+            and not sequence.request.banned_strings
+            and not sequence.request.sampling.mirostat
+            and bisect_left(sequence.rope_switches, length) == sequence.rope_table
+        )
 
     @staticmethod
     def _draw(sequence: Sequence) -> Draw | None:
@@ -419,6 +468,7 @@ class Scheduler:
             self._speculation.end(sequence)
         self._stand_up(sequence)
         if sequence.allocation is not None:
+            self._full = False
             self._blocks.free(sequence.allocation)
         sequence.ended = True
         del self._sequences[sequence.id]
@@ -426,7 +476,7 @@ class Scheduler:
 
     def _fail(self, error: Exception) -> None:
         """End all sequences that are being computed, after a forward pass that failed."""
-        self._in_flight = []
+        self._in_flight.clear()
         for sequence in [*self._running, *([self._prefilling] if self._prefilling else [])]:
             self._end(sequence, error)
         with contextlib.suppress(Exception):  # the error is known already

@@ -36,6 +36,7 @@ class Sequence:
         outputs: what it asks of its new tokens besides; None for nothing.
         prompt_logprobs: of its prompt's tokens so far, where they are asked for.
         seat: its place in the device's sampler while it decodes; None where the CPU samples it.
+        leave_to_cpu: whether it is to get no seat: the device could not choose a token.
         draft: the drafter's state for it; None for no draft tokens.
         statistics: what speculation brought it.
         answering: whether its prompt has been computed.
@@ -59,6 +60,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     answering: bool = False
     seat: Seat | None = None
+    leave_to_cpu: bool = False
     draft: Any = None
     statistics: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     ended: bool = False
