@@ -6,6 +6,7 @@ python tests/gpu/sampling_speed.py MODEL [--sequences 1,32] [--new 192]
 from __future__ import annotations
 
 import argparse
+import logging
 import queue
 import random
 import sys
@@ -65,14 +66,16 @@ def main() -> None:
     arguments.add_argument("model")
     arguments.add_argument("--sequences", default="1,32")
     arguments.add_argument("--new", type=int, default=192)
+    arguments.add_argument("--gpu-only", action="store_true", help="not the CPU's sampler, which takes its time")
     given = arguments.parse_args()
     info = loader.resolve(given.model)
     options = LoadOptions(engine="exllamav2", sequences=32, max_seq_len=1024)
+    logging.basicConfig(level=logging.INFO)
     engine = EngineThread(loader.load(info, Tokenizer(info.path), options, Recorder()))
     for sequences in map(int, given.sequences.split(",")):
         for name in ("greedy", *SETTINGS):  # the first warms up
             sampling, rates = SETTINGS[name], []
-            for device in (True, False, True, False):
+            for device in (True, True) if given.gpu_only else (True, False, True, False):
                 begin = DeviceSampler.begin if device else lambda self, sampler, request: None
                 with mock.patch.object(DeviceSampler, "begin", begin):
                     rates.append(rate(engine, sampling, sequences, given.new))
