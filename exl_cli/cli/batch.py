@@ -147,9 +147,10 @@ def batch(
         from exl_cli.batch.cluster import RayEngines, Where
 
         engines = RayEngines(Where(ray, engine_count), settings, loading, sequences, state.load)
+        preparer, _ = prepare(info, settings, loading)
     else:
         engines = OneEngine(load, settings, loading)
-    preparer, _ = prepare(info, settings, loading)
+        preparer = engines.preparer(info)
     opened: dict[Path, Source] = {}
     for name in outputs:  # what is wrong with any of them shows before the first is begun
         source = open_source(name)
