@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -13,6 +14,11 @@ from exl_cli.errors import DamagedModelError, DeviceError, EngineError, OutOfMem
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.system.units import gib
+
+# No forward pass takes so long, in seconds: a GPU that is still at one hangs.
+HANGS_AFTER = 120.0
+# Seconds in which a pass may end any moment: until then the wait gives way to other threads, but does not sleep.
+_SOON = 0.005
 
 _LESS = f"use {param('cache')} q4, a smaller {param('max_seq_len')} or {param('low_mem')}"
 
@@ -77,6 +83,23 @@ def _is_lost() -> bool:
     except Exception:
         return True
     return False
+
+
+def wait(event: torch.cuda.Event) -> None:
+    """Wait until the GPU has done what precedes an event.
+
+    Raises:
+        DeviceError: that takes more than `HANGS_AFTER` seconds.
+    """
+    since = time.perf_counter()
+    while not event.query():  # type: ignore[no-untyped-call]
+        waited = time.perf_counter() - since
+        if waited > HANGS_AFTER:
+            raise DeviceError(
+                f"the GPU hangs: it has not finished a forward pass in {HANGS_AFTER:g} seconds",
+                "start exl again; nvidia-smi and dmesg may say more",
+            )
+        time.sleep(0 if waited < _SOON else 1e-4)
 
 
 def cause(error: BaseException) -> str:

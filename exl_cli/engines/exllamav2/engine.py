@@ -188,6 +188,8 @@ class ExLlamaV2Engine:
     def close(self) -> None:
         """See `engines.base.Engine.close`."""
         loaded, self._loaded = [*self._loaded], ()
+        if any(it.forward.failed for it in loaded):
+            return  # freeing memory waits for the GPU
         while loaded:
             with contextlib.suppress(Exception):  # the device may have failed
                 loaded[-1].forward.synchronize()

@@ -16,6 +16,7 @@ import torch
 from exl_cli.engines.exllamav2 import fused_forward, layers
 from exl_cli.engines.exllamav2.attention.paged import Backend
 from exl_cli.engines.exllamav2.build_model import experts_captured, rope_offsets, rope_switches
+from exl_cli.engines.exllamav2.cuda_errors import wait
 from exl_cli.engines.exllamav2.device_sampler import DeviceSampler
 from exl_cli.engines.exllamav2.forward_pass import PENDING, Chosen, Draw, ScheduledTokens
 from exl_cli.engines.exllamav2.graphs import Graphs
@@ -23,7 +24,7 @@ from exl_cli.engines.exllamav2.kernels import norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.engines.exllamav2.support import too_old
-from exl_cli.errors import EngineError
+from exl_cli.errors import DeviceError, EngineError
 
 _LEAST_KEYS = 1024
 # Through our own kernels so many small passes take less time than a large one, which unpacks all weights first.
@@ -60,6 +61,7 @@ class GpuForward:
         small: computes passes of few tokens.
         why_not_fused: why that is not our own kernels; empty where it is.
         backend: computes attention.
+        failed: the error of a GPU that hangs; it cannot even be given its memory back.
     """
 
     max_batch = quantized_linear.MOST_ROWS
@@ -106,6 +108,7 @@ class GpuForward:
             )
         self._ends = deque(torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         self._passes: deque[_Pass] = deque()
+        self.failed: DeviceError | None = None
         self._chosen: list[Chosen | None] = []
         # Views of it, by the rows asked for, the longest one's tokens, and the tokens computed of each.
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -165,8 +168,12 @@ class GpuForward:
     @torch.inference_mode()
     def synchronize(self) -> None:
         """See `ModelRunner.synchronize`."""
+        self._enter()
         for device in {self._device, self._last}:
-            torch.cuda.synchronize(device)
+            with torch.cuda.device(device):
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+            self._wait(event)
         self._pending = False
         self._passes.clear()
         if self.sampler is not None:
@@ -188,7 +195,7 @@ class GpuForward:
     def collect(self) -> torch.Tensor:
         """See `ModelRunner.collect`."""
         asked = self._passes.popleft()
-        asked.end.synchronize()
+        self._wait(asked.end)
         self._pending = bool(self._passes)
         self._chosen = []
         if self.sampler is not None and asked.drawn:
@@ -232,6 +239,16 @@ class GpuForward:
         for name in ("_large", "_inputs", "_embeddings", "_logits", "_scores", "_views", "_model", "cache"):
             self.__dict__.pop(name, None)
 
+    def _wait(self, event: torch.cuda.Event) -> None:
+        """See `wait`; once that was in vain it is not tried again."""
+        if self.failed:
+            raise self.failed
+        try:
+            wait(event)
+        except DeviceError as error:
+            self.failed = error
+            raise
+
     def _enter(self) -> None:
         # Streams belong to threads: in a new one, what is done first would run on another.
         self._set_streams()
@@ -240,7 +257,7 @@ class GpuForward:
     def _await_inputs(self) -> None:
         """Wait until the pass before has read its inputs, which lie where the next one's shall."""
         if self._pending:
-            self._done.synchronize()
+            self._wait(self._done)
             self._pending = False
 
     def _pass(self, rows: Sequence[ScheduledTokens], pending: Sequence[int] = ()) -> tuple[int, int]:
@@ -399,7 +416,7 @@ class Embeddings:
         for index, target in enumerate(torch.split(states, _LOOKED_UP)):
             buffer, copied = self._buffers[index % len(self._buffers)]
             if copied is not None:
-                copied.synchronize()
+                wait(copied)
             source, some = buffer[: len(target)], ids[index * _LOOKED_UP : index * _LOOKED_UP + len(target)]
             # In the default mode NumPy would write to a temporary array first.
             self.rows.take(some, axis=0, out=source.view(torch.int16).numpy(), mode="clip")
@@ -478,7 +495,7 @@ class Inputs:
         self._sides.reverse()
         side, count = self._sides[0], batch * tokens
         if side.sent is not None:
-            side.sent.synchronize()
+            wait(side.sent)
         ids = np.zeros(count, dtype=np.int64)
         for index in range(batch):
             row = rows[index] if index < len(rows) else _NO_TOKENS
