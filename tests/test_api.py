@@ -168,9 +168,9 @@ def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expe
         ({"temperature": 10**400}, "temperature is out of range"),
         ({"top_k": True}, "top_k must be a number"),
         ({"sampling": {1: 2}}, "no sampler setting named '1'"),
-        *(({"max_new_tokens": n}, "max_new_tokens must be a whole number from 1 on") for n in (0, 1.0, True, None)),
-        *(({"seed": n}, "seed must be a whole number from 0 on") for n in (-1, True, "3")),
-        *(({"stop": stop}, "stop must be a text or a list of texts") for stop in (5, None, [5], ["a", None], b"a")),
+        *(({"max_new_tokens": n}, "max_new_tokens must be an integer, at least 1") for n in (0, 1.0, True, None)),
+        *(({"seed": n}, "seed must be an integer, at least 0") for n in (-1, True, "3")),
+        *(({"stop": stop}, "stop must be a string or a list of strings") for stop in (5, None, [5], ["a", None], b"a")),
         *(({"timeout": seconds}, "timeout must be seconds") for seconds in (float("nan"), -1, "soon", True)),
         ({"prompt": [{"role": "user", "content": {1, 2}}]}, "not set; give each message's content as text"),
         *(
@@ -274,6 +274,6 @@ def test_download_follows_the_notebook(
 
 
 def test_too_little_time_is_an_error_of_exl_and_of_python(model: Model) -> None:
-    with pytest.raises(ExlError, match=r"no complete response within 0\.01 seconds; give it more time") as caught:
+    with pytest.raises(ExlError, match=r"no complete response within 0\.01 seconds; raise the timeout") as caught:
         model.generate(STORY, max_new_tokens=900, timeout=0.01)
     assert isinstance(caught.value, TimeoutError)

@@ -127,11 +127,11 @@ def test_nvcc_must_be_of_torchs_cuda_and_whole(
         ("--arch 9.0", {"CXX": "no-such-g++"}, "no-such-g++ is not found"),
         ("--arch 9.0", {"TORCH_EXTENSIONS_DIR": "/dev/null"}, "/dev/null"),
         ("--arch hopper", {}, "'hopper' is not a GPU architecture; write it as 8.6"),
-        ("", {}, "there is no GPU here to compile for: say which with --arch"),
+        ("", {}, "there is no GPU on this machine to compile for; name an architecture with --arch"),
         (
             "",
             {"FAKE_GPUS": "9.0", "TORCH_CUDA_ARCH_LIST": "7.5"},
-            "TORCH_CUDA_ARCH_LIST=7.5 leaves out the GPU here (sm_90); unset TORCH_CUDA_ARCH_LIST",
+            "TORCH_CUDA_ARCH_LIST=7.5 does not cover this machine's GPU (sm_90); unset TORCH_CUDA_ARCH_LIST",
         ),
         # nvcc is tried before anything else is compiled.
         (

@@ -184,7 +184,7 @@ def test_groups_that_exllamav2_takes_for_others_are_left_to_the_cpu(tmp_path: Pa
     change(tmp_path, name, tensors[name].clamp(max=2))
     assert (
         why_not(inspect(tmp_path))
-        == "exllamav2 computes GPTQ groups of one size, and those of model.layers.1.mlp.up_proj differ"
+        == "exllamav2 supports GPTQ groups of equal size, and those of model.layers.1.mlp.up_proj differ"
     )
 
 

@@ -111,7 +111,7 @@ def test_a_prebuilt_extension_of_another_torch_is_replaced(machine: Machine) -> 
 @compilers
 def test_an_extension_for_another_gpu_is_not_taken(built: Machine) -> None:
     built.gpus = "7.5"
-    assert "built for sm_90, and the GPU here is sm_75" in import_on(built, "alone")["message"]
+    assert "built for sm_90, but this machine's GPU is sm_75" in import_on(built, "alone")["message"]
 
 
 @compilers

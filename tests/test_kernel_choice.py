@@ -36,7 +36,7 @@ def groups(*kinds: str) -> list[Any]:
     [
         ({"layer": (10.0, 20.0), "head": (50.0, 40.0)}, ""),
         ({"layer": (10.0, 9.0), "head": (50.0, 52.0)}, ""),
-        ({"layer": (10.0, 9.0), "head": (50.0, 51.0)}, "its products take 69 microseconds a token here, ours 70"),
+        ({"layer": (10.0, 9.0), "head": (50.0, 51.0)}, "its kernels take 69 microseconds per token here, exl's 70"),
         ({"layer": (None, 1.0), "head": (50.0, 60.0)}, ""),
         ({"layer": (None, 1.0), "head": (None, 1.0)}, ""),
     ],

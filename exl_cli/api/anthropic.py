@@ -1,4 +1,4 @@
-"""Anthropic's Messages: bodies into requests, chunks into message objects and streamed events.
+"""Anthropic's Messages API: parse bodies into engine requests, format chunks as messages and stream events.
 
 Wire format: https://docs.anthropic.com/en/api/messages, /messages-streaming and /messages-count-tokens.
 """
@@ -52,14 +52,14 @@ class Turn(Strict):
 
 
 class Thinking(Strict):
-    """Whether the model is to reason, where its template knows of it; a budget is not kept."""
+    """Turns reasoning on or off, if the chat template supports it; budgets are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     type: Literal["enabled", "disabled", "adaptive"]
 
 
 class Conversation(Body):
-    """What messages and their count share."""
+    """Fields of `/v1/messages` and `/v1/messages/count_tokens`."""
 
     messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: str | list[Block] = ""
@@ -69,11 +69,11 @@ class Conversation(Body):
 
     @property
     def count(self) -> int:
-        """Generations that it comes to."""
+        """Number of generations."""
         return 1
 
     def prompt(self, model: TextModel, *, check: bool = True) -> ChatPrompt:
-        """The prompt; a conversation that ends with the assistant's words is continued there.
+        """Render the prompt. A final assistant message is continued.
 
         Raises:
             BodyError, PromptError: see `prompts.chat_prompt`.
@@ -97,7 +97,7 @@ class CountBody(Conversation):
     model: str = Field("", max_length=1024)
 
     def tokens(self, model: TextModel) -> dict[str, int]:
-        """The answer to it."""
+        """The response body."""
         return {"input_tokens": len(self.prompt(model, check=False).ids)}
 
 
@@ -117,7 +117,7 @@ def _text(content: str | Sequence[Block]) -> str:
 
 
 def _messages(turn: Turn) -> list[Message]:
-    """A turn as chat completions have it: results of tools are messages there."""
+    """Convert a turn to chat-completion messages, where each tool result is a message."""
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]
     results = [
@@ -142,18 +142,18 @@ def _messages(turn: Turn) -> list[Message]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as OpenAI writes it."""
+    """Convert a tool definition to OpenAI's format."""
     if "input_schema" not in tool:
-        raise BodyError("only tools with an input_schema are supported", "leave others out", field="tools")
+        raise BodyError("only tools with an input_schema are supported", "leave out the others", field="tools")
     function = {"name": tool.get("name"), "description": tool.get("description", "")}
     return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
 
 
 class MessagesJob:
-    """A message; see `choices.Job`.
+    """A `/v1/messages` request; see `choices.Job`.
 
     Raises:
-        ExlError: the body cannot be honoured.
+        ExlError: an invalid body or prompt.
     """
 
     def __init__(self, body: MessagesBody, model: TextModel) -> None:
@@ -167,7 +167,6 @@ class MessagesJob:
         self._blocks: list[str] = []
 
     def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """See `choices.Job.push`."""
         events: list[dict[str, Any]] = []
         if not self._begun:
             self._begun = True
@@ -182,7 +181,6 @@ class MessagesJob:
         return events
 
     def end(self) -> list[dict[str, Any]]:
-        """See `choices.Job.end`."""
         return [
             *self._close(),
             {"type": "message_delta", "delta": self._stop(), "usage": self._usage()},
@@ -190,7 +188,6 @@ class MessagesJob:
         ]
 
     def result(self) -> dict[str, Any]:
-        """See `choices.Job.result`."""
         choice = self._choice
         content: list[dict[str, Any]] = []
         if choice.reasoning and self._shows_thinking:
@@ -200,7 +197,7 @@ class MessagesJob:
         return {**self._message(), "content": content, **self._stop()}
 
     def _begin(self, kind: str) -> list[dict[str, Any]]:
-        """Open a block, unless it is open; the one before is closed."""
+        """Open a content block of this kind unless it is already open, closing the previous one."""
         if self._blocks[-1:] == [kind]:
             return []
         events = self._close()
@@ -234,7 +231,7 @@ class MessagesJob:
         }
 
     def _stop(self) -> dict[str, Any]:
-        """Why it ended: of several stop sequences, the one that the text goes on with."""
+        """`stop_reason` and `stop_sequence`."""
         choice = self._choice
         if choice.finish_reason == "length":
             used = len(choice.request.ids) + choice.completion_tokens
@@ -259,7 +256,7 @@ class MessagesJob:
 
 
 def _stop_sequence(choice: Choice, model: TextModel) -> str:
-    """The stop string that ended a choice; empty where a token did."""
+    """The stop string that ended the response, the earliest in the text if several match; empty if a token ended it."""
     request, ids = choice.request, choice.token_ids
     if not request.stop_strings or not ids or ids[-1] in request.stop_ids:
         return ""

@@ -1,9 +1,9 @@
-"""What the bodies of all text APIs share: the sampler settings under any client's name, and how they make a request.
+"""Request bodies of the text APIs: sampler settings under any client's names, and their conversion to requests.
 
-One setting has many names: OpenAI's, vLLM's, TabbyAPI's (common/sampling.py), and those that SillyTavern sends all at
-once (public/scripts/textgen-settings.js, createTextGenGenerationData). Each is renamed to exl's before a body is
-validated. What exl does not offer is refused by name unless its value turns it off; what changes no answer is left out,
-and `Body.ignored` names it.
+Names come from OpenAI, vLLM, TabbyAPI (common/sampling.py), and SillyTavern, which sends several names for one setting
+(public/scripts/textgen-settings.js, createTextGenGenerationData). They are renamed to exl's before validation.
+Unsupported settings are refused unless their value turns them off. Fields that are simply unknown are ignored and
+listed in `Body.ignored`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import FIELDS, Sampling, from_generation_config
 
-# What OpenAI's clients expect of a model that says nothing else: its own distribution.
+# Defaults that OpenAI's clients expect: the raw model distribution.
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "token_repetition_penalty": 1.0}
 
-# Others' names for exl's.
+# Other names of exl's fields.
 ALIASES = {
     "max_completion_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
@@ -63,14 +63,14 @@ ALIASES = {
     "add_special_tokens": "add_bos_token",
 }
 
-# Others' values for what exl writes otherwise.
+# Values that exl writes differently: (theirs, ours).
 _VALUES: dict[str, list[tuple[Any, Any]]] = {
     "top_k": [(-1, 0)],
     "dry_range": [(-1, 0)],
     "mirostat": [(0, False), (2, True)],
 }
 
-# What exl does not offer, with the values that mean it is not wanted; null always does.
+# Unsupported settings, with the values that turn them off; null always does.
 _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("cfg_scale", "guidance_scale", "smoothing_curve", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("num_beams", "length_penalty"), (1,)),
@@ -91,17 +91,17 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
 }
 
-# What says nothing about the answer.
+# Fields that do not affect the response.
 _HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "prompt_cache_options", "cache_control", "api_type", "api_server", "cache_prompt",
     "speculative_ngram", "priority", "request_id",
 })  # fmt: skip
 
-# What pydantic calls the branches of a union, besides list[...] and the like.
+# Names of union branches in pydantic's error locations, besides list[...] and the like.
 _BRANCHES = {"str", "int", "float", "bool", "Part", "Block", "Item"}
 
-# The bias from which on OpenAI rules a token out.
+# In OpenAI's API a bias of -100 bans a token.
 _BAN = -100.0
 _MOST = 2**31 - 1
 
@@ -113,11 +113,11 @@ B = TypeVar("B", bound="Body")
 
 
 class BodyError(UsageError):
-    """A body that cannot be honoured.
+    """An invalid or unsupported body.
 
     Attributes:
-        field: the field that is wrong; empty where it is none in particular.
-        code: OpenAI's word for the kind of error.
+        field: the offending field, or empty.
+        code: OpenAI's error code.
     """
 
     def __init__(self, message: str, hint: str = "", *, field: str = "", code: str = "invalid_value") -> None:
@@ -126,28 +126,28 @@ class BodyError(UsageError):
 
 
 class Strict(BaseModel):
-    """A part of a body, in which a number is no text and a float no integer."""
+    """Part of a body, validated without type coercion."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Body(Strict):
-    """A body whose fields may come under several names."""
+    """A request body whose fields may have several names."""
 
     model_config = ConfigDict(extra="forbid")
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Names of fields that were left out though exl does not know what they mean."""
+        """Names of unknown fields, which were ignored."""
         return self._ignored
 
     @classmethod
     def parse(cls: type[B], data: bytes | Mapping[str, Any]) -> B:
-        """Read a body.
+        """Parse and validate a body.
 
         Raises:
-            BodyError: it is no JSON object, or a field is not what it should be.
+            BodyError: not a JSON object, or an invalid field.
         """
         try:
             values = from_json(data, allow_inf_nan=False) if isinstance(data, bytes) else dict(data)
@@ -159,9 +159,9 @@ class Body(Strict):
             return cls.model_validate(values)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
-            # Of a union's branches the one that got furthest is what the client meant.
+            # For a union, report the branch that got furthest: probably the one the client meant.
             first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
-            # The branches stand in the location too; those are no names of fields.
+            # Remove the names of union branches from the location.
             parts = [str(part) for part in first["loc"]]
             place = ".".join(part for part in parts if not {"[", "-"} & set(part) and part not in _BRANCHES)
             missing = first["type"] == "missing"
@@ -182,14 +182,14 @@ def _lower(text: str) -> str:
 
 
 def renamed(data: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A body's values under exl's names, nulls left out, and the names that were ignored.
+    """Rename a body's fields to exl's names, dropping nulls; returns the values and the ignored names.
 
     Args:
-        data: as it came.
-        fields: the names that this body has.
+        data: the parsed body.
+        fields: the fields of this kind of body.
 
     Raises:
-        BodyError: a setting that exl does not offer, or two names of one setting that contradict each other.
+        BodyError: an unsupported setting, or two names of one setting with different values.
     """
     fields, values, ignored = set(fields), dict[str, Any](), list[str]()
     for theirs, value in data.items():
@@ -210,7 +210,7 @@ def renamed(data: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, A
 
 
 def _sampling_fields() -> dict[str, Any]:
-    """Fields of `Sampling`, all optional; their ranges are checked where a `Sampling` is made."""
+    """The fields of `Sampling`, all optional; `Sampling` itself checks their ranges."""
     kinds = {name: type(getattr(Sampling(), name)) for name in FIELDS}
     return {name: (kind | None, Field(None, description=FIELDS[name].help)) for name, kind in kinds.items()}
 
@@ -222,7 +222,7 @@ else:
 
 
 class GenerationBody(SamplingFields):
-    """The fields that every generation may have."""
+    """Fields of every request that generates."""
 
     model: str = Field("", max_length=1024, description="Which of the server's models; the only one where left out.")
     stream: bool = False
@@ -256,17 +256,17 @@ class GenerationBody(SamplingFields):
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
     ) -> list[Request]:
-        """Requests to the engine: `n` for each prompt, in order.
+        """Build engine requests: `n` for each prompt, in order, with seeds seed, seed + 1, …
 
         Args:
-            prompts: token ids each.
+            prompts: token ids of each prompt.
             info, tokenizer: the model's.
-            max_new_tokens: of each prompt.
-            stops: stop strings besides those of the body.
-            logprobs, prompt_logprobs: how many alternatives to each token; None for no log-probabilities.
+            max_new_tokens: one limit per prompt.
+            stops: stop strings in addition to the body's.
+            logprobs, prompt_logprobs: number of alternatives per token; None for no log-probabilities.
 
         Raises:
-            BodyError, UsageError: a setting that cannot be honoured.
+            BodyError, UsageError: an invalid setting.
         """
         sampling, bias = self._sampling(info), self._bias(tokenizer)
         breakers = self.dry_sequence_breakers
@@ -297,7 +297,7 @@ class GenerationBody(SamplingFields):
         try:
             return choose({}, {**NEUTRAL, **from_generation_config(info.generation_config)}, given)
         except UsageError as error:
-            raise BodyError(error.message) from None  # its hint speaks of flags
+            raise BodyError(error.message) from None  # the hint names CLI flags
 
     def _bias(self, tokenizer: Tokenizer) -> dict[int, float]:
         banned = self.banned_tokens
@@ -307,7 +307,7 @@ class GenerationBody(SamplingFields):
         bias |= dict.fromkeys([*banned, *(tokenizer.eos_ids if self.ban_eos_token else ())], _BAN)
         bias = {id_: value if value > _BAN else -math.inf for id_, value in bias.items()}
         if strange := [id_ for id_ in bias if id_ >= tokenizer.vocab_size]:
-            raise BodyError(f"the model has no token {strange[0]}", f"its ids end at {tokenizer.vocab_size - 1}")
+            raise BodyError(f"the model has no token {strange[0]}", f"use ids up to {tokenizer.vocab_size - 1}")
         return bias
 
 
@@ -318,17 +318,17 @@ def _token_id(text: str) -> int:
 
 
 def _list(value: str | Sequence[Any]) -> Sequence[Any]:
-    """A text alone as a list of one."""
+    """Wrap a single string in a list."""
     return [value] if isinstance(value, str) else value
 
 
 def _breakers(value: str | list[str]) -> tuple[str, ...]:
-    """DRY's breakers, which SillyTavern sends as the text of a JSON list, with or without its brackets."""
+    """Parse DRY's sequence breakers; SillyTavern sends a JSON list as a string, with or without brackets."""
     if isinstance(value, str):
         try:
             value = json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
         except ValueError:
             value = []
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise BodyError("dry_sequence_breakers is not a list of texts", field="dry_sequence_breakers")
+            raise BodyError("dry_sequence_breakers is not a list of strings", field="dry_sequence_breakers")
     return tuple(value)

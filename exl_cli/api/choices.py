@@ -1,6 +1,4 @@
-"""One generation as an answer: chunks in; text and reasoning apart, log-probabilities, usage and the reason of its end
-out. Each API puts them in its own shape.
-"""
+"""Collect a generation's chunks for the text APIs: text, reasoning, log-probabilities, usage, finish reason."""
 
 from __future__ import annotations
 
@@ -12,13 +10,13 @@ from exl_cli.engines.base import Chunk, Request, Summary, TokenLogprobs
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.structured.reasoning import Splitter
 
-# OpenAI's number for a token that is ruled out; JSON has no infinity.
+# OpenAI's log-probability of a banned token; JSON has no infinity.
 _LEAST = -9999.0
 
 
 @dataclass
 class Delta:
-    """What a chunk adds."""
+    """What a chunk adds to a choice."""
 
     text: str = ""
     reasoning: str = ""
@@ -29,19 +27,19 @@ class Delta:
 
 
 class Choice:
-    """One answer of a response.
+    """One of a response's choices.
 
     Args:
-        request: what generates it.
-        special: the special tokens that belong into its text, by id.
-        splitter: takes the reasoning out; None where all is text.
-        is_wanted: False for a request that is there for its prompt alone: what it generates does not count.
+        request: the engine request behind it.
+        special: special tokens to include in its text, by id.
+        splitter: separates reasoning from text; None if all is text.
+        is_wanted: False if only the prompt matters (max_tokens 0): generated tokens are discarded.
 
     Attributes:
-        text, reasoning: all of it so far.
-        logprobs, prompt_logprobs: of its tokens, and of the prompt's.
-        completion_tokens, reasoning_tokens: tokens so far.
-        summary: once it has ended.
+        text, reasoning: everything so far.
+        logprobs, prompt_logprobs: of its tokens and of the prompt's.
+        completion_tokens, reasoning_tokens: counts so far.
+        summary: set at the end.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class Choice:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not computed again; known at the end."""
+        """Prompt tokens taken from the prefix cache; 0 before the end."""
         return self.summary.reused_tokens if self.summary else 0
 
     @property
@@ -81,13 +79,13 @@ class Choice:
         return self.summary.finish_reason if self._is_wanted else "length"
 
     def push(self, chunk: Chunk) -> Delta:
-        """Take the next chunk."""
+        """Add the next chunk."""
         self.summary = chunk.summary or self.summary
         self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
         if not self._is_wanted:
             return Delta()
         delta = Delta(logprobs=list(chunk.logprobs))
-        # A special token ends its chunk.
+        # A special token always ends its chunk, so appending its text keeps the order.
         text = chunk.text + "".join(self._special.get(id_, "") for id_ in chunk.token_ids)
         if self._splitter is None:
             delta.text = text
@@ -104,16 +102,16 @@ class Choice:
 
 
 class Job(Protocol):
-    """A body that has become requests, and its response."""
+    """A parsed body: its engine requests, and the response built from their chunks."""
 
     requests: list[Request]
 
     def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """Take a request's next chunk; the events that it makes."""
+        """Add a chunk of request `index`; returns the stream events it causes."""
         ...
 
     def end(self) -> list[dict[str, Any]]:
-        """The events after the last chunk."""
+        """Stream events after the last chunk."""
         ...
 
     def result(self) -> dict[str, Any]:
@@ -137,7 +135,7 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs]) -> li
 def text_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], offsets: Sequence[int]
 ) -> dict[str, Any]:
-    """Log-probabilities in the shape of completions. The first token of a text has none."""
+    """Log-probabilities in the format of completions; None for the first token of a text."""
     return {
         "tokens": [_token_text(tokenizer, id_) for id_ in token_ids],
         "token_logprobs": [None if item is None else max(item.logprob, _LEAST) for item in logprobs],
@@ -154,7 +152,7 @@ def _by_text(tokenizer: Tokenizer, item: TokenLogprobs) -> dict[str, float]:
 
 
 def _token_text(tokenizer: Tokenizer, id_: int) -> str:
-    """A token's text; a piece of a character by its bytes, as OpenAI writes them."""
+    """A token's text; for part of a character, its bytes in OpenAI's notation."""
     data = tokenizer.token_bytes(id_)
     try:
         return data.decode()

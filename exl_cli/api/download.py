@@ -1,4 +1,4 @@
-"""Bringing a model here from Python, and the plain lines that say how a download goes."""
+"""Download models from Python, and report progress as plain lines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from exl_cli.system.units import Milestones, size
 
 
 class Lines:
-    """A download in plain lines; a `hub.download.Observer`.
+    """Reports a download as plain lines; a `hub.download.Observer`.
 
     Args:
-        note: shows a line.
-        clock: in seconds.
+        note: prints a line.
+        clock: current time in seconds.
     """
 
     def __init__(self, note: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,10 +54,10 @@ class Lines:
         self.note(f"{100 * done // total} %: {size(done)} of {size(total)}, {size(rate)}/s, {left:,.0f} s left")
 
     def end(self) -> None:
-        """Take away whatever is not a line."""
+        """Remove anything that is not a plain line, such as a progress bar."""
 
     def stopped(self) -> None:
-        """Say, after Ctrl-C, how much is kept. The disk knows best: the last bytes may not have been told."""
+        """Report how much is kept after Ctrl-C, from the files on disk: the counters may lag behind."""
         self.end()
         if self._plan is None:
             self.note("stopped before anything was fetched")
@@ -68,19 +68,19 @@ class Lines:
 
 
 def fetch(wanted: Wanted, shown: Lines, token: str | None = None, plan: Plan | None = None) -> Outcome:
-    """Bring a model here unless it is.
+    """Download a model unless it is already there.
 
     Args:
-        wanted: the model and its place.
-        shown: shows how it goes.
+        wanted: the model and its folder.
+        shown: receives progress.
         token: see `hub.client.Hub`.
-        plan: where one has been made.
+        plan: a plan that has already been made, if any.
 
     Raises:
         ExlError: see `hub.download.download`.
-        KeyboardInterrupt: Ctrl-C, after a line that says how much is kept.
+        KeyboardInterrupt: after a line that says how much is kept.
     """
-    if done := already(wanted):  # before anything that talks to the Hub is imported
+    if done := already(wanted):  # before importing huggingface_hub
         return done
     from exl_cli.models.hub.client import Hub
 
@@ -94,7 +94,7 @@ def fetch(wanted: Wanted, shown: Lines, token: str | None = None, plan: Plan | N
 
 
 def download(model_name: str, models_dir: str | Path, revision: str | None, token: str | None, shown: Lines) -> str:
-    """See `exl_cli.download`, which decides how a download is shown."""
+    """See `exl_cli.download`."""
     repository = names.require(model_name, revision)
     wanted = Wanted(repository, Path(models_dir))
     if already(wanted):

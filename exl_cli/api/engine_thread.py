@@ -1,11 +1,10 @@
-"""The thread in which an engine runs.
+"""The engine thread: runs one engine, takes commands from a queue, delivers chunks.
 
-Everything that an engine computes is computed in one thread: it takes commands from a queue, steps the engine while
-there is work, and delivers the chunks. So nothing in an engine needs a lock; and as Python delivers signals to the main
-thread only, nothing in it needs to survive an interrupt either. Consumers of any kind look alike to it: a consumer may
-read slowly, read two streams in one thread, or never come back, without holding up the others.
+All computation happens in this thread, so engines need no locks. Python delivers signals to the main thread only, so
+engines never see a KeyboardInterrupt either. Chunks go into one unbounded queue per request: a slow or vanished
+consumer does not block the others.
 
-Requests are taken up first come, first served, as many at a time as the engine computes together.
+Requests are started first come, first served, with up to `max_batch` in flight.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ _local = threading.local()
 
 
 def in_engine_thread() -> bool:
-    """Whether this is the thread of some engine, which must not wait for an engine."""
+    """Whether the current thread is an engine thread, which must not wait for one."""
     return getattr(_local, "is_engine", False)
 
 
 class EngineThread:
     """A loaded engine and its thread, which starts with the first request.
 
-    May be used from any thread, and by the garbage collector.
+    Thread-safe, and safe to call from finalizers.
 
     Args:
-        engine: used by nobody else from now on.
+        engine: owned by this object from now on.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -61,7 +60,6 @@ class EngineThread:
 
     @property
     def facts(self) -> dict[str, str]:
-        """See `engines.base.Engine.facts`."""
         return self._worker.engine.facts
 
     @property
@@ -70,16 +68,16 @@ class EngineThread:
         return self._worker.closed
 
     def submit(self, request: Request, deliver: Deliver) -> int:
-        """Queue a request; returns at once, with the id to cancel it by.
+        """Queue a request and return its id at once.
 
         Args:
-            request: what to generate.
-            deliver: called in the engine's thread with each chunk. The last call has a chunk with a summary, or the
-                exception that ended the generation. It should return at once; if it raises, the request is cancelled.
+            request: the request.
+            deliver: called in the engine thread with each chunk; the last call gets a chunk with a summary, or the
+                exception that ended the generation. It must not block. If it raises, the request is cancelled.
 
         Raises:
             PromptError: see `engines.base.Engine.check`.
-            EngineError: closed, loaded by another process, or the system gives no thread to run it in.
+            EngineError: closed, loaded before a fork, or no thread could be started.
         """
         self._worker.engine.check(request)
         job = _Job(next(self._worker.ids), request, deliver)
@@ -87,19 +85,18 @@ class EngineThread:
         return job.id
 
     def cancel(self, request_id: int) -> None:
-        """End a request at the next opportunity with finish reason "cancelled"; nothing happens after its end."""
+        """End a request soon, with finish reason "cancelled"; ignored if it has ended."""
         self._worker.cancel(request_id)
 
     def stream(self, request: Request) -> ChunkStream:
-        """`submit`, to be iterated over."""
+        """`submit`, as an iterator."""
         return ChunkStream(self, request)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """See `engines.base.Engine.logits`."""
         return self._call(lambda engine: engine.logits(ids))
 
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
-        """See `engines.base.CachedScoring.cached_logits`; for an engine that has no such cache, its `logits`."""
+        """See `engines.base.CachedScoring.cached_logits`; plain `logits` for engines without it."""
 
         def score(engine: Engine) -> torch.Tensor:
             return engine.cached_logits(ids, step) if isinstance(engine, CachedScoring) else engine.logits(ids)
@@ -107,24 +104,23 @@ class EngineThread:
         return self._call(score)
 
     def memory(self) -> list[DeviceMemory]:
-        """See `engines.base.Engine.memory`."""
         return [] if self.closed else self._worker.engine.memory()
 
     def pages(self) -> tuple[int, int] | None:
-        """See `engines.base.PagedCache.pages`; None for an engine that has none."""
+        """See `engines.base.PagedCache.pages`; None without a paged cache."""
         engine = self._worker.engine
         return engine.pages() if isinstance(engine, PagedCache) and not self.closed else None
 
     def close(self, *, wait: bool = True) -> None:
-        """End all requests as cancelled and close the engine; closing twice is fine.
+        """Cancel all requests and close the engine. Idempotent.
 
         Args:
-            wait: return only once the engine is closed. An engine's thread never waits: it might wait for itself.
+            wait: return only once the engine is closed. Ignored in an engine thread, which might wait for itself.
         """
         self._worker.close(wait=wait)
 
     def _call(self, function: Callable[[Engine], T]) -> T:
-        """Run a function between two steps, in the engine's thread."""
+        """Run a function in the engine thread, between two steps, and return its result."""
         future: Future[T] = Future()
 
         def run(engine: Engine) -> None:
@@ -138,12 +134,12 @@ class EngineThread:
 
 
 class ChunkStream(Iterator[Chunk]):
-    """The chunks of one response. Closing or dropping it cancels what has not come yet.
+    """Iterates over the chunks of one response. Closing or dropping it cancels the request.
 
     Attributes:
         request_id: see `EngineThread.cancel`.
 
-    Raises, on iterating: what the engine raised.
+    Iterating raises what the engine raised.
     """
 
     def __init__(self, thread: EngineThread, request: Request) -> None:
@@ -162,11 +158,11 @@ class ChunkStream(Iterator[Chunk]):
         return item
 
     def cancel(self) -> None:
-        """End it at the next opportunity; the last chunk still comes."""
+        """Cancel the request; the last chunk still arrives."""
         self._thread.cancel(self.request_id)
 
     def close(self) -> None:
-        """Cancel it and ignore the rest."""
+        """Cancel the request and drop the rest."""
         self._ended = True
         self.cancel()
 
@@ -182,21 +178,21 @@ class _Job:
     deliver: Deliver
 
 
-# To a worker: a request, the id of one to cancel, a function to run between two steps, or the end.
+# A command: a job to run, a request id to cancel, a function to call between steps, or None to end the thread.
 _Command = _Job | int | Callable[[Engine], None] | None
 
 
 class _Worker:
-    """What the thread runs. It holds no reference to its `EngineThread`, which can be dropped without being closed."""
+    """The thread's loop and state. It does not reference its `EngineThread`, so dropping that closes the engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.closed = False
         self._process = os.getpid()
-        # Reentrant, as the garbage collector may have a thread cancel or close something at any moment.
+        # SimpleQueue and RLock are reentrant: a finalizer may cancel or close something at any moment.
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._lock = threading.RLock()
-        self.ids = itertools.count(1)  # a step of it is atomic
+        self.ids = itertools.count(1)  # next() is atomic
         self._thread: threading.Thread | None = None
         self._exiting = False
         self._waiting: deque[_Job] = deque()
@@ -205,7 +201,7 @@ class _Worker:
     # --- called from any thread -----------------------------------------------------------------------------------
 
     def send(self, command: _Command) -> None:
-        """Queue a command, and start the thread if need be."""
+        """Queue a command, starting the thread if needed."""
         if os.getpid() != self._process:
             raise EngineError("the model was loaded by another process", "load it in this one, after the fork")
         with self._lock:
@@ -217,16 +213,16 @@ class _Worker:
         raise EngineError("the model is closed", "load it again")
 
     def cancel(self, request_id: int) -> None:
-        """Have the engine cut a step short where it can, and the thread see to a request that is still waiting."""
+        """Interrupt a running request through the engine, and drop a waiting one through the queue."""
         self.engine.cancel(request_id)
         self._commands.put(request_id)
 
     def close(self, *, wait: bool = True, exiting: bool = False) -> None:
-        """Have the thread end everything; without one, close the engine here.
+        """Tell the thread to cancel everything and close the engine; without a thread, close it here.
 
         Args:
             wait: return only once that is done.
-            exiting: leave the engine's memory to the end of the process.
+            exiting: the process is ending: do not free the engine's memory.
         """
         if os.getpid() != self._process:
             return
@@ -251,10 +247,10 @@ class _Worker:
         try:
             thread.start()
         except BaseException as error:
-            # It may run all the same, as after an interrupt: it waits for this lock and then sees that it is not ours.
+            # After an interrupt the thread may run all the same. It waits for this lock, then sees that it was dropped.
             self._thread = None
             if isinstance(error, RuntimeError):
-                raise EngineError(f"no thread can be started: {error}", "end other work, then try again") from None
+                raise EngineError(f"no thread can be started: {error}", "stop other work, then try again") from None
             raise
         _started.add(self)
 
@@ -278,7 +274,7 @@ class _Worker:
             self.engine.close()
 
     def _obey(self) -> bool:
-        """Carry out the commands that have come; with nothing else to do, wait for one. False at the end."""
+        """Execute the queued commands; block for one when idle. False when told to end."""
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._commands.get(block=not self._running and not self._waiting)
@@ -293,7 +289,7 @@ class _Worker:
         return True
 
     def _cancel(self, request_id: int) -> None:
-        if request_id in self._running:  # perhaps since it was asked to
+        if request_id in self._running:  # it may have started since `cancel` was called
             self.engine.cancel(request_id)
         for job in [job for job in self._waiting if job.id == request_id]:
             self._waiting.remove(job)
@@ -312,11 +308,11 @@ class _Worker:
             for request_id, item in self.engine.step():
                 job = self._running.get(request_id)
                 if job is None:
-                    continue  # given up after a bug, see below
+                    continue  # dropped after an engine bug, see below
                 if isinstance(item, BaseException) or item.summary is not None:
                     del self._running[request_id]
                 self._deliver(job, item)
-        except BaseException as error:  # a bug: it is told to all that it may concern
+        except BaseException as error:  # a bug in the engine: fail all running requests
             jobs = [*self._running.values()]
             self._running.clear()
             for job in jobs:
@@ -326,17 +322,17 @@ class _Worker:
     def _deliver(self, job: _Job, item: Chunk | BaseException) -> None:
         try:
             job.deliver(item)
-        except BaseException:  # its consumer is beyond help; the others are not
+        except BaseException:  # a broken consumer must not affect the others
             self.engine.cancel(job.id)
 
 
 def _cancelled(request: Request) -> Chunk:
-    """The last chunk of a request that was never taken up."""
+    """The last chunk of a request that was never started."""
     return Chunk("", (), Summary("cancelled", len(request.ids), 0, 0, 0.0, 0.0, 0.0))
 
 
-# Workers with a thread. It is a daemon and does not keep a program from ending, but one that is cut off inside the
-# engine's C++ code would crash it: at exit, when all other threads have ended, each is brought to its end.
+# Workers with a running thread. The threads are daemons, to not keep a program from exiting, but one that is killed
+# inside C++ code would crash the process. So end them at exit, after all other threads.
 _started: weakref.WeakSet[_Worker] = weakref.WeakSet()
 
 

@@ -3,7 +3,7 @@
     with load("fable-7m") as model:
         print(model.generate("Once upon a time", seed=1))
 
-What the command line would say on the way (which engine, and why) goes to the logger "exl_cli" instead.
+Notes that the command line would print, such as the choice of engine, go to the logger "exl_cli".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from exl_cli.system import readings
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Fields of exllamav2's ExLlamaV2Sampler.Settings that change the choice of tokens and that `Sampling` does not have.
+# Fields of exllamav2's ExLlamaV2Sampler.Settings that affect sampling and that `Sampling` lacks.
 _FOREIGN = ("token_bias", "cfg_scale", "post_sampling_hooks", "dry_sequence_breakers", "xtc_ignore_tokens")
 
 _DEFAULTS = Sampling()
@@ -41,14 +41,13 @@ _log = logging.getLogger("exl_cli")
 
 
 class LogObserver:
-    """Writes to the log how a model is loaded; see `loader.Observer`."""
+    """Logs notes while a model loads; a `loader.Observer`."""
 
     def note(self, message: str) -> None:
-        """See `Observer.note`."""
         _log.info(spell(message))
 
     def progress(self, done: int, total: int) -> None:
-        """A log has no use for it."""
+        """Not logged."""
 
 
 def load(
@@ -67,13 +66,13 @@ def load(
 
     Args:
         model: a folder, a downloaded "owner/name[:revision]", or "fable-7m", the built-in model.
-        engine: "exllamav2", "cpu", or "auto", which takes exllamav2 where a GPU and the model allow it.
-        max_seq_len: context to allocate, in tokens; None for 4,096 or, if that is less, what the model was made for.
-        cache: type of the KV cache on the GPU: "fp16", "q8", "q6" or "q4".
-        gpu_split: GiB of weights per GPU; None to fill the GPUs one after the other.
-        low_mem: evaluate prompts in smaller pieces, for less scratch memory.
-        speculate: "ngram" to guess tokens from what was said before and to verify several in one pass, on exllamav2.
-        draft: a smaller model of the same vocabulary to guess them, given as `model` is; None for none.
+        engine: "exllamav2", "cpu", or "auto": exllamav2 if the machine and the model allow it, else the CPU.
+        max_seq_len: context to allocate, in tokens; None for 4,096 or the model's context, whichever is less.
+        cache: KV cache type on the GPU: "fp16", "q8", "q6" or "q4".
+        gpu_split: GiB of weights per GPU; None fills the GPUs in order.
+        low_mem: smaller prefill chunks, for less scratch memory.
+        speculate: "ngram" drafts tokens by prompt lookup, on exllamav2.
+        draft: a draft model with the same vocabulary, given like `model`; None for none.
         models_dir: the folder of downloaded models; None for `EXL_MODELS_DIR`, else the user's data folder.
 
     Raises:
@@ -94,7 +93,7 @@ def load(
 
 
 def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:
-    """`load` for a model that `loader.resolve` has found."""
+    """`load`, for a model that is already resolved."""
     tokenizer = Tokenizer(info.path)
     model = Model(info, tokenizer, loader.load(info, tokenizer, options, LogObserver()))
     _log.info("loaded %s (%s) with engine %s", info.name, info.format_name, model.facts["engine"])
@@ -102,18 +101,18 @@ def load_resolved(info: ModelInfo, options: LoadOptions) -> Model:
 
 
 class Model:
-    """A loaded model; close it, or use it in a `with` block, to have its memory back.
+    """A loaded model. Close it, or use it in a `with` block, to free its memory.
 
-    It may be used from any number of threads. How many generations run at a time is the engine's: see `engine_thread`.
+    Thread-safe; concurrent generations share forward passes if the engine supports it.
 
     Args:
-        info: what the model is.
+        info: description of the model.
         tokenizer: its tokenizer.
-        engine: the loaded engine, which belongs to this object from now on.
+        engine: the loaded engine, owned by this object from now on.
 
     Attributes:
-        info: what the model is.
-        context_length: the most tokens that prompt and response may have together.
+        info: description of the model.
+        context_length: most tokens of prompt plus response.
     """
 
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, engine: Engine) -> None:
@@ -125,7 +124,7 @@ class Model:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The engine's name, device, attention, cache and the like, in words, as things stand."""
+        """The engine's name, device, attention backend, cache and the like, as strings."""
         return {"engine": self._engine.name, **self._engine.facts}
 
     def generate(
@@ -139,7 +138,7 @@ class Model:
         timeout: float | None = None,
         **settings: Any,
     ) -> Generation:
-        """The whole response at once. Arguments and errors are those of `stream`, and of iterating over it."""
+        """Generate a complete response. Arguments and errors as for `stream` and `Stream`."""
         with self.stream(
             prompt,
             sampling=sampling,
@@ -162,22 +161,22 @@ class Model:
         timeout: float | None = None,
         **settings: Any,
     ) -> Stream:
-        """The response piece by piece; `Stream.result` has the whole of it and its timings.
+        """Stream a response. `Stream.result` returns all of it with timings.
 
         Args:
-            prompt: text, to be continued as it is; or messages, each with "role" and "content", which go through the
-                model's chat template, or where it has none are written as plain turns (`chat_template.PlainFormat`).
-            sampling: how tokens are chosen: a `Sampling`, some of its fields by name, or exllamav2's own settings
-                object. The rest comes from the model's generation_config.json, else from the defaults of `Sampling`.
-            max_new_tokens: the most tokens to generate.
-            stop: text, or several, that ends the response and is not part of it; upper and lower case matter.
-            seed: the same seed gives the same text (see `engines.base.Request`); None for a random one.
-            timeout: seconds until the whole response must be there, waiting for a turn included; None for no limit.
-            **settings: fields of `Sampling`, on top of `sampling`.
+            prompt: text to continue, or messages with "role" and "content", rendered with the model's chat template
+                (without one, with `chat_template.PlainFormat`).
+            sampling: a `Sampling`, a mapping of some of its fields, or exllamav2's settings object. Fields not given
+                come from the model's generation_config.json, else from the defaults of `Sampling`.
+            max_new_tokens: most tokens to generate.
+            stop: one or more strings that end the response, case-sensitive; not part of the text.
+            seed: makes the text reproducible (see `engines.base.Request`); None for a random one.
+            timeout: seconds for the complete response, including time in the queue; None for no limit.
+            **settings: fields of `Sampling` that override `sampling`.
 
         Raises:
-            PromptError: the prompt is empty, does not fit the context, or the chat template does not take it.
-            UsageError: an unknown setting or an illegal value.
+            PromptError: the prompt is empty, does not fit the context, or the chat template rejects it.
+            UsageError: an unknown setting or an invalid value.
             EngineError: the model is closed.
         """
         return Stream(self._engine, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
@@ -193,17 +192,17 @@ class Model:
         timeout: float | None = None,
         **settings: Any,
     ) -> AsyncStream:
-        """`stream` for asyncio: `async for` over it, or `await` its `result()`."""
+        """`stream` for asyncio: iterate with `async for`, or `await` its `result()`."""
         return AsyncStream(self._engine, self._request(prompt, sampling, max_new_tokens, stop, seed, settings), timeout)
 
     def encode(self, prompt: str | Messages) -> list[int]:
-        """The token ids that a prompt comes to, those that the model expects around it included.
+        """Token ids of a prompt as `stream` would send it, including BOS and the chat template's tokens.
 
-        Special tokens written in a text are recognised; in messages, except the assistant's, they are text.
+        Special tokens in a text prompt are recognised. In messages, except the assistant's, they are plain text.
 
         Raises:
-            UsageError: it is neither text nor messages.
-            PromptError: the chat template does not take the messages.
+            UsageError: neither text nor messages.
+            PromptError: the chat template rejects the messages.
         """
         text, add_special_tokens = self._text(prompt)
         return encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
@@ -225,7 +224,7 @@ class Model:
         return text
 
     def memory(self) -> list[readings.GpuReading]:
-        """Readings of the GPUs in use; empty where there is none."""
+        """Readings of the GPUs in use; empty on the CPU."""
         return [] if self.closed else readings.read_gpus(self._engine.memory())
 
     @property
@@ -234,7 +233,7 @@ class Model:
         return self._engine.closed
 
     def close(self, *, wait: bool = True) -> None:
-        """Cancel what is being generated and give the memory back; closing twice is fine.
+        """Cancel running generations and free the memory. Idempotent.
 
         Args:
             wait: return only once the memory is free.
@@ -267,10 +266,10 @@ class Model:
             if value is None and name == "seed":
                 continue
             if not is_number(value) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} must be a whole number from {least} on, got {value!r}")
+                raise UsageError(f"{name} must be an integer, at least {least}, got {value!r}")
         stops = [stop] if isinstance(stop, str) else [*stop] if isinstance(stop, Iterable) else [stop]
         if not all(isinstance(text, str) for text in stops):
-            raise UsageError(f"stop must be a text or a list of texts, got {stop!r}")
+            raise UsageError(f"stop must be a string or a list of strings, got {stop!r}")
         if not isinstance(prompt, str):
             stops += self._chat_format().stops
         text, add_special_tokens = self._text(prompt)
@@ -295,13 +294,13 @@ def _is_messages(prompt: object) -> bool:
 def encode(
     tokenizer: Tokenizer, text: str, context_length: int | None = None, *, add_special_tokens: bool
 ) -> list[int]:
-    """A prompt's token ids, which have to fit the context where it is given.
+    """Encode a prompt and check that it fits the context, if given.
 
     Raises:
-        PromptError: it has half a character, or does not fit.
+        PromptError: it contains a lone surrogate, or does not fit.
     """
     if half := half_character(text):
-        raise PromptError(f"the prompt has half a character, {half}", "give it as whole characters")
+        raise PromptError(f"the prompt has half a character, {half}", "remove the lone surrogate")
     if context_length is None:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     check_can_fit(tokenizer.least_tokens(text), context_length)
@@ -311,40 +310,39 @@ def encode(
 
 
 def choose(generation_config: Mapping[str, Any], *layers: Any) -> Sampling:
-    """One `Sampling` from several sources.
+    """Merge sampler settings from several sources.
 
     Args:
-        generation_config: the model's; it says what the layers do not.
-        layers: each a `Sampling`, some of its fields by name, exllamav2's own settings object, or None; later ones win.
+        generation_config: the model's; supplies fields that no layer sets.
+        layers: each a `Sampling`, a mapping of fields, exllamav2's settings object, or None; later ones win.
 
     Raises:
-        UsageError: an unknown setting, an illegal value, or something that holds no settings.
+        UsageError: an unknown setting, an invalid value, or an object without settings.
     """
     fields = {str(name): value for layer in layers for name, value in _fields(layer).items() if value is not None}
     return build({name: _number(name, value) for name, value in fields.items()}, None, generation_config)
 
 
 def _number(name: str, value: Any) -> Any:
-    """The value in its field's own type; an unknown name is left to `build`."""
+    """Convert a value to its field's type; unknown names are left to `build`."""
     if name not in FIELDS:
         return value
     kind = type(getattr(_DEFAULTS, name))
     if not is_number(value) and not (kind is bool and isinstance(value, bool)):
         raise UsageError(f"{name} must be a number, got {value!r}")
     if kind is int and isinstance(value, float) and not value.is_integer():
-        raise UsageError(f"{name} must be a whole number, got {value!r}")
+        raise UsageError(f"{name} must be an integer, got {value!r}")
     with contextlib.suppress(OverflowError):
         return kind(value)
     raise UsageError(f"{name} is out of range")
 
 
 def _fields(layer: Any) -> dict[str, Any]:
-    """Settings by name."""
     if layer is None or isinstance(layer, Mapping):
         return dict(layer or {})
     if isinstance(layer, Sampling):
         return layer.to_dict()
-    # exllamav2's class is known by its fields: importing it takes a GPU.
+    # Recognise exllamav2's class by a field: importing it takes a GPU.
     if not hasattr(layer, "token_repetition_penalty"):
         raise UsageError(f"{type(layer).__name__} holds no sampler settings", "give a Sampling or a dict")
     for name in _FOREIGN:

@@ -1,4 +1,4 @@
-"""The lines of the LangChain notebook. There they go to stdout, between the model's own words."""
+"""The status lines of LangChain's exllamav2 notebook, printed to stdout as there."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from exl_cli.engines.base import Summary
 
 
 def say(text: str) -> None:
-    """A line on stdout."""
+    """Print a line to stdout."""
     print(text, flush=True)
 
 
 def timings(summary: Summary) -> list[str]:
-    """The two lines after a response, and those about speculation where there was some."""
+    """The two lines after a response, plus lines on speculation if it was used."""
     computed = summary.prompt_tokens - summary.reused_tokens
     lines = [
         _timed("Prompt processed", summary.prompt_seconds, computed, summary.prompt_rate),
@@ -25,7 +25,6 @@ def timings(summary: Summary) -> list[str]:
 
 
 def accepted(right: int, proposed: int) -> str:
-    """How speculation did."""
     return f"{right:,} of {proposed:,} proposed tokens accepted ({right / proposed:.0%})"
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions and completions: bodies into requests, chunks into response objects and streamed events.
+"""OpenAI's chat completions and completions: parse bodies into engine requests, format chunks as responses and events.
 
 Wire formats: https://platform.openai.com/docs/api-reference/chat and /completions; `echo` with `logprobs` as the
 local-completions model of lm-evaluation-harness reads it; `reasoning_content` and `reasoning` as vLLM writes them.
@@ -32,7 +32,7 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class StreamOptions(Strict):
-    """What a stream holds besides the text."""
+    """What a stream contains besides text."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = Field(default=False, description="End with the usage.")
@@ -40,37 +40,33 @@ class StreamOptions(Strict):
 
 
 class OpenAIBody(GenerationBody):
-    """What both APIs share."""
+    """Fields of chat completions and completions."""
 
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
 
     @property
     def options(self) -> StreamOptions:
-        """The stream's options.
+        """The stream options.
 
         Raises:
-            BodyError: they are given without a stream, or another format than text is asked for.
+            BodyError: they are given without `stream`, or the response format is not text.
         """
         if self.stream_options is not None and not self.stream:
-            raise BodyError("stream_options is for streams", "set stream, or leave it out", field="stream_options")
+            raise BodyError("stream_options needs stream", "set stream, or leave it out", field="stream_options")
         refuse_format(self.response_format, "response_format")
         return self.stream_options or StreamOptions()
 
 
 def refuse_format(response_format: dict[str, Any] | None, field: str) -> None:
-    """Refuse an answer in another format than text.
-
-    Raises:
-        BodyError: it is.
-    """
+    """Raise BodyError for a response format other than text."""
     if response_format and response_format.get("type") != "text":
         kind = str(response_format.get("type"))[:64]
         raise BodyError(f"{field} {kind!r} is not supported", "leave it out", field=field, code="unsupported_value")
 
 
 class ConversationBody(GenerationBody):
-    """What chat completions and responses share."""
+    """Fields of chat completions and responses."""
 
     max_tokens: Positive | None = Field(None, description="The most tokens to generate; what is left of the context.")
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -79,18 +75,14 @@ class ConversationBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the model's chat template.")
 
     def prompt(self, model: TextModel, messages: Iterable[Message], effort: str | None, **options: bool) -> ChatPrompt:
-        """The prompt for an answer to messages; see `prompts.chat_prompt`."""
+        """Render messages; see `prompts.chat_prompt`."""
         variables = {"reasoning_effort": effort, **self.chat_template_kwargs} if effort else self.chat_template_kwargs
         tools = self.tools if wants_tools(self.tool_choice) else ()
         return chat_prompt(model, turns(messages), tools=tools, variables=variables, **options)
 
 
 def wants_tools(choice: Any) -> bool:
-    """Whether the model is to know of its tools.
-
-    Raises:
-        BodyError: it is to use some.
-    """
+    """Whether to show the tools to the model; BodyError if a tool call is required."""
     if choice not in ("auto", "none"):
         raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
     return bool(choice == "auto")
@@ -99,7 +91,7 @@ def wants_tools(choice: Any) -> bool:
 def chat_requests(
     body: GenerationBody, model: TextModel, prompt: ChatPrompt, logprobs: int | None = None
 ) -> list[Request]:
-    """The requests for answers to a conversation."""
+    """Engine requests for a conversation."""
     most = model.context_length - len(prompt.ids) if body.max_tokens is None else body.max_tokens
     return body.requests(
         [prompt.ids],
@@ -112,7 +104,7 @@ def chat_requests(
 
 
 def answer(model: TextModel, request: Request, prompt: ChatPrompt, *, is_wanted: bool = True) -> Choice:
-    """The answer to a conversation."""
+    """A choice for a conversation, with reasoning separated."""
     splitter = Splitter(prompt.opening)
     splitter.push(prompt.prefill)
     return Choice(request, tag_ids(model.tokenizer), splitter, is_wanted=is_wanted)
@@ -129,7 +121,7 @@ class ChatBody(ConversationBody, OpenAIBody):
 
     @property
     def count(self) -> int:
-        """Generations that it comes to."""
+        """Number of generations."""
         return self.n
 
 
@@ -145,7 +137,7 @@ class CompletionBody(OpenAIBody):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts: all texts, or all token ids."""
+        """The prompts, each a string or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -154,12 +146,12 @@ class CompletionBody(OpenAIBody):
 
     @property
     def count(self) -> int:
-        """Generations that it comes to."""
+        """Number of generations."""
         return self.n * len(self.prompts)
 
 
 class _Job:
-    """What the two kinds of response share."""
+    """Common part of both jobs."""
 
     _object: str
     _chunk_object: str
@@ -176,11 +168,9 @@ class _Job:
         self.choices: list[Choice] = []
 
     def end(self) -> list[dict[str, Any]]:
-        """See `choices.Job.end`."""
         return [self._event([], usage=self._usage())] if self._options.include_usage else []
 
     def result(self) -> dict[str, Any]:
-        """See `choices.Job.result`."""
         choices = [self._choice(index, choice) for index, choice in enumerate(self.choices)]
         return {**self._head, "object": self._object, "choices": choices, "usage": self._usage()}
 
@@ -194,7 +184,7 @@ class _Job:
         return {**event, "usage": usage} if usage or self._options.include_usage else event
 
     def _usage(self) -> dict[str, Any]:
-        """Each prompt counts once, however many answers it has."""
+        """Usage; a prompt with several choices counts once."""
         first = self.choices[:: self._body.n]
         prompt = sum(len(choice.request.ids) for choice in first)
         completion = sum(choice.completion_tokens for choice in self.choices)
@@ -208,10 +198,10 @@ class _Job:
 
 
 class ChatJob(_Job):
-    """A chat completion; see `choices.Job`.
+    """A `/v1/chat/completions` request; see `choices.Job`.
 
     Raises:
-        ExlError: the body cannot be honoured.
+        ExlError: an invalid body or prompt.
     """
 
     _object, _chunk_object = "chat.completion", "chat.completion.chunk"
@@ -220,7 +210,7 @@ class ChatJob(_Job):
         if body.top_logprobs and not body.logprobs:
             raise BodyError("top_logprobs needs logprobs", "set logprobs to true", field="top_logprobs")
         if body.continue_final_message and body.add_generation_prompt:
-            raise BodyError("add_generation_prompt and continue_final_message do not go together", "give one")
+            raise BodyError("add_generation_prompt and continue_final_message exclude each other", "give one")
         prompt = body.prompt(
             model,
             body.messages,
@@ -235,7 +225,6 @@ class ChatJob(_Job):
         self.choices = [answer(model, request, prompt) for request in requests]
 
     def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """See `choices.Job.push`."""
         choice = self.choices[index]
         events = [] if index in self._begun else [self._delta(index, {"role": "assistant", "content": ""})]
         self._begun.add(index)
@@ -268,10 +257,10 @@ def _reasoning(text: str) -> dict[str, str]:
 
 
 class CompletionJob(_Job):
-    """A completion; see `choices.Job`.
+    """A `/v1/completions` request; see `choices.Job`.
 
     Raises:
-        ExlError: the body cannot be honoured.
+        ExlError: an invalid body or prompt.
     """
 
     _object = _chunk_object = "text_completion"
@@ -303,7 +292,6 @@ class CompletionJob(_Job):
         self._texts = [_Text(body, model, r, body.prompts[i // body.n]) for i, r in enumerate(requests)]
 
     def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """See `choices.Job.push`."""
         choice = self.choices[index]
         text, logprobs = self._texts[index].push(choice, choice.push(chunk))
         if not text and not logprobs and not choice.summary:
@@ -321,15 +309,17 @@ class CompletionJob(_Job):
 def _known(ids: list[int], model: TextModel) -> list[int]:
     check_fits(len(ids), model.context_length)
     if strange := next((id_ for id_ in ids if id_ >= model.tokenizer.vocab_size), None):
-        raise BodyError(f"the model has no token {strange}", "give ids that it has", field="prompt")
+        raise BodyError(
+            f"the model has no token {strange}", f"use ids up to {model.tokenizer.vocab_size - 1}", field="prompt"
+        )
     return ids
 
 
 class _Text:
-    """A completion's text with its log-probabilities and where each token begins; the prompt comes first with `echo`.
+    """A completion's text, log-probabilities and token offsets, starting with the prompt if `echo` is set.
 
     Attributes:
-        text, logprobs: all so far.
+        text, logprobs: everything so far.
     """
 
     def __init__(self, body: CompletionBody, model: TextModel, request: Request, prompt: str | Sequence[int]) -> None:
@@ -341,7 +331,7 @@ class _Text:
         self.logprobs: dict[str, list[Any]] | None = None
 
     def push(self, choice: Choice, delta: Delta) -> tuple[str, dict[str, Any] | None]:
-        """Take what a chunk adds; the text and the log-probabilities to show for it."""
+        """Add a delta; returns the text and log-probabilities to send."""
         text = delta.text
         ids = [item.token_id for item in delta.logprobs]
         logprobs: list[TokenLogprobs | None] = list(delta.logprobs)
@@ -360,7 +350,7 @@ class _Text:
         return text, shown
 
     def _place(self, id_: int) -> int:
-        """Where a token begins in the text."""
-        place = self._offset
+        """Offset of the next token in the text."""
+        offset = self._offset
         self._offset += len(self._stream.push(id_))
-        return place
+        return offset

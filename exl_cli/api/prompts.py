@@ -1,6 +1,7 @@
-"""From what a client sends to a prompt's token ids: plain text, or messages in the many shapes that clients use.
+"""Turn clients' messages into a prompt's token ids.
 
-A chat template sees one shape: texts as contents, the arguments of tool calls as objects, `developer` as `system`.
+Clients send many variants. Chat templates get one: string contents, tool call arguments as objects, `developer` as
+`system`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 
 MAX_MESSAGES = 10_000
-# What `chat_template_kwargs` may come to as JSON, and what it must leave alone.
+# Size limit of `chat_template_kwargs` as JSON, and names it must not set.
 _MAX_VARIABLES = 64 << 10
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 
@@ -27,7 +28,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_t
 
 
 class TextModel(Protocol):
-    """What turning bodies into requests takes of a model; no engine."""
+    """What is needed of a model to build requests; no engine."""
 
     name: str
     info: ModelInfo
@@ -46,7 +47,7 @@ class Part(Strict):
 
 
 class Function(Strict):
-    """A call's name and arguments; the latter as JSON, whatever the model wrote."""
+    """Name and arguments of a call; the arguments are whatever JSON text the model wrote."""
 
     model_config = ConfigDict(extra="ignore")
     name: str = Field(max_length=256)
@@ -54,7 +55,7 @@ class Function(Strict):
 
 
 class ToolCall(Strict):
-    """A tool call that an assistant message holds."""
+    """A tool call in an assistant message."""
 
     model_config = ConfigDict(extra="ignore")
     id: str = ""
@@ -78,12 +79,12 @@ class Message(Strict):
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation ready for the engine.
+    """A rendered and encoded conversation.
 
     Attributes:
-        ids: its tokens.
-        opening: its text up to where the answer begins.
-        prefill: the beginning of the answer, where the conversation gives it.
+        ids: token ids.
+        opening: its text up to the response.
+        prefill: the beginning of the response, if the conversation contains one.
     """
 
     ids: tuple[int, ...]
@@ -92,11 +93,7 @@ class ChatPrompt:
 
 
 def content_text(content: str | Sequence[Part] | None) -> str:
-    """A content as text, its parts a line each.
-
-    Raises:
-        BodyError: a part is no text.
-    """
+    """A message's content as text, one line per part; BodyError for parts that are not text."""
     if content is None or isinstance(content, str):
         return content or ""
     for part in content:
@@ -106,7 +103,7 @@ def content_text(content: str | Sequence[Part] | None) -> str:
 
 
 def not_text(kind: str) -> BodyError:
-    """The error for a part that no model here can read."""
+    """The error for content that is not text."""
     what = "images are" if "image" in kind else f"content of type {kind!r} is"
     return BodyError(f"{what} not supported: models read text only", "send text", field="messages")
 
@@ -136,7 +133,7 @@ def _function(function: Function) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
-            arguments = function.arguments  # what a model wrote need not be JSON
+            arguments = function.arguments  # models sometimes write invalid JSON
     return {"name": function.name, "arguments": arguments}
 
 
@@ -150,28 +147,28 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     check: bool = True,
 ) -> ChatPrompt:
-    """Render a conversation and encode it.
+    """Render and encode a conversation.
 
-    Several system messages are merged into one where the template takes only one, as are turns of one role.
+    If the template rejects or drops repeated system messages or consecutive messages of one role, they are merged.
 
     Args:
-        model: whose template and tokenizer.
-        messages: see `turns`.
-        tools: as OpenAI writes them.
-        variables: more of the template's variables.
-        continue_final: the last message is the beginning of the answer.
-        add_generation_prompt: end with the header of the answer.
-        check: whether it has to fit the context.
+        model: provides template and tokenizer.
+        messages: from `turns`.
+        tools: in OpenAI's format.
+        variables: more template variables.
+        continue_final: continue the last message, an assistant's.
+        add_generation_prompt: end with the header of the response.
+        check: require it to fit the context.
 
     Raises:
-        BodyError: tools that the template has no use for, or variables that are too much or not the client's to set.
-        PromptError: the template refuses the conversation, or it does not fit.
+        BodyError: the template does not support tools, or the variables are too large or reserved.
+        PromptError: the template rejects the conversation, or it does not fit.
     """
     source, final = model.chat_format.source, messages[-1] if messages else {}
     extra = _variables(variables or {})
     has_tools = bool(tools) or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
     if has_tools and "tool" not in source:
-        raise BodyError("the model's chat template has no place for tools", "leave them out", field="tools")
+        raise BodyError("the model's chat template does not support tools", "leave them out", field="tools")
     if tools:
         extra["tools"] = list(tools)
     if continue_final and final.get("role") != "assistant":
@@ -187,7 +184,7 @@ def chat_prompt(
     merged = _merged(shown)
     try:
         text = render(shown)
-        # A template may as well leave a second system message out without a word.
+        # Some templates silently drop a second system message.
         if merged != shown and not all(m["content"].strip() in text for m in shown if m["role"] == "system"):
             text = render(merged)
     except RefusedError:
@@ -218,7 +215,7 @@ def _variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(tokenizer: Tokenizer, value: Any) -> Any:
-    """A value with the special tokens in its texts hidden; see `Tokenizer.as_text`."""
+    """Escape special tokens in all strings of a JSON value; see `Tokenizer.as_text`."""
     if isinstance(value, str):
         return tokenizer.as_text(value)
     if isinstance(value, Mapping):
@@ -227,7 +224,7 @@ def _as_text(tokenizer: Tokenizer, value: Any) -> Any:
 
 
 def _merged(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One system message in front, and one turn where several of one role follow each other."""
+    """Merge system messages into one at the front, and consecutive messages of one role."""
     systems = [turn for turn in turns if turn["role"] == "system"]
     merged: list[dict[str, Any]] = []
     for turn in [*systems, *(turn for turn in turns if turn["role"] != "system")]:

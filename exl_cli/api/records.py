@@ -1,4 +1,4 @@
-"""The JSON that commands print: plain dictionaries with the same names everywhere."""
+"""The JSON records that commands print with --json, as plain dicts with consistent names."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ _SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
 
 
 def summarized(summary: Summary) -> dict[str, Any]:
-    """A summary's fields; those about speculation only where there was some."""
+    """A summary as a dict, without the speculation fields if there was none."""
     left_out = () if summary.drafted_tokens else _SPECULATION
     return {name: value for name, value in asdict(summary).items() if name not in left_out}
 
 
 def limit(summary: Summary, context_length: int) -> Literal["context", "max_new_tokens"] | None:
-    """What cut a response off; None where nothing did. Where both would have, it is the context, which more tokens
-    asked for cannot change."""
+    """Which limit ended a response, or None. If both were reached, "context": raising max_new_tokens would not help."""
     if summary.finish_reason != "length":
         return None
     return "context" if summary.prompt_tokens + summary.new_tokens >= context_length else "max_new_tokens"
 
 
 def prompt(rendered: Prompt, ids: Sequence[int]) -> dict[str, Any]:
-    """A prompt as the model would be given it, with the names of `generation`."""
+    """The rendered prompt, with the names that `generation` uses."""
     return {**rendered.variables, "prompt": rendered.text, "prompt_tokens": len(ids), "prompt_ids": list(ids)}
 
 
@@ -51,7 +50,7 @@ def generation(
     gpus: Sequence[GpuReading],
     host: HostReading,
 ) -> dict[str, Any]:
-    """One response: the template's variables, the text and every number; seconds, tokens and bytes throughout."""
+    """One response: template variables, text, and all numbers, in seconds, tokens and bytes."""
     return {
         **variables,
         "text": text,
@@ -86,14 +85,14 @@ def model(
     template: str,
     estimates: Mapping[int, Mapping[str, Estimate]],
 ) -> dict[str, Any]:
-    """Everything known of a model that can be run; see `exl show`.
+    """A model, as `exl show` prints it.
 
     Args:
         info, entry: the model.
-        licence: its name; empty where there is none.
-        why_not: why exllamav2 cannot run it; empty where it can.
-        template: the source of its chat template; empty where there is none.
-        estimates: of GPU memory, by context and cache type.
+        licence: its name, or empty.
+        why_not: why exllamav2 cannot run it, or empty.
+        template: source of its chat template, or empty.
+        estimates: GPU memory by context and cache type.
     """
     return {
         **entry.to_dict(),
@@ -112,7 +111,7 @@ def model(
 
 
 def plan(order: Plan) -> dict[str, Any]:
-    """A download before its first byte."""
+    """A download plan, as --dry-run prints it."""
     return {
         **_place(order.wanted, order.listing.commit),
         "total_bytes": order.total,
@@ -126,7 +125,7 @@ def plan(order: Plan) -> dict[str, Any]:
 
 
 def outcome(done: Outcome) -> dict[str, Any]:
-    """A download after its last byte."""
+    """A finished download."""
     return {
         **_place(done.wanted, done.commit),
         "total_bytes": done.total,

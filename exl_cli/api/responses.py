@@ -1,4 +1,4 @@
-"""OpenAI's Responses, without a store: bodies into requests, chunks into response objects and streamed events.
+"""OpenAI's Responses API, stateless: parse bodies into engine requests, format chunks as responses and events.
 
 Wire format: https://platform.openai.com/docs/api-reference/responses and /responses-streaming.
 """
@@ -30,7 +30,7 @@ _WITH_LOGPROBS = "message.output_text.logprobs"
 
 
 class Item(Strict):
-    """An item of the input: a message, a call of a tool, its output, or reasoning."""
+    """An input item: a message, a tool call, its output, or reasoning."""
 
     model_config = ConfigDict(extra="ignore")
     type: str = Field("message", max_length=64)
@@ -44,14 +44,14 @@ class Item(Strict):
 
 
 class TextOptions(Strict):
-    """The format of the answer."""
+    """The response format."""
 
     model_config = ConfigDict(extra="ignore")
     format: dict[str, Any] | None = None
 
 
 class ReasoningOptions(Strict):
-    """How much the model is to reason, where its template knows of it."""
+    """Reasoning effort, for chat templates that support it."""
 
     model_config = ConfigDict(extra="ignore")
     effort: str | None = Field(default=None, max_length=32)
@@ -73,14 +73,14 @@ class ResponsesBody(ConversationBody):
 
     @property
     def count(self) -> int:
-        """Generations that it comes to."""
+        """Number of generations."""
         return 1
 
     def messages(self) -> list[Message]:
-        """The input as chat completions have it.
+        """Convert the input to chat-completion messages.
 
         Raises:
-            BodyError: an item that is neither a message, nor of a tool, nor reasoning.
+            BodyError: an unsupported kind of item.
         """
         messages = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
         if isinstance(self.input, str):
@@ -113,10 +113,10 @@ def _message(item: Item) -> Message:
 
 
 class ResponsesJob:
-    """A response; see `choices.Job`.
+    """A `/v1/responses` request; see `choices.Job`.
 
     Raises:
-        ExlError: the body cannot be honoured.
+        ExlError: an invalid body or prompt.
     """
 
     def __init__(self, body: ResponsesBody, model: TextModel) -> None:
@@ -134,7 +134,6 @@ class ResponsesJob:
         self._number = 0
 
     def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """See `choices.Job.push`."""
         events = []
         if not self._number:
             events += [
@@ -151,14 +150,12 @@ class ResponsesJob:
         return events
 
     def end(self) -> list[dict[str, Any]]:
-        """See `choices.Job.end`."""
         events = [] if self._kinds else self._begin("message")
         events += self._close()
         response = self._response()
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
     def result(self) -> dict[str, Any]:
-        """See `choices.Job.result`."""
         self._kinds = self._kinds or ["message"]
         return self._response()
 
@@ -172,7 +169,7 @@ class ResponsesJob:
         return self._event(type, **place, **fields)
 
     def _begin(self, kind: str) -> list[dict[str, Any]]:
-        """Open an item and its part, unless it is open; the one before is closed."""
+        """Open an output item of this kind unless it is already open, closing the previous one."""
         if self._open == kind:
             return []
         events = self._close()
@@ -186,7 +183,7 @@ class ResponsesJob:
         ]
 
     def _close(self) -> list[dict[str, Any]]:
-        """Close the item that is open, if any."""
+        """Close the open item, if any."""
         kind = self._open
         if not kind:
             return []

@@ -1,4 +1,4 @@
-"""A response as it comes, to be read by a thread or by an event loop, and the whole of it afterwards."""
+"""Streams of one response, for threads (`Stream`) and asyncio (`AsyncStream`), and the finished `Generation`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.errors import EngineError, ResponseTimeoutError, UsageError, spell
 
-# None wakes the reader: the stream was closed.
+# None wakes a reader after the stream was closed.
 Item = Chunk | BaseException | None
 
 
 def is_number(value: object) -> bool:
-    """Whether an argument is a number: True and False are none here."""
+    """Whether a value is an int or float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A response.
+    """A complete response.
 
     Attributes:
-        text: all of it, stop strings and special tokens left out.
-        token_ids: its tokens, an end-of-sequence token included.
-        seed: what to give as `seed` to get it again.
-        summary: why it ended and how long its parts took; see `engines.base.Summary`.
+        text: the text, without stop strings and special tokens.
+        token_ids: its tokens, including EOS.
+        seed: the seed that reproduces it.
+        summary: finish reason, token counts and timings; see `engines.base.Summary`.
     """
 
     text: str
@@ -45,13 +45,13 @@ class Generation:
 
 
 class _Reader:
-    """What both kinds of stream do alike: collect the response, keep the time, cancel the job."""
+    """Common part of both streams: collects the response, enforces the timeout, cancels."""
 
     def __init__(
         self, thread: EngineThread, request: Request, deliver: Callable[[Item], None], timeout: float | None
     ) -> None:
         if timeout is not None and (not is_number(timeout) or not timeout >= 0):
-            raise UsageError(f"timeout must be seconds from 0 on, got {timeout!r}")
+            raise UsageError(f"timeout must be a number of seconds, at least 0, got {timeout!r}")
         if timeout is not None and timeout > threading.TIMEOUT_MAX:  # centuries
             timeout = None
         self._closed = False
@@ -65,11 +65,11 @@ class _Reader:
         self._request_id = thread.submit(request, deliver)
 
     def close(self) -> None:
-        """Cancel what has not come yet; nothing happens after the end. May be called from any thread."""
+        """Cancel the rest of the response, if any. Thread-safe."""
         self._closed = True
         if self._generation is None:
             self._thread.cancel(self._request_id)
-        with contextlib.suppress(RuntimeError):  # an event loop that is closed has nobody to wake
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._deliver(None)
 
     def __del__(self) -> None:
@@ -80,7 +80,7 @@ class _Reader:
         return self._generation is None and not self._closed
 
     def _add(self, item: Item) -> str:
-        """Collect what was delivered; the text that it brought."""
+        """Add a delivered item and return its text."""
         if item is None:
             return ""
         if isinstance(item, BaseException):
@@ -89,18 +89,18 @@ class _Reader:
         self._ids += item.token_ids
         if item.summary is not None and not self._closed:
             if item.summary.finish_reason == "cancelled":
-                # Not by the reader: a part must not pass for the whole.
+                # Cancelled by closing the model, not the stream: do not return a partial response as complete.
                 raise EngineError("the model was closed before the response was complete", "keep it open until then")
             summary = dataclasses.replace(item.summary, note=spell(item.summary.note))
             self._generation = Generation("".join(self._text), tuple(self._ids), self._seed, summary)
         return item.text
 
     def _remaining(self) -> float | None:
-        """Seconds left, at least 0; None without a limit."""
+        """Seconds left, at least 0; None without a timeout."""
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def _too_late(self) -> ResponseTimeoutError:
-        return ResponseTimeoutError(f"no complete response within {self._timeout:g} seconds", "give it more time")
+        return ResponseTimeoutError(f"no complete response within {self._timeout:g} seconds", "raise the timeout")
 
     def _complete(self) -> Generation:
         if self._generation is None:
@@ -109,16 +109,16 @@ class _Reader:
 
 
 class Stream(_Reader, Iterator[str]):
-    """The text of one response, piece by piece, never an empty one.
+    """Iterates over the text of one response, in non-empty pieces.
 
-    It is generated in the background from the moment that this object exists. Leaving the loop early and dropping the
-    object, closing it, or leaving its `with` block cancels what is left.
+    Generation starts at once, in the background. Closing the stream, leaving its `with` block, or dropping it cancels
+    the rest.
 
-    Raises, on iterating:
+    Iterating raises:
         EngineError: the model was closed meanwhile, or the engine failed.
-        UsageError: the engine has no such sampler setting.
+        UsageError: the engine does not support a sampler setting.
         OutOfMemoryError: the device ran out of memory.
-        ResponseTimeoutError: the time given was not enough; a TimeoutError, too.
+        ResponseTimeoutError: the timeout has passed; also a TimeoutError.
     """
 
     def __init__(self, thread: EngineThread, request: Request, timeout: float | None = None) -> None:
@@ -135,10 +135,10 @@ class Stream(_Reader, Iterator[str]):
         raise StopIteration
 
     def result(self) -> Generation:
-        """The whole response, once all of it has come; what was iterated over already is part of it.
+        """Wait for the end and return the complete response, including what was already iterated over.
 
         Raises:
-            EngineError: the stream was closed before its end. And all that iterating raises.
+            EngineError: the stream was closed before its end; and everything that iterating raises.
         """
         for _ in self:
             pass
@@ -199,13 +199,13 @@ class AsyncStream(_Reader, AsyncIterator[str]):
     async def _receive(self) -> str:
         try:
             if self._remaining() == 0:
-                await asyncio.sleep(0)  # what came while the loop was busy is in time
+                await asyncio.sleep(0)  # accept what arrived while the loop was busy
             if self._inbox.empty():
                 return self._add(await asyncio.wait_for(self._inbox.get(), self._remaining()))
             return self._add(self._inbox.get_nowait())
-        except asyncio.TimeoutError:  # not the built-in one yet in Python 3.10
+        except asyncio.TimeoutError:  # distinct from the built-in TimeoutError in Python 3.10
             self.close()
             raise self._too_late() from None
-        except BaseException:  # a cancelled task among them
+        except BaseException:  # including CancelledError
             self.close()
             raise

@@ -159,7 +159,7 @@ def _free_it(processes: list[dict[str, Any]]) -> str:
     other = "or choose another GPU: CUDA_VISIBLE_DEVICES=NUMBER"
     mine = [process for process in processes if process["here"]]
     if not mine:
-        return f"nvidia-smi shows who uses it; {other}"
+        return f"nvidia-smi shows what uses it; {other}"
     largest = max(mine, key=lambda process: process["bytes"] or 0)
     return f"end what uses it (kill {largest['pid']}), {other}"
 

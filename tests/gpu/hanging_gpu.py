@@ -1,6 +1,6 @@
 """What `exl run` does while the GPU hangs, as a program that prints it: the error line, the exit code and the seconds.
 
-    python tests/gpu/hanging_gpu.py
+python tests/gpu/hanging_gpu.py
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""exllamav2's model object made of an `Architecture`, without its reading config.json and without its own tables.
+"""Build exllamav2's model from an `Architecture`, bypassing its own reading of config.json.
 
-What exllamav2 0.3.2 can be told is set in its parameters: every model is a Llama to it, with other norms, activations,
-scales, windows and rotary tables. What it cannot be told stands here:
+To exllamav2 0.3.2 every model is a Llama with different norms, activations, scales and windows, set through its
+parameters. What its parameters cannot express is patched here:
 
-- rotary embeddings: its tables depend on the allocated length and on its reading of the keys. Ours are made for each
-  kind of layer, one behind the other for the lengths of sequences that `Architecture.rope_switches` divides;
-- experts whose weights are not made to add up to 1, and layers without experts among others;
-- EXL2's MLPs with biases: it reorders the columns of gate and up for what the down matrix wants, but not their biases.
+- RoPE tables, which it derives from the allocated length and its own reading of config.json. We build one per kind of
+  layer, with a section for each range of sequence lengths between `Architecture.rope_switches`;
+- MoE routing weights that are not normalized, and dense layers among MoE layers;
+- EXL2 MLPs with biases: it permutes the columns of gate and up for the down matrix, but not their biases.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from exl_cli.models.architecture import Architecture
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.rope import Rope
 
-# Rows behind the longest context, for tokens that only fill up a forward pass: they mean nothing.
+# Extra rows past the longest context, for padding tokens of a forward pass.
 _SPARE_ROWS = 32
 
 
 def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *, low_mem: bool) -> Any:
-    """exllamav2's model, which has no weights yet.
+    """Build exllamav2's model object, without loading weights.
 
     Args:
         info: the model.
-        architecture: its own.
-        max_seq_len: most tokens of a sequence.
-        low_mem: prompts in smaller chunks.
+        architecture: its architecture.
+        max_seq_len: most tokens per sequence.
+        low_mem: smaller prefill chunks.
     """
     from exllamav2.config import ExLlamaV2Config
     from exllamav2.model import ExLlamaV2
@@ -50,8 +50,8 @@ def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *
     if low_mem:
         config.set_low_mem()
     config.max_input_len = min(config.max_input_len, max_seq_len)
-    config.no_sdpa = True  # see attention/causal.py; this keeps its own branch out of reach even where that is missing
-    config.no_graphs = True  # its graphs of single layers cannot be part of ours of whole passes
+    config.no_sdpa = True  # exl replaces its attention, see attention/causal.py
+    config.no_graphs = True  # its per-layer graphs cannot be captured within our graph of a forward pass
     model = ExLlamaV2(config)
     kinds = _kinds(architecture)
     for index, attention in enumerate(_attentions(model)):
@@ -71,15 +71,15 @@ def rope_switches(model: Any) -> list[int]:
 
 
 def rope_offsets(model: Any) -> list[int]:
-    """In which row each rotary table begins, that of the shortest sequences first."""
+    """First row of each RoPE table section, the one for the shortest sequences first."""
     return [0, *accumulate(rope_switches(model))]
 
 
 def experts_captured(model: Any) -> float:
-    """Up to how many tokens a graph can hold a forward pass through the model's experts.
+    """Most tokens for which a CUDA graph can capture the MoE layers; infinite without experts.
 
-    exllamav2 0.3.2 (`ExLlamaV2MoEMLP.forward`) has kernels for four tokens and some numbers of experts; else they
-    are sorted on the CPU.
+    exllamav2 0.3.2 (`ExLlamaV2MoEMLP.forward`) has kernels for up to four tokens and certain numbers of experts.
+    Otherwise it routes on the CPU.
     """
     experts = model.config.exl_architecture.experts
     if experts is None:
@@ -88,12 +88,12 @@ def experts_captured(model: Any) -> float:
 
 
 def _kinds(architecture: Architecture) -> list[Rope | None]:
-    """The different rotary embeddings of a model, in the order of the tables."""
+    """The distinct RoPEs of a model, in the order of its tables."""
     return list(dict.fromkeys(architecture.ropes)) if architecture.ropes else [None]
 
 
 def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: Weights) -> None:
-    """Say everything that exllamav2 would read from a folder."""
+    """Fill in everything that exllamav2 would read from a model folder."""
     from exllamav2.architecture import ExLlamaV2ArchParams, RopeStyle
 
     arch = ExLlamaV2ArchParams("LlamaForCausalLM", {})
@@ -116,7 +116,7 @@ def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: W
     styles = {"halves": RopeStyle.NEOX, "pairs": RopeStyle.GPTJ, "none": RopeStyle.NONE}
     arch.lm.rope_style = styles[architecture.rotary]
     arch.lm.residual_stream_fp32 = architecture.wide_residual
-    # In float32 the embeddings are scaled after they are looked up, as its weights would round.
+    # Scale embeddings after the lookup, in float32: scaling the float16 table would round.
     arch.lm.normalize_embeddings = architecture.wide_residual
     config.arch, config.architecture = arch, info.architecture
     config.model_dir, config.generation_config = str(info.path), {}
@@ -135,7 +135,7 @@ def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: W
     config.logit_scale, config.scale_depth = architecture.logit_scale, architecture.residual_scale
     config.scale_emb = 1 if architecture.wide_residual else architecture.embedding_scale
     config.norm_head = None  # see Weights
-    # Windows and rotary embeddings are set layer by layer.
+    # Windows and RoPE tables are set per layer, in build_model.
     config.sliding_window = config.pos_id_index = 0
     config.sliding_window_pattern = 1
     dims = {rope.dim for rope in architecture.ropes if rope} or {architecture.head_dim}
@@ -150,7 +150,7 @@ def _set_up(config: Any, info: ModelInfo, architecture: Architecture, weights: W
 
 @cache
 def _install() -> None:
-    """Have exllamav2 read tensors through `Weights`, and take our rotary tables."""
+    """Patch exllamav2 to read tensors through `Weights` and to use our RoPE tables."""
     from exllamav2 import device, linear, module
 
     class Files:
@@ -173,7 +173,7 @@ def _install() -> None:
 
 
 def _prepare_tables(context: Any) -> None:
-    """Make sines and cosines of every position, for each kind of layer: `ExLlamaV2DeviceContext.prepare_sincos`."""
+    """Replaces `ExLlamaV2DeviceContext.prepare_sincos`."""
     config, device = context.model.config, torch.device("cuda", context.device_idx)
     architecture: Architecture = config.exl_architecture
     context.sin, context.cos = [], []
@@ -189,10 +189,10 @@ def _prepare_tables(context: Any) -> None:
 def _tables(
     architecture: Architecture, rope: Rope | None, lengths: list[int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sines and cosines, shape (1, 1, rows, rotated values), float16; a layer without positions turns nothing.
+    """Sine and cosine tables, float16 [1, 1, rows, rotated dim]; identity for a layer without RoPE.
 
-    There are as many rows as the lengths together, and spare ones: for each length those of a sequence that is longer
-    than the length before.
+    Each length gets a section with that many rows, for sequences longer than the previous length; the last section has
+    _SPARE_ROWS more.
     """
     pairs = next((other.dim for other in architecture.ropes if other), architecture.head_dim) // 2
     parts = []
@@ -236,7 +236,7 @@ def _set_up_experts(model: Any, architecture: Architecture) -> None:
         if module.layer_idx in experts.dense:
             keys, params = model.config.arch.lm.keys, model.config.arch.lm
             expert_keys = {name: keys[name] for name in ("mlp_gate", "mlp_up", "mlp_down")}
-            # It reads them while it is made only.
+            # The module reads the keys in its constructor only.
             params.keys = {**keys, **{name: key.replace(".experts.*", "") for name, key in expert_keys.items()}}
             model.modules[index] = ExLlamaV2MLP(model, module.key, module.layer_idx, interm_features=architecture.inner)
             params.keys = keys
@@ -246,9 +246,9 @@ def _set_up_experts(model: Any, architecture: Architecture) -> None:
 
 
 def _forward_experts(experts: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """A mixture of experts whose weights are the router's probabilities as they are (Qwen 3 MoE, Fedus et al. 2021).
+    """MoE forward without normalized routing weights (Qwen 3 MoE; Fedus et al. 2021).
 
-    Stands for `ExLlamaV2MoEMLP.forward`, which always makes the weights of a token's experts add up to 1.
+    Replaces `ExLlamaV2MoEMLP.forward`, which always normalizes them.
     """
     states = hidden_states.view(-1, hidden_states.shape[-1])
     normed = experts.post_attention_layernorm.forward(states)

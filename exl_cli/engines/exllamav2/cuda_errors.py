@@ -1,4 +1,4 @@
-"""What exllamav2 and torch raise, as errors that a person can act on."""
+"""Translate exceptions of exllamav2 and torch into `ExlError`s with a next step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SOON = 0.005
 
 _LESS = f"use {param('cache')} q4, a smaller {param('max_seq_len')} or {param('low_mem')}"
 
-# What raises an exception whose innermost frame is in one of these packages is theirs to explain, not a bug of ours.
+# An exception whose innermost frame is in one of these packages is translated; others are bugs of ours.
 _FOREIGN = ("torch", "exllamav2", "safetensors", "triton")
 _CUDA_FAILURE = re.compile("CUDA|cuBLAS|cuDNN|NVRTC|NCCL", re.IGNORECASE)
 
@@ -31,10 +31,10 @@ _CUDA_FAILURE = re.compile("CUDA|cuBLAS|cuDNN|NVRTC|NCCL", re.IGNORECASE)
 def translated(
     info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
 ) -> Iterator[None]:
-    """Raise what `explained` makes of an exception.
+    """Translate exceptions raised in the block; see `explained`.
 
     Args:
-        info, context_length, options: what is being loaded; without them, it is loaded already.
+        info, context_length, options: what is being loaded; omitted once the model is loaded.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def translated(
 def explained(
     error: Exception, info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
 ) -> Exception:
-    """An exception of torch's or exllamav2's as one that says the next step; any other as it is."""
+    """Translate an exception of torch or exllamav2; return any other unchanged."""
     text = str(error).strip(" #\n") or type(error).__name__
     if isinstance(error, torch.cuda.OutOfMemoryError) or "Insufficient VRAM" in text or "out of memory" in text:
         return _out_of_memory(info, context_length)
@@ -68,7 +68,7 @@ def explained(
 
 
 def _is_foreign(error: Exception) -> bool:
-    """Whether torch or exllamav2 raised it: in their Python code, or out of a CUDA call in C++ that ours made."""
+    """Whether it comes from torch or exllamav2: raised in their Python code, or by a CUDA call from ours."""
     if isinstance(error, RuntimeError) and _CUDA_FAILURE.search(str(error)):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -76,7 +76,7 @@ def _is_foreign(error: Exception) -> bool:
 
 
 def _is_lost() -> bool:
-    """Whether CUDA refuses all further work, as it does once a kernel has failed."""
+    """Whether the CUDA context is unusable, as it is after a failed kernel."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -103,16 +103,15 @@ def wait(event: torch.cuda.Event) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """The line of an exception that says what went wrong.
+    """The most informative line of an exception.
 
-    What compilers and linkers raise ends with it; after a CUDA error, torch goes on with advice for developers.
+    Usually the last one; after a CUDA error, torch appends advice for developers.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if line.startswith("CUDA ")), lines[-1] if lines else type(error).__name__)
 
 
 def free_bytes() -> list[int]:
-    """Bytes free on each GPU."""
     return [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
 
 
@@ -124,5 +123,5 @@ def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryEr
     need = f"{gib(info.size_bytes)} for its weights and more for a context of {context_length:,} tokens"
     return OutOfMemoryError(
         f"{info.name} needs {need}; {have}",
-        f"{_LESS}, or free the GPU (nvidia-smi shows who uses it)",
+        f"{_LESS}, or free the GPU (nvidia-smi shows what uses it)",
     )

@@ -1,4 +1,4 @@
-"""How many draft tokens pay: from how often they are accepted and how long forward passes take."""
+"""Choose the number of draft tokens from their acceptance rate and measured times of forward passes."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Numbers of draft tokens to choose from: each is a shape of forward pass that the device has to be warmed up for.
+# Draft lengths to choose from. Few, since each is another shape of forward pass to warm up.
 LADDER = (1, 2, 3, 4, 5, 7, 9, 11, 15, 23, 31)
 
-# A gain that is less than the error of the times measured is none.
+# Require a speedup larger than the error of the measured times.
 _MARGIN = 1.02
 
-# How much longer a pass is thought to take with one more token in each row, until it is measured.
+# Assumed relative cost of one more token per row, for shapes not measured yet.
 _GROWTH = 0.04
 
 _FADE_TRIED, _FADE_IDLE, _FADE_SECONDS = 0.9, 0.99, 0.999
 _PRIOR_WEIGHT = 2.0
 
-# From which ratio on the times measured say that something was slower.
+# Report speculation as slower from this ratio of times on.
 _SLOWER = 1.03
 
 
 def agreeing(proposed: Sequence[int], chosen: Sequence[int]) -> int:
-    """How many tokens agree from the first one on."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(proposed, chosen, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(proposed), len(chosen)))
+    return next((index for index, (a, b) in pairs if a != b), min(len(proposed), len(chosen)))
 
 
 class AcceptanceRate:
-    """How often a draft token has been accepted lately, as a fading average.
+    """Exponentially weighted acceptance rate of draft tokens.
 
     Args:
-        prior: the rate assumed before any is seen, and returned to when none has been seen for long.
+        prior: initial rate, to which the estimate decays while nothing is drafted.
     """
 
     def __init__(self, prior: float) -> None:
@@ -41,11 +41,13 @@ class AcceptanceRate:
 
     @property
     def value(self) -> float:
-        """Between 0 and 1."""
         return (self._right + _PRIOR_WEIGHT * self._prior) / (self._tried + _PRIOR_WEIGHT)
 
     def note(self, proposed: Sequence[int], chosen: Sequence[int]) -> int:
-        """Compare draft tokens, computed or not, with what was sampled; returns how many were right."""
+        """Update with draft tokens, verified or not, and the tokens sampled; returns how many agree.
+
+        Each agreeing token counts as a success, and the first mismatch as a failure. Later ones show nothing.
+        """
         right = agreeing(proposed, chosen)
         for _ in range(right):
             self._add(1.0)
@@ -57,18 +59,18 @@ class AcceptanceRate:
         self._right, self._tried = self._right * _FADE_TRIED + right, self._tried * _FADE_TRIED + 1
 
     def fade(self) -> None:
-        """A token was sampled without a draft."""
+        """Decay towards the prior after a token without a draft."""
         self._right, self._tried = self._right * _FADE_IDLE, self._tried * _FADE_IDLE
 
 
 class AcceptanceEstimate(NamedTuple):
-    """What to expect of one sequence: at most `length` draft tokens, each accepted with the probability `rate`."""
+    """A sequence's expected acceptance: up to `length` draft tokens, each accepted with probability `rate`."""
 
     rate: float
     length: int
 
     def tokens(self, drafted: int) -> float:
-        """Expected tokens of a forward pass with at most so many draft tokens."""
+        """Expected tokens from a forward pass with `drafted` draft tokens: 1 + rate + rate² + …"""
         expected, likely = 1.0, 1.0
         for _ in range(min(drafted, self.length)):
             likely *= self.rate
@@ -77,30 +79,32 @@ class AcceptanceEstimate(NamedTuple):
 
 
 class Timing:
-    """How long a repeated operation takes, robust to outliers and to times that were not waited for."""
+    """Running estimate of an operation's duration, robust to outliers and to results collected late."""
 
     def __init__(self) -> None:
         self._warm = False
         self.seconds = 0.0
 
     def note(self, seconds: float, waited: float) -> None:
-        """It was done once more.
+        """Update with one measurement.
 
         Args:
-            seconds: from its beginning until it was seen to be done.
-            waited: how many of them the caller waited; if none, it may have been done before.
+            seconds: from submission until the result was collected.
+            waited: the part of it that the caller spent waiting. If short, the device may have finished earlier.
         """
-        if not self._warm:  # the first time a graph may be captured, or kernels tried out
+        if not self._warm:  # the first run may include graph capture and kernel tuning
             self._warm = True
         elif not self.seconds:
             self.seconds = seconds
         elif waited > seconds / 10:
+            # Moving average; an outlier counts as at most twice the estimate.
             self.seconds += (min(seconds, 2 * self.seconds) - self.seconds) / 4
         else:
+            # Only an upper bound of the duration.
             self.seconds = min(self.seconds, seconds)
 
     def fade(self) -> None:
-        """It seems to take too long to be done: let the estimate shrink until it is tried again."""
+        """Shrink the estimate of an operation that is being avoided, so that it is tried again some time."""
         self.seconds *= _FADE_SECONDS
 
 
@@ -111,11 +115,11 @@ class DraftLength:
         self._timings: dict[tuple[int, int], Timing] = {}
 
     def note(self, rows: int, tokens: int, seconds: float, waited: float) -> None:
-        """A forward pass over so many rows of at most so many tokens came back; see `Timing.note`."""
+        """Record a forward pass over `rows` sequences of up to `tokens` tokens; see `Timing.note`."""
         self._timings.setdefault((rows, tokens), Timing()).note(seconds, waited)
 
     def seconds(self, rows: int, tokens: int) -> float:
-        """What such a pass takes; where none was seen, a guess from shorter ones; 0.0 where there are none."""
+        """Estimated duration of a pass, extrapolated from shorter ones if it was never measured; 0.0 if unknown."""
         for shorter in range(tokens, 0, -1):
             timing = self._timings.get((rows, shorter))
             if timing is not None and timing.seconds:
@@ -123,14 +127,14 @@ class DraftLength:
         return 0.0
 
     def choose(self, estimates: Sequence[AcceptanceEstimate], cost: float) -> int:
-        """The most draft tokens for each sequence of the next forward pass that still pay.
+        """The draft length with the highest expected tokens per second for the next forward pass.
 
         Args:
-            estimates: of each sequence.
-            cost: seconds that one more draft token for each of them takes.
+            estimates: one for each sequence.
+            cost: seconds to draft one more token for all of them.
 
         Returns:
-            One of `LADDER`, or 0 where nothing is gained; 0, too, until the time of a plain pass is known.
+            One of `LADDER`, or 0 if none beats a plain pass, or if a plain pass has not been timed yet.
         """
         rows = len(estimates)
         plain = self.seconds(rows, 1)
@@ -154,13 +158,13 @@ class DraftLength:
 
 @dataclass
 class SpeculationStatistics:
-    """What speculation cost and brought one sequence.
+    """Costs and gains of speculation for one sequence.
 
     Attributes:
-        drafted: draft tokens computed.
-        accepted: those of them that became part of the text.
-        seconds: spent on drafting and forward passes.
-        plain_seconds: what the same tokens would have taken without drafts.
+        drafted: draft tokens verified.
+        accepted: draft tokens accepted.
+        seconds: time of drafting and forward passes.
+        plain_seconds: estimated time of the same tokens without drafts.
     """
 
     drafted: int = 0
@@ -169,10 +173,10 @@ class SpeculationStatistics:
     plain_seconds: float = 0.0
 
     def note(self, option: str) -> str:
-        """Tells the user where it was slower; empty otherwise.
+        """A note for the user if speculation was slower than plain decoding, else empty.
 
         Args:
-            option: what asked for it, with its `param`.
+            option: the option that enabled it, as a `param` mark.
         """
         if not self.drafted or not self.plain_seconds or self.seconds <= _SLOWER * self.plain_seconds:
             return ""

@@ -1,7 +1,7 @@
-"""Draft tokens from a second, smaller model of the same vocabulary; see `speculation`.
+"""Draft tokens from a smaller model with the same vocabulary; see `speculation`.
 
-The draft model has a separate KV cache and pages. It always drafts its likeliest token and keeps what was accepted;
-where it was left out of some forward passes it catches up with the tokens that came meanwhile in one pass.
+The draft model has its own paged KV cache and decodes greedily. Accepted draft tokens stay in its cache. If it skipped
+some forward passes, it catches up on the missed tokens in one pass.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from exl_cli.engines.exllamav2.forward_pass import ModelRunner, ScheduledTokens
 from exl_cli.engines.exllamav2.speculation import ChooseLength, DraftRequest, DraftTokens
 from exl_cli.errors import param
 
-# The acceptance rate of a draft model before any token is verified.
+# Initial acceptance rate.
 _PRIOR = 0.7
 
 
 @dataclass(eq=False)
 class _Draft:
-    """A sequence in the draft model.
+    """The draft model's state of one sequence.
 
     Attributes:
-        ids: the sequence's tokens as far as the draft model knows them.
-        allocation: the pages for them and for draft tokens; where there are no more, fewer tokens are drafted, or none.
-        num_computed_tokens: how many of `ids` its cache holds.
-        proposed: its last draft tokens; all but the last are in its cache, too.
-        rate: how often they were accepted.
-        most: the most positions that it may take up.
+        ids: the sequence's tokens known to the draft model.
+        allocation: pages for them and for draft tokens; if pages run out, fewer tokens are drafted, or none.
+        num_computed_tokens: how many of `ids` are in its cache.
+        proposed: its last draft tokens; all but the last are in its cache too.
+        rate: their acceptance rate.
+        most: most positions it may take up.
     """
 
     ids: list[int]
@@ -46,11 +46,11 @@ class DraftModel:
     """A `speculation.Drafter`.
 
     Args:
-        runner: the draft model; used by nobody else.
-        vocab_size: tokens that both models' tokenizer knows; what lies beyond is never proposed.
-        context_length: the most positions that the draft model is made for.
-        chunk: prompt tokens of one call of `prefill`.
-        clock: seconds that pass.
+        runner: runs the draft model; not shared.
+        vocab_size: size of the tokenizer's vocabulary; padding beyond it is never proposed.
+        context_length: the draft model's context, in tokens.
+        chunk: tokens per `prefill` call.
+        clock: current time in seconds.
     """
 
     option = param("draft")
@@ -70,17 +70,17 @@ class DraftModel:
         self._chunk = chunk
         self._clock = clock
         self._blocks = BlockManager(runner.pages, runner.page_size, runner.copy_page)
-        # Over all sequences: the expectation for a new one.
+        # Over all sequences; the prior of a new one.
         self._rate = AcceptanceRate(_PRIOR)
         self._pass = Timing()
 
     @property
     def num_allocated_pages(self) -> int:
-        """Pages that sequences hold; 0 when there are none."""
+        """Pages held by sequences."""
         return self._blocks.num_allocated
 
     def begin(self, ids: list[int], positions: int) -> _Draft | None:
-        """See `speculation.Drafter.begin`; evaluates the prompt. None where there is no room for it."""
+        """See `speculation.Drafter.begin`. Prefills the prompt; None if there is no room for it."""
         most = min(positions, self._context_length)
         if len(ids) >= most:
             return None
@@ -100,7 +100,6 @@ class DraftModel:
         return draft
 
     def propose(self, requests: Sequence[DraftRequest], choose: ChooseLength) -> list[DraftTokens]:
-        """See `speculation.Drafter.propose`."""
         able: list[tuple[_Draft, int]] = []
         for request in requests:
             if request.draft is not None:
@@ -108,7 +107,7 @@ class DraftModel:
                 room = self._room(request) if len(able) < self._runner.max_batch else 0
                 able.append((request.draft, room))
         estimates = [AcceptanceEstimate(draft.rate.value, room) for draft, room in able]
-        # Sequences without draft tokens are in the pass as well.
+        # Sequences without draft tokens take part in the pass too.
         estimates += [AcceptanceEstimate(0.0, 0)] * (len(requests) - len(able))
         most = choose(estimates, self._pass.seconds)
         for draft, room in able:
@@ -128,29 +127,27 @@ class DraftModel:
         ]
 
     def end(self, draft: _Draft | None, ids: list[int]) -> None:
-        """See `speculation.Drafter.end`."""
         if draft is not None:
             self._tell(draft, ids)
             self._blocks.free(draft.allocation)
 
     def reset(self) -> None:
-        """See `speculation.Drafter.reset`."""
         self._blocks.reset()
         with contextlib.suppress(Exception):
             self._runner.synchronize()
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """After a failed pass, leave the device ready for the next one; see `Scheduler`."""
+        """Synchronize the device after a failed pass; see `Scheduler`."""
         try:
             yield
         except Exception:
-            with contextlib.suppress(Exception):  # it has told the error already
+            with contextlib.suppress(Exception):  # the same error again
                 self._runner.synchronize()
             raise
 
     def _tell(self, draft: _Draft, ids: list[int]) -> None:
-        """Learn which of the last draft tokens were accepted."""
+        """Add the sequence's new tokens, and count the draft tokens among them as computed."""
         before = len(draft.ids)
         if len(ids) == before:
             return
@@ -163,7 +160,7 @@ class DraftModel:
         self._blocks.mark_computed(draft.allocation, draft.num_computed_tokens)
 
     def _fill(self, draft: _Draft, end: int) -> None:
-        """Have the first `end` tokens in the cache."""
+        """Prefill up to token `end`."""
         while draft.num_computed_tokens < end:
             count = min(self._chunk, end - draft.num_computed_tokens)
             self._blocks.grow(draft.allocation, draft.num_computed_tokens + count)
@@ -180,7 +177,7 @@ class DraftModel:
         return room
 
     def _propose(self, drafts: list[tuple[_Draft, int]]) -> None:
-        """Extend each draft by so many tokens, in forward passes over all of them."""
+        """Draft the given number of tokens for each sequence, in batched forward passes."""
         start = self._clock()
         widest = self._runner.max_tokens // len(drafts)
         for draft, _ in drafts:
@@ -198,7 +195,7 @@ class DraftModel:
         self._pass.note(seconds, seconds)
 
     def _row(self, draft: _Draft) -> ScheduledTokens:
-        """The tokens not computed yet: of the sequence, or else the last draft token."""
+        """The tokens of the next pass: the last draft token, or at first all of the sequence's uncomputed tokens."""
         if draft.proposed:
             ids, begin = draft.proposed[-1:], len(draft.ids) + len(draft.proposed) - 1
         else:

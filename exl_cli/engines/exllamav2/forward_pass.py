@@ -1,8 +1,8 @@
-"""What the scheduler asks of a model: forward passes over tokens whose keys and values live in pages.
+"""The interface between scheduler and model: forward passes over a paged KV cache.
 
-The KV cache is a pool of pages of `page_size` positions each. A sequence owns a list of them, its block table: position
-p lies in page `block_table[p // page_size]`, at `p % page_size`. The scheduler alone decides who owns which page; a
-forward pass reads and writes where its block tables say.
+The KV cache is a pool of pages of `page_size` positions. A sequence's block table lists its pages: position p is in
+page `block_table[p // page_size]`, at offset `p % page_size`. Only the scheduler allocates pages; a forward pass reads
+and writes where its block tables point.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """Consecutive tokens of one sequence.
+    """Consecutive tokens of one sequence, to be computed in a forward pass.
 
     Attributes:
-        ids: the tokens to evaluate, at least one, at positions start, start + 1, …; each sees all positions before it.
-        start: positions of the sequence that are in the cache already.
+        ids: at least one token, at positions start, start + 1, …; attention is causal.
+        start: number of the sequence's positions already in the cache.
         block_table: the sequence's pages, enough for start + len(ids) positions.
-        rope_table: how many of `ModelRunner.rope_switches` the sequence has passed.
+        rope_table: number of `ModelRunner.rope_switches` that the sequence is longer than.
     """
 
     ids: tuple[int, ...]
@@ -85,15 +85,15 @@ class ModelRunner(Protocol):
 
     Attributes:
         sampler: chooses tokens on the device; None where the CPU chooses all.
-        pends: whether a pass may take tokens that the CPU has not seen.
-        page_size: positions in a page.
-        pages: pages that a scheduler may use, numbered from 0.
-        max_batch: the most sequences of one `submit`.
-        max_tokens: the most tokens of a `submit` of one sequence. With several, their number times the longest one's
-            tokens stays within `max_batch` or `max_tokens`, whichever is larger.
-        vocab_size: logits of a position.
-        rope_switches: lengths, ascending; a sequence of more tokens than one of them has other keys and values, from
-            the first token on.
+        pends: whether a pass may take tokens that have not reached the CPU yet.
+        page_size: positions per page.
+        pages: number of pages, numbered from 0.
+        max_batch: most sequences per `submit`.
+        max_tokens: most tokens per `submit` of one sequence. For several sequences, their number times the length of
+            the longest is at most max(max_batch, max_tokens).
+        vocab_size: logits per position.
+        rope_switches: ascending lengths. When a sequence grows beyond one, its RoPE frequencies change, and all its
+            keys and values must be computed again.
     """
 
     page_size: int
@@ -110,11 +110,11 @@ class ModelRunner(Protocol):
     def pends(self) -> bool: ...
 
     def prefill(self, row: ScheduledTokens) -> None:
-        """Put the keys and values of any number of tokens into the cache. Returns once that is under way."""
+        """Compute the keys and values of any number of tokens. Asynchronous."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything asked of it."""
+        """Wait for the device to finish all work."""
         ...
 
     def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
@@ -147,5 +147,5 @@ class ModelRunner(Protocol):
         ...
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy all keys and values of one page into another, in order with the forward passes."""
+        """Copy a page's keys and values into another page, in stream order."""
         ...

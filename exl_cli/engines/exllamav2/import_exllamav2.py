@@ -1,9 +1,9 @@
-"""The only import of exllamav2.
+"""Import exllamav2 with a working compiled extension. The only place that imports it.
 
-Left to itself that import compiles for minutes without a word, waits endlessly for the lock of a build that died, or
-ends in a linker's message. Here its extension is looked for, checked against this machine, compiled in the open where
-necessary (`extension.build`) and tried on the GPU; then exllamav2 gets it ready-made. Whatever still goes wrong becomes
-one line with the step that mends it.
+A plain `import exllamav2` may compile silently for minutes, wait forever for the lock of a dead build, or fail with a
+linker's message. We find the extension, check it against this machine, compile it visibly if needed
+(`extension.build`), smoke-test it on the GPU, and put it into `sys.modules` before exllamav2 looks for it. Failures
+become one line with the next step.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ _lock = threading.Lock()
 
 
 def import_exllamav2(observer: build.Observer | None = None) -> None:
-    """Import exllamav2's model, with an extension that fits this machine. Later calls do nothing.
+    """Import exllamav2 with an extension that fits this machine. Idempotent.
 
     Args:
-        observer: shows a build. Without one nothing is compiled, since that takes minutes: the error says what to do.
+        observer: shows the progress of a build. Without one nothing is compiled; the error says how to do it.
 
     Raises:
-        EngineError: it cannot be imported here; the message says why and the hint how to mend that.
-        OutOfMemoryError: the GPU has no room even for CUDA itself.
+        EngineError: it cannot be imported on this machine.
+        OutOfMemoryError: not enough GPU memory for a CUDA context.
     """
     with _lock:
         if compiled.EXLLAMAV2 in sys.modules:
             return
-        # exllamav2 prints to stdout, which belongs to the model's text.
+        # exllamav2 prints to stdout, which is reserved for the model's text.
         with contextlib.redirect_stdout(sys.stderr), startup.collector_paused():
             try:
                 sys.modules[compiled.MODULE] = _extension(observer)
                 _import_lightly()
-            except Exception as error:  # it imports much: anything can come out
+            except Exception as error:  # the import can raise anything
                 raise _explained(error, "exllamav2 cannot be imported") from error
 
 
 def _extension(observer: build.Observer | None) -> ModuleType:
-    """The extension, loaded and tried on the GPUs."""
-    # Loaded before, for an import that failed later on: its types can be registered only once.
+    """Load a suitable extension, compiling one if needed."""
+    # Reuse it if an earlier import failed after loading it: pybind11 types can be registered only once.
     if (loaded := sys.modules.get(compiled.MODULE)) is not None:
         return loaded
     torch_ = build.torch_for_cuda()
@@ -63,7 +63,7 @@ def _extension(observer: build.Observer | None) -> ModuleType:
             continue
         try:
             return _load(candidate.path)
-        except Exception as error:  # loading it runs a linker and its own start-up code
+        except Exception as error:  # loading runs the dynamic linker and static initializers
             failure = hints.explain(str(error), torch_)
             if smoke_test.is_out_of_memory(error) or (failure and not failure.rebuild):
                 raise _explained(error, "") from error
@@ -73,9 +73,9 @@ def _extension(observer: build.Observer | None) -> ModuleType:
         what = why or "exllamav2's extension is not compiled yet"
         raise EngineError(what, f"exl build compiles it for this machine, {_OR_CPU}")
     if why:
-        observer.note(f"{why}: another is needed for this machine")
+        observer.note(f"{why}: this machine needs another")
     else:
-        observer.note("exllamav2's CUDA extension is not compiled yet: that is done now, once")
+        observer.note("exllamav2's CUDA extension is not compiled yet: compiling it now, once")
     try:
         result = build.build(observer, gpus=gpus)
     except EngineError as error:
@@ -93,17 +93,17 @@ def _load(library: Path) -> ModuleType:
 
 
 def _import_lightly() -> None:
-    """Import exllamav2, with the extension ready in `sys.modules`, without what exl does not use.
+    """Import exllamav2, with the extension in `sys.modules`, without heavy modules that exl does not use.
 
-    That takes most of the time: 7.8 s of the whole import on one machine, where files open slowly, 1.1 s on a fast one.
-    Left out, with seconds of the fast one:
+    They take most of the import's time: 7.8 s on a machine with slow storage, 1.1 s on a fast one. Skipped, with times
+    on the fast machine:
 
-    - `torch.nn.attention.bias`, 0.95 s: it brings in torch's compiler, and sympy with that. `attn.py` wants it for an
-      attention that exl replaces (`attention/causal.py`), and asks EXLLAMA_NO_SDPA before it looks;
-    - `torch.utils.cpp_extension`, 0.12 s: it brings in setuptools. `ext.py` would compile the extension with it;
-    - flash-attn and xformers, where they are installed: a broken one would end the import.
+    - `torch.nn.attention.bias`, 0.95 s, which imports torch's compiler and sympy. `attn.py` uses it for attention that
+      exl replaces (`attention/causal.py`), and checks EXLLAMA_NO_SDPA first;
+    - `torch.utils.cpp_extension`, 0.12 s, which imports setuptools. `ext.py` would compile the extension with it;
+    - flash-attn and xformers, if installed: a broken one would fail the import.
 
-    Later imports of any of these in the same process get the real module.
+    Other code in this process can still import the real modules.
     """
     names = ("EXLLAMA_NO_SDPA", "EXLLAMA_NO_FLASH_ATTN", "EXLLAMA_NO_XFORMERS")
     switches = [name for name in names if name not in os.environ]
@@ -121,18 +121,17 @@ def _import_lightly() -> None:
 
 
 def _explained(error: Exception, what: str) -> ExlError:
-    """What an exception means, in one line."""
     if isinstance(error, ExlError):
         return error
     if smoke_test.is_out_of_memory(error):
         return OutOfMemoryError(
             "the GPU is full: it has no room even for CUDA itself",
-            f"nvidia-smi shows who uses it; CUDA_VISIBLE_DEVICES chooses another GPU, {_OR_CPU}",
+            f"nvidia-smi shows what uses it; CUDA_VISIBLE_DEVICES chooses another GPU, {_OR_CPU}",
         )
     text = str(error) or type(error).__name__
     failure = hints.explain(text, compiled.torch_here())
     if failure is None or failure.rebuild:
-        # The extension has passed its test: a linker's complaint now is about another library.
+        # The extension passed its smoke test, so a linker error now concerns another library.
         return EngineError(f"{what}: {hints.last_line(text)}", _or_cpu("exl doctor"))
     return EngineError(failure.what, _or_cpu(failure.fix))
 

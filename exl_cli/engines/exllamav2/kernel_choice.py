@@ -1,4 +1,4 @@
-"""Whether products of our own are faster than exllamav2's on this GPU: measured once for each shape, and remembered."""
+"""Choose between exl's and exllamav2's quantized matmul kernels, by timing both for each shape on this GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from exl_cli.engines.exllamav2.layers import Group
 
 
 def why_not(tuner: Tuner, groups: Sequence[Group], prepare: Callable[[], None]) -> str:
-    """Why exllamav2's kernels are the better choice for a model, in a few words; empty where they are not.
+    """Why exllamav2's kernels are faster for a model at batch size 1; empty if they are not.
 
     Args:
-        tuner: has chosen the tile configs of all groups for a row.
-        groups: the matrices of the model's layers and its head.
-        prepare: has exllamav2 choose its own kernels for a row, if that is still to be done.
+        tuner: has chosen the tile configs of all groups for one row.
+        groups: the matrices of the layers and the head.
+        prepare: lets exllamav2 choose its own kernels for one row, if it has not yet.
     """
     kinds: dict[tuple[object, ...], list[Group]] = {}
     for group in groups:
@@ -28,8 +28,8 @@ def why_not(tuner: Tuner, groups: Sequence[Group], prepare: Callable[[], None]) 
     ours = theirs = 0.0
     for alike in kinds.values():
         product = alike[0].product
-        # Matrices so small that none of it was measured do not matter.
+        # Matrices too small to be timed do not matter.
         if (time := tuner.microseconds(product, 1)) is not None:
             ours += len(alike) * time
             theirs += len(alike) * tuner.original(product, partial(originals, alike))
-    return f"its products take {theirs:.0f} microseconds a token here, ours {ours:.0f}" if ours > theirs else ""
+    return f"its kernels take {theirs:.0f} microseconds per token here, exl's {ours:.0f}" if ours > theirs else ""

@@ -1,6 +1,6 @@
-"""Which models the fused pass takes, and their matrices in the groups that one product takes together.
+"""Which models the fused forward pass supports, and their matrices grouped by kernel launch.
 
-The environment variable EXL_KERNELS=exllamav2 leaves all models to exllamav2's own kernels, for comparison.
+EXL_KERNELS=exllamav2 in the environment disables it, for comparison.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ VARIABLE = "EXL_KERNELS"
 
 
 def why_not(model: Any) -> str:
-    """Why a model cannot take this pass, in a few words; empty where it can.
+    """Why the fused forward pass does not support a model; empty if it does.
 
     Raises:
-        EngineError: EXL_KERNELS says something unknown.
+        EngineError: EXL_KERNELS has an unknown value.
     """
     from exllamav2.attn import ExLlamaV2Attention
     from exllamav2.linear import ExLlamaV2Linear
@@ -54,7 +54,7 @@ def why_not(model: Any) -> str:
         elif type(module) is ExLlamaV2MLP:
             reason = _mlp_why_not(module, params)
         elif type(module) is ExLlamaV2MoEMLP:
-            continue  # computed by exllamav2, between our own attention
+            continue  # exllamav2 computes the experts, exl the attention around them
         else:
             reason = f"it has a layer of {type(module).__name__}"
         if reason or not isinstance(module.pre_layernorm, ExLlamaV2RMSNorm):
@@ -66,7 +66,7 @@ def why_not(model: Any) -> str:
 
 def _attention_why_not(attention: Any, params: Any) -> str:
     if params.rope_style.name != "NEOX":
-        return "its rotary embedding is of another kind"
+        return "its RoPE rotates interleaved pairs, or it has none"
     if attention.q_norm is not None and (params.headnorm != "rmsnorm" or attention.q_norm.bias is not None):
         return "its head norm is not RMS norm"
     return _linears_why_not([attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj])
@@ -87,20 +87,20 @@ def _linears_why_not(linears: Sequence[Any]) -> str:
 
 
 class Group:
-    """Matrices that one product takes together.
+    """Matrices with the same input, multiplied in one kernel launch.
 
     Args:
-        linears: exllamav2's linear layers, quantized.
-        paired: they are a gate and what it gates.
-        reorders: whether their input comes in the model's order.
+        linears: exllamav2's quantized linear layers.
+        paired: whether they are gate and up projection of an MLP.
+        reorders: whether the input is in the model's order and has to be permuted.
 
     Attributes:
-        product: of the matrices.
-        permutations: in which they want their input: places in it, or None for as it is.
-        chosen: for each matrix, which of the permutations.
+        product: the fused matmul.
+        permutations: distinct permutations of the input; None for the identity.
+        chosen: for each matrix, the index of its permutation.
 
     Raises:
-        EngineError: the kernels cannot take one of them.
+        EngineError: the kernels do not support one of them.
     """
 
     def __init__(self, linears: Sequence[Any], *, paired: bool = False, reorders: bool = True) -> None:
@@ -119,7 +119,7 @@ class Group:
         self._linears = linears
 
     def original(self) -> Callable[[], None]:
-        """A call of exllamav2's kernels that multiplies a row with each of the matrices; what comes out is lost."""
+        """A call of exllamav2's kernels on one row for each matrix, for timing."""
         from exllamav2.ext import exllamav2_ext
 
         def row(linear: Any, width: int) -> torch.Tensor:
@@ -137,22 +137,22 @@ class Group:
 def _matrix(linear: Any) -> QuantizedMatrix:
     matrix = from_exllamav2(linear.q_tensors)
     if matrix is None:
-        raise EngineError(f"{linear.key} has groups of a size that the kernels do not know")
+        raise EngineError(f"{linear.key} has a group size that the kernels do not support")
     return matrix
 
 
-def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.shape == other.shape and torch.equal(one, other)
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 class Layer:
-    """The groups of a layer: exllamav2's attention and MLP modules.
+    """The groups of a transformer layer.
 
     Attributes:
-        mlp: None where the layer is a mixture of experts.
-        experts: exllamav2's module of the mixture, which computes it; None where there is none.
+        mlp: None for a MoE layer.
+        experts: exllamav2's MoE module, which runs as it is; None for a dense layer.
     """
 
     def __init__(self, attention: Any, mlp: Any) -> None:
@@ -175,5 +175,5 @@ class Mlp:
     def __init__(self, mlp: Any) -> None:
         self.norm = mlp.pre_layernorm
         self.gate_up = Group([mlp.gate_proj, mlp.up_proj], paired=True)
-        # What it takes is written in its order.
+        # The activation kernel already writes its output in this matrix's order.
         self.down = Group([mlp.down_proj], reorders=False)

@@ -1,4 +1,4 @@
-"""Forward passes through exllamav2's own modules, over pages: of every model that it can load, on as many GPUs."""
+"""Forward passes through exllamav2's modules with our paged KV cache: all models that it can load, on several GPUs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import torch
 
 from exl_cli.engines.exllamav2.attention.paged import at_most
 
-# exllamav2 0.3.2, q_gemm_autotune.cuh: so many calls of each shape are timed, by events that no graph can hold.
+# exllamav2 0.3.2 (q_gemm_autotune.cuh) times this many calls of each shape with events, which a graph cannot capture.
 _TIMED_CALLS = 200
 
 
 @cache
 def _params_class() -> type[Any]:
-    """Made on first use: exllamav2 cannot be imported on every machine that imports this module."""
+    """Defined on first use: this module is also imported on machines without exllamav2."""
     from exllamav2.attn_params import PagedParams, Params
 
     class StaticParams(PagedParams):  # type: ignore[misc]  # untyped, and known only here
-        """`PagedParams` of tensors that are on a device already.
+        """`PagedParams` for tensors already on the device.
 
-        Stands for a defect of exllamav2 0.3.2: its class wants them on the CPU, and copies them for every pass, which a
-        graph cannot.
+        exllamav2 0.3.2's class takes CPU tensors and copies them for each pass, which breaks graph capture.
         """
 
         def __init__(
@@ -76,14 +75,14 @@ class ModulesForward:
         most_keys: int,
         rope_offsets: torch.Tensor | None = None,
     ) -> None:
-        """Put the keys and values of one sequence's next tokens into the cache.
+        """Compute the keys and values of one sequence's next tokens.
 
         Args:
-            states: embeddings on the first device, shape (1, tokens, hidden); overwritten.
-            lengths: int32 on the device, shape (1,): positions before them.
-            block_table: int32 on the device, shape (1, pages).
-            most_keys: positions with them.
-            rope_offsets: as of `Inputs`.
+            states: embeddings on the first device, [1, tokens, hidden]; overwritten.
+            lengths: int32 on the device, [1]: positions already cached.
+            block_table: int32 on the device, [1, pages].
+            most_keys: positions including the new tokens.
+            rope_offsets: see `Inputs`.
         """
         self._through(self._model.last_kv_layer_idx + 1, states, lengths, block_table, most_keys, rope_offsets)
 
@@ -96,17 +95,17 @@ class ModulesForward:
         most_keys: int,
         rope_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All layers and the head.
+        """Run all layers and the head.
 
         Args:
-            hidden: embeddings on the first device, shape (batch * tokens, hidden); overwritten.
-            lengths, block_table: as of `Inputs`, of `batch` rows.
-            tokens: of each row.
-            most_keys: no row has more, the new ones included.
-            rope_offsets: as of `Inputs`, of `batch` rows; None where the model has no `rope_switches`.
+            hidden: embeddings on the first device, [batch * tokens, hidden]; overwritten.
+            lengths, block_table: `batch` rows of `Inputs`.
+            tokens: tokens per row.
+            most_keys: upper bound on a row's positions, including the new ones.
+            rope_offsets: `batch` rows of `Inputs`; None without `rope_switches`.
 
         Returns:
-            Logits, shape (batch * tokens, padded vocabulary), on the last device.
+            Logits [batch * tokens, padded vocabulary], on the last device.
         """
         states = self._through(
             None, hidden.view(len(lengths), tokens, -1), lengths, block_table, most_keys, rope_offsets
@@ -122,7 +121,7 @@ class ModulesForward:
         most_keys: int,
         rope_offsets: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What comes out of the modules behind the embeddings, up to an index."""
+        """Run the modules after the embeddings, up to index `end`."""
         params = _params_class()(lengths, block_table, most_keys, self._page_size, rope_offsets)
         with at_most(most_keys):
             for module in self._model.modules[1:end]:
@@ -133,9 +132,9 @@ class ModulesForward:
         return states
 
     def prepare(self, rows: int) -> None:
-        """Make passes of so many tokens fit for capture: have exllamav2 choose its kernels for EXL2 now.
+        """Let exllamav2 autotune its EXL2 kernels for `rows` tokens, before a graph is captured.
 
-        Stands for a defect of exllamav2 0.3.2: the choice is made by the clock, and ends any capture.
+        Its autotuner times kernels during the first calls, which would break the capture.
         """
         from exllamav2.ext import exllamav2_ext
         from exllamav2.linear import ExLlamaV2Linear
@@ -153,14 +152,13 @@ class ModulesForward:
             self._timed.add(shape)
 
     def compile_ahead(self) -> None:
-        """Nothing to do: see `FusedForward.compile_ahead`."""
+        """See `FusedForward.compile_ahead`; nothing to do."""
 
     def close(self) -> None:
-        """Nothing to do: see `FusedForward.close`."""
+        """See `FusedForward.close`; nothing to do."""
 
 
 def _all(modules: Any) -> Any:
-    """Modules with those inside of them."""
     for module in modules:
         yield module
         yield from _all(getattr(module, "submodules", None) or ())

@@ -1,6 +1,6 @@
-"""Prompt lookup: draft tokens copied from where the last few tokens occurred before, in the prompt or the response.
+"""Prompt lookup decoding: draft the tokens that followed the last few tokens when they occurred before.
 
-Saxena's prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding.
+Source: Apoorv Saxena, https://github.com/apoorvumang/prompt-lookup-decoding. Prompt and response are searched.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from exl_cli.errors import param
 
 @dataclass(eq=False)
 class _Index:
-    """Where each n-gram of a sequence occurred last."""
+    """N-gram index of one sequence: for each size, n-gram to the position after its last occurrence."""
 
-    places: dict[int, dict[tuple[int, ...], int]]
+    followers: dict[int, dict[tuple[int, ...], int]]
     rates: dict[int, AcceptanceRate]
     indexed: int = 0
     nothing: DraftTokens = field(default_factory=lambda: DraftTokens((), 0, AcceptanceRate(0.0)))
 
 
 class PromptLookup:
-    """Proposes what followed the last few tokens when they occurred before. See `speculation.Drafter`.
+    """Drafts by prompt lookup. See `speculation.Drafter`.
 
     Args:
-        longest, shortest: how many tokens have to agree; the longest match wins.
+        longest, shortest: n-gram sizes to match; longer matches are preferred.
     """
 
     option = f"{param('speculate')} ngram"
@@ -36,15 +36,13 @@ class PromptLookup:
         self._sizes = range(longest, shortest - 1, -1)
 
     def begin(self, ids: list[int], positions: int) -> _Index:
-        """See `Drafter.begin`."""
-        # A longer match is right more often: at first only the longest are trusted.
+        # Longer matches are more reliable; start with little trust in shorter ones.
         return _Index(
             {size: {} for size in self._sizes},
             {size: AcceptanceRate(0.7 if size == self._sizes[0] else 0.4) for size in self._sizes},
         )
 
     def propose(self, requests: Sequence[DraftRequest], choose: ChooseLength) -> list[DraftTokens]:
-        """See `Drafter.propose`."""
         drafts = [self._draft(request) for request in requests]
         used = choose([AcceptanceEstimate(draft.rate.value, len(draft.tokens)) for draft in drafts], 0.0)
         return [DraftTokens(tokens, min(used, len(tokens)), rate) for tokens, _, rate in drafts]
@@ -60,16 +58,16 @@ class PromptLookup:
         if index is None:
             return DraftTokens((), 0, AcceptanceRate(0.0))
         ids, end = request.ids, len(request.ids)
-        # The last token has no follower yet.
+        # Index the n-grams that end at each new token, except the last one, which has no follower yet.
         for last in range(index.indexed, end - 1):
-            for size, places in index.places.items():
+            for size, followers in index.followers.items():
                 if last + 1 >= size:
-                    places[tuple(ids[last + 1 - size : last + 1])] = last + 1
+                    followers[tuple(ids[last + 1 - size : last + 1])] = last + 1
         index.indexed = max(index.indexed, end - 1)
-        for size, places in index.places.items() if request.most > 0 else ():
-            place = places.get(tuple(ids[-size:]))
-            if place is not None and end >= size:
-                # Past the end of the sequence the draft continues itself: a period is repeated.
-                tokens = (ids[place : place + request.most] * (1 + request.most // (end - place)))[: request.most]
+        for size, followers in index.followers.items() if request.most > 0 else ():
+            start = followers.get(tuple(ids[-size:]))
+            if start is not None and end >= size:
+                # If fewer tokens follow than can be used, repeat them: the sequence is likely periodic.
+                tokens = (ids[start : start + request.most] * (1 + request.most // (end - start)))[: request.most]
                 return DraftTokens(tuple(tokens), 0, index.rates[size])
         return index.nothing

@@ -23,9 +23,9 @@ class DraftTokens(NamedTuple):
     """Draft tokens of one sequence.
 
     Attributes:
-        tokens: what may come next.
-        used: how many of them are to be computed.
-        rate: keeps count of how many were right.
+        tokens: the draft.
+        used: how many of them to verify.
+        rate: the acceptance rate to update.
     """
 
     tokens: tuple[int, ...]
@@ -34,12 +34,12 @@ class DraftTokens(NamedTuple):
 
 
 class DraftRequest(NamedTuple):
-    """A sequence that draft tokens are wanted for.
+    """A request for draft tokens for one sequence.
 
     Attributes:
-        draft: what `Drafter.begin` gave; None for no draft tokens.
-        ids: its tokens so far.
-        most: the most draft tokens that can be used.
+        draft: the result of `Drafter.begin`; None for no draft tokens.
+        ids: the sequence's tokens so far.
+        most: most draft tokens that can be used.
     """
 
     draft: Any
@@ -54,43 +54,43 @@ class Drafter(Protocol):
     """A source of draft tokens.
 
     Attributes:
-        option: what asks for it, with its `param`.
+        option: the option that enables it, as a `param` mark.
     """
 
     option: str
 
     def begin(self, ids: list[int], positions: int) -> Any:
-        """A sequence's prompt is in the cache.
+        """Start a sequence whose prompt has been prefilled.
 
         Args:
             ids: its tokens.
-            positions: the most that it may take up.
+            positions: the most positions it may reach.
 
         Returns:
-            What stands for it in `propose`; None where nothing can be proposed.
+            The drafter's state of the sequence, for `propose` and `end`; None if it cannot draft for it.
         """
         ...
 
     def propose(self, requests: Sequence[DraftRequest], choose: ChooseLength) -> list[DraftTokens]:
-        """Draft tokens for the sequences of the next pass, in order; `choose` (`DraftLength.choose`) says how many."""
+        """Draft tokens for the sequences of the next pass, in order. `choose` is `DraftLength.choose`."""
         ...
 
     def end(self, draft: Any, ids: list[int]) -> None:
-        """A sequence has ended, with these tokens."""
+        """End a sequence; `ids` are its final tokens."""
         ...
 
     def reset(self) -> None:
-        """Forget all sequences."""
+        """Drop all sequences."""
         ...
 
 
 class Speculation:
-    """A drafter at work for a scheduler.
+    """Connects a drafter with the scheduler, and measures what it gains.
 
     Args:
-        drafter: proposes the tokens.
+        drafter: the source of draft tokens.
         max_batch, max_tokens: see `ModelRunner`.
-        clock: seconds that pass.
+        clock: current time in seconds.
     """
 
     def __init__(self, drafter: Drafter, max_batch: int, max_tokens: int, clock: Callable[[], float]) -> None:
@@ -103,7 +103,7 @@ class Speculation:
         self._drafting = 0.0
 
     def begin(self, sequence: TokenSequence) -> None:
-        """A sequence's prompt is in the cache."""
+        """Start a sequence whose prompt has been prefilled."""
         start = self._clock()
         sequence.draft = self._drafter.begin(sequence.ids, sequence.max_tokens)
         sequence.statistics.seconds += self._clock() - start
@@ -114,11 +114,11 @@ class Speculation:
         return min(most - 1, LADDER[-1])
 
     def draft(self, sequences: Sequence[TokenSequence], *, busy: bool) -> list[DraftTokens]:
-        """Draft tokens to verify in the next forward pass, for each of its sequences.
+        """Draft tokens for the sequences of the next forward pass.
 
         Args:
-            sequences: these; their block tables bound how many tokens they get.
-            busy: the device has prompts to evaluate first, and the time that the pass takes means nothing.
+            sequences: the sequences of the pass; their block tables bound the number of draft tokens.
+            busy: the device still has a prefill to do, so the pass cannot be timed.
         """
         start = self._clock()
         count = len(sequences)
@@ -134,13 +134,13 @@ class Speculation:
         return drafts
 
     def collected(self, since: float) -> None:
-        """The pass with the last draft tokens is back; the wait for it began at `since`."""
+        """Record the time of the pass just collected; waiting for it began at `since`."""
         if self._submitted is not None:
             now = self._clock()
             self._length.note(*self._shape, now - self._submitted, now - since)
 
     def outcome(self, sequence: TokenSequence, draft: DraftTokens, chosen: Sequence[int]) -> Step:
-        """The tokens that a pass gave a sequence, and how many draft tokens were accepted."""
+        """The step of a sequence, given its draft and the tokens sampled in the pass."""
         accepted = min(draft.rate.note(draft.tokens, chosen), draft.used)
         statistics, plain = sequence.statistics, self._length.seconds(self._shape[0], 1)
         statistics.drafted += draft.used
@@ -151,11 +151,11 @@ class Speculation:
         return Step(tuple(chosen), None, 0, draft.used, accepted, statistics.note(self._drafter.option))
 
     def end(self, sequence: TokenSequence) -> None:
-        """A sequence has ended, or is put back."""
+        """End a sequence, or put it back into the queue."""
         if sequence.draft is not None:
             draft, sequence.draft = sequence.draft, None
             self._drafter.end(draft, sequence.ids)
 
     def reset(self) -> None:
-        """Forget all sequences."""
+        """Drop all sequences."""
         self._drafter.reset()

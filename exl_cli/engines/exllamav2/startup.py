@@ -1,4 +1,4 @@
-"""Shortens the time until a model answers. Each measure here is about speed alone, and does nothing where it cannot."""
+"""Startup optimizations. None affects results, and each does nothing where it does not apply."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from exl_cli.engines.exllamav2.extension.compiled import torch_here
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector, for imports: it would scan all of torch's objects again and again.
-
-    That is an eighth of the time that torch's import takes.
-    """
+    """Pause Python's garbage collector during imports, where rescanning torch's objects takes 1/8 of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -29,12 +26,12 @@ def collector_paused() -> Iterator[None]:
 
 
 def wake_gpu() -> None:
-    """Initialize the first GPU in a thread while torch is being imported, which saves some 0.4 s.
+    """Initialize the first GPU in a thread while torch is being imported; saves about 0.4 s.
 
-    Does nothing if torch is imported already or built without CUDA.
+    Does nothing if torch is already imported or built without CUDA.
     """
     if "torch" not in sys.modules and (torch := torch_here()) is not None and torch.cuda:
-        # The driver reads it on initialization; torch sets the same.
+        # Read by the driver when it initializes; torch would set it too.
         os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
         threading.Thread(target=_retain_context, name="wake GPU", daemon=True).start()
 
@@ -42,21 +39,21 @@ def wake_gpu() -> None:
 def _retain_context() -> None:
     import ctypes
 
-    # Errors recur when torch initializes the GPU; it reports them.
+    # Ignore errors: torch will hit and report them too.
     with contextlib.suppress(OSError, AttributeError):
         driver = ctypes.CDLL("libcuda.so.1")
         device, context = ctypes.c_int(), ctypes.c_void_p()
         if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
-            # The primary context is the one that torch uses.
+            # torch uses the primary context.
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 @contextlib.contextmanager
 def nothing_drawn() -> Iterator[None]:
-    """Keep torch's modules from drawing random weights on the meta device, where they have no memory to hold them.
+    """Skip random initialization of torch modules on the meta device.
 
-    exllamav2 makes an embedding or a linear layer there for each of the model, to know its shape. Torch computes on the
-    meta device in Python, and imports its compiler for it: up to five seconds.
+    exllamav2 creates its embeddings and linear layers there first. torch implements the meta device in Python and
+    imports its compiler for it, which takes up to five seconds.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Which models exllamav2 can run, and whether it can run here at all: answered without importing it."""
+"""Which models exllamav2 can run, and whether it runs on this machine, without importing it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _DTYPES = {"I32", "I16", "F16", "BF16", "F32"}
 
 
 def why_not(info: ModelInfo, context: int = 0) -> str:
-    """Why exllamav2 cannot run this model, with sequences of so many tokens, in a few words; empty where it can."""
+    """Why exllamav2 cannot run this model with `context` tokens; empty if it can."""
     try:
         model = architecture.read(info)
     except UnsupportedModelError as error:
         return str(error)
     inner = model.experts.inner if model.experts else model.inner
     if info.format != "float" and -(-inner // 32) % 2:
-        # Its activation leaves the last 32 columns as they are (q_mlp.cu divides the blocks by two and drops the rest).
-        return f"exllamav2 computes MLPs whose width is a multiple of 64, not {inner:,}"
+        # Its activation kernel skips the last 32 columns (q_mlp.cu halves the number of blocks and rounds down).
+        return f"exllamav2 supports MLP widths that are multiples of 64, not {inner:,}"
     if model.learned_positions and context > model.learned_positions:
-        return f"more than {model.learned_positions:,} tokens are not computed on the GPU"
+        return f"more than {model.learned_positions:,} tokens are not supported on the GPU"
     for tensor in info.tensors.values():
         if tensor.dtype not in _DTYPES:
             return f"exllamav2 cannot read {tensor.dtype} tensors ({tensor.name})"
@@ -49,23 +49,23 @@ def _groups_not_computed(info: ModelInfo) -> str:
     sizes = {group_size_of(*rows_and_groups(parts)) for parts in layers.values() if rows_and_groups(parts)[1] > 1}
     for size in {info.group_size} if info.group_size is not None else sizes:
         if size & (size - 1) and size > 0:
-            return f"exllamav2 computes GPTQ group sizes that are powers of two, not {size}"
+            return f"exllamav2 supports GPTQ group sizes that are powers of two, not {size}"
         if 0 <= size < 32:
-            # Its kernels look for the next group at every 32nd row only: with groups of 16 logits were off by 120 %.
-            return f"exllamav2 computes GPTQ groups of 32 rows and more, not of {size}"
+            # Its kernels switch groups at every 32nd row only. With groups of 16, logits were off by 120 %.
+            return f"exllamav2 supports GPTQ group sizes of 32 and more, not {size}"
     for name, parts in sample(layers).items():
-        # It sorts the rows by their groups, and then takes all groups to be of one size.
+        # It sorts the rows by group and then assumes equal group sizes.
         size = group_size_of(*rows_and_groups(parts))
         if (groups := stored_groups(parts)) and sorted(groups) != [row // size for row in range(len(groups))]:
-            return f"exllamav2 computes GPTQ groups of one size, and those of {name} differ"
+            return f"exllamav2 supports GPTQ groups of equal size, and those of {name} differ"
     return ""
 
 
 def _zero_point_of_zero(info: ModelInfo) -> str:
     """The first gptq_v2 layer with a zero point of 0.
 
-    exllamav2 turns gptq_v2 into the original convention by subtracting 1 from all eight zero points of a word at once,
-    so that a 0 borrows from its neighbour, and its kernels then read it as 16.
+    exllamav2 converts gptq_v2 to gptq by subtracting 1 from all eight zero points of a word at once. A 0 borrows from
+    its neighbour, and the kernels read it as 16.
     """
     from safetensors import safe_open
 
@@ -73,17 +73,14 @@ def _zero_point_of_zero(info: ModelInfo) -> str:
         if name.endswith(".qzeros"):
             with safe_open(tensor.file, framework="np") as file:
                 words = file.get_tensor(name).view("uint32")
-            # A nibble of 0 is where subtracting 1 sets a top bit that was clear before; the usual zero-in-word test.
+            # The usual zero-in-word test, for nibbles: subtracting 1 sets a top bit that was clear.
             if (((words - 0x11111111) & ~words & 0x88888888) != 0).any():
                 return name
     return ""
 
 
 def why_not_here() -> str:
-    """Why exllamav2 cannot run on this machine, in a few words; empty where nothing speaks against it.
-
-    Imports torch.
-    """
+    """Why exllamav2 cannot run on this machine; empty if it should. Imports torch."""
     import torch
 
     if not torch.cuda.is_available():
@@ -94,7 +91,7 @@ def why_not_here() -> str:
 
 
 def too_old(device: torch.device) -> str:
-    """Why this is no GPU with the tensor cores that exl's kernels and flash attention are written for; empty if it is.
+    """Why a device lacks the tensor cores (Ampere or later) that exl's kernels need; empty if it has them.
 
     Imports torch.
     """

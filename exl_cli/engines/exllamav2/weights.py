@@ -1,7 +1,7 @@
-"""A model's tensors under Llama's names, one tensor a matrix: so exllamav2 reads every architecture alike.
+"""Present a model's tensors to exllamav2 under Llama's names, with fused matrices split.
 
-Its own loader knows other names for some architectures, and takes tensors that hold several matrices (Phi 3's
-`qkv_proj`, GPT 2's `c_attn`) as floats only. Here columns of a GPTQ matrix are cut out before exllamav2 sees them.
+exllamav2's own loader splits fused tensors (Phi 3's `qkv_proj`, GPT 2's `c_attn`) only if they are unquantized. Here
+GPTQ matrices are split too, before exllamav2 sees them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from exl_cli.errors import DamagedModelError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, UnsupportedModelError, param
 from exl_cli.models.architecture import Architecture, llama_name
 from exl_cli.models.formats.headers import TensorHeader
 from exl_cli.models.info import ModelInfo
 
 _DTYPES = {"I32": torch.int, "I16": torch.short, "F16": torch.half, "BF16": torch.bfloat16, "F32": torch.float}
-# GPTQ packs the zero points of eight columns into a number.
+# GPTQ packs the zero points of eight columns into a word.
 _PACKED_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor comes from: outputs of another, all of it where there are none, and whether it is turned round."""
+    """The stored tensor behind a name, the ranges of its outputs to take (all if empty), and whether to transpose."""
 
     header: TensorHeader
     outputs: tuple[range, ...] = ()
@@ -36,15 +36,15 @@ class _Source:
 
 
 class Weights:
-    """What exllamav2 takes for a safetensors file that holds all of a model.
+    """Stands in for exllamav2's safetensors reader (`STFile`), as one file with all tensors of the model.
 
     Args:
         info: the model.
-        architecture: its own.
+        architecture: its architecture.
 
     Raises:
-        DamagedModelError: a matrix of a layer has no tensor.
-        UnsupportedModelError: a fused tensor cannot be cut where it would have to be.
+        DamagedModelError: a layer's matrix is missing.
+        UnsupportedModelError: a fused tensor cannot be split.
     """
 
     def __init__(self, info: ModelInfo, architecture: Architecture) -> None:
@@ -59,11 +59,11 @@ class Weights:
 
     @property
     def names(self) -> Sequence[str]:
-        """The tensors' names."""
+        """Names of all tensors."""
         return list(self._sources)
 
     def measure(self, name: str) -> int:
-        """Bytes of a tensor; exllamav2 asks."""
+        """Size of a tensor in bytes; part of `STFile`'s interface."""
         source = self._sources[name]
         if not source.outputs:
             return source.header.nbytes
@@ -71,7 +71,7 @@ class Weights:
         return source.header.nbytes * sum(map(len, source.outputs)) // max(1, outputs)
 
     def get_tensor(self, name: str, device: Any, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read a tensor; exllamav2 asks."""
+        """Read a tensor; part of `STFile`'s interface."""
         source = self._sources[name]
         if source.is_whole:
             tensor = self._adjusted(name, _read(source.header, device))
@@ -85,10 +85,10 @@ class Weights:
         return tensor if out_dtype is None else tensor.to(out_dtype)
 
     def _adjusted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What exllamav2 would leave undone.
+        """Apply scaling that exllamav2 misses.
 
-        It scales a quantized matrix of a layer's outputs, but not its bias; and the rows of Index' head are scaled to
-        length 1 by an assignment that torch refuses.
+        It scales quantized output matrices but not their biases, and it normalizes the rows of Index's head with an
+        assignment that torch rejects.
         """
         architecture, (layer, _, part) = self._architecture, name.rpartition(".")
         if part == "bias" and f"{layer}.weight" not in self._sources:
@@ -101,7 +101,7 @@ class Weights:
         return tensor
 
     def _read_again(self, header: TensorHeader) -> torch.Tensor:
-        """A fused tensor on the CPU: the matrices in it are asked for one after the other."""
+        """Read a fused tensor to the CPU, keeping the last one: its parts are requested in succession."""
         if self._last is None or self._last[0] is not header:
             self._last = (header, _read(header, "cpu"))
         return self._last[1]
@@ -118,14 +118,16 @@ class Weights:
 
     def _cut(self, layer: str, part: str, header: TensorHeader, outputs: tuple[range, ...]) -> None:
         transposed = self._architecture.transposed and part == "weight"
-        if part == "g_idx":  # of the inputs, which are the same for all
+        if part == "g_idx":  # per input, so shared by all parts
             outputs = ()
         elif part == "qzeros":
             if any(span.start % _PACKED_COLUMNS or span.stop % _PACKED_COLUMNS for span in outputs):
-                raise UnsupportedModelError(f"{header.name} cannot be cut at multiples of 8 columns", "use a CPU")
+                raise UnsupportedModelError(
+                    f"{header.name} cannot be split at multiples of 8 columns", f"use {param('engine')} cpu"
+                )
             outputs = tuple(range(span.start // _PACKED_COLUMNS, span.stop // _PACKED_COLUMNS) for span in outputs)
         elif part not in ("weight", "bias", "qweight", "scales"):
-            raise UnsupportedModelError(f"{header.name} cannot be cut", "look for another quantization of it")
+            raise UnsupportedModelError(f"{header.name} cannot be split", "look for another quantization of the model")
         self._sources[f"{layer}.{part}"] = _Source(header, outputs, transposed)
 
     def _tie_head(self) -> None:
@@ -166,14 +168,14 @@ def _read(header: TensorHeader, device: Any) -> torch.Tensor:
     from exllamav2.ext import exllamav2_ext
 
     tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype], device=device)
-    # What the device still does with this memory must be over: the reader copies on streams that are its own.
+    # The reader copies on its own streams, so pending work on this memory must finish first.
     torch.cuda.synchronize()
     exllamav2_ext.stloader_read(str(header.file), header.offset, header.nbytes, tensor)
     return tensor
 
 
 def _outputs(tensor: torch.Tensor, name: str, source: _Source) -> torch.Tensor:
-    """These outputs of a fused tensor: rows of a float matrix, columns of the others."""
+    """Select a part's outputs of a fused tensor: rows of a float matrix, columns of other tensors."""
     rows = name.endswith(".weight") and not source.transposed
     parts = [tensor[span.start : span.stop] if rows else tensor[..., span.start : span.stop] for span in source.outputs]
     return torch.cat(parts, dim=0 if rows else -1)

@@ -1,6 +1,6 @@
-"""exllamav2's compiled extension: where it is, whether it fits, and compiling it.
+"""exllamav2's compiled extension: find it, check it, compile it.
 
-exllamav2's wheel holds sources. Its first import hands them to `torch.utils.cpp_extension.load`, which compiles for
-minutes without a word and waits endlessly for the lock of a build that died. `build` runs that import in a process
-that it follows and can stop, and keeps the result in a folder of exl's own.
+exllamav2's default wheel contains sources. On first import, `torch.utils.cpp_extension.load` compiles them silently for
+minutes, or waits forever for the lock of a dead build. `build` runs that import in a child process, with progress, and
+keeps the result in exl's cache folder.
 """

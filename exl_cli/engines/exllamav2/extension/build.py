@@ -1,7 +1,7 @@
-"""Compiles exllamav2's extension: follows the worker, tests its library, and puts it into exl's folder.
+"""Compile exllamav2's extension: run the worker with progress, smoke-test the library, install it into exl's cache.
 
-That folder is one for each combination of versions and GPU architectures (`compiled.build_folder`). Its subfolder
-`build` keeps what an interrupted build has finished; only a library that passed the smoke test leaves it.
+There is one cache folder for each combination of versions and GPU architectures (`compiled.build_folder`). Object files
+stay in its `build` subfolder until the build is complete, so an interrupted build resumes.
 """
 
 from __future__ import annotations
@@ -30,53 +30,52 @@ _POLL_SECONDS = 0.2
 
 
 class Progress(NamedTuple):
-    """How far a build is: in files, of which the link counts as one."""
+    """Progress of a build in files, counting the linked library as one."""
 
     done: int
     total: int
-    seconds: float  # since the first was begun
-    left: float  # seconds that the rest will take, about
-    name: str = ""  # of the file that was finished last
+    seconds: float  # since the start
+    left: float  # estimated seconds for the rest
+    name: str = ""  # the file finished last
 
 
 @runtime_checkable
 class Observer(Protocol):
-    """Whatever shows how a build is going."""
+    """Receives notes and progress of a build."""
 
     def note(self, message: str) -> None:
-        """Something worth telling."""
+        """Report a decision or an event."""
         ...
 
     def building(self, progress: Progress) -> None:
-        """How far it is; called once with nothing done, then for every file."""
+        """Report progress: once at the start, then after each file."""
         ...
 
 
 class Notes:
-    """An `Observer` that has only lines: a quarter of the files at a time."""
+    """An `Observer` that prints a line for each quarter of the files."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
 
     def building(self, progress: Progress) -> None:
-        """See `Observer.building`."""
         done, total = progress.done, progress.total
         if done and 4 * done // total > 4 * (done - 1) // total:
             self.note(f"compiled {done} of {total} files in {progress.seconds:.0f} s")
 
 
 class Result(NamedTuple):
-    """An extension that is ready."""
+    """A tested extension, ready for use."""
 
     path: Path
     facts: Facts
-    gpus: Sequence[str] = ()  # on which it has computed something
-    log: str = ""  # what the compilers said
-    compiled: int = 0  # files that had to be; none where another build made it, exl's or exllamav2's own
+    gpus: Sequence[str] = ()  # names of the GPUs it was tested on
+    log: str = ""  # path of the compilers' log
+    compiled: int = 0  # files compiled; 0 if an existing build was reused
 
 
 def torch_for_cuda() -> Torch:
-    """The installed torch; EngineError where it is not built for CUDA or exllamav2 is not there."""
+    """The installed torch; EngineError if it is not built for CUDA, or if exllamav2 is not installed."""
     torch = compiled.torch_here()
     if torch is None:
         raise EngineError("torch is not installed", hints.pip("torch"))
@@ -96,18 +95,18 @@ def build(
     again: bool = False,
     gpus: Sequence[Capability] = (),
 ) -> Result:
-    """Compile exllamav2's extension into exl's folder, or take over the one that exllamav2 compiled by itself.
+    """Compile exllamav2's extension into exl's cache, or adopt the one that exllamav2 compiled itself.
 
     Args:
-        observer: shows how it is going.
-        archs: GPU architectures, as `compiled.parse_archs` gives them; empty for the GPUs that are here.
-        max_jobs: compilers at once; None for as many as there are cores and memory for.
-        again: compile everything, also the files that are there.
-        gpus: those it must serve, as far as known.
+        observer: receives progress.
+        archs: GPU architectures from `compiled.parse_archs`; empty for this machine's GPUs.
+        max_jobs: parallel compilers; None for as many as cores and memory allow.
+        again: recompile everything.
+        gpus: this machine's GPUs, as far as known.
 
     Raises:
-        EngineError: it cannot be compiled here, or the compiler fails, with the way to mend it.
-        KeyboardInterrupt: passed on after every compiler was stopped.
+        EngineError: it cannot be compiled on this machine, or a compiler failed.
+        KeyboardInterrupt: re-raised after all compilers have been stopped.
     """
     torch, root = torch_for_cuda(), compiled.build_root()
     try:
@@ -126,7 +125,7 @@ def build(
 
 
 def _choose_archs(asked: tuple[str, ...], gpus: Sequence[Capability]) -> tuple[str, ...]:
-    """The architectures that the user asked for, else those of TORCH_CUDA_ARCH_LIST, else the GPUs'."""
+    """The requested architectures, else those of TORCH_CUDA_ARCH_LIST, else the GPUs'."""
     if asked:
         return asked
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST", ""):
@@ -134,20 +133,22 @@ def _choose_archs(asked: tuple[str, ...], gpus: Sequence[Capability]) -> tuple[s
         try:
             archs = compiled.parse_archs(listed)
         except ValueError as error:
-            what = f"{named}: {str(error)!r} is no GPU architecture"
+            what = f"{named}: {str(error)!r} is not a GPU architecture"
             raise EngineError(what, "write it as 8.6, or unset TORCH_CUDA_ARCH_LIST") from error
-        if missing := compiled.uncovered(archs, gpus):  # left over from something else, say
-            what = f"{named} leaves out the GPU here ({compiled.sm(missing[0])})"
+        if missing := compiled.uncovered(archs, gpus):  # perhaps left over from another project
+            what = f"{named} does not cover this machine's GPU ({compiled.sm(missing[0])})"
             raise EngineError(what, "unset TORCH_CUDA_ARCH_LIST")
         return archs
     if not gpus:
         arch = param("arch")
-        raise EngineError(f"there is no GPU here to compile for: say which with {arch}, as {arch} 8.6")
+        raise EngineError(
+            "there is no GPU on this machine to compile for", f"name an architecture with {arch}, such as {arch} 8.6"
+        )
     return tuple(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
 
 
 def _taken_over(torch: Torch, log: IO[str]) -> Result | None:
-    """The extension in torch's own folder, where it is newer than torch and exllamav2 and computes on the GPUs here."""
+    """Adopt the extension in torch's build folder if it is newer than torch and exllamav2 and passes the smoke test."""
     library = compiled.torch_build_folder(torch) / compiled.LIBRARY
     sources = [torch.folder / "version.py", torch.folder.parent / compiled.EXLLAMAV2 / "ext.py"]
     if not library.is_file() or any(s.exists() and s.stat().st_mtime > library.stat().st_mtime for s in sources):
@@ -172,7 +173,7 @@ def _compiled(
         shutil.rmtree(root, ignore_errors=True)
     folder = root / compiled.MODULE
     folder.mkdir(parents=True, exist_ok=True)
-    # torch waits while its lock is there. Under exl's own lock no one else builds here: it is a killed build's.
+    # torch waits for its lock file to disappear. We hold exl's lock, so a lock file here is left from a killed build.
     (folder / "lock").unlink(missing_ok=True)
     variables = toolchain.variables(tools, compiled.build_root() / "lib")
     variables |= {"TORCH_EXTENSIONS_DIR": str(root), "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
@@ -200,7 +201,7 @@ def _compile(
     plan: Plan,
     slower: float,
 ) -> int:
-    """Run the worker and show how far ninja is, by its log; the number of files compiled. CalledProcessError if not."""
+    """Run the worker, follow ninja's log, and return the number of files compiled; CalledProcessError on failure."""
 
     def left(names: Iterable[str], pace: float = slower) -> float:
         return seconds_left(names, plan.jobs, len(archs), pace)
@@ -226,7 +227,7 @@ def _compile(
             before, done = done, [name for name in _finished(folder) if name in waiting]
             if len(done) > len(before):
                 seconds, rest = time.monotonic() - begun, [name for name in waiting if name not in done]
-                # At the pace so far: how many times as long as expected these files took.
+                # Extrapolate from the actual over the expected time of the files so far.
                 expected = left(rest, seconds / left(done, 1.0))
                 observer.building(Progress(len(done), len(waiting), seconds, expected, done[-1]))
     finally:
@@ -237,7 +238,7 @@ def _compile(
 
 
 def all_files() -> list[str]:
-    """What torch has ninja make of exllamav2's sources."""
+    """Object files and library that torch lets ninja build from exllamav2's sources."""
     spec = importlib.util.find_spec(compiled.EXLLAMAV2)
     folders = [Path(place) / compiled.MODULE for place in (spec and spec.submodule_search_locations) or ()]
     objects = {".cpp": ".o", ".cu": ".cuda.o"}
@@ -246,7 +247,7 @@ def all_files() -> list[str]:
 
 
 def _finished(folder: Path) -> list[str]:
-    """The files that ninja has made: start, end, time, name and hash are a line of its log."""
+    """Files that ninja has finished. A line of its log is start, end, mtime, name, hash."""
     try:
         lines = (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -256,7 +257,7 @@ def _finished(folder: Path) -> list[str]:
 
 
 def _failure(log: IO[str], start: int, torch: Torch) -> tuple[str, str]:
-    """What went wrong and what mends it, from what the compilers have said."""
+    """Error and fix, from the compilers' output."""
     text = Path(log.name).read_bytes()[start:].decode("utf-8", "replace")
     if known := hints.explain(text, torch):
         return known.what, known.fix
@@ -267,7 +268,7 @@ def _failure(log: IO[str], start: int, torch: Torch) -> tuple[str, str]:
 
 
 def holder(root: Path) -> tuple[str, float] | None:
-    """The process that is compiling, in words, and for how many seconds; None where none is."""
+    """Who is compiling, in words, and for how many seconds; None if nobody is."""
     from filelock import FileLock, Timeout
 
     if not (root / _LOCK).exists():
@@ -277,7 +278,7 @@ def holder(root: Path) -> tuple[str, float] | None:
             return None
     except Timeout:
         return _read_holder(root)
-    except OSError:  # not ours to write: nothing can be compiled here anyway
+    except OSError:  # not writable, so nothing can be compiled here anyway
         return None
 
 
@@ -291,10 +292,7 @@ def _read_holder(root: Path) -> tuple[str, float]:
 
 @contextlib.contextmanager
 def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
-    """Be the only build; the value says whether another had to be waited for.
-
-    The kernel gives the lock back however its process ends.
-    """
+    """Hold the build lock; yields whether we had to wait for another build. The kernel releases it if we are killed."""
     from filelock import FileLock, Timeout
 
     root.mkdir(parents=True, exist_ok=True)
@@ -315,28 +313,28 @@ def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _log() -> Iterator[IO[str]]:
-    """A new log; the last one is kept beside it."""
+    """Open a new log, keeping the previous one beside it."""
     path = user_cache() / "logs" / "build.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.replace(path.with_name("build.previous.log"))
-    with path.open("w", encoding="utf-8", buffering=1) as log:  # by lines: compilers write to it as well
+    with path.open("w", encoding="utf-8", buffering=1) as log:  # line-buffered: compilers write to it too
         yield log
 
 
 # --- how many compilers, and how long ---------------------------------------------------------------------------------
 
-# The figures are those of one build of exllamav2 0.3.2 for one architecture on one core (torch 2.11, nvcc 13.0, g++ 12,
-# November 2026): 48 files, 645 seconds of CPU time. A C++ file that includes torch's headers takes 18 seconds and
-# 1.6 GiB (the bindings 26 and 2.1), a CUDA file 7 seconds and 0.6 GiB, the EXL2 kernels 23 or 44 seconds.
+# Measured on a build of exllamav2 0.3.2 for one architecture on one core (torch 2.11, nvcc 13.0, g++ 12, November
+# 2026): 48 files, 645 seconds of CPU time. A C++ file that includes torch's headers takes 18 seconds and 1.6 GiB (the
+# bindings 26 and 2.1), a CUDA file 7 seconds and 0.6 GiB, the EXL2 kernels 23 or 44 seconds.
 _TRIAL_SECONDS = 1.0  # `toolchain.try_nvcc`
 _JOB_BYTES = round(1.7 * GIB)
-# Cores that share their parts, as most do, are together slower than so many times one.
+# Slowdown of parallel jobs by hyperthreading and shared caches.
 _SHARED = 1.4
 
 
 class Plan(NamedTuple):
-    """How many compilers run at once, and what limits that, in a few words."""
+    """Number of parallel compilers, and what limits it."""
 
     jobs: int
     reason: str
@@ -346,7 +344,7 @@ class Plan(NamedTuple):
 
 
 def plan(asked: int | None = None) -> Plan:
-    """As many jobs as the user asked for, else as MAX_JOBS says, else as there are cores and memory for."""
+    """The requested number of jobs, else MAX_JOBS, else what cores and memory allow."""
     if asked:
         return Plan(asked, "as asked")
     if (variable := os.environ.get("MAX_JOBS", "")).isdigit() and int(variable):
@@ -358,9 +356,9 @@ def plan(asked: int | None = None) -> Plan:
 
 
 def seconds_left(names: Iterable[str], jobs: int, architectures: int = 1, slower: float = 1.0) -> float:
-    """How long these files take, about: the work shared out, and the longest of them at least.
+    """Estimated seconds to compile files: total work over jobs, but at least the longest file.
 
-    `slower` is how many times as long as on the figures' machine a file takes here.
+    `slower` is the ratio of compile times here to those on the reference machine.
     """
     weights = [_cpu_seconds(name, architectures) for name in names]
     pace = slower * (_SHARED if jobs > 1 else 1.0)
@@ -376,5 +374,5 @@ def _cpu_seconds(name: str, architectures: int) -> float:
 
 
 def _duration(seconds: float) -> str:
-    """ "40 seconds", "3 minutes": as exact as a guess may be."""
+    """A rounded estimate: "40 seconds", "3 minutes"."""
     return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 90 else f"{round(seconds / 60)} minutes"

@@ -1,9 +1,8 @@
-"""The installation, the compiled extensions that are here, and whether they fit it; without importing torch.
+"""Find compiled extensions and check them against the installed torch, exllamav2 and GPUs, without importing torch.
 
-Extensions lie in three kinds of places: on the path as module `exllamav2_ext` (a prebuilt wheel of exllamav2, a wheel
-of `exl build --out`, or a bare library), in a folder of exl's (`build_root`), and in torch's build folder, where
-exllamav2's own import compiles. A file beside the library, `exllamav2_ext.json`, says what it was made for; it counts
-only for a library of the size that it names.
+Extensions can be on sys.path as module `exllamav2_ext` (from a prebuilt wheel of exllamav2, from a wheel of `exl build
+--out`, or a bare library), in exl's cache (`build_root`), and in torch's build folder, where exllamav2's own import
+compiles. `exllamav2_ext.json` beside a library records what it was built for, and its size, to detect a mismatch.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Capability = tuple[int, int]
 
 
 class Torch(NamedTuple):
-    """The installed torch: versions as "2.11.0+cu130" and "13.0" (None where built without), and its folder."""
+    """The installed torch: version ("2.11.0+cu130"), CUDA and ROCm versions ("13.0" or None), and folder."""
 
     version: str
     cuda: str | None
@@ -41,12 +40,12 @@ class Torch(NamedTuple):
 
     @property
     def cuda_major(self) -> int:
-        """0 for a build without CUDA."""
+        """CUDA's major version; 0 without CUDA."""
         return int(self.cuda.split(".")[0]) if self.cuda else 0
 
 
 def torch_here() -> Torch | None:
-    """The installed torch, read from its `version.py`; None where there is none, or half of one."""
+    """The installed torch, from its `version.py`; None if it is missing or broken."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -54,29 +53,29 @@ def torch_here() -> Torch | None:
     try:
         facts = runpy.run_path(str(folder / "version.py"))
         return Torch(str(facts["__version__"]), facts.get("cuda"), facts.get("hip"), folder)
-    except Exception:  # half an installation can hold anything
+    except Exception:  # a broken installation can raise anything
         return None
 
 
 def python_tag() -> str:
-    """This Python's binary interface and machine, e.g. "cpython-312-x86_64-linux-gnu"."""
+    """This Python's ABI and platform, such as "cpython-312-x86_64-linux-gnu"."""
     return str(sysconfig.get_config_var("SOABI") or "")
 
 
 def exllamav2_version() -> str | None:
-    """The installed exllamav2's version, with a prebuilt wheel's "+cu128.torch2.8.0"; None where there is none."""
+    """The installed exllamav2's version, "0.3.2+cu128.torch2.8.0" for a prebuilt wheel; None if it is missing."""
     return package_version(EXLLAMAV2) or "unknown" if importlib.util.find_spec(EXLLAMAV2) else None
 
 
 def _release() -> str:
-    """The version of exllamav2's sources: without the wheel's tag."""
+    """exllamav2's version without the wheel's tag."""
     return (exllamav2_version() or "").partition("+")[0]
 
 
 def capabilities(*, ask_torch: bool = False) -> list[Capability]:
-    """Compute capabilities of this machine's GPUs from the driver, hidden ones included.
+    """Compute capabilities of this machine's GPUs from NVML, including hidden ones.
 
-    Where NVML tells nothing, as in a container without it, `ask_torch` imports torch to ask.
+    Without NVML, as in some containers, `ask_torch` falls back to importing torch.
     """
     with open_driver() as driver:
         answers = [driver.ask("DeviceGetCudaComputeCapability", handle) for handle in driver.gpus()]
@@ -88,13 +87,13 @@ def capabilities(*, ask_torch: bool = False) -> list[Capability]:
 
 
 def build_root() -> Path:
-    """The folder of everything that exl compiles: under TORCH_EXTENSIONS_DIR where set, else in the user's cache."""
+    """The folder of all extensions compiled by exl: in TORCH_EXTENSIONS_DIR if set, else in the user's cache."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     return Path(chosen) / "exl" if chosen else user_cache() / "extensions"
 
 
 def build_folder(torch: Torch, archs: Iterable[str]) -> Path:
-    """exl's folder for an extension that fits this installation and has code for these architectures."""
+    """exl's cache folder for an extension for this installation and these architectures."""
     key = f"exllamav2-{_release()}-torch{_minor(torch.version)}-cu{torch.cuda}-{python_tag()}"
     return build_root() / f"{key}-{tag(archs)}"
 
@@ -109,7 +108,7 @@ def torch_build_folder(torch: Torch) -> Path:
 
 
 def _minor(version: str) -> str:
-    """ "2.11.0+cu130" to "2.11": torch's C++ interface holds within a minor version, and only there."""
+    """ "2.11.0+cu130" to "2.11". torch's C++ ABI is stable only within a minor version."""
     return ".".join(version.partition("+")[0].split(".")[:2])
 
 
@@ -117,7 +116,7 @@ def _minor(version: str) -> str:
 
 
 class Facts(NamedTuple):
-    """What a compiled extension was made for, and how."""
+    """What a compiled extension was built for."""
 
     exllamav2: str
     torch: str
@@ -130,45 +129,41 @@ class Facts(NamedTuple):
     compilers: str = ""
 
     def mismatch(self, torch: Torch, gpus: Sequence[Capability] = ()) -> str:
-        """Why this does not fit the installed torch and the GPUs, in a few words; empty where it does.
-
-        Unknown facts count as fitting.
-        """
+        """Why this does not fit the installed torch, Python, exllamav2 or GPUs; empty if it fits or is unknown."""
         if self.torch and _minor(self.torch) != _minor(torch.version):
-            return f"built for torch {self.torch}, and torch {torch.version} is here"
+            return f"built for torch {self.torch}, but torch {torch.version} is installed"
         if self.cuda and int(self.cuda.split(".")[0]) != torch.cuda_major:
-            return f"built for CUDA {self.cuda}, and this torch has {torch.cuda or 'none'}"
+            return f"built for CUDA {self.cuda}, but this torch has {torch.cuda or 'none'}"
         if self.python and self.python != python_tag():
-            return f"built for {self.python}, and this Python is {python_tag()}"
+            return f"built for {self.python}, but this Python is {python_tag()}"
         if self.exllamav2 and (wanted := _release()) and self.exllamav2.partition("+")[0] != wanted:
-            return f"built from exllamav2 {self.exllamav2}, and {wanted} is here"
+            return f"built from exllamav2 {self.exllamav2}, but {wanted} is installed"
         if self.archs and (missing := uncovered(self.archs, gpus)):
-            return f"built for {spoken(self.archs)}, and the GPU here is {', '.join(map(sm, missing))}"
+            return f"built for {spoken(self.archs)}, but this machine's GPU is {', '.join(map(sm, missing))}"
         return ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
         return {"format": 1, **self._asdict(), "archs": list(self.archs)}
 
 
 class Extension(NamedTuple):
-    """A compiled extension: importable, compiled by exl, or in torch's folder, its versions unknown."""
+    """A compiled extension: importable, compiled by exl, or ("unproven") compiled by exllamav2 for unknown versions."""
 
     kind: Literal["installed", "compiled", "unproven"]
     path: Path
     facts: Facts | None = None
-    problem: str = ""  # why it cannot serve here, as far as can be told without loading it
+    problem: str = ""  # why it does not fit, as far as known without loading it
 
     @property
     def usable(self) -> bool:
-        """Whether it may be loaded as it is."""
+        """Whether it may be loaded."""
         return self.kind != "unproven" and not self.problem
 
 
 def extensions(torch: Torch, gpus: Sequence[Capability] = ()) -> list[Extension]:
-    """The extensions that are here: the importable one, exl's for this installation, torch's, exl's that do not fit.
+    """All extensions, in order: importable, exl's that fit, torch's, exl's that do not fit.
 
-    The first usable one is to be loaded; where there is none, the first of all says most about why.
+    The first usable one should be loaded. If none is usable, the problem of the first one explains why best.
     """
     here = []
     if library := _importable():
@@ -183,7 +178,7 @@ def extensions(torch: Torch, gpus: Sequence[Capability] = ()) -> list[Extension]
 
 
 def ready(torch: Torch, gpus: Sequence[Capability], archs: Iterable[str] = ()) -> tuple[Path, Facts] | None:
-    """One that exl compiled, with code for all of `archs` and for the GPUs."""
+    """A usable extension compiled by exl, with code for all of `archs`; else None."""
     own = (e for e in extensions(torch, gpus) if e.kind == "compiled" and e.usable)
     return next(((e.path, e.facts) for e in own if e.facts and set(archs) <= set(e.facts.archs)), None)
 
@@ -191,7 +186,7 @@ def ready(torch: Torch, gpus: Sequence[Capability], archs: Iterable[str] = ()) -
 def publish(
     library: Path, torch: Torch, archs: Iterable[str], seconds: float = 0.0, compilers: str = ""
 ) -> tuple[Path, Facts]:
-    """Copy a tested library into exl's folder for its architectures, whole at any moment, with its facts beside it."""
+    """Copy a tested library into exl's cache, atomically, with its facts beside it."""
     size, now = library.stat().st_size, datetime.now(timezone.utc).isoformat(timespec="seconds")
     made_for = _release(), torch.version, torch.cuda or "", python_tag(), tuple(archs)
     facts = Facts(*made_for, size, now, round(seconds, 1), compilers)
@@ -199,14 +194,14 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{LIBRARY}.new"
     shutil.copyfile(library, temporary)
-    # Until the new facts are written those of the old library do not fit the new one's size.
+    # Until the new facts are written, the old ones are ignored, because they record another size.
     temporary.replace(folder / LIBRARY)
     write_atomically(folder / FACTS, json.dumps(facts.to_dict(), indent=1) + "\n")
     return folder / LIBRARY, facts
 
 
 def read_facts(library: Path) -> Facts | None:
-    """What stands beside a library; None where nothing does, or it is about another one."""
+    """The facts beside a library; None if they are missing or describe a library of another size."""
     try:
         value = json.loads((library.parent / FACTS).read_text(encoding="utf-8"))
         known = {name: value[name] for name in Facts._fields if name in value}
@@ -225,7 +220,7 @@ def _importable() -> Path | None:
 
 
 def _facts_of_wheel() -> Facts | None:
-    """From the version of a prebuilt wheel: "0.3.2+cu128.torch2.8.0"."""
+    """Parse the version of a prebuilt wheel, "0.3.2+cu128.torch2.8.0"."""
     match = re.fullmatch(r"([\d.]+)\+cu(\d+)(\d)\.torch([\d.]+)", package_version(EXLLAMAV2) or "")
     return Facts(match[1], match[4], f"{match[2]}.{match[3]}", "") if match else None
 
@@ -234,7 +229,7 @@ def _facts_of_wheel() -> Facts | None:
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
-    """ "8.6,sm_90" to ("8.6", "9.0"), "+PTX" and a letter behind the number kept; ValueError holds what is none."""
+    """ "8.6,sm_90a+PTX" to ("8.6", "9.0a+PTX"). ValueError holds the first word that is not an architecture."""
     archs = []
     for word in filter(None, re.split(r"[\s,;]+", text)):
         match = re.fullmatch(r"(?:sm_|compute_)?(\d{1,2})\.?(\d)([af]?)(\+PTX)?", word, re.IGNORECASE)
@@ -251,9 +246,9 @@ def capability_of(arch: str) -> Capability:
 
 
 def uncovered(archs: Iterable[str], gpus: Iterable[Capability]) -> list[Capability]:
-    """The GPUs for which there is no code.
+    """The GPUs that code for `archs` does not run on.
 
-    Machine code runs on its own major version from its minor version on, PTX on everything later (CUDA C++
+    Binary code runs on the same major version with an equal or higher minor version, PTX on anything later (CUDA C++
     Programming Guide, "Binary Compatibility" and "PTX Compatibility").
     """
     codes = [(capability_of(arch), arch.endswith("+PTX")) for arch in archs]
@@ -266,11 +261,11 @@ def sm(capability: Capability) -> str:
 
 
 def spoken(archs: Iterable[str]) -> str:
-    """Architectures as people write them: "sm_86, sm_90 and later"."""
+    """Architectures for messages: "sm_86, sm_90 and later"."""
     words = [sm(capability_of(arch)) + (" and later" if arch.endswith("+PTX") else "") for arch in archs]
     return ", ".join(words) or "no GPU"
 
 
 def tag(archs: Iterable[str]) -> str:
-    """Architectures in a file's name: "sm86.sm90"."""
+    """Architectures for file names: "sm86.sm90"."""
     return ".".join(sm(capability_of(arch)).replace("_", "") for arch in archs)

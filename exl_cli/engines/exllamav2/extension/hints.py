@@ -1,6 +1,6 @@
-"""What messages of failed imports and compilers mean, and the commands that mend it.
+"""Explain failed imports and compilations, with commands that fix them.
 
-The commands fit this Python, this package manager, and take sudo where it is needed.
+The commands match this Python, environment and package manager, and use sudo if needed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def toolkit(torch: Torch | None) -> str:
         return "install NVIDIA's CUDA Toolkit"
     cuda = torch.cuda or "13.0"
     if torch.cuda_major >= 13:
-        # From CUDA 13 on NVIDIA's Python packages hold all of nvcc, and torch's own bring the other headers.
+        # From CUDA 13 on, NVIDIA's Python packages contain nvcc, and torch's dependencies contain the other headers.
         return pip(f"cuda-toolkit[nvcc,nvvm,crt,cccl]=={cuda}.*")
     if _in_conda():
         return f"conda install -y -c nvidia cuda-toolkit={cuda}"
@@ -66,12 +66,12 @@ def toolkit(torch: Torch | None) -> str:
 
 
 def torch_again(torch: Torch) -> str:
-    """A command that installs this torch again: on Linux the default build has CUDA."""
+    """A command that reinstalls this torch version; on Linux the default build has CUDA."""
     return pip("--force-reinstall", "torch==" + torch.version.partition("+")[0])
 
 
 def joined(commands: Sequence[str]) -> str:
-    """Several commands in one line, each once."""
+    """Join distinct commands with &&."""
     return " && ".join(dict.fromkeys(filter(None, commands)))
 
 
@@ -95,14 +95,14 @@ def _sudo() -> str:
 
 
 class Failure(NamedTuple):
-    """The fault, lower case, without a final stop; what mends it; whether that is compiling the extension again."""
+    """The error (lower case, no period), its fix, and whether the fix is to recompile the extension."""
 
     what: str
     fix: str
     rebuild: bool = False
 
 
-# Patterns, with what they mean: {0} is the match and {1} its first group. Mended by a build:
+# Patterns of messages and their meaning; {0} is the match, {1} its first group. Fixed by recompiling:
 _MISFITS = {
     r"undefined symbol: *(\S+)": "was built for another torch (here: {torch}): undefined symbol {1}",
     r"(lib(?:cudart|cublas|cublasLt|nvrtc|cudnn|cusparse|cusolver|curand))\.so\.(\d+)\S*: cannot open": (
@@ -117,7 +117,7 @@ _MISFITS = {
         "holds no code for this GPU"
     ),
 }
-# By something else:
+# Fixed otherwise:
 _OTHERS: dict[str, tuple[str, str | Callable[[Torch | None], str]]] = {
     r"driver version is insufficient|driver on your system is too old": (
         "the NVIDIA driver is too old for {cuda}",
@@ -135,16 +135,16 @@ _OTHERS: dict[str, tuple[str, str | Callable[[Torch | None], str]]] = {
     r"[Cc]annot find -l(\w+)": ("the linker does not find a library ({0})", toolkit),
     r"No space left on device": ("the disk is full ({0})", "TMPDIR and TORCH_EXTENSIONS_DIR name other disks"),
     r"Killed|signal 9|cc1plus[^\n]*out of memory": (
-        "a compiler was killed, perhaps for want of memory ({0})",
+        "a compiler was killed, perhaps out of memory ({0})",
         "exl build --jobs 1",
     ),
 }
-# Names to install by, where they are not the names to import by.
+# Import names that differ from the package's name.
 _PACKAGES = {"PIL": "pillow", "pkg_resources": "setuptools"}
 
 
 def explain(text: str, torch: Torch | None) -> Failure | None:
-    """The meaning of an exception's, a linker's or a compiler's message; None where it is not known."""
+    """Explain a message of an exception, linker or compiler; None if it is unknown."""
     if match := re.search(r"No module named ['\"]([\w]+)", text):
         return Failure(f"the Python package {match[1]} is missing", pip(_PACKAGES.get(match[1], match[1])))
     cuda = f"CUDA {torch.cuda}" if torch and torch.cuda else "no CUDA"
@@ -162,13 +162,13 @@ def explain(text: str, torch: Torch | None) -> Failure | None:
 
 
 def first_error(output: str) -> str:
-    """The first line that reads like an error, the last line where none does."""
+    """The first line that looks like an error, else the last line."""
     lines = _lines(output)
     return next((line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)), lines[-1])[:300]
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty: an exception's own, at the end of a traceback."""
+    """The last non-empty line; in a traceback, the exception."""
     return _lines(text)[-1]
 
 

@@ -1,4 +1,4 @@
-"""Loads an extension and computes something with it: `run` in a separate process, where it may crash."""
+"""Smoke test of a compiled extension: load it and run a kernel, in a child process since it may crash or hang."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SCALE, _SECONDS = 30.0, 300.0
 
 
 class Tested(NamedTuple):
-    """The names of the GPUs that computed, and their architectures as TORCH_CUDA_ARCH_LIST has them."""
+    """Names of the GPUs it ran on, and their architectures in TORCH_CUDA_ARCH_LIST's notation."""
 
     gpus: Sequence[str]
     archs: Sequence[str]
 
 
 def run(library: Path, archs: Sequence[str], torch: Torch, log: IO[str]) -> Tested:
-    """Load and compute in another process, for five minutes at most; GPUs that `archs` leave out are not tried.
+    """Test a library in a child process, on the GPUs that `archs` cover, with a time limit of five minutes.
 
     Raises:
-        EngineError: it crashes, hangs, does not load or computes something else.
+        EngineError: it crashes, hangs, does not load, or computes wrong results.
     """
     answer = questions.ask(__name__, "examine", _SECONDS, {"library": str(library), "archs": list(archs)})
     log.write(answer.output)
@@ -43,7 +43,7 @@ def run(library: Path, archs: Sequence[str], torch: Torch, log: IO[str]) -> Test
 
 
 def examine(library: str, archs: Sequence[str] = (), compute: bool = True) -> dict[str, Any]:
-    """Load it and, unless told otherwise, have it compute; the fields of `Tested`."""
+    """Entry point in the child: load the library and run a kernel; returns the fields of `Tested`."""
     import torch
 
     module, gpus = load(Path(library)), []
@@ -51,31 +51,31 @@ def examine(library: str, archs: Sequence[str] = (), compute: bool = True) -> di
         gpus = compute_with(module, archs) if compute else []
     except Exception as error:
         if not is_out_of_memory(error):
-            raise  # else others fill the GPU: nothing against the extension
+            raise  # a full GPU says nothing about the extension
     capabilities = sorted({torch.cuda.get_device_capability(index) for index in gpus})
     names = [torch.cuda.get_device_name(index) for index in gpus]
     return {"gpus": names, "archs": [f"{major}.{minor}" for major, minor in capabilities]}
 
 
 def load(library: Path) -> ModuleType:
-    """The module in that file, under the name that exllamav2 imports; ImportError where it does not fit."""
-    import torch  # noqa: F401 - its libraries must be loaded first
+    """Load a library as module `exllamav2_ext`; ImportError if that fails."""
+    import torch  # noqa: F401 - the extension links against its libraries
 
     spec = importlib.util.spec_from_file_location(MODULE, library)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{library} is no extension module")
+        raise ImportError(f"{library} is not an extension module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def compute_with(module: Any, archs: Sequence[str] = ()) -> list[int]:
-    """Run a kernel of it on each GPU, or each that `archs` cover, and compare with torch; those GPUs.
+    """Run a kernel on each GPU that `archs` cover (by default all), compare with torch, and return the GPUs' indices.
 
-    Torch computes on the CPU: on a GPU each of its own kernels would have to be loaded first.
+    The reference is computed on the CPU, because torch's GPU kernels would take time to load.
 
     Raises:
-        RuntimeError: it cannot be run there, or computes something else.
+        RuntimeError: the kernel does not run, or its results are wrong.
     """
     import torch
 
@@ -88,7 +88,7 @@ def compute_with(module: Any, archs: Sequence[str] = ()) -> list[int]:
         result = given.to(f"cuda:{index}")
         module.softcap_(result, _SCALE)
         torch.cuda.synchronize(index)
-        # A kernel for which there is no code is not run at all and leaves its input as it was.
+        # Without code for this GPU the kernel does not run, and the input stays unchanged.
         if not torch.allclose(result.cpu().float(), expected, rtol=0.01, atol=0.05):
             raise RuntimeError(f"no kernel image is available for {torch.cuda.get_device_name(index)}, or it is broken")
         tried.append(index)
@@ -96,7 +96,7 @@ def compute_with(module: Any, archs: Sequence[str] = ()) -> list[int]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the GPU had no room, be it for a tensor or for CUDA itself."""
+    """Whether the GPU was out of memory, for a tensor or for the CUDA context."""
     import torch
 
     return isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error: out of memory" in str(error)

@@ -1,7 +1,7 @@
-"""The tools to compile with: nvcc of torch's CUDA version, a C++ compiler, ninja and Python's headers.
+"""Find the tools to compile with: nvcc of torch's CUDA version, a C++ compiler, ninja, Python's headers.
 
-They are looked for further than torch does: ninja also beside this Python, which is not on PATH where a virtual
-environment was not activated, and nvcc also where NVIDIA's Python packages put it. `variables` tells torch.
+We search more places than torch does: ninja also beside this Python, since an unactivated virtual environment is not on
+PATH, and nvcc also in NVIDIA's Python packages. `variables` is the environment that lets torch find them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from exl_cli.engines.exllamav2.extension import hints
 from exl_cli.engines.exllamav2.extension.compiled import Torch, capability_of
 
 _SECONDS = 20.0
-# What every .cu file of the extension includes by way of torch's headers.
+# Every .cu file of the extension includes these through torch's headers.
 _HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
 _FEW_LINES = "".join(f"#include <{name}>\n" for name in _HEADERS) + "__global__ void f(float* x) { *x = 1; }\n"
 
 
 class Tool(NamedTuple):
-    """One of the tools: its name, its path and version where it has them; its fault, and what mends that."""
+    """A tool: path and version if it was found, else its problem and the command that fixes it."""
 
     name: str
     path: Path | None = None
@@ -39,7 +39,7 @@ class Tool(NamedTuple):
 
 
 class Toolchain(NamedTuple):
-    """All of them, in the order in which to mend them."""
+    """All tools, in the order in which to fix them."""
 
     nvcc: Tool
     compiler: Tool
@@ -48,22 +48,20 @@ class Toolchain(NamedTuple):
 
     @property
     def problems(self) -> list[Tool]:
-        """Those that something is wrong with."""
         return [tool for tool in self if tool.problem]
 
     @property
     def fix(self) -> str:
-        """The commands that mend them."""
         return hints.joined([tool.fix for tool in self.problems])
 
 
 def find(torch: Torch) -> Toolchain:
-    """The tools for this torch."""
+    """Find all tools for this torch."""
     return Toolchain(nvcc(torch), compiler(), ninja(), headers())
 
 
 def nvcc(torch: Torch) -> Tool:
-    """CUDA's compiler, of torch's major version; if there are only others, the problem of the first."""
+    """nvcc of torch's CUDA major version; if none fits, the problem of the first one found."""
     fix = hints.toolkit(torch)
     first = Tool("nvcc", problem="is not found", fix=fix)
     for path in dict.fromkeys(home / "bin" / "nvcc" for home in _homes(torch)):
@@ -83,16 +81,16 @@ def nvcc(torch: Torch) -> Tool:
 
 
 def compiler() -> Tool:
-    """The C++ compiler that torch will call: CXX, else c++."""
+    """The C++ compiler that torch will use: CXX, else c++."""
     command = shlex.split(os.environ.get("CXX") or "c++")
     name = "g++" if command[0] == "c++" else Path(command[0]).name
-    # gcc of 7 and later tells its whole version by the first flag, earlier ones and clang by the second.
+    # gcc 7 and later prints its full version for the first flag; older gcc and clang know the second.
     flags = [*command[1:], "-dumpfullversion", "-dumpversion"]
     return _program(name, shutil.which(command[0]), flags, hints.compiler())
 
 
 def ninja() -> Tool:
-    """The build program: on PATH, or where pip puts it for this Python or this user."""
+    """ninja, on PATH or among the scripts of this Python or user."""
     folders = [None, sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
     folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
     paths = (shutil.which("ninja", path=folder) for folder in folders)
@@ -108,9 +106,9 @@ def headers() -> Tool:
 
 
 def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
-    """The environment in which torch finds the tools, which have no problems.
+    """The environment in which torch finds the tools, given that none has a problem.
 
-    `libraries` is a folder to make for names that the linker looks for and the toolkit lacks.
+    `libraries` is a folder to create for linker names that the toolkit lacks.
     """
     environment = dict(os.environ)
     folders = [str(tool.path.parent) for tool in (tools.ninja, tools.nvcc) if tool.path]
@@ -119,7 +117,7 @@ def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
         home = tools.nvcc.path.parent.parent
         environment["CUDA_HOME"] = str(home)
         if _runtime(home, "libcudart.so") is None and (numbered := _runtime(home, "libcudart.so.*")):
-            # NVIDIA's Python packages hold libcudart.so.13 alone.
+            # NVIDIA's Python packages contain libcudart.so.13 without the libcudart.so link.
             libraries.mkdir(parents=True, exist_ok=True)
             link = libraries / "libcudart.so"
             link.unlink(missing_ok=True)
@@ -130,9 +128,9 @@ def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
 
 
 def try_nvcc(archs: Iterable[str], variables: Mapping[str, str], log: IO[str]) -> float:
-    """Compile a few lines: whether nvcc, its headers, this g++ and the GPU go together shows in a second or two.
+    """Compile a tiny kernel, to see within seconds whether nvcc, its headers, g++ and the architectures work together.
 
-    Returns how long it took. CalledProcessError: it failed, and the log says why.
+    Returns the seconds it took; CalledProcessError if it failed, with details in the log.
     """
     numbers = ["{}{}".format(*capability_of(arch)) for arch in archs]
     flags = ["-std=c++17", *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers)]
@@ -150,10 +148,10 @@ def try_nvcc(archs: Iterable[str], variables: Mapping[str, str], log: IO[str]) -
 
 
 def _homes(torch: Torch) -> Iterator[Path]:
-    """The folders that may hold a toolkit, torch's own first choice first."""
+    """Possible CUDA toolkit folders, in torch's order of preference first."""
     yield from (Path(chosen) for name in ("CUDA_HOME", "CUDA_PATH") if (chosen := os.environ.get(name)))
     if on_path := shutil.which("nvcc"):
-        # torch takes the folder above an nvcc on PATH. That may be a link or a script that starts the real one.
+        # torch uses the folder above the nvcc on PATH, but that may be a link or a wrapper script.
         yield Path(on_path).parent.parent
         if told := _search(r"(?m)^#\$ _HERE_=(.+)$", [on_path, "--dryrun", "-x", "cu", os.devnull]):
             yield Path(told.strip()).parent
@@ -166,7 +164,7 @@ def _homes(torch: Torch) -> Iterator[Path]:
 
 
 def _missing_header(home: Path) -> str:
-    """A header that torch's own include and this toolkit lacks: some packages hold the compiler alone."""
+    """The first header that torch needs and this toolkit lacks; some packages contain only the compiler."""
     folders = [home / "include", *home.glob("targets/*/include"), Path("/usr/include")]
     return next((name for name in _HEADERS if not any((folder / name).is_file() for folder in folders)), "")
 
@@ -177,7 +175,7 @@ def _runtime(home: Path, pattern: str) -> Path | None:
 
 
 def _program(name: str, path: str | None, flags: list[str], fix: str) -> Tool:
-    """A program that tells its version when called with these flags."""
+    """A tool that prints its version for these flags."""
     if path is None:
         return Tool(name, problem="is not found", fix=fix)
     version = _search(r"(\d+(?:\.\d+)*)", [path, *flags])
@@ -185,7 +183,7 @@ def _program(name: str, path: str | None, flags: list[str], fix: str) -> Tool:
 
 
 def _search(pattern: str, command: list[str]) -> str:
-    """The pattern's group in what a program prints; empty where it cannot be run, fails or does not end."""
+    """The first group of a pattern in a program's output; empty if the program fails or times out."""
     try:
         done = subprocess.run(  # noqa: S603 - a compiler found where compilers are
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=True

@@ -1,8 +1,8 @@
-"""A compiled extension as a wheel, for `pip install` on other machines of its kind.
+"""Package a compiled extension as a wheel, to install on similar machines.
 
-The format is the "Binary distribution format" of packaging.python.org. The wheel holds the library under the name that
-exllamav2 imports, and beside it what it was made for, which exl reads before it loads the library; pip itself refuses
-another Python, platform, torch or exllamav2.
+Format: "Binary distribution format" on packaging.python.org. The wheel contains the library under the name that
+exllamav2 imports, and its facts, which exl checks before loading it. pip rejects other Pythons, platforms, and versions
+of torch and exllamav2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from exl_cli.engines.exllamav2.extension.compiled import FACTS, MODULE, Facts, t
 
 
 def write_wheel(library: Path, facts: Facts, folder: Path) -> Path:
-    """Write e.g. exllamav2_ext-0.3.2+cu130.torch2.11.0.sm90-cp312-cp312-linux_x86_64.whl; OSError leaves no part."""
+    """Write a wheel such as exllamav2_ext-0.3.2+cu130.torch2.11.0.sm90-cp312-cp312-linux_x86_64.whl, atomically."""
     torch = facts.torch.partition("+")[0]
     version = f"{facts.exllamav2}+cu{facts.cuda.replace('.', '')}.torch{torch}.{tag(facts.archs)}"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"

@@ -1,6 +1,6 @@
-"""The program that compiles: it imports `exllamav2.ext`, which hands its sources to `torch.utils.cpp_extension.load`.
+"""The compiling process: imports `exllamav2.ext`, which calls `torch.utils.cpp_extension.load` on its sources.
 
-Run by `build` in a separate process and session, with all settings in the environment. It ends when its stdin does.
+Started by `build` in its own session, with all settings in the environment. Exits at EOF on stdin, when `build` dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from exl_cli.engines.exllamav2.extension.compiled import EXLLAMAV2, MODULE
 
 def _end_with_parent() -> None:
     sys.stdin.read()
-    os.killpg(0, signal.SIGTERM)  # ninja ends its compilers
+    os.killpg(0, signal.SIGTERM)  # ninja stops its compilers
 
 
 def _import_extension() -> None:
@@ -28,11 +28,11 @@ def _import_extension() -> None:
 
     load: Any = cpp_extension.load
     cpp_extension.load = lambda **options: load(**{**options, "verbose": True})
-    # The smoke test loads the library, in another process.
+    # Do not load the library here; the smoke test does, in another process.
     cpp_extension._import_module_from_library = lambda *_: None
-    # As if no prebuilt extension were there, which would be taken instead.
+    # Hide a prebuilt extension, which exllamav2 would use instead of compiling.
     sys.modules[MODULE] = None  # type: ignore[assignment]
-    # The package without its __init__, which imports everything that needs the extension.
+    # Skip the package's __init__, which needs the extension.
     spec = importlib.util.find_spec(EXLLAMAV2)
     sys.modules[EXLLAMAV2] = package = types.ModuleType(EXLLAMAV2)
     package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or []) if spec else []
@@ -48,5 +48,5 @@ if __name__ == "__main__":
     except Exception:  # whatever torch, setuptools or exllamav2 raise
         traceback.print_exc()
     sys.stdout.flush()
-    # exllamav2 shows a build in a thread that would wait for more.
+    # exllamav2's progress thread would keep the process alive.
     os._exit(code)
