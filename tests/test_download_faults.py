@@ -6,6 +6,7 @@ import email.utils
 import errno
 import gzip
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from exl_cli.errors import DiskError, ExlError, ModelNotFoundError, UsageError, 
 from exl_cli.models.hub import store
 from exl_cli.models.hub.branches import describe
 from exl_cli.models.hub.files import Choice
+from exl_cli.models.hub.transfer import run_all
 
 SIZE = len(model_files()[WEIGHTS])
 NO_HASH = f"the Hub gives no hash of {WEIGHTS}: only the size is checked"
@@ -131,6 +133,15 @@ def test_a_damaged_part_does_not_survive_a_resume(fetch: Fetcher, size: int) -> 
     fetch.leave_part("acme/tiny", b"\0" * size)
     fetch("acme/tiny")
     assert arrived(fetch)
+
+
+def test_a_failure_of_the_last_thread_is_never_lost() -> None:
+    def fail() -> None:
+        raise OSError("gone")
+
+    for _ in range(100):
+        with pytest.raises(OSError, match="gone"):
+            run_all([fail], threading.Event())
 
 
 # --- hashes ---------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def run_all(
     Args:
         jobs: in the order in which they begin.
         stop: once it is set no other job begins.
-        tick: called from this thread, ten times a second.
+        tick: called from this thread, ten times a second and after the last job.
     """
     waiting = iter(jobs)
     failures: list[BaseException] = []
@@ -152,11 +152,13 @@ def run_all(
     try:
         for thread in threads:
             thread.start()
-        while running := [thread for thread in threads if thread.is_alive()]:
+        while not failures and (running := [thread for thread in threads if thread.is_alive()]):
             running[0].join(_TICK_SECONDS)
             tick()
-            if failures:
-                raise failures[0]
+        # The last thread may have ended, or failed, since the loop last looked.
+        if failures:
+            raise failures[0]
+        tick()
     except BaseException:
         stop.set()
         deadline = time.monotonic() + _STOPPING_SECONDS
