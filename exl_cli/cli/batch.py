@@ -234,7 +234,7 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict
     """Where the answers to each input go: None for standard output."""
     if str(output) == "-":
         if len(prompts) > 1:
-            raise UsageError("several inputs need several outputs", "give a folder")
+            raise UsageError("several inputs need several outputs", f"give a folder with {param('output')}")
         return {prompts[0]: None}
     if output.is_dir() or len(prompts) > 1:
         if output.exists() and not output.is_dir():
