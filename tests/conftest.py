@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import typer.testing
 
 if TYPE_CHECKING:
     from fakehub import FakeHub
@@ -21,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without compiled code at hand, each `exl` that a test starts would compile the package again, for longer than it runs.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Typer would build all of the commands for each call of one.
+typer.testing._get_command = functools.cache(typer.main.get_command)
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
