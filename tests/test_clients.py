@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import HealthCheck, given, settings
+from serving import HeldLoader, serving
 from wireformats import application
 
 pytestmark = pytest.mark.slow
@@ -181,20 +184,8 @@ def test_llm(url: str, tmp_path: Path) -> None:
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
 
     def run(*flags: str) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "llm",
-            "-m",
-            "fable",
-            *flags,
-            "-o",
-            "max_tokens",
-            "12",
-            "-o",
-            "temperature",
-            "0",
-        ]
+        options = ["-o", "max_tokens", "12", "-o", "temperature", "0"]
+        command = [sys.executable, "-m", "llm", "-m", "fable", *flags, *options]
         return subprocess.run([*command, "Hi"], env=environment, check=True, capture_output=True, text=True).stdout
 
     assert run() == run("--no-stream") != ""
@@ -211,41 +202,72 @@ SENTENCES = [
 ]
 
 
+TALE = """Once upon a time there was a small fox who lived in a quiet wood. Every day she went to the river to drink.
+One day the river was dry, and the fox was sad. She asked the old owl what to do, and the owl told her to wait."""
+
+
 def test_lm_eval_scores_as_transformers_do(tmp_path: Path) -> None:
-    """Log-likelihoods and accuracy of one task: of the float model here, and of transformers in lm-eval itself."""
-    if not importlib.util.find_spec("lm_eval"):
-        pytest.skip("lm_eval is not installed")
+    """Accuracy, log-likelihoods and the perplexity of a text: of a float model here, and of transformers in lm-eval."""
+    lm_eval = pytest.importorskip("lm_eval")
+    import tinymodels
+    from lm_eval.tasks import TaskManager
+
     model = os.environ.get("EXL_TEST_FLOAT_MODEL", "")
     if not model:
-        pytest.skip("EXL_TEST_FLOAT_MODEL names no float model")
-    lines = [json.dumps({"query": query, "choices": choices, "gold": 0}) for query, *choices in SENTENCES]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "endings.yaml").write_text(
-        "task: endings\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\n"
-        "doc_to_target: gold\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n",
-        encoding="utf-8",
-    )
+        model = str(tmp_path / "model")
+        tinymodels.write(Path(model), tinymodels.Variant("float"))
+    data = {
+        "endings": [{"query": query, "choices": choices, "gold": 0} for query, *choices in SENTENCES],
+        "tale": [{"text": TALE}],
+    }
+    tasks = {
+        "endings": "output_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
+        "target_delimiter: ''\nmetric_list: [{metric: acc}]\n",
+        "tale": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text\n"
+        "metric_list: [{metric: word_perplexity}]\n",
+    }
+    for name, lines in data.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\n"
+            f"dataset_kwargs: {{data_files: {{test: {tmp_path / name}.jsonl}}, cache_dir: {tmp_path / 'cache'}}}\n"
+            + tasks[name],
+            encoding="utf-8",
+        )
 
-    def scores(kind: str, arguments: str) -> tuple[float, list[float]]:
-        out = tmp_path / kind
-        command = [
-            sys.executable, "-m", "lm_eval", "--model", kind, "--model_args", arguments, "--tasks", "endings",
-            "--include_path", str(tmp_path), "--output_path", str(out), "--log_samples", "--device", "cpu",
-        ]  # fmt: skip
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        results = json.loads(next(out.rglob("results*.json")).read_text(encoding="utf-8"))
-        samples = map(json.loads, next(out.rglob("samples*.jsonl")).read_text(encoding="utf-8").splitlines())
-        values = [
-            float(answer[0]) for s in sorted(samples, key=lambda s: s["doc_id"]) for answer in s["filtered_resps"]
-        ]
-        return results["results"]["endings"]["acc,none"], values
+    def scores(kind: str, arguments: str) -> tuple[float, float, list[float]]:
+        evaluated = lm_eval.simple_evaluate(
+            kind, arguments, [*data], device="cpu", bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        )  # fmt: skip
+        results, samples = evaluated["results"], sorted(evaluated["samples"]["endings"], key=lambda s: s["doc_id"])
+        values = [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
+        return results["endings"]["acc,none"], results["tale"]["word_perplexity,none"], values
 
     with served(float=model) as url:
         api = f"model=float,base_url={url}/v1/completions,tokenizer={model},tokenizer_backend=huggingface"
         here = scores("local-completions", api)
     there = scores("hf", f"pretrained={model},dtype=float32")
     assert here[0] == there[0]
-    assert here[1] == pytest.approx(there[1], abs=0.02)
+    assert here[1] == pytest.approx(there[1], rel=1e-3)
+    assert here[2] == pytest.approx(there[2], abs=2e-3)
+
+
+@pytest.mark.timeout(300)  # large schemas take it a while
+def test_schemathesis_meets_no_failure_of_the_server() -> None:
+    """Bodies and paths made from the OpenAPI document, over a model that answers in four words."""
+    schemathesis = pytest.importorskip("schemathesis")
+    statuses: Counter[int] = Counter()
+    with serving({"fable-7m": None}, HeldLoader()) as server:
+        for operation in schemathesis.openapi.from_url(f"{server.url}/openapi.json").get_all_operations():
+
+            @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @given(operation.ok().as_strategy())
+            def check(case: Any) -> None:
+                status = case.call(timeout=60).status_code
+                statuses[status] += 1
+                assert status < 500
+
+            check()
+    assert statuses[200] > 5
+    assert statuses[400] > 5
