@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,21 @@ def test_chat_answers_alike_however_it_is_asked(chat: ChatExLlamaV2) -> None:
     streaming = ChatExLlamaV2(**ENGINE, seed=1, max_tokens=12, streaming=True)
     assert streaming.invoke("Hello", config={"callbacks": [told]}).content == answers[0] == "".join(told.tokens)
     streaming.release()
+
+
+def test_a_batch_of_messages_is_asked_all_at_once(chat: ChatExLlamaV2) -> None:
+    count = 40  # more than LangChain starts threads by itself
+    started = threading.Barrier(count, timeout=60)
+
+    class Meeting(BaseCallbackHandler):
+        raise_error = True
+
+        def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+            started.wait()
+
+    answers = chat.batch(["Hello"] * count, {"callbacks": [Meeting()]}, max_tokens=1)
+    assert len({answer.content for answer in answers}) == 1
+    assert chat.batch([]) == []
 
 
 def test_what_is_not_text_is_refused_and_tools_and_schemas_are_not_claimed(chat: ChatExLlamaV2) -> None:

@@ -52,6 +52,15 @@ def test_a_quantized_cache_takes_what_its_tensors_take(cache: CacheType, key_byt
     assert estimate(info(MISTRAL_7B), tokens, cache).cache == 32 * (states + scales) + one_layer
 
 
+def test_what_many_sequences_take_is_counted_where_a_prompts_logits_take_less() -> None:
+    vocabulary = 256_000
+    model = info({**MISTRAL_7B, "vocab_size": vocabulary})
+    # 256 rows of logits, as they come and in float32, and two more floats of each for the sampler.
+    assert estimate(model, 256).working > 256 * vocabulary * (2 + 4 + 2 * 4)
+    # exllamav2 computes the logits of a whole chunk while it loads, which are more.
+    assert estimate(model, 4096).working == estimate(model, 8192).working
+
+
 def test_context_is_rounded_up_to_whole_pages() -> None:
     model = info(MISTRAL_7B)
     assert estimate(model, 4001) == estimate(model, 4096)

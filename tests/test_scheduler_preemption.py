@@ -195,6 +195,18 @@ def test_a_prompt_that_is_put_back_is_scored_once() -> None:
     assert [begin for begin, _ in scored].count(0) > 1, "begun, put back, begun again"
 
 
+def test_who_waits_behind_one_that_is_cancelled_begins() -> None:
+    model = Model(pages=12, seats=4, pends=True)
+    model.forward.sampler.fails = 0
+    asked = [ask(range(12), 30), ask(range(20, 58), 3), ask(range(60, 64), 3)]
+    for number, request in enumerate(asked):
+        model.scheduler.add(number, request, request.max_new_tokens)
+    begun = {number for _ in range(9) for number, _ in model.scheduler.step()}
+    assert begun == {0}
+    model.scheduler.cancel(1)
+    assert 2 in {number for _ in range(9) for number, _ in model.scheduler.step()}
+
+
 def test_those_who_are_generating_wait_for_less_of_a_prompt() -> None:
     model = Model(chunk=20, chunk_beside_decode=6, pages=40)
     talking = model.steps(ask(range(30), 20))

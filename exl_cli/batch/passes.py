@@ -24,7 +24,7 @@ from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
 # Full-length sequences that the KV cache gets room for where nobody says how many: the first of these that fits.
-_SEQUENCES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
+_SEQUENCES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
 
 
 class Engines(Protocol):

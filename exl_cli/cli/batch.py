@@ -91,7 +91,7 @@ def batch(
     ] = None,
     sequences: Annotated[
         int | None,
-        loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 64]."),
+        loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 256]."),
     ] = None,
     gpus: Annotated[
         str | None, _many("--gpus", metavar="all|N", help="Run an engine on each GPU of this machine, or on N of them.")

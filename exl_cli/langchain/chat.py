@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import get_config_list
 
 from exl_cli.api.streams import Generation as Response
 from exl_cli.langchain.local import Call, LocalModel, as_prompt
+from exl_cli.models.memory import MOST_SEQUENCES
 
 
 class ChatExLlamaV2(LocalModel, BaseChatModel):  # type: ignore[misc]  # `_stream` names its argument otherwise
@@ -58,6 +61,23 @@ class ChatExLlamaV2(LocalModel, BaseChatModel):  # type: ignore[misc]  # `_strea
     ) -> ChatResult:
         async with self._acalling(stop, kwargs) as call, call.astream(messages) as stream:
             return _result(call, await stream.result())
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """See `Runnable.batch`; at most as many at a time as a forward pass computes, or `max_concurrency`.
+
+        LangChain would start four threads more than there are cores. Here they only wait for the engine.
+        """
+        configs = get_config_list(config, len(inputs))
+        for each in configs:
+            each.setdefault("max_concurrency", MOST_SEQUENCES)
+        return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def _chunk(self, text: str) -> ChatGenerationChunk:
         return ChatGenerationChunk(message=AIMessageChunk(content=text))

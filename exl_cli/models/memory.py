@@ -9,8 +9,10 @@ The estimate follows exllamav2 0.3.2 (whose files are named below) at its peak:
 - scratch: one buffer per GPU, the maximum of the modules' `scratch_space_fixed`. It depends on the prefill chunk of
   2,048 tokens (1,024 with `low_mem`), not on the context, and only quantized modules need it.
 - working memory: while loading, `load_autosplit` reserves 448 MiB and runs a full chunk through all layers to the
-  logits. Inference takes less: attention memory does not grow with the context, CUDA graphs take a few megabytes. The
-  spare page of the KV cache (`engines/exllamav2/forward.py`) is counted here.
+  logits. Inference takes less, unless the context is short and the vocabulary large: activations of a chunk, and
+  buffers to decode `MOST_SEQUENCES` at once, allocated whatever `sequences` is. Attention memory does not
+  grow with the context, CUDA graphs take a few megabytes. The spare page of the KV cache
+  (`engines/exllamav2/forward.py`) is counted here.
 - the CUDA context with the kernels of torch and exllamav2, and the rounding of torch's allocator.
 
 `tests/gpu/estimate_against_peak.py` compares the estimate with measured peaks.
@@ -32,6 +34,8 @@ from exl_cli.system.nvml import Driver, open_driver
 from exl_cli.system.units import MIB, gib
 
 PAGE = 256
+# Sequences of one forward pass; the kernels may take fewer.
+MOST_SEQUENCES = 256
 CACHE_TYPES: tuple[CacheType, ...] = ("fp16", "q8", "q6", "q4")
 
 # Bits per cached value, including a float16 scale per 32 values; q6 is 8-bit keys and 4-bit values.
@@ -146,7 +150,8 @@ def estimate(info: ModelInfo, context: int, cache: CacheType = "fp16", *, low_me
     cached = _cache(shape, context, cache)
     scratch = _scratch(shape, rows) if info.format != "float" else 0
     rounding = round(_ROUNDING * (weights + cached))
-    working = _working(shape, rows, cache) + _rotary(info, shape, context)
+    longest = min(context, info.extended_length)
+    working = _working(shape, rows, longest) + _cache(shape, PAGE, cache) + _rotary(info, shape, context)
     return Estimate(weights, cached, scratch, working, rounding, _CUDA_CONTEXT)
 
 
@@ -183,10 +188,17 @@ def _scratch(shape: Shape, rows: int) -> int:
     return max(attention, mlp, dequantized(shape.hidden, shape.vocabulary))
 
 
-def _working(shape: Shape, rows: int, cache: CacheType) -> int:
+def _working(shape: Shape, rows: int, longest: int) -> int:
     # A layer's hidden states before and after, queries, attention output, keys and values, all float16.
     layer = 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
-    return _HELD_BACK + layer + 2 * rows * shape.vocabulary + _cache(shape, PAGE, cache)
+    return layer + max(_HELD_BACK + 2 * rows * shape.vocabulary, MOST_SEQUENCES * _decoding(shape, longest))
+
+
+def _decoding(shape: Shape, longest: int) -> int:
+    """Bytes for each sequence of a decode step."""
+    activations = 4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + shape.inner  # float16
+    # Logits in float16 and float32, the sampler's two float32 numbers for each, and the tokens so far.
+    return 2 * activations + (2 + 4 + 8) * shape.vocabulary + 4 * longest
 
 
 def _rotary(info: ModelInfo, shape: Shape, context: int) -> int:

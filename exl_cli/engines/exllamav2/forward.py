@@ -25,6 +25,7 @@ from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import DeviceError, EngineError
+from exl_cli.models import memory
 
 _LEAST_KEYS = 1024
 # Through our own kernels so many small passes take less time than a large one, which unpacks all weights first.
@@ -64,7 +65,7 @@ class GpuForward:
         failed: the error of a GPU that hangs; it cannot even be given its memory back.
     """
 
-    max_batch = quantized_linear.MOST_ROWS
+    max_batch = min(quantized_linear.MOST_ROWS, memory.MOST_SEQUENCES)
     max_tokens = quantized_linear.MOST_ROWS
 
     def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[], Backend]) -> None:

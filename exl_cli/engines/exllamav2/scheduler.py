@@ -112,7 +112,7 @@ class Scheduler:
         self._prefilling: Sequence | None = None
         self._running: list[Sequence] = []
         self._in_flight: deque[list[_InFlight]] = deque()  # the pass to collect next, and perhaps one more
-        self._full = False  # whether the request that waits has found no pages, and none was freed since
+        self._full = False  # whether the first request that waits has found no pages, and nothing has changed since
         self._outcomes: list[Outcome] = []
         self._speculation = (
             None if drafter is None else Speculation(drafter, runner.max_batch, runner.max_tokens, clock)
@@ -467,8 +467,8 @@ class Scheduler:
         if self._speculation is not None:
             self._speculation.end(sequence)
         self._stand_up(sequence)
+        self._full = False
         if sequence.allocation is not None:
-            self._full = False
             self._blocks.free(sequence.allocation)
         sequence.ended = True
         del self._sequences[sequence.id]
