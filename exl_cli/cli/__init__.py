@@ -1,1 +1,1 @@
-"""The subcommands, one module each: flags to values, values to the core, results to the console."""
+"""The subcommands, one module each: they parse flags, call the core, and hand its results to the console."""

@@ -1,4 +1,4 @@
-"""The Typer app and its one error boundary."""
+"""The Typer app, and the only place where errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from exl_cli.ui.console import Console, abandon_stdout
 
 
 class _Command(typer.core.TyperCommand):
-    """Shows its switches without a type."""
+    """A command whose help shows switches without a type."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain_switches(super().get_params(ctx))
 
 
 class _Group(typer.core.TyperGroup):
-    """Turns what a command raises into a line on stderr and an exit code."""
+    """Turns exceptions into a line on stderr and an exit code."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain_switches(super().get_params(ctx))
@@ -51,7 +51,7 @@ class _Group(typer.core.TyperGroup):
     def main(  # type: ignore[override]
         self, args: Any = None, prog_name: Any = None, *, standalone_mode: bool = True, **extra: Any
     ) -> Any:
-        """As ever, but for what goes wrong before a command is reached: it ends in a line on stderr too."""
+        """Run the app. Errors before a command is reached also end in a line on stderr."""
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra)
         except usage.RawUsageError as error:
@@ -93,7 +93,7 @@ class _Group(typer.core.TyperGroup):
 
 
 def _say(error: ExlError) -> int:
-    """Show an error; the exit code that it stands for."""
+    """Show an error, and return its exit code."""
     Console().error(error)
     return error.exit_code
 
@@ -139,7 +139,7 @@ def root(
         standard_streams.silence_libraries()
 
 
-# In the order in which people meet them; with each, the two examples that end its help.
+# Commands in the order people meet them, each with two examples for the end of its help.
 _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "run": (
         run.run,
@@ -203,7 +203,7 @@ for _name, (_command, *_examples) in _COMMANDS.items():
 
 
 def main() -> int:
-    """The `exl` command, in a separate process; returns its exit code."""
+    """Run the `exl` command in a process that does nothing else, and return its exit code."""
     standard_streams.prepare()
     try:
         return app(obj=State(owns_process=True), standalone_mode=False) or 0

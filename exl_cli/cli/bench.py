@@ -1,4 +1,4 @@
-"""`exl bench`: how fast a model is, how close to what the hardware allows, and what has changed since last time."""
+"""`exl bench`: measure models, and compare with earlier results."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast models run, and how close that is to the hardware's limit."""
-    # Its parts are imported only now: `exl --help` need not wait for them.
+    # Imported here to keep `exl --help` fast.
     from exl_cli.bench import outputs, plan, runner
     from exl_cli.bench.compare import compare as compared
     from exl_cli.bench.report import require_matplotlib
@@ -107,7 +107,7 @@ def bench(
         with bench.Measuring(console) as observer:
             result, failure = runner.run(jobs, state.load, observer, debug=state.debug)
         if not result.runs:
-            # Nothing was measured: there is nothing to print, and no good file to replace by an empty one.
+            # Nothing was measured: print nothing, and do not overwrite a saved result with an empty one.
             if failure is not None:
                 raise failure
             bench.doubts(console, result)
@@ -122,7 +122,7 @@ def bench(
             bench.comparison(console, comparison, on_stdout=output == "table")
         bench.doubts(console, result)
     finally:
-        # Last, so that what was measured is shown even if the disk is full; and even if no one reads it any more.
+        # Last, so that results are shown even if the disk is full; in `finally`, to save them even if stdout is closed.
         unsaved = outputs.keep(result, save, report, flags)
         for error in unsaved:
             console.error(error)

@@ -1,4 +1,4 @@
-"""`exl build`: compile exllamav2's extension on purpose and in the open."""
+"""`exl build`: compile exllamav2's CUDA extension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`exl chat`: a conversation."""
+"""`exl chat`: a conversation with a model."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _session(store: SessionStore, name: str | None, *, go_on: bool) -> Session:
 
 
 def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
-    """The model asked for, else the one that the session was with, else the built-in one."""
+    """The model named on the command line, else the session's, else the built-in one."""
     try:
         return models.find(name or session.model or None)
     except loader.SentenceError as error:
@@ -141,7 +141,7 @@ def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
 
 
 def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> Settings:
-    """What the session was set to, with the flags on top."""
+    """The session's settings, overridden by flags."""
     settings = from_dict(session.settings)
     if flags.preset is not None:
         settings = settings.with_preset(flags.preset)
@@ -158,5 +158,5 @@ def _reader(talk: Conversation, console: ChatConsole, *, interactive: bool, keep
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Leave through every `finally` when the terminal closes or a SIGTERM comes: what came of an answer is kept."""
+    """Exit through every `finally` on SIGTERM or SIGHUP, to keep the part of an answer that is there."""
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""`exl doctor`: what stands between this machine and the first token, and the command that mends it."""
+"""`exl doctor`: check this machine, and say how to fix what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`exl download`: a model from the Hub, or a look at what there is."""
+"""`exl download`: fetch a model from the Hub, or list its files and branches."""
 
 from __future__ import annotations
 

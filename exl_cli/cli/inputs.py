@@ -1,4 +1,4 @@
-"""Where a prompt comes from: arguments, a file, standard input; and the model, which may have to be downloaded."""
+"""Collect the prompt from arguments, a file and standard input, and the model, downloading it if needed."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from exl_cli.ui.console import Console
 from exl_cli.ui.models import confirm
 from exl_cli.ui.progress import finished, transfers
 
-# How long a silent pipe beside a given prompt may stay unexplained.
+# Seconds until a note explains that exl waits for a silent pipe.
 _PATIENCE_SECONDS = 2.0
 
 
 def gather(
     prompt: str | None, positional: str | None, file: Path | None, note: Callable[[str], None], *, exact: bool = False
 ) -> str | None:
-    """The user's text.
+    """Collect the prompt text.
 
-    Where something is piped in beside a prompt, it comes first, then a blank line, then the prompt. Of a file or pipe
-    the last line break is dropped, line breaks become \\n, and a byte order mark goes.
+    Text piped in beside a prompt goes in front of it, with a blank line between them. Text from a file or pipe loses
+    its last line break and its byte order mark, and its line breaks become \\n.
 
     Args:
-        prompt: of `--prompt`.
-        positional: of the second argument; only one of these two and `file` may be given.
-        file: of `--file`; "-" is standard input.
-        note: called when a pipe stays silent.
-        exact: take the only source as it is, byte for byte.
+        prompt: `--prompt`.
+        positional: the argument after MODEL; only one of `prompt`, `positional` and `file` may be given.
+        file: `--file`; "-" is standard input.
+        note: called if a pipe stays silent.
+        exact: take a single source byte for byte.
 
     Returns:
         None where there is no text at all: no flag, and nothing piped in.
@@ -95,7 +95,7 @@ def _text(data: bytes, source: str, exact: bool) -> str:
 
 
 def ensure(model: str | None, models: Path | None, *, allow: bool, console: Console) -> ModelInfo:
-    """The model, downloaded first if it is a repository's and not here.
+    """Resolve the model, downloading it first if needed.
 
     Args:
         model, models: see `loader.resolve`.

@@ -1,4 +1,4 @@
-"""`exl list`: the models that are here."""
+"""`exl list`: the models on this machine."""
 
 from __future__ import annotations
 

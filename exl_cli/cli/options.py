@@ -1,4 +1,4 @@
-"""Flags that several commands share, and the decorator that adds whole groups of them to a command."""
+"""Flags that several commands share, and decorators that add groups of them to a command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Json = Annotated[bool, output_option("--json", help="Print JSON instead of text.
 Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, stop strings and seed.")]
 
 
-# Engines that end with the process: one that nobody refers to closes itself.
+# Engines left to the end of the process. Without a reference an engine would close itself.
 _kept: list[EngineThread] = []
 
 
@@ -58,7 +58,7 @@ class State:
     owns_process: bool = False
 
     def close(self, engine: EngineThread) -> None:
-        """Free an engine's memory, unless the end of the process does that, and faster."""
+        """Close an engine, or leave that to the end of the process, which is faster."""
         if self.owns_process:
             _kept.append(engine)
         else:
@@ -144,7 +144,7 @@ def _with_group(
     parameters: list[inspect.Parameter],
     collect: Callable[[dict[str, Any]], Any],
 ) -> Callable[..., Any]:
-    """Replace the command's parameter `name` by others, whose values `collect` turns into its value."""
+    """Replace the command's parameter `name` with several, from which `collect` builds its value."""
 
     @wraps(command)
     def wrapper(**kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`exl run`: one prompt, one response, honest numbers."""
+"""`exl run`: one prompt, one response."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def run(
 
 
 def _stream(engine: EngineThread, request: Request, console: Console, *, live: bool) -> tuple[str, Summary]:
-    """The whole response and how it went; each piece is shown as it comes where `live`."""
+    """Generate the response, showing each piece as it comes if `live`; return its text and summary."""
     pieces: list[str] = []
     summary: Summary | None = None
     stream = engine.stream(request)

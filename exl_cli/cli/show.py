@@ -1,4 +1,4 @@
-"""`exl show`: everything known of a model, without loading it."""
+"""`exl show`: describe a model without loading it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
 
 
 def _estimates(info: ModelInfo) -> dict[int, dict[str, memory.Estimate]]:
-    """Estimates by context and cache type, up to the longest context that the model was made for."""
+    """Memory estimates by context and cache type, up to the model's longest context."""
     longest = info.extended_length
     contexts = sorted({*(context for context in _CONTEXTS if context < longest), info.context_length, longest})
     estimates = {

@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as the commands expect them, however the shell left them: closed, full, in any encoding."""
+"""Make stdin, stdout and stderr safe to use: they may be closed, full or in any encoding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from exl_cli.errors import DiskError
 
 
 def prepare() -> None:
-    """Make sure of all three, before anything is written.
+    """Replace closed or unsafe streams, before anything is written.
 
-    Where stdout cannot be written, writing raises a `DiskError`, or a BrokenPipeError where its reader went away. Where
-    stderr cannot be, what would be said there is lost, and the work goes on: the answer is what counts.
+    Writing to a broken stdout then raises a `DiskError`, or a BrokenPipeError if its reader went away. Messages to a
+    broken stderr are dropped and the command continues, since its result is what counts.
     """
-    # In this order, each takes the free number that is its own; whatever is opened later would else be written over.
+    # In this order, each gets its own descriptor number back; otherwise a file opened later would get it.
     if sys.stdin is None:
         sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY), encoding="utf-8")
     if sys.stdout is None:
-        # Opened for reading, so that writing fails as it does on what is closed.
+        # Opened for reading, so writing fails as on a closed stream.
         sys.stdout = _text(_Output(os.open(os.devnull, os.O_RDONLY), "wb"), None)
     else:
         sys.stdout = _around(sys.stdout, _Output)
@@ -39,7 +39,7 @@ def silence_libraries() -> None:
     Warnings that the user asked Python for (-W, PYTHONWARNINGS) stay.
     """
     if not sys.warnoptions:
-        # Not a filter, which a library may change: transformers and torch do.
+        # Not a warnings filter: transformers and torch change those.
         warnings.showwarning = lambda *_, **__: None
     logging.disable(logging.WARNING)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -65,14 +65,14 @@ _NEXT = {errno.ENOSPC: "make room, or write it elsewhere", errno.EBADF: "stdout 
 
 
 class _Messages(_Output):
-    """stderr's bytes, lost where they cannot be written."""
+    """stderr's bytes, dropped if they cannot be written."""
 
     def failed(self, error: OSError, data: Any) -> int:
         return memoryview(data).nbytes
 
 
 def _around(stream: TextIO, kind: type[_Output]) -> TextIO:
-    """The same stream over bytes of that kind; one that is no file stays as it is."""
+    """The same text stream over a raw stream of `kind`; streams without a file descriptor stay as they are."""
     try:
         number = stream.fileno()
     except (OSError, ValueError):
@@ -82,7 +82,7 @@ def _around(stream: TextIO, kind: type[_Output]) -> TextIO:
 
 
 def _text(raw: io.FileIO, like: TextIO | None) -> TextIO:
-    # A terminal or pipe in another encoding than UTF-8 must not end a run.
+    # A terminal or pipe with another encoding than UTF-8 must not end a run.
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=like.encoding if like else "utf-8",

@@ -1,4 +1,4 @@
-"""What Typer says of a command line that it cannot read, in exl's own words and in one line."""
+"""Turn Typer's usage errors into one line in exl's own words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHOICE = re.compile(r"(?:Value error, )?(?P<got>'.*') is not one of (?P<all>.*?
 
 
 def unknown_command(name: str, commands: Sequence[str]) -> UsageError:
-    """Of a first word that is none of the commands."""
+    """The error for an unknown command."""
     shown = textwrap.shorten(name, 60, placeholder="…")
     if name != name.strip() or " " in name.strip() or "\n" in name:
         return UsageError(f"{shown!r} is not a command", f"a prompt goes after run: exl run -p {shlex.quote(shown)}")
@@ -30,7 +30,7 @@ def unknown_command(name: str, commands: Sequence[str]) -> UsageError:
 
 
 def explain(error: Exception, command: str | None) -> UsageError:
-    """Of anything else that Typer refuses.
+    """The error for anything else that Typer rejects.
 
     Args:
         error: a `RawUsageError`.
@@ -57,7 +57,7 @@ def explain(error: Exception, command: str | None) -> UsageError:
 
 
 def _parameter(error: Any, see: str) -> UsageError:
-    """Of the value of one option, argument or environment variable."""
+    """The error for the value of an option, argument or environment variable."""
     param = error.param
     name = (param.metavar or param.name.upper()) if param.param_type_name == "argument" else max(param.opts, key=len)
     if type(error).__name__ == "MissingParameter":
@@ -81,7 +81,7 @@ def _kind(param: Any, message: str) -> str:
 
 
 def _limits(param: Any) -> str:
-    """The range that the parameter was declared with, which older Typers keep in its type."""
+    """The parameter's declared range, which older versions of Typer keep in its type."""
     low, high = (getattr(param, side, None) for side in ("min", "max"))
     if low is None and high is None:
         low, high = (getattr(getattr(param, "type", None), side, None) for side in ("min", "max"))
@@ -90,7 +90,7 @@ def _limits(param: Any) -> str:
 
 
 def _got(error: Any) -> str:
-    """The value refused, as far as the error tells."""
+    """The rejected value, if the error contains it."""
     details = getattr(error.__cause__, "errors", None)
     if details is not None:
         return f", got {str(details()[0]['input'])!r}"
@@ -103,6 +103,6 @@ def _either(words: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line in the manner of exl's messages."""
+    """Rewrite a message in one line, in lower case."""
     line = " ".join(text.split()).removesuffix(".").removeprefix("Value error, ")
     return line[:1].lower() + line[1:]
