@@ -126,6 +126,19 @@ def test_the_page_lists_every_exit_code() -> None:
     assert [int(code) for code in codes] == list(ExitCode)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_a_page_and_a_heading(page: Path) -> None:
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8") if anchor else "", re.MULTILINE)
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings]
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
 def test_every_command_of_a_shell_block_exists() -> None:
     starts = {"sh": r"(.*[|/]\s?)?(exl \w.*)", "text": r"(\$ )(exl \w.*)"}
     matched = [
