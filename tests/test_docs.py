@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -72,6 +73,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, value in {"HOME": str(path), "COLUMNS": "120", "CUDA_VISIBLE_DEVICES": ""}.items():
             patch.setenv(name, value)
         patch.chdir(path)
+        if torch.cuda.is_available():
+            pytest.skip("another test has begun to use the GPU in this process; run this file alone")
         yield path
 
 
