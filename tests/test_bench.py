@@ -126,6 +126,8 @@ def test_batches(loader: PacedLoader) -> None:
     value = measured(loader, "--batch", "1,4,16")
     assert value["skipped"] == ["--batch 4,16 left out: the paced engine computes one request at a time"]
     assert all(entry["n_parallel"] == 1 for entry in value["tests"])
+    # 16 requests take a page of 256 tokens each, and the model has a context of 1,024.
+    assert loader.options[-1].sequences == 4
 
 
 def test_cache_types_make_a_grid_where_the_engine_has_them(gptq_dir: Path, loader: PacedLoader) -> None:

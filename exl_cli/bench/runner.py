@@ -31,7 +31,7 @@ from exl_cli.bench.plan import Case, Job, Settings
 from exl_cli.bench.result import Cold, Measured, Memory, Probe, Result, Run, Sample
 from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import EngineError, ExitCode, ExlError, param
-from exl_cli.models import folders
+from exl_cli.models import folders, memory
 from exl_cli.models.hub.store import read_marker
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
@@ -297,8 +297,12 @@ def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
     tokenizer = Tokenizer(info.path)
     watch, others = machine.Watch(open_driver()), machine.OthersClock()
     observer, begin = _Loading(out), time.monotonic()
-    loading = dataclasses.replace(job.loading, sequences=max(test.n_parallel for test in tests))
-    engine = EngineThread(load(info, tokenizer, loading, observer, needed=max(test.context for test in tests)))
+    needed = max(test.context for test in tests)
+    # Requests share the pages of the KV cache: room for those of a test, whatever one alone might take.
+    together = max(test.n_parallel * memory.round_up(test.context) for test in tests)
+    allocated = memory.round_up(loader.context_to_allocate(info, job.loading, needed))
+    loading = dataclasses.replace(job.loading, sequences=-(-together // allocated))
+    engine = EngineThread(load(info, tokenizer, loading, observer, needed=needed))
     ready = time.monotonic()
     try:
         watch.attach([card.uuid for card in engine.memory()])
