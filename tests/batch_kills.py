@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def write_prompts(path: Path, count: int, seed: int = 0) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def command(prompts: Path, output: Path) -> list[str]:
-    """The job."""
+def command(prompts: Path, output: Path, *, program: Sequence[str] = ("-m", "exl_cli")) -> list[str]:
+    """The job; `program` is run by Python in the place of exl."""
     settings = ["--engine", "cpu", "-n", "8", "--temperature", "1", "--seed", "7", "-q"]
-    return [sys.executable, "-m", "exl_cli", "batch", str(prompts), "-o", str(output), *settings]
+    return [sys.executable, *program, "batch", str(prompts), "-o", str(output), *settings]
 
 
 def read_texts(output: Path) -> dict[str, str]:
@@ -66,11 +67,12 @@ def read_texts(output: Path) -> dict[str, str]:
     return texts
 
 
-def run_and_kill(prompts: Path, output: Path, kills: int, rng: random.Random, longest: float) -> list[int]:
-    """Start the job and kill it, so many times; then let it end.
+def run_and_kill(job: Sequence[str], output: Path, kills: int, rng: random.Random, longest: float) -> list[int]:
+    """Start a job and kill it, so many times; then let it end.
 
     Args:
-        prompts, output: of the job.
+        job: its command.
+        output: its output.
         kills: how often.
         rng: chooses the moments.
         longest: seconds from the first new byte of an answer to the kill, at most; one in four comes before any.
@@ -80,7 +82,7 @@ def run_and_kill(prompts: Path, output: Path, kills: int, rng: random.Random, lo
     sizes = []
     while len(sizes) < kills:
         before = output.stat().st_size if output.exists() else 0
-        process = subprocess.Popen(command(prompts, output), stderr=subprocess.PIPE)
+        process = subprocess.Popen(job, stderr=subprocess.PIPE)
         if rng.random() < 0.25:
             time.sleep(rng.uniform(0, longest))
         else:
@@ -92,7 +94,7 @@ def run_and_kill(prompts: Path, output: Path, kills: int, rng: random.Random, lo
         if process.returncode >= 0:
             raise RuntimeError(f"it ended before it was killed: {process.returncode} {told.decode()}")
         sizes.append(output.stat().st_size if output.exists() else 0)
-    subprocess.run(command(prompts, output), check=True)
+    subprocess.run(job, check=True)
     return sizes
 
 
@@ -105,7 +107,9 @@ def main(count: int = 2000, kills: int = 20) -> None:
         subprocess.run(command(prompts, undisturbed), check=True)
         seconds = time.monotonic() - start
         print(f"undisturbed: {len(read_texts(undisturbed)):,} answers in {seconds:.0f} s")
-        sizes = run_and_kill(prompts, killed, kills, random.Random(1), longest=max(seconds / kills, 0.5))
+        sizes = run_and_kill(
+            command(prompts, killed), killed, kills, random.Random(1), longest=max(seconds / kills, 0.5)
+        )
         print(f"killed {kills} times, with so many bytes written: {', '.join(f'{size:,}' for size in sizes)}")
         texts, expected = read_texts(killed), read_texts(undisturbed)
         differing = [id_ for id_ in expected if texts.get(id_) != expected[id_]]

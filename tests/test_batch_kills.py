@@ -6,8 +6,14 @@ import signal
 import subprocess
 from pathlib import Path
 
+import batch_kills
 import pytest
-from batch_kills import command, read_texts, run_and_kill, write_prompts
+from batch_kills import read_texts, run_and_kill, write_prompts
+from helpers import until
+
+
+def command(prompts: Path, output: Path) -> list[str]:
+    return batch_kills.command(prompts, output, program=[str(Path(__file__).with_name("scripted_batch.py"))])
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +33,10 @@ def undisturbed(prompts: Path) -> dict[str, str]:
 def test_a_job_that_is_killed_ends_with_the_texts_of_an_undisturbed_one(
     prompts: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    run_and_kill(prompts, tmp_path / "out.jsonl", 2, random.Random(3), longest=0.2)
-    assert read_texts(tmp_path / "out.jsonl") == undisturbed
-    assert len(undisturbed) == 40
+    output = tmp_path / "out.jsonl"
+    run_and_kill(command(prompts, output), output, 2, random.Random(3), longest=0.2)
+    assert read_texts(output) == undisturbed
+    assert len(undisturbed) == len(set(undisturbed.values())) == 40
 
 
 def test_a_full_disk_is_a_line_and_loses_nothing(prompts: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
@@ -56,8 +63,7 @@ def test_ctrl_c_keeps_whole_answers_and_says_how_to_go_on(
     output = tmp_path / "out.jsonl"
     loud = [argument for argument in command(prompts, output) if argument != "-q"]
     process = subprocess.Popen(loud, stderr=subprocess.PIPE, text=True)
-    while not output.exists() or not output.stat().st_size:
-        assert process.poll() is None
+    until(lambda: (output.exists() and output.stat().st_size > 0) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130
