@@ -160,7 +160,7 @@ def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expe
     [
         ({"temprature": 1}, "temprature"),
         ({"sampling": {"temperature": "hot"}}, "temperature must be a number"),
-        ({"top_k": 2.5}, "whole number"),
+        ({"top_k": 2.5}, "must be an integer"),
         ({"top_p": 2}, "top_p must be"),
         ({"sampling": object()}, "object holds no sampler settings"),
         ({"sampling": theirs(cfg_scale=1.5)}, "cfg_scale"),
@@ -171,7 +171,7 @@ def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expe
         *(({"max_new_tokens": n}, "max_new_tokens must be an integer, at least 1") for n in (0, 1.0, True, None)),
         *(({"seed": n}, "seed must be an integer, at least 0") for n in (-1, True, "3")),
         *(({"stop": stop}, "stop must be a string or a list of strings") for stop in (5, None, [5], ["a", None], b"a")),
-        *(({"timeout": seconds}, "timeout must be seconds") for seconds in (float("nan"), -1, "soon", True)),
+        *(({"timeout": seconds}, "timeout must be a number") for seconds in (float("nan"), -1, "soon", True)),
         ({"prompt": [{"role": "user", "content": {1, 2}}]}, "not set; give each message's content as text"),
         *(
             ({"prompt": prompt}, "a prompt is text or a list of messages")

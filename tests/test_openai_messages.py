@@ -88,7 +88,7 @@ def test_tools_and_their_history_reach_a_template_that_knows_them(model: PlainMo
 
 
 def test_tools_are_refused_by_a_template_that_has_no_place_for_them(model: PlainModel) -> None:
-    with pytest.raises(BodyError, match="no place for tools"):
+    with pytest.raises(BodyError, match="does not support tools"):
         prompt(model, user("Hi"), tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(BodyError, match="cannot be required"):
         prompt(with_template(model, WITH_TOOLS), user("Hi"), tool_choice="required")

@@ -16,12 +16,12 @@ class CheckResult:
     """One line of the checklist.
 
     Attributes:
-        check: heads the line.
-        status: "ok", "warn" (works, but worse than it could), "fail" (stands in the way), "skip" (does not apply here).
+        check: the line's title.
+        status: "ok", "warn" (works, but not as well as it could), "fail" (does not work), "skip" (does not apply).
         message: one line.
-        fix: the command or step that mends it; empty where nothing is to be done.
+        fix: a command or step that fixes it, or empty.
         blocks: what cannot work because of it: "gpu", "all" or nothing.
-        details: the same for programs.
+        details: machine-readable values, for --json.
     """
 
     check: str
@@ -32,13 +32,12 @@ class CheckResult:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; without the details where there are none."""
         fixed = {"check": self.check, "status": self.status, "found": self.message}
         details = {"details": self.details} if self.details else {}
         return {**fixed, "fix": self.fix or None, "blocks": self.blocks or None, **details}
 
 
 def patience(answer: Answer, otherwise: str) -> str:
-    """The next step after a question without an answer: more patience where it hung."""
+    """The fix for a failed probe: a longer time limit if it hung, else `otherwise`."""
     slow = f"exl doctor {param('timeout')} 300, in case this machine is slow"
     return slow if answer.kind == "hang" else otherwise

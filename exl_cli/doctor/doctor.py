@@ -1,4 +1,4 @@
-"""All checks in order, the slow ones side by side, and the verdict."""
+"""Run all checks in order, the slow ones in parallel, and draw the conclusion."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from exl_cli.system.machine import usable_cores
 from exl_cli.system.questions import Answer
 from exl_cli.system.units import GIB
 
-# A model is read from disk, and may be gigabytes.
+# Time limit for loading a model, in multiples of the usual one.
 _MODEL_TIMES = 5
-_MOST_AT_ONCE = 4
+_MAX_PARALLEL = 4
+# With less free GPU memory, probes run one at a time.
 _ROOMY = 4 * GIB
 
 Verdict = Literal["gpu", "cpu", "none"]
@@ -27,14 +28,14 @@ Verdict = Literal["gpu", "cpu", "none"]
 
 @dataclass
 class Doctor:
-    """One examination.
+    """One run of the checks.
 
     Args:
-        model: to check besides the machine, as `loader.resolve` takes it.
-        models_dir: likewise.
-        seconds: the time limit of each question; loading a model has five times as long.
-        terminal: the one that this runs on.
-        on_wait: takes the name of a check that takes long.
+        model: also check this model; see `loader.resolve`.
+        models_dir: see `loader.resolve`.
+        seconds: time limit per probe; a model gets five times as long.
+        terminal: properties of the terminal.
+        on_wait: called with the name of a slow check before waiting for it.
     """
 
     model: str | None
@@ -46,9 +47,9 @@ class Doctor:
     _ready: bool = False
 
     def results(self) -> Iterator[CheckResult]:
-        """Every result as soon as it and those before it are there."""
-        pool = ThreadPoolExecutor(min(_MOST_AT_ONCE, usable_cores() + 1))
-        # On an all but full GPU the probes take turns: each holds half a GiB for CUDA itself.
+        """Yield the results in order, each as soon as it is ready."""
+        pool = ThreadPoolExecutor(min(_MAX_PARALLEL, usable_cores() + 1))
+        # Every probe needs half a GiB for its CUDA context, so on a nearly full GPU they run one at a time.
         lane = ThreadPoolExecutor(1)
         try:
             for result in self._run(pool, lane):
@@ -121,21 +122,20 @@ class Doctor:
 
     @property
     def verdict(self) -> Verdict:
-        """Where `exl run` will work, as far as checked."""
+        """Where `exl run` works: "gpu", "cpu" or "none"."""
         blocked = {result.blocks for result in self._results}
         return "none" if "all" in blocked else "cpu" if "gpu" in blocked else "gpu"
 
     @property
     def exit_code(self) -> ExitCode:
-        """The verdict as an exit code."""
         return {"gpu": ExitCode.OK, "cpu": ExitCode.CPU_ONLY, "none": ExitCode.CANNOT_RUN}[self.verdict]
 
     def summary(self) -> str:
-        """The verdict in a sentence."""
+        """The verdict as a sentence."""
         if self.verdict == "none":
             return f"exl run does not work here: {self._first('all')}"
         if self.verdict == "cpu":
-            # Whether `--engine auto` would choose the GPU, and fail there.
+            # With a GPU and exllamav2 present, `--engine auto` would choose the GPU and fail: suggest `--engine cpu`.
             gpus = any(result.check.startswith("GPU ") for result in self._results)
             engine = f" ({param('engine')} cpu)" if gpus and compiled.exllamav2_version() is not None else ""
             return f"exl run works on the CPU only{engine}: {self._first('gpu')}"
@@ -144,7 +144,7 @@ class Doctor:
         return "exl run works on the GPU"
 
     def _first(self, blocked: str) -> str:
-        # A failure says more than a check that does not apply because of it.
+        # A failure explains more than the checks that were skipped because of it.
         order = ("fail", "warn", "skip", "ok")
         first = min((r for r in self._results if r.blocks == blocked), key=lambda r: order.index(r.status))
         return f"{first.check}: {first.message}"

@@ -1,4 +1,4 @@
-"""Checks of exllamav2, its compiled extension, and the tools to compile it with."""
+"""Check exllamav2, its compiled extension, and the tools to compile it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def exllamav2() -> CheckResult:
 def check(
     torch: Torch | None, gpus: list[Capability], try_out: Callable[[Path], Answer]
 ) -> Generator[CheckResult, None, bool]:
-    """The extension, a build of it that is running, and the tools.
+    """Check the extension, any running build, and the tools.
 
     Args:
         torch: the installed torch.
-        gpus: those that torch can use.
-        try_out: loads an extension in another process, see `smoke_test.examine`.
+        gpus: the GPUs that torch can use.
+        try_out: tests an extension in a child process; see `smoke_test.examine`.
 
     Returns:
-        Whether `exl run` can load it as it is.
+        Whether `exl run` can use it without compiling.
     """
     if torch is None or torch.cuda is None:
         yield CheckResult("nvcc", "skip", "of no use to a torch without CUDA")
@@ -79,7 +79,7 @@ def _extension(
         return CheckResult("Extension", "skip", f"{problem}; without a GPU it is not needed", "", "gpu", details)
     if tools.problems:
         return CheckResult("Extension", "fail", problem, hints.joined([tools.fix, hints.BUILD]), "gpu", details)
-    # No obstacle: `exl run` does it by itself.
+    # Only a warning: `exl run` compiles it on first use.
     jobs = build.plan().jobs
     minutes = max(1, round(build.seconds_left(build.all_files(), jobs, len(set(gpus))) / 60))
     fix = f"{hints.BUILD} (about {minutes} min with {jobs} jobs)"
@@ -105,7 +105,7 @@ def _problem(here: Extension | None, tried: Answer | None, torch: Torch) -> str:
 
 
 def _tool(tool: Tool, *, needed: bool) -> CheckResult:
-    """One of the tools to compile with, and whether there is anything to compile here."""
+    """A compiler tool; a problem matters only if something has to be compiled (`needed`)."""
     details = {"path": str(tool.path) if tool.path else None, "version": tool.version or None}
     if not tool.problem:
         version = f"{tool.version}, " if tool.version else ""

@@ -1,4 +1,4 @@
-"""Checks of torch, the driver, the GPUs, and the kernels that compute there."""
+"""Check torch, the NVIDIA driver, the GPUs, and the kernels that run on them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from exl_cli.system.questions import Answer
 from exl_cli.system.units import MIB, gib
 from exl_cli.system.version import package_version
 
-# NVIDIA's "CUDA Compatibility": the oldest driver on Linux for each major version.
+# Minimum Linux driver per CUDA major version (NVIDIA, "CUDA Compatibility").
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-# CUDA and the smallest model.
+# Enough for a CUDA context and the smallest model.
 _LEAST_FREE = 1_200 * MIB
 _CROWDED = 0.5
 _NVIDIA, _DISPLAY = "0x10de", "0x03"
 
 
 def torch(installed: Torch | None, answer: Answer) -> CheckResult:
-    """Torch itself."""
+    """The installed torch."""
     if installed is None:
         return CheckResult("torch", "fail", "not installed", hints.pip("torch"), "all")
     if answer.value is None:
@@ -78,7 +78,7 @@ def _driver_fix(version: str) -> str:
 
 
 def has_nvidia_card() -> bool:
-    """Whether a display controller of NVIDIA is on the PCI bus, or its driver is there: WSL has no more than that."""
+    """Whether there is an NVIDIA display controller on the PCI bus, or a driver (WSL has only the latter)."""
     if Path("/dev/nvidiactl").exists() or open_driver():
         return True
     for device in Path("/sys/bus/pci/devices").glob("*"):
@@ -92,7 +92,6 @@ def has_nvidia_card() -> bool:
 
 
 def in_container() -> bool:
-    """Whether this runs in a container."""
     return any(Path(marker).exists() for marker in ("/.dockerenv", "/run/.containerenv")) or "container" in os.environ
 
 
@@ -100,7 +99,7 @@ def in_container() -> bool:
 
 
 def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
-    """Each GPU that torch sees."""
+    """The GPUs that torch sees."""
     if answer.value is None or installed is None or installed.cuda is None:
         return [CheckResult("GPU", "skip", "not looked at: torch cannot use one", blocks="gpu")]
     if not answer.value["gpus"]:
@@ -108,7 +107,7 @@ def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
     results = [_gpu(gpu, answer.value["archs"], installed) for gpu in answer.value["gpus"]]
     if all(result.blocks for result in results):
         return results
-    # A single good GPU is enough.
+    # One working GPU is enough.
     return [replace(r, blocks="", status="warn" if r.status == "fail" else r.status) for r in results]
 
 
@@ -127,7 +126,7 @@ def _gpu(gpu: dict[str, Any], archs: list[str], installed: Torch) -> CheckResult
     check = f"GPU {gpu['index']}"
     capability = (int(gpu["capability"][0]), int(gpu["capability"][1]))
     message = f"{gpu['name']}, {sm(capability)}"
-    # torch lists "sm_90" for machine code and "compute_90" for PTX, which later GPUs can use.
+    # torch lists "sm_90" for binary code and "compute_90" for PTX, which also runs on later GPUs.
     codes = parse_archs(" ".join(arch + "+PTX" if arch.startswith("compute_") else arch for arch in archs))
     if codes and uncovered(codes, [capability]):
         message += f": torch {installed.version} holds code for {', '.join(archs)} only"
@@ -146,7 +145,7 @@ def _gpu(gpu: dict[str, Any], archs: list[str], installed: Torch) -> CheckResult
 
 
 def _others(processes: list[dict[str, Any]]) -> str:
-    """The other users, the largest first."""
+    """The processes that use a GPU, the largest first."""
     named = []
     for process in sorted(processes, key=lambda process: -(process["bytes"] or 0)):
         size = f", {gib(process['bytes'])}" if process["bytes"] else ""
@@ -168,7 +167,7 @@ def _free_it(processes: list[dict[str, Any]]) -> str:
 
 
 def attention(answer: Answer | None) -> CheckResult:
-    """The back ends of attention, and what they mean for the user."""
+    """The attention backend."""
     if answer is None:
         return CheckResult("Attention", "ok", "torch, causal (on the CPU)")
     if answer.value is None and answer.kind == "error":
@@ -184,11 +183,11 @@ def attention(answer: Answer | None) -> CheckResult:
 
 
 def decoding(answer: Answer | None) -> CheckResult:
-    """exl's own kernels for EXL2 and GPTQ matrices; without them exllamav2's do the work."""
+    """exl's kernels for quantized matrices; exllamav2's are the fallback."""
     if answer is None:
         return CheckResult("Kernels", "skip", "not tried: there is no GPU")
     if answer.value is None:
-        # A crash or a hang would come on the way to a model, too; this leaves them out.
+        # The same crash or hang would occur while loading a model; the variable disables the kernels.
         fix = patience(answer, "EXL_KERNELS=exllamav2 in the environment")
         return CheckResult("Kernels", "fail", f"compiling exl's own: {answer.said}", fix, "gpu")
     if reason := answer.value["why_not"]:
@@ -197,7 +196,7 @@ def decoding(answer: Answer | None) -> CheckResult:
 
 
 def triton(attention: Answer | None) -> CheckResult:
-    """Triton, in which exl's attention kernels are written, judged by the answer about these."""
+    """Triton, judged by whether exl's attention kernels, which use it, run."""
     here = package_version("triton")
     if here is None:
         return CheckResult("Triton", "skip", "not installed")
@@ -209,5 +208,5 @@ def triton(attention: Answer | None) -> CheckResult:
 
 
 def flash_attn() -> CheckResult:
-    """flash-attn, which exl does without."""
+    """flash-attn, which exl does not use."""
     return CheckResult("flash-attn", "skip", f"{package_version('flash-attn') or 'not installed'}; exl does without")

@@ -1,4 +1,4 @@
-"""Checks of everything around exl: Python, memory, the CPU engine, disk, the Hub, the terminal."""
+"""Check the machine: Python, memory, the CPU engine, disk, the Hub, the terminal."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from exl_cli.system.questions import Answer
 from exl_cli.system.units import GIB, gib, size
 
 _NEWEST_TRIED = (3, 13)
-# A 7B model at 4 bits takes 4 to 5 GB.
+# A 4-bit 7B model takes 4 to 5 GB.
 _ROOM_FOR_A_MODEL = 6 * 10**9
 
 
 def python() -> CheckResult:
-    """This Python."""
     version = platform.python_version()
     kind = "virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
     message = f"{version}, {sys.executable} ({kind})"
@@ -36,18 +35,18 @@ def python() -> CheckResult:
 
 
 def processor() -> CheckResult:
-    """Cores and free memory, for the CPU engine and for compilers."""
+    """Cores and free host memory."""
     cores, free = usable_cores(), available_memory()
     message = f"{cores} core{'s' if cores > 1 else ''}"
     message += "" if free is None else f", {gib(free)} of memory free"
     short = free is not None and free < GIB
-    fix = "end programs that take memory" if short else ""
+    fix = "close programs that use much memory" if short else ""
     details = {"cores": cores, "memory_free_bytes": free}
     return CheckResult("Processor", "warn" if short else "ok", message, fix, "", details)
 
 
 def cpu_engine(answer: Answer) -> CheckResult:
-    """Whether the engine that every machine has can be imported."""
+    """Whether the CPU engine can be imported."""
     if answer.value is None:
         fix = patience(answer, hints.pip("--upgrade", "transformers", "torch"))
         return CheckResult("CPU engine", "fail", f"importing it: {answer.said}", fix, "all")
@@ -73,7 +72,7 @@ def models(folder: Path | None) -> CheckResult:
 
 
 def hub(answer: Answer) -> CheckResult:
-    """Whether the Hub can be reached, and as whom."""
+    """Whether the Hub is reachable, and who is logged in."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return CheckResult("Hub", "warn", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE")
     where = os.environ.get("HF_ENDPOINT") or "the Hub"
@@ -94,11 +93,11 @@ def hub(answer: Answer) -> CheckResult:
 
 @dataclass(frozen=True)
 class Terminal:
-    """A terminal's properties, as rich reads them.
+    """Properties of the terminal, from rich.
 
     Attributes:
-        encoding: of stdout.
-        is_terminal, width, colors: of stderr: whether it is one at all, its columns, rich's name for its colours.
+        encoding: stdout's encoding.
+        is_terminal, width, colors: stderr's: whether it is a terminal, columns, and rich's name of the colour system.
     """
 
     encoding: str
@@ -108,7 +107,7 @@ class Terminal:
 
 
 def terminal(here: Terminal) -> CheckResult:
-    """What the terminal can show."""
+    """The terminal's colours, width and encoding."""
     encoding = here.encoding.lower().replace("-", "")
     details = {"terminal": here.is_terminal, "encoding": encoding, "width": here.width}
     if not here.is_terminal:

@@ -1,4 +1,4 @@
-"""Checks of one model: can it be run here, does it fit, does it speak sense, and do both engines agree on it."""
+"""Check one model: does it run here, does it fit, is its output plausible, and do both engines agree."""
 
 from __future__ import annotations
 
@@ -21,33 +21,32 @@ from exl_cli.system.units import GIB, gib, parameters
 
 Ask = Callable[[str, dict[str, Any]], Answer]
 
-# Above this a sum in another order cannot be why two engines part: float16 logits of sound models differ by less.
+# A gap between logits that rounding cannot explain: float16 logits of working models differ by less.
 _TIE = 0.5
-# Relative L2 of logits: engines that compute the same were within 0.004 on 80 kinds of models, those that do not were
-# 0.07 apart and more.
+# Relative L2 error of logits. Correct engines were within 0.004 on 80 kinds of models, wrong ones off by 0.07 and more.
 _APART = 0.02
-# A sound model, however small, hesitates between some dozens of tokens in children's English; noise, among all.
+# Perplexity over vocabulary size. Even a small working model has a perplexity of some dozens on simple English; noise
+# reaches the vocabulary size.
 _NONSENSE = 0.05
 _LARGEST_ON_CPU = 2_000_000_000
 _BYTES_ON_CPU = 5
-_DAMAGED = f"the model may be damaged: exl download MODEL {param('verify')}, or take another quantization"
+_DAMAGED = f"the model may be damaged: exl download MODEL {param('verify')}, or use another quantization"
 _REPORT = f"please report this, with exl doctor MODEL {param('json')}"
 
-# Tokens of the text on which logits are compared, in its second half. All that is past a sliding window where it is
-# twice as long, unless the product of weights and tokens or the logits' memory is more than a CPU should take.
+# Length of the text on which logits are compared, in its second half. For a model with a sliding window, use twice the
+# window to test beyond it, unless that is too much work (weights times tokens) or memory (logits) for a CPU.
 _TEXT_TOKENS = 256
 _MOST_PRODUCTS, _MOST_LOGITS = 4e12, GIB
 
 
 def check(name: str, models_dir: Path | None, free: Sequence[int], *, gpu: bool, ask: Ask) -> Iterator[CheckResult]:
-    """Everything about a model.
+    """Check a model.
 
     Args:
-        name: as `loader.resolve` takes it.
-        models_dir: likewise.
-        free: bytes free on each GPU.
-        gpu: whether models can be run there at all.
-        ask: asks a probe, by its name and arguments.
+        name, models_dir: see `loader.resolve`.
+        free: free bytes on each GPU.
+        gpu: whether models can run on the GPU at all.
+        ask: calls a probe by name with keyword arguments.
     """
     try:
         info = loader.resolve(name, models_dir)
@@ -91,11 +90,11 @@ def check(name: str, models_dir: Path | None, free: Sequence[int], *, gpu: bool,
 
 
 def _text(info: ModelInfo) -> tuple[int, str]:
-    """How many tokens to compare logits over, and what there is to say about the model's window."""
+    """Number of tokens to compare logits over, and a remark on the sliding window."""
     plain = max(2, min(_TEXT_TOKENS, info.context_length - NEW_TOKENS))
     try:
         computed = architecture.read(info)
-    except ExlError:  # the GPU does not compute it: there is nothing to compare
+    except ExlError:  # not supported on the GPU: nothing to compare
         return plain, ""
     if not (window := max(computed.windows, default=0)):
         return plain, f"over {plain} tokens"
@@ -114,7 +113,7 @@ def _fits(info: ModelInfo, free: Sequence[int]) -> CheckResult:
     if needed is None:
         return CheckResult("Fits", "warn", "config.json does not give the dimensions that an estimate needs")
     try:
-        # CUDA itself will have to fit into what is free now; the check takes it as counted.
+        # memory.check expects free memory after the CUDA context, which does not exist yet.
         memory.check(info, context, "fp16", [max(0, count - needed.cuda) for count in free])
     except ExlError as error:
         return CheckResult("Fits", "fail", error.message, error.hint, "gpu")
@@ -132,7 +131,7 @@ def _too_large_for_cpu(info: ModelInfo) -> str:
 
 
 def _sense(check: str, answer: Answer, blocks: Any) -> CheckResult:
-    """Whether what an engine generated, and how it read, make sense."""
+    """Judge an engine's output by perplexity and repetition."""
     if answer.value is None:
         exl_error = answer.problem.startswith("exl_cli.errors.")
         said, _, hint = answer.said.partition("; ") if exl_error else (answer.said, "", "")
@@ -156,7 +155,7 @@ def _sense(check: str, answer: Answer, blocks: Any) -> CheckResult:
 
 
 def _parted(below: Sequence[float], whose: str) -> tuple[str, bool]:
-    """How many tokens the judging pass would have chosen too, and whether all others are near ties."""
+    """Describe how many tokens agree with the reference's choice, and whether all others are near ties."""
     if below and max(below) > _TIE:
         at = next(index for index, gap in enumerate(below) if gap > _TIE)
         return f"token {at + 1} is {below[at]:.1f} below {whose} choice", False
@@ -167,7 +166,7 @@ def _parted(below: Sequence[float], whose: str) -> tuple[str, bool]:
 
 
 def _alone(facts: dict[str, Any], where: str) -> CheckResult:
-    """What can be compared where a single engine runs: its tokens with a pass over the whole text."""
+    """With one engine, compare its decoding with a single pass over prompt and response."""
     said, same = _parted(facts["shortfalls"], "its own")
     details = {"shortfalls": facts["shortfalls"]}
     message = f"not compared, only the {where} runs it here; its prompt pass and its decoding "
@@ -177,7 +176,7 @@ def _alone(facts: dict[str, Any], where: str) -> CheckResult:
 
 
 def _agreement(answer: Answer, perplexity: float, extent: str) -> CheckResult:
-    """Whether the CPU engine would have chosen the tokens that exllamav2 chose, and computes the same logits."""
+    """Compare exllamav2's tokens and logits with the CPU engine's."""
     if answer.value is None:
         return CheckResult("On the CPU", "warn", f"not compared: {answer.said}")
     check, facts = "Engines agree", answer.value

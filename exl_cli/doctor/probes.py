@@ -1,6 +1,6 @@
-"""The doctor's questions that may crash or hang: each function is asked in a child process, see `system.questions`.
+"""Probes that may crash or hang, each called in a child process; see `system.questions`.
 
-They import what they need by themselves.
+They import heavy modules themselves.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from exl_cli.system.nvml import Driver, open_driver
 
 
 def torch() -> dict[str, Any]:
-    """Torch, its CUDA, and the GPUs as they are before this process takes any of their memory."""
+    """torch's versions, and the GPUs with their free memory."""
     import torch
 
     archs = torch.cuda.get_arch_list() if torch.version.cuda else []
     facts = {"version": torch.__version__, "cuda": torch.version.cuda, "archs": archs, "gpus": [], "why_not": ""}
     if not torch.version.cuda:
         return facts
-    # Before CUDA starts: then this process is not among those that use it.
+    # Before CUDA is initialised, while this process uses no GPU memory itself.
     readings = _readings()
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ def torch() -> dict[str, Any]:
 
 
 def _readings() -> dict[str, dict[str, Any]]:
-    """Memory and processes of each GPU by its UUID, from the driver."""
+    """Memory and processes of each GPU, by UUID, from NVML."""
     readings: dict[str, dict[str, Any]] = {}
     with open_driver() as driver:
         for handle in driver.gpus():
@@ -58,13 +58,13 @@ def _readings() -> dict[str, dict[str, Any]]:
 
 def _process(driver: Driver, process: Any) -> dict[str, Any]:
     name = str(driver.ask("SystemGetProcessName", process.pid) or "").rpartition("/")[2].split(" ")[0]
-    # A container numbers processes separately: there the driver's are of no use.
+    # In a container, NVML's process ids are the host's and do not exist here.
     here = Path(f"/proc/{process.pid}").exists()
     return {"pid": process.pid, "here": here, "name": name, "bytes": process.usedGpuMemory}
 
 
 def kernels() -> dict[str, Any]:
-    """exl's own decoding kernels, one of them compiled and loaded for each GPU; why not, where that fails."""
+    """Compile and load one of exl's kernels for each GPU."""
     import torch
 
     from exl_cli.engines.exllamav2.kernels import compiler
@@ -74,7 +74,7 @@ def kernels() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """The CPU engine, imported."""
+    """Import the CPU engine."""
     importlib.import_module("exl_cli.engines.cpu.engine")
     import transformers
 
@@ -82,7 +82,7 @@ def cpu() -> dict[str, Any]:
 
 
 def attention() -> dict[str, Any]:
-    """What will compute attention; Triton is tried on a small case."""
+    """Choose the attention backend; runs a small Triton kernel."""
     from exl_cli.engines.exllamav2.attention.paged import backend
 
     chosen = backend()
@@ -91,7 +91,7 @@ def attention() -> dict[str, Any]:
 
 
 def hub(timeout: float) -> dict[str, Any]:
-    """Whether the Hub answers, and who it takes the user for."""
+    """Query the Hub, and the account of the stored token."""
     from huggingface_hub import HfApi, get_session, get_token
 
     from exl_cli.models.hub.client import Hub
@@ -102,26 +102,26 @@ def hub(timeout: float) -> dict[str, Any]:
     if facts["token"]:
         try:
             facts["user"] = HfApi(endpoint).whoami()["name"]
-        except Exception as error:  # refused, expired, or of a service that is not the Hub
+        except Exception as error:  # rejected or expired, or HF_ENDPOINT is not a Hub
             facts["refused"] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return facts
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
 
-# Children's English, which every language model has read.
+# Simple English, which any language model predicts well.
 _TEXT = (
     "Once upon a time there was a little girl who lived in a small house near the forest. Every morning she went to "
     "the river with her mother to fetch some water, and every evening they sat by the fire and told each other stories."
 )
 _PROMPT_TOKENS = 12
 NEW_TOKENS = 32
-# Logits are kept of about so many positions, in the second half of the text.
+# Compare logits at about this many positions, in the second half of the text.
 _POSITIONS = 96
 
 
 class _Loaded:
-    """A model with the texts to try it on: plain English, and a longer one in which no passage returns."""
+    """A loaded model and its test texts: plain English, and a longer one of shuffled words without repetition."""
 
     def __init__(self, model: str, models_dir: str | None, engine: EngineChoice, tokens: int) -> None:
         from exl_cli import loader
@@ -142,7 +142,7 @@ class _Loaded:
         self.facts = {"load_seconds": seconds, "perplexity": perplexity, "vocabulary": tokenizer.vocab_size}
 
     def logits(self, step: int) -> Any:
-        """At some positions of the long text, computed so many tokens a pass."""
+        """Logits at sampled positions of the long text, with `step` tokens per forward pass."""
         half = len(self.long) // 2
         return self.engine.cached_logits(self.long, step)[half :: max(1, half // _POSITIONS)]
 
@@ -154,12 +154,12 @@ def _finite(value: float) -> float | None:
 def generate(
     model: str, models_dir: str | None, engine: EngineChoice, tokens: int, logits: str | None = None
 ) -> dict[str, Any]:
-    """A model continues the beginning of a text greedily, and reads a longer one.
+    """Continue a text greedily, and compute perplexity and, optionally, logits.
 
     Args:
-        model, models_dir, engine: which, and where to run it.
-        tokens: of the longer text.
-        logits: a file for its logits, of one pass over the text and of one token a pass.
+        model, models_dir, engine: the model and engine.
+        tokens: length of the long text.
+        logits: file to save its logits to, from one pass over all tokens and from one token per pass.
     """
     import torch
 
@@ -176,7 +176,7 @@ def generate(
         rate = chunk.summary.generation_rate if chunk.summary else rate
     if logits is not None:
         torch.save({"prompt": loaded.logits(tokens), "decoding": loaded.logits(1)}, logits)
-    # Whether a pass over the whole would have chosen what passes of one token chose.
+    # Compare decoding with one pass over prompt and response.
     shortfalls = scoring.shortfalls(loaded.engine, [*prompt, *new], len(new))
     generated = {"prompt": prompt, "tokens": new, "text": text, "tokens_per_second": rate, "shortfalls": shortfalls}
     return {**loaded.facts, **generated, "facts": loaded.engine.facts}
@@ -185,12 +185,12 @@ def generate(
 def compare(
     model: str, models_dir: str | None, tokens: int, prompt: list[int], new: list[int], logits: str
 ) -> dict[str, Any]:
-    """How the CPU engine ranks what another has generated, and how far their logits are apart.
+    """Compare another engine's tokens and logits with the CPU engine's.
 
     Args:
         model, models_dir, tokens: as for `generate`.
-        prompt, new: the tokens that the other engine was given, and those that it generated.
-        logits: the other's file.
+        prompt, new: the other engine's prompt and response.
+        logits: the file it saved.
     """
     import torch
 

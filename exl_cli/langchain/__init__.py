@@ -1,9 +1,9 @@
-"""exl's models in LangChain: `ExLlamaV2` continues text, `ChatExLlamaV2` answers messages.
+"""LangChain integration: `ExLlamaV2` completes text, `ChatExLlamaV2` answers messages.
 
     pip install 'exl-cli[langchain]'
 
-Objects for the same model and load options share one loaded engine in a process, whatever their other settings. The
-engine is given back when the last of them is released (`release()`) or no longer referenced.
+Objects with the same model and load options share one engine per process. It is closed when the last of them is
+released (`release()`) or garbage-collected.
 """
 
 try:

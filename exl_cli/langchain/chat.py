@@ -1,4 +1,4 @@
-"""`ChatExLlamaV2`: messages in, a message out, through the model's own chat template."""
+"""`ChatExLlamaV2`: chat with the model's chat template."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from exl_cli.models.memory import MOST_SEQUENCES
 
 
 class ChatExLlamaV2(LocalModel, BaseChatModel):  # type: ignore[misc]  # `_stream` names its argument otherwise
-    """A GPTQ, EXL2 or float model that answers messages.
+    """A LangChain chat model on a GPTQ, EXL2 or float model.
 
         chat = ChatExLlamaV2(model="./models/owner_name", temperature=0.7, max_tokens=200)
         chat.invoke([("system", "Answer in one sentence."), ("human", "Who are you?")])
 
-    Per call, `stop`, `max_tokens`, `seed`, `timeout`, `settings`, every field of `Sampling` and another `model` can be
-    given, also with `bind`. Tools and structured output are not offered: nothing here makes a model keep to a schema.
+    Calls and `bind` accept `stop`, `max_tokens`, `seed`, `timeout`, `settings`, any field of `Sampling`, and another
+    `model`. Tools and structured output are not supported, since generation is not constrained.
     """
 
     model_config = LocalModel.model_config
 
     streaming: bool = False
-    """Generate by streaming, with a callback for every new token, also when the whole answer is asked for."""
+    """Stream even for `invoke`, with a callback for every new token."""
 
     @property
     def _llm_type(self) -> str:
         return "exllamav2-chat"
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """How many tokens the messages come to in the model's chat template, the header of the answer included."""
+        """Number of tokens of the rendered messages, including the header of the response."""
         with self._calling(None, {"tools": tools or None}) as call:
             return len(call.model.encode(as_prompt(messages)))
 

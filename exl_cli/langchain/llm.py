@@ -1,4 +1,4 @@
-"""`ExLlamaV2`: text in, text out; a drop-in for the class of the same name in langchain_community."""
+"""`ExLlamaV2`: text completion; a drop-in replacement for langchain_community's class."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from exl_cli.langchain.local import Call, LocalModel
 
 
 class ExLlamaV2(LocalModel, LLM):
-    """A GPTQ, EXL2 or float model that continues a text.
+    """A LangChain LLM on a GPTQ, EXL2 or float model.
 
         llm = ExLlamaV2(model_path="./models/owner_name", settings=Sampling(temperature=0.85), max_new_tokens=150)
         for piece in llm.stream("Once upon a time"): ...
 
-    Per call, `stop`, `max_new_tokens`, `seed`, `timeout`, `settings`, every field of `Sampling` and another `model` can
-    be given, also with `bind`. `verbose` prints settings, model and timings on stdout, as LangChain's notebook shows.
+    Calls and `bind` accept `stop`, `max_new_tokens`, `seed`, `timeout`, `settings`, any field of `Sampling`, and
+    another `model`. `verbose` prints settings, model and timings to stdout, as in LangChain's notebook.
     """
 
     model_config = LocalModel.model_config
 
     streaming: bool = True
-    """Also tell the callbacks of every new token when the whole response is asked for, as with `invoke`."""
+    """Call the callbacks for every new token even for `invoke`."""
 
     @property
     def _llm_type(self) -> str:
@@ -51,7 +51,7 @@ class ExLlamaV2(LocalModel, LLM):
     ) -> LLMResult:
         done: list[Response] = []
         with self._calling(stop, kwargs) as call, ExitStack() as stack:
-            # All at once: an engine may compute several in one forward pass.
+            # Start all of them: the engine may batch them.
             for stream in [stack.enter_context(call.stream(prompt)) for prompt in prompts]:
                 for text in stream:
                     if run_manager and self.streaming:

@@ -1,4 +1,4 @@
-"""The base of both LangChain classes: their fields, the engines that they share, a call and its options."""
+"""Base of both LangChain classes: fields, shared engines, per-call options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from exl_cli.errors import PromptError, UsageError
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Speculation
 
-# Arguments of langchain_community's class that handed it parts of exllamav2, and what to use here.
+# Arguments of langchain_community's class that took exllamav2 objects, and what to use instead.
 _REFUSED = {
     "client": "exl loads the model itself",
     "config": "exl reads the model's files itself; context, cache and GPUs are max_seq_len, kv_cache and gpu_split",
@@ -38,18 +38,18 @@ _REFUSED = {
     "tokenizer": "exl reads the model's tokenizer itself",
 }
 
-# The fields that decide how a model is loaded; `kv_cache` is `cache` in `LoadOptions`.
+# Fields that are load options; `kv_cache` is `cache` in `LoadOptions`.
 _LOADING = ("engine", "max_seq_len", "kv_cache", "gpu_split", "low_mem", "speculate", "draft")
 
-# Arguments that LangChain gives hosted models to call tools with.
+# LangChain's arguments for tool calls.
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "response_format")
 
 
 def as_prompt(prompt: str | list[BaseMessage]) -> str | list[dict[str, Any]]:
-    """A text, or LangChain's messages as chat templates know them: OpenAI's format with a call's arguments parsed.
+    """Convert LangChain messages to OpenAI's format with parsed tool arguments, as chat templates expect; keep text.
 
     Raises:
-        PromptError: a message holds something else than text.
+        PromptError: a message contains something other than text.
     """
     if isinstance(prompt, str):
         return prompt
@@ -62,7 +62,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(blocks, str):
         blocks = [{"type": "text", "text": blocks}]
     if other := sorted({str(block["type"]) for block in blocks} - {"text"}):
-        raise PromptError(f"a message holds {', '.join(other)}, and models in exl read text only", "send text")
+        raise PromptError(f"a message contains {', '.join(other)}, but exl's models read text only", "send text")
     turn = {**turn, "content": "".join(block["text"] for block in blocks)}
     if calls := turn.get("tool_calls"):
         functions = [{**call["function"], "arguments": json.loads(call["function"]["arguments"])} for call in calls]
@@ -72,12 +72,12 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Call:
-    """One call: a loaded model, and everything but the prompt.
+    """One call: a loaded model and all arguments but the prompt.
 
     Attributes:
-        model_name: what the user calls the model.
-        model: the model.
-        options: the arguments of `Model.stream`.
+        model_name: the name the user gave.
+        model: the loaded model.
+        options: arguments of `Model.stream`.
     """
 
     model_name: str
@@ -85,15 +85,15 @@ class Call:
     options: dict[str, Any]
 
     def stream(self, prompt: Any) -> Stream:
-        """Begin to generate, from a text or from LangChain's messages."""
+        """Start generating from text or LangChain messages."""
         return self.model.stream(as_prompt(prompt), **self.options)
 
     def astream(self, prompt: Any) -> AsyncStream:
-        """Begin to generate, for the running event loop."""
+        """`stream`, for the running event loop."""
         return self.model.astream(as_prompt(prompt), **self.options)
 
     def facts(self, generation: Generation) -> dict[str, Any]:
-        """Metadata of a response: why it ended, tokens, seconds, the seed."""
+        """Response metadata: finish reason, token counts, timings, seed."""
         summary = generation.summary
         return {
             "model_name": self.model_name,
@@ -106,31 +106,31 @@ class Call:
 
 
 class Loaded:
-    """A loaded model and how many use it. Closed when that number falls to 0, or when the last reference goes.
+    """A loaded model with a reference count; closed when the count drops to 0 or this object is garbage-collected.
 
     Attributes:
         model: the model.
-        users: how often it was acquired and not yet released.
+        users: the reference count.
     """
 
     def __init__(self, model: api.Model) -> None:
         self.model = model
         self.users = 0
-        # Not at exit: the process gives everything back by itself.
+        # Not at exit, where the operating system frees everything.
         weakref.finalize(self, model.close, wait=False).atexit = False
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # A pickled or deep-copied user has none, and acquires its own.
+        # Pickles and deep copies do not carry the engine; they acquire their own.
         return type(None), ()
 
 
-# Re-entrant, since the garbage collector may end an abandoned generation, and so call `release`, at any moment.
+# Reentrant: the garbage collector may end an abandoned generation, and so call `release`, at any moment.
 lock = threading.RLock()
 _loaded: weakref.WeakValueDictionary[tuple[Path, LoadOptions], Loaded] = weakref.WeakValueDictionary()
 
 
 def acquire(info: ModelInfo, options: LoadOptions) -> Loaded:
-    """The loaded model, loaded now if need be; one load at a time. Release it after use.
+    """Return the shared model, loading it if needed, one load at a time. The caller releases it.
 
     Raises:
         ExlError: see `api.load`.
@@ -147,15 +147,15 @@ def acquire(info: ModelInfo, options: LoadOptions) -> Loaded:
 
 
 def release(loaded: Loaded) -> None:
-    """One user less. After the last one, returns only once the memory is free.
+    """Drop one reference; for the last one, return once the memory is free.
 
-    An engine's thread does not wait for that: the garbage collector may have it end somebody's abandoned generation
-    while others wait, under the lock, for that very thread.
+    In an engine thread, do it in another thread. The garbage collector may call this there, while another thread holds
+    the lock and waits for the engine thread.
     """
     if not in_engine_thread():
         _release(loaded)
         return
-    with contextlib.suppress(RuntimeError):  # the process is ending, and gives everything back by itself
+    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter exits
         threading.Thread(target=_release, args=(loaded,), name="exl-release").start()
 
 
@@ -167,16 +167,16 @@ def _release(loaded: Loaded) -> None:
 
 
 def _release_unused(acquiring: asyncio.Future[Loaded]) -> None:
-    """Release what a task waited for that was cancelled meanwhile."""
+    """Release an engine whose task was cancelled while acquiring it."""
     if not acquiring.cancelled() and acquiring.exception() is None:
         threading.Thread(target=release, args=(acquiring.result(),), name="exl-release").start()
 
 
 class LocalModel(BaseModel):
-    """The fields and methods of both classes.
+    """Common fields and methods of `ExLlamaV2` and `ChatExLlamaV2`.
 
-    Raises, on construction:
-        ExlError: the model cannot be found or loaded, or a setting is wrong; see `exl_cli.load`.
+    Construction raises:
+        ExlError: the model cannot be found or loaded, or a setting is invalid; see `exl_cli.load`.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -185,26 +185,26 @@ class LocalModel(BaseModel):
     """A folder, a downloaded "owner/name[:revision]", or "fable-7m", the built-in model."""
 
     settings: Any = Field(default=None, validation_alias=AliasChoices("settings", "sampling"))
-    """How tokens are chosen: a `Sampling`, a mapping of some of its fields, or exllamav2's own settings object. What it
-    does not say comes from the model's generation_config.json, else from the defaults of `Sampling`."""
+    """Sampler settings: a `Sampling`, a mapping of some of its fields, or exllamav2's settings object. Fields not given
+    come from the model's generation_config.json, else from the defaults of `Sampling`."""
 
     temperature: float | None = None
-    """Softmax temperature, over that of `settings`."""
+    """Softmax temperature; overrides that of `settings`."""
 
     max_new_tokens: int = Field(default=150, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
-    """The most tokens to generate."""
+    """Most tokens to generate."""
 
     stop_sequences: list[str] = Field(default_factory=list, validation_alias=AliasChoices("stop_sequences", "stop"))
-    """Texts that end the response; upper and lower case matter. A call's own `stop` takes their place."""
+    """Strings that end the response, case-sensitive. Replaced by a call's `stop`."""
 
     seed: int | None = None
-    """The same seed gives the same text; None for a random one each time."""
+    """Makes responses reproducible; None for a random seed per call."""
 
     timeout: float | None = None
-    """Seconds until a whole response must be there, waiting for others included; None for no limit."""
+    """Seconds for a complete response, including time in the queue; None for no limit."""
 
     engine: EngineChoice = Field(default="auto", frozen=True)
-    """See `exl_cli.load`, as for the next seven; `kv_cache` is its `cache`, a name that LangChain has taken."""
+    """See `exl_cli.load` for this and the next seven; `kv_cache` is its `cache`, a name that LangChain uses."""
 
     max_seq_len: int | None = Field(default=None, frozen=True)
     kv_cache: CacheType = Field(default="fp16", frozen=True)
@@ -215,7 +215,7 @@ class LocalModel(BaseModel):
     models_dir: str | Path | None = Field(default=None, frozen=True)
 
     max_retries: int | None = Field(default=None, exclude=True)
-    """Accepted and without effect, as the next: a local model has no connection to retry and no key."""
+    """Ignored, like `api_key`: a local model has no connection to retry and no key."""
 
     api_key: Any = Field(default=None, exclude=True, repr=False)
 
@@ -226,7 +226,7 @@ class LocalModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_parts(cls, values: Any) -> Any:
-        """Say what to use instead of what langchain_community's class took."""
+        """Refuse arguments of langchain_community's class, naming the replacement."""
         if not isinstance(values, dict):
             return values
         for name, reason in _REFUSED.items():
@@ -249,12 +249,12 @@ class LocalModel(BaseModel):
 
     @property
     def model_path(self) -> str:
-        """`model`, by the name that langchain_community's class gives it."""
+        """`model`, under langchain_community's name."""
         return self.model
 
     @property
     def max_tokens(self) -> int:
-        """`max_new_tokens`, by the name that LangChain's hosted models give it."""
+        """`max_new_tokens`, under the name of LangChain's hosted models."""
         return self.max_new_tokens
 
     @property
@@ -263,21 +263,23 @@ class LocalModel(BaseModel):
         return self._info.path
 
     def release(self) -> None:
-        """Have the engine's memory back, unless another object uses the same engine or a response is being generated:
-        then the last of them gives it back. Using this object again loads the model again."""
+        """Close the engine, once no other object uses it and no response is being generated.
+
+        Using this object again reloads the model.
+        """
         with lock:
             claim, self._claim = self._claim, None
             if claim is not None:
                 release(claim)
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The token ids of a text as the model sees it, a beginning-of-sequence token included if it expects one."""
+        """Token ids of a text, including BOS if the model expects it."""
         with self._calling(None, {}) as call:
             return call.model.encode(text)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that the response depends on besides the prompt."""
+        """Everything besides the prompt that the response depends on."""
         return {
             "model_name": self.model,
             "model_path": str(self._info.path),
@@ -290,14 +292,14 @@ class LocalModel(BaseModel):
         }
 
     def _say(self, text: str) -> None:
-        """Print a line of LangChain's notebook; a chat model has none."""
+        """Print a line as LangChain's notebook does; chat models print none."""
 
     def _chunk(self, text: str) -> Any:
-        """A part of a response, as LangChain wants it streamed."""
+        """Wrap streamed text in LangChain's chunk type."""
         raise NotImplementedError
 
     def _last_chunk(self, call: Call, response: Generation) -> Any:
-        """The chunk after the text: its numbers, which LangChain adds up over chunks, stand nowhere else."""
+        """The final chunk, which alone carries the numbers: LangChain sums them over chunks."""
         raise NotImplementedError
 
     def _stream(
@@ -342,7 +344,7 @@ class LocalModel(BaseModel):
 
     @contextmanager
     def _calling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Iterator[Call]:
-        """A call in which the engine stays loaded. `kwargs` are LangChain's per-call arguments."""
+        """Keep the engine loaded during a call; `kwargs` are LangChain's per-call arguments."""
         name, options = self._call_options(stop, kwargs)
         loaded = self._acquire(name)
         try:
@@ -352,7 +354,7 @@ class LocalModel(BaseModel):
 
     @asynccontextmanager
     async def _acalling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> AsyncIterator[Call]:
-        """`_calling`, with the event loop free while this model, or another, is loaded or closed."""
+        """`_calling` that does not block the event loop while an engine is loaded or closed."""
         name, options = self._call_options(stop, kwargs)
         acquiring = asyncio.ensure_future(run_in_executor(None, self._acquire, name))
         try:
@@ -363,7 +365,7 @@ class LocalModel(BaseModel):
         try:
             yield Call(name, loaded.model, options)
         finally:
-            # Done to its end even if this task is cancelled once more.
+            # Complete even if this task is cancelled again.
             await asyncio.shield(run_in_executor(None, release, loaded))
 
     def _acquire(self, name: str) -> Loaded:
@@ -375,10 +377,10 @@ class LocalModel(BaseModel):
             return acquire(self._info, self._options)
 
     def _call_options(self, stop: list[str] | None, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The model's name and the arguments of `Model.stream`: the object's own, and over them the call's."""
+        """The model's name, and the arguments of `Model.stream`: this object's, overridden by the call's."""
         given = {name: value for name, value in kwargs.items() if value is not None and name != "stream"}
         if tools := [name for name in _TOOLS if name in given]:
-            raise UsageError(f"{type(self).__name__} takes no {tools[0]}", "exl does not constrain what a model writes")
+            raise UsageError(f"{type(self).__name__} takes no {tools[0]}", "leave it out; exl does not support tools")
         name = str(given.pop("model", self.model))
         settings = (*self._layers(), given.pop("settings", None), given.pop("sampling", None))
         limit = given.pop("max_tokens", self.max_new_tokens)
