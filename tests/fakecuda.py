@@ -262,6 +262,8 @@ class Machine:
         path = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH"), *_source()]))
         return {
             **{key: value for key, value in os.environ.items() if key not in _FOREIGN},
+            # The stand-in's files change within a second, which a compiled module's time stamp would not show.
+            "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": path,
             "TORCH_EXTENSIONS_DIR": str(self.extensions),
             "XDG_CACHE_HOME": str(self.root / "cache"),
