@@ -72,14 +72,28 @@ def client(fable: Replicas) -> Iterator[Any]:
 
 def test_a_session_stays_with_its_replica_and_sessions_spread(fable: Replicas) -> None:
     names = [f"session {i}" for i in range(20)]
-    before = {name: fable.metric("process_start_time_seconds", session=name) for name in names}
-    assert len(set(before.values())) == 2
-    assert before == {name: fable.metric("process_start_time_seconds", session=name) for name in names}
+
+    def counts() -> list[float]:
+        return [fable.metric("exl_new_tokens_total", session=name) for name in names]
+
+    def beside_the_first() -> set[str]:
+        """The sessions of the replica that answers the first."""
+        before = counts()
+        fable.post(CHAT, asking(max_tokens=2, ignore_eos=True), headers={"X-Session-Id": names[0]})
+        return {name for name, old, new in zip(names, before, counts(), strict=True) if new == old + 2}
+
+    beside = beside_the_first()
+    assert names[0] in beside
+    assert len(beside) < len(names)
+    assert beside == beside_the_first()
 
 
 def test_a_full_queue_is_a_429(fable: Replicas) -> None:
-    refused = fable.post(CHAT, asking(n=16))
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    body = asking(stream=True, n=8, max_tokens=100, ignore_eos=True)
+    with httpx.stream("POST", fable.url + CHAT, json=body, headers=SESSION, timeout=60) as answer:
+        next(answer.iter_lines())
+        refused = fable.post(CHAT, asking(n=8), headers=SESSION)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full"), refused.text
     assert int(refused.headers["Retry-After"]) > 0
 
 

@@ -7,6 +7,10 @@ import random
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+# How often a session's replica is asked before another gets its request: a busy one may not say in a tenth of a second
+# that it takes it. Ray waits longer each time.
+_PATIENCE = 5
+
 
 class SessionRouter(RequestRouter):  # type: ignore[misc] # Ray is untyped to us
     """Rendezvous hashing of sessions: a replica that comes or goes moves its own only.
@@ -22,7 +26,8 @@ class SessionRouter(RequestRouter):  # type: ignore[misc] # Ray is untyped to us
         session: str = getattr(pending_request.metadata, "session_id", "") if pending_request else ""
         if not session:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
-        return [[replica] for replica in sorted(candidate_replicas, key=lambda replica: _weight(session, replica))]
+        ranked = sorted(candidate_replicas, key=lambda replica: _weight(session, replica))
+        return [[replica] for replica in (*ranked[:1] * _PATIENCE, *ranked[1:])]
 
 
 def _weight(session: str, replica: RunningReplica) -> bytes:
