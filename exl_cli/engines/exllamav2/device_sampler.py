@@ -40,6 +40,7 @@ class Seat:
         sampler: the sequence's.
         row: its settings, as the kernel reads them.
         count: how many of the likeliest tokens have their log-probabilities reported; None for no log-probabilities.
+        masks: what the row's masks are read from.
         known: tokens of its history that are on the device.
         needs_history: whether the kernel reads that.
     """
@@ -48,6 +49,7 @@ class Seat:
         self.index, self.sampler, self.count = index, sampler, count
         self.row = sample.row(sampler.settings, sampler.seed)
         self.known = 0
+        self.masks: list[torch.Tensor] = []
         settings = sampler.settings
         self.needs_history = (
             settings.token_repetition_penalty != 1.0
@@ -96,7 +98,9 @@ class DeviceSampler:
         self._kernel: Kernel | None = None
         self.why_not = ""
         compiler.begin(sample.FILE, [{}], device)
-        self._histories = torch.zeros((seats, longest + 1), dtype=torch.int32, device=device)
+        self._longest = longest
+        # Of each seat, from its first use on.
+        self._histories: dict[int, torch.Tensor] = {}
         self._rows_there = torch.empty(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, device=device)
         self._chosen_there = torch.empty(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, device=device)
         self._edits_there = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, device=device)
@@ -106,7 +110,6 @@ class DeviceSampler:
         self._scratch: torch.Tensor | None = None
         self._masks: dict[bytes, torch.Tensor] = {}
         self._argument = sample.SampleArgument()
-        self._seats = seats
 
     def begin(self, sampler: Sampler, request: Request) -> Seat | None:
         """Take a sequence in; None where the CPU has to sample it.
@@ -119,13 +122,16 @@ class DeviceSampler:
         if len(sampler.edits(0, ())) > _MOST_EDITS // 2 or not self._compiled():
             return None
         seat = Seat(self._free.pop(), sampler, request.logprobs)
-        row, history = seat.row, self._histories[seat.index]
+        row, history = seat.row, self._histories.get(seat.index)
+        if history is None:
+            history = torch.zeros(self._longest + 1, dtype=torch.int32, device=self._device)
+            self._histories[seat.index] = history
         row.history = history.data_ptr()
         row.top_logprobs = 0 if seat.count is None else seat.count + 1
         if sampler.settings.dry_multiplier > 0:
-            row.breakers = self._mask(sampler.breakers)
+            row.breakers = self._mask(sampler.breakers, seat)
         if sampler.settings.xtc_probability > 0:
-            row.is_protected = self._mask(sampler.protected)
+            row.is_protected = self._mask(sampler.protected, seat)
         return seat
 
     def _compiled(self) -> bool:
@@ -161,7 +167,7 @@ class DeviceSampler:
             if seat.needs_history and seat.known < length:
                 # What the CPU has chosen, or computed before.
                 late = torch.tensor(draw.ids[seat.known : length], dtype=torch.int32).pin_memory()
-                self._histories[seat.index, seat.known : length].copy_(late, non_blocking=True)
+                self._histories[seat.index][seat.known : length].copy_(late, non_blocking=True)
             seat.known = length + 1
             row.logits, row.length, row.edits, row.bits = place, length, len(edits), seat.sampler.bits
             row.next = row.history + 4 * length
@@ -178,8 +184,9 @@ class DeviceSampler:
         self._rows_there[:size].copy_(launch.rows[:size], non_blocking=True)
         if edited:
             self._edits_there[:, : len(draws)].copy_(launch.edits[:, : len(draws)], non_blocking=True)
-        if scratch and self._scratch is None:
-            self._scratch = torch.empty((self._seats, 2, vocab), dtype=torch.float32, device=self._device)
+        if scratch and (self._scratch is None or len(self._scratch) < len(draws)):
+            rows = 1 << (len(draws) - 1).bit_length()
+            self._scratch = torch.empty((rows, 2, vocab), dtype=torch.float32, device=self._device)
         if self._kernel is None:
             raise RuntimeError("a sequence without a seat is sampled")
         argument = self._argument
@@ -213,14 +220,18 @@ class DeviceSampler:
         self._idle.extend(self._launched)
         self._launched.clear()
 
-    def _mask(self, mask: BoolArray) -> int:
-        """The address of a mask's bits on the device."""
+    def _mask(self, mask: BoolArray, seat: Seat) -> int:
+        """The address of a mask's bits on the device, for as long as the seat is taken."""
         padded = np.zeros(-(-len(mask) // 32) * 32, dtype=np.bool_)
         padded[: len(mask)] = mask
         key = np.packbits(padded, bitorder="little").tobytes()
-        if key not in self._masks:
-            self._masks[key] = torch.frombuffer(bytearray(key), dtype=torch.uint8).to(self._device)
-        return self._masks[key].data_ptr()
+        bits = self._masks.get(key)
+        if bits is None:
+            if len(self._masks) >= _MOST_MASKS:
+                self._masks.clear()
+            bits = self._masks[key] = torch.frombuffer(bytearray(key), dtype=torch.uint8).to(self._device)
+        seat.masks.append(bits)
+        return bits.data_ptr()
 
 
 def _logprobs(chosen: sample.Chosen, count: int) -> TokenLogprobs:
