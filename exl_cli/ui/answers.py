@@ -1,4 +1,4 @@
-"""An answer of a chat as it comes: reasoning apart from the answer, Markdown rendered block by block."""
+"""Stream a chat's answer to the terminal: dim reasoning, Markdown rendered block by block."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from exl_cli.structured.reasoning import Piece
     from exl_cli.ui.chat import ChatConsole
 
-# The least time between two renderings of a growing Markdown block, in seconds.
+# Minimum seconds between redraws of an unfinished Markdown block.
 _REFRESH = 0.1
-# Blocks that an empty line ends for good. A list or a quotation may go on after one.
+# Blocks that an empty line ends. Lists and quotations may continue after one.
 _ENDED_BY_EMPTY_LINE = ("paragraph_open", "heading_open", "hr", "table_open")
 
 
 class Answer:
-    """Shows an answer as it comes: reasoning dim, or not at all, and then the answer."""
+    """Streams plain text; reasoning is dim or hidden."""
 
     def __init__(self, console: ChatConsole, *, thinking: bool) -> None:
         self._console = console
@@ -34,7 +34,7 @@ class Answer:
 
     def show(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            # Models begin with a space or a line break that belongs to the turn's header.
+            # Models often begin with white space that belongs to the turn's header.
             text = piece.text if self._kind == piece.kind else piece.text.lstrip()
             if not text:
                 continue
@@ -46,7 +46,7 @@ class Answer:
                 self._console.stream(text, "dim")
 
     def end(self) -> None:
-        """Show what was held back."""
+        """Show whatever is still held back."""
 
     def _change(self, kind: str) -> None:
         if kind == "reasoning" and not self._thinking:
@@ -61,7 +61,7 @@ class Answer:
 
 
 class MarkdownAnswer(Answer):
-    """Shows an answer's Markdown: each block is rendered once, when it is finished; the last grows as plain text."""
+    """Renders each Markdown block once it is complete; the unfinished last block is shown as plain text."""
 
     def __init__(self, console: ChatConsole, *, thinking: bool) -> None:
         super().__init__(console, thinking=thinking)
@@ -71,7 +71,7 @@ class MarkdownAnswer(Answer):
         self._begun = False
 
     def end(self) -> None:
-        """Render the last block in the place of its plain text."""
+        """Replace the last block's plain text by its rendering."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -99,7 +99,7 @@ class MarkdownAnswer(Answer):
             self._console.out.print(_Closed(Markdown(harmless_lines(block), hyperlinks=False)))
 
     def _tail(self) -> Any:
-        """The end of the growing block, as much of it as the screen can take away again."""
+        """The last lines of the unfinished block, no more than fit on the screen, where Live can erase them."""
         from rich.text import Text
 
         out = self._console.out
@@ -108,7 +108,7 @@ class MarkdownAnswer(Answer):
 
 
 class _Closed:
-    """Something for Rich to render, each line of it with the end of what changes the writing direction there."""
+    """A Rich renderable that closes open bidirectional controls at the end of each line."""
 
     def __init__(self, content: Any) -> None:
         self._content = content
@@ -121,10 +121,9 @@ class _Closed:
 
 
 class BlockSplitter:
-    """Cuts a stream of Markdown (CommonMark with tables) into its top-level blocks, each given out once nothing that
-    follows can change it.
+    """Splits streamed Markdown (CommonMark with tables) into top-level blocks, once later text cannot change them.
 
-    Only what has not been given out is parsed, and only when a line ends.
+    Parses only text not emitted yet, and only at line ends.
     """
 
     def __init__(self) -> None:
@@ -134,7 +133,7 @@ class BlockSplitter:
         self.pending = ""
 
     def push(self, text: str) -> list[str]:
-        """The blocks that this text completes."""
+        """Add text; return the blocks that it completes."""
         self.pending += text
         if "\n" not in text:
             return []
@@ -144,12 +143,12 @@ class BlockSplitter:
         return blocks
 
     def flush(self) -> list[str]:
-        """The rest."""
+        """Return the remaining blocks."""
         text, self.pending = self.pending, ""
         return self._cut(text, final=True)[0]
 
     def _cut(self, text: str, *, final: bool) -> tuple[list[str], str]:
-        """The finished blocks of a text, all of them if it is `final`, and the rest of it."""
+        """Split a text into complete blocks and the rest; if `final`, all blocks are complete."""
         lines = [line + "\n" for line in text.removesuffix("\n").split("\n")]
         tokens = [token for token in self._parser.parse(text) if token.level == 0 and token.map and token.nesting >= 0]
         blocks = [(token.type, token.markup, token.map[0], token.map[1]) for token in tokens if token.map]
@@ -163,7 +162,7 @@ class BlockSplitter:
 
 
 def _is_finished(kind: str, markup: str, start: int, end: int, lines: list[str]) -> bool:
-    """Whether nothing that follows can change the last block of a text."""
+    """Whether later text cannot change the last block."""
     if kind == "fence":
         closing = lines[end - 1].strip()
         return end - 1 > start and closing.startswith(markup) and not closing.strip(markup[0])

@@ -1,4 +1,4 @@
-"""How a batch job shows its progress: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a batch job: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is seen of a chat: answers as they come, the line of numbers after each, and what commands show.
+"""Everything a chat displays: answers, the line of numbers after each, and the output of commands.
 
-Answers go to stdout, all the rest to stderr. What a command was asked for is shown even where `quiet` keeps notes away.
+Answers go to stdout, everything else to stderr. `quiet` hides notes, but not the output of commands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from exl_cli.chat.model import ChatModel
     from exl_cli.structured.reasoning import Piece
 
-# What stands before a line that the user types, and before those that go on with it.
+# Prompts of the first line and of continuation lines.
 PROMPT = ">>> "
 CONTINUATION = "... "
 
@@ -48,7 +48,7 @@ class ChatConsole(Console):
                 answer.end()
 
     def end_text(self, *, failed: bool = False) -> None:
-        """End a line of text that was begun, also in a pipe: the next answer is not to stick to this one."""
+        """End the current line, also in a pipe, where the next answer would otherwise follow on the same line."""
         if not self._at_line_start and not sys.stdout.isatty():
             self.text("\n")
         super().end_text()
@@ -155,7 +155,7 @@ class ChatConsole(Console):
         self.block(PROMPT + text.replace("\n", "\n" + CONTINUATION))
 
     def copy(self, text: str) -> bool:
-        """Put a text into the clipboard of the terminal that stderr is (OSC 52); whether it is one."""
+        """Copy text to the clipboard through the terminal on stderr (OSC 52); returns whether there is one."""
         if not sys.stderr.isatty() or self.err.is_dumb_terminal:
             return False
         encoded = base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
@@ -165,7 +165,7 @@ class ChatConsole(Console):
 
 
 def plain_reader(*, prompts: bool) -> ReadLine:
-    """Read lines from a pipe or file, or, with `prompts`, from a terminal that cannot edit lines."""
+    """A reader for pipes and files, or, with `prompts`, for terminals without line editing."""
 
     def read(draft: str) -> str | None:
         text = _line(PROMPT if prompts else "")

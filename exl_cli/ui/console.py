@@ -1,4 +1,4 @@
-"""Everything a person or a pipe sees. stdout carries model text or the data asked for; all the rest is on stderr."""
+"""All output. stdout carries model text or requested data; everything else goes to stderr."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 
 def flags(text: str) -> str:
-    """Text with its parameters written as flags: `--max-seq-len`."""
+    """Replace `param` marks by flags: `--max-seq-len`."""
     return spell(text, lambda name: "--" + name.replace("_", "-"))
 
 
 _GPU_TITLES = ("GPU", "Temp", "Power", "Memory MiB\nused / total", "Util", "Process\nMiB", "Peak\nMiB")
-# A table that is as wide as its longest line.
+# Table width in a pipe, where lines must not wrap.
 _WIDEST = 100_000
 
 
 class Console:
-    """Where a command writes.
+    """A command's output.
 
     Args:
-        quiet: keep stderr for errors alone.
+        quiet: write only errors to stderr.
 
     Attributes:
-        leaves_on_interrupt: Ctrl-C ends the process at once while a model loads; else it raises KeyboardInterrupt.
+        leaves_on_interrupt: while a model loads, Ctrl-C exits at once instead of raising KeyboardInterrupt.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -63,13 +63,13 @@ class Console:
 
     @property
     def is_live(self) -> bool:
-        """Whether progress is shown by bars and spinners on stderr rather than by lines."""
+        """Whether progress is shown as bars and spinners on stderr instead of lines."""
         return not self.quiet and self.err.is_terminal
 
     # --- stdout ---------------------------------------------------------------------------------------------------
 
     def text(self, text: str, *, is_json: bool = False) -> None:
-        """What was asked for: byte for byte into a pipe or file, harmless on a terminal."""
+        """Write requested text: unchanged to a pipe or file, sanitized on a terminal."""
         terminal = sys.stdout.isatty()
         if terminal and not is_json:
             self._show(harmless(text))
@@ -78,12 +78,12 @@ class Console:
             self._at_line_start = text.endswith("\n")
 
     def data(self, value: Any) -> None:
-        """One JSON value on one line."""
+        """Write a JSON value on one line."""
         self.text(flags(json.dumps(value, ensure_ascii=False)) + "\n", is_json=True)
 
     @contextmanager
     def streaming(self) -> Iterator[Callable[[str], None]]:
-        """Within it, model text goes to `stream`, and typed keys stay unseen; after it, others can write."""
+        """Stream model text, with terminal echo off; ends the last line on leaving."""
         with unseen_keys():
             try:
                 yield self.stream
@@ -93,7 +93,7 @@ class Console:
             self.end_text()
 
     def stream(self, text: str, style: str | None = None) -> None:
-        """Model text, as it comes: byte for byte into a pipe or file; on a terminal harmless, and broken at words."""
+        """Write streamed model text: unchanged to a pipe or file; sanitized and word-wrapped on a terminal."""
         if not sys.stdout.isatty():
             self.text(text)
             return
@@ -101,9 +101,9 @@ class Console:
         self._show(self._wrapper.push(text), style)
 
     def end_text(self, *, failed: bool = False) -> None:
-        """End a line of text that was begun, where anything else would follow it there.
+        """End the current line on a terminal.
 
-        A pipe or file gets nothing added, unless stderr goes there too, with notes to come or an error.
+        A pipe or file gets nothing added, unless stderr is the same file and more output follows.
         """
         if sys.stdout.isatty():
             self._show(self._wrapper.end(), self._style)
@@ -129,14 +129,14 @@ class Console:
         right: Sequence[str] = (),
         **layout: Any,
     ) -> None:
-        """Show a table, fitted to a terminal, and as wide as each line needs to be in a pipe that stdout is.
+        """Print a table, fitted to the terminal's width; in a pipe, lines are as long as needed.
 
         Args:
             to: `out` or `err`.
-            titles: of the columns; empty ones for a table without a head.
-            rows: their cells, which are text from outside unless they are Rich's `Text`.
-            right: the titles of columns that are aligned to the right.
-            layout: of Rich's `Table`, instead of the usual one.
+            titles: column titles; all empty for a table without a header.
+            rows: cells; sanitized, unless they are Rich's `Text`.
+            right: titles of right-aligned columns.
+            layout: overrides options of Rich's `Table`.
         """
         from rich import box
         from rich.table import Table
@@ -159,7 +159,7 @@ class Console:
     # --- stderr ---------------------------------------------------------------------------------------------------
 
     def line(self, *parts: str | tuple[str, str], to: RichConsole | None = None, end: str = "\n") -> None:
-        """Text from outside, in parts that may have a style; on stderr if not told otherwise."""
+        """Print a line of untrusted text, in parts with optional styles; to stderr by default."""
         from rich.text import Text
 
         to, line = to or self.err, Text()
@@ -168,22 +168,22 @@ class Console:
         to.print(line, highlight=False, soft_wrap=True, end=end)
 
     def note(self, message: str) -> None:
-        """A dim line on stderr."""
+        """Print a dim line to stderr, unless quiet."""
         if not self.quiet:
             self.line((flags(message), "dim"))
 
     def summary(self, summary: Summary) -> None:
-        """The notebook's two lines, and those about speculation where there was some."""
+        """Print the notebook's lines of timings."""
         for line in notebook.timings(summary):
             self.note(line)
 
     def cut_off(self, summary: Summary, context_length: int, most: int) -> None:
-        """What cut a response off, and what to do for more of it; nothing where it came to its own end.
+        """If a limit ended the response, say which one and how to get more.
 
         Args:
-            summary: of the response.
-            context_length: the context that the model was loaded with, in tokens.
-            most: the context that it was made for.
+            summary: the response's summary.
+            context_length: the allocated context, in tokens.
+            most: the model's full context.
         """
         limit = records.limit(summary, context_length)
         if limit == "max_new_tokens":
@@ -196,7 +196,7 @@ class Console:
             )
 
     def memory(self, gpus: Sequence[GpuReading], host: HostReading) -> None:
-        """The memory table: one row for each GPU in use, or this process's memory where none is."""
+        """Print a table of the GPUs in use, or this process's memory on the CPU."""
         if self.quiet:
             return
         if gpus:
@@ -209,7 +209,7 @@ class Console:
 
     @contextmanager
     def loading(self, model: str) -> Iterator[Loading]:
-        """Shows in a `with` block that a model loads."""
+        """Show progress while a model loads."""
         from exl_cli.ui.progress import Loading
 
         shown = Loading(self, model)
@@ -217,7 +217,7 @@ class Console:
             yield shown
 
     def error(self, error: BaseException) -> None:
-        """Show an error and the next step on one line; one that is no ExlError is called unexpected."""
+        """Print an error and its hint on one line; anything but an ExlError is reported as unexpected."""
         if not isinstance(error, ExlError):
             text = str(error).strip().splitlines()
             what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
@@ -226,14 +226,14 @@ class Console:
         self.line(("error: ", "bold red"), what, (hint and f"; {hint}", "dim"))
 
     def traceback(self, error: BaseException) -> None:
-        """Where a failure came from, for --debug."""
+        """Print the traceback, for --debug."""
         import traceback
 
         self.line("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def dim(text: str) -> Text:
-    """Text as a spinner shows it."""
+    """Dim, sanitized text for spinners."""
     from rich.text import Text
 
     return Text(harmless(text), "dim")
@@ -270,12 +270,12 @@ def _rich(file: TextIO, width: int | None = None) -> RichConsole:
 def _same_file(stream: TextIO, other: TextIO) -> bool:
     try:
         return os.path.sameopenfile(stream.fileno(), other.fileno())
-    except (OSError, ValueError):  # closed, or a stand-in of an embedder
+    except (OSError, ValueError):  # closed, or replaced by an embedder
         return False
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write at once and as UTF-8, whatever the locale says: a pipe carries bytes, not a terminal's encoding."""
+    """Write UTF-8 and flush, whatever the locale's encoding."""
     buffer = getattr(stream, "buffer", None)
     if buffer is None:
         stream.write(text)
@@ -285,5 +285,5 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def abandon_stdout() -> None:
-    """Write nothing more to a closed pipe: the interpreter then ends without a word."""
+    """After a broken pipe, point stdout at /dev/null, so that the flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

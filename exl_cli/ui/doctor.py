@@ -1,4 +1,4 @@
-"""How the doctor's checklist is shown."""
+"""Print doctor's checklist."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _PLAIN = {"✓": "+", "✗": "x", "→": "->"}
 
 
 def spelled(result: CheckResult) -> CheckResult:
-    """With its parameters as flags."""
+    """Replace the `param` marks by flags."""
     return replace(result, message=flags(result.message), fix=flags(result.fix))
 
 
 class Checklist:
-    """Results on stdout, a line each; the fix stands below, unbroken, to be copied."""
+    """Prints results to stdout, one per line, with the fix below, unwrapped for copying."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Any = None
 
     def waiting_for(self, what: str) -> None:
-        """Name on a terminal the check in progress."""
+        """Show the check in progress, on a terminal."""
         if self._status is not None:
             self._status.update(dim(f"checking {what}"))
 
@@ -49,7 +49,7 @@ class Checklist:
         self._console.line("\n", (flags(summary), "bold"), to=self._console.out)
 
     def _shown(self, mark: str) -> str:
-        """The mark, or what stands for it where it cannot be written."""
+        """The mark, or an ASCII substitute if stdout cannot encode it."""
         try:
             mark.encode(self._console.out.encoding)
         except (UnicodeEncodeError, LookupError):
@@ -64,7 +64,7 @@ class Checklist:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """While this lasts, a terminal shows that something is going on."""
+        """Show a spinner, on a terminal."""
         if not (self._console.err.is_terminal and self._console.out.is_terminal):
             yield
             return

@@ -1,4 +1,4 @@
-"""What the commands about models show: tables of files, branches and models, and sizes as people write them."""
+"""Tables of files, branches and models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PREVIEW_LINES, _PREVIEW_WIDTH = 12, 160
 
 
 def show_files(console: Console, plan: Plan) -> None:
-    """What a download would fetch."""
+    """Print the files of a download plan."""
     words = {"here": "yes", "staged": "yes", "missing": "no"}
     rows = ((item.file.name, size(item.file.size), words.get(item.state, size(item.bytes_here))) for item in plan.items)
     console.table(console.out, ("File", "Size", "Here"), rows, right=("Size", "Here"))
 
 
 def show_branches(console: Console, branches: Sequence[Branch], context: int, cache: str) -> None:
-    """The branches of a repository and what each would take."""
+    """Print a repository's branches with format, size and estimated VRAM."""
     titles = "Branch", "Format", "Download", f"VRAM at {context:,}, {cache}", "Fits"
     rows = []
     for branch in branches:
@@ -41,7 +41,7 @@ def show_branches(console: Console, branches: Sequence[Branch], context: int, ca
 
 
 def show_models(console: Console, entries: Sequence[Entry]) -> None:
-    """The models that are here."""
+    """Print the local models."""
     titles = "Name", "Format", "bpw", "Params", "Size", "Context", "Where"
     console.table(console.out, titles, map(_model_row, entries), right=titles[2:6])
 
@@ -58,7 +58,7 @@ def _model_row(entry: Entry) -> tuple[object, ...]:
 
 
 def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, why_not: str) -> None:
-    """Everything known of one model, a fact to a row."""
+    """Print the facts about one model."""
     from rich.text import Text
 
     shape, source = shape_of(info), entry.marker
@@ -90,7 +90,7 @@ def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, wh
 
 
 def show_estimates(console: Console, estimates: Mapping[int, Mapping[str, Estimate]], gpus: Sequence[Gpu]) -> None:
-    """GPU memory by context and cache type; marked where it does not fit the GPUs here."""
+    """Print estimated GPU memory by context and cache type, marking what does not fit this machine's GPUs."""
     totals = [gpu.total for gpu in gpus]
     rows = (
         (
@@ -104,7 +104,7 @@ def show_estimates(console: Console, estimates: Mapping[int, Mapping[str, Estima
 
 
 def preview(console: Console, title: str, text: str) -> None:
-    """The first lines of a long text."""
+    """Print the first lines of a long text."""
     lines = text.strip().splitlines()
     shown = [
         line if len(line) <= _PREVIEW_WIDTH else f"{line[: _PREVIEW_WIDTH - 1]}…" for line in lines[:_PREVIEW_LINES]
@@ -114,7 +114,7 @@ def preview(console: Console, title: str, text: str) -> None:
 
 
 def confirm(console: Console, question: str, *, default: bool = True) -> bool:
-    """Ask a person; an empty answer is the default, the end of input a no."""
+    """Ask a yes/no question. An empty answer is the default, EOF is no."""
     choices = "[Y/n]" if default else "[y/N]"
     while True:
         console.line(f"{question} {choices} ", end="")
@@ -130,4 +130,4 @@ def _context(info: ModelInfo) -> str:
     native = f"{info.context_length:,} tokens"
     if info.extended_length == info.context_length:
         return native
-    return f"{native}, {info.extended_length:,} with rotary embeddings that are scaled for it"
+    return f"{native}, {info.extended_length:,} with RoPE scaling"

@@ -1,4 +1,4 @@
-"""How downloads, builds and loads show their progress: live on a terminal, in plain lines elsewhere."""
+"""Progress of downloads, builds and model loading: bars and spinners on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """Base of what shows progress: notes, and bars on a terminal, which are gone at the end however that comes."""
+    """Base of progress displays: notes, and bars on a terminal that are erased at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -35,7 +35,7 @@ class Live:
         return self._bars
 
     def _count(self, what: str, done: int, total: int | None, left: object = "", name: str = "") -> None:
-        """Show a single bar with a count, the time left and the name of the current item."""
+        """Show one bar with a count, the time left and the current item."""
         if self._bars is None:
             from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
@@ -57,7 +57,7 @@ class Live:
 
 
 def text_column(template: str, **layout: Any) -> Any:
-    """A column of text that is cut where the terminal is narrow."""
+    """A text column, truncated on narrow terminals."""
     from rich.progress import TextColumn
     from rich.table import Column
 
@@ -65,7 +65,7 @@ def text_column(template: str, **layout: Any) -> Any:
 
 
 def bar_column() -> Any:
-    """The bar itself, which gives way first when the terminal is narrow."""
+    """The bar, which shrinks first on narrow terminals."""
     from rich.progress import BarColumn
     from rich.table import Column
 
@@ -73,7 +73,7 @@ def bar_column() -> Any:
 
 
 class Transfers(Live, Lines):
-    """A bar for the whole download and one for each file under way."""
+    """A bar for the whole download, and one for each active file."""
 
     def __init__(self, console: Console) -> None:
         Live.__init__(self, console)
@@ -100,12 +100,12 @@ class Transfers(Live, Lines):
 
 
 def transfers(console: Console) -> Lines:
-    """Shows a download on stderr."""
+    """A display of a download's progress on stderr."""
     return Transfers(console) if console.is_live else Lines(console.note)
 
 
 def finished(console: Console, outcome: Outcome) -> None:
-    """One line about how a download ended."""
+    """Print how a download ended."""
     name, folder = outcome.wanted.repository, outcome.wanted.folder
     if not outcome.commit:
         console.note(
@@ -155,7 +155,7 @@ class Build(Live):
 
 
 class _Countdown:
-    """The time left of what was last expected: it goes on between two files."""
+    """A countdown that keeps running between updates."""
 
     def __init__(self, end: float) -> None:
         self._end = end
@@ -165,8 +165,10 @@ class _Countdown:
 
 
 class Loading(Live):
-    """One line while a model loads, with a spinner on a terminal; see `loader.Observer`. Ctrl-C ends it at once, or
-    shows at once that it will."""
+    """A line, with a spinner on a terminal, while a model loads; a `loader.Observer`.
+
+    Ctrl-C exits at once, or is acknowledged at once.
+    """
 
     def __init__(self, console: Console, model: str) -> None:
         super().__init__(console)
@@ -191,7 +193,7 @@ class Loading(Live):
                 self.note(self._line)
 
     def interrupt(self) -> None:
-        """Called by the handler of SIGINT. What a build has finished is kept, and said, before it ends."""
+        """Called by the SIGINT handler. During a build, do not exit: the build reports what it keeps."""
         if self._console.leaves_on_interrupt and (self._interrupted or self._build is None):
             if self._status is not None:
                 self._status.stop()
@@ -206,7 +208,7 @@ class Loading(Live):
             self._status.update(dim(f"{self._line} {100 * done // max(total, 1)} %"))
 
     def building(self, progress: BuildProgress) -> None:
-        """See `extension.build.Observer`: its bar takes the spinner's place while something is compiled."""
+        """See `extension.build.Observer`; the bar replaces the spinner."""
         if self._build is None:
             if self._status is not None:
                 self._status.stop()

@@ -1,4 +1,4 @@
-"""Line editing on a terminal: history, several lines, completion. prompt_toolkit draws it on stderr."""
+"""Line editing on a terminal with prompt_toolkit, on stderr: history, multiple lines, completion."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _MOST_HISTORY = 1_000_000
 
 
 def terminal_reader(chat: Conversation, history: Path | None) -> ReadLine:
-    """Read what a person types; the draft stands in the line, to be changed.
+    """A reader with line editing; a draft is prefilled.
 
     Args:
-        chat: whose commands, models, sessions and settings are completed.
-        history: the file of earlier entries; None to keep none.
+        chat: the source of completions.
+        history: history file; None for none.
     """
     session: PromptSession[str] = PromptSession(
         PROMPT,
@@ -61,12 +61,12 @@ def terminal_reader(chat: Conversation, history: Path | None) -> ReadLine:
 
 
 def _placeholder() -> FormattedText:
-    """What an empty line says; nothing once it has been entered, or it would stay on the screen."""
+    """Shown in an empty line; empty once the line is accepted, or it would stay on the screen."""
     return FormattedText([] if get_app().is_done else [("fg:ansibrightblack", "a message, or /help")])
 
 
 class _History(FileHistory):
-    """A history whose file may be missing, full or another user's: then it lasts as long as the process."""
+    """A file history that tolerates a missing or unwritable file, and then lasts as long as the process."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -90,7 +90,7 @@ class _History(FileHistory):
 
 
 class _Completer(Completer):
-    """Completes commands and what follows them."""
+    """Completes slash commands and their arguments."""
 
     def __init__(self, chat: Conversation) -> None:
         self._chat = chat
@@ -123,7 +123,7 @@ def _enter(event: KeyPressEvent) -> None:
 
 @_KEYS.add("tab")
 def _tab(event: KeyPressEvent) -> None:
-    # At once, as shells do, and not in the background: an Enter may follow on its heels.
+    # Complete synchronously, as shells do: an Enter may follow immediately.
     buffer = event.current_buffer
     if _choosing(buffer):
         buffer.complete_next()
@@ -146,7 +146,7 @@ def _alt_enter(event: KeyPressEvent) -> None:
 def _interrupt(event: KeyPressEvent) -> None:
     buffer = event.current_buffer
     if buffer.text:
-        # The up arrow brings the discarded text back.
+        # The up arrow recalls the discarded text.
         buffer.append_to_history()
         buffer.reset()
     else:

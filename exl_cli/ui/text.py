@@ -1,4 +1,4 @@
-"""Text from outside on a terminal: it can neither command the terminal nor deceive its reader, and breaks at words."""
+"""Sanitize untrusted text for terminals (control sequences, invisible and bidi characters), and word-wrap streams."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import re
 import shutil
 import unicodedata
 
-# Control characters that would act on a terminal, as the pictures Unicode has for them. Line feed and tab stay.
+# Replace control characters, except line feed and tab, by Unicode's control pictures.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _PICTURES |= dict.fromkeys(range(128, 160), 0xFFFD)
 _MODEL_TEXT = _PICTURES | dict.fromkeys((0x2028, 0x2029), "\n")
-# DEL and C1 controls, line separators, and what changes the order of other characters or has no shape: Unicode's
-# Bidi_Control and Default_Ignorable_Code_Point.
+# DEL, C1 controls, line separators, and Unicode's Bidi_Control and Default_Ignorable_Code_Point.
 _INVISIBLE = re.compile(
     "[\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-# Embeddings, overrides and isolates of the writing direction, with what ends them.
+# Bidirectional embeddings, overrides and isolates, and the characters that close them.
 _CLOSED_BY = dict.fromkeys("\u202a\u202b\u202d\u202e", "\u202c") | dict.fromkeys("\u2066\u2067\u2068", "\u2069")
 _JOINER = "\u200d"
 
 
 def harmless(text: str, *, terminal: bool = True) -> str:
-    """A name or message that cannot move the cursor, recolour, retitle or otherwise command a terminal.
-
-    Where it is for a terminal, invisible characters and those that reorder others are shown as their code points.
-    """
+    """Replace control characters in a name or message; for a terminal, also escape invisible and bidi characters."""
     return (_INVISIBLE.sub(_code_point, text) if terminal else text).translate(_PICTURES)
 
 
@@ -36,22 +32,22 @@ def _code_point(match: re.Match[str]) -> str:
 
 
 def harmless_json(text: str) -> str:
-    """JSON of the same value for a terminal, with escapes for what `harmless` shows as code points."""
+    """Escape the invisible and bidi characters in JSON text, without changing its value."""
     return _INVISIBLE.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def harmless_lines(text: str) -> str:
-    """Model text for a terminal, as `harmless`; joined emoji stay, and no change of direction leaves its line."""
+    """Sanitize model text: like `harmless`, but keep joined emoji, and bidi controls closed at the end of a line."""
     return "\n".join(line + closing(line) for line in text.translate(_MODEL_TEXT).split("\n"))
 
 
 def closing(line: str) -> str:
-    """What ends the changes of the writing direction that a line leaves open."""
+    """The characters that close a line's open bidi controls."""
     return _closing(_unclosed([], line))
 
 
 def _unclosed(openers: list[str], text: str) -> list[str]:
-    """What changes the writing direction and is still open after a text, given what was open before."""
+    """The bidi controls open after a text, given those open before it."""
     openers = list(openers)
     for char in text:
         if char in _CLOSED_BY:
@@ -68,21 +64,21 @@ def _closing(openers: list[str]) -> str:
 
 
 class Wrapper:
-    """Breaks model text at words while it streams to a terminal.
+    """Word-wraps streamed text.
 
-    A word is held back until it has ended: it may yet have to begin the next line. At the start of a line, or once it
-    is known to begin the next one, it is shown as it comes; one longer than a line is left to the terminal to break.
+    A word is held back until it is known to fit on the line. At the start of a line it is shown as it streams, and the
+    terminal breaks a word longer than the line.
     """
 
     def __init__(self) -> None:
         self.column = 0
-        self._held = ""  # blanks, and the word after them
-        self._last = ""  # the last character
-        self._flowing = False  # the beginning of the word is on the screen
+        self._held = ""  # blanks and the word after them
+        self._last = ""  # last character
+        self._flowing = False  # the beginning of the word is already shown
         self._openers: list[str] = []
 
     def push(self, text: str) -> str:
-        """What can be shown once this text has come."""
+        """Add text; return what can be shown."""
         width, shown = shutil.get_terminal_size().columns, []
         for char in text.translate(_MODEL_TEXT):
             if char == "\n":
@@ -100,13 +96,13 @@ class Wrapper:
         return "".join(shown)
 
     def end(self) -> str:
-        """What was held back, with the end of what changes the writing direction."""
+        """Return the held text, closing open bidi controls."""
         rest = self._release(shutil.get_terminal_size().columns) + _closing(self._openers)
         self._held, self._last, self._flowing, self._openers = "", "", False, []
         return rest
 
     def _release(self, width: int) -> str:
-        """The word held back, in this line or the next."""
+        """Return the held word, on this line or the next."""
         word, shown = self._held.lstrip(" \t"), ""
         if not word:
             return ""
@@ -117,7 +113,7 @@ class Wrapper:
         self._openers = _unclosed(self._openers, held)
         for char in held:
             after = self._advance(char)
-            if char == "\t":  # as blanks: Rich would count the columns from the beginning of what it is given
+            if char == "\t":  # expand it: Rich would compute tab stops from the start of this string
                 after = max(min(after, width), self.column)
                 char = " " * (after - self.column)
             elif after > width:  # the terminal breaks the line
@@ -127,7 +123,7 @@ class Wrapper:
         return shown
 
     def _advance(self, text: str) -> int:
-        """The column after a text, were the line long enough."""
+        """The column after a text, on an infinitely long line."""
         column = self.column
         for char in text:
             column += 8 - column % 8 if char == "\t" else _cells(char)
@@ -135,15 +131,15 @@ class Wrapper:
 
 
 def _cells(char: str) -> int:
-    """Columns that a character takes. Emoji of several characters count as if each stood alone: never too few."""
+    """Columns of a character. Joined emoji count separately, so the total is never too small."""
     from rich.cells import get_character_cell_size
 
     return 1 if char == "\ufe0f" else get_character_cell_size(char)
 
 
 def _may_part(before: str, after: str) -> bool:
-    """Whether a line may break between two characters that are no blanks: beside wide ones, as in Chinese or between
-    emoji, but not inside an emoji, before a closing mark, or after an opening one."""
+    """Whether a line may break between two non-blank characters: next to wide ones (CJK, emoji), but not inside an
+    emoji, before closing punctuation, or after opening punctuation."""
     if before in ("", " ", "\t", _JOINER) or 2 not in (_cells(before), _cells(after)):
         return False
     category = unicodedata.category(after)
