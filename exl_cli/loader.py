@@ -170,15 +170,21 @@ def gpus_for(info: ModelInfo, options: LoadOptions) -> list[memory.Gpu]:
 
 def memory_needed(info: ModelInfo, options: LoadOptions, sequences: int) -> memory.Estimate | None:
     """Estimate GPU memory for a model and a KV cache of `sequences` full contexts; None if it cannot be estimated."""
-    tokens = context_to_allocate(info, options) * sequences
+    tokens = memory.round_up(context_to_allocate(info, options)) * sequences
     return memory.estimate(info, tokens, options.cache, low_mem=options.low_mem)
 
 
 def fitting_sequences(info: ModelInfo, options: LoadOptions, counts: Iterable[int]) -> int:
     """The first of `counts` full-length sequences whose KV cache fits the free GPU memory; 1 if none does."""
     free = [gpu.free for gpu in gpus_for(info, options)]
+    draft = resolve(options.draft) if options.draft is not None and free else None
     for count in counts if free else ():
-        if (needed := memory_needed(info, options, count)) is not None and memory.fits(needed, free):
+        left = free
+        if draft is not None:
+            context = context_to_allocate(info, options)
+            taken = memory.beside(draft, context, options.cache, low_mem=options.low_mem, sequences=count)
+            left = memory.less(free, taken)
+        if (needed := memory_needed(info, options, count)) is not None and memory.fits(needed, left):
             return count
     return 1
 

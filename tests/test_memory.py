@@ -139,6 +139,33 @@ def test_the_refusal_has_need_free_and_what_would_fit() -> None:
     assert caught.value.hint.startswith("no context fits: use a smaller quantization")
 
 
+def test_the_refusal_of_many_sequences_says_how_many_would_fit() -> None:
+    model, free = info(MISTRAL_7B), [8 * GIB]
+    with pytest.raises(OutOfMemoryError) as caught:
+        memory.check(model, 4000, "fp16", free, sequences=16)
+    needed = estimate(model, 16 * 4096).allocated / GIB
+    assert caught.value.message == (
+        f"seven needs about {needed:.1f} GiB of GPU memory for 16 contexts of 4,000 tokens with fp16 cache, "
+        "and 8.0 GiB are free"
+    )
+    hint = spell(caught.value.hint)
+    most = int(hint.split()[1])
+    assert hint == f"sequences {most} is the most that fits; nvidia-smi shows what else uses the GPU"
+    assert memory.check(model, 4000, "fp16", free, sequences=most) is not None
+    with pytest.raises(OutOfMemoryError):
+        memory.check(model, 4000, "fp16", free, sequences=most + 1)
+    with pytest.raises(OutOfMemoryError, match="3 contexts of 32,768 tokens") as caught:
+        memory.check(model, 32768, "fp16", [6 * GIB], sequences=3)
+    assert "is the largest context that fits" in caught.value.hint
+
+
+def test_a_draft_models_cache_has_room_for_as_many_sequences() -> None:
+    draft = info(MISTRAL_7B, size=600_000_000, context=2048)
+    cache = estimate(draft, 2048).cache
+    more = memory.beside(draft, 4096, sequences=5) - memory.beside(draft, 4096)
+    assert more == pytest.approx(4 * cache * 1.03, rel=1e-6)
+
+
 def test_several_cards_add_up_less_what_each_needs_for_itself() -> None:
     model = info(MISTRAL_7B, size=30_000_000_000)
     needed = estimate(model, 4096)

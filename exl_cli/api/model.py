@@ -58,6 +58,7 @@ def load(
     cache: CacheType = "fp16",
     gpu_split: Sequence[float] | None = None,
     low_mem: bool = False,
+    sequences: int = 1,
     speculate: Speculation = "off",
     draft: str | Path | None = None,
     models_dir: str | Path | None = None,
@@ -71,6 +72,7 @@ def load(
         cache: KV cache type on the GPU: "fp16", "q8", "q6" or "q4".
         gpu_split: GiB of weights per GPU; None fills the GPUs in order.
         low_mem: smaller prefill chunks, for less scratch memory.
+        sequences: contexts of that length that the KV cache on the GPU has room for; concurrent generations share it.
         speculate: "ngram" drafts tokens by prompt lookup, on exllamav2.
         draft: a draft model with the same vocabulary, given like `model`; None for none.
         models_dir: the folder of downloaded models; None for `EXL_MODELS_DIR`, else the user's data folder.
@@ -85,6 +87,7 @@ def load(
         cache=cache,
         gpu_split=tuple(gpu_split) if isinstance(gpu_split, list) else gpu_split,  # type: ignore[arg-type]
         low_mem=low_mem,
+        sequences=sequences,
         speculate=speculate,
         draft=None if draft is None else str(draft),
     )

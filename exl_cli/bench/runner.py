@@ -30,7 +30,7 @@ from exl_cli.bench import limits, machine, measure, plan
 from exl_cli.bench.plan import Case, Job, Settings
 from exl_cli.bench.result import Cold, Measured, Memory, Probe, Result, Run, Sample
 from exl_cli.engines.base import Engine, Request
-from exl_cli.errors import EngineError, ExitCode, ExlError, param
+from exl_cli.errors import EngineError, ExitCode, ExlError, OutOfMemoryError, param
 from exl_cli.models import folders, memory
 from exl_cli.models.hub.store import read_marker
 from exl_cli.models.info import ModelInfo
@@ -302,7 +302,12 @@ def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
     together = max(test.n_parallel * memory.round_up(test.context) for test in tests)
     allocated = memory.round_up(loader.context_to_allocate(info, job.loading, needed))
     loading = dataclasses.replace(job.loading, sequences=-(-together // allocated))
-    engine = EngineThread(load(info, tokenizer, loading, observer, needed=needed))
+    try:
+        engine = EngineThread(load(info, tokenizer, loading, observer, needed=needed))
+    except OutOfMemoryError as error:
+        if loading.sequences == 1:
+            raise
+        raise OutOfMemoryError(error.message, f"use a smaller {param('batch')}") from error
     ready = time.monotonic()
     try:
         watch.attach([card.uuid for card in engine.memory()])

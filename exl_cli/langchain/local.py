@@ -39,7 +39,7 @@ _REFUSED = {
 }
 
 # Fields that are load options; `kv_cache` is `cache` in `LoadOptions`.
-_LOADING = ("engine", "max_seq_len", "kv_cache", "gpu_split", "low_mem", "speculate", "draft")
+_LOADING = ("engine", "max_seq_len", "kv_cache", "gpu_split", "low_mem", "sequences", "speculate", "draft")
 
 # LangChain's arguments for tool calls.
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "response_format")
@@ -204,12 +204,13 @@ class LocalModel(BaseModel):
     """Seconds for a complete response, including time in the queue; None for no limit."""
 
     engine: EngineChoice = Field(default="auto", frozen=True)
-    """See `exl_cli.load` for this and the next seven; `kv_cache` is its `cache`, a name that LangChain uses."""
+    """See `exl_cli.load` for this and the next eight; `kv_cache` is its `cache`, a name that LangChain uses."""
 
     max_seq_len: int | None = Field(default=None, frozen=True)
     kv_cache: CacheType = Field(default="fp16", frozen=True)
     gpu_split: Sequence[float] | None = Field(default=None, frozen=True)
     low_mem: bool = Field(default=False, frozen=True)
+    sequences: int = Field(default=1, frozen=True)
     speculate: Speculation = Field(default="off", frozen=True)
     draft: str | Path | None = Field(default=None, frozen=True)
     models_dir: str | Path | None = Field(default=None, frozen=True)

@@ -23,8 +23,7 @@ class LoadOptions:
         cache: KV cache type on the GPU.
         gpu_split: GiB of weights per GPU; None fills the GPUs in order.
         low_mem: smaller prefill chunks, for less scratch memory.
-        sequences: how many sequences of that context the KV cache shall have room for at once.
-
+        sequences: contexts of that length that the KV cache on the GPU has room for.
         speculate: "ngram" drafts tokens by prompt lookup.
         draft: name or path of a draft model with the same vocabulary; None for none.
 
@@ -48,6 +47,8 @@ class LoadOptions:
             raise UsageError(f"no cache type named {self.cache!r}", f"cache types: {', '.join(get_args(CacheType))}")
         if self.max_seq_len is not None and not (type(self.max_seq_len) is int and self.max_seq_len >= 1):
             raise UsageError(f"{param('max_seq_len')} must be at least 1 token, got {self.max_seq_len!r}")
+        if not (type(self.sequences) is int and self.sequences >= 1):
+            raise UsageError(f"{param('sequences')} must be at least 1, got {self.sequences!r}")
         if self.gpu_split is not None and not _is_split(self.gpu_split):
             raise UsageError(f"{param('gpu_split')} {self.gpu_split!r} is not a list of GiB per GPU", "as [20, 24]")
         if self.speculate not in get_args(Speculation):

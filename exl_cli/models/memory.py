@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ _ROUNDING = 0.03
 # Tensors of multimodal checkpoints that are not part of the text model.
 _OTHER_PARTS = ("vision_", "visual.", "multi_modal_projector", "patch_merger", "image_")
 _HEADS = ("lm_head.weight", "lm_head.q_weight", "lm_head.qweight")
+_OTHERS = "nvidia-smi shows what else uses the GPU"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "word_embeddings.weight")
 
 
@@ -225,11 +226,16 @@ def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp
         needed = estimate(info, pages * PAGE, cache, low_mem=low_mem)
         return needed is not None and needed.allocated <= usable(needed, free)
 
-    low, high = 0, max(1, info.extended_length // PAGE)
+    return _most(fits, max(1, info.extended_length // PAGE)) * PAGE
+
+
+def _most(fits: Callable[[int], bool], high: int) -> int:
+    """The largest count up to `high` that fits, by bisection; 0 if none does."""
+    low = 0
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * PAGE
+    return low
 
 
 def usable(needed: Estimate, free: Sequence[int]) -> int:
@@ -244,16 +250,26 @@ def fits(needed: Estimate, cards: Sequence[int]) -> bool:
     return needed.allocated <= usable(needed, [card - _CUDA_CONTEXT for card in cards])
 
 
-def beside(draft: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem: bool = False) -> int:
+def beside(
+    draft: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem: bool = False, sequences: int = 1
+) -> int:
     """Extra bytes for a draft model. The two models never run at once, so its working memory is not counted.
 
     Args:
         draft: the draft model.
-        context: tokens of KV cache, capped at the draft model's context.
+        context: tokens of context, capped at the draft model's.
         cache, low_mem: see `estimate`.
+        sequences: contexts of that length that the KV cache has room for.
     """
-    needed = estimate(draft, min(context, draft.extended_length), cache, low_mem=low_mem)
+    tokens = round_up(min(context, draft.extended_length)) * sequences
+    needed = estimate(draft, tokens, cache, low_mem=low_mem)
     return 0 if needed is None else needed.allocated - needed.working
+
+
+def less(free: Sequence[int], taken: int) -> list[int]:
+    """Free bytes on each GPU after the one with the most has given up some."""
+    *others, largest = sorted(free)
+    return [largest - taken, *others]
 
 
 def check(
@@ -264,16 +280,18 @@ def check(
     *,
     low_mem: bool = False,
     draft: ModelInfo | None = None,
+    sequences: int = 1,
 ) -> Estimate | None:
     """Raise OutOfMemoryError, with advice, if a model will not fit.
 
     Args:
         info: the model.
-        context: tokens of KV cache.
+        context: tokens of context.
         cache: KV cache type.
         free: free bytes on each GPU from torch.cuda.mem_get_info, so after the CUDA context.
         low_mem: see `estimate`.
         draft: the draft model to be loaded too.
+        sequences: contexts of that length that the KV cache has room for.
 
     Returns:
         The estimate without the draft model; None if none can be made.
@@ -281,19 +299,26 @@ def check(
     Raises:
         OutOfMemoryError: with the memory needed, the memory free, and the largest context that fits.
     """
-    needed = estimate(info, context, cache, low_mem=low_mem)
+    needed = estimate(info, round_up(context) * sequences, cache, low_mem=low_mem)
     have = f"{gib(sum(free))} {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
     if draft is not None and free:
-        taken = beside(draft, context, cache, low_mem=low_mem)
-        largest = max(free)
-        free = [largest - taken, *sorted(free)[:-1]]
+        taken = beside(draft, context, cache, low_mem=low_mem, sequences=sequences)
+        free = less(free, taken)
         have += f", of which the draft model takes {gib(taken)}"
     if needed is None or needed.allocated <= usable(needed, free):
         return needed
+    whole = f"a context of {context:,} tokens" if sequences == 1 else f"{sequences} contexts of {context:,} tokens"
     message = (
-        f"{info.name} needs about {gib(needed.allocated)} of GPU memory for a context of {context:,} tokens "
-        f"with {cache} cache, and {have}"
+        f"{info.name} needs about {gib(needed.allocated)} of GPU memory for {whole} with {cache} cache, and {have}"
     )
+    free = tuple(free)
+
+    def fits(count: int) -> bool:
+        fewer = estimate(info, round_up(context) * count, cache, low_mem=low_mem)
+        return fewer is not None and fewer.allocated <= usable(fewer, free)
+
+    if most := _most(fits, sequences - 1):
+        raise OutOfMemoryError(message, f"{param('sequences')} {most} is the most that fits; {_OTHERS}")
     raise OutOfMemoryError(message, _advice(info, context, cache, free, low_mem))
 
 
@@ -306,7 +331,7 @@ def _advice(info: ModelInfo, context: int, cache: CacheType, free: Sequence[int]
         ways.append(f"{param('cache')} q4 fits {min(fitting['q4'], max(context, fitting[cache])):,} tokens")
     if not ways:
         ways.append("no context fits: use a smaller quantization (exl download owner/name --branches)")
-    return "; ".join([*ways, "nvidia-smi shows what else uses the GPU"])
+    return "; ".join([*ways, _OTHERS])
 
 
 def gpus() -> list[Gpu]:

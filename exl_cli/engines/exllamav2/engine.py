@@ -240,8 +240,15 @@ def load(
         DamagedModelError: exllamav2 cannot make sense of the files.
     """
     if options.gpu_split is None:
-        tokens = context_length * options.sequences
-        memory.check(info, tokens, options.cache, free_bytes(), low_mem=options.low_mem, draft=draft)
+        memory.check(
+            info,
+            context_length,
+            options.cache,
+            free_bytes(),
+            low_mem=options.low_mem,
+            draft=draft,
+            sequences=options.sequences,
+        )
     causal.install()
     loaded = _load(info, context_length, options, progress)
     drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
