@@ -10,7 +10,7 @@ The estimate follows exllamav2 0.3.2 (whose files are named below) at its peak:
   2,048 tokens (1,024 with `low_mem`), not on the context, and only quantized modules need it.
 - working memory: while loading, `load_autosplit` reserves 448 MiB and runs a full chunk through all layers to the
   logits. Inference takes less, unless the context is short and the vocabulary large: activations of a chunk, and
-  buffers to decode `MOST_SEQUENCES` at once, allocated whatever `sequences` is. Attention memory does not
+  buffers to decode `MOST_SEQUENCES` at once, whatever `sequences` is. Attention memory does not
   grow with the context, CUDA graphs take a few megabytes. The spare page of the KV cache
   (`engines/exllamav2/forward.py`) is counted here.
 - the CUDA context with the kernels of torch and exllamav2, and the rounding of torch's allocator.

@@ -60,6 +60,22 @@ def test_a_batch_gives_each_request_its_own_text(exl2_dir: Path, reference: Engi
         assert is_greedy(reference, ids, found)
 
 
+@pytest.mark.parametrize("options", [{}, {"speculate": "ngram"}])
+def test_requests_that_outgrow_the_cache_get_their_own_text(
+    exl2_dir: Path, reference: EngineThread, options: dict[str, str]
+) -> None:
+    engine = load(exl2_dir, max_seq_len=1024, **options)
+    # Four pages: for four of them as they begin, and for two as they end.
+    rng = np.random.default_rng(1)
+    asked = [[int(i) for i in rng.integers(100, 4000, 150)] for _ in range(6)]
+    streams = [engine.stream(request_for(ids, "greedy", 300)) for ids in asked]
+    for ids, stream in zip(asked, streams, strict=True):
+        _, tokens, summary = collect(stream)
+        assert summary.new_tokens == len(tokens) == 300
+        assert is_greedy(reference, ids, tokens)
+    assert engine.pages() == (0, 4)
+
+
 @pytest.mark.parametrize("options", [{"speculate": "ngram"}, {"draft": "fable-7m"}])
 def test_speculation_leaves_the_text_as_it_is(exl2_dir: Path, reference: EngineThread, options: dict[str, str]) -> None:
     if "draft" in options:
