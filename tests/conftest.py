@@ -24,6 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Nothing that is imported is garbage.
+gc.disable()
+
 # Typer would build all of the commands for each call of one.
 typer.testing._get_command = functools.cache(typer.main.get_command)
 
@@ -36,6 +39,10 @@ def _little_for_the_collector() -> None:
     """Keep the garbage collector from looking through torch and transformers for each engine that is closed."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,12 @@ _ROUND_SECONDS = 0.03
 _MAX_ROUNDS, _PATIENCE = 40, 3
 
 
+@functools.cache
 def bandwidth(device: str, size: int) -> tuple[float, int]:
     """Measure memory bandwidth: the better of a sum over a buffer and a copy from one half to the other.
 
-    A buffer that fits into a cache measures the cache, which is what a model of that size would see too.
+    Measured once in a process. A buffer that fits into a cache measures the cache, which is what a model of that size
+    would see too.
 
     Args:
         device: torch's device name.
@@ -36,8 +39,11 @@ def bandwidth(device: str, size: int) -> tuple[float, int]:
     return best * 4 * words, 4 * words
 
 
+@functools.cache
 def matrix_rate(device: str, dtype: str) -> float:
     """Floating point operations per second of a square matmul, of size 8192 on a GPU and 1024 on a CPU.
+
+    Measured once in a process.
 
     Raises:
         RuntimeError: out of memory (torch.cuda.OutOfMemoryError on a GPU).
