@@ -1,4 +1,4 @@
-"""Results of benchmarks that never took place: figures that the tests choose, in the records that a benchmark fills."""
+"""Made-up benchmark results, with figures chosen by the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines without a model, for the tests of benchmarks: they implement the interface, and what they do is known."""
+"""Fake engines with known timing, for the benchmark tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program could do that broke out of Jinja into Python, with every module at hand that it may wish for."""
+"""What a template could try after escaping from Jinja's sandbox into Python."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""Shared paths of the tests. Models used as data: fable-7m in its EXL2 (built-in) and GPTQ forms."""
+"""Shared paths and fixtures. Test data: fable-7m in EXL2 (built in) and GPTQ."""
 
 from __future__ import annotations
 

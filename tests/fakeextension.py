@@ -1,4 +1,4 @@
-"""A stand-in for exllamav2's compiled extension: its Python code loads models on the CPU with it, and runs none."""
+"""A stand-in for exllamav2's compiled extension: its Python code can load models on the CPU, but not run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Hub on loopback: a real HTTP server, the models on it, and what goes wrong with it; see `fakehub_handler`."""
+"""A fake Hub on loopback: a real HTTP server with models and faults; see `fakehub_handler`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real engine that has no model: it says what it was told to say, token by token, by the rules of the interface."""
+"""A scripted engine: yields given tokens through the real interface."""
 
 from __future__ import annotations
 

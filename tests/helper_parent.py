@@ -1,4 +1,4 @@
-"""A program with a helper that ends in the way that its argument says."""
+"""A program with a template helper that ends in the way its argument names."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Small things that several tests need."""
+"""Small helpers for several tests."""
 
 from __future__ import annotations
 

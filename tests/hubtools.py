@@ -1,4 +1,4 @@
-"""What the tests of downloading share: small models, an observer that remembers, a clean shell."""
+"""Helpers for the download tests: small models, a recording observer, a clean environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `exl` command, interrupted while it loads a model: `interrupted_loading.py MOMENT COMMAND`."""
+"""Run the `exl` command and interrupt it while it loads a model: `interrupted_loading.py MOMENT COMMAND`."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""Calls of paged attention with known answers: random sequences scattered over pages, everything else poisoned."""
+"""Paged attention cases with known results: random sequences in scattered pages, with unused memory poisoned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the sampler share: settings with everything off, logits, and distributions written out."""
+"""Helpers for the sampler tests: neutral settings, logits, distributions."""
 
 from __future__ import annotations
 

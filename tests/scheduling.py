@@ -1,4 +1,4 @@
-"""What the tests of the scheduler share."""
+"""Helpers for the scheduler tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server on loopback in a thread, over models that generate when a test lets them."""
+"""A server in a thread on loopback, over models that generate on command."""
 
 from __future__ import annotations
 

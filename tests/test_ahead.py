@@ -1,4 +1,4 @@
-"""Work done ahead of being asked for: by whom, how often, and what errors and the interpreter's end do."""
+"""Work done ahead of time in threads: order, errors, interpreter exit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def busy(work: Callable[[int], int], *keys: int) -> Ahead[int, int]:
     return ahead
 
 
-def test_no_more_threads_than_told_work_at_the_same_time() -> None:
+def test_at_most_the_given_number_of_threads_run() -> None:
     together, over, at_once, seen = threading.Barrier(3), threading.Event(), set(), []
 
     def work(key: int) -> int:
@@ -78,7 +78,7 @@ def test_what_is_still_queued_is_done_by_who_asks_and_once(work: Doubling) -> No
     assert (work.here, work.behind) == ([3, 5], [1, 2, 4])
 
 
-def test_what_was_begun_last_comes_first(work: Doubling) -> None:
+def test_the_latest_work_comes_first(work: Doubling) -> None:
     ahead = busy(work, 2, 3, 4)
     ahead.begin([5, 3, 6])
     work.release.set()
@@ -107,7 +107,7 @@ def test_what_failed_is_done_again_for_who_asks(work: Doubling) -> None:
     assert other.get(7) == 14
 
 
-def test_the_end_of_the_interpreter_waits_for_what_threads_are_at_and_for_no_more() -> None:
+def test_interpreter_exit_waits_for_running_work_only() -> None:
     done = python(
         """
 import threading

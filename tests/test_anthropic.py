@@ -1,4 +1,4 @@
-"""Anthropic's messages: the published shapes, from generations that are made up, and over the application."""
+"""Anthropic's Messages API: published shapes from scripted generations, and through the application."""
 
 from __future__ import annotations
 

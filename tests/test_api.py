@@ -1,4 +1,4 @@
-"""The Python API: what a response is, how settings come together, what goes wrong and how it is said."""
+"""The Python API: responses, merging of settings, errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scripted() -> Callable[..., tuple[Model, ScriptedEngine]]:
     return make
 
 
-def test_importing_it_is_light_and_every_name_is_there() -> None:
+def test_importing_is_light_and_exports_every_name() -> None:
     heavy = "torch transformers exllamav2 huggingface_hub safetensors tokenizers jinja2 pynvml langchain_core"
     code = f"""
 import sys, exl_cli
@@ -207,7 +207,7 @@ def test_a_timeout_of_centuries_is_none(scripted, timeout: float) -> None:
     assert scripted("Yes.")[0].generate(STORY, timeout=timeout).text == "Yes."
 
 
-def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+def test_loading_errors_explain_the_problem(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="owner/name"):
         load("owner/name", models_dir=tmp_path)
     with pytest.raises(UsageError, match="q3"):

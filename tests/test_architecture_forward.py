@@ -1,4 +1,4 @@
-"""The table of architectures says what transformers computes: a plain forward pass that knows nothing else."""
+"""The architecture table against transformers, through a plain forward pass that uses nothing else."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def continued(engine: EngineThread, kind: str, fmt: str, prompt: Sequence[int], 
     return [*prompt, *tokens]
 
 
-def test_configs_of_both_styles_mean_what_the_models_were_made_with() -> None:
+def test_both_config_styles_give_the_models_dimensions() -> None:
     for kind in architectures.KINDS:
         if kind not in NOT_ON_THE_CPU:
             raw = architectures.config_json(kind)

@@ -1,4 +1,4 @@
-"""Attention in plain torch and by Triton's kernels in its interpreter, the smoke test between them, when it runs."""
+"""Attention in torch and in Triton's interpreter, and the smoke test that chooses between them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def mistaken(call: Call, mistake: str) -> Tensor:
         ("stores too much", (4, 2, 64), "stores keys and values in wrong places"),
     ],
 )
-def test_the_smoke_test_says_what_is_wrong(mistake: str, heads: tuple[int, int, int], said: str) -> None:
+def test_the_smoke_test_explains_its_failure(mistake: str, heads: tuple[int, int, int], said: str) -> None:
     assert paged.failure(lambda call: mistaken(call, mistake), CPU, Heads(*heads)) == said
 
 

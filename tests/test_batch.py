@@ -152,7 +152,7 @@ def test_parquet(scripted: ScriptedLoader, tmp_path: Path) -> None:
     assert batch(scripted, tmp_path / "bad.parquet", "-o", tmp_path / "bad.jsonl").exit_code == 10
 
 
-def test_an_input_that_ends_too_soon_is_answered_as_far_as_it_goes(scripted: ScriptedLoader, tmp_path: Path) -> None:
+def test_a_truncated_input_is_answered_up_to_its_end(scripted: ScriptedLoader, tmp_path: Path) -> None:
     rows = "".join(f'{{"prompt": "{i * i}"}}\n' for i in range(200)).encode()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(rows)[:-9])
     result = batch(scripted, tmp_path / "in.jsonl.gz", "-o", tmp_path / "out.jsonl", "-n", "1")
@@ -433,7 +433,7 @@ class SmallLoader(ScriptedLoader):
         return self.engines[-1]
 
 
-def test_out_of_memory_means_fewer_at_once(tmp_path: Path) -> None:
+def test_out_of_memory_reduces_the_batch(tmp_path: Path) -> None:
     loader = SmallLoader(" yes")
     prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}", "n": 1 + i % 3} for i in range(30)))
     result = batch(loader, prompts, "-o", tmp_path / "out.jsonl")
@@ -513,7 +513,7 @@ def test_several_inputs_go_to_a_folder(scripted: ScriptedLoader, tmp_path: Path)
     ("input_", "said"),
     [("s3://bucket/in.jsonl", "s3:// is not supported"), ("missing.jsonl", "No such file"), (".", "is a folder")],
 )
-def test_an_input_that_is_no_file_here(scripted: ScriptedLoader, tmp_path: Path, input_: str, said: str) -> None:
+def test_an_input_that_is_not_a_file(scripted: ScriptedLoader, tmp_path: Path, input_: str, said: str) -> None:
     refused = batch(scripted, input_, "-o", tmp_path / "out.jsonl")
     assert refused.exit_code in (2, 10)
     assert said in refused.stderr

@@ -1,4 +1,4 @@
-"""`exl bench`: whole runs with engines whose pace is known, what is shown and saved, and the processes that measure."""
+"""`exl bench`: whole runs with engines of known speed, output, saved files, measuring processes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_json_of_a_run(loader: PacedLoader) -> None:
     assert loader.needed == [35]  # the largest test: 30 of context, 4 new tokens and the one before them
 
 
-def test_prompts_are_fresh_and_nothing_ends_a_generation_early(exl2_dir: Path) -> None:
+def test_prompts_are_unique_and_generations_run_to_full_length(exl2_dir: Path) -> None:
     loaders = PacedLoader(), PacedLoader()
     for loader in loaders:
         measured(loader, "--top-k", "7")
@@ -107,7 +107,7 @@ class OddEngine(PacedEngine):
         super().add(request_id, request)
 
 
-def test_what_is_odd_about_an_engine_is_said_and_the_memory_of_its_card() -> None:
+def test_engine_notes_and_gpu_memory_are_shown() -> None:
     value = measured(PacedLoader(OddEngine))
     warnings = "\n".join(value["warnings"])
     assert "15 prompt tokens were not computed but reused" in warnings
@@ -174,7 +174,7 @@ def test_perplexity_stands_beside_the_speed(tmp_path: Path) -> None:
         (("--batch", "4"), ExitCode.USAGE, "computes one request at a time, so it cannot run --batch 4", 1),
     ],
 )
-def test_mistakes_are_found_as_soon_as_they_can_be(
+def test_usage_errors_are_reported_before_measuring(
     loader: PacedLoader, args: tuple[str, ...], code: ExitCode, words: str, loads: int
 ) -> None:
     result = bench(loader, *args)
@@ -189,7 +189,7 @@ def test_mistakes_are_found_as_soon_as_they_can_be(
         (FAILURE, ExitCode.ENGINE, "error: the device fell off; put it back"),
     ],
 )
-def test_an_end_before_the_end_reports_what_is_done(
+def test_an_interrupted_run_reports_finished_measurements(
     error: Exception | None, code: ExitCode, said: str, tmp_path: Path
 ) -> None:
     # 3 untimed requests, then 3 repetitions of 3 tests: the eighth request is the fifth that is timed.
@@ -253,7 +253,7 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(
     assert ((tmp_path / "run.json").read_text(), (tmp_path / "pipe").is_fifo()) == ("here before", True)
 
 
-def test_a_save_that_fails_loses_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_save_still_prints_the_results(tmp_path: Path) -> None:
     file, report = tmp_path / "run.json", tmp_path / "report.html"
     # Someone puts a folder into its place meanwhile.
     loader = PacedLoader(lambda: PacedEngine(on_request=lambda request: file.mkdir(exist_ok=True)))
@@ -264,7 +264,7 @@ def test_a_save_that_fails_loses_nothing_else(tmp_path: Path) -> None:
     assert "<html" in report.read_text()
 
 
-def test_a_result_that_no_one_reads_is_saved_all_the_same(tmp_path: Path) -> None:
+def test_a_broken_pipe_does_not_prevent_saving(tmp_path: Path) -> None:
     file = tmp_path / "copy.json"
     (tmp_path / "run.json").write_text(outputs.render(benchdata.result(benchdata.gpu_run()), "json", flags))
     reader, writer = os.pipe()
@@ -350,7 +350,7 @@ def children_of(pid: int) -> list[int]:
     return children
 
 
-def test_an_error_in_the_process_that_measures_is_told_like_any_other(exl2_dir: Path, tmp_path: Path) -> None:
+def test_an_error_in_the_measuring_process_is_reported_as_usual(exl2_dir: Path, tmp_path: Path) -> None:
     for file in exl2_dir.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "tokenizer.json").unlink()

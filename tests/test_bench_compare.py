@@ -1,4 +1,4 @@
-"""Two results side by side: what counts as a difference, and what does not."""
+"""Comparing two results: what counts as a difference."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_several_models_and_caches_are_compared_each_with_its_own() -> None:
     assert "Mistral-7B-EXL2 EXL2 4.0 bpw, cache fp16: tg128" in compared.missing
 
 
-def test_another_machine_and_another_text_are_said() -> None:
+def test_a_different_machine_or_prompt_is_noted() -> None:
     old, new = (benchdata.result(benchdata.gpu_run(perplexity=5.6)) for _ in range(2))
     new.environment = {**new.environment, "driver": "590.0"}
     new.runs[0].perplexity = replace(new.runs[0].perplexity, sha256="1" * 64)
@@ -129,7 +129,7 @@ def test_comparing_two_files(saved: dict[str, str]) -> None:
     assert [line for line in result.stdout.splitlines() if line != line.rstrip()] == []
 
 
-def test_failing_under_a_bound_has_an_exit_code_of_its_own(saved: dict[str, str]) -> None:
+def test_falling_below_the_bound_has_its_own_exit_code(saved: dict[str, str]) -> None:
     result = bench("--compare", saved["a"], saved["q4"], "--fail-under", "0.95", "-o", "json")
     assert result.exit_code == ExitCode.BENCH_SLOWER == 11
     assert "tg128 is at 0.8" in result.stderr

@@ -1,4 +1,4 @@
-"""The floors, the reasons, the GPU's own word, and perplexity: each against figures worked out by other means."""
+"""Lower bounds, their reasons, GPU readings and perplexity, against independently computed figures."""
 
 from __future__ import annotations
 

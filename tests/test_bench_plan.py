@@ -1,4 +1,4 @@
-"""What a benchmark measures, in which order, with which prompts, and how a repetition is timed."""
+"""What a benchmark measures, in which order and with which prompts."""
 
 from __future__ import annotations
 
@@ -140,6 +140,6 @@ class Stream(Iterator[Chunk]):
         (PacedEngine(), Case(0, 5, 2000, 2), "2,000 tokens"),
     ],
 )
-def test_a_repetition_that_says_nothing_is_an_error(engine: PacedEngine, test: Case, words: str) -> None:
+def test_a_repetition_without_tokens_is_an_error(engine: PacedEngine, test: Case, words: str) -> None:
     with pytest.raises(ExlError, match=words):
         run(engine, test)

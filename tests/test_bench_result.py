@@ -1,4 +1,4 @@
-"""What a result says: its statistics against NumPy's, its JSON against the schema, its Markdown as llama-bench's."""
+"""Benchmark results: statistics against NumPy, JSON against the schema, Markdown against llama-bench's format."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def whole(result: Result) -> dict[str, Any]:
     return dict(json.loads(outputs.render(result, "json")))
 
 
-def test_the_json_is_what_the_schema_says(whole: dict[str, Any]) -> None:
+def test_the_json_matches_the_schema(whole: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     few = [entry for entry in whole["tests"] if entry["n_parallel"] == 1]  # the others' samples take seconds to check
     jsonschema.validate({**whole, "tests": few}, SCHEMA, format_checker=jsonschema.FormatChecker())
@@ -82,7 +82,7 @@ def test_the_fields_of_a_test_are_llama_benchs_and_numpys(whole: dict[str, Any])
         assert [entry[f"itl_{name}_ns"] for name in ("p5", "median", "p95")] == expected
 
 
-def test_energy_is_per_token_and_not_told_of_too_short_a_time() -> None:
+def test_energy_is_per_token_and_omitted_for_short_runs() -> None:
     entry = benchdata.measured(Case(0, 100), [40.0, 50.0])  # 2.5 s and 2 s
     assert entry.joules_per_token is None
     entry.samples = [replace(sample, joules=300.0) for sample in entry.samples]
@@ -206,7 +206,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_report_is_one_file_that_needs_nothing_else(page: str) -> None:
+def test_the_report_is_self_contained(page: str) -> None:
     parsed = Page()
     parsed.feed(page)
     assert parsed.open == []

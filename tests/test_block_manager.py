@@ -1,4 +1,4 @@
-"""Who gets which page of a KV cache: sharing, what is kept, what goes first."""
+"""The block manager: allocation, prefix sharing, eviction."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_full_pages_are_shared_but_the_last_token_is_to_be_computed() -> None:
 
 
 @pytest.mark.parametrize("length", range(1, 14))
-def test_a_conversation_goes_on_in_the_page_where_it_stopped(length: int) -> None:
+def test_a_conversation_continues_in_its_last_page(length: int) -> None:
     pages, copies = make(10)
     ids = list(range(100, 100 + length))
     table = keep(pages, ids)
@@ -67,7 +67,7 @@ def test_a_conversation_goes_on_in_the_page_where_it_stopped(length: int) -> Non
     assert allocation.num_computed_tokens == length
 
 
-def test_of_a_page_being_written_what_is_computed_is_copied() -> None:
+def test_the_computed_part_of_a_page_in_use_is_copied() -> None:
     pages, copies = make(10)
     first = begin(pages, [1, 2, 3, 4, 5, 6, 7])
     pages.grow(first, 7)
@@ -78,7 +78,7 @@ def test_of_a_page_being_written_what_is_computed_is_copied() -> None:
     assert second.num_computed_tokens == 4
 
 
-def test_few_tokens_are_not_worth_a_copy_but_a_page_that_nobody_needs_is_taken() -> None:
+def test_a_few_tokens_are_not_copied_but_a_free_page_is_reused() -> None:
     pages, copies = make(10, size=64)
     held = compute(pages, list(range(40)))
     assert begin(pages, [0, 1, 2, 99]).num_reused_tokens == 0
@@ -115,7 +115,7 @@ def test_without_room_the_page_itself_is_taken_rather_than_lose_as_much() -> Non
     assert (allocation.block_table, allocation.num_reused_tokens, copies) == ([oldest], 2, [(page, oldest)])
 
 
-def test_the_longest_unused_goes_first_and_never_before_what_follows_it() -> None:
+def test_the_least_recently_used_leaf_is_evicted_first() -> None:
     pages, _ = make(5)
     keep(pages, [1, 1, 1, 1, 1, 1, 1, 1])
     keep(pages, [2, 2, 2, 2, 2, 2, 2, 2])
@@ -139,7 +139,7 @@ def test_two_conversations_keep_what_they_have_while_there_is_room() -> None:
             texts[who] = [*ids, 10 + turn, 20 + turn, 30 + who]
 
 
-def test_what_two_compute_alike_is_kept_once() -> None:
+def test_identical_pages_are_stored_once() -> None:
     pages, _ = make(10)
     first, second = begin(pages, [1, 2, 3, 4, 5]), begin(pages, [1, 2, 3, 4, 5])
     for allocation in (first, second):
@@ -158,7 +158,7 @@ def test_what_two_compute_alike_is_kept_once() -> None:
 
 
 @pytest.mark.parametrize("other", [[1, 2, 3], [1, 2, 3, 4], [1, 2]])
-def test_ends_that_two_compute_alike_are_kept_once(other: list[int]) -> None:
+def test_identical_partial_pages_are_stored_once(other: list[int]) -> None:
     pages, _ = make(3)
     keep(pages, [7, 7, 7])
     first, second = begin(pages, other, room=0), begin(pages, [1, 2, 3], room=0)

@@ -35,7 +35,7 @@ def once_built(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return made
 
 
-def test_the_library_lands_in_a_folder_for_its_versions_and_says_what_it_is_for(once_built: Machine) -> None:
+def test_the_library_is_installed_by_version_with_its_facts(once_built: Machine) -> None:
     facts = json.loads((once_built.folder() / "exllamav2_ext.json").read_text())
     assert facts["torch"] == "2.11.0+cu130"
     assert facts["archs"] == ["9.0"]
@@ -47,9 +47,7 @@ def test_the_library_lands_in_a_folder_for_its_versions_and_says_what_it_is_for(
     assert not once_built.torchs.exists()
 
 
-def test_what_is_there_is_not_compiled_again_unless_forced_or_for_another_torch(
-    once_built: Machine, tmp_path: Path
-) -> None:
+def test_an_existing_build_is_reused_unless_forced_or_for_another_torch(once_built: Machine, tmp_path: Path) -> None:
     machine = once_built.copied(tmp_path / "machine")
     again = machine.run("build", "--arch", "9.0")
     assert (again.returncode, again.stdout) == (0, f"{machine.built}\n")
@@ -60,7 +58,7 @@ def test_what_is_there_is_not_compiled_again_unless_forced_or_for_another_torch(
     assert machine.run("build", "--arch", "9.0").stdout == f"{machine.built}\n"
 
 
-def test_the_gpu_that_is_here_is_what_it_compiles_for_and_tries(machine: Machine, tmp_path: Path) -> None:
+def test_the_local_gpu_is_compiled_for_and_tested(machine: Machine, tmp_path: Path) -> None:
     # With ninja where pip puts it, which is not on PATH where a virtual environment was not activated.
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -141,7 +139,7 @@ def test_nvcc_must_be_of_torchs_cuda_and_whole(
         ),
     ],
 )
-def test_what_is_missing_or_does_not_fit_is_said_in_a_line(
+def test_missing_or_mismatched_tools_are_one_line(
     machine: Machine, arguments: str, variables: dict[str, str], words: str
 ) -> None:
     result = machine.run("build", *arguments.split(), **variables)

@@ -1,4 +1,4 @@
-"""A build that is stopped, killed or not alone leaves neither half a library nor compilers behind."""
+"""Builds that are stopped, killed or concurrent leave no partial library and no running compilers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def start(machine: Machine, *arguments: str, **variables: str) -> subprocess.Pop
     )
 
 
-def test_ctrl_c_stops_everything_and_what_was_compiled_is_kept(machine: Machine) -> None:
+def test_ctrl_c_stops_all_compilers_and_keeps_finished_files(machine: Machine) -> None:
     child = pexpect.spawn(
         sys.executable,
         ["-m", "exl_cli", "build", "--arch", "9.0", "--jobs", "1"],
@@ -116,7 +116,7 @@ def test_the_good_library_stays_while_its_replacement_is_tried(machine: Machine)
     assert "already compiled" in machine.run("build", "--arch", "9.0", FAKE_HANG="").stderr
 
 
-def test_two_builds_take_turns_and_the_second_has_nothing_to_do(machine: Machine) -> None:
+def test_concurrent_builds_take_turns_and_compile_once(machine: Machine) -> None:
     first = start(machine, "--jobs", "1")
     compiler = hanging(machine)
     second = start(machine, FAKE_HANG="")

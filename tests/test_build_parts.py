@@ -1,4 +1,4 @@
-"""What the build is made of: architectures, the causes of failures, how many jobs and how long."""
+"""Parts of the build: architectures, explanations of failures, jobs and time estimates."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_which_gpus_code_runs_on(archs: tuple[str, ...], gpu: tuple[int, int], r
         ({"archs": ("8.0",)}, "sm_90"),
     ],
 )
-def test_what_an_extension_was_made_for_is_compared_with_what_is_here(changes: dict[str, object], words: str) -> None:
+def test_an_extensions_facts_are_checked_against_the_installation(changes: dict[str, object], words: str) -> None:
     made = {"exllamav2": "0.3.2", "torch": TORCH.version, "cuda": "13.0", "python": python_tag(), "archs": ("9.0",)}
     mismatch = Facts(**{**made, **changes}).mismatch(TORCH, [(9, 0)])
     assert words in mismatch if words else mismatch == ""
@@ -118,7 +118,7 @@ def test_an_unknown_failure_is_not_guessed_at() -> None:
     ("content", "words"),
     [(None, "built for another torch"), (b"", "damaged"), (b"not a library at all" * 9, "damaged")],
 )
-def test_what_the_real_linker_says_is_known(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_real_linker_messages_are_explained(tmp_path: Path, content: bytes | None, words: str) -> None:
     library = tmp_path / "exllamav2_ext.so"
     if content is None:
         compile_module(module_source("namespace c10 { int gone(int); }", init="c10::gone(1);"), library)
@@ -172,6 +172,6 @@ def test_the_expected_time_shares_the_work_and_is_never_below_the_longest_file()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("exllamav2") is None, reason="exllamav2 is not installed")
-def test_a_whole_build_takes_what_it_took() -> None:
+def test_the_time_estimate_of_a_full_build_matches_the_measurement() -> None:
     # 645 seconds of CPU time: see `build`.
     assert build.seconds_left(build.all_files(), 1) == pytest.approx(645, rel=0.1)

@@ -1,4 +1,4 @@
-"""How a build looks: a bar in the place of what `exl run` shows while it loads, lines where there is no terminal."""
+"""Output of a build: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

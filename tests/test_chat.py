@@ -168,7 +168,7 @@ def test_a_damaged_or_newer_file_is_an_error_and_left_alone(data: Path, content:
     assert file.read_bytes() == content
 
 
-def test_a_session_that_cannot_be_saved_is_said_and_fails_the_run(data: Path, tmp_path: Path) -> None:
+def test_a_session_that_cannot_be_saved_fails_the_run(data: Path, tmp_path: Path) -> None:
     data.mkdir()
     (data / "sessions").write_text("a file in the folder's place")
     result = chat(Script(["ok"]), "Hi\n/clear\n/export out.json\n")
@@ -179,7 +179,7 @@ def test_a_session_that_cannot_be_saved_is_said_and_fails_the_run(data: Path, tm
     assert json.loads((tmp_path / "out.json").read_text())["turns"][0]["content"] == "Hi"
 
 
-def test_two_at_once_do_not_overwrite_each_other(data: Path) -> None:
+def test_concurrent_chats_do_not_overwrite_each_other(data: Path) -> None:
     script = Script(["a", "b"])
 
     def meddle(request: object) -> None:
@@ -197,7 +197,7 @@ def test_two_at_once_do_not_overwrite_each_other(data: Path) -> None:
 # --- the context ---------------------------------------------------------------------------------------------------
 
 
-def test_the_oldest_turns_are_dropped_whole_and_it_is_said(exl2_dir: Path, data: Path) -> None:
+def test_the_oldest_turns_are_dropped_with_a_note(exl2_dir: Path, data: Path) -> None:
     script = Script(["Yes, " * 40])
     lines = [f"question number {i}" for i in range(6)]
     result = chat(script, "\n".join([*lines, "/stats"]) + "\n", "--max-seq-len", "300", "--system", "Be kind.")
@@ -278,7 +278,7 @@ def test_tags_of_reasoning_that_are_special_tokens_keep_their_place(exl2_dir: Pa
     assert chat(script, "2+2?\n", str(model), "--stop", "[/THINK]", "--no-save").stdout == "Let me see.\n"
 
 
-def test_a_template_that_refuses_a_system_message_says_so_before_loading(exl2_dir: Path, tmp_path: Path) -> None:
+def test_a_template_that_refuses_system_messages_is_reported_before_loading(exl2_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "strict"
     shutil.copytree(exl2_dir, model)
     template = (model / "chat_template.jinja").read_text()

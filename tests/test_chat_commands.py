@@ -37,7 +37,7 @@ def test_help_lists_every_command() -> None:
     assert "error: /copy takes nothing after it" in result.stderr
 
 
-def test_set_shows_old_and_new_and_refuses_what_cannot_be() -> None:
+def test_set_shows_old_and_new_values_and_refuses_invalid_ones() -> None:
     script = Script(["ok"])
     lines = [
         "/set temperature 0.3",
@@ -93,7 +93,7 @@ def test_system_is_set_shown_and_taken_away(exl2_dir: Path) -> None:
     assert "there is no system message\nthe system message is set\nBe\nbrief.\n" in result.stderr
 
 
-def test_show_says_what_is_in_use() -> None:
+def test_show_prints_model_settings_and_session() -> None:
     result = chat(Script(["Hello."]), "/show prompt\nHi\n/show prompt\n/show template\n/show model\n/show\n/show me\n")
     assert "error: there is no prompt yet" in result.stderr
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n\n" in result.stderr
@@ -184,7 +184,7 @@ def test_save_load_and_sessions(exl2_dir: Path, data: Path) -> None:
     assert "user\none<|im_end|>" in prompts(script, exl2_dir)[2]
 
 
-def test_export_writes_markdown_and_json_and_overwrites_only_its_own(tmp_path: Path) -> None:
+def test_export_writes_markdown_and_json_and_overwrites_only_its_own_files(tmp_path: Path) -> None:
     (tmp_path / "mine.md").write_text("precious")
     lines = ["/export a.md", "Hi", "/export a.md", "/export b.json", "/export a.txt", "/export mine.md"]
     lines += ["/export a\0b.md"]

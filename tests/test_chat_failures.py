@@ -1,4 +1,4 @@
-"""What goes wrong in `exl chat`: what is said of it, what is kept, and the exit code that a pipe ends with."""
+"""Failures in `exl chat`: error line, what is kept, exit code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_is_that_of_the_first_error(lines: str | bytes, code: int) -> None:
     assert ("error: " in result.stderr) is (code != 0)
 
 
-def test_an_error_in_one_turn_does_not_end_the_others(data: Path) -> None:
+def test_an_error_in_one_turn_does_not_end_the_chat(data: Path) -> None:
     result = chat(Script(["Half an" + FAIL, "whole"]), "one\ntwo\n")
     assert (result.exit_code, result.stdout) == (7, "Half an\nwhole\n")
     assert "error: the GPU ran out of memory; use --cache q4\n" in result.stderr
@@ -58,7 +58,7 @@ def test_an_error_in_one_turn_does_not_end_the_others(data: Path) -> None:
 # --- bugs of ours --------------------------------------------------------------------------------------------------
 
 
-def test_a_bug_is_one_line_and_the_conversation_goes_on(data: Path) -> None:
+def test_a_bug_is_one_line_and_the_chat_continues(data: Path) -> None:
     script = crashing(at=2)
     result = chat(script, "a\nb\nc\n", "-q")
     assert result.exit_code == 1
@@ -81,7 +81,7 @@ def test_debug_shows_where_it_came_from() -> None:
 
 
 @pytest.mark.parametrize(("flag", "name", "position"), [("-s", "--system", 0), ("--stop", "--stop", 2)])
-def test_arguments_that_are_not_utf8_are_refused_at_once(flag: str, name: str, position: int) -> None:
+def test_arguments_that_are_not_utf8_are_refused(flag: str, name: str, position: int) -> None:
     text = os.fsdecode(b"ab\xff"[2 - position :])  # as a byte on the command line arrives
     result = chat(Script(["ok"]), "Hi\n", flag, text)
     assert result.stderr == (

@@ -1,4 +1,4 @@
-"""The CPU engine's KV cache from one generation to the next, and a real conversation with the built-in model."""
+"""The CPU engine's prefix reuse, and a real conversation with the built-in model."""
 
 from __future__ import annotations
 

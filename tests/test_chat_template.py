@@ -1,4 +1,4 @@
-"""Chat templates as models publish them, with transformers' own rendering as the judge."""
+"""Published chat templates, compared with transformers."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_long_conversation_is_no_attack():
         ("llama-3.1", CONVERSATIONS["twice"][:0], "there is no message", "give a prompt"),
     ],
 )
-def test_a_refusal_is_told_in_the_templates_words(name, conversation, message, hint):
+def test_a_refusal_quotes_the_template(name, conversation, message, hint):
     error = rendered(source(name), conversation)
     assert message in error.message
     assert hint in flags(error.hint)

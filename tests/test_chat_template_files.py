@@ -1,4 +1,4 @@
-"""Where a model's chat template and its special tokens are found."""
+"""Finding a model's chat template and special tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`exl chat` on a real pseudo-terminal: typing, answers that come, keys pressed meanwhile, and how it ends."""
+"""`exl chat` on a pseudo-terminal: line editing, streaming, keys typed meanwhile, exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer's text, taken apart as it comes: reasoning, Markdown blocks, blocks between quotation marks."""
+"""Parsing a chat's text: reasoning, Markdown blocks, quoted blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exl_cli.ui.answers import BlockSplitter
 
 
 @pytest.mark.parametrize(("opening", "closing"), TAGS.items())
-def test_reasoning_of_every_kind_is_told_from_the_answer(opening: str, closing: str) -> None:
+def test_all_kinds_of_reasoning_are_separated_from_the_answer(opening: str, closing: str) -> None:
     assert split(f"{opening}\nhm{closing}\n\nFour.") == ("\nhm", "Four.")
     # A template may have opened it.
     assert split(f"hm{closing}Four.", f"<|assistant|>{opening}\n") == ("hm", "Four.")
@@ -44,7 +44,7 @@ _pieces = st.lists(
 
 
 @given(pieces=_pieces, prompt=st.sampled_from(["", "<think>\n"]), cuts=st.lists(st.integers(0, 60)))
-def test_how_the_text_comes_makes_no_difference(pieces: list[str], prompt: str, cuts: list[int]) -> None:
+def test_chunking_makes_no_difference(pieces: list[str], prompt: str, cuts: list[int]) -> None:
     text = "".join(pieces)
     splitter = Splitter(prompt)
     found = []
@@ -71,7 +71,7 @@ MARKDOWN = "\n\n".join(BLOCKS[:-1]) + "\nlast"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_each_block_comes_once_and_whole(size: int) -> None:
+def test_each_block_is_emitted_once_and_complete(size: int) -> None:
     splitter = BlockSplitter()
     blocks = []
     for start in range(0, len(MARKDOWN), size):
@@ -79,7 +79,7 @@ def test_each_block_comes_once_and_whole(size: int) -> None:
     assert [block.strip("\n") for block in blocks + splitter.flush()] == BLOCKS
 
 
-def test_a_block_comes_as_soon_as_it_is_finished() -> None:
+def test_a_block_is_emitted_as_soon_as_it_is_complete() -> None:
     splitter = BlockSplitter()
     assert splitter.push("A line\n") == []
     assert splitter.push("\n") == ["A line\n"]

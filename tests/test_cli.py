@@ -1,4 +1,4 @@
-"""The `exl` command as a user meets it: start-up, errors in one line, exit codes."""
+"""The `exl` command: startup, one-line errors, exit codes."""
 
 from __future__ import annotations
 

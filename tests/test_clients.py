@@ -1,4 +1,4 @@
-"""Clients as they are published, unchanged, against a server on loopback. Each skips where it is not installed."""
+"""Published API clients, unmodified, against a server on loopback. Each skips if it is not installed."""
 
 from __future__ import annotations
 

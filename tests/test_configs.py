@@ -1,4 +1,4 @@
-"""What is made of JSON files that are damaged, at odds with the weights, or leave much unsaid."""
+"""config.json files that are damaged, incomplete or contradict the weights."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ KINDS = ("gemma", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "cohere
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_config_leaves_out_is_what_transformers_takes_for_granted(kind: str) -> None:
+def test_missing_config_keys_have_transformers_defaults(kind: str) -> None:
     from transformers import AutoConfig
 
     oracle = AutoConfig.for_model(kind).get_text_config()
@@ -171,7 +171,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_for_granted(kind: s
     assert info.context_length == oracle.max_position_embeddings
 
 
-def test_a_gemma_3_that_says_next_to_nothing_has_its_context_and_an_estimate() -> None:
+def test_a_nearly_empty_gemma_3_config_has_a_context_and_an_estimate() -> None:
     # config.json of google/gemma-3-12b-it, but for its vision part.
     text = {"hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text", "num_attention_heads": 16}
     text |= {"num_hidden_layers": 48, "num_key_value_heads": 8, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}

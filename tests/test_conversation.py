@@ -1,4 +1,4 @@
-"""The chat's loop, driven by lines and signals without a terminal."""
+"""The chat loop, driven by lines and signals without a terminal."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsy
     assert (chat.over, chat.exit_code) == (True, ExitCode.OK)
 
 
-def test_ctrl_c_while_answering_keeps_what_came_and_goes_on(begin: Begin, tmp_path: Path) -> None:
+def test_ctrl_c_while_answering_keeps_the_partial_answer(begin: Begin, tmp_path: Path) -> None:
     script = Script([f"Once upon{PAUSE} a time", "Then what?", " the end"], pause=press_ctrl_c)
     chat = begin(script)
     chat.enter("Hi")
@@ -146,7 +146,7 @@ def test_a_chat_that_is_left_without_a_model_ends_with_that_error(begin: Begin, 
 
 
 @pytest.mark.parametrize("answer", [PAUSE, FAIL])
-def test_a_message_without_any_answer_comes_back_as_a_draft(begin: Begin, tmp_path: Path, answer: str) -> None:
+def test_a_message_without_an_answer_becomes_the_draft(begin: Begin, tmp_path: Path, answer: str) -> None:
     chat = begin(Script([answer, "Hello."], pause=press_ctrl_c))
     typist = Typist("Hi", "Hi there")
     chat.run(typist.read)
@@ -154,7 +154,7 @@ def test_a_message_without_any_answer_comes_back_as_a_draft(begin: Begin, tmp_pa
     assert on_disk(tmp_path) == ["Hi there", "Hello."]
 
 
-def test_a_refused_message_comes_back_as_a_draft_with_its_files(begin: Begin, tmp_path: Path) -> None:
+def test_a_refused_message_becomes_the_draft_with_its_files(begin: Begin, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     chat = begin(Script(["ok"]))
     large = "word " * 3000
@@ -198,9 +198,7 @@ def test_an_unsaved_conversation_is_left_only_on_a_second_word(
     assert (chat.over, chat.exit_code, on_disk(tmp_path)) == (True, ExitCode.OK, ["Hi", "a"])
 
 
-def test_revising_a_message_that_gets_no_answer_keeps_the_old_exchange(
-    begin: Begin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revision_without_an_answer_keeps_the_old_exchange(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.setenv("EDITOR", "sed -i s/Hi/Hello/")
     chat = begin(Script(["", FAIL]))
@@ -237,7 +235,7 @@ def test_a_stop_string_leaves_only_what_was_kept_in_the_next_prompt(begin: Begin
     assert "Tw" not in tokenizer.decode(script.requests[1].ids)
 
 
-def test_forty_turns_trim_and_grow_nothing_but_the_record(begin: Begin, tmp_path: Path) -> None:
+def test_forty_turns_trim_the_prompt_and_leak_nothing(begin: Begin, tmp_path: Path) -> None:
     script = Script(["A short answer.", "A somewhat longer answer, of more words than the other has. " * 3])
     context = 512
     chat = begin(script, context=context)

@@ -1,4 +1,4 @@
-"""The CPU engine: every format and layout against transformers with known weights, and the engine's own promises."""
+"""The CPU engine: every format and layout against transformers with known weights."""
 
 from __future__ import annotations
 

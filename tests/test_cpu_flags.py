@@ -1,4 +1,4 @@
-"""Flags about the GPU where the CPU was asked for: a note, as one script may run on both."""
+"""GPU options with the CPU engine are noted and ignored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from exl_cli.models.tokenizer import Tokenizer
         ),
     ],
 )
-def test_what_has_no_effect_on_the_cpu_is_said(tmp_path: Path, options: LoadOptions, notes: list[str]) -> None:
+def test_gpu_options_without_effect_are_noted(tmp_path: Path, options: LoadOptions, notes: list[str]) -> None:
     tinymodels.write(tmp_path / "model", tinymodels.Variant("float"))
     info, recorder = loader.resolve(str(tmp_path / "model")), Recorder()
     loader.load(info, Tokenizer(info.path), options, recorder).close()

@@ -1,4 +1,4 @@
-"""The decoding attention's own source, run on the CPU by an emulation, against float64 attention."""
+"""The decode attention kernel's source, emulated on the CPU, against float64 attention."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_rows_that_only_fill_up_a_pass_share_a_page(folder: Path) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (32, 32), (28, 4), (64, 8), (12, 2), (16, 1)])
 @pytest.mark.parametrize("processors", [20, 132])
-def test_a_plan_leaves_room_for_others_and_fills_the_gpu(heads: int, kv_heads: int, processors: int) -> None:
+def test_a_plan_fills_the_gpu_and_leaves_room_for_other_sequences(heads: int, kv_heads: int, processors: int) -> None:
     rows = decode_attention.workspace_rows(heads, kv_heads, processors)
     # No more than a few megabytes, in rows of 128 sums.
     assert rows * 130 * 4 <= 20 << 20

@@ -1,4 +1,4 @@
-"""`exl doctor` as a user meets it: on this machine, and on one that `fakecuda` stands for."""
+"""`exl doctor` on this machine, and on a simulated one (`fakecuda`)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_no_network_is_a_finding_and_no_obstacle(here: dict[str, Any]) -> None:
     assert hub["blocks"] is None
 
 
-def test_what_hangs_is_a_finding_and_the_one_who_asks_imports_nothing_heavy() -> None:
+def test_a_hang_is_a_result_and_the_parent_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "exllamav2", "huggingface_hub", "triton", "tokenizers")
     code = f"""
 import sys

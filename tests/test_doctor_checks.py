@@ -1,4 +1,4 @@
-"""What the doctor makes of answers: GPUs that are old, full or shared, and models that speak nonsense."""
+"""Doctor's verdicts: old, full or shared GPUs, models that generate nonsense."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ H100 = {
 ARCHS = ["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"]
 
 
-def test_the_doctors_own_questions_are_answered() -> None:
+def test_the_probes_run() -> None:
     """Also where there is no GPU; what asks for more needs it."""
     assert probes.kernels()
     assert questions.ask(probes.__name__, "attention", 120.0).value is not None
@@ -70,7 +70,7 @@ def using(pid: int, name: str = "", size: int | None = None, *, here: bool = Tru
         ({"capability": [6, 1]}, "fail", "sm_61: torch 2.11.0+cu130 holds code for sm_75, sm_80", "cu126"),
     ],
 )
-def test_what_is_said_of_a_gpu(changes: dict[str, Any], status: str, message: str, fix: str) -> None:
+def test_the_line_for_a_gpu(changes: dict[str, Any], status: str, message: str, fix: str) -> None:
     (result,) = cards({**H100, **changes})
     assert (result.status, result.blocks) == (status, "gpu" if status == "fail" else "")
     assert message in result.message
@@ -288,7 +288,7 @@ def test_nonsense_on_the_gpu(changes: dict[str, Any], words: str) -> None:
     assert results["On the CPU"].status == "ok"
 
 
-def test_passes_of_one_engine_that_part() -> None:
+def test_passes_of_one_engine_that_disagree() -> None:
     bad = Answer({**SOUND, "shortfalls": [0.0, 3.0]})
     result = about(Answer({**SOUND, "perplexity": None}), bad)["Engines agree"]
     assert result.status == "warn"
@@ -311,7 +311,7 @@ def test_a_model_whose_weights_are_noise(gptq_dir: Path, tmp_path: Path) -> None
     assert "nonsense: it hesitates between" in result.message
 
 
-def test_a_model_that_is_not_here() -> None:
+def test_a_missing_model() -> None:
     def ask(probe: str, arguments: dict[str, Any]) -> Answer:
         raise AssertionError(probe)
 

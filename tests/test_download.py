@@ -1,4 +1,4 @@
-"""Downloading when all goes well: which files, and where to."""
+"""Successful downloads: which files, and where."""
 
 from __future__ import annotations
 

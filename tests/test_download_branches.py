@@ -1,4 +1,4 @@
-"""`exl download --branches`: what a repository offers, told without fetching weights."""
+"""`exl download --branches`: describe branches without fetching weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_each_branch_tells_its_quantization(branches: dict[str, Branch], reposit
     assert branches["gptq-8bit"].problem.startswith("is GPTQ at 8 bits")
 
 
-def test_download_bytes_are_those_of_the_files_that_would_come(branches: dict[str, Branch]) -> None:
+def test_download_bytes_count_the_files_to_fetch(branches: dict[str, Branch]) -> None:
     small = sum(map(len, SMALL.values()))
     exl2_config = len(quantized("exl2", bits=4.0, head_bits=6))
     assert branches["4.0bpw"].download_bytes == 4_100_000_000 + small + exl2_config
@@ -136,7 +136,7 @@ def test_only_small_files_are_read(hub: FakeHub, branches: dict[str, Branch]) ->
     assert read == {"config.json", "quantize_config.json"}
 
 
-def test_an_old_exl2_file_that_says_nothing_is_told_by_its_name_and_size(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_old_exl2_branch_is_recognised_by_name_and_size(hub: FakeHub, tmp_path: Path) -> None:
     made = hub.repository("acme/old", {"README.md": b"#"})
     # turboderp/Mistral-7B-exl2, branch 4.0bpw: 3.7 GB for 4.0 bits and a 6-bit head.
     made.commit({"config.json": config(**MISTRAL), "output.safetensors": b"w"}, "4.0bpw", output=3_850_000_000)
@@ -164,7 +164,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cards")
-def test_the_table_names_the_cards_that_are_here(hub: FakeHub, repository: Repository, tmp_path: Path) -> None:
+def test_the_table_names_the_local_gpus(hub: FakeHub, repository: Repository, tmp_path: Path) -> None:
     ask = partial(download_command, hub, tmp_path, repository.id, "--branches")
     result = ask("--cache", "q4", CUDA_VISIBLE_DEVICES="GPU-aaaa", COLUMNS="120")
     assert result.exit_code == 0
@@ -192,7 +192,7 @@ def test_an_odd_config_is_no_obstacle_to_a_download(hub: FakeHub, tmp_path: Path
 
 
 @pytest.mark.usefixtures("cards")
-def test_a_download_that_will_not_fit_is_said_before_it(
+def test_a_download_that_will_not_fit_is_reported_first(
     hub: FakeHub, fetch: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -1,4 +1,4 @@
-"""A Hub that misbehaves in every way that one on loopback can: what is fetched, and the line a user reads."""
+"""Downloads from a misbehaving Hub: what is fetched, and the error line."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_progress_renews_patience(hub: FakeHub, fetch: Fetcher) -> None:
     assert fetch.waits == [1.0] * 12
 
 
-def test_of_a_server_that_ignores_ranges_what_is_here_is_passed_over(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_server_that_ignores_ranges_is_skipped_forward(hub: FakeHub, fetch: Fetcher) -> None:
     hub.fault("/cdn/*", times=2, drop_at=70_000, ignore_range=True)
     hub.fault("/cdn/*", ignore_range=True)
     fetch("acme/tiny")
@@ -104,7 +104,7 @@ def test_bytes_from_elsewhere_are_not_appended(hub: FakeHub, fetch: Fetcher, sen
 @pytest.mark.parametrize(
     ("where", "what"), [("/api/models/acme/tiny/*", "acme/tiny"), ("*config.json", "config.json"), ("/cdn/*", WEIGHTS)]
 )
-def test_a_500_is_tried_again_and_said(hub: FakeHub, fetch: Fetcher, where: str, what: str) -> None:
+def test_a_500_is_retried_with_a_note(hub: FakeHub, fetch: Fetcher, where: str, what: str) -> None:
     hub.fault(where, times=2, status=500)
     fetch("acme/tiny")
     assert arrived(fetch)
@@ -116,7 +116,7 @@ def test_a_500_is_tried_again_and_said(hub: FakeHub, fetch: Fetcher, where: str,
 WAITS = {"7": 7.0, **dict.fromkeys(["²", "٣", "1e3", "-5", "nan", "Mon, 99 Jan 2026 99:00:00 GMT"], 1.0)}
 
 
-def test_a_429_waits_as_long_as_it_is_told(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_429_waits_for_retry_after(hub: FakeHub, fetch: Fetcher) -> None:
     for asked, seconds in {**WAITS, "Mon, 1 Jan 99999 00:00:00 GMT": 1.0}.items():
         hub.fault("/cdn/*", times=1, status=429, headers={"Retry-After": asked.encode().decode("latin-1")})
         fetch("acme/tiny", force=True)
@@ -252,7 +252,7 @@ def test_what_does_not_pass_is_given_up(
     assert not (fetch.models / "acme_tiny" / WEIGHTS).exists()
 
 
-def test_who_and_what_the_hub_does_not_know_is_said_with_the_next_step(hub: FakeHub, fetch: Fetcher) -> None:
+def test_unknown_repositories_and_users_get_a_next_step(hub: FakeHub, fetch: Fetcher) -> None:
     hub.repository("meta/llama", model_files(), gated=True)
     exl2 = hub.repository("acme/Mistral-7B-exl2", model_files())
     for branch in ("10.0bpw", "4.0bpw", "3.5bpw"):
@@ -355,7 +355,7 @@ CLAIMS = [
 ]
 
 
-def test_of_a_listing_that_git_could_not_hold_nothing_is_fetched(hub: FakeHub, fetch: Fetcher, tmp_path: Path) -> None:
+def test_an_impossible_listing_is_refused(hub: FakeHub, fetch: Fetcher, tmp_path: Path) -> None:
     repository = hub.repositories["acme/tiny"]
     for claim in CLAIMS:
         repository.commit(model_files())
@@ -373,9 +373,7 @@ def test_branches_at_no_commit_are_not_the_hubs(hub: FakeHub, fetch: Fetcher) ->
 
 
 @pytest.mark.parametrize(("size", "content"), [(None, b"[" * 200_000), (10**9, b"{}")])
-def test_a_config_that_is_none_is_refused_at_once(
-    hub: FakeHub, fetch: Fetcher, size: int | None, content: bytes
-) -> None:
+def test_an_invalid_config_is_refused_at_once(hub: FakeHub, fetch: Fetcher, size: int | None, content: bytes) -> None:
     hub.repositories["acme/tiny"].commit({**model_files(), "config.json": content}, config=size)
     assert fails(fetch).message == "config.json of acme/tiny is not a JSON object"
     assert fetch.waits == []
@@ -388,7 +386,7 @@ def test_a_config_without_end_is_read_as_far_as_it_was_listed(hub: FakeHub, fetc
     assert hub.sent("*/config.json") < 6 * 2**24
 
 
-def test_weights_without_a_config_are_refused_before_they_come(hub: FakeHub, fetch: Fetcher) -> None:
+def test_weights_without_a_config_are_refused_before_the_download(hub: FakeHub, fetch: Fetcher) -> None:
     files = {name: content for name, content in model_files().items() if name != "config.json"}
     hub.repository("acme/bare", files)
     error = fails(fetch, "acme/bare")
@@ -434,7 +432,7 @@ def test_links_in_the_folder_are_not_followed_out_of_it(hub: FakeHub, fetch: Fet
         (folder / link).unlink()
 
 
-def test_a_disk_too_small_is_told_before_the_first_byte(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_disk_too_small_is_reported_before_the_first_byte(hub: FakeHub, fetch: Fetcher) -> None:
     hub.repository("acme/huge", {}).commit(model_files(), model=10**18)
     error = fails(fetch, "acme/huge")
     assert isinstance(error, DiskError)
@@ -443,7 +441,7 @@ def test_a_disk_too_small_is_told_before_the_first_byte(hub: FakeHub, fetch: Fet
     assert not (fetch.models / "acme_huge").exists()
 
 
-def test_a_failure_in_one_file_keeps_what_came_of_the_others(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_failed_file_keeps_the_other_files_progress(hub: FakeHub, fetch: Fetcher) -> None:
     hub.fault("*tokenizer.json", status=404, headers={"X-Error-Code": "EntryNotFound"})
     assert fails(fetch).message == "a file of acme/tiny is no longer on the Hub"
     kept = store.staged_bytes(fetch.models / "acme_tiny")

@@ -1,4 +1,4 @@
-"""What a download does with what is here already: nothing, the rest, or mending."""
+"""Downloads with files already present: complete, partial, damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exl_cli.models.hub.download import prepare
 from exl_cli.models.hub.files import Choice
 
 
-def test_what_is_here_and_whole_is_not_asked_for_again(hub: FakeHub, fetch: Fetcher) -> None:
+def test_complete_files_are_not_requested_again(hub: FakeHub, fetch: Fetcher) -> None:
     hub.repository("acme/tiny", {**model_files(), "training.py": b"print()"})
     fetch("acme/tiny")
     hub.seen.clear()
@@ -48,7 +48,7 @@ def test_a_wider_choice_later_fetches_only_the_rest(hub: FakeHub, fetch: Fetcher
     assert fetch("acme/tiny").fetched_bytes == 0
 
 
-def test_the_marker_of_an_older_exl_learns_what_else_there_is(hub: FakeHub, fetch: Fetcher) -> None:
+def test_an_older_marker_is_completed(hub: FakeHub, fetch: Fetcher) -> None:
     """The first markers did not name the files that were left on the Hub, and could name themselves among the rest."""
     fetch("acme/tiny")
     marker = fetch.models / "acme_tiny" / ".exl.json"
@@ -150,7 +150,7 @@ def test_files_that_another_program_left_are_adopted(hub: FakeHub, fetch: Fetche
     assert outcome.fetched_bytes == sum(map(len, files.values())) - len(files[WEIGHTS])
 
 
-def test_two_repositories_whose_folders_are_called_alike_are_told_apart(hub: FakeHub, fetch: Fetcher) -> None:
+def test_repositories_with_the_same_folder_name_are_distinguished(hub: FakeHub, fetch: Fetcher) -> None:
     hub.repository("a_b/c", model_files())
     hub.repository("a/b_c", model_files(seed=2))
     fetch("a_b/c")
@@ -161,7 +161,7 @@ def test_two_repositories_whose_folders_are_called_alike_are_told_apart(hub: Fak
         loader.resolve("a/b_c", fetch.models)
 
 
-def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_plan_lists_local_files_and_writes_nothing(hub: FakeHub, fetch: Fetcher) -> None:
     plan = prepare(fetch.hub(), fetch.wanted("acme/tiny"))
     assert plan.remaining == plan.total == sum(map(len, model_files().values()))
     assert not fetch.models.exists()
@@ -174,7 +174,7 @@ def test_a_plan_tells_what_is_here_and_writes_nothing(hub: FakeHub, fetch: Fetch
     assert {item.file.name: item.state for item in again.items}[WEIGHTS] == "partial"
 
 
-def test_half_a_model_is_never_taken_for_one(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_partial_download_is_never_used_as_a_model(hub: FakeHub, fetch: Fetcher) -> None:
     fetch("acme/tiny")
     folder = fetch.models / "acme_tiny"
     # As a kill leaves it between the first and the last file that move to their places.

@@ -1,4 +1,4 @@
-"""Downloads as real processes: killed, interrupted, out of disk, two at once; what they show, and what run asks."""
+"""Downloads as processes: killed, interrupted, out of disk, concurrent; their output, and the question of `exl run`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weights_here(folder: Path) -> int:
     return max(sizes)
 
 
-def test_a_killed_download_goes_on_with_the_bytes_that_are_missing(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_a_killed_download_resumes_with_the_missing_bytes(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     fault = hub.fault("/cdn/*", times=1, hold_at=1_000_000)
     with subprocess.Popen(COMMAND, env=shell(hub, tmp_path), stderr=subprocess.DEVNULL) as process:
         until(lambda: weights_here(folder) == 1_000_000)
@@ -73,7 +73,7 @@ def test_a_killed_download_goes_on_with_the_bytes_that_are_missing(hub: FakeHub,
     assert contents(folder) == FILES
 
 
-def test_ctrl_c_at_a_terminal_keeps_what_came_and_says_so(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_at_a_terminal_keeps_progress_and_says_so(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     hub.fault("/cdn/*", times=1, hold_at=1_500_000)
     env = shell(hub, tmp_path, TERM="xterm")
     with pexpect.spawn(*COMMAND_LINE, env=env, timeout=60, encoding="utf-8", dimensions=(24, 100)) as terminal:
@@ -89,7 +89,7 @@ def test_ctrl_c_at_a_terminal_keeps_what_came_and_says_so(hub: FakeHub, folder: 
     assert weights_here(folder) == 1_500_000
 
 
-def test_a_full_disk_is_said_and_the_rest_comes_when_there_is_room(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_download_resumes_later(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
 
@@ -105,7 +105,7 @@ def test_a_full_disk_is_said_and_the_rest_comes_when_there_is_room(hub: FakeHub,
     assert contents(folder) == FILES
 
 
-def test_two_downloads_at_once_share_one(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+def test_concurrent_downloads_of_a_model_run_once(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     fault = hub.fault("/cdn/*", times=1, hold_at=1000)
     with subprocess.Popen(COMMAND, env=shell(hub, tmp_path), stderr=subprocess.PIPE, text=True) as first:
         assert fault.held.wait(60)
@@ -127,7 +127,9 @@ def test_offline_is_one_line(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.M
     assert hub.seen == []
 
 
-def test_who_is_not_logged_in_is_told_how_to(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_login_the_error_explains_how_to_log_in(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -142,7 +144,7 @@ def test_who_is_not_logged_in_is_told_how_to(hub: FakeHub, tmp_path: Path, monke
         assert spell(caught.value.hint) == hint
 
 
-def test_plain_lines_come_with_each_tenth_but_in_no_flood(
+def test_plain_lines_appear_at_each_tenth_at_most(
     hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetch = Fetcher(hub, tmp_path)
@@ -162,7 +164,7 @@ def test_plain_lines_come_with_each_tenth_but_in_no_flood(
 
 
 @pytest.mark.smoke
-def test_a_model_that_is_not_here_is_fetched_first_when_that_is_allowed(
+def test_a_missing_model_is_downloaded_first_if_allowed(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)

@@ -1,4 +1,4 @@
-"""Settings of the environment that cannot be: refused at once, by name, and no token is ever printed."""
+"""Invalid environment settings for downloads are refused by name, and tokens are never printed."""
 
 from __future__ import annotations
 

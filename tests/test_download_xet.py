@@ -1,4 +1,4 @@
-"""Files in xet storage, with hf-xet's own storage on a local folder in the place of the remote one."""
+"""Downloads from xet storage, with hf-xet's own storage in a local folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
         yield fake
 
 
-def test_a_file_in_xet_storage_arrives_and_goes_on_where_it_stopped(hub: FakeHub, fetch: Fetcher) -> None:
+def test_a_file_in_xet_storage_downloads_and_resumes(hub: FakeHub, fetch: Fetcher) -> None:
     fetch.leave_part("acme/tiny", FILES[WEIGHTS][:1_234_567])
     fetch("acme/tiny")
     assert contents(fetch.models / "acme_tiny") == FILES

@@ -1,4 +1,4 @@
-"""One model and many threads or tasks: order, cancelling, closing, failing. Every wait is bounded."""
+"""One model, many threads and tasks: order, cancelling, closing, failures. All waits are bounded."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def endless() -> Iterator[tuple[Model, EndlessEngine]]:
         yield model, engine
 
 
-def test_threads_that_stream_at_once_get_their_own_text_each(endless) -> None:
+def test_concurrent_streams_each_get_their_own_text(endless) -> None:
     ready = threading.Barrier(4)
 
     def read(seed: int) -> str:
@@ -80,7 +80,7 @@ def test_threads_that_stream_at_once_get_their_own_text_each(endless) -> None:
         assert list(pool.map(read, range(4))) == [word * 50 for word in WORDS]
 
 
-def test_turns_come_in_the_order_of_asking(endless) -> None:
+def test_requests_run_first_come_first_served(endless) -> None:
     model, engine = endless
     streams = [model.stream(f"{STORY} {number}", max_new_tokens=5) for number in range(8)]
     asked = [stream.result().summary.prompt_tokens for stream in streams]
@@ -152,7 +152,7 @@ def test_what_was_complete_in_time_may_be_read_later(endless) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
 @pytest.mark.parametrize("started", [False, True])
-def test_a_thread_that_cannot_be_started_spoils_nothing(
+def test_failing_to_start_a_thread_leaves_the_engine_usable(
     endless, monkeypatch: pytest.MonkeyPatch, error: BaseException, started: bool
 ) -> None:
     model, _ = endless
@@ -171,7 +171,7 @@ def test_a_thread_that_cannot_be_started_spoils_nothing(
     model.close()
 
 
-def test_an_engines_own_thread_that_closes_it_does_not_wait_for_itself(endless) -> None:
+def test_closing_from_the_engine_thread_does_not_deadlock(endless) -> None:
     model, engine = endless
     stream = model.stream(STORY, max_new_tokens=10**9)
     next(stream)
@@ -182,7 +182,7 @@ def test_an_engines_own_thread_that_closes_it_does_not_wait_for_itself(endless) 
     assert engine.closed
 
 
-def test_an_error_reaches_the_one_who_asked_and_nobody_else(endless) -> None:
+def test_an_error_reaches_only_its_own_request(endless) -> None:
     model, engine = endless
 
     def fail() -> None:
@@ -196,7 +196,7 @@ def test_an_error_reaches_the_one_who_asked_and_nobody_else(endless) -> None:
     assert whole.result().text == " and and and"
 
 
-def test_closing_the_model_ends_what_is_running_and_says_so() -> None:
+def test_closing_the_model_cancels_running_requests() -> None:
     model, engine = with_engine()
     running, waiting = model.stream(STORY, max_new_tokens=10**9), model.stream(STORY)
     next(running)
@@ -207,7 +207,7 @@ def test_closing_the_model_ends_what_is_running_and_says_so() -> None:
             stream.result()
 
 
-def test_an_engine_that_computes_several_at_once_gets_as_many(endless) -> None:
+def test_a_batching_engine_gets_max_batch_requests(endless) -> None:
     model, engine = endless
     engine.max_batch = 2
     streams = [model.stream(STORY, max_new_tokens=10**9, timeout=PATIENCE) for _ in range(3)]
@@ -279,7 +279,7 @@ def run(program: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_program_with_a_stream_half_read_ends_and_its_other_threads_get_their_text() -> None:
+def test_a_half_read_stream_does_not_block_exit_or_other_threads() -> None:
     program = """
 engine.max_batch = 2
 stream = model.stream(STORY, max_new_tokens=10**9)
@@ -366,7 +366,7 @@ model.close()
 """
 
 
-def test_a_forked_process_is_told_and_its_parent_goes_on() -> None:
+def test_a_forked_child_gets_an_error_and_the_parent_continues() -> None:
     status, out, err = run(FORK)
     assert (status, err) == (0, "")
     assert out == (

@@ -1,4 +1,4 @@
-"""Unpacking EXL2 and GPTQ weights, against a packer of the tests' own and against what exllamav2 computed on a GPU."""
+"""Dequantizing EXL2 and GPTQ, against an independent packer and against exllamav2's results on a GPU."""
 
 from __future__ import annotations
 

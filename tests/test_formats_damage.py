@@ -1,4 +1,4 @@
-"""Damaged EXL2 and GPTQ tensors: one clear line that names the tensor, never an error from deep inside torch."""
+"""Damaged EXL2 and GPTQ tensors: one clear line that names the tensor."""
 
 from __future__ import annotations
 

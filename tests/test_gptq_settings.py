@@ -1,4 +1,4 @@
-"""GPTQ models whose config.json declares something else than their tensors hold: the weights come out all the same."""
+"""GPTQ models whose config.json contradicts their tensors load correctly."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_known_is_refused(
     assert caught.value.hint
 
 
-def test_groups_that_exllamav2_takes_for_others_are_left_to_the_cpu(tmp_path: Path) -> None:
+def test_groups_that_exllamav2_misreads_run_on_the_cpu(tmp_path: Path) -> None:
     """It sorts the rows by their groups, and then takes the first 64 for the first group, and so on."""
     write(tmp_path, SYMMETRIC, act_order=True)
     assert why_not(inspect(tmp_path)) == ""
@@ -188,7 +188,7 @@ def test_groups_that_exllamav2_takes_for_others_are_left_to_the_cpu(tmp_path: Pa
     )
 
 
-def test_a_run_says_what_it_read_otherwise(tmp_path: Path, gptq_dir: Path) -> None:
+def test_a_run_notes_contradictions_of_config_json(tmp_path: Path, gptq_dir: Path) -> None:
     """The fault as it was reported: 8 stored throughout, gptq declared, nonsense and exit code 0."""
     folder = shutil.copytree(gptq_dir, tmp_path / "model")
     args = ["run", str(folder), "--engine", "cpu", "-p", "Tell me a story.", "--temperature", "0", "-n", "24"]

@@ -1,4 +1,4 @@
-"""safetensors headers and index files that lie: refused in one line, by what the format's specification says."""
+"""Invalid safetensors headers and index files are refused in one line, per the specification."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_header_of_more_tensors_than_any_model_has(folder: Path) -> None:
         *("tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"),
     ],
 )
-def test_a_pointer_of_git_lfs_is_called_one(folder: Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
     (folder / name).write_text(pointer)

@@ -1,4 +1,4 @@
-"""What is wrong with a model's files is named, and the next step can help."""
+"""Error messages about a model's files name the problem and a next step that helps."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ def test_show_says_when_no_conversation_can_be_rendered(folder: Path, template: 
     assert (said in run.stderr) if said else run.stderr == ""
 
 
-def test_a_model_in_the_hubs_own_cache_is_run_by_its_name(
-    gptq_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_the_hub_cache_runs_by_name(gptq_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Laid out as huggingface_hub does, which finds it there too."""
     from huggingface_hub import try_to_load_from_cache
 

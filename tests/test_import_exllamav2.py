@@ -1,4 +1,4 @@
-"""exllamav2 is imported with an extension that fits, or an error says what mends it."""
+"""Importing exllamav2 with an extension that fits, or an error with the fix."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_it_is_compiled_in_the_open_or_not_at_all(machine: Machine) -> None:
     assert notes[-1].startswith("compiled 4 of 4 files")
 
 
-def test_what_is_missing_is_said_with_the_way_out(tmp_path: Path) -> None:
+def test_missing_packages_are_reported_with_a_fix(tmp_path: Path) -> None:
     result = import_on(Machine(tmp_path, cuda="77.1", nvcc="12.4", gpus="9.0"))
     assert "nvcc is of CUDA 12.4" in result["message"]
     assert "cuda-toolkit[" in result["hint"]

@@ -1,4 +1,4 @@
-"""What a pass or a prompt finds on its device, whatever came before it."""
+"""A forward pass's input buffers hold exactly its own rows, whatever ran before."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ROW = st.builds(
 @pytest.mark.parametrize("scaled", [False, True])
 @given(passes=st.lists(st.lists(ROW, min_size=1, max_size=ROWS), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
-def test_a_pass_finds_its_own_rows_and_nothing_of_others(scaled: bool, passes: list[list[ScheduledTokens]]) -> None:
+def test_a_pass_sees_only_its_own_rows(scaled: bool, passes: list[list[ScheduledTokens]]) -> None:
     embedding = Embedding(scaled)
     inputs = make(embedding, scaled)
     for rows in passes:

@@ -1,4 +1,4 @@
-"""Ctrl-C where a library stands in its way."""
+"""Ctrl-C while libraries import and load."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _ctrl_c_counts() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ctrl_c_counts")
-def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not() -> None:
+def test_an_interrupt_waits_for_the_import_and_a_second_does_not() -> None:
     done: list[str] = []
 
     def imports(interrupts: int) -> None:
@@ -83,7 +83,7 @@ def test_an_interrupt_waits_for_the_end_of_an_import_and_a_second_one_does_not()
         interrupt()
 
 
-def test_the_end_waits_for_no_thread_and_an_interrupt_there_shows_nothing() -> None:
+def test_exit_joins_no_thread_and_ignores_interrupts() -> None:
     """The temporary folders of libraries go at exit; a thread that still compiles something is not waited for."""
     code = """
 import atexit, signal, sys, threading

@@ -1,4 +1,4 @@
-"""Whether exllamav2's products or our own are used: by what a token takes with each."""
+"""The choice between exl's and exllamav2's kernels, by time per token."""
 
 from __future__ import annotations
 

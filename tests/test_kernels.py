@@ -1,4 +1,4 @@
-"""The kernels' own source, run on the CPU by an emulation of a block of threads, against float64 matrix products."""
+"""The quantized matmul kernel, emulated on the CPU, against float64 products."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_a_row_that_passed_the_range_is_normed_as_if_at_its_end(folder: Path) ->
     assert got.isnan().all()
 
 
-def test_an_order_that_changes_nothing_is_left_out() -> None:
+def test_an_identity_permutation_is_skipped() -> None:
     """exllamav2 makes one for every file that says which group each row is in."""
     rng = np.random.default_rng(9)
     tensors, _ = random_gptq(rng, 32, np.arange(64) // 32, zero_offset=1)

@@ -1,4 +1,4 @@
-"""LangChain's models: the notebook's class as a drop-in, messages through the template, what each call may change."""
+"""The LangChain classes: drop-in for the notebook's class, chat templates, per-call options."""
 
 from __future__ import annotations
 
@@ -111,9 +111,7 @@ def test_every_way_of_asking_gives_the_same_text(llm: ExLlamaV2, model: Model) -
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_callbacks_are_told_of_tokens_and_of_the_end(
-    llm: ExLlamaV2, streaming: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_callbacks_get_tokens_and_the_end(llm: ExLlamaV2, streaming: bool, capsys: pytest.CaptureFixture[str]) -> None:
     speaker, witness = llm.model_copy(update={"streaming": streaming}), Witness()
     text = speaker.invoke(QUESTION, config={"callbacks": [witness]})
     assert "".join(witness.tokens) == (text if streaming else "")
@@ -162,7 +160,7 @@ def test_stop_words_are_kept_as_written_and_honoured(llm: ExLlamaV2) -> None:
         ({"settings": Sampling(temperature=1.5)}, {"temperature": 1.5}),
     ],
 )
-def test_a_call_may_change_what_the_object_says(
+def test_a_call_overrides_the_objects_settings(
     llm: ExLlamaV2, model: Model, call: dict[str, Any], same: dict[str, Any]
 ) -> None:
     expected = model.generate(QUESTION, **{"seed": 1, "max_new_tokens": 12, **same}).text
@@ -210,7 +208,7 @@ def test_identifying_params_say_all_that_matters(llm: ExLlamaV2, exl2_dir: Path)
         ({"model": "owner/name"}, ModelNotFoundError, "owner/name"),
     ],
 )
-def test_what_it_cannot_do_is_refused_at_once(
+def test_unsupported_arguments_are_refused(
     arguments: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
     for kind_of_model in (ExLlamaV2, ChatExLlamaV2):
@@ -254,7 +252,7 @@ def test_messages_of_every_kind_go_through_the_template(chat: ChatExLlamaV2, mod
     assert answer.usage_metadata["input_tokens"] == expected.summary.prompt_tokens == len(model.encode(written))
 
 
-def test_a_message_says_how_it_came_about(chat: ChatExLlamaV2) -> None:
+def test_a_message_carries_metadata(chat: ChatExLlamaV2) -> None:
     answer = chat.invoke("Hello", max_tokens=7)
     meta = answer.response_metadata
     assert (meta["model_name"], meta["finish_reason"], meta["seed"]) == ("fable-7m", "length", 1)
@@ -282,7 +280,7 @@ def test_streams_end_with_one_chunk_of_usage(chat: ChatExLlamaV2) -> None:
         assert chunks[-1].usage_metadata["total_tokens"] == whole.usage_metadata["total_tokens"]
 
 
-def test_chat_answers_alike_however_it_is_asked(chat: ChatExLlamaV2) -> None:
+def test_invoke_stream_and_batch_give_the_same_answer(chat: ChatExLlamaV2) -> None:
     questions = ["Hello", "Tell me a story"]
     answers = [chat.invoke(question).content for question in questions]
     assert [answer.content for answer in chat.batch(questions)] == answers
@@ -293,7 +291,7 @@ def test_chat_answers_alike_however_it_is_asked(chat: ChatExLlamaV2) -> None:
     streaming.release()
 
 
-def test_a_batch_of_messages_is_asked_all_at_once(chat: ChatExLlamaV2) -> None:
+def test_a_batch_of_messages_runs_concurrently(chat: ChatExLlamaV2) -> None:
     count = 40  # more than LangChain starts threads by itself
     started = threading.Barrier(count, timeout=60)
 

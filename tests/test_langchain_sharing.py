@@ -1,4 +1,4 @@
-"""One engine for each model and load options: loaded once, used by all, given back by the last. Told by the log."""
+"""LangChain objects share one engine per model and load options."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_makes_it_the_same_engine(log, exl2_dir: Path) -> None:
     assert log() == [CLOSED] * 2
 
 
-def test_an_object_that_is_gone_holds_nothing(log) -> None:
+def test_a_collected_object_releases_its_engine(log) -> None:
     llm = ExLlamaV2(**ENGINE)
     del llm
     gc.collect()
@@ -89,7 +89,7 @@ def test_neither_errors_nor_half_read_streams_hold_the_engine(log) -> None:
     assert kept.value.message
 
 
-def test_a_copy_holds_its_own(log) -> None:
+def test_a_copy_acquires_its_own_reference(log) -> None:
     llm = ExLlamaV2(**ENGINE)
     text = llm.invoke("Hello")
     copied, carried = copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))  # noqa: S301 - our own
@@ -132,7 +132,7 @@ def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
     assert log() == [LOADED, CLOSED]
 
 
-def test_a_generation_may_be_ended_in_an_engines_own_thread() -> None:
+def test_a_generation_may_end_in_the_engine_thread() -> None:
     """As the garbage collector does with one that was abandoned, while others wait for that thread under the lock."""
     model, engine = with_engine(EndlessEngine)
     loaded = local.acquire(model.info, LoadOptions(engine="cpu"))
@@ -187,7 +187,7 @@ def test_the_event_loop_runs_while_another_thread_loads_a_model(log) -> None:
     assert log() == [LOADED, CLOSED]
 
 
-def test_a_task_that_is_cancelled_while_its_model_is_loaded_holds_nothing(log) -> None:
+def test_a_task_cancelled_while_loading_releases_the_engine(log) -> None:
     llm = ExLlamaV2(**ENGINE)
     llm.release()
     assert log() == [LOADED, CLOSED]

@@ -1,4 +1,4 @@
-"""langchain-tests' standard suites for chat models, on the built-in model, offline."""
+"""langchain-tests' standard suite for chat models, on the built-in model, offline."""
 
 from __future__ import annotations
 

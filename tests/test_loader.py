@@ -1,4 +1,4 @@
-"""What is read of a model without loading it, and which engine and context are chosen."""
+"""Inspecting models without loading them; choice of engine and context."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_bits_per_weight_include_scales(variant: tinymodels.Variant, bits: float
     assert info.format_name == name
 
 
-def test_old_gptq_keeps_its_settings_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_old_gptq_reads_quantize_config_json(tmp_path: Path) -> None:
     info = make(tmp_path, tinymodels.Variant("gptq", act_order=True, group_size=64))
     config = json.loads((info.path / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -84,7 +84,7 @@ def test_gptq_at_other_bits_is_refused_by_its_shapes_alone(tmp_path: Path) -> No
         inspect(info.path)
 
 
-def test_awq_without_a_config_is_told_from_gptq_by_its_shapes(tmp_path: Path) -> None:
+def test_awq_without_a_config_is_detected_by_its_shapes(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))

@@ -1,4 +1,4 @@
-"""`gemm.cu` run on the CPU by an emulation of a block of threads, against float64 products of the unpacked weights."""
+"""The GEMM kernel, emulated on the CPU, against float64 products."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...]) -> 
     assert error(got, expected) < 2e-3
 
 
-def test_a_gate_of_other_widths_than_what_it_gates(folder: Path) -> None:
+def test_a_gate_with_other_bit_widths_than_up(folder: Path) -> None:
     rng = np.random.default_rng(6)
     made = [exl2(rng, 64, bits, heights) for bits, heights in [((5, 4), (128, 256)), ((3, 2), (160, 224))]]
     x = inputs(rng, 10, 384) / 8
@@ -145,7 +145,7 @@ def test_a_gate_of_other_widths_than_what_it_gates(folder: Path) -> None:
     assert error(got, torch.nn.functional.gelu(gate, approximate="tanh") * up) < 2e-3
 
 
-def test_several_matrices_at_once_and_a_residual(folder: Path) -> None:
+def test_several_matrices_in_one_launch_and_a_residual(folder: Path) -> None:
     rng = np.random.default_rng(3)
     made = [gptq(rng, columns, 256, 128, False) for columns in (160, 32, 96)]
     x, residual = inputs(rng, 18, 256), inputs(rng, 18, 1) * 10

@@ -1,4 +1,4 @@
-"""The estimate of GPU memory, against numbers from elsewhere: shapes of exllamav2's tensors and safetensors' sizes."""
+"""The GPU memory estimate, against exllamav2's tensor shapes and file sizes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def estimate(model: ModelInfo, context: int, cache: CacheType = "fp16") -> memor
     return found
 
 
-def test_a_float16_cache_takes_what_everyone_knows_it_takes() -> None:
+def test_float16_cache_size_is_the_textbook_formula() -> None:
     assert estimate(info(LLAMA_2_7B), 4096).cache == 2 * GIB  # half a MiB for each token
     assert estimate(info(MISTRAL_7B), 4096).cache == GIB // 2  # a quarter of that, with 8 of 32 heads
 
 
 @pytest.mark.parametrize(("cache", "key_bytes", "value_bytes"), [("q8", 1, 1), ("q6", 1, 0.5), ("q4", 0.5, 0.5)])
-def test_a_quantized_cache_takes_what_its_tensors_take(cache: CacheType, key_bytes: float, value_bytes: float) -> None:
+def test_quantized_cache_size_is_that_of_its_tensors(cache: CacheType, key_bytes: float, value_bytes: float) -> None:
     # cache.py: states of (tokens, 8 heads, 128 / weights per byte), scales of (tokens, 8, 128 / 32) in float16, for
     # keys and values of 32 layers; and one layer's keys and values in float16.
     tokens, width = 16384, 8 * 128
@@ -82,7 +82,7 @@ def test_weights_are_the_tensors_without_the_embeddings(exl2_dir: Path, gptq_dir
         assert estimate(inspect(folder), 1024).weights == total + head
 
 
-def test_without_tensors_the_files_size_stands_for_them() -> None:
+def test_without_tensors_the_file_size_is_used() -> None:
     embeddings = 32000 * 4096 * 2
     assert estimate(info(MISTRAL_7B), 4096).weights == 4_100_000_000 - embeddings
     tied = info({**MISTRAL_7B, "tie_word_embeddings": True}, form="gptq")
@@ -116,13 +116,13 @@ def test_the_largest_context_fits_and_one_page_more_does_not(cache: CacheType, f
             memory.check(model, largest + PAGE, cache, bytes_free)
 
 
-def test_the_largest_context_is_never_more_than_the_models_nor_less_than_nothing() -> None:
+def test_the_largest_context_is_between_zero_and_the_models() -> None:
     model = info(MISTRAL_7B, context=8192)
     assert memory.largest_context(model, [80 * GIB]) == 8192
     assert memory.largest_context(model, [3 * GIB]) == 0
 
 
-def test_the_refusal_has_need_free_and_what_would_fit() -> None:
+def test_the_error_states_needed_and_free_memory_and_what_fits() -> None:
     model, free = info(MISTRAL_7B), [6 * GIB]
     with pytest.raises(OutOfMemoryError) as caught:
         memory.check(model, 32768, "fp16", free)
@@ -166,7 +166,7 @@ def test_a_draft_models_cache_has_room_for_as_many_sequences() -> None:
     assert more == pytest.approx(4 * cache * 1.03, rel=1e-6)
 
 
-def test_several_cards_add_up_less_what_each_needs_for_itself() -> None:
+def test_multiple_gpus_add_up_minus_scratch_on_each() -> None:
     model = info(MISTRAL_7B, size=30_000_000_000)
     needed = estimate(model, 4096)
     one = needed.allocated

@@ -1,4 +1,4 @@
-"""`exl list`, `exl show` and `exl rm`, and the completion of model names."""
+"""`exl list`, `exl show`, `exl rm`, and completion of model names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def command(models: Path, *args: str) -> Result:
     return CliRunner().invoke(app, [*args, "--models-dir", str(models)], env={"COLUMNS": "200"})
 
 
-def test_list_shows_what_is_here_and_what_state_it_is_in(stock: Path) -> None:
+def test_list_shows_local_models_and_their_state(stock: Path) -> None:
     models, result = stock, command(stock, "list", "--json")
     listed = {entry["name"]: entry for entry in json.loads(result.stdout)}
     assert list(listed) == ["fable-7m", "acme/fable", "acme/fable:b/2", "acme/half:4.0bpw", "broken", "mine"]
@@ -144,7 +144,7 @@ def test_rm_removes_what_list_shows_as_broken(tmp_path: Path, gptq_dir: Path, na
     assert (result.exit_code, (tmp_path / name).exists()) == (0, False)
 
 
-def test_files_that_are_links_count_as_what_they_lead_to(tmp_path: Path, gptq_dir: Path) -> None:
+def test_links_count_with_the_size_of_their_targets(tmp_path: Path, gptq_dir: Path) -> None:
     # The layout of the Hub's own cache.
     blobs, linked = tmp_path / "blobs", tmp_path / "models" / "linked"
     shutil.copytree(gptq_dir, blobs)
@@ -203,7 +203,7 @@ def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
     assert folders.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
 
 
-def test_rm_removes_that_model_and_nothing_else(models: Path) -> None:
+def test_rm_removes_only_the_named_model(models: Path) -> None:
     here = {path.name for path in models.iterdir()} | {".exl-locks"}
     for name, folder in (
         ("acme/fable", "acme_fable"),
@@ -249,7 +249,7 @@ def test_rm_of_a_model_elsewhere_is_refused_however_it_is_named(models: Path, tm
             folders.find_to_remove(str(name), models)
 
 
-def test_rm_leaves_what_is_no_model_alone(models: Path, tmp_path: Path) -> None:
+def test_rm_refuses_folders_that_are_not_models(models: Path, tmp_path: Path) -> None:
     (models / "photos").mkdir()
     (models / "photos" / "cat.jpg").write_bytes(b"cat")
     for name in ("photos", "notes.txt", "nothing", "fable-7m", "acme/unknown"):
@@ -278,7 +278,7 @@ def test_rm_waits_for_no_download(models: Path) -> None:
     assert (models / "mine" / "config.json").exists()
 
 
-def test_rm_asks_and_takes_nothing_for_a_no(models: Path) -> None:
+def test_rm_asks_and_an_empty_answer_is_no(models: Path) -> None:
     piped = command(models, "rm", "mine")
     asks = "error: exl rm asks for confirmation, and there is no terminal to ask on; add --yes\n"
     assert (piped.exit_code, piped.stderr) == (2, asks)

@@ -1,4 +1,4 @@
-"""The random numbers of tokens: Philox's published outputs, and their distributions."""
+"""The counter-based random numbers: Philox's published outputs, and distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fields of bodies under the names of exl, OpenAI, vLLM, TabbyAPI and SillyTavern."""
+"""Body fields under the names of exl, OpenAI, vLLM, TabbyAPI and SillyTavern."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def request(model: PlainModel, **fields: object) -> Request:
     return CompletionJob(CompletionBody.parse({"prompt": "Once upon a time", **fields}), model).requests[0]
 
 
-def test_a_body_that_says_nothing_gets_the_models_own_distribution(model: PlainModel) -> None:
+def test_an_empty_body_gets_the_models_own_distribution(model: PlainModel) -> None:
     asked = request(model)
     assert asked.sampling == NEUTRAL
     assert asked.max_new_tokens == 16
     assert asked.stop_ids == model.tokenizer.eos_ids
 
 
-def test_the_models_generation_config_says_what_a_body_leaves_open(model: PlainModel) -> None:
+def test_the_generation_config_fills_in_missing_fields(model: PlainModel) -> None:
     from dataclasses import replace
 
     info = replace(model.info, generation_config={"temperature": 0.6, "top_k": 20})
@@ -78,7 +78,7 @@ def test_sillytaverns_neutral_preset_is_accepted_and_samples_from_the_models_dis
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_sampler_setting_goes_by_exls_own_name(model: PlainModel, name: str) -> None:
+def test_every_sampler_setting_is_accepted_under_exls_name(model: PlainModel, name: str) -> None:
     default = getattr(NEUTRAL, name)
     value = True if default is False else 0.5 if isinstance(default, float) else 24
     value = {"dry_base": 2.0, "skew": 0.5, "min_temp": 0.0}.get(name, value)
@@ -142,7 +142,7 @@ def test_fields_beyond_the_sampler_reach_the_request(model: PlainModel) -> None:
     assert asked.dry_sequence_breakers == ("x",)
 
 
-def test_answers_of_one_body_have_seeds_of_their_own(model: PlainModel) -> None:
+def test_choices_of_one_body_have_different_seeds(model: PlainModel) -> None:
     body = CompletionBody.parse({"prompt": ["a", "b"], "n": 3, "seed": 7})
     assert [r.seed for r in CompletionJob(body, model).requests] == [7, 8, 9, 7, 8, 9]
     assert request(model, seed=-1).seed != request(model, seed=-1).seed
@@ -249,7 +249,7 @@ def test_bytes_that_are_no_json_object_are_refused(text: bytes) -> None:
         CompletionBody.parse(text)
 
 
-def test_what_says_nothing_about_the_answer_is_accepted_and_other_names_are_reported() -> None:
+def test_harmless_fields_are_accepted_and_unknown_ones_reported() -> None:
     body = ChatBody.parse({
         "messages": [{"role": "user", "content": "a", "odd": 1}], "user": "me", "metadata": {"a": "b"}, "store": True,
         "service_tier": "auto", "parallel_tool_calls": False, "verbosity": "low", "temprature": 1, "seed": None,

@@ -1,4 +1,4 @@
-"""Conversations in the shapes that clients send, as the model's template writes them."""
+"""Clients' message formats, rendered by chat templates."""
 
 from __future__ import annotations
 

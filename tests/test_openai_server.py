@@ -1,4 +1,4 @@
-"""OpenAI's routes over fable-7m on the CPU, in this process."""
+"""OpenAI's routes with fable-7m on the CPU, in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
     return result
 
 
-def test_a_seeds_text_is_the_same_streamed_alone_and_beside_others(client: TestClient) -> None:
+def test_a_seed_gives_the_same_text_streamed_alone_and_batched(client: TestClient) -> None:
     body = {"messages": MESSAGES, "max_tokens": 12, "seed": 5}
     alone = post(client, "chat/completions", **body)["choices"][0]["message"]["content"]
     several = post(client, "chat/completions", **{**body, "seed": 4, "n": 2})["choices"]
@@ -72,7 +72,7 @@ def test_the_log_probabilities_of_a_prompt_are_the_models(client: TestClient) ->
     ]
 
 
-def test_stop_minimum_and_bias_do_what_they_say(client: TestClient) -> None:
+def test_stop_min_tokens_and_logit_bias_work(client: TestClient) -> None:
     body = {"messages": MESSAGES, "max_tokens": 40, "seed": 2, "temperature": 0}
     free = post(client, "chat/completions", **body)["choices"][0]["message"]["content"]
     word = free.split()[3]
@@ -88,7 +88,7 @@ def test_stop_minimum_and_bias_do_what_they_say(client: TestClient) -> None:
     assert longer["usage"]["completion_tokens"] >= 20
 
 
-def test_an_answer_takes_what_is_left_of_the_context(client: TestClient) -> None:
+def test_max_tokens_defaults_to_the_rest_of_the_context(client: TestClient) -> None:
     long = [{"role": "user", "content": "word " * 980}]
     result = post(client, "chat/completions", messages=long, ignore_eos=True, temperature=0)
     assert result["usage"]["total_tokens"] == 1024

@@ -1,4 +1,4 @@
-"""Chat completions, completions and responses as OpenAI publishes them, from generations that are made up."""
+"""OpenAI's chat completions, completions and responses: published shapes from scripted generations."""
 
 from __future__ import annotations
 

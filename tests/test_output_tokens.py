@@ -1,4 +1,4 @@
-"""Log-probabilities, bans, bias, fewest tokens and salts on the CPU engine, against transformers' own numbers."""
+"""Log-probabilities, bans, bias, minimum length and cache salts on the CPU engine, against transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Penalties and DRY, by hand on small examples and by a plain search."""
+"""Penalties and DRY, against hand-computed examples and a naive search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the user typed to the text for the model: variables, plain templates, raw text, chat templates."""
+"""Rendering prompts: variables, plain templates, raw text, chat templates."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_raw_text_and_text_for_a_model_without_chat_template_stay_as_they_are():
     assert render_prompt(" hi {x}\n") == expected
 
 
-def test_a_plain_template_is_sent_as_it_is():
+def test_a_plain_template_is_sent_verbatim():
     prompt = render_prompt(None, template=STEP_BY_STEP, variables={"question": "1+1?"}, chat=CHAT)
     assert prompt.text == "问题: 1+1?\n回答: 让我们逐步思考。"
     assert prompt.variables == {"question": "1+1?"}
@@ -172,7 +172,7 @@ def test_a_prompt_fills_the_place_that_a_template_names():
         ({"text": None, "system": "s", "template": "y"}, UsageError, "--system and --template"),
     ],
 )
-def test_what_does_not_go_together_is_said(options, kind, message):
+def test_exclusive_options_are_refused(options, kind, message):
     with pytest.raises(ExlError) as caught:
         render_prompt(**options)
     assert type(caught.value) is kind

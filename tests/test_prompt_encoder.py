@@ -1,4 +1,4 @@
-"""Token ids of a growing conversation: they begin with what was computed, and always spell the text."""
+"""Token ids of a growing conversation start with the computed ones and always decode to the text."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _words = st.text(st.sampled_from("abz .:\nUé🦊"), max_size=12)
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(talk=st.lists(st.tuples(_words, _words), min_size=1, max_size=4), system=_words, chat=st.booleans())
-def test_ids_always_spell_the_text_and_begin_with_what_was_computed(
+def test_ids_decode_to_the_text_and_start_with_the_computed_ones(
     folder: Path, talk: list[tuple[str, str]], system: str, chat: bool
 ) -> None:
     tokenizer = Tokenizer(folder)
@@ -127,7 +127,7 @@ def said(encoder: PromptEncoder, prompt: str, answer: str, ids: list[int]) -> En
     return encoded
 
 
-def test_a_text_that_parts_from_the_old_goes_back_to_where_they_part(
+def test_a_diverging_text_reuses_the_common_prefix(
     fable: tuple[PromptEncoder, Tokenizer],
 ) -> None:
     encoder, tokenizer = fable

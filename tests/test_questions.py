@@ -1,4 +1,4 @@
-"""A question asked in a child process ends in an answer, whatever the child does."""
+"""Calls in child processes always end in an answer, whatever the child does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ask(name: str, seconds: float = 60.0, **arguments: object) -> Answer:
         sys.path.pop(0)
 
 
-def test_an_answer_comes_whatever_libraries_print() -> None:
+def test_a_result_arrives_whatever_libraries_print() -> None:
     answer = ask("echo", one=1)
     assert answer.value == {"given": {"one": 1}}
     assert answer.output == "a library says something\n"

@@ -1,4 +1,4 @@
-"""What all engines do alike: stop strings, limits, cancelling, timings."""
+"""Stop strings, limits, cancellation and timings, for all engines."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_stop_string_may_hold_special_tokens(stop: str, text: str, count: int,
 
 
 @pytest.mark.parametrize("group", [1, 4, 26])
-def test_special_tokens_that_end_nothing_are_not_shown_and_end_their_chunks(group: int) -> None:
+def test_special_tokens_are_hidden_and_end_their_chunks(group: int) -> None:
     chunks = [*respond(request(stop_strings=("x<pad>",)), Letters(), 1000, alphabet([], group))]
     out, ids, summary = collect(chunks)
     assert (out, len(ids), summary.finish_reason) == ("abcdefghijklmnopqrstuvwx", 26, "length")

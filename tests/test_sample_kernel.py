@@ -1,4 +1,4 @@
-"""The sampling kernel's own source, run on the CPU by an emulation of a block of threads, against the CPU's sampler."""
+"""The sampling kernel, emulated on the CPU, against the CPU's sampler."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def choose(
 
 @pytest.mark.parametrize("size", [5, 300, 1003])
 @pytest.mark.parametrize("changes", CASES, ids=str)
-def test_the_kernel_chooses_what_the_cpus_sampler_chooses(kernel: Emulated, changes: dict[str, Any], size: int) -> None:
+def test_the_kernel_samples_the_same_tokens_as_the_cpu(kernel: Emulated, changes: dict[str, Any], size: int) -> None:
     rng = np.random.default_rng(size)
     sampling, tokens = plain(**changes), range(min(size, 12))
     for seed in range(12):

@@ -1,4 +1,4 @@
-"""The sampler as a whole: what is drawn and how often, mirostat, what may never be chosen, what is refused."""
+"""The sampler as a whole: distributions, mirostat, bans, refused input."""
 
 from __future__ import annotations
 

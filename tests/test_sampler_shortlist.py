@@ -156,7 +156,7 @@ CHANGES = st.one_of(
     ),
 )
 @settings(max_examples=120, deadline=None)
-def test_penalties_of_any_reach_give_what_those_of_a_long_reach_give(
+def test_a_range_beyond_the_history_equals_no_range(
     kind: str, seed: int, size: int, changes: list[Any], options: dict[str, Any]
 ) -> None:
     """A reach as long as the history is another way through the sampler, by the whole vocabulary."""

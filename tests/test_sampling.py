@@ -1,4 +1,4 @@
-"""The sampler-settings builder: where values come from, which are legal, and how they are shown."""
+"""Sampler settings: precedence, ranges, display."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_defaults_are_the_notebook() -> None:
     assert PRESETS["notebook"] == NOTEBOOK
 
 
-def test_defaults_beyond_the_notebook_change_nothing() -> None:
+def test_defaults_beyond_the_notebooks_are_off() -> None:
     """Everything the notebook does not set is off, as its library leaves it."""
     off = {"min_p", "top_a", "tfs", "typical", "skew", "smoothing_factor", "min_temp", "max_temp"} | {
         "token_frequency_penalty", "token_presence_penalty", "dry_multiplier", "xtc_probability",
@@ -120,7 +120,7 @@ def test_every_field_has_its_edges_tested() -> None:
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_edges_are_legal_and_what_lies_beyond_is_not(name: str) -> None:
+def test_range_limits_are_inclusive(name: str) -> None:
     below, low, high, above = EDGES[name]
     # The larger of two fields that bound each other goes along.
     company: dict[str, Any] = {"max_temp": 100.0} if name == "min_temp" else {}
@@ -158,7 +158,7 @@ def test_dry_range_must_hold_its_longest_repeat() -> None:
     assert Sampling(dry_range=0).dry_range == 0
 
 
-def test_flags_are_told_apart() -> None:
+def test_flags_are_unambiguous() -> None:
     flags = [info.flag for info in FIELDS.values()]
     assert len(set(flags)) == len(flags)
     assert all(
@@ -228,7 +228,7 @@ def test_greedy(changes: dict[str, Any], greedy: bool) -> None:
     assert Sampling(**changes).greedy is greedy
 
 
-def test_brief_adds_what_differs_from_the_defaults() -> None:
+def test_brief_adds_non_default_fields() -> None:
     assert Sampling(min_p=0.1, mirostat=True).brief() == {**NOTEBOOK, "min_p": 0.1, "mirostat": True}
     assert Sampling(temperature=1.0).brief() == {**NOTEBOOK, "temperature": 1.0}
 

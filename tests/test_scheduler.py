@@ -1,4 +1,4 @@
-"""The scheduler over a model that notices errors of paging: what is computed when, and what becomes of failures."""
+"""The scheduler on a model that detects paging errors: order of work, failures."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_long_prompt_does_not_stop_those_who_are_generating() -> None:
     assert "prefill prefill" not in " ".join(calls)
 
 
-def test_those_who_ask_at_once_find_what_the_first_computed() -> None:
+def test_concurrent_requests_reuse_the_first_ones_prefix() -> None:
     model = Model(pages=40, max_batch=4)
     shared = [*range(40, 53)]
     requests = [ask([*shared, number], 4) for number in range(4)]
@@ -120,7 +120,7 @@ def test_prompt_seconds_are_those_of_all_tokens_but_the_last() -> None:
 
 
 @pytest.mark.parametrize("pulls", range(1, 10))
-def test_what_a_closed_stream_had_computed_is_kept(pulls: int) -> None:
+def test_the_pages_of_a_closed_stream_stay_cached(pulls: int) -> None:
     model = Model(pages=20)
     request = ask(range(9), 20)
     stream = model.steps(request)

@@ -1,4 +1,4 @@
-"""Forward passes that fail: what the scheduler makes of them, and that the next request works."""
+"""Failing forward passes: how the scheduler recovers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exl_cli.errors import EngineError
 
 @pytest.mark.parametrize("what", ["prefill", "synchronize", "submit", "collect", "copy"])
 @pytest.mark.parametrize("when", range(4))
-def test_a_pass_that_fails_ends_those_in_it_and_nothing_else(what: str, when: int) -> None:
+def test_a_failed_pass_ends_only_its_own_sequences(what: str, when: int) -> None:
     left = when
 
     def fail(name: str) -> None:
@@ -47,7 +47,7 @@ def test_a_pass_that_fails_ends_those_in_it_and_nothing_else(what: str, when: in
         model.run(request)
 
 
-def test_logits_that_are_no_numbers_end_only_their_own_sequence() -> None:
+def test_nan_logits_end_only_their_own_sequence() -> None:
     class Broken(FakeForward):
         def collect(self) -> torch.Tensor:
             logits = super().collect()

@@ -1,4 +1,4 @@
-"""What requests ask of their tokens besides, over a model that notices errors of paging."""
+"""Log-probabilities, bans and bias in the scheduler, on a model that detects paging errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_logprobs_are_log_softmax_of_the_logits(real: Real) -> None:
         assert [[value for _, value in it.top] for it in some] == [pytest.approx(row, abs=1e-4) for row in best]
 
 
-def test_banned_strings_never_come_and_all_else_is_as_likely_as_it_was(real: Real) -> None:
+def test_banned_strings_are_never_generated_and_other_text_keeps_its_probability(real: Real) -> None:
     request = ask(range(300, 330), 60)
     plain = tokens_of(real.run(request))
     text = real.tokenizer.decode(plain)

@@ -1,4 +1,4 @@
-"""More sequences than there are pages for: some are put back and go on later, and the text does not show it."""
+"""Preemption when pages run out: sequences are put back and resumed without changing the text."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_quarter_of_the_pages_gives_the_same_answers(
 
 
 @pytest.mark.parametrize("rope_switches", [(), (30, 50)], ids=["", "rope switches"])
-def test_all_come_to_their_end_and_the_first_never_waits(rope_switches: tuple[int, ...]) -> None:
+def test_all_sequences_finish_and_the_first_never_waits(rope_switches: tuple[int, ...]) -> None:
     model = Model(pages=20, max_batch=8, chunk=6, rope_switches=rope_switches)
     asked = [ask(range(begin, begin + 9), 50) for begin in range(0, 80, 10)]  # 15 pages each
     for number, request in enumerate(asked):
@@ -195,7 +195,7 @@ def test_a_prompt_that_is_put_back_is_scored_once() -> None:
     assert [begin for begin, _ in scored].count(0) > 1, "begun, put back, begun again"
 
 
-def test_who_waits_behind_one_that_is_cancelled_begins() -> None:
+def test_a_request_waiting_behind_a_cancelled_one_starts() -> None:
     model = Model(pages=12, seats=4, pends=True)
     model.forward.sampler.fails = 0
     asked = [ask(range(12), 30), ask(range(20, 58), 3), ask(range(60, 64), 3)]

@@ -1,4 +1,4 @@
-"""Random arrivals, ends and failures on small caches: the text is what it would be without a cache."""
+"""Random arrivals, ends and failures with small caches: the text equals that without a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server itself over real connections: models, the queue, clients that go away, health, metrics, tokens."""
+"""The server over real connections: models, queue, disconnecting clients, health, metrics, tokens."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def taken_up(server: Server, count: int) -> None:
     until(lambda: server.state.accepted == count)
 
 
-def test_a_full_queue_is_a_429_and_what_waits_is_answered(held: Server, load: HeldLoader) -> None:
+def test_a_full_queue_is_a_429_and_waiting_requests_are_answered(held: Server, load: HeldLoader) -> None:
     engine = load.engines["fable-7m"]
     engine.hold()
     with ThreadPoolExecutor(3) as pool:
@@ -269,7 +269,7 @@ def test_comments_keep_a_line_alive_from_the_queue_on(held: Server, load: HeldLo
         assert first.result().status_code == 200
 
 
-def test_an_error_of_one_request_is_its_own(held: Server, load: HeldLoader) -> None:
+def test_an_error_fails_only_its_own_request(held: Server, load: HeldLoader) -> None:
     engine = load.engines["fable-7m"]
     engine.failure = RuntimeError("a secret of the engine")
     for stream in (False, True):  # no event of which has been sent
@@ -305,7 +305,7 @@ def test_a_fault_of_the_device_is_said_to_all_and_ends_the_server(held: Server, 
 
 
 @pytest.mark.parametrize("begin", [b"", b"GET /heal", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=str)
-def test_a_connection_that_asks_nothing_is_closed(load: HeldLoader, begin: bytes) -> None:
+def test_an_idle_connection_is_closed(load: HeldLoader, begin: bytes) -> None:
     with serving({"fable-7m": None}, load, head_seconds=0.1) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as half_open:
             half_open.settimeout(60)
@@ -325,7 +325,7 @@ def test_a_connection_that_asks_nothing_is_closed(load: HeldLoader, begin: bytes
         asker.read_until(b"[DONE]")
 
 
-def test_a_client_that_reads_nothing_of_its_answer_is_closed() -> None:
+def test_a_client_that_does_not_read_its_answer_is_disconnected() -> None:
     async def main() -> None:
         gone = asyncio.Event()
 
@@ -410,7 +410,7 @@ def asked(server: Server, model: str) -> int:
     return server.post(CHAT, asking(model=model)).status_code
 
 
-def test_models_of_a_folder_load_on_demand_and_the_least_recently_used_goes(shelf: Path, load: HeldLoader) -> None:
+def test_models_load_on_demand_and_the_least_recently_used_is_evicted(shelf: Path, load: HeldLoader) -> None:
     with serving({"a": shelf / "a"}, load, folder=shelf, max_loaded=2) as server:
         assert [card["id"] for card in server.get("/v1/models").json()["data"]] == ["a", "b", "c"]
         assert [asked(server, name) for name in ("b", "a", "c")] == [200, 200, 200]
@@ -429,7 +429,7 @@ def test_any_name_means_the_first_model(shelf: Path, load: HeldLoader) -> None:
         assert server.post(CHAT, asking()).json()["model"] == "a"
 
 
-def test_loads_take_turns_and_one_load_serves_all_who_wait(shelf: Path, load: HeldLoader) -> None:
+def test_loads_take_turns_and_serve_all_waiting_requests(shelf: Path, load: HeldLoader) -> None:
     with serving({name: shelf / name for name in "abc"}, load, preload=0, max_loaded=3) as server:
         load.go_on.clear()
         gone = Asker(server, asking(model="a"))
@@ -447,7 +447,7 @@ def test_loads_take_turns_and_one_load_serves_all_who_wait(shelf: Path, load: He
         assert all(model.users == 0 for model in server.state.pool.loaded)
 
 
-def test_a_load_that_nobody_waits_for_any_more_is_of_use_to_the_next(shelf: Path, load: HeldLoader) -> None:
+def test_an_abandoned_load_serves_the_next_request(shelf: Path, load: HeldLoader) -> None:
     with serving({"a": shelf / "a"}, load, preload=0) as server:
         load.go_on.clear()
         gone = Asker(server, asking(stream=True))
@@ -478,7 +478,7 @@ def test_a_load_that_fails_is_tried_again_by_the_next_request(
         assert asked(server, "b") == asked(server, "a") == 200
 
 
-def test_room_is_made_by_unloading_what_is_idle(shelf: Path, load: HeldLoader) -> None:
+def test_idle_models_are_unloaded_to_make_room(shelf: Path, load: HeldLoader) -> None:
     with serving({"a": shelf / "a", "b": shelf / "b"}, load, max_loaded=2) as server:
         load.failure = OutOfMemoryError("b does not fit beside a")
         assert asked(server, "b") == 200
@@ -538,7 +538,7 @@ def test_a_fault_of_the_device_in_a_load_ends_the_server(shelf: Path, load: Held
         assert isinstance(server.ended_by, DeviceError)
 
 
-def test_many_clients_at_once_get_each_its_own_text(fable: Server) -> None:
+def test_concurrent_clients_each_get_their_own_text(fable: Server) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 6}
 
     def text(seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Who may ask the server what: keys, hosts, web pages, bodies; in this process, over a scripted model."""
+"""Access control of the server: keys, hosts, web pages, body sizes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_key_lets_in(keys: Path, headers: dict[str, str]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/docs", "/openapi.json", "/no-such-route"])
-def test_without_one_nothing_is_told(keys: Path, path: str, headers: Any) -> None:
+def test_without_a_key_nothing_is_revealed(keys: Path, path: str, headers: Any) -> None:
     with client(Policy(Keys(keys, print))) as asker:
         answer = asker.get(path, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")

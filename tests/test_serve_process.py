@@ -1,4 +1,4 @@
-"""`exl serve` as a process: what it says, how signals end it, and what it refuses before it loads anything."""
+"""`exl serve` as a process: output, signals, refusals before loading."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def scripted(*flags: str) -> Iterator[ServeProcess]:
         server.ended()
 
 
-def test_a_signal_lets_requests_end_and_nobody_else() -> None:
+def test_a_signal_finishes_running_requests_and_refuses_new_ones() -> None:
     with scripted("--host", "0.0.0.0", "--log-prompts") as server:  # noqa: S104
         drain(server)
     text = "".join(server.log)
@@ -108,7 +108,7 @@ def drain(server: ServeProcess) -> None:
         assert server.ended() == ExitCode.OK  # long before the end of its two minutes
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
+def test_a_second_signal_exits_immediately() -> None:
     body = asking(stream=True, n=100, max_tokens=900)
     with scripted() as server, httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
         lines = answer.iter_lines()  # dropped, it would close the connection

@@ -14,8 +14,8 @@ from test_openai_server import *  # noqa: F403
 from test_serve import (
     test_a_wrong_field_is_a_400,  # noqa: F401
     test_an_alias_is_answered_for_and_an_unknown_name_is_not,  # noqa: F401
+    test_concurrent_clients_each_get_their_own_text,  # noqa: F401
     test_health_the_page_and_routes_that_are_none,  # noqa: F401
-    test_many_clients_at_once_get_each_its_own_text,  # noqa: F401
     test_models_are_listed_and_described,  # noqa: F401
     test_the_document_has_an_operation_once,  # noqa: F401
     test_the_tokens_of_messages_are_those_of_the_prompt,  # noqa: F401

@@ -1,4 +1,4 @@
-"""A conversation as data: what is dropped when, and its file."""
+"""Chat sessions: trimming, and the session file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_trimming_drops_the_fewest_oldest_exchanges_that_make_room(sizes: list[i
     assert session.dropped == fewest
 
 
-def test_trimming_goes_on_where_it_stopped_and_cutting_brings_turns_back() -> None:
+def test_trimming_resumes_and_cutting_restores_turns() -> None:
     session = talk(*"abcdefg")
     assert [turn.content for turn in session.trim(lambda start: 7 - start, 5, 5)] == ["a", "b"]
     assert [turn.content for turn in session.trim(lambda start: 7 - start, 3, 3)] == ["c", "d"]
@@ -83,9 +83,7 @@ _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
         _text.map("later {}".format), st.none() | st.booleans() | st.integers() | _text, max_size=3
     ),
 )
-def test_a_session_comes_back_as_it_was(
-    texts: list[tuple[str, str]], system: str | None, settings: dict[str, object]
-) -> None:
+def test_a_session_round_trips(texts: list[tuple[str, str]], system: str | None, settings: dict[str, object]) -> None:
     session = talk(*(text for pair in texts for text in pair))
     session.system, session.settings, session.name, session.model = system, settings, "x", "m"
     if session.turns:
@@ -138,7 +136,7 @@ def test_fields_and_settings_of_a_later_minor_version_are_passed_over() -> None:
         ({"settings": {"seed": True}}, "seed of the settings is true"),
     ],
 )
-def test_what_is_wrong_with_a_damaged_file_is_said(change: dict[str, object], why: str) -> None:
+def test_a_damaged_file_is_explained(change: dict[str, object], why: str) -> None:
     value = {**json.loads(dumps(talk("a", "b"))), **change}
     with pytest.raises(DiskError, match="is damaged") as caught:
         loads(json.dumps(value), "x", "x.json")
@@ -193,7 +191,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "old").read_bytes() == before
 
 
-def test_a_file_that_was_removed_is_written_again_and_one_that_changed_is_not(tmp_path: Path) -> None:
+def test_a_removed_file_is_rewritten_and_a_changed_one_is_not(tmp_path: Path) -> None:
     store = SessionStore(tmp_path)
     session = talk("a", "b")
     session.name = "x"
@@ -206,7 +204,7 @@ def test_a_file_that_was_removed_is_written_again_and_one_that_changed_is_not(tm
     assert sorted(store.names()) == sorted(["x", session.name])
 
 
-def test_two_chats_at_once_keep_theirs_under_the_longest_name_too(tmp_path: Path) -> None:
+def test_concurrent_chats_do_not_overwrite_each_other_even_with_the_longest_name(tmp_path: Path) -> None:
     sessions = [talk(text, "…") for text in "ab"]
     for session in sessions:
         session.name = "x" * 80
@@ -218,7 +216,7 @@ def test_two_chats_at_once_keep_theirs_under_the_longest_name_too(tmp_path: Path
     assert len(SessionStore(tmp_path).names()) == 2
 
 
-def test_overviews_list_what_cannot_be_read_too(tmp_path: Path) -> None:
+def test_overviews_include_unreadable_sessions(tmp_path: Path) -> None:
     store = SessionStore(tmp_path)
     assert list(store.overviews()) == []
     (tmp_path / "bad.json").write_bytes(b"\xff")

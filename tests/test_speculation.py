@@ -1,4 +1,4 @@
-"""Speculation: the same text in fewer passes, and none where it does not pay."""
+"""Speculative decoding: the same text in fewer passes, and disabled when it does not pay."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Model:
 
 @pytest.mark.parametrize("sampling", [GREEDY, build({"top_k": 5, "mirostat": True}, None)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["ngram", "draft"])
-def test_the_text_is_the_one_without(kind: str, sampling: Sampling) -> None:
+def test_the_text_is_the_same_as_without_speculation(kind: str, sampling: Sampling) -> None:
     model = Model(kind, spread=0.0 if sampling.greedy else 9.0, wrong=20, **REPEATING)
     for begin in range(5):
         request = ask([begin, 40, 41, 42, begin], 120, sampling)
@@ -110,7 +110,7 @@ def test_a_good_draft_model_saves_passes_and_time() -> None:
     assert summary.note == ""
 
 
-def test_a_bad_draft_model_is_hardly_used_and_told_of() -> None:
+def test_a_bad_draft_model_is_rarely_used_and_reported() -> None:
     model, plain = Model("draft", wrong=100), Model()
     request = ask([1, 2, 3], 300)
     tokens, summary = model.run(request)
@@ -127,7 +127,7 @@ def test_a_draft_model_as_slow_as_the_model_is_not_used() -> None:
     assert 0 < summary.drafted_tokens < 30
 
 
-def test_where_a_pass_takes_as_long_as_its_tokens_alone_nothing_is_lost() -> None:
+def test_without_batching_gains_nothing_is_drafted() -> None:
     model, plain = Model("ngram", growth=1000.0, **REPEATING), Model(growth=1000.0, **REPEATING)
     for begin in range(3):
         summary = model.run(ask([begin, 2, 3], 200))[1]
@@ -150,7 +150,7 @@ def test_the_draft_model_keeps_step_and_its_own_conversation() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ngram", "draft"])
-def test_several_at_once_share_what_a_pass_may_have(kind: str) -> None:
+def test_concurrent_sequences_share_the_tokens_of_a_pass(kind: str) -> None:
     model = Model(kind, max_batch=4, max_tokens=12, **REPEATING)
     requests = [ask([begin, 2, 3], 90) for begin in range(3)]
     streams = [model.batch.steps(request, 90) for request in requests]
@@ -245,7 +245,7 @@ def test_a_rate_follows_what_is_seen_and_forgets_it() -> None:
     assert low < rate.value == pytest.approx(0.5, abs=0.05)
 
 
-def test_only_what_was_slower_is_told() -> None:
+def test_only_a_slowdown_is_reported() -> None:
     assert SpeculationStatistics(10, 2, seconds=1.02, plain_seconds=1.0).note(param("draft")) == ""
     assert SpeculationStatistics(0, 0, seconds=2.0, plain_seconds=1.0).note(param("draft")) == ""
     assert SpeculationStatistics(10, 0, seconds=2.0, plain_seconds=0.0).note(param("draft")) == ""

@@ -1,4 +1,4 @@
-"""The flags of speculation, where they are refused, and where its figures appear."""
+"""Options of speculation: where they are refused, and where their figures appear."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_flags_reach_the_loader(gptq_dir: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("command", [("run", "-p", "x"), ("chat",), ("bench",)])
-def test_a_draft_model_that_is_not_here_is_told_of_before_anything_is_loaded(command: tuple[str, ...]) -> None:
+def test_a_missing_draft_model_is_reported_before_loading(command: tuple[str, ...]) -> None:
     load = GuessingLoader("")
     result = run(load, *command, "--draft", "owner/nothing")
     assert (result.exit_code, load.engines) == (ExitCode.MODEL_NOT_FOUND, [])

@@ -1,4 +1,4 @@
-"""stdout and stderr that are full or closed, and Ctrl-C before anything has begun."""
+"""Full or closed stdout and stderr, and Ctrl-C during startup."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_closed_stdout_is_an_output_that_cannot_be_written(arguments: str) -> 
 
 
 @pytest.mark.parametrize("redirection", [pytest.param("2>/dev/full", marks=needs_full), "2>&- <&-"])
-def test_the_answer_comes_where_stderr_cannot_be_written(tmp_path: Path, redirection: str) -> None:
+def test_a_broken_stderr_does_not_stop_the_answer(tmp_path: Path, redirection: str) -> None:
     folder = tmp_path / "acme_tiny"
     folder.mkdir()
     for name, content in model_files().items():
@@ -101,7 +101,7 @@ def test_what_libraries_say_is_shown_with_debug_only(tmp_path: Path, debug: bool
     assert done.stderr.endswith(" tokens\n")  # exl's own notes
 
 
-def test_a_program_around_the_app_keeps_its_settings_and_goes_on() -> None:
+def test_an_embedding_program_keeps_its_settings() -> None:
     code = """
 import logging, signal, sys, warnings
 from exl_cli.cli.app import app

@@ -1,4 +1,4 @@
-"""What shortens the time until a model answers does its work, and nothing where it cannot."""
+"""Startup optimizations work, and do nothing where they do not apply."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_collector_rests_and_is_as_it_was() -> None:
     assert gc.isenabled()
 
 
-def test_modules_without_memory_draw_nothing() -> None:
+def test_modules_on_the_meta_device_skip_initialization() -> None:
     """Or torch's compiler is imported for it."""
     code = """
 import sys

@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all."""
+"""Atomic writes, and bounded reads."""
 
 from __future__ import annotations
 

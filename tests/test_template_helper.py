@@ -1,4 +1,4 @@
-"""The process that renders chat templates: what attacks ends in one line, and nothing is left behind or in reach."""
+"""The sandboxed template helper: attacks end in one line and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_time_is_that_of_the_caller(monkeypatch):
     time.tzset()
 
 
-def test_python_without_jinja_around_it_reaches_nothing(tmp_path):
+def test_code_that_escapes_jinja_reaches_nothing(tmp_path):
     program = [str(HERE / "broken_out.py"), template_worker.__file__, str(tmp_path / "written")]
     command = [sys.executable, "-I", "-S", *program]
     done = subprocess.run(command, env={"SECRET": "x"}, capture_output=True, text=True, check=True, timeout=60)
@@ -116,7 +116,7 @@ def test_python_without_jinja_around_it_reaches_nothing(tmp_path):
     assert not any(outcome.values()), outcome
 
 
-def test_the_process_has_no_environment_no_file_and_a_session_of_its_own(exl2_dir):
+def test_the_process_has_no_environment_no_files_and_its_own_session(exl2_dir):
     assert load_format(exl2_dir).helper.pid  # it starts with the model's format
     helper = Helper()
     helper.start()
@@ -171,7 +171,7 @@ def test_an_interrupt_leaves_no_reply_to_be_taken_for_the_next():
     assert render("y") == "y"
 
 
-def test_a_fork_starts_its_own():
+def test_a_forked_child_starts_its_own_helper():
     helper = Helper(deadline=1)
     holder = threading.Thread(target=refusal, args=(ENDLESS, helper))  # which holds the lock
     holder.start()
@@ -205,6 +205,6 @@ def test_it_ends_with_its_parent(end):
         ("/bin/false", "failed: the helper process ends while starting"),
     ],
 )
-def test_a_python_that_does_not_start_is_said(monkeypatch, python, said):
+def test_a_python_that_does_not_start_is_reported(monkeypatch, python, said):
     monkeypatch.setattr(sys, "executable", python)
     assert said in refusal("x", Helper()).message

@@ -1,4 +1,4 @@
-"""`exl run` on a real pseudo-terminal, and beside one."""
+"""`exl run` on a pseudo-terminal, and with redirected streams."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def echoes(child: pexpect.spawn) -> bool:
     return bool(termios.tcgetattr(child.child_fd)[3] & termios.ECHO)
 
 
-def test_ctrl_c_keeps_the_partial_text_and_no_key_is_seen_in_it() -> None:
+def test_ctrl_c_keeps_the_partial_text_without_echoed_keys() -> None:
     child = spawn(sys.executable, program(f"Once upon a time{PAUSE}", "run", "-p", "A story"))
     child.expect_exact("Once upon a")
     assert not echoes(child)
@@ -164,7 +164,7 @@ BYTES = "[bold]no markup[/bold] \x1b[31mred\x07 tab\tcr\r\n" + "long " * 60 + "\
         (f"It {FAIL}", ["-q"], r"It \nerror: the GPU ran out of memory.*"),
     ],
 )
-def test_lines_stay_apart_where_both_streams_go_to_one_file(
+def test_lines_stay_separate_when_both_streams_share_a_file(
     tmp_path: Path, answer: str, args: list[str], pattern: str
 ) -> None:
     with (tmp_path / "out").open("w") as stdout, os.fdopen(os.dup(stdout.fileno()), "w", buffering=1) as stderr:
@@ -185,7 +185,7 @@ def test_a_pipe_gets_the_text_byte_for_byte() -> None:
     ("command", "moment", "said"),
     [("run", "held", ""), ("chat", "swallowed", ""), ("run", "building twice", "stopping\n")],
 )
-def test_ctrl_c_while_loading_ends_it_at_once_or_says_so(command: str, moment: str, said: str) -> None:
+def test_ctrl_c_while_loading_exits_or_is_acknowledged_at_once(command: str, moment: str, said: str) -> None:
     done = python("import interrupted_loading; interrupted_loading.main()", moment, command, path=[TESTS])
     assert done.returncode == ExitCode.INTERRUPTED
     assert done.stderr.removeprefix("Loading model: fable-7m (EXL2 5.0 bpw)\n") == said

@@ -1,4 +1,4 @@
-"""Text from outside on a terminal: invisible characters, the writing direction, and lines that break at words."""
+"""Untrusted text on a terminal: invisible characters, bidi controls, word wrapping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERYTHING = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000), *range(0
 CONTROLS = regex.compile(r"[^\P{Cc}\n\t]")
 
 
-def test_no_name_has_a_character_that_cannot_be_seen_or_moves_others() -> None:
+def test_names_show_no_invisible_or_bidi_characters() -> None:
     changed = {*UNSEEN.findall(EVERYTHING), *CONTROLS.findall(EVERYTHING)}
     assert set(EVERYTHING) - set(harmless(EVERYTHING)) == changed
     assert harmless("exe\u202egnp.\u200b \u2066\x9b\x7f\U000e0041") == (

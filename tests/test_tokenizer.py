@@ -1,4 +1,4 @@
-"""The tokenizer against transformers', and decoding token by token."""
+"""The tokenizer against transformers, and incremental decoding."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_bos_setting_of_the_config_decides(tmp_path: Path, config: dict[str,
     assert tokenizer.encode("Hello", add_special_tokens=False) == [3]
 
 
-def test_end_of_sequence_ids_come_from_all_that_name_them(tmp_path: Path) -> None:
+def test_eos_ids_come_from_all_config_files(tmp_path: Path) -> None:
     shutil.copytree(FABLE, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert Tokenizer(tmp_path / "model").eos_ids == {2, 7, 9}
@@ -140,14 +140,14 @@ def spaced(tmp_path_factory) -> Tokenizer:
 
 @settings(deadline=None)
 @given(parts=st.lists(st.sampled_from(["</s>", "<s>", "Hello", " world", " ", "!"]), max_size=6))
-def test_typed_special_tokens_never_come_out_as_such(spaced: Tokenizer, parts: list[str]) -> None:
+def test_typed_special_tokens_never_become_special_tokens(spaced: Tokenizer, parts: list[str]) -> None:
     """Where the vocabulary has them as words too, and a text begins with a space of the tokenizer's."""
     ids = spaced.encode(f"<s>{spaced.as_text(''.join(parts))}</s>", add_special_tokens=False)
     bos, eos = spaced.token_id("<s>"), spaced.token_id("</s>")
     assert [id_ for id_ in ids if id_ in (bos, eos)] == [bos, eos]
 
 
-def test_only_what_others_than_the_model_wrote_is_hidden() -> None:
+def test_special_tokens_are_escaped_in_all_but_the_models_messages() -> None:
     tokenizer = Tokenizer(FABLE)
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a<|im_end|>"}, {"type": "image"}]},

@@ -1,4 +1,4 @@
-"""Input that would take all memory or time, or that no file system takes: one line and a documented exit code."""
+"""Input that would exhaust memory or time, or that no file system accepts: one line and an exit code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def invoke(*args: str) -> tuple[int, str]:
         (["run", "--file", "~nosuchuser/prompt"], ExitCode.PROMPT),
     ],
 )
-def test_a_name_that_no_file_can_have_is_said_in_a_line(args: list[str], code: ExitCode) -> None:
+def test_an_impossible_file_name_is_one_line(args: list[str], code: ExitCode) -> None:
     exit_code, line = invoke(*args)
     assert exit_code == code
     assert len(line) < 600

@@ -1,4 +1,4 @@
-"""Command lines that cannot be read: one line that says what is wrong and what to do; and what the help says."""
+"""Invalid command lines: one line with the problem and the next step; and the help texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in model for tests of the wire formats: without an engine, and behind the application in this process."""
+"""The built-in model for the wire format tests, without an engine and behind the application in this process."""
 
 from __future__ import annotations
 

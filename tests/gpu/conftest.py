@@ -1,4 +1,4 @@
-"""Everything here needs an NVIDIA GPU and exllamav2's compiled extension."""
+"""GPU tests: they need an NVIDIA GPU and exllamav2's compiled extension."""
 
 from __future__ import annotations
 

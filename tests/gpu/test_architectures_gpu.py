@@ -1,4 +1,4 @@
-"""Every architecture that exllamav2 names, with the variants of its config: right on the GPU, or refused by name."""
+"""Every architecture of exllamav2 with its config variants: correct on the GPU, or refused by name."""
 
 from __future__ import annotations
 

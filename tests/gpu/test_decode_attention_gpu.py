@@ -1,4 +1,4 @@
-"""The decoding attention on a real GPU: against float64 attention, against itself, and in a whole model."""
+"""The decode attention kernel on a GPU, against float64 attention and in a whole model."""
 
 from __future__ import annotations
 

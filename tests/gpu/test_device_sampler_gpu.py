@@ -83,7 +83,7 @@ def texts(engine: EngineThread, ids: list[int], seeds: range, sampling: Sampling
     return [collect(stream)[1] for stream in streams]
 
 
-def test_a_seeds_text_is_the_same_alone_and_among_others(engine: tuple[EngineThread, list[int]]) -> None:
+def test_a_seed_gives_the_same_text_alone_and_batched(engine: tuple[EngineThread, list[int]]) -> None:
     thread, ids = engine
     sampling = Sampling()
     alone = [texts(thread, ids, range(seed, seed + 1), sampling)[0] for seed in range(20)]

@@ -1,4 +1,4 @@
-"""The exllamav2 engine on a real GPU: right to the golden file, and equal to the CPU engine on every format."""
+"""The exllamav2 engine on a GPU, against the golden file and against the CPU engine for every format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes, batches and speculation on a real GPU: the text is the model's own, whichever way it is computed."""
+"""Fused forward passes, batching and speculation on a GPU: none changes the text."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_requests_that_outgrow_the_cache_get_their_own_text(
 
 
 @pytest.mark.parametrize("options", [{"speculate": "ngram"}, {"draft": "fable-7m"}])
-def test_speculation_leaves_the_text_as_it_is(exl2_dir: Path, reference: EngineThread, options: dict[str, str]) -> None:
+def test_speculation_does_not_change_the_text(exl2_dir: Path, reference: EngineThread, options: dict[str, str]) -> None:
     if "draft" in options:
         options = {"draft": str(exl2_dir)}
     engine = load(exl2_dir, **options)

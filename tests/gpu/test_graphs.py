@@ -1,4 +1,4 @@
-"""CUDA graphs of passes: what they compute, and what is left where one cannot be had."""
+"""CUDA graphs of forward passes, and the fallback when capture fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels on a real GPU: against float64 products of the weights, and the whole model with and without them."""
+"""The quantized matmul kernels on a GPU, against float64 products, and a whole model with and without them."""
 
 from __future__ import annotations
 

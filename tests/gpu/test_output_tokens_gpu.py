@@ -1,4 +1,4 @@
-"""What requests ask of their tokens besides, on a real GPU; and "dynamic" rotary embeddings past the native length."""
+"""Log-probabilities, bans and bias on a GPU; dynamic RoPE beyond the native context."""
 
 from __future__ import annotations
 

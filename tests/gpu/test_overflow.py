@@ -1,4 +1,4 @@
-"""Models whose sums pass float16's range: finite on our kernels, and what exllamav2's or transformers make of them."""
+"""Models that overflow float16: finite with exl's kernels, compared with exllamav2's and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over pages on a real GPU: Triton's and torch's, against float32 attention."""
+"""Paged attention on a GPU: Triton and torch against float32 attention."""
 
 from __future__ import annotations
 
