@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -40,7 +40,7 @@ class Block(Strict):
     name: str = ""
     input: dict[str, Any] = Field({})
     tool_use_id: str = ""
-    content: str | list[Block] = ""
+    content: str | Annotated[list[Block], Field(max_length=MAX_MESSAGES)] = ""
 
 
 class Turn(Strict):
@@ -48,7 +48,7 @@ class Turn(Strict):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(max_length=MAX_MESSAGES)]
 
 
 class Thinking(Strict):

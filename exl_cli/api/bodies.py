@@ -8,13 +8,21 @@ listed in `Body.ignored`.
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from exl_cli.api.model import choose
@@ -108,7 +116,9 @@ _MOST = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
 TokenId = Annotated[int, Field(ge=0, le=_MOST)]
-Texts = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=256)]
+Text = Annotated[str, Field(max_length=4096)]
+Texts = Annotated[list[Text], Field(max_length=256)]
+_TEXTS = TypeAdapter(Texts)
 B = TypeVar("B", bound="Body")
 
 
@@ -236,7 +246,7 @@ class GenerationBody(SamplingFields):
     ban_eos_token: bool = Field(False, description="Never choose the model's end of response.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     banned_tokens: list[TokenId] | str = Field([], max_length=4096, description="Token ids never to choose.")
-    banned_strings: str | Texts = Field([], description="Text never to write.")
+    banned_strings: Text | Texts = Field([], description="Text never to write.")
     dry_sequence_breakers: str | Texts | None = Field(None, description="DRY does not match across these texts.")
     cache_salt: str | None = Field(None, max_length=256, description="Only requests of the same salt share a cache.")
 
@@ -326,9 +336,9 @@ def _breakers(value: str | list[str]) -> tuple[str, ...]:
     """Parse DRY's sequence breakers; SillyTavern sends a JSON list as a string, with or without brackets."""
     if isinstance(value, str):
         try:
-            value = json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
-        except ValueError:
-            value = []
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise BodyError("dry_sequence_breakers is not a list of strings", field="dry_sequence_breakers")
+            text = value if value.lstrip().startswith("[") else f"[{value}]"
+            value = _TEXTS.validate_json(text, strict=True)
+        except ValidationError as error:
+            message = "dry_sequence_breakers is not a list of at most 256 strings of at most 4,096 characters"
+            raise BodyError(message, field="dry_sequence_breakers") from error
     return tuple(value)

@@ -28,7 +28,7 @@ _COMPLETION_TOKENS = 16
 _MAX_CHOICES = 256
 
 Prompts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=1 << 20)]
 
 
 class StreamOptions(Strict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import ConfigDict, Field
 
@@ -20,6 +20,8 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 
 MAX_MESSAGES = 10_000
+# Of a text that is tokenized whatever the context holds, which takes some 200 bytes of memory for each character.
+MAX_CHARACTERS = 1_000_000
 # Size limit of `chat_template_kwargs` as JSON, and names it must not set.
 _MAX_VARIABLES = 64 << 10
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -46,6 +48,9 @@ class Part(Strict):
     refusal: str | None = None
 
 
+Parts = Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+
+
 class Function(Strict):
     """Name and arguments of a call; the arguments are whatever JSON text the model wrote."""
 
@@ -68,7 +73,7 @@ class Message(Strict):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Parts | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -191,6 +196,8 @@ def chat_prompt(
         if merged == shown:
             raise
         text = render(merged)
+    if not check and len(text) > MAX_CHARACTERS:
+        raise BodyError(f"the conversation has {len(text):,} characters, at most {MAX_CHARACTERS:,} are tokenized")
     ids = encode(
         model.tokenizer,
         text,

@@ -18,7 +18,7 @@ from exl_cli.api.prompts import (
     MAX_MESSAGES,
     Function,
     Message,
-    Part,
+    Parts,
     TextModel,
     ToolCall,
     content_text,
@@ -35,12 +35,12 @@ class Item(Strict):
     model_config = ConfigDict(extra="ignore")
     type: str = Field("message", max_length=64)
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
-    summary: list[Part] = Field([])
+    content: str | Parts | None = None
+    summary: Parts = Field([])
     call_id: str = ""
     name: str = ""
     arguments: str = ""
-    output: str | list[Part] = ""
+    output: str | Parts = ""
 
 
 class TextOptions(Strict):

@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from exl_cli.api.prompts import MAX_CHARACTERS
 from exl_cli.errors import PromptError
 from exl_cli.models.prompt import half_character
 from exl_cli.server.errors import ApiError, openai_body
@@ -27,9 +28,6 @@ from exl_cli.system.version import installed_version
 
 router = APIRouter()
 State = Annotated[ServerState, Depends(server_state)]
-
-# Tokenizing takes some 200 bytes of memory for each character.
-_MAX_CHARACTERS = 1_000_000
 
 _PAGE = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>exl</title>
@@ -152,7 +150,7 @@ class DecodeRequest(BaseModel):
     """Tokens to become text."""
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=_MAX_CHARACTERS)
+    tokens: list[int] = Field(max_length=MAX_CHARACTERS)
 
 
 @router.post("/v1/token/encode")
@@ -207,8 +205,8 @@ def _encode(model: ServedModel, given: str | list[dict[str, Any]], add_special: 
         except TypeError as error:
             raise PromptError(str(error), "give each message's content as text") from None
         add_special = model.chat_format.add_special_tokens
-    if len(text) > _MAX_CHARACTERS:
-        raise ApiError(413, f"the text has {len(text):,} characters, at most {_MAX_CHARACTERS:,} are tokenized")
+    if len(text) > MAX_CHARACTERS:
+        raise ApiError(413, f"the text has {len(text):,} characters, at most {MAX_CHARACTERS:,} are tokenized")
     if half := half_character(text):
         raise PromptError(f"the text has half a character, {half}", "remove the lone surrogate")
     return model.tokenizer.encode(text, add_special_tokens=add_special)
