@@ -1,17 +1,15 @@
-"""Which sequence owns which page of the KV cache, and what the pages hold.
+"""Allocate the pages of the KV cache, and share them between sequences with a common prefix.
 
-Full pages are shared by content: the pages whose tokens are known form a tree, in which the parent of a page is the one
-before it in its sequence, and the place of a page stands for all tokens from the first one on. Pages are looked up by
-the tokens themselves rather than by a hash of them, so there are no false hits.
+Prefix cache: pages with known tokens form a tree in which a page's parent is the preceding page of its sequence, so a
+node stands for all tokens from the start. Lookups compare the tokens themselves, not a hash: no collisions.
 
-Nothing is forgotten before its room is needed. A page without users stays in the tree, a sequence's last page with as
-many tokens as it has; when a page is wanted and none is free, the least recently used one is evicted, children before
-their parents. A prompt that shares only the first tokens of a page takes that page over if nothing is lost by it, and a
-copy of it otherwise.
+Eviction: a page without users stays in the tree, including a sequence's partial last page, until its memory is needed.
+Then the least recently used page goes first, children before parents. A prompt that matches only the beginning of a
+page takes that page over if this loses nothing, and otherwise copies it.
 
-An allocation reserves the pages of its prompt, but takes them one by one: prefill never waits for other sequences, and
-evicts nothing before it gets there. Beyond the prompt an allocation grows while there are pages; what becomes of a
-sequence that gets none is the scheduler's business.
+Reservation: an allocation reserves the pages of its prompt but takes them one at a time, so prefill never waits for
+other sequences and evicts no page early. Beyond the prompt it grows while there are pages; the scheduler decides what
+happens to a sequence that gets none.
 """
 
 from __future__ import annotations
@@ -25,18 +23,18 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Root:
-    """Where sequences begin in the tree: those of different roots share nothing.
+    """The root of a tree. Sequences with different roots share nothing.
 
     Attributes:
-        rope_table: keys and values of other tables are others; see `ScheduledTokens`.
-        salt: see `base.Request`.
+        rope_table: see `ScheduledTokens`; another RoPE table gives other keys and values.
+        salt: see `base.Request.cache_salt`.
     """
 
     rope_table: int = 0
     salt: str = ""
 
 
-# A page, or where the first one of a sequence hangs.
+# A page, or the root, which is the parent of a sequence's first page.
 Node = int | Root
 
 
@@ -45,14 +43,14 @@ class Allocation:
     """The pages of one sequence.
 
     Attributes:
-        ids: the sequence's tokens, which its owner goes on appending to.
+        ids: the sequence's tokens; its owner appends to this list.
         block_table: its pages, in order.
-        num_reused_tokens: tokens of the prompt that were in the cache already.
-        num_computed_tokens: tokens, from the first one on, that the cache is certain to hold.
-        num_cached_pages: pages of the block table that are in the tree: all that are full and computed.
-        num_reserved_pages: pages that it is certain to get.
-        capacity: positions in its block table.
-        root: where in the tree it begins.
+        num_reused_tokens: prompt tokens found in the cache.
+        num_computed_tokens: leading tokens whose keys and values are known to be in the cache.
+        num_cached_pages: leading pages of the block table that are in the tree, namely all full, computed ones.
+        num_reserved_pages: pages reserved but not taken yet.
+        capacity: positions in the block table.
+        root: its root in the tree.
     """
 
     ids: list[int]
@@ -66,27 +64,29 @@ class Allocation:
 
 
 class BlockManager:
-    """The pages of one KV cache.
+    """Manages the pages of one KV cache.
 
     Args:
-        count: how many there are, numbered from 0.
-        size: positions in each.
-        copy: copies the content of one page (first argument) into another.
+        count: number of pages, numbered from 0.
+        size: positions per page.
+        copy: copies the contents of a page (source, target).
     """
 
     def __init__(self, count: int, size: int, copy: Callable[[int, int], None]) -> None:
         self.count = count
         self.size = size
         self._copy = copy
-        # Copying takes some launches a layer: fewer tokens are as cheaply computed with the rest of the prompt.
+        # A copy costs a few kernel launches per layer; computing a handful of tokens with the rest of the prompt is
+        # cheaper.
         self._min_tokens_to_copy = max(size // 16, 1)
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, and end all allocations."""
+        """Drop the cache and all allocations."""
         self._free = list(reversed(range(self.count)))
         self._users = [0] * self.count
-        # Pages of the tree without users, the next to be evicted first: children before their parents.
+        # Evictable pages (in the tree, without users) in order of eviction. `free` releases a sequence's pages from
+        # its end, so children come before their parents.
         self._unused: OrderedDict[int, None] = OrderedDict()
         self._tokens: dict[int, Tokens] = {}
         self._parent: dict[int, Node] = {}
@@ -97,7 +97,7 @@ class BlockManager:
 
     @property
     def num_available(self) -> int:
-        """Pages that are neither allocated nor reserved."""
+        """Pages that are neither allocated nor reserved; evictable ones count."""
         return len(self._free) + len(self._unused) - self._num_reserved
 
     @property
@@ -106,25 +106,25 @@ class BlockManager:
         return self.count - len(self._free) - len(self._unused)
 
     def pages_for(self, positions: int) -> int:
-        """Pages that so many positions take up."""
+        """Number of pages for a number of positions."""
         return -(-positions // self.size)
 
     def allocate(
         self, ids: list[int], positions: int, root: Root = Root(), *, reuse: bool = True, spare: int = 0
     ) -> Allocation | None:
-        """Allocate pages for a sequence, sharing those that hold the beginning of its prompt.
+        """Allocate a sequence, reusing cached pages of its prompt.
 
-        The last token of the prompt is never taken from the cache, since its logits are wanted.
+        The prompt's last token is never taken from the cache, because its logits are needed.
 
         Args:
             ids: the prompt, at least one token.
-            positions: reserved for the sequence, at most as many as all pages hold.
-            root: where it begins.
-            reuse: share pages; False where all of the prompt is to be computed.
-            spare: pages to leave for others.
+            positions: positions to reserve, at most those of all pages.
+            root: the sequence's root.
+            reuse: use the prefix cache; False to compute the whole prompt.
+            spare: pages that must stay available to other sequences.
 
         Returns:
-            None while there is no room for it.
+            None if there is not enough room now.
         """
         shared = self._cached_prefix(ids, root) if reuse else []
         reserved = self.pages_for(positions) - len(shared)
@@ -145,7 +145,7 @@ class BlockManager:
         return allocation
 
     def grow(self, allocation: Allocation, positions: int) -> bool:
-        """Extend the block table to so many positions, as far as there are pages; returns whether there were."""
+        """Extend the block table to `positions`, as far as there are pages; returns whether it got there."""
         while allocation.capacity < positions:
             if not (allocation.num_reserved_pages or self.num_available):
                 return False
@@ -153,10 +153,10 @@ class BlockManager:
         return True
 
     def mark_computed(self, allocation: Allocation, positions: int) -> None:
-        """Note that the cache holds the sequence's first `positions` tokens: the device has finished them.
+        """Record that the device has computed the first `positions` tokens, and enter full pages into the tree.
 
-        If another sequence has filled a page with the same tokens, that page replaces this one's in the block table.
-        Nothing happens once the allocation has been freed.
+        If the tree already has a page with the same tokens, that page replaces this one in the block table. Ignored
+        for a freed allocation.
         """
         if allocation not in self._allocations:
             return
@@ -165,7 +165,7 @@ class BlockManager:
             self._cache_page(allocation)
 
     def free(self, allocation: Allocation) -> None:
-        """Give the pages back; computed tokens stay in the cache. A second time does nothing."""
+        """Release the pages; computed tokens stay in the prefix cache. Idempotent."""
         if allocation not in self._allocations:
             return
         self._allocations.remove(allocation)
@@ -186,7 +186,7 @@ class BlockManager:
     # --- allocations ----------------------------------------------------------------------------------------------
 
     def _cached_prefix(self, ids: list[int], root: Root) -> list[int]:
-        """The full pages that hold the beginning of a prompt, its last token left out."""
+        """Walk down the tree along a prompt, without its last token; returns the matching full pages."""
         pages: list[int] = []
         parent: Node = root
         for begin in range(0, len(ids) - self.size, self.size):
@@ -198,13 +198,13 @@ class BlockManager:
         return pages
 
     def _reuse_partial_page(self, allocation: Allocation) -> None:
-        """Take over or copy the page that agrees with the most of the prompt's next tokens."""
+        """Reuse part of a page: find the one that shares the longest prefix with the prompt's next page."""
         parent = self._parent_of(allocation)
         begin = allocation.num_computed_tokens
         wanted = tuple(allocation.ids[begin : min(begin + self.size, len(allocation.ids) - 1)])
         candidates = [(page, self._tokens[page]) for page in self._children.get(parent, ())]
         for other in self._allocations:
-            # The page that another sequence is writing, as far as it has been computed.
+            # The page that another sequence is currently filling counts, up to its computed tokens.
             depth = other.num_cached_pages
             if other is allocation or depth != allocation.num_cached_pages or self._parent_of(other) != parent:
                 continue
@@ -212,7 +212,7 @@ class BlockManager:
                 candidates.append((other.block_table[depth], tuple(other.ids[begin : other.num_computed_tokens])))
         best, common = max(
             ((page, _common(tokens, wanted)) for page, tokens in candidates),
-            # Of several that agree equally far, one that can be taken over.
+            # Among equally long matches, prefer a page that can be taken over.
             key=lambda match: (match[1], match[0] in self._unused and match[1] == len(self._tokens[match[0]])),
             default=(-1, 0),
         )
@@ -225,7 +225,7 @@ class BlockManager:
             self._append(allocation, best)
             allocation.num_computed_tokens += common
         elif common >= self._min_tokens_to_copy:
-            self._use(best)  # keeps it from being evicted for the copy
+            self._use(best)  # so that it is not evicted to make room for the copy
             page = self._new_page()
             self._append(allocation, page)
             try:
@@ -237,7 +237,7 @@ class BlockManager:
         allocation.num_reused_tokens += common
 
     def _cheaper_to_take_over(self, page: int, common: int) -> bool:
-        """Whether taking over an unused page loses no more cached tokens than evicting another for a copy of it."""
+        """Whether taking a page over loses no more cached tokens than evicting the oldest page for a copy."""
         lost = len(self._tokens[page]) - common
         if not lost and page not in self._children:
             return True
@@ -258,7 +258,7 @@ class BlockManager:
             self._num_reserved -= 1
 
     def _cache_page(self, allocation: Allocation) -> None:
-        """Enter the next full page into the tree, or replace it by the page of the same tokens that is there."""
+        """Enter the next full page into the tree, or replace it by an identical page that is already there."""
         index = allocation.num_cached_pages
         page, parent = allocation.block_table[index], self._parent_of(allocation)
         tokens = tuple(allocation.ids[index * self.size : (index + 1) * self.size])
@@ -287,7 +287,7 @@ class BlockManager:
             self._free.append(page)
 
     def _new_page(self) -> int:
-        """A page to write into: a free one, else the least recently used."""
+        """Take a free page, else evict the least recently used one."""
         if self._free:
             page = self._free.pop()
         else:
@@ -299,7 +299,7 @@ class BlockManager:
     # --- the tree -------------------------------------------------------------------------------------------------
 
     def _is_cached(self, parent: Node, tokens: Tokens) -> bool:
-        """Whether a page begins with these tokens; if so, it becomes the most recently used."""
+        """Whether a child of `parent` starts with these tokens; if so, mark it as most recently used."""
         for page in self._children.get(parent, ()):
             if self._tokens[page][: len(tokens)] == tokens:
                 if page in self._unused:
@@ -308,7 +308,7 @@ class BlockManager:
         return False
 
     def _insert(self, page: int, parent: Node, tokens: Tokens) -> None:
-        # Partial pages that this one extends are of no further use. They have no users: those took them over.
+        # Drop partial pages that are prefixes of this one. They have no users, since a user takes a page over.
         for other in [*self._children.get(parent, ())]:
             if tokens[: len(self._tokens[other])] == self._tokens[other]:
                 self._drop(other)
@@ -321,7 +321,7 @@ class BlockManager:
             self._full[parent, tokens] = page
 
     def _drop(self, page: int) -> None:
-        """Remove a page without children from the tree."""
+        """Remove a leaf from the tree."""
         parent, tokens = self._parent.pop(page), self._tokens.pop(page)
         self._full.pop((parent, tokens), None)
         siblings = self._children[parent]
@@ -331,7 +331,7 @@ class BlockManager:
 
 
 def _common(a: Tokens, b: Tokens) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Length of the common prefix, by binary search over slice comparisons, which run in C."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

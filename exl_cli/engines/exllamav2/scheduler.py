@@ -1,21 +1,22 @@
-"""Continuous batching over a paged KV cache: which sequence computes what in which forward pass.
+"""Continuous (in-flight) batching over a paged KV cache.
 
 A step collects the forward pass in flight, takes a token for each of its sequences, and submits the next pass before
-it returns: the GPU computes while the caller turns the tokens into text. All running sequences are in each pass. Where
-the device chooses the tokens itself, the next pass is submitted before the one in flight is collected.
+returning, so the GPU computes while the caller detokenizes. Every pass includes all running sequences. If the device
+samples the tokens itself, the next pass is submitted even before the one in flight is collected.
 
-Requests are admitted first come, first served, as soon as there is room in a pass, and pages for the prompt and some
-tokens more of every sequence. Pages for the rest are taken as decoding proceeds. When there are none left, the sequence
-that came last is put back into the queue: its full pages stay in the cache until others need them, and later it is
-computed again as far as the cache does not hold it. Its sampler and all that it has said so far are kept meanwhile. The
-sequence that came first always goes on, so that all come to their end.
+Admission: first come, first served, once a pass has room and there are pages for the prompt plus a margin for every
+sequence. Further pages are allocated as decoding proceeds.
 
-Prompts are prefilled in chunks between the decode steps of the others, and one after the other: a prompt finds in the
-cache what it has in common with those before it.
+Preemption: when pages run out, the youngest sequence goes back into the queue. Its full pages stay in the prefix cache
+until they are evicted; later it recomputes whatever is missing. Its sampler and output are kept. The oldest sequence is
+never preempted, so all requests finish.
 
-A model may compute sequences beyond some length otherwise, from their first token on: with LongRoPE (Ding et al. 2024,
-arXiv 2402.13753) beyond one, with "dynamic" rotary embeddings beyond many. A sequence that grows beyond it is computed
-again, as transformers does for Phi 3.
+Prefill: prompts are computed in chunks between the others' decode steps, one prompt at a time, so that a prompt can
+reuse the prefix of the previous one.
+
+RoPE switches: beyond certain lengths some models compute all of a sequence differently (LongRoPE, Ding et al. 2024,
+arXiv 2402.13753: one length; "dynamic" scaling: many). A sequence that grows beyond one is recomputed, as transformers
+does for Phi 3.
 """
 
 from __future__ import annotations
@@ -45,13 +46,12 @@ from exl_cli.engines.response import Step
 from exl_cli.engines.sampling.sampler import Sampler
 from exl_cli.errors import EngineError, PromptError, param
 
-# Prompt tokens prefilled in a step while nothing is generated.
+# Tokens prefilled per step while nothing is decoding.
 CHUNK = 2048
-# The same while others generate, who wait for it: on an H200 `CHUNK` tokens take a 7B model as long as ten decode steps
-# of 32 sequences (56 and 5.8 ms), so few about as long as two.
+# Tokens prefilled per step while other sequences decode and wait for it. On an H200 with a 7B model, 2,048 tokens take
+# 56 ms, ten decode steps of 32 sequences; 256 tokens take about two.
 CHUNK_BESIDE_DECODE = 256
-# Nothing is admitted unless there is room for so much of a page more of each sequence: who is put back soon is computed
-# twice.
+# Admit a request only if every sequence can grow by this fraction of a page: being preempted at once wastes a prefill.
 _PAGE_AHEAD = 1 / 4
 
 _arrival = attrgetter("arrival")
@@ -61,12 +61,12 @@ _NO_DRAFT = DraftTokens((), 0, AcceptanceRate(0.0))
 
 Logits = npt.NDArray[np.float32]
 
-# A request's id with a step of it, with the exception that ended it, or with None once it has ended.
+# A request's id, with a step, the exception that ended it, or None at its end.
 Outcome = tuple[int, "Step | Exception | None"]
 
 
 class _InFlight(NamedTuple):
-    """A sequence's part of the forward pass in flight."""
+    """A sequence's part of a forward pass in flight."""
 
     sequence: Sequence
     row: ScheduledTokens
@@ -78,14 +78,14 @@ class Scheduler:
     """Runs sequences on one model. Not thread-safe: an engine thread steps it.
 
     Args:
-        runner: the model; used by nobody else. After an exception from one of its methods the next call is
-            `synchronize`, and then a `prefill` or `submit` may follow.
+        runner: runs the model; not shared. After one of its methods raised, the next call is `synchronize`, and then
+            `prefill` and `submit` must work again.
         sampler: makes the sampler of a request.
-        outputs: makes what holds a request's new tokens back; None where it asks for nothing of that kind.
-        score: gives the log-probabilities of a prompt's tokens; see `Samplers.prompt_logprobs`.
-        drafter: proposes draft tokens; None for one token a forward pass.
-        chunk, chunk_beside_decode: the most prompt tokens prefilled in a step: alone, and while others generate.
-        clock: seconds that pass.
+        outputs: makes the `OutputTokens` of a request; None if it needs none.
+        score: log-probabilities of prompt tokens; see `Samplers.prompt_logprobs`.
+        drafter: source of draft tokens; None to decode without speculation.
+        chunk, chunk_beside_decode: most tokens prefilled per step, alone and while others decode.
+        clock: current time in seconds.
     """
 
     def __init__(
@@ -107,12 +107,12 @@ class Scheduler:
         self._blocks = BlockManager(runner.pages, runner.page_size, runner.copy_page)
         self._arrivals = itertools.count()
         self._sequences: dict[int, Sequence] = {}
-        # Both in the order in which they came.
+        # Both in order of arrival.
         self._waiting: list[Sequence] = []
         self._prefilling: Sequence | None = None
         self._running: list[Sequence] = []
-        self._in_flight: deque[list[_InFlight]] = deque()  # the pass to collect next, and perhaps one more
-        self._full = False  # whether the first request that waits has found no pages, and nothing has changed since
+        self._in_flight: deque[list[_InFlight]] = deque()  # the pass to collect next, and perhaps one ahead of it
+        self._full = False  # whether the first waiting request got no pages, and none were released since
         self._outcomes: list[Outcome] = []
         self._speculation = (
             None if drafter is None else Speculation(drafter, runner.max_batch, runner.max_tokens, clock)
@@ -120,15 +120,11 @@ class Scheduler:
 
     @property
     def num_allocated_pages(self) -> int:
-        """Pages that sequences hold; 0 when there are none."""
+        """Pages held by sequences."""
         return self._blocks.num_allocated
 
     def check(self, request: Request, max_new_tokens: int) -> None:
-        """Refuse a request that would not fit even alone; may be called from any thread.
-
-        Raises:
-            PromptError: with both numbers.
-        """
+        """Raise PromptError for a request that would not fit even alone. Thread-safe."""
         needed, capacity = len(request.ids) + max_new_tokens - 1, self._blocks.count * self._blocks.size
         if needed > capacity:
             raise PromptError(
@@ -137,12 +133,12 @@ class Scheduler:
             )
 
     def add(self, request_id: int, request: Request, max_new_tokens: int) -> None:
-        """Queue a request that `check` has passed.
+        """Queue a request that `check` accepted.
 
         Args:
-            request_id: names it in `cancel` and in what `step` returns.
-            request: its stop strings are the caller's business.
-            max_new_tokens: the most new tokens; with 0 it ends with its prompt.
+            request_id: identifies it in `cancel` and in the outcomes of `step`.
+            request: the request; the caller handles its stop strings.
+            max_new_tokens: most new tokens; with 0 it ends after its prompt.
         """
         sampler, started = self._sampler(request), self._clock()
         ids = [*request.ids]
@@ -154,31 +150,28 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, request_id: int) -> None:
-        """End a sequence and free its pages; `step` does not mention it again. Nothing happens once it has ended.
+        """End a sequence and free its pages, without an outcome from `step`. Ignored if it has ended.
 
-        Whatever a pass in flight still writes into its pages precedes anything that others will write there.
+        A pass in flight may still write to its pages, but in stream order before any new owner does.
         """
         if sequence := self._sequences.get(request_id):
             self._end(sequence)
             self._outcomes.pop()
 
     def step(self) -> list[Outcome]:
-        """Do the next piece of work for all sequences.
-
-        A forward pass that fails ends all sequences that are being computed, each with that exception.
-        """
+        """Advance all sequences. A failed forward pass ends all prefilling and running sequences with its exception."""
         try:
             self._submit_ahead()
             self._collect()
             if not self._in_flight:
                 self._submit(busy=self._prefill())
-        except Exception as error:  # whatever it is, it concerns all sequences in the pass
+        except Exception as error:  # affects all sequences in the pass
             self._fail(error)
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def reset(self) -> None:
-        """End everything and forget what the cache holds; the next request finds it empty."""
+        """End all requests and clear the prefix cache."""
         error = EngineError("the model was asked for logits", "start the generation again")
         for sequence in [*self._waiting]:
             self._end(sequence, error)
@@ -190,7 +183,7 @@ class Scheduler:
     # --- the parts of a step --------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Wait for the pass in flight, and choose tokens for each of its sequences that is still wanted."""
+        """Wait for the oldest pass in flight, and extend its sequences."""
         if not self._in_flight:
             return
         since = self._clock()
@@ -200,18 +193,18 @@ class Scheduler:
             self._speculation.collected(since)
         drawn = self._runner.chosen() or itertools.repeat(None)
         for part, its_logits, chosen in zip(in_flight, logits, drawn, strict=False):
-            # Its pages are others where it has been taken out meanwhile.
+            # Skip sequences that ended or were preempted since (then they have another allocation, or none).
             if part.allocation is part.sequence.allocation and not part.sequence.ended:
                 self._extend(part, its_logits, chosen)
         self._finish_prefill()
 
     def _extend(self, part: _InFlight, logits: Logits, drawn: Chosen | None) -> None:
-        """Sample position by position for as long as the draft tokens turn out right; or take what the device chose."""
+        """Append the token that the device sampled, or else sample one token plus one per accepted draft token."""
         sequence, row, draft, _ = part
         if drawn is None and self._in_flight:
-            # The device could not choose, and its logits are those of the next pass by now.
+            # The device could not sample, and the pass submitted ahead has overwritten the logits.
             sequence.leave_to_cpu = True
-            self._compute_again(sequence)
+            self._recompute(sequence)
             return
         ids, stops, outputs = sequence.ids, sequence.request.stop_ids, sequence.outputs
         chosen: list[int] = []
@@ -220,7 +213,7 @@ class Scheduler:
         try:
             for place in range(len(row.ids)):
                 if place and chosen[-1] != row.ids[place]:
-                    break  # these logits follow a draft token that was wrong
+                    break  # the draft token at this position was rejected, so its logits are invalid
                 if drawn is not None:
                     token, logprobs = drawn
                 else:
@@ -232,7 +225,7 @@ class Scheduler:
                 taken_back = outputs is not None and outputs.take(ids, logprobs)
                 if taken_back or chosen[-1] in stops or not sequence.max_new_tokens_left:
                     break
-        except Exception as raised:  # its own logits or settings; the other sequences have theirs
+        except Exception as raised:  # concerns this sequence's logits or settings only
             error = raised
         sequence.num_computed_tokens = len(ids) - 1
         self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
@@ -248,18 +241,18 @@ class Scheduler:
         if ended:
             self._end(sequence, error)
         elif taken_back or sequence.rope_table != sequence.wanted_rope_table:
-            self._compute_again(sequence)
+            self._recompute(sequence)
 
-    def _compute_again(self, sequence: Sequence) -> None:
-        """Have a sequence computed again before anything else, as far as the cache does not hold it.
+    def _recompute(self, sequence: Sequence) -> None:
+        """Return a sequence to the queue, in order of arrival, to prefill whatever the prefix cache does not hold.
 
-        That is all of it where its length asks for other rotary embeddings, and little where tokens were taken back.
+        That is everything after a RoPE switch, and little after a rewind.
         """
         if sequence is self._prefilling:
             self._prefilling = None
         else:
             self._running.remove(sequence)
-        self._stand_up(sequence)
+        self._release_seat(sequence)
         self._full = False
         self._blocks.free(sequence.blocks)
         sequence.allocation = None
@@ -268,21 +261,21 @@ class Scheduler:
             sequence.prompt_logprobs.clear()
         insort(self._waiting, sequence, key=_arrival)
 
-    def _put_back(self, sequence: Sequence) -> None:
-        """Take a sequence's pages for those that came before it. No decode step is in flight.
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages for older ones. No decode step is in flight.
 
-        Whatever a prefill in flight still writes into them precedes anything that others will write there.
+        A prefill in flight may still write to its pages, but in stream order before any new owner does.
         """
         _log.info("no page of the KV cache is free: request %d waits", sequence.id)
         if self._speculation is not None:
             self._speculation.end(sequence)
-        self._compute_again(sequence)
+        self._recompute(sequence)
 
     def _prefill(self) -> bool:
-        """Evaluate one chunk's tokens of prompts, and start decoding those that are complete.
+        """Prefill up to one chunk of tokens, of one or more prompts; complete prompts start decoding.
 
         Returns:
-            Whether the device is still at it.
+            Whether the device is still busy with it.
         """
         budget = self._chunk_beside_decode if self._running else self._chunk
         while budget > 0 and (sequence := self._prefilling or self._admit()):
@@ -295,13 +288,13 @@ class Scheduler:
                 sequence.num_computed_tokens += count
                 budget -= count
             if count and self._running and (sequence.num_prompt_tokens_left or budget <= 0 or not self._waiting):
-                return True  # `_collect` will have waited for it
+                return True  # the decode step submitted next is collected after it
             self._runner.synchronize()
             self._finish_prefill()
         return False
 
     def _prefill_chunk(self, sequence: Sequence, row: ScheduledTokens) -> None:
-        """Evaluate tokens of a prompt; where their logits are wanted, in passes that give them."""
+        """Prefill tokens; for prompt log-probabilities, in passes that return logits."""
         if sequence.request.prompt_logprobs is None or sequence.answering:
             self._runner.prefill(row)
             return
@@ -312,10 +305,9 @@ class Scheduler:
             sequence.prompt_logprobs += self._score(sequence.request, start, logits[0])
 
     def _admit(self) -> Sequence | None:
-        """The next request, if there is room for it."""
         if not self._waiting or len(self._running) >= self._runner.max_batch:
             return None
-        # Before its pages are allocated, which may copy one: if that fails, it fails for this sequence, too.
+        # Set before allocating: that may copy a page, and if the copy fails, `_fail` must end this sequence too.
         self._prefilling = sequence = self._waiting.pop(0)
         sequence.rope_table = sequence.wanted_rope_table
         while not self._allocate(sequence):
@@ -324,13 +316,13 @@ class Scheduler:
                 self._waiting.insert(0, sequence)
                 self._full = True
                 return None
-            self._put_back(self._running[-1])
+            self._preempt(self._running[-1])
         sequence.num_computed_tokens = sequence.blocks.num_reused_tokens
         sequence.num_reused_tokens = min(sequence.num_reused_tokens, sequence.num_computed_tokens)
         return sequence
 
     def _allocate(self, sequence: Sequence) -> bool:
-        """Allocate pages for a sequence as far as it is known, if it and all that run can go on a while then."""
+        """Allocate pages for a sequence's known tokens, if that leaves the margin of _PAGE_AHEAD for all sequences."""
         positions = min(len(sequence.ids), sequence.max_tokens)
         root = Root(sequence.rope_table, sequence.request.cache_salt)
         reuse = sequence.request.prompt_logprobs is None or sequence.answering
@@ -343,18 +335,18 @@ class Scheduler:
         return sequence.allocation is not None
 
     def _pages_ahead(self, sequence: Sequence) -> int:
-        """Pages that a sequence will have some tokens later."""
+        """Pages of a sequence after growing by _PAGE_AHEAD."""
         tokens = len(sequence.ids) + int(_PAGE_AHEAD * self._blocks.size)
         return self._blocks.pages_for(min(tokens, sequence.max_tokens))
 
     def _finish_prefill(self) -> None:
-        """The device has done everything asked of it: as much of the prompt as was sent is in the cache."""
+        """Account for prefilled tokens once the device has finished; start decoding if the prompt is complete."""
         sequence = self._prefilling
         if sequence is None:
             return
         self._blocks.mark_computed(sequence.blocks, sequence.num_computed_tokens)
         if not sequence.num_prompt_tokens_left:
-            # What is drafted must not be taken back.
+            # No speculation with banned strings, which may rewind the sequence.
             if self._speculation is not None and sequence.draft is None and not sequence.request.banned_strings:
                 self._speculation.begin(sequence)
             if not sequence.answering:
@@ -369,13 +361,13 @@ class Scheduler:
                 self._end(sequence)
                 return
             self._prefilling = None
-            # Which draft tokens are right is found out by sampling one after the other.
+            # Sample on the device, except with speculation, which verifies draft tokens on the CPU one by one.
             if self._runner.sampler is not None and self._speculation is None and not sequence.leave_to_cpu:
                 sequence.seat = self._runner.sampler.begin(sequence.sampler, sequence.request)
             insort(self._running, sequence, key=_arrival)
 
     def _grow(self) -> None:
-        """Have a page for the next token of each running sequence, and for draft tokens as far as there are pages."""
+        """Allocate pages for each running sequence's next token, preempting younger ones if needed, and for drafts."""
         done = 0
         while done < len(self._running):
             sequence = self._running[done]
@@ -383,7 +375,7 @@ class Scheduler:
                 done += 1
             else:
                 last = self._prefilling
-                self._put_back(max(last, self._running[-1], key=_arrival) if last else self._running[-1])
+                self._preempt(max(last, self._running[-1], key=_arrival) if last else self._running[-1])
         if self._speculation is not None and self._running:
             most = self._speculation.most_draft_tokens(len(self._running))
             for sequence in self._running:
@@ -392,7 +384,7 @@ class Scheduler:
                     self._blocks.grow(sequence.blocks, wanted)
 
     def _submit(self, *, busy: bool) -> None:
-        """Start the next decode step of all running sequences, perhaps while the device is still busy."""
+        """Submit the next decode step of all running sequences; `busy` if a prefill is still in flight."""
         self._grow()
         if not self._running:
             return
@@ -409,10 +401,10 @@ class Scheduler:
         self._in_flight.append(in_flight)
 
     def _submit_ahead(self) -> None:
-        """Start the decode step behind the one in flight, from the tokens that the device is about to choose.
+        """Submit the decode step after the one in flight, with the tokens that the device is about to sample.
 
-        So it need not wait while the CPU takes a token in. Which sequences end with theirs is known only then: what
-        this pass computes for them is thrown away.
+        The GPU then does not wait for the CPU between steps. Some sequences may turn out to have ended with the pending
+        token; their part of this pass is discarded.
         """
         waiting = self._prefilling or (self._waiting and not self._full and len(self._running) < self._runner.max_batch)
         if len(self._in_flight) != 1 or not self._runner.pends or waiting:
@@ -423,7 +415,7 @@ class Scheduler:
             if sequence.ended or sequence.max_new_tokens_left < 2:
                 continue
             length = len(sequence.ids) + 1
-            if not self._goes_on(sequence, length) or not self._blocks.grow(sequence.blocks, length):
+            if not self._can_run_ahead(sequence, length) or not self._blocks.grow(sequence.blocks, length):
                 return
             row = ScheduledTokens((PENDING,), length - 1, sequence.blocks.block_table, sequence.rope_table)
             in_flight.append(_InFlight(sequence, row, _NO_DRAFT, sequence.blocks))
@@ -433,11 +425,11 @@ class Scheduler:
             self._in_flight.append(in_flight)
 
     @staticmethod
-    def _goes_on(sequence: Sequence, length: int) -> bool:
-        """Whether a sequence's next token but one can be computed before the CPU knows the next one."""
+    def _can_run_ahead(sequence: Sequence, length: int) -> bool:
+        """Whether a decode step can be submitted before the CPU knows the sequence's next token."""
         return (
             sequence.seat is not None
-            # These depend on the token.
+            # The CPU needs to see the token for these.
             and not sequence.request.banned_strings
             and not sequence.request.sampling.mirostat
             and bisect_left(sequence.rope_switches, length) == sequence.rope_table
@@ -450,7 +442,7 @@ class Scheduler:
         ids, outputs = sequence.ids, sequence.outputs
         return Draw(sequence.seat, ids, outputs.ruled_out(len(ids)) if outputs else ())
 
-    def _stand_up(self, sequence: Sequence) -> None:
+    def _release_seat(self, sequence: Sequence) -> None:
         if sequence.seat is not None and self._runner.sampler is not None:
             self._runner.sampler.end(sequence.seat)
         sequence.seat = None
@@ -466,7 +458,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         if self._speculation is not None:
             self._speculation.end(sequence)
-        self._stand_up(sequence)
+        self._release_seat(sequence)
         self._full = False
         if sequence.allocation is not None:
             self._blocks.free(sequence.allocation)
@@ -475,9 +467,9 @@ class Scheduler:
         self._outcomes.append((sequence.id, error))
 
     def _fail(self, error: Exception) -> None:
-        """End all sequences that are being computed, after a forward pass that failed."""
+        """After a failed forward pass, end all prefilling and running sequences."""
         self._in_flight.clear()
         for sequence in [*self._running, *([self._prefilling] if self._prefilling else [])]:
             self._end(sequence, error)
-        with contextlib.suppress(Exception):  # the error is known already
+        with contextlib.suppress(Exception):  # the same error again
             self._runner.synchronize()
