@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,15 @@ from typing import Any
 
 import pytest
 from batch_kills import command, read_texts, write_prompts
+from fakes import ScriptedEngine
 from helpers import until
+from typer.testing import CliRunner
+
+from exl_cli.cli.app import app
+from exl_cli.cli.options import State
+from exl_cli.engines.base import Engine, Request
+from exl_cli.models.info import ModelInfo
+from exl_cli.models.tokenizer import Tokenizer
 
 pytest.importorskip("ray")
 
@@ -94,6 +103,33 @@ def test_a_job_survives_the_loss_of_its_driver_of_an_actor_and_of_a_node(cluster
         "out.jsonl.exl.json",
         "out.jsonl.exl.lock",
     ]
+
+
+class DyingEngine(ScriptedEngine):
+    """Takes its process with it at a prompt of more than 50 tokens."""
+
+    def add(self, request_id: int, request: Request) -> None:
+        if len(request.ids) > 50:
+            os._exit(1)
+        super().add(request_id, request)
+
+
+def load_dying(info: ModelInfo, tokenizer: Tokenizer, *args: object) -> Engine:
+    return DyingEngine(tokenizer, " yes", info.context_length)
+
+
+def test_a_prompt_that_kills_its_engine_has_an_error_and_the_rest_goes_on(cluster: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "word " * 100 if i == 4 else f"{i}"} for i in range(6)]
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["batch", str(prompts), "-o", str(output), "--ray", cluster.address, "--gpus", "1"]
+    result = CliRunner().invoke(app, args, obj=State(load=load_dying))
+    assert result.exit_code == 14, result.stderr
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(line["custom_id"] for line in lines) == [f"line-{i}" for i in range(1, 7)]
+    (wrong,) = (line for line in lines if line["error"])
+    assert wrong["custom_id"] == "line-5"
+    assert "engines were lost with it" in wrong["error"]["message"]
 
 
 def test_ctrl_c_keeps_the_answers_in_one_file(cluster: Any, tmp_path: Path) -> None:

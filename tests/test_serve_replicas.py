@@ -91,7 +91,8 @@ def test_a_session_stays_with_its_replica_and_sessions_spread(fable: Replicas) -
 def test_a_full_queue_is_a_429(fable: Replicas) -> None:
     body = asking(stream=True, n=8, max_tokens=100, ignore_eos=True)
     with httpx.stream("POST", fable.url + CHAT, json=body, headers=SESSION, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # dropped, it would close the connection
+        next(lines)
         refused = fable.post(CHAT, asking(n=8), headers=SESSION)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full"), refused.text
     assert int(refused.headers["Retry-After"]) > 0

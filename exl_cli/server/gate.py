@@ -73,7 +73,10 @@ class Gate:
             await exchange.read_body(headers, self._policy.max_body)
             await exchange.run(self._app, scope)
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError):  # by uvicorn, once the grace is over
+            if isinstance(error, asyncio.CancelledError):
+                if self._state.phase not in ("stopping", "failed"):  # by Ray Serve, as the client went away
+                    raise
+                # By uvicorn, once the grace is over.
                 error = ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
             answer = as_api_error(error)
             self._state.report(answer, error)
