@@ -230,6 +230,7 @@ def test_values_that_make_no_sense_are_refused(model: PlainModel, fields: dict[s
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "king", "content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}] * 10_001}]}, "messages.0.content"),
     ],
     ids=str,
 )

@@ -170,7 +170,10 @@ class Body(Strict):
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
             # For a union, report the branch that got furthest: probably the one the client meant.
-            first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+            first = max(
+                (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]),
+                key=lambda e: (len(e["loc"]), e["type"] == "too_long"),
+            )
             # Remove the names of union branches from the location.
             parts = [str(part) for part in first["loc"]]
             place = ".".join(part for part in parts if not {"[", "-"} & set(part) and part not in _BRANCHES)
