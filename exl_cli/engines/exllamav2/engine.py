@@ -106,20 +106,17 @@ class ExLlamaV2Engine:
         return {**self._facts, "graphs": graphs}
 
     def check(self, request: Request) -> None:
-        """See `engines.base.Engine.check`."""
         check_fits(len(request.ids), self.context_length)
         check_known(request.ids, self._forward.vocab_size, self._tokenizer)
         check_settings(request, self._forward.vocab_size)
         self._scheduler.check(request, min(request.max_new_tokens, self.context_length - len(request.ids)))
 
     def add(self, request_id: int, request: Request) -> None:
-        """See `engines.base.Engine.add`."""
         response = Response(request, self._tokenizer.decode_stream(request.ids), self.context_length)
         self._scheduler.add(request_id, request, response.max_new_tokens)
         self._responses[request_id] = response
 
     def cancel(self, request_id: int) -> None:
-        """See `engines.base.Engine.cancel`."""
         self._cancelled.append(request_id)
 
     def step(self) -> Iterator[Event]:
@@ -145,11 +142,9 @@ class ExLlamaV2Engine:
             yield request_id, chunk
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Float32 logits of every position, on the CPU: shape (len(ids), vocabulary)."""
         return self.cached_logits(ids, len(ids))
 
     def cached_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
-        """See `engines.base.CachedScoring.cached_logits`."""
         model, forward = self._loaded[0].model, self._forward
         check_known(ids, forward.vocab_size, self._tokenizer)
         with translated():
@@ -166,7 +161,7 @@ class ExLlamaV2Engine:
             return torch.cat(parts)
 
     def _paged_logits(self, ids: Sequence[int], step: int) -> torch.Tensor:
-        """Through the forward passes of generation; ends other requests and forgets what the cache holds."""
+        """Compute logits with decode passes; ends all requests and clears the prefix cache."""
         parts, forward = [], self._forward
         self._scheduler.reset()
         block_table = list(range(memory.round_up(len(ids)) // memory.PAGE))
@@ -177,16 +172,13 @@ class ExLlamaV2Engine:
         return torch.cat(parts)
 
     def pages(self) -> tuple[int, int]:
-        """See `engines.base.PagedCache.pages`."""
         return self._scheduler.num_allocated_pages, self._forward.pages
 
     def memory(self) -> list[DeviceMemory]:
-        """See `engines.base.Engine.memory`."""
         devices = sorted(set(self._loaded[0].model.get_cache_devices()))
         return [_memory(device) for device in devices]
 
     def close(self) -> None:
-        """See `engines.base.Engine.close`."""
         loaded, self._loaded = [*self._loaded], ()
         if any(it.forward.failed for it in loaded):
             return  # freeing memory waits for the GPU
@@ -199,7 +191,7 @@ class ExLlamaV2Engine:
 
 
 def _caused(error: Exception) -> Exception:
-    """An error as `explained`, with the original as its cause."""
+    """`explained`, with the original as the cause."""
     other = explained(error)
     if other is not error:
         other.__cause__ = error
@@ -278,7 +270,7 @@ def load(
 
 
 def _heads(info: ModelInfo) -> Heads:
-    """On which to try what may compute attention: as the model has them, or the usual ones."""
+    """The head layout to test attention backends with: the model's, or a common one."""
     shape = memory.shape_of(info)
     if shape is None or shape.heads % shape.kv_heads or unusual(shape.head_dim):
         return Heads()
@@ -299,12 +291,12 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
 
 
 def _pages(context_length: int, options: LoadOptions) -> int:
-    """Pages for as many sequences of that length as shall be computed at once."""
+    """Number of pages for `options.sequences` sequences of this length."""
     return memory.round_up(context_length) // memory.PAGE * options.sequences
 
 
 def _build(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> tuple[Any, Any]:
-    """Model and cache, a page larger than what `_pages` says."""
+    """Build the model and its cache, which has one spare page more than `_pages`."""
     from exllamav2 import cache as caches
 
     model = build_model(info, architecture.read(info), memory.round_up(context_length), low_mem=options.low_mem)

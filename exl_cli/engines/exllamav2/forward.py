@@ -1,4 +1,4 @@
-"""Forward passes of a model on the GPU, as the scheduler asks for them: see `ModelRunner`."""
+"""Forward passes on the GPU: the `ModelRunner` that the scheduler drives."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from exl_cli.errors import DeviceError, EngineError
 from exl_cli.models import memory
 
 _LEAST_KEYS = 1024
-# Through our own kernels so many small passes take less time than a large one, which unpacks all weights first.
+# Up to this many small passes through exl's kernels are faster than a large pass, which dequantizes all weights first.
 _FEW_PASSES = 3
-# Embeddings of a prompt that are looked up before they are copied: so few that they stay in the processor's cache.
+# Embeddings looked up per copy; few enough to stay in the CPU's cache.
 _LOOKED_UP = 256
-# Bytes: no kernel asks for more.
+# Bytes; the strictest alignment any kernel needs.
 _ALIGNMENT = 256
 _NO_TOKENS = ScheduledTokens((), 0, [])
 _log = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class _Pass(NamedTuple):
 
 
 class GpuForward:
-    """A loaded model with its cache: a `ModelRunner`.
+    """A loaded model with its KV cache; a `ModelRunner`.
 
     Args:
-        model, cache: exllamav2's; the cache holds a page more than `pages`.
+        model, cache: exllamav2's; the cache has one spare page more than `pages`, for padding tokens.
         pages: pages that the scheduler may use.
-        page_size: positions in a page.
-        backend: gives the backend of attention; called when the kernels for everything else are there.
+        page_size: positions per page.
+        backend: chooses the attention backend; called once the other kernels are ready.
 
     Attributes:
         cache: exllamav2's.
@@ -122,12 +122,12 @@ class GpuForward:
 
     @property
     def captures(self) -> bool:
-        """Whether small passes become CUDA graphs, as far as is known: a capture may still fail."""
+        """Whether small passes are captured in CUDA graphs, unless a capture has failed."""
         return self._graphs.usable
 
     @property
     def why_not_captured(self) -> str:
-        """What a capture failed with; empty where none did."""
+        """Why a capture failed, or empty."""
         return self._graphs.why_not
 
     def _choose(self) -> tuple[ModulesForward | fused_forward.FusedForward, str]:
@@ -145,7 +145,6 @@ class GpuForward:
 
     @torch.inference_mode()
     def prefill(self, row: ScheduledTokens) -> None:
-        """See `ModelRunner.prefill`."""
         self._enter()
         most = self.max_tokens
         if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
@@ -168,7 +167,6 @@ class GpuForward:
 
     @torch.inference_mode()
     def synchronize(self) -> None:
-        """See `ModelRunner.synchronize`."""
         self._enter()
         for device in {self._device, self._last}:
             with torch.cuda.device(device):
@@ -181,7 +179,6 @@ class GpuForward:
             self.sampler.reset()
 
     def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
-        """See `ModelRunner.submit`."""
         pending: tuple[int, ...] = ()
         if rows[0].ids[0] == PENDING:
             pending = tuple(draw.seat.row.next for draw in draws if draw is not None)
@@ -194,7 +191,6 @@ class GpuForward:
 
     @torch.inference_mode()
     def collect(self) -> torch.Tensor:
-        """See `ModelRunner.collect`."""
         asked = self._passes.popleft()
         self._wait(asked.end)
         self._pending = bool(self._passes)
@@ -214,16 +210,13 @@ class GpuForward:
 
     @property
     def pends(self) -> bool:
-        """See `ModelRunner.pends`."""
         return self.sampler is not None and self._embeddings.address != 0
 
     def chosen(self) -> Sequence[Chosen | None]:
-        """See `ModelRunner.chosen`."""
         return self._chosen
 
     @torch.inference_mode()
     def copy_page(self, source: int, target: int) -> None:
-        """See `ModelRunner.copy_page`."""
         self._enter()
         for tensor in _cache_tensors(self.cache):
             pages = tensor.view(-1, self.page_size, *tensor.shape[2:])

@@ -1,4 +1,4 @@
-"""One request on its way through the scheduler."""
+"""The scheduler's state of one request."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from exl_cli.engines.sampling.sampler import Sampler
 
 @dataclass(eq=False)
 class Sequence:
-    """A request, its tokens and where they are.
+    """A request in the scheduler.
 
     Attributes:
-        id: the request's.
-        request: what was asked for.
-        max_new_tokens: the most new tokens.
-        sampler: chooses them.
-        ids: the prompt and what followed.
-        arrival: its place in the order in which sequences came.
-        started: when it was added.
-        allocation: its pages, from admission to its end or until it is put back.
-        num_to_prefill: tokens that are computed before decoding goes on with the last of them: the prompt, and all so
-            far where they are computed again.
+        id: the request's id.
+        request: the request.
+        max_new_tokens: most new tokens.
+        sampler: its sampler.
+        ids: prompt and new tokens.
+        arrival: sequence number, in order of arrival.
+        started: time when it was added, in seconds.
+        allocation: its pages, from admission until it ends or is preempted.
+        num_to_prefill: tokens to compute before decoding: the prompt, or all tokens when it is recomputed. The last of
+            them is left to the first decode step.
         rope_switches, rope_table: see `ModelRunner` and `ScheduledTokens`.
-        num_reused_tokens: tokens of its prompt that were never computed for it.
-        num_computed_tokens: its tokens whose keys and values are in the cache, or on their way there.
-        outputs: what it asks of its new tokens besides; None for nothing.
-        prompt_logprobs: of its prompt's tokens so far, where they are asked for.
-        seat: its place in the device's sampler while it decodes; None where the CPU samples it.
-        leave_to_cpu: whether it is to get no seat: the device could not choose a token.
-        draft: the drafter's state for it; None for no draft tokens.
-        statistics: what speculation brought it.
+        num_reused_tokens: prompt tokens taken from the prefix cache.
+        num_computed_tokens: tokens whose keys and values are in the cache, or will be once submitted work is done.
+        outputs: log-probabilities and banned strings; None if it needs neither.
+        prompt_logprobs: log-probabilities of its prompt so far, if requested.
+        seat: its slot in the device's sampler while it decodes; None if the CPU samples it.
+        leave_to_cpu: the device failed to sample a token, so it gets no seat again.
+        draft: the drafter's state of it; None without draft tokens.
+        statistics: costs and gains of speculation.
         answering: whether its prompt has been computed.
-        ended: whether it is over.
+        ended: whether it has ended.
     """
 
     id: int
@@ -67,29 +67,29 @@ class Sequence:
 
     @property
     def blocks(self) -> Allocation:
-        """Its allocation, where it must have one."""
+        """Its allocation, which must exist."""
         if self.allocation is None:
             raise RuntimeError("a sequence without pages is computed")
         return self.allocation
 
     @property
     def max_tokens(self) -> int:
-        """The most positions that it can take up: the last new token is never computed."""
+        """Most positions it can occupy; the last new token is never computed."""
         return len(self.request.ids) + self.max_new_tokens - 1
 
     @property
     def max_new_tokens_left(self) -> int:
-        """New tokens that it may still get."""
+        """Number of new tokens it may still get."""
         return len(self.request.ids) + self.max_new_tokens - len(self.ids)
 
     @property
     def wanted_rope_table(self) -> int:
-        """The table that its tokens so far are to be computed with."""
+        """The RoPE table for its current length."""
         return bisect_left(self.rope_switches, len(self.ids))
 
     @property
     def max_draft_tokens(self) -> int:
-        """The most draft tokens that a pass can use: the last new token is never computed, and none changes tables."""
+        """Most draft tokens that a pass can use: not the last new token, and none beyond a RoPE switch."""
         most = self.max_new_tokens_left - 1
         if self.rope_table == len(self.rope_switches):
             return most
