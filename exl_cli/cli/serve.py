@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import ipaddress
 import re
@@ -111,6 +110,8 @@ def serve(
     keys = None if api_key_file is None else Keys(api_key_file, log.warn)
     if cache_per_key and keys is None:
         raise UsageError(f"{param('cache_per_key')} needs keys", f"add {param('api_key_file')}")
+
+    import asyncio
 
     from exl_cli.server import run
     from exl_cli.server.app import create_app
