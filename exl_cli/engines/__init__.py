@@ -1,1 +1,1 @@
-"""The engines that turn token ids into token ids. Each is imported only when a model is loaded with it."""
+"""The engines. Each is imported only when a model is loaded with it."""

@@ -36,9 +36,9 @@ class Request:
         ids: the prompt's token ids, at least one.
         sampling: sampler settings.
         max_new_tokens: most tokens to generate; 0 only evaluates the prompt.
-        seed: fixes the random choices: the same request on the same engine gives the same tokens. Exceptions, where two
-            tokens nearly tie: requests that share a forward pass with others, and models on the GPU that exl's own
-            kernels do not take, since exllamav2's add up in an order that varies.
+        seed: makes sampling reproducible: the same request on the same engine gives the same tokens. Near ties may
+            still fall differently in two cases: when a request is batched with others, and for models that run on
+            exllamav2's kernels, whose order of summation varies.
         stop_strings: strings that end the generation; not part of the output.
         stop_ids: token ids that end the generation; pass the model's EOS ids.
         min_new_tokens: as in vLLM, stop ids are masked until then, and stop strings are ignored and stay in the output.
@@ -189,7 +189,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> Iterable[Event]:
-        """Advance the requests in flight, by a forward pass as a rule. A request's last chunk carries its summary."""
+        """Advance the requests in flight, usually by one forward pass. A request's last chunk carries its summary."""
         ...
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""What a model folder is, and everything known of a model before an engine loads it."""
+"""Model folders: everything about a model that is known before an engine loads it."""

@@ -209,7 +209,7 @@ def main(program: str, cpu_seconds: str, memory: str, *folders: str) -> None:
                 kind, line, text = SPENT, 0, "it writes too much text"
             _reply(kind, line, text)
         except MemoryError as error:
-            # The heap may stay full, so the parent replaces this process after a STOPPED reply.
+            # The heap may stay full, so the parent replaces this process after a SPENT reply.
             _reply(SPENT, _line_of(error), "it needs too much memory")
         except Exception as error:  # for example text that cannot be encoded
             _reply(FAILED, 0, type(error).__name__)

@@ -29,12 +29,12 @@ class Driver:
         return [handle for handle in handles if handle is not None]
 
     def handles(self, uuids: Iterable[str]) -> dict[str, Any]:
-        """The handles of these GPUs, of those that the driver knows."""
+        """UUID to handle, without UUIDs that the driver does not know."""
         handles = {uuid: self.ask("DeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
         return {uuid: handle for uuid, handle in handles.items() if handle is not None}
 
     def joules(self, handles: Iterable[Any]) -> float | None:
-        """Energy that these GPUs have taken since their driver was loaded; None where one withholds it."""
+        """Total energy of these GPUs in joules since their driver was loaded; None if one does not report it."""
         readings = [self.ask("DeviceGetTotalEnergyConsumption", handle) for handle in handles]
         return sum(readings) / 1000 if readings and None not in readings else None
 

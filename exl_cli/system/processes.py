@@ -27,7 +27,7 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def own_stdout() -> BinaryIO:
-    """The real stdout, for this process's results; what libraries print, from C too, goes to stderr from now on."""
+    """Return the real stdout, for this process's results, and redirect what libraries print, from C too, to stderr."""
     stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return stream

@@ -104,11 +104,11 @@ def _reading(memory: DeviceMemory, driver: Driver) -> GpuReading:
 
 
 class EnergyMeter:
-    """Energy that GPUs take from now on, by all programs together.
+    """Measures the energy that GPUs use from now on, across all processes.
 
     Args:
-        memory: of an engine, for the GPUs that it uses.
-        driver: closed with this object; None for this machine's.
+        memory: an engine's memory, which names its GPUs.
+        driver: owned by this object; None to open it.
     """
 
     def __init__(self, memory: Sequence[DeviceMemory], driver: Driver | None = None) -> None:
@@ -117,11 +117,11 @@ class EnergyMeter:
         self._start = self._driver.joules(self._handles.values())
 
     def joules(self) -> float | None:
-        """So far; None where a GPU withholds it, and without one."""
+        """Joules so far; None without GPUs, or if one does not report its energy."""
         now = self._driver.joules(self._handles.values())
         return None if now is None or self._start is None else now - self._start
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Shut NVML down."""
         self._driver.close()
         self._handles = {}

@@ -73,7 +73,6 @@ class CpuEngine(GeneratorEngine):
         check_settings(request, self._rows)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Float32 logits of every position: shape (len(ids), vocabulary)."""
         check_known(ids, self._rows, self._tokenizer)
         with torch.inference_mode():
             self._forget_length()

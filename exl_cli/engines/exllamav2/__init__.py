@@ -1,1 +1,1 @@
-"""The CUDA engine: exllamav2, with what is wrong in it mended here and nowhere else."""
+"""The CUDA engine, built on exllamav2. All workarounds for its defects are in this package."""

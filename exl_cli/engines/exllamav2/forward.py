@@ -117,7 +117,7 @@ class GpuForward:
         self._pending = False
 
     def rope_table(self, tokens: int) -> int:
-        """See `ScheduledTokens`; of a sequence of so many tokens."""
+        """The RoPE table of a sequence of `tokens` tokens; see `ScheduledTokens`."""
         return bisect_left(self.rope_switches, tokens)
 
     @property
@@ -244,7 +244,7 @@ class GpuForward:
             raise
 
     def _enter(self) -> None:
-        # Streams belong to threads: in a new one, what is done first would run on another.
+        # The current stream is per thread, so set it in every thread that gets here.
         self._set_streams()
         torch.cuda.set_stream(self._stream)
 
@@ -328,7 +328,7 @@ class GpuForward:
 
 
 def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:
-    """Rows and tokens rounded up to powers of two, where that many can be computed: so that few graphs do for all."""
+    """Round rows and tokens up to powers of two if that fits into a pass, to need fewer CUDA graphs."""
     batch, count = (1 << (n - 1).bit_length() for n in (rows, tokens))
     if batch * count <= most:
         return batch, count
@@ -343,7 +343,7 @@ def _cache_tensors(cache: Any) -> list[torch.Tensor]:
 
 
 class Embeddings:
-    """Embeddings of tokens, looked up on the CPU, where exllamav2 leaves them.
+    """Embedding lookup on the CPU, where exllamav2 keeps the embeddings.
 
     exllamav2 0.3.2 looks up all of a prompt's, into memory that is new each time, and copies that through the driver's
     own buffer: on an H100's host the first layer of 2,048 tokens began after six milliseconds, and begins after four
@@ -351,7 +351,7 @@ class Embeddings:
 
     Args:
         module: exllamav2's embedding module.
-        device: where embeddings of prompts are wanted.
+        device: where prompts' embeddings go.
 
     Attributes:
         rows: the table of embeddings, two bytes a number, shape (vocabulary, hidden); None where an embedding is more
@@ -367,7 +367,7 @@ class Embeddings:
         if plain and weight.device.type == "cpu" and weight.dtype == torch.half:
             self.rows = weight.detach().view(torch.int16).numpy()
         self.address = 0
-        # Two, each with the event of its last copy: while one is copied, the other is written.
+        # Double buffering: one is filled while the other is copied. Each has the event of its last copy.
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
         on_gpu = device.type == "cuda"
         for _ in range(0 if self.rows is None else 2):
@@ -391,19 +391,12 @@ class Embeddings:
             self.address = 0
 
     def computed(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The embeddings of tokens, shape (batch, tokens), by exllamav2 on the CPU; they get a dimension more."""
+        """Let exllamav2 compute embeddings on the CPU: [batch, tokens] to [batch, tokens, hidden]."""
         embeddings: torch.Tensor = self._module.forward(torch.from_numpy(ids))
         return embeddings
 
     def of(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The embeddings of a prompt's tokens, in order with what the current stream does.
-
-        Args:
-            ids: shape (tokens,).
-
-        Returns:
-            Shape (1, tokens, hidden), on the device.
-        """
+        """Embeddings of a prompt on the device, in order with the current stream: [tokens] to [1, tokens, hidden]."""
         if self.rows is None:
             return self.computed(ids[None]).to(self._device)
         states = torch.empty((len(ids), self.rows.shape[1]), dtype=torch.half, device=self._device)
@@ -412,7 +405,7 @@ class Embeddings:
             if copied is not None:
                 wait(copied)
             source, some = buffer[: len(target)], ids[index * _LOOKED_UP : index * _LOOKED_UP + len(target)]
-            # In the default mode NumPy would write to a temporary array first.
+            # mode="clip" writes to `out` directly; the default mode buffers.
             self.rows.take(some, axis=0, out=source.view(torch.int16).numpy(), mode="clip")
             target.copy_(source, non_blocking=True)
             if copied is not None:

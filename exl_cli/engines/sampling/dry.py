@@ -10,8 +10,8 @@ of times it followed one. Two defects of exllamav2 0.3.2 are fixed:
 - it excludes the last token as a continuation, so a run of one token ("a a a a") is never penalized;
 - matches of `max_ngram` or more tokens are not penalized at all. Here they count as `max_ngram`.
 
-The history is searched anew for every token: about 20 microseconds in NumPy for 8,000 tokens, less than updating an
-n-gram index in Python.
+Every token triggers a full search of the history: about 20 microseconds in NumPy for 8,000 tokens, less than updating
+an n-gram index in Python.
 """
 
 from __future__ import annotations

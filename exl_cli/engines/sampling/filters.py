@@ -38,8 +38,8 @@ class Candidates(NamedTuple):
     """The tokens that may come next.
 
     Attributes:
-        ids: token ids, shape [n], n at least 1.
-        probs: their probabilities, shape [n], of sum 1 up to rounding. Some may be 0: such a token is never drawn.
+        ids: token ids, [n] with n >= 1.
+        probs: probabilities, [n], which sum to 1 up to rounding; a token of probability 0 is never drawn.
     """
 
     ids: IntArray
@@ -138,10 +138,11 @@ def shortlist(logits: FloatArray, count: int) -> tuple[IntArray, np.float32]:
 
 
 def best(values: FloatArray, k: int) -> IntArray:
-    """The places of the k highest logits among some of ascending ids, highest first and, among equals, the highest id.
+    """Indices of the k highest of some logits with ascending ids, highest first, ties by descending id.
 
-    Logits computed in float16 are often equal. Among equals at the end of the list the choice is that of exllamav2's
-    heap: the tied tokens among the first k ids that are high enough, from their end."""
+    float16 logits often tie. For ties at the k-th place, choose as exllamav2's heap does: among the first k ids whose
+    logit is high enough, the tied ones, last first.
+    """
     order = values.argsort(kind="stable")[::-1]
     if len(order) == k:
         return order
@@ -298,7 +299,6 @@ def _kept(candidates: Candidates, which: BoolArray | IntArray | slice) -> Candid
 
 
 def draw(probs: FloatArray, point: float) -> int:
-    """The index of the first candidate at which the probabilities, summed in order, exceed `point` (above 0, below 1)
-    of their sum."""
+    """Draw from the cumulative distribution: the first index whose cumulative share exceeds `point`, in (0, 1)."""
     sums = np.add.accumulate(probs, dtype=np.float64)
     return min(int(sums.searchsorted(point * sums[-1], side="right")), len(sums) - 1)

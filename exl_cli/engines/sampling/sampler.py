@@ -1,30 +1,29 @@
-"""The reference sampler: from one position's logits to the next token, on the CPU, in NumPy.
+"""The reference sampler, on the CPU in NumPy: one position's logits to the next token.
 
-Its distributions are those of exllamav2 0.3.2's sampler, which takes the same steps in the same order, but for rounding
-and for what is wrong there. The token is drawn by an exponential race: each candidate of probability p gets exponential
-noise E of its own, a function of seed, position and token (see `noise`), and the least E / p wins. Of all ways to draw
-from a distribution this is among those that a small change of it, as from another order of sums, changes least often.
+It has the same steps in the same order as exllamav2 0.3.2's sampler, and the same distributions, except for rounding
+and the defects below. The token is drawn by an exponential race (the Gumbel-max trick): each candidate of probability p
+gets exponential noise E, a function of seed, position and token (see `noise`), and the smallest E / p wins. Small
+changes of the distribution, as from another order of summation, then rarely change the token.
 
-The differences from exllamav2, each toward the published algorithm:
+Differences from exllamav2, all towards the published algorithms:
 
-- Top-p: exllamav2 leaves out the token that reaches the threshold, then fills the room with less likely ones: of
-  (0.5, 0.35, 0.1, 0.05) at 0.8 it keeps the first, third and fourth. Here: the fewest likeliest tokens whose sum is at
-  least p (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
-- Min-p and top-a: when the last candidate it looks at is kept, exllamav2 keeps one too many, and when all are kept that
-  one comes from beyond the candidates. Its min-p of 1 is off; here that keeps the likeliest token. Its top-a can rule
-  out every token when it is above 1; here never.
-- Typical: exllamav2 takes p + log p for the log-probability, and leaves out the token that reaches the threshold. Here:
+- Top-p: exllamav2 drops the token that reaches the threshold and fills up with less likely ones. Of (0.5, 0.35, 0.1,
+  0.05) at 0.8 it keeps the first, third and fourth. Here: the fewest most likely tokens with a sum of at least p
+  (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
+- Min-p and top-a: exllamav2 keeps one token too many if it keeps the last candidate, and reads past the end if it keeps
+  all. Its min-p of 1 is off; here it keeps the most likely token. Its top-a above 1 can drop every token; here never.
+- Typical: exllamav2 uses p + log p as the log-probability, and drops the token that reaches the threshold. Here:
   Meister et al. 2023, https://arxiv.org/abs/2202.00666.
-- Tail-free: where only two tokens have any weight exllamav2 keeps one; here both.
-- Last and dynamic temperature: near 0 exllamav2's powers underflow to 0 / 0; here they are relative to the likeliest
+- Tail-free: if only two tokens have a significant probability, exllamav2 keeps one; here both.
+- Last and dynamic temperature: near 0, exllamav2's powers underflow to 0 / 0; here they are relative to the most likely
   token. A temperature below 0.01 is greedy with `temperature_last` too.
-- XTC: exllamav2 looks at the probability of the next candidate instead of this one, which goes wrong unless they are
-  sorted. Here: text-generation-webui pull request 6335, with two refinements of exllamav2's: no coin is flipped, the
-  probabilities are those of the mixture of both outcomes; and protected tokens take no part rather than call it off.
-- Skew: exllamav2 keeps tokens of a probability below 1e-8 behind the sorted ones; here they are dropped.
-- Mirostat: mu starts at 2 tau, once; exllamav2 starts it again whenever it happens to be 0.
+- XTC: exllamav2 tests the probability of the next candidate instead of the current one, which is wrong for unsorted
+  candidates. Here: text-generation-webui pull request 6335, with two refinements of exllamav2's: instead of flipping a
+  coin, mix the distributions of both outcomes; and protected tokens are ignored instead of disabling XTC.
+- Skew: exllamav2 leaves tokens below 1e-8 behind the sorted ones; here they are dropped.
+- Mirostat: mu starts at 2 tau, once; exllamav2 resets it whenever it happens to be 0.
 - DRY: see `dry`.
-- Logits that are NaN or infinite are refused; exllamav2 picks some token.
+- NaN and infinite logits are errors; exllamav2 returns some token.
 """
 
 from __future__ import annotations
