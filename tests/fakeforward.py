@@ -83,7 +83,7 @@ class FakeForward:
         rope_switches: see `ModelRunner`.
         seats: sequences whose tokens it chooses itself; None for no sampler on the device.
         pends: see `ModelRunner`.
-        fail: called before each piece of work with its name; what it raises is raised in the midst of that.
+        fail: called with the name of each operation in the middle of it; may raise.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def request_for(ids: Sequence[int], preset: str, max_new_tokens: int, seed: int 
 
 
 def exl(*args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the `exl` command in a process of its own; its output is decoded as UTF-8, byte for byte otherwise."""
+    """Run the `exl` command in a child process; its output is decoded as UTF-8, without newline translation."""
     result = subprocess.run([sys.executable, "-m", "exl_cli", *args], input=stdin, capture_output=True, env=env)
     return subprocess.CompletedProcess(args, result.returncode, result.stdout.decode(), result.stderr.decode())
 
@@ -67,7 +67,7 @@ def exl(*args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) ->
 def python(
     code: str, *args: str, path: Sequence[Path] = (), env: Mapping[str, str] | None = None, timeout: float = 100
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own that can import what this one can, and first what lies in `path`."""
+    """Run a program in a child process with this process's import path, after `path`."""
     folders = os.pathsep.join([*map(str, path), *filter(None, sys.path)])
     environment = {**os.environ, **(env or {}), "PYTHONPATH": folders}
     command = [sys.executable, "-c", code, *args]

@@ -195,5 +195,5 @@ def test_a_wish_that_cannot_be_granted(monkeypatch: pytest.MonkeyPatch) -> None:
         paged.try_ahead()  # at once
     monkeypatch.setenv(paged.VARIABLE, "triton")
     reason = "needs a CUDA GPU" if importlib.util.find_spec("triton") else "not installed"
-    with pytest.raises(EngineError, match=f"^EXL_ATTENTION=triton cannot be had: {reason}; unset EXL_ATTENTION$"):
+    with pytest.raises(EngineError, match=f"^EXL_ATTENTION=triton is not available: {reason}; unset EXL_ATTENTION$"):
         paged.backend(CPU)

@@ -107,7 +107,7 @@ def test_a_conversation_all_of_which_was_taken_back_leaves_no_file(data: Path) -
     result = chat(Script(["a"]), "one\n/undo\n/sessions\n")
     assert "there are no saved sessions" in result.stderr
     assert list((data / "sessions").iterdir()) == []
-    # What it begins with anew names it; a name of one's own stays, with what was set under it.
+    # The new first message renames it; a name that the user chose stays, with its settings.
     chat(Script(["a"]), "one\n/undo\ntwo\n")
     assert [file.stem.endswith("-two") for file in (data / "sessions").iterdir()] == [True]
     chat(Script(["a"]), "one\n/undo\n", "--session", "trip", "--system", "S")

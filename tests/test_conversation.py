@@ -172,7 +172,7 @@ def test_the_message_is_safe_while_the_answer_is_made(begin: Begin, tmp_path: Pa
     chat = begin(script)
     chat.enter("one")
     chat.enter("/retry")
-    # While an answer is made anew, the file still has the old one.
+    # While an answer is regenerated, the file still has the old one.
     assert seen == [["one"], ["one", "a"]]
     # And a file that ends with a message gives it back.
     session = chat.store.load(chat.session.name)
@@ -254,7 +254,7 @@ def test_forty_turns_trim_the_prompt_and_leak_nothing(begin: Begin, tmp_path: Pa
     session = chat.session
     assert len(on_disk(tmp_path)) == len(session.turns) == 80
     reused = [turn.timings["reused_tokens"] / turn.timings["prompt_tokens"] for turn in session.turns[3::2]]
-    # Only the few answers after something was dropped begin anew.
+    # Only the few answers after a trim recompute the prompt.
     assert sum(share < 0.5 for share in reused) < 14
     assert session.dropped > 55
     # Fifteen exchanges of text and numbers, and nothing else.

@@ -227,7 +227,7 @@ def test_more_tasks_than_the_loop_has_threads(endless) -> None:
         async def read(number: int) -> str:
             return "".join([text async for text in streams[number]])
 
-        # The last first: whoever waits must not keep the others from going on.
+        # The last first: a waiting thread must not block the others.
         return await asyncio.gather(*[read(number) for number in reversed(range(50))])
 
     assert asyncio.run(main()) == [" and and and"] * 50

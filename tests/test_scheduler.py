@@ -32,7 +32,7 @@ def test_a_conversation_is_computed_once() -> None:
         assert model.run(second)[1] == len(second.ids) - 1
 
 
-def test_the_next_pass_is_under_way_when_a_token_is_handed_out() -> None:
+def test_the_next_pass_is_submitted_before_a_token_is_returned() -> None:
     model = Model()
     stream = model.steps(ask(range(6), 3))
     seen = []
@@ -42,7 +42,7 @@ def test_the_next_pass_is_under_way_when_a_token_is_handed_out() -> None:
     assert model.forward.calls[:3] == ["prefill", "synchronize", "submit"]
 
 
-def test_streams_read_in_turn_share_their_passes() -> None:
+def test_interleaved_streams_share_forward_passes() -> None:
     model = Model(pages=40)
     requests = [ask(range(begin, begin + 9), 8, build({"top_k": 9}, None), seed=begin) for begin in (0, 30, 60)]
     streams = [model.steps(request) for request in requests]
@@ -54,7 +54,7 @@ def test_streams_read_in_turn_share_their_passes() -> None:
     assert model.forward.rows.count([1, 1, 1]) >= 5
 
 
-def test_a_long_prompt_does_not_stop_those_who_are_generating() -> None:
+def test_a_long_prompt_does_not_stall_decoding() -> None:
     model = Model(chunk=5, pages=40)
     talking = model.steps(ask(range(4), 20))
     pull(talking)
@@ -88,7 +88,7 @@ def test_concurrent_requests_reuse_the_first_ones_prefix() -> None:
     assert tokens == [model.expected(request) for request in requests]
 
 
-def test_a_request_waits_for_its_pages_and_none_overtakes_it() -> None:
+def test_a_request_waits_for_pages_in_order_of_arrival() -> None:
     model = Model(pages=8)
     first, large, small = ask(range(10), 7), ask(range(20, 36), 9), ask([90], 2)
     running, waiting, behind = (model.steps(request) for request in (first, large, small))
@@ -132,7 +132,7 @@ def test_the_pages_of_a_closed_stream_stay_cached(pulls: int) -> None:
     assert model.scheduler.num_allocated_pages == 0
 
 
-def test_the_consumer_may_end_it_with_a_pass_in_flight(exl2_dir: Path) -> None:
+def test_a_consumer_may_cancel_with_a_pass_in_flight(exl2_dir: Path) -> None:
     tokenizer = Tokenizer(exl2_dir)
     forward = FakeForward(pages=40, vocab_size=tokenizer.vocab_size)
     batch = Batch(Scheduler(forward, Samplers(tokenizer, forward.vocab_size).make))
@@ -175,7 +175,7 @@ def test_the_next_pass_is_submitted_before_the_tokens_of_the_last_one_are_seen()
     assert model.forward.sampler.seats == 4
 
 
-def test_a_sequence_that_turns_out_to_have_ended_costs_one_row() -> None:
+def test_a_sequence_that_has_ended_costs_one_row_of_the_next_pass() -> None:
     model = Model(seats=4, pends=True)
     model.forward.sampler.fails = 0
     whole = model.expected(ask(range(5), 12))
@@ -185,7 +185,7 @@ def test_a_sequence_that_turns_out_to_have_ended_costs_one_row() -> None:
     assert sum(map(len, model.forward.rows)) == len(tokens) + 1
 
 
-def test_a_token_that_the_device_could_not_choose_is_computed_again_for_the_cpu() -> None:
+def test_a_token_that_the_device_cannot_sample_is_recomputed_for_the_cpu() -> None:
     model = Model(seats=4, pends=True, spread=2.0)
     model.forward.sampler.fails = 97
     model.run(ask(range(5), 12, build({"top_k": 20}, None), seed=3))

@@ -141,7 +141,7 @@ def test_all_sequences_finish_and_the_first_never_waits(rope_switches: tuple[int
     assert model.scheduler.num_allocated_pages == 0
 
 
-def test_who_was_put_back_finds_its_pages_again() -> None:
+def test_a_preempted_sequence_finds_its_pages_again() -> None:
     model = Model(pages=12)
     long, late = ask(range(12), 30), ask(range(40, 60), 20)
     first, second = model.steps(long), model.steps(late)
@@ -161,7 +161,7 @@ def test_who_was_put_back_finds_its_pages_again() -> None:
     assert left <= model.forward.computed - before <= left + 3 * 4
 
 
-def test_who_outgrows_its_rotary_embeddings_takes_the_pages_of_those_behind_it() -> None:
+def test_a_sequence_recomputed_at_a_rope_switch_preempts_younger_ones() -> None:
     model = Model(pages=20, chunk_beside_decode=2, rope_switches=(15,))
     asked = [ask(range(12), 30), ask(range(20, 40), 30), ask(range(40, 69), 30)]
     for number, request in enumerate(asked):
@@ -177,7 +177,7 @@ def test_who_outgrows_its_rotary_embeddings_takes_the_pages_of_those_behind_it()
     assert steps_without <= 8, "what it is computed again in, two tokens a step"
 
 
-def test_a_prompt_that_is_put_back_is_scored_once() -> None:
+def test_a_preempted_prompt_is_scored_once() -> None:
     model = Model(pages=12)
     scored: list[tuple[int, int]] = []
 
@@ -207,7 +207,7 @@ def test_a_request_waiting_behind_a_cancelled_one_starts() -> None:
     assert 2 in {number for _ in range(9) for number, _ in model.scheduler.step()}
 
 
-def test_those_who_are_generating_wait_for_less_of_a_prompt() -> None:
+def test_prefill_chunks_are_smaller_while_others_decode() -> None:
     model = Model(chunk=20, chunk_beside_decode=6, pages=40)
     talking = model.steps(ask(range(30), 20))
     pull(talking)

@@ -166,7 +166,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(1000):
             for stream in [*self.streams]:
                 self.pull_one(stream)
-        assert not self.streams, "some wait for ever"
+        assert not self.streams, "some never finish"
         assert self.leased() == 0
 
     def leased(self) -> int:

@@ -124,7 +124,7 @@ def _choose(device: torch.device, wanted: str, heads: Heads) -> Backend:
     if not (reason := _why_not_triton(device) or failure(_triton, device, heads)):
         return Backend("triton")
     if wanted:
-        raise EngineError(f"{VARIABLE}={wanted} cannot be had: {reason}", f"unset {VARIABLE}")
+        raise EngineError(f"{VARIABLE}={wanted} is not available: {reason}", f"unset {VARIABLE}")
     return Backend("torch", reason)
 
 
