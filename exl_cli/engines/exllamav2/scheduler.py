@@ -305,7 +305,7 @@ class Scheduler:
             sequence.prompt_logprobs += self._score(sequence.request, start, logits[0])
 
     def _admit(self) -> Sequence | None:
-        if not self._waiting or len(self._running) >= self._runner.max_batch:
+        if not self._waiting or self._full or len(self._running) >= self._runner.max_batch:
             return None
         # Set before allocating: that may copy a page, and if the copy fails, `_fail` must end this sequence too.
         self._prefilling = sequence = self._waiting.pop(0)
