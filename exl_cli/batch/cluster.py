@@ -119,7 +119,7 @@ class RayEngines:
             import ray
         except ImportError:
             raise UsageError(
-                "many engines work through Ray, which is not installed", "pip install 'exl-cli[ray]'"
+                "several engines need Ray, which is not installed", "pip install 'exl-cli[ray]'"
             ) from None
         self._ray: Any = ray
         self._where, self._settings, self._loading = where, settings, loading
@@ -152,7 +152,7 @@ class RayEngines:
     ) -> None:
         """See `Engines.answer`."""
         if not isinstance(sink, AnswerFile):
-            raise UsageError("many engines do not write to standard output", f"name a file with {param('output')}")
+            raise UsageError("several engines do not write to standard output", f"name a file with {param('output')}")
         run = _Run(rows, sink, view, options, progress)
         is_complete = False
         try:
