@@ -14,8 +14,8 @@ import pytest
 REFUSED: dict[str, str] = {
     "dbrx*": "clip_qkv",
     "llama-relu-*": "the activation 'relu'",
-    "gpt2-odd-inner-gptq": "multiple of 64",
-    "gpt2-odd-inner-exl2": "multiple of 64",
+    "gpt2-odd-inner-gptq": "multiples of 64",
+    "gpt2-odd-inner-exl2": "multiples of 64",
 }
 # What people run: never to be refused.
 NEVER_REFUSED = ("phi3*", "qwen3*", "gemma3*", "mistral*", "*yarn*", "starcoder2*", "glm4*", "llama", "qwen2*")
