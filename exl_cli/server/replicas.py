@@ -129,8 +129,9 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
         EngineError: the replicas do not start.
     """
     # Read when Ray is imported: whether to tell its makers, and how to pass on what replicas log.
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS", "RAY_COLOR_PREFIX"):
-        os.environ.setdefault(name, "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         import ray
         from ray import serve as ray_serve
