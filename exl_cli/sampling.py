@@ -79,11 +79,13 @@ class Sampling:
     )
     top_k: int = _setting(50, "--top-k", "Keep the K most likely tokens.", off=(0,))
     top_p: float = _setting(
-        0.8, "--top-p", "Keep the likeliest tokens up to this total probability.", high=1.0, off=(0, 1)
+        0.8, "--top-p", "Keep the most likely tokens up to this total probability.", high=1.0, off=(0, 1)
     )
-    min_p: float = _setting(0.0, "--min-p", "Drop tokens below this share of the top probability.", high=1.0, off=(0,))
+    min_p: float = _setting(
+        0.0, "--min-p", "Drop tokens less likely than P times the most likely one.", high=1.0, off=(0,)
+    )
     top_a: float = _setting(
-        0.0, "--top-a", "Drop tokens below A times the top probability squared.", high=1.0, off=(0,)
+        0.0, "--top-a", "Drop tokens less likely than A times the top probability squared.", high=1.0, off=(0,)
     )
     tfs: float = _setting(
         0.0, "--tfs", "Tail-free sampling: share of the second derivative kept.", high=1.0, off=(0, 1)
@@ -92,7 +94,7 @@ class Sampling:
         0.0, "--typical", "Locally typical sampling: probability mass kept.", high=1.0, off=(0, 1)
     )
     skew: float = _setting(
-        0.0, "--skew", "Push the draw toward likelier (negative) or rarer tokens.", low=-10.0, high=10.0, off=(0,)
+        0.0, "--skew", "Favour more likely (negative) or less likely (positive) tokens.", low=-10.0, high=10.0, off=(0,)
     )
     temperature_last: bool = _setting(False, "--temperature-last", "Apply the temperature after all filters.")
     token_repetition_penalty: float = _setting(
@@ -106,23 +108,33 @@ class Sampling:
         off=(1,),
     )
     token_repetition_range: int = _setting(
-        -1, "--repetition-range", "How far back penalties reach (tokens); -1 is the whole context, 0 none.", low=-1
+        -1, "--repetition-range", "How many tokens back penalties look; -1 is the whole context, 0 none.", low=-1
     )
     token_repetition_decay: int = _setting(
         0, "--repetition-decay", "Fade penalties out over this many tokens beyond the range.", off=(0,)
     )
     token_frequency_penalty: float = _setting(
-        0.0, "--frequency-penalty", "Subtract this for each time a token was seen.", low=-100.0, high=100.0, off=(0,)
+        0.0,
+        "--frequency-penalty",
+        "Subtract this from a token's logit for each earlier occurrence.",
+        low=-100.0,
+        high=100.0,
+        off=(0,),
     )
     token_presence_penalty: float = _setting(
-        0.0, "--presence-penalty", "Subtract this once from tokens already seen.", low=-100.0, high=100.0, off=(0,)
+        0.0,
+        "--presence-penalty",
+        "Subtract this from the logits of tokens already seen.",
+        low=-100.0,
+        high=100.0,
+        off=(0,),
     )
     smoothing_factor: float = _setting(
         0.0, "--smoothing-factor", "Quadratic smoothing of the logits.", high=100.0, off=(0,)
     )
-    min_temp: float = _setting(0.0, "--min-temp", "Dynamic temperature: lowest, where the model is sure.", high=100.0)
+    min_temp: float = _setting(0.0, "--min-temp", "Dynamic temperature: minimum, at low entropy.", high=100.0)
     max_temp: float = _setting(
-        0.0, "--max-temp", "Dynamic temperature: highest; above --min-temp turns it on.", high=100.0
+        0.0, "--max-temp", "Dynamic temperature: maximum; above --min-temp turns it on.", high=100.0
     )
     temp_exponent: float = _setting(
         1.0, "--temp-exponent", "Dynamic temperature: exponent of the entropy.", low_open=True, high=100.0
@@ -141,12 +153,12 @@ class Sampling:
     dry_allowed_length: int = _setting(
         2, "--dry-allowed-length", "DRY: longest repeat without a penalty (tokens).", low=1
     )
-    dry_range: int = _setting(0, "--dry-range", "DRY: how far back to look (tokens); 0 is the whole context.")
+    dry_range: int = _setting(0, "--dry-range", "DRY: how many tokens back to look; 0 is the whole context.")
     dry_max_ngram: int = _setting(20, "--dry-max-ngram", "DRY: longest repeat to consider (tokens).", low=1)
     xtc_probability: float = _setting(
         0.0, "--xtc-probability", "XTC: chance of excluding the top choices.", high=1.0, off=(0,)
     )
-    xtc_threshold: float = _setting(0.1, "--xtc-threshold", "XTC: least probability of a top choice.", high=1.0)
+    xtc_threshold: float = _setting(0.1, "--xtc-threshold", "XTC: minimum probability of a top choice.", high=1.0)
 
     def __post_init__(self) -> None:
         for name, info in FIELDS.items():

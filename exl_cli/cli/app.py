@@ -112,7 +112,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='Start with: exl run -p "Once upon a time"\n\nThe help of each command ends with examples: exl run --help',
+    epilog='Start with: exl run -p "Once upon a time"\n\nEach command has examples in its help: exl run --help',
 )
 
 
@@ -132,7 +132,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Run GPTQ and EXL2 language models on your own GPU, or on any CPU."""
+    """Run GPTQ and EXL2 language models on an NVIDIA GPU, or on any CPU."""
     state = ctx.ensure_object(State)
     state.debug = debug
     if state.owns_process and not debug:

@@ -34,7 +34,7 @@ from exl_cli.system.interrupts import cancel_on_interrupt
 from exl_cli.ui.console import Console
 
 _prompts = partial(typer.Option, rich_help_panel="Prompts")
-_work = partial(typer.Option, rich_help_panel="Work")
+_work = partial(typer.Option, rich_help_panel="Job")
 _many = partial(typer.Option, rich_help_panel="Many GPUs and machines (pip install 'exl-cli\\[ray]')")
 _scoring = partial(typer.Option, rich_help_panel="Scores")
 
@@ -57,17 +57,19 @@ def batch(
             "--model", "-m", metavar="MODEL", help="Model, as for exl run.", autocompletion=folders.complete_model
         ),
     ] = None,
-    system: Annotated[str | None, _prompts("--system", "-s", help="System message for each prompt.")] = None,
+    system: Annotated[str | None, _prompts("--system", "-s", help="System message for plain prompts.")] = None,
     template: Annotated[
         str | None,
         _prompts("--template", help="Build each prompt from the line's fields, e.g. 'Translate: {text}'."),
     ] = None,
-    raw: Annotated[bool, _prompts("--raw", help="Continue each prompt, without a chat template.")] = False,
+    raw: Annotated[
+        bool, _prompts("--raw", help="Continue plain prompts as they are, without a chat template.")
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens, if a line sets none \\[512]."),
+        typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens for lines that set none \\[512]."),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this string; repeatable.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Each line's seed is derived from this and its id.")] = 0,
     eval_field: Annotated[
         str | None,
@@ -80,14 +82,20 @@ def batch(
             help="exact, regex (the field is a pattern) or json (equal values); repeatable \\[exact].",
         ),
     ] = None,
-    flat: Annotated[bool, output_option("--flat", help="Write texts instead of response objects.")] = False,
+    flat: Annotated[
+        bool, output_option("--flat", help="Write only the text, finish reason and token counts of each response.")
+    ] = False,
     ordered: Annotated[bool, output_option("--ordered", help="Write answers in input order.")] = False,
     retry_errors: Annotated[bool, _work("--retry-errors", help="Retry lines that failed in earlier runs.")] = False,
-    mix: Annotated[bool, _work("--mix", help="Add to answers from another model or other settings.")] = False,
+    mix: Annotated[
+        bool, _work("--mix", help="Append even if the file has answers from another model or settings.")
+    ] = False,
     strict: Annotated[bool, _work("--strict", help="Stop at the first line that fails.")] = False,
     shard: Annotated[
         str | None,
-        _work("--shard", metavar="I/N", help="Answer share I of N, from 0; the output file gets its number."),
+        _work(
+            "--shard", metavar="I/N", help="Answer only shard I of N, counting from 0; the output file name gets both."
+        ),
     ] = None,
     sequences: Annotated[
         int | None,
@@ -97,13 +105,14 @@ def batch(
         str | None, _many("--gpus", metavar="all|N", help="Run an engine on each GPU of this machine, or on N of them.")
     ] = None,
     ray: Annotated[
-        str | None, _many("--ray", metavar="ADDRESS", help="Run engines on a Ray cluster; auto: the one running here.")
+        str | None,
+        _many("--ray", metavar="ADDRESS", help="Run engines on a Ray cluster; auto is the one running here."),
     ] = None,
     models_dir: ModelsDir = None,
     download: Download = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer a file of prompts; the same command resumes an unfinished job."""
+    """Answer a file of prompts; the same command resumes an interrupted job."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
     prompt_texts.check_text(("--system", system), ("--template", template), ("--stop", stop))

@@ -46,13 +46,13 @@ def bench(
     batch: Annotated[str, _tests("--batch", help="Concurrent requests, e.g. 1,4,16.")] = "1",
     caches: Annotated[str | None, _tests("--caches", help="KV cache types to test, e.g. fp16,q4 \\[--cache].")] = None,
     repetitions: Annotated[int, _tests("--repetitions", "-r", min=1, max=1000, help="Repetitions of each test.")] = 5,
-    quick: Annotated[bool, _tests("--quick", help="Default to 128 prompt and 32 new tokens.")] = False,
+    quick: Annotated[bool, _tests("--quick", help="Shorter tests: 128 prompt and 32 new tokens.")] = False,
     perplexity: Annotated[
         Path | None, _tests("--perplexity", metavar="FILE", help="Also compute the perplexity of this text.")
     ] = None,
     seed: Annotated[int, _tests("--seed", min=0, help="Seed for prompts, test order and sampling.")] = 0,
     compare: Annotated[
-        Path | None, _comparing("--compare", metavar="OLD.json", help="Show what changed since a saved result.")
+        Path | None, _comparing("--compare", metavar="OLD.json", help="Compare with a saved result.")
     ] = None,
     fail_under: Annotated[
         float | None,
@@ -69,7 +69,7 @@ def bench(
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how fast models run, and how close that is to the hardware's limit."""
+    """Measure how fast models run and how close that is to the hardware's limit."""
     # Imported here to keep `exl --help` fast.
     from exl_cli.bench import outputs, plan, runner
     from exl_cli.bench.compare import compare as compared

@@ -36,7 +36,7 @@ def build(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", min=1, help="Compilers to run at once [dim]\\[as cores and memory allow][/dim]."),
+        typer.Option("--jobs", "-j", min=1, help="Compiler processes [dim]\\[as cores and memory allow][/dim]."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Recompile everything.")] = False,
     quiet: Quiet = False,
@@ -44,7 +44,7 @@ def build(
 ) -> None:
     """Compile exllamav2's CUDA extension for this machine's GPU.
 
-    That takes a few minutes, once. exl run does it by itself if it has to.
+    This takes a few minutes, once per machine. exl run does it if needed.
     """
     console = Console(quiet=quiet)
     archs = _archs(arch)

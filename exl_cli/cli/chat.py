@@ -58,8 +58,11 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop an answer at this text; repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same conversation \\[random].")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop an answer at this string; repeatable.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Random seed; the same seed gives the same conversation \\[random]."),
+    ] = None,
     markdown: Annotated[bool, _option("--markdown", help="Render answers as Markdown on a terminal.")] = False,
     hide_thinking: Annotated[bool, _option("--hide-thinking", help="Hide the model's reasoning.")] = False,
     models_dir: ModelsDir = None,
@@ -102,7 +105,7 @@ def chat(
         if saved.turns:
             console.resumed(saved)
         elif interactive:
-            console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
+            console.note("/help lists the commands. Alt-Enter: new line, Ctrl-C: stop the answer, Ctrl-D: quit")
         with handling(_leave, signal.SIGTERM, signal.SIGHUP):
             talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:

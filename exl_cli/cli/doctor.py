@@ -33,7 +33,7 @@ def doctor(
     models_dir: ModelsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine, and a model if given, and say how to fix what is wrong.
+    """Check this machine and, optionally, a model; print commands that fix what is wrong.
 
     The exit code is 0 if exl run works on the GPU, 12 if it works on the CPU only, 13 if it does not work.
     """

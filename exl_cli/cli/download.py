@@ -42,7 +42,7 @@ def download(
         bool, typer.Option("--verify", help="Reread the files already here and check their hashes.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the files and how much of each is here; download nothing.")
+        bool, typer.Option("--dry-run", help="List the files and how much of each is already here; download nothing.")
     ] = False,
     branches: Annotated[
         bool, _branches_option("--branches", help="List the branches with their bits, size and GPU memory.")
@@ -53,7 +53,7 @@ def download(
     cache: Annotated[CacheType, _branches_option("--cache", help="KV cache type for the memory estimate.")] = "fp16",
     vram: Annotated[
         str | None,
-        _branches_option("--vram", metavar="GIB", help="GPU memory to fit, e.g. 24 or 24,24 \\[this machine's]."),
+        _branches_option("--vram", metavar="GIB", help="GPU memory to fit into, e.g. 24 or 24,24 \\[this machine's]."),
     ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,

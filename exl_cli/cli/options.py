@@ -19,7 +19,7 @@ from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Sp
 from exl_cli.sampling import FIELDS, PRESETS, Sampling
 
 _sampling_option = partial(typer.Option, rich_help_panel="Sampling")
-loading_option = partial(typer.Option, rich_help_panel="Loading the model")
+loading_option = partial(typer.Option, rich_help_panel="Model")
 output_option = partial(typer.Option, rich_help_panel="Output")
 
 Model = Annotated[
@@ -110,20 +110,20 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
         option = loading_option("--" + name.replace("_", "-"), help=help, **more)
         return _parameter(name, type_, option, default)
 
-    tokens = "Context length to allocate, in tokens \\[as needed, up to the model's limit]."
-    guesses = "ngram: draft tokens from earlier text and verify several in one forward pass."
-    smaller = "Draft tokens with a smaller model that has the same vocabulary."
+    tokens = "Context length to allocate, in tokens \\[4096, or more if the request needs it]."
+    guesses = "Speculative decoding. ngram: draft tokens by prompt lookup."
+    smaller = "Speculative decoding with a smaller model that has the same vocabulary."
     parameters = [
         flag(
             "engine",
             EngineChoice,
             "auto",
-            "auto: exllamav2 if it supports the model and there is a GPU, otherwise cpu.",
+            "auto: exllamav2 if there is a GPU and it supports the model, otherwise cpu.",
         ),
         flag("max_seq_len", int | None, None, tokens),
         flag("cache", CacheType, "fp16", "KV cache type on the GPU."),
         flag("gpu_split", str, "auto", "auto, or GiB of weights per GPU, e.g. 20,24."),
-        flag("low_mem", bool, False, "Process prompts in smaller chunks, to save GPU memory."),
+        flag("low_mem", bool, False, "Process prompts in smaller chunks to save GPU memory."),
         flag("speculate", Speculation, "off", guesses),
         flag("draft", str | None, None, smaller, metavar="MODEL", autocompletion=folders.complete_model),
     ]

@@ -65,7 +65,7 @@ def run(
     raw: Annotated[bool, _prompt("--raw", help="Continue the text byte for byte, without a chat template.")] = False,
     variant: Annotated[
         str | None,
-        _prompt("--chat-template", metavar="NAME", help="Which chat template to use, if the model has several."),
+        _prompt("--chat-template", metavar="NAME", help="Chat template to use, if the model has several."),
     ] = None,
     template: Annotated[str | None, _prompt("--template", help="Prompt with {name} placeholders.")] = None,
     var: Annotated[
@@ -77,9 +77,11 @@ def run(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens to generate.")
     ] = 512,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this text; repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this string; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-response token.")] = False,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text \\[random].")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Random seed; the same seed gives the same text \\[random].")
+    ] = None,
     models_dir: ModelsDir = None,
     download: Download = False,
     quiet: Quiet = False,

@@ -37,11 +37,11 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Models, as for exl run; the first is the default. Without any: fable-7m, the built-in model.",
+            help="Models, as for exl run; the first is the default \\[fable-7m, the built-in model].",
             autocompletion=folders.complete_model,
         ),
     ] = None,
-    host: Annotated[str, _network("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    host: Annotated[str, _network("--host", help="Address to listen on; 0.0.0.0 is all interfaces.")] = "127.0.0.1",
     port: Annotated[int, _network("--port", min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8080,
     api_key_file: Annotated[
         Path | None,
@@ -49,11 +49,13 @@ def serve(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        _network("--allow-host", help="Another host name that clients use for this machine; repeatable."),
+        _network("--allow-host", help="Accept this host name from clients, e.g. a proxy's; repeatable."),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        _network("--cors-origin", help="Web origin that may send requests, e.g. https://x.org; repeatable."),
+        _network(
+            "--cors-origin", help="Accept requests from web pages of this origin, e.g. https://x.org; repeatable."
+        ),
     ] = None,
     served_name: Annotated[
         list[str] | None, _serving("--served-name", help="Another name for the first model, or NAME=MODEL; repeatable.")
@@ -63,14 +65,14 @@ def serve(
     ] = False,
     max_loaded: Annotated[
         int | None,
-        _serving("--max-loaded", min=1, help="Models to keep in memory at once \\[all that are named]."),
+        _serving("--max-loaded", min=1, help="Models to keep in memory at once \\[as many as are named]."),
     ] = None,
     idle_unload: Annotated[
         str | None,
         _serving("--idle-unload", metavar="TIME", help="Unload a model that has been idle this long, e.g. 15m."),
     ] = None,
     queue: Annotated[
-        int, _serving("--queue", min=0, help="Requests that may wait; beyond that they get a 429.")
+        int, _serving("--queue", min=0, help="Generations that may wait; further requests get a 429.")
     ] = 1024,
     grace: Annotated[
         str, _serving("--grace", metavar="TIME", help="Time for running requests to finish after SIGTERM or Ctrl-C.")
@@ -78,7 +80,7 @@ def serve(
     cache_per_key: Annotated[
         bool, _serving("--cache-per-key", help="Reuse a prompt's KV cache only for requests with the same API key.")
     ] = False,
-    log_prompts: Annotated[bool, _serving("--log-prompts", help="Include prompts in the log.")] = False,
+    log_prompts: Annotated[bool, _serving("--log-prompts", help="Write prompts to the log.")] = False,
     sequences: Annotated[
         int | None,
         loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 8]."),
@@ -90,7 +92,10 @@ def serve(
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serve models over HTTP, to clients of OpenAI's, Anthropic's and TabbyAPI's APIs."""
+    """Serve models over HTTP, with the APIs of OpenAI, Anthropic and TabbyAPI.
+
+    Base URL for OpenAI clients: http://127.0.0.1:8080/v1. API reference: http://127.0.0.1:8080/docs.
+    """
     cli: State = ctx.obj
     idle_seconds = None if idle_unload is None else _seconds("idle_unload", idle_unload)
     grace_seconds = _seconds("grace", grace)
@@ -148,7 +153,7 @@ def serve(
     if keys is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         log.warn(f"WARNING: anyone who can reach {shown} can use these models; --api-key-file requires keys")
     log.note(
-        f"listening on http://{shown}:{address[1]} (documents at /docs), loading {', '.join([*named][:max_loaded])}"
+        f"listening on http://{shown}:{address[1]} (API reference at /docs), loading {', '.join([*named][:max_loaded])}"
     )
     if replicas is None:
         asyncio.run(main())
