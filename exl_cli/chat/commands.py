@@ -1,4 +1,4 @@
-"""The slash commands, each with its help and completion, and how lines are told from commands and joined to blocks."""
+"""Slash commands with their help and completion, and the parsing of input lines."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from exl_cli.system.files import expanded, read_text
 if TYPE_CHECKING:
     from exl_cli.chat.conversation import Conversation
 
-# A path such as /usr/bin is no command, nor is a line that begins with a space; a slash alone is the beginning of one.
+# Neither a path such as /usr/bin nor a line that begins with a space is a command; a lone slash is an incomplete one.
 _WORD = re.compile(r"/([a-zA-Z?]+(?=\s|$)|(?=\s*$))")
 _QUOTES = '"""'
-# A block may also be what a command is given: /system """…
+# A block may also be the argument of a command: /system """…
 _OPENING = re.compile(r'\s*(?:/[a-z]+\s+)?"""')
 
 _TOPICS = ("settings", "model", "prompt", "template")
 _EDITORS = ("nano", "vim", "vi")
-# Each with the variable that says whether its screen is there.
+# Clipboard programs, each with the environment variable that is set where its display server runs; "" for none needed.
 _CLIPBOARDS = (
     ("WAYLAND_DISPLAY", "wl-copy"),
     ("DISPLAY", "xclip -selection clipboard"),
@@ -50,14 +50,13 @@ Complete = Callable[["Conversation", str], Iterable[str]]
 
 
 def is_open(text: str) -> bool:
-    """Whether a block between triple quotation marks is not closed yet: the next line belongs to it."""
+    """Whether the text opens a triple-quoted block and does not close it, so the next line belongs to it."""
     opening = _OPENING.match(text)
     return opening is not None and not text[opening.end() :].rstrip().endswith(_QUOTES)
 
 
 def unquote(text: str) -> str:
-    """The text of a block, without the marks and the line breaks next to them; any other text as it is, without white
-    space at its end."""
+    """Strip trailing white space and, from a block, its triple quotes with the line breaks next to them."""
     text = text.rstrip()
     begun = text.lstrip()
     if not begun.startswith(_QUOTES):
@@ -66,7 +65,7 @@ def unquote(text: str) -> str:
 
 
 def is_command(text: str) -> bool:
-    """Whether a text is meant as a command."""
+    """Whether a line is a command rather than a message."""
     return _WORD.match(text) is not None
 
 
@@ -75,8 +74,16 @@ def is_command(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command: `arguments` is what may follow its name, as help shows it; `complete` lists what the text there
-    may become."""
+    """A slash command.
+
+    Attributes:
+        name: without the slash.
+        arguments: the arguments as help shows them; empty for none.
+        help: one line.
+        aliases: other names.
+        run: called with the conversation and the text after the name.
+        complete: called likewise; returns the possible arguments.
+    """
 
     name: str
     arguments: str
@@ -93,7 +100,7 @@ _BY_ANY_NAME: dict[str, Command] = {}
 def _command(
     usage: str, help: str, complete: Complete = lambda chat, text: (), aliases: tuple[str, ...] = ()
 ) -> Callable[[Run], Run]:
-    """Put a function into the table of commands; the usage is the name and what may follow it."""
+    """Register a function as a command; `usage` is its name and arguments."""
 
     def register(run: Run) -> Run:
         name, _, arguments = usage.partition(" ")
@@ -105,7 +112,7 @@ def _command(
 
 
 def find(word: str) -> Command:
-    """The command of a name; a UsageError suggests the nearest."""
+    """Look up a command by name or alias. UsageError for an unknown one suggests the nearest."""
     name = word.lower().removeprefix("/")
     if name not in _BY_ANY_NAME:
         hint = "/help lists them; a message may begin with a space before the slash"
@@ -115,7 +122,7 @@ def find(word: str) -> Command:
 
 
 def run(chat: Conversation, text: str) -> None:
-    """Do what a command says."""
+    """Run a command line."""
     match = _WORD.match(text)
     command = find(match[1] if match else text)
     rest = text[match.end() :].strip() if match else ""
@@ -125,7 +132,11 @@ def run(chat: Conversation, text: str) -> None:
 
 
 def complete(chat: Conversation, text: str) -> tuple[int, list[tuple[str, str]]]:
-    """How many characters at the end of a text to replace, and (replacement, remark) of each completion."""
+    """Complete a command line.
+
+    Returns:
+        The number of characters at its end to replace, and (replacement, remark) for each completion.
+    """
     if match := re.match(r"/([a-zA-Z]*)$", text):
         start = match[1].lower()
         return len(text), [(f"/{name}", command.help) for name, command in COMMANDS.items() if name.startswith(start)]
@@ -138,7 +149,7 @@ def complete(chat: Conversation, text: str) -> tuple[int, list[tuple[str, str]]]
 
 
 def _paths(chat: Conversation, text: str) -> list[str]:
-    """Files and folders that begin with the text, folders with a slash."""
+    """Paths in the folder that the text names; folders end in a slash."""
     folder, _, beginning = text.rpartition("/")
     prefix = text[: len(text) - len(beginning)]
     place = expanded(Path(folder or ("/" if prefix else ".")))
@@ -366,7 +377,7 @@ def _quit(chat: Conversation, text: str) -> None:
 
 
 def _attachment(file: Path) -> tuple[str, str]:
-    """A file's name, and how it stands in a message: fenced by more backticks than it has itself."""
+    """A file's name, and its text as a fenced block for a message; the fence is longer than any backticks in the text."""
     hint = "only text can go into a message"
     text = decode(read_input(file, "check the path"), str(file), hint)
     if "\0" in text:
@@ -378,8 +389,11 @@ def _attachment(file: Path) -> tuple[str, str]:
 
 
 def _edited(text: str) -> str:
-    """A text as the user leaves it in `$VISUAL`, else `$EDITOR`, else an editor that is there, without the line break
-    that editors add."""
+    """Let the user edit a text in `$VISUAL`, else `$EDITOR`, else the first known editor on the PATH.
+
+    Returns:
+        The new text, without the final line break that editors add.
+    """
     hint, unchanged = "set $VISUAL or $EDITOR to yours", "the message is as it was"
     chosen = (os.environ.get(variable, "").strip() for variable in ("VISUAL", "EDITOR"))
     command = shlex.split(next(filter(None, (*chosen, *filter(shutil.which, _EDITORS))), ""))
@@ -389,7 +403,7 @@ def _edited(text: str) -> str:
         file = Path(folder) / "message.md"
         file.write_text(text, encoding="utf-8")
         try:
-            # It talks to the terminal, not to a pipe that collects answers or that the lines come from.
+            # Keep the editor off stdout and stdin if they are pipes, for answers and messages.
             stdin = None if sys.stdin.isatty() else subprocess.DEVNULL
             status = subprocess.run([*command, str(file)], stdin=stdin, stdout=2).returncode  # noqa: S603
         except OSError as error:
@@ -403,9 +417,9 @@ def _edited(text: str) -> str:
 
 
 def _fill_clipboard(text: str) -> bool:
-    """Give a text to a clipboard program of the screen in front of the user; returns whether there is such a program.
+    """Copy a text with the clipboard program of the local display; returns whether there is one.
 
-    Over ssh it would fill the clipboard of the far machine.
+    Not over ssh, where it would fill the clipboard of the remote machine.
     """
     commands = (command.split() for variable, command in _CLIPBOARDS if not variable or os.environ.get(variable))
     command = next((command for command in commands if shutil.which(command[0])), None)

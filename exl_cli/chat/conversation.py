@@ -1,7 +1,7 @@
-"""A conversation with a model: lines in, answers out, and all of it kept on disk.
+"""A conversation with a model: lines in, answers out, everything saved.
 
-Nothing that was said is lost. The session is saved before and after each answer, an interrupted answer keeps what came,
-and a message without any answer becomes the draft of the next one.
+Nothing is lost: the session is saved before and after each answer, an interrupted answer keeps the text generated so
+far, and a message that got no answer becomes the draft of the next.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from exl_cli.errors import DiskError, ExitCode, ExlError, PromptError, UsageErro
 from exl_cli.structured.reasoning import Splitter, split
 from exl_cli.system.interrupts import cancel_on_interrupt
 
-# Given the draft (what the user may want to send again, changed), the next message or command, of one line or several;
-# None at the end of input. KeyboardInterrupt is Ctrl-C; after an ExlError the next call goes on behind what it refused.
+# Reads the next message or command, possibly of several lines; None at the end of input. Its argument is the draft to
+# start from. Raises KeyboardInterrupt on Ctrl-C, and ExlError for unusable input, which the next call skips.
 ReadLine = Callable[[str], str | None]
 
-# No answer is begun with less room than this, in tokens.
+# An answer is started only if the context has at least this many tokens left for it.
 LEAST_ROOM = 16
 
 
 class Conversation:
-    """A session, the model it is with, the settings of its answers, and the lines that carry it on.
+    """A session with its model and settings, driven by input lines.
 
-    Its methods raise ExlError: UsageError where nothing was said yet, PromptError where there is no room or the model's
-    template refuses, DiskError where the session cannot be saved, and what the engine raises. Whatever came by then is
-    kept, and nothing else has changed. `enter` shows these errors.
+    Its methods raise ExlError: UsageError if there is no message yet, PromptError if the context is full or the chat
+    template rejects the conversation, DiskError if the session cannot be saved, and the engine's errors. Text generated
+    before the error is kept; otherwise nothing changes. `enter` shows these errors.
 
     Args:
         session: the turns so far; a last message without an answer becomes the draft.
         saving: keep this session in `store`.
-        interactive: a person is there, who can act on a hint; else the first error decides `exit_code`.
+        interactive: a person is at the prompt and can react to errors; otherwise the first error sets `exit_code`.
         debug: show tracebacks.
 
     Attributes:
-        draft: a message that the user may want to send again, changed; empty for none.
-        attachments: (name, text) of the files that go with the next message.
-        exported: files that this conversation was written to, and may be again.
-        over: whether it has ended.
-        exit_code: what the command returns once it has.
+        draft: a message to offer for editing and sending; empty for none.
+        attachments: (name, text) of files that go with the next message.
+        exported: files that this conversation has been exported to; only these may be overwritten.
+        over: whether the conversation has ended.
+        exit_code: exit code of the command.
     """
 
     def __init__(
@@ -79,15 +79,17 @@ class Conversation:
         self.exit_code = ExitCode.OK
         self._interactive = interactive
         self._debug = debug
+        # The warning that this input and the one before led to, "interrupt" or "unsaved": leaving takes two in a row.
         self._warned = self._warned_before = ""
         self._redoing = False
-        self._name_of_ours = ""
+        self._generated_name = ""  # the session's name if the user did not choose it
         self._withdraw()
 
     # --- lines --------------------------------------------------------------------------------------------------------
 
     def run(self, read: ReadLine) -> None:
-        """Read lines until it is over. A Ctrl-C that nothing else takes counts as one at the prompt."""
+        """Read and handle lines until the conversation ends. A Ctrl-C not handled elsewhere counts as one at the
+        prompt."""
         while not self.over:
             try:
                 self.enter(read(self.draft))
@@ -97,7 +99,7 @@ class Conversation:
                 self.interrupt()
 
     def enter(self, line: str | None) -> None:
-        """Do all that follows from a line, or from the end of input. Nothing that fails there ends the conversation."""
+        """Handle a line, or None at the end of input. Errors are shown and do not end the conversation."""
         self._warned_before, self._warned = self._warned, ""
         if line is None:
             self.leave()
@@ -114,7 +116,7 @@ class Conversation:
                 self._failed(error)
 
     def interrupt(self) -> None:
-        """Take a Ctrl-C at the prompt: a person has to press it twice to leave."""
+        """Handle Ctrl-C at the prompt: an interactive user has to press it twice to leave."""
         self._warned_before, self._warned = self._warned, ""
         if not self._interactive:
             self.save()
@@ -126,7 +128,7 @@ class Conversation:
             self.view.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
 
     def leave(self) -> None:
-        """End it; where the conversation cannot be saved, only if a person insists or none is there."""
+        """Save and end the conversation. If saving fails, an interactive user has to ask a second time."""
         saved, session = self.save(), self.session
         if not saved and self._interactive and self._warned_before != "unsaved":
             self._warned = "unsaved"
@@ -139,7 +141,7 @@ class Conversation:
         self.over = True
 
     def _failed(self, error: Exception) -> None:
-        """Say that something went wrong; a bug of ours too is no reason to lose a conversation."""
+        """Show an error. Even a bug in exl must not end the conversation."""
         (self.view.traceback if self._debug else self.view.error)(error)
         if not self._interactive or self.over:
             self.exit_code = self.exit_code or (error.exit_code if isinstance(error, ExlError) else ExitCode.INTERNAL)
@@ -162,20 +164,20 @@ class Conversation:
                 self.save()
 
     def say_spelled(self, where: str, names: list[str]) -> None:
-        """Say that special tokens written somewhere are none there."""
+        """Note that special tokens spelled out in a message are read as text."""
         if names:
             self.view.note(f"{', '.join(names)} in the {where} is read as text, not as a special token")
 
     def retry(self) -> None:
-        """Answer the last message again; the old answer stays unless a new one comes."""
+        """Answer the last message again; the old answer stays unless there is a new one."""
         self._redo(self.session.last_user() + 1, self._answer)
 
     def revise(self, text: str) -> None:
-        """Say something else instead of the last message; the old exchange stays unless that gets an answer."""
+        """Replace the last message; the old exchange stays unless the new one gets an answer."""
         self._redo(self.session.last_user(), lambda: self.send(text))
 
     def resume(self) -> None:
-        """Let a cut-off answer go on."""
+        """Continue an answer that was cut off."""
         turn = self.last_answer()
         if turn.finish_reason == "stop":
             raise UsageError("the last answer came to its own end", "/retry makes another")
@@ -185,13 +187,13 @@ class Conversation:
             self.save()
 
     def undo(self) -> str:
-        """Take back the last message and its answer; returns the message."""
+        """Remove the last exchange and return its message."""
         message = self.session.cut(self.session.last_user())[0].content
         self.save()
         return message
 
     def attach(self, name: str, text: str) -> int:
-        """Put a file into the next message; returns how many tokens it has."""
+        """Attach a file to the next message; returns its number of tokens."""
         context = self.model.engine.context_length
         size = self.model.tokenizer.least_tokens(text)
         size = size if size > context else self.model.encoder.count(text)
@@ -209,7 +211,7 @@ class Conversation:
         return self.session.last
 
     def _withdraw(self, draft: str | None = None) -> bool:
-        """Turn a last message that has no answer into the draft, or into `draft`; returns whether there was one."""
+        """Remove a last message without an answer, and make it, or `draft`, the draft; returns whether there was one."""
         last = self.session.last
         if last is None or last.role != "user":
             return False
@@ -218,7 +220,7 @@ class Conversation:
         return True
 
     def _redo(self, count: int, action: Callable[[], None]) -> None:
-        """Do something with the first `count` turns alone; put the others back if it adds none."""
+        """Run an action with only the first `count` turns in the session; restore the others if it adds no turn."""
         dropped, old = self.session.dropped, self.session.cut(count)
         self._redoing = True
         try:
@@ -231,7 +233,7 @@ class Conversation:
             self.save()
 
     def _answer(self, unfinished: Turn | None = None) -> None:
-        """Answer the last message, or go on with the unfinished answer; what comes is kept, whatever happens."""
+        """Answer the last message, or continue an unfinished answer. Generated text is kept even on an error."""
         prompt = self._prompt(unfinished)
         if not self._redoing:  # the file still holds the turns to be replaced
             self.save()
@@ -240,6 +242,11 @@ class Conversation:
         self.view.turn(summary, self.model.engine.context_length, answered=self.session.last is turn)
 
     def _generate(self, prompt: Encoded, turn: Turn) -> Summary:
+        """Generate into a turn, and show it.
+
+        The reasoning splitter sees the prompt without the part of the answer that exists, which may open a reasoning
+        block, then that part, then the new text. Tags that are special tokens are added back to the text.
+        """
         before = turn.generated
         opening = prompt.text.removesuffix(before)
         text, ids, summary = "", list[int](), None
@@ -277,7 +284,7 @@ class Conversation:
         )
 
     def _keep(self, turn: Turn, text: str, opening: str, summary: Summary | None) -> None:
-        """Put what came into the session. An empty answer counts only if the model ended it."""
+        """Store generated text in the session. An empty answer is kept only if the model ended it."""
         if summary is not None:
             self.session.totals.add(summary)
         if not text and (summary is None or summary.finish_reason != "stop"):
@@ -291,24 +298,23 @@ class Conversation:
         if self.session.last is not turn:
             self.session.turns.append(turn)
 
-    # --- the prompt, and the room for it ------------------------------------------------------------------------------
+    # --- the prompt, and room for the answer --------------------------------------------------------------------------
 
     def _prompt(self, unfinished: Turn | None) -> Encoded:
-        """The prompt for an answer to the last message, or for the rest of the unfinished answer.
+        """Encode the prompt for an answer to the last message, or for the rest of an unfinished answer.
 
-        A quarter of the context, or `max_new_tokens` if that is less, is kept free for the answer. When the prompt
-        grows into it, the oldest exchanges are dropped until the prompt takes three quarters of its room or less; the
-        system message stays.
+        A quarter of the context, or `max_new_tokens` if less, is reserved for the answer. When the prompt outgrows the
+        rest, the oldest exchanges are dropped until it takes at most three quarters of that; the system message stays.
         """
         session, settings, context = self.session, self.settings, self.model.engine.context_length
         encoded: dict[int, Encoded] = {}
 
         def size(start: int) -> int:
-            """Tokens of the prompt that begins with this turn."""
+            """Tokens of the prompt if it begins with this turn."""
             if start not in encoded:
                 text = self.model.render(session.messages(start, None if unfinished is None else -1))
                 least = self.model.tokenizer.least_tokens(text)
-                if least > context:  # it is dropped, or refused, without being tokenized
+                if least > context:  # will be dropped or rejected: do not tokenize it
                     return least
                 encoded[start] = self.model.encoder.encode(text if unfinished is None else text + unfinished.generated)
             return len(encoded[start].ids)
@@ -329,10 +335,10 @@ class Conversation:
                 self.view.dropped(dropped, before - size(session.dropped))
         return encoded[session.dropped]
 
-    # --- the session's file, and what else can change -----------------------------------------------------------------
+    # --- saving, and switching session, model and settings ------------------------------------------------------------
 
     def save(self) -> bool:
-        """Save the session if it is to be saved; an error is shown. Returns whether nothing would be lost now."""
+        """Save the session if saving is on, showing errors. Returns False if that failed."""
         try:
             self.save_or_fail()
         except DiskError as error:
@@ -341,12 +347,12 @@ class Conversation:
         return True
 
     def save_or_fail(self) -> None:
-        """Save the session if it is to be saved."""
+        """Save the session if saving is on. Raises DiskError."""
         session = self.session
-        if self.saving and not session.turns and session.name and session.name == self._name_of_ours:
-            # All of it was taken back: its next message names it.
+        if self.saving and not session.turns and session.name and session.name == self._generated_name:
+            # All turns were undone: the next message gives it a new name.
             self.store.remove(session.name)
-            session.name = self._name_of_ours = ""
+            session.name = self._generated_name = ""
         if not self.saving or not (session.turns or (session.name and self.store.exists(session.name))):
             return
         unnamed = not session.name
@@ -355,10 +361,10 @@ class Conversation:
         if before := self.store.save(session):
             self.view.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
         if unnamed:
-            self._name_of_ours = session.name
+            self._generated_name = session.name
 
     def rename(self, name: str) -> None:
-        """Save under another name; a file whose name the user did not choose is removed."""
+        """Save under another name, and remove the old file if its name was generated."""
         before, saving = self.session.name, self.saving
         self.session.name, self.saving = name, True
         try:
@@ -366,11 +372,11 @@ class Conversation:
         except DiskError:
             self.session.name, self.saving = before, saving
             raise
-        if before and before == self._name_of_ours:
+        if before and before == self._generated_name:
             self.store.remove(before)
 
     def adopt(self, session: Session) -> None:
-        """Save this session and go on with another."""
+        """Save this session and continue another."""
         self.save_or_fail()
         self.session = session
         if session.settings:
@@ -378,7 +384,7 @@ class Conversation:
         self._withdraw()
 
     def switch(self, name: str) -> None:
-        """Go on with another model; if that cannot be loaded, with the old one, loaded again."""
+        """Switch to another model; if it cannot be loaded, load the old one again."""
         old, new = self.model, self.loader.find(name)
         old.engine.close()
         try:
@@ -388,7 +394,7 @@ class Conversation:
             try:
                 self.loader.load(old)
             except BaseException:
-                # Without a model there is nothing to go on with.
+                # Without a model the chat cannot continue.
                 self.save()
                 self.over = True
                 raise error from None
@@ -399,7 +405,7 @@ class Conversation:
         return self.settings.values(self.model.info.generation_config)
 
     def change(self, settings: Settings) -> dict[str, tuple[Any, Any]]:
-        """Use other settings; returns (old, new) of each value that differs, by name."""
+        """Change the settings; returns (old, new) of each value that differs, by name."""
         old, new = self.values(), settings.values(self.model.info.generation_config)
         self.settings = settings
         return {name: (old[name], new[name]) for name in new if old[name] != new[name]}

@@ -1,4 +1,4 @@
-"""The model a conversation is with: its files, its engine, and switching to another without leaving the chat."""
+"""The model that a chat talks to, and the loader that opens it and can switch to another during the chat."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.files import expanded, is_folder
 
-# The context to allocate, in tokens, where the model allows it and the user asks for nothing else.
-CONTEXT = 8192
+# Context to allocate, in tokens, unless the user asks for another or the model allows less.
+_DEFAULT_CONTEXT = 8192
 
 
 @dataclass(eq=False)
@@ -28,8 +28,8 @@ class ChatModel:
     """A model to chat with.
 
     Attributes:
-        info, tokenizer, format: the model, its tokenizer, and how a conversation is written for it.
-        engine, encoder: the engine that runs it, and the encoder of that engine's prompts; set by `ModelLoader.load`.
+        info, tokenizer, format: the model, its tokenizer and its chat format.
+        engine, encoder: the engine and its prompt encoder; set by `ModelLoader.load`.
     """
 
     info: ModelInfo
@@ -40,26 +40,39 @@ class ChatModel:
 
     @property
     def name(self) -> str:
-        """The name to find it by from anywhere: a folder's path is made absolute."""
+        """A name that resolves to the model from any working directory: a folder's path is made absolute."""
         path = expanded(Path(self.info.name))
         return str(path.resolve()) if is_folder(path) else self.info.name
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation as text for `encoder`, with the special tokens that it spells hidden as plain text: those of
-        answers too, which the model has spelled out, or an editor of the session's file."""
+        """Render a conversation as text for `encoder`.
+
+        Special tokens spelled out in a message are escaped and read as plain text. That includes answers: the model may
+        have spelled one out, or the user may have edited the session file.
+        """
         as_text = self.tokenizer.as_text
         hidden = [{k: v if k == "role" else as_text(v) for k, v in message.items()} for message in messages]
         return self.format.render(hidden, add_generation_prompt=add_generation_prompt)
 
     def check_system(self, session: Session) -> list[str]:
-        """The special tokens that a session's system message spells. Raises PromptError if the model's template refuses
-        it."""
+        """List the special tokens spelled out in a session's system message.
+
+        Raises:
+            PromptError: the chat template rejects the message.
+        """
         text = self.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
         return self.tokenizer.hidden(text)
 
 
 class ModelLoader:
-    """Finds and loads the models of a chat; `load` is `loader.load` or an embedder's own (see `cli.options.State`)."""
+    """Opens and loads models for a chat.
+
+    Args:
+        load: `loader.load`, or a replacement by a program that embeds exl (see `cli.options.State`).
+        options: how to load them.
+        models_dir: folder of downloaded models; see `loader.resolve`.
+        view: shows the progress.
+    """
 
     def __init__(
         self, load: Callable[..., Engine], options: LoadOptions, models_dir: Path | None, view: ChatView
@@ -70,16 +83,20 @@ class ModelLoader:
         self._view = view
 
     def find(self, name: str | None) -> ChatModel:
-        """Open a model's files, without reading a weight. Raises all that can be wrong with them."""
+        """Open a model's files without reading its weights.
+
+        Raises:
+            ExlError: there is no such model, or it cannot be run.
+        """
         info = loader.resolve(name, self._models_dir)
         loader.context_to_allocate(info, self._options)
         return ChatModel(info, Tokenizer(info.path), load_format(info.path))
 
     def load(self, model: ChatModel) -> None:
-        """Start a model's engine, with nothing computed yet; see `loader.load`."""
+        """Load a model into an engine with an empty cache; see `loader.load`."""
         info = model.info
         with self._view.loading(f"{info.name} ({info.format_name})") as progress:
-            engine = self._load(info, model.tokenizer, self._options, progress, needed=CONTEXT)
+            engine = self._load(info, model.tokenizer, self._options, progress, needed=_DEFAULT_CONTEXT)
         model.engine = EngineThread(engine)
         model.encoder = PromptEncoder(model.tokenizer, add_special_tokens=model.format.add_special_tokens)
 

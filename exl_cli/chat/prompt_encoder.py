@@ -1,15 +1,15 @@
-"""From a conversation's text to token ids that begin with exactly those which the engine has already computed.
+"""Encodes a conversation so that its prompt starts with the token ids that the engine has already computed.
 
-Tokenizing an answer's text again can give other tokens than the model generated, and from the first that differs the KV
-cache is of no use. So the ids of prompts and answers are kept as they went through the engine, and of a new prompt only
-the text that follows them is tokenized. That is done only
+Tokenizing the text of an answer does not always give back the tokens that the model generated, and from the first
+difference on the KV cache is useless. So the ids of prompts and answers are kept as they went through the engine, and
+only the text after them is tokenized. The ids up to a mark (the end of an earlier prompt or answer) are reused if
 
-- where the new prompt's text begins with the old text, character for character, and
-- where the tokenizer itself sees a boundary at that place: tokenizing the last piece of the old text, alone and with
-  what follows, gives the same tokens up to there.
+- the new text begins with the old text up to the mark, character for character, and
+- the tokenizer has a token boundary there: tokenizing the text since the mark before, alone and with what follows,
+  gives the same tokens up to the mark.
 
-Otherwise an earlier place is tried, and in the end all of the text is tokenized: always right, and the engine still
-finds what the ids have in common with its cache.
+Otherwise the mark before is tried, and in the end all of the text is tokenized. That is always correct, and the engine
+still reuses the longest common prefix of ids.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Encoded:
     """A text and its token ids.
 
     Attributes:
-        marks: (characters, tokens) of the places where the ids of a prompt or an answer end, in order, from (0, 0) on.
+        marks: (characters, tokens) at the end of each prompt and answer, ascending, after an initial (0, 0).
     """
 
     text: str = ""
@@ -38,8 +38,8 @@ class PromptEncoder:
     """Remembers what one engine has computed of one conversation.
 
     Attributes:
-        known: what the engine has computed.
-        tag_ids: tags of reasoning that are special tokens, and thus missing in decoded text.
+        known: prompt and answer that the engine computed last.
+        tag_ids: reasoning tags that are special tokens, by id; decoding leaves these out of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, add_special_tokens: bool) -> None:
@@ -50,6 +50,7 @@ class PromptEncoder:
         self.tag_ids = tag_ids(tokenizer)
 
     def encode(self, text: str) -> Encoded:
+        """Encode a prompt, reusing known ids up to the last mark that allows it."""
         marks = self.known.marks
         for index in range(len(marks) - 1, 0, -1):
             (end, count), start = marks[index], marks[index - 1][0]
@@ -63,8 +64,7 @@ class PromptEncoder:
         return Encoded(text, ids, ((0, 0), (len(text), len(ids))))
 
     def computed(self, prompt: Encoded, answer_ids: Sequence[int], answer: str) -> None:
-        """Note what the engine has computed; `answer` is the text that is kept, with tags of reasoning, without stop
-        strings."""
+        """Record what the engine has computed; `answer` is the text with reasoning tags and without stop strings."""
         size, length = self._visible(prompt, answer_ids, answer)
         self.known = prompt
         if size:
@@ -75,7 +75,7 @@ class PromptEncoder:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _rest(self, text: str, start: int, end: int) -> tuple[int, ...] | None:
-        """The tokens of the text from `end` on; None where the tokenizer has no boundary there."""
+        """Tokenize the text from `end` on; None if the tokenizer has no boundary there. `start` is the mark before."""
         if len(text) == end:
             return ()
         before, whole = self._tokens(text[:end], start), self._tokens(text, start)
@@ -88,8 +88,10 @@ class PromptEncoder:
         return tuple(self._tokenizer.encode(text[start:], add_special_tokens=add))
 
     def _visible(self, prompt: Encoded, answer_ids: Sequence[int], answer: str) -> tuple[int, int]:
-        """How many of the answer's ids are seen in its text, and how much of the text they make up: an end-of-sequence
-        token, half a character or the beginning of a stop string at the end are not."""
+        """How many of the answer's ids its text shows, and how many characters they decode to.
+
+        Not shown at the end: an end-of-sequence token, part of a character, or the beginning of a stop string.
+        """
         stream = self._tokenizer.decode_stream(prompt.ids)
         size = length = 0
         for index, id_ in enumerate(answer_ids, 1):

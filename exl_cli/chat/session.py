@@ -1,7 +1,7 @@
-"""A conversation as data: its turns, which of them the model still sees, its file, and the folder of saved sessions.
+"""Sessions: the turns of a conversation, their file format, and the folder they are saved in.
 
-All turns are kept. When the context fills, the oldest are no longer sent to the model (`Session.trim`), but they stay
-in the session, in its file and in exports.
+All turns are kept. When the context fills up, the oldest are no longer sent to the model (`Session.trim`), but they
+stay in the session, its file and exports.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ VERSION = 1
 Role = Literal["user", "assistant"]
 Ending = FinishReason | Literal[""]
 
-# Bytes of a session's file: a hundred thousand turns. One may come from anywhere, and all of it is held in memory.
-_LARGEST = 64 << 20
+# Largest session file to read, in bytes: about a hundred thousand turns. Files may come from anywhere; all is in memory.
+_MOST_BYTES = 64 << 20
 _NAME = re.compile(r"\w[\w.-]{0,79}")
-# In bytes, of the 255 that file systems allow; ".json" and what keeps two apart come to it.
+# In bytes. File systems allow 255; this leaves room for ".json" and a number that makes the name unique.
 _LONGEST_NAME = 240
-# Inode, time of change and size: enough to tell whether a file is still the one that was read or written.
+# Inode, modification time and size, to detect that another program has changed a file.
 _Signature = tuple[int, int, int]
 
 
@@ -49,11 +49,11 @@ class Turn:
     """One message.
 
     Attributes:
-        content: exactly as typed or generated; of an answer, what follows the reasoning.
-        reasoning: the reasoning before an answer, its tags left out.
-        raw: the answer as generated, tags and all, where it has reasoning; empty where `content` is all of it.
-        finish_reason: of an answer: "stop", "length" or "cancelled"; see `engines.base.Summary`.
-        timings: of an answer: the numbers of `engines.base.Summary` for the last generation that made it.
+        content: the text exactly as typed or generated, without reasoning.
+        reasoning: an answer's reasoning, without tags.
+        raw: the answer as generated, with tags; empty if `content` is the whole answer.
+        finish_reason: for answers: "stop", "length" or "cancelled"; see `engines.base.Summary`.
+        timings: for answers: the numbers in the `engines.base.Summary` of the last generation that contributed.
     """
 
     role: Role
@@ -71,7 +71,7 @@ class Turn:
         return self.raw or self.content
 
     def message(self) -> dict[str, str]:
-        """The turn as chat templates take it. Those that know of reasoning decide for themselves what to do with it."""
+        """The turn as chat templates take it. Templates that support reasoning decide which of it the model sees."""
         message = {"role": self.role, "content": self.content}
         return {**message, "reasoning_content": self.reasoning} if self.reasoning else message
 
@@ -101,9 +101,9 @@ class Session:
     """A conversation.
 
     Attributes:
-        name: what it is saved as; empty while it has no name.
-        turns: the user's and the model's by turns.
-        dropped: how many of the first turns the model no longer sees; even.
+        name: the name it is saved under; empty before the first save.
+        turns: alternately the user's and the model's.
+        dropped: number of turns at the beginning that the model no longer sees; even.
         settings: JSON-ready; see `Settings.to_dict`.
         created, updated: times; see `now`.
     """
@@ -124,7 +124,7 @@ class Session:
 
     @property
     def title(self) -> str:
-        """The first words that were said, on one line."""
+        """The first words of the first message, on one line."""
         return excerpt(self.turns[0].content) if self.turns else ""
 
     def last_user(self) -> int:
@@ -134,25 +134,29 @@ class Session:
         return (len(self.turns) - 1) // 2 * 2
 
     def messages(self, start: int | None = None, stop: int | None = None) -> list[dict[str, str]]:
-        """What the model is to read: the system message and the turns from `start` (those not dropped) to `stop`."""
+        """The messages for the model: the system message, then turns `start` (default: the first not dropped) to
+        `stop`, exclusive."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, *(turn.message() for turn in self.turns[self.dropped if start is None else start : stop])]
 
     def cut(self, count: int) -> list[Turn]:
-        """Keep the first `count` turns; returns the others. Dropped turns come back if all those after them are cut."""
+        """Remove and return the turns after the first `count`. If that leaves only dropped turns, the model sees the
+        last exchange of them again."""
         removed = self.turns[count:]
         del self.turns[count:]
         self.dropped = min(self.dropped, max(len(self.turns) - 1, 0)) // 2 * 2
         return removed
 
     def trim(self, size: Callable[[int], int], limit: int, goal: int) -> list[Turn]:
-        """Drop whole exchanges, oldest first, if the prompt has more than `limit` tokens; the user's last turn stays.
+        """If the prompt has more than `limit` tokens, drop exchanges, oldest first, down to `goal` tokens.
+
+        The user's last turn always stays, even if it alone exceeds the goal.
 
         Args:
-            size: tokens of the prompt that begins with the turn of this index; falls as the index rises.
-            limit: the most tokens that need no dropping.
-            goal: tokens to come down to. A prompt with another beginning is computed from its first token on, so room
-                is made for several turns at a time.
+            size: tokens of the prompt if it begins with this turn; falls as the index rises.
+            limit: most tokens for which nothing is dropped.
+            goal: tokens to come down to. It is lower than `limit` because after each drop the prompt is computed from
+                its first token again: dropping rarely is cheaper.
 
         Returns:
             The turns that were dropped.
@@ -160,13 +164,15 @@ class Session:
         before = self.dropped
         starts = range(before + 2, self.last_user() + 1, 2)
         if starts and size(before) > limit:
+            # The earliest start that meets the goal, by bisection, as each `size` tokenizes a prompt. Negated, since
+            # sizes fall.
             first = bisect.bisect_left(starts, -goal, hi=len(starts) - 1, key=lambda start: -size(start))
             self.dropped = starts[first]
         return self.turns[before : self.dropped]
 
 
 def dumps(session: Session) -> str:
-    """A session as readable JSON, a turn on each line."""
+    """A session as readable JSON, one turn per line."""
     kept = {k: v for k, v in vars(session).items() if k not in ("name", "turns")}
     value = {"format": FORMAT, "version": VERSION, **kept, "totals": vars(session.totals)}
     turns = [{k: v for k, v in vars(turn).items() if v or k == "content"} for turn in session.turns]
@@ -176,10 +182,10 @@ def dumps(session: Session) -> str:
 
 
 def loads(text: str, name: str, source: str) -> Session:
-    """A session from its JSON; `source` names the file in messages.
+    """Parse a session; `source` names the file in messages.
 
     Raises:
-        DiskError: the text is no session, is damaged, or is of a newer format.
+        DiskError: the text is not a session, is damaged, or has a newer format.
     """
     try:
         value = json.loads(text)
@@ -203,7 +209,7 @@ def loads(text: str, name: str, source: str) -> Session:
 
 
 def _session(value: dict[str, Any], name: str) -> Session:
-    """A session from the object in its file; TypeError names the first fault."""
+    """Build a session from the parsed file. TypeError names the first fault."""
     if value.get("version") != VERSION:
         raise TypeError(f"its version is {value.get('version')!r}")
     turns = value.pop("turns", None)
@@ -229,7 +235,8 @@ _HINTS = {kind: get_type_hints(kind) for kind in (Turn, Totals, Session)}
 
 
 def _read(kind: type[Any], value: Any, where: str) -> Any:
-    """A dataclass from a JSON object; fields that this version does not know are left out."""
+    """Build a dataclass from a JSON object, ignoring unknown fields. TypeError names the first fault; `where` is its
+    place."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{where} is not an object")
     hints = _HINTS[kind]
@@ -247,7 +254,7 @@ def _damaged(source: str, why: str) -> DiskError:
 
 
 def excerpt(text: str, length: int = 48) -> str:
-    """The beginning of a text on one line, at most `length` characters."""
+    """The beginning of a text on one line of at most `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
 
@@ -256,16 +263,16 @@ def excerpt(text: str, length: int = 48) -> str:
 
 
 def data_dir() -> Path:
-    """The folder of what exl keeps for the user: `EXL_DATA_DIR`, else the platform's place for such things."""
+    """The user's data folder for exl: `EXL_DATA_DIR`, else the platform's default."""
     env = os.environ.get("EXL_DATA_DIR")
     return Path(env) if env else user_data()
 
 
 class SessionStore:
-    """A folder of sessions, one JSON file each, written whole or not at all.
+    """A folder of sessions, one JSON file each, written atomically.
 
     Args:
-        folder: made at the first save.
+        folder: created on the first save.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -273,7 +280,7 @@ class SessionStore:
         self._seen: dict[str, _Signature | None] = {}
 
     def path(self, name: str) -> Path:
-        """The file of a name; UsageError if it cannot be a session's name."""
+        """The file for a session name. UsageError if the name is not valid."""
         if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
             raise UsageError(
                 f"{name!r} cannot be a session's name", "use up to 80 letters, digits, '-', '_' and '.', a letter first"
@@ -284,12 +291,12 @@ class SessionStore:
         return self.path(name).exists()
 
     def names(self) -> list[str]:
-        """The names of all sessions, the latest first."""
+        """The names of all sessions, most recently changed first."""
         try:
             files = [file for file in self.folder.glob("*.json") if _NAME.fullmatch(file.stem)]
-        except OSError:  # no such folder, or not ours to read
+        except OSError:  # the folder does not exist or is not readable
             return []
-        # Without those that have just gone, and links to nothing.
+        # Skip files removed just now, and dangling links.
         changed = {file.stem: seen[1] for file in files if (seen := _signature(file))}
         return sorted(changed, key=lambda name: changed[name], reverse=True)
 
@@ -297,8 +304,8 @@ class SessionStore:
         """Read a session.
 
         Raises:
-            UsageError: there is none of that name.
-            DiskError: its file cannot be read, is damaged, or is of a newer format; it is left as it is.
+            UsageError: there is no session of that name.
+            DiskError: its file cannot be read, is damaged, or has a newer format; the file is not touched.
         """
         path = self.path(name)
         try:
@@ -313,7 +320,7 @@ class SessionStore:
         return session
 
     def overviews(self) -> Iterator[tuple[str, datetime, Session | str]]:
-        """(name, last change, session) of each, the latest first; in place of an unreadable session, why it is."""
+        """Yield (name, last change, session) for each, most recent first; an unreadable one yields its error's text."""
         for name in self.names():
             path = self.path(name)
             with contextlib.suppress(FileNotFoundError):
@@ -324,14 +331,14 @@ class SessionStore:
                     yield name, updated, str(error)
 
     def save(self, session: Session) -> str:
-        """Write a session, naming it first where it has no name.
+        """Write a session, naming it first if it has no name.
 
         Returns:
-            The name it had before, if that had to change: another exl has written a file of that name meanwhile, and it
-            is not overwritten. Empty otherwise.
+            The old name if it had to change, because another process has written that file since and it must not be
+            overwritten. Empty otherwise.
 
         Raises:
-            DiskError: it cannot be written; the file is as it was.
+            DiskError: it cannot be written; the file is unchanged.
         """
         before = session.name
         if not before:
@@ -358,18 +365,18 @@ class SessionStore:
                 self.path(name).unlink()
 
     def _new_name(self, session: Session) -> str:
-        """The day and the first words: something to recognise it by in a list."""
+        """The date and the first words of the conversation, to recognize it by in a list."""
         words = re.findall(r"[^\W_]+", session.title.lower())[:5]
         return self._free("-".join([f"{datetime.now():%Y-%m-%d}", *words])[:60].rstrip("-"))
 
     def _free(self, name: str) -> str:
-        """The name, with a number where a session has it already."""
+        """The name, with a number appended if it is taken."""
         candidates = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
         return next(candidate for candidate in candidates if not self.exists(candidate))
 
 
 def _text(path: Path) -> str:
-    return read_file(path, limit=_LARGEST).decode("utf-8-sig")
+    return read_file(path, limit=_MOST_BYTES).decode("utf-8-sig")
 
 
 def _signature(path: Path) -> _Signature | None:
@@ -387,7 +394,7 @@ def export(session: Session, path: str, *, replace: bool = False) -> Path:
     """Write a conversation to a .md or .json file.
 
     Raises:
-        UsageError: another ending, or a file that is there.
+        UsageError: an unknown suffix, or the file exists and `replace` is False.
         DiskError: the file cannot be written.
     """
     file = expanded(Path(path))
@@ -403,7 +410,6 @@ def export(session: Session, path: str, *, replace: bool = False) -> Path:
 
 
 def _markdown(session: Session) -> str:
-    """A conversation as Markdown."""
     parts = [f"# {session.title or 'A conversation'}"]
     facts = {"Model": session.model, "Started": session.created, "Last change": session.updated}
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items() if value))

@@ -1,4 +1,4 @@
-"""What can be set in a chat: the sampler's fields, and how answers are made and shown."""
+"""The settings of a chat: sampler settings, and how answers are generated and shown."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ DEFAULT_NEW_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `/set` and `/preset` change.
+    """The values that `/set` and `/preset` change.
 
     Attributes:
-        given: sampler fields that were set by hand.
-        seed: fixes the random choices of the whole conversation; None for new ones each time.
-        stop: texts that end an answer, besides those of the model's format.
-        on_overflow: when the context is full, drop the oldest turns ("trim") or refuse the message ("stop").
+        given: sampler fields that were set explicitly.
+        preset: a key of `PRESETS`; explicit fields override it.
+        seed: makes the conversation reproducible; None for a random seed per answer.
+        stop: stop strings besides those of the chat format.
+        on_overflow: when the context is full, drop the oldest turns ("trim") or reject the message ("stop").
 
     Raises:
         UsageError: a value out of range.
@@ -56,9 +57,11 @@ class Settings:
         return {**{name: getattr(self, name) for name in _OWN}, **self.sampling(generation_config).to_dict()}
 
     def with_value(self, name: str, text: str) -> Settings:
-        """These settings with another value for a field, or for the flag that sets it, with or without dashes.
+        """A copy with one setting changed.
 
-        The text is the value as typed; "default" takes back what was set.
+        Args:
+            name: a field, or the flag that sets it, with or without its dashes.
+            text: the value as typed; "default" resets it.
         """
         key = resolve(name)
         if key == "preset":
@@ -71,15 +74,16 @@ class Settings:
         return replace(self, given=given if text == "default" else {**given, key: value})
 
     def with_preset(self, preset: str | None) -> Settings:
-        """These settings with a preset, which overrides what was set by hand before."""
+        """A copy with a preset. Fields that the preset sets are no longer overridden by earlier explicit values."""
         taken = PRESETS.get(preset or "", {})
         return replace(self, preset=preset, given={k: v for k, v in self.given.items() if k not in taken})
 
     def to_dict(self, generation_config: Mapping[str, Any]) -> dict[str, Any]:
-        """JSON-ready: what was set, and under "sampling" the values that result, for other readers of the file."""
+        """JSON-ready: the settings, and under "sampling" the resulting values, for other readers of the file."""
         return {**asdict(self), "given": dict(self.given), "sampling": self.sampling(generation_config).to_dict()}
 
 
+# Settings of the chat itself, as opposed to the sampler's.
 _OWN = [entry.name for entry in fields(Settings) if entry.name != "given"]
 _DEFAULTS = {entry.name: entry.default for kind in (Settings, Sampling) for entry in fields(kind)}
 _BY_FLAG = {info.flag.lstrip("-").replace("-", "_"): name for name, info in FIELDS.items()}
@@ -87,10 +91,10 @@ _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "fals
 
 
 def from_dict(value: Mapping[str, Any]) -> Settings:
-    """The settings in a session's file. A missing or unknown value leaves the default.
+    """Read the settings in a session file. A missing or invalid value leaves the default.
 
     Raises:
-        TypeError: a value is of a kind that its setting never has.
+        TypeError: a value has the wrong JSON type.
     """
     settings = Settings()
     for name, hint in get_type_hints(Settings).items():
@@ -105,7 +109,7 @@ def from_dict(value: Mapping[str, Any]) -> Settings:
 
 
 def is_kind(item: object, hint: Any) -> bool:
-    """Whether a value read from JSON is of the kind that a type hint allows; any text does for a literal."""
+    """Whether a JSON value has the type of a type hint. For a Literal any string does."""
     kind, options = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(is_kind(item, option) for option in options)
@@ -118,12 +122,12 @@ def is_kind(item: object, hint: Any) -> bool:
 
 
 def names() -> list[str]:
-    """Everything that can be set."""
+    """The names of all settings."""
     return [*_OWN, *FIELDS]
 
 
 def examples(name: str) -> list[str]:
-    """Values to offer for a setting; empty for an unknown one."""
+    """Values to offer as completions for a setting; empty for an unknown one."""
     if name == "preset":
         return [*PRESETS, "none"]
     if name == "on_overflow":
@@ -134,7 +138,7 @@ def examples(name: str) -> list[str]:
 
 
 def resolve(name: str) -> str:
-    """The setting that a name or flag means; a UsageError suggests the nearest."""
+    """The name of a setting, given its name or flag. UsageError for an unknown one suggests the nearest."""
     key = name.lower().lstrip("-").replace("-", "_")
     if key in names():
         return key
@@ -146,7 +150,7 @@ def resolve(name: str) -> str:
 
 
 def _parse(name: str, text: str) -> Any:
-    """The value of a setting as typed: on or off, a number, or a text with \\n for a line break."""
+    """Parse a typed value: on or off, a number, or a text with \\n for line breaks."""
     if name == "on_overflow":
         return text
     if name == "stop":

@@ -1,4 +1,4 @@
-"""The interface of what shows a chat."""
+"""The interface through which a chat shows things; `ui.chat` implements it."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ if TYPE_CHECKING:
 
 
 class ChatView(Protocol):
-    """Where a chat shows answers, notes, numbers and the progress of loading."""
+    """Shows a chat's answers, notes, statistics and loading progress."""
 
     def loading(self, what: str) -> AbstractContextManager[Observer]:
         """Show that a model is being loaded."""
 
     def answering(self, *, thinking: bool, markdown: bool) -> AbstractContextManager[Callable[[Iterable[Piece]], None]]:
-        """Show an answer piece by piece; keys pressed meanwhile stay unseen."""
+        """Show an answer as it streams in, without echoing keys."""
 
     def turn(self, summary: Summary, context_length: int, *, answered: bool) -> None:
-        """Show the numbers of an answer."""
+        """Show an answer's statistics."""
 
     def dropped(self, turns: Sequence[Turn], tokens: int) -> None:
-        """Say which turns the model no longer sees, and by how many tokens the prompt is shorter for it."""
+        """Say which turns the model no longer sees, and how many tokens that saves."""
 
     def note(self, message: str) -> None:
-        """Show a line on progress, unless only answers are wanted."""
+        """Show a status line, unless only answers are wanted."""
 
     def say(self, message: str) -> None:
         """Say what a command did."""
 
     def block(self, text: str) -> None:
-        """Show a text as it is."""
+        """Show a text verbatim."""
 
     def message(self, text: str) -> None:
-        """Show a message that was not typed here, as if it had been."""
+        """Show a message that was not typed at the prompt as if it had been."""
 
     def error(self, error: Exception) -> None:
-        """Show an error and the next step; of one that should not happen, how to report it."""
+        """Show an error with the next step; for a bug in exl, how to report it."""
 
     def traceback(self, error: BaseException) -> None:
         """Show where an error came from."""
@@ -58,19 +58,19 @@ class ChatView(Protocol):
         """List settings and their values."""
 
     def changes(self, changed: Mapping[str, tuple[Any, Any]], unchanged: str) -> None:
-        """Show old and new values of settings; `unchanged` names the setting where none changed."""
+        """Show old and new values of settings; if there are none, say that `unchanged` is as before."""
 
     def model(self, model: ChatModel) -> None:
         """Describe the model in use."""
 
     def stats(self, session: Session, gpus: Sequence[GpuReading], host: HostReading) -> None:
-        """Show the totals of a conversation, and the memory in use."""
+        """Show a conversation's totals and the memory in use."""
 
     def sessions(self, overviews: Iterable[tuple[str, datetime, Session | str]], current: str) -> None:
         """List the saved sessions; see `SessionStore.overviews`."""
 
     def resumed(self, session: Session) -> None:
-        """Say where a saved conversation stands."""
+        """Say which saved conversation continues, and from where."""
 
     def copy(self, text: str) -> bool:
-        """Put a text into the terminal's clipboard; returns whether there is such a terminal."""
+        """Copy a text through the terminal; returns whether there is one."""
