@@ -261,29 +261,43 @@ class Launch:
 
 
 def _binary(build: Build) -> bytes:
-    file, defines, capability = build
+    file = build[0]
     library = _library()
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "asking NVRTC for its version")
-    # Products of four warps together are of one architecture alone, no part of those after it.
-    alone = "a" if dict(defines).get("WGMMA") else ""
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{alone}", "--std=c++17", "-default-device"]
-    options += [f"-D{name}={value}" for name, value in defines]
-    text = source(file)
-    key = hashlib.sha256("\n".join([text, *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:24]
+    options = _options(build)
+    key = hashlib.sha256("\n".join([source(file), *options, f"{major.value}.{minor.value}"]).encode()).hexdigest()[:24]
     path = user_cache() / "kernels" / f"{Path(file).stem}-{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
-        binary = _compile(library, text, file, options)
+        binary = compiled(library, build)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time at the next start, nothing else
         write_atomically(path, binary)
     return binary
 
 
-def _compile(library: Any, text: str, file: str, options: list[str]) -> bytes:
+def _options(build: Build) -> list[str]:
+    _, defines, capability = build
+    # Products of four warps together are of one architecture alone, no part of those after it.
+    alone = "a" if dict(defines).get("WGMMA") else ""
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{alone}", "--std=c++17", "-default-device"]
+    return options + [f"-D{name}={value}" for name, value in defines]
+
+
+def compiled(library: Any, build: Build) -> bytes:
+    """What NVRTC makes of a build, a cubin; this needs no GPU.
+
+    Args:
+        library: NVRTC.
+        build: what to compile.
+
+    Raises:
+        EngineError: it cannot be compiled.
+    """
+    file, options = build[0], _options(build)
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    code = library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), file.encode(), 0, None, None)
+    code = library.nvrtcCreateProgram(ctypes.byref(program), source(file).encode(), file.encode(), 0, None, None)
     _check(code, f"reading {file}")
     try:
         arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
