@@ -373,7 +373,7 @@ def _quit(chat: Conversation, text: str) -> None:
 
 
 def _attachment(file: Path) -> tuple[str, str]:
-    """A file's name, and its text as a fenced block for a message; the fence is longer than any backticks in the text."""
+    """A file's name, and its text as a fenced block for a message, fenced by more backticks than it contains."""
     hint = "only text can go into a message"
     text = decode(read_input(file, "check the path"), str(file), hint)
     if "\0" in text:

@@ -211,7 +211,7 @@ class Conversation:
         return self.session.last
 
     def _withdraw(self, draft: str | None = None) -> bool:
-        """Remove a last message without an answer, and make it, or `draft`, the draft; returns whether there was one."""
+        """Remove a last message without an answer; it, or `draft`, becomes the draft. Returns whether there was one."""
         last = self.session.last
         if last is None or last.role != "user":
             return False

@@ -30,7 +30,7 @@ VERSION = 1
 Role = Literal["user", "assistant"]
 Ending = FinishReason | Literal[""]
 
-# Largest session file to read, in bytes: about a hundred thousand turns. Files may come from anywhere; all is in memory.
+# Largest session file to read, in bytes: about a hundred thousand turns. It is read into memory at once.
 _MOST_BYTES = 64 << 20
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 # In bytes. File systems allow 255; this leaves room for ".json" and a number that makes the name unique.

@@ -1,7 +1,7 @@
-"""Chooses tokens on the GPU, behind the forward pass that gave their logits: see `kernels/sample.cu`.
+"""Samples tokens on the GPU, right after the forward pass that computes their logits, with `kernels/sample.cu`.
 
-The CPU's sampler says what is chosen; this one takes its settings and state. What it leaves to the CPU is in
-`DeviceSampler.begin`.
+The distribution is that of the CPU's `Sampler`, whose settings and state it uses. `DeviceSampler.begin` lists what is
+left to the CPU.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from exl_cli.errors import EngineError
 
 _log = logging.getLogger(__name__)
 
-# Biases and bans of a row; one with more is left to the CPU.
+# Biases and bans of a row. `begin` accepts half as many, so that bans of a single position have room beside them.
 _MOST_EDITS = 1024
-# Log-probabilities asked for; tokens equal to the last one take the rest of `sample.MOST_TOP`.
+# Top log-probabilities per token. The other half of `sample.MOST_TOP` is room for ties with the last of them.
 _MOST_LOGPROBS = 32
-# Different masks of tokens that are kept on the device.
+# Different token masks cached on the device.
 _MOST_MASKS = 64
 
 
 class Seat:
-    """A sequence's place in the device's memory, from `begin` to `end`.
+    """A sequence's slot in the sampler, from `begin` to `end`.
 
     Attributes:
-        index: which one.
-        sampler: the sequence's.
-        row: its settings, as the kernel reads them.
-        count: how many of the likeliest tokens have their log-probabilities reported; None for no log-probabilities.
-        masks: what the row's masks are read from.
-        known: tokens of its history that are on the device.
-        needs_history: whether the kernel reads that.
+        index: number of the slot.
+        sampler: the sequence's sampler.
+        row: its settings as the kernel reads them.
+        count: number of top log-probabilities to report; None for no log-probabilities at all.
+        masks: the tensors that `row` points to, kept alive.
+        known: number of tokens of the history that are on the device.
+        needs_history: whether the kernel reads the history.
     """
 
     def __init__(self, index: int, sampler: Sampler, count: int | None) -> None:
@@ -60,13 +60,13 @@ class Seat:
 
 
 class _Launch:
-    """The CPU's side of what a launch reads and writes.
+    """Host buffers of a launch, page-locked on a GPU.
 
     Attributes:
-        rows, row_array: settings, as memory and as structures.
-        chosen, chosen_array: the tokens.
-        edits: ids and biases, int32, shape (2, seats, `_MOST_EDITS`).
-        drawn: each seat with the length of its history.
+        rows, row_array: settings, as bytes and as structures.
+        chosen, chosen_array: results, likewise.
+        edits: token ids and the bits of their float32 biases, int32, shape (2, seats, `_MOST_EDITS`).
+        drawn: each seat with the length of its history before the token.
     """
 
     def __init__(self, seats: int, device: torch.device) -> None:
@@ -80,16 +80,16 @@ class _Launch:
 
 
 class DeviceSampler:
-    """Chooses the tokens of up to `seats` sequences.
+    """Samples for up to `seats` sequences.
 
     Args:
         device: where the logits are.
-        seats: sequences at a time.
-        columns: logits of a position.
-        longest: tokens of the longest sequence.
+        seats: most sequences at a time.
+        columns: logits per position, padding included.
+        longest: tokens of the longest possible sequence.
 
     Attributes:
-        why_not: why the kernel cannot be used, once that is known; empty where it can.
+        why_not: why the kernel cannot be used, once that is known; empty otherwise.
     """
 
     def __init__(self, device: torch.device, seats: int, columns: int, longest: int) -> None:
@@ -99,12 +99,12 @@ class DeviceSampler:
         self.why_not = ""
         compiler.begin(sample.FILE, [{}], device)
         self._longest = longest
-        # Of each seat, from its first use on.
+        # By seat, allocated on its first use.
         self._histories: dict[int, torch.Tensor] = {}
-        self._rows_there = torch.empty(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, device=device)
-        self._chosen_there = torch.empty(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, device=device)
-        self._edits_there = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, device=device)
-        # Two: while the device works on one launch, the next is written.
+        self._device_rows = torch.empty(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, device=device)
+        self._device_chosen = torch.empty(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, device=device)
+        self._device_edits = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, device=device)
+        # Double buffering: the CPU fills one while the device may still use the other.
         self._idle = deque([_Launch(seats, device) for _ in range(2)])
         self._launched: deque[_Launch] = deque()
         self._scratch: torch.Tensor | None = None
@@ -112,10 +112,10 @@ class DeviceSampler:
         self._argument = sample.SampleArgument()
 
     def begin(self, sampler: Sampler, request: Request) -> Seat | None:
-        """Take a sequence in; None where the CPU has to sample it.
+        """Assign a seat to a sequence; None if the CPU has to sample it.
 
-        That is with tail-free sampling and with skew, which need the candidates in order, and with more than 512 biases
-        or 32 log-probabilities.
+        The CPU samples with tail-free sampling or skew, which need sorted candidates, with more than 512 biases or 32
+        top log-probabilities, and if all seats are taken or the kernel cannot be compiled.
         """
         if sample.why_not(sampler.settings) or not self._free or (request.logprobs or 0) > _MOST_LOGPROBS:
             return None
@@ -135,7 +135,7 @@ class DeviceSampler:
         return seat
 
     def _compiled(self) -> bool:
-        """Whether the kernel is there, for which this waits."""
+        """Load the kernel, waiting for its compilation; returns whether it can be used."""
         if self._kernel is None and not self.why_not:
             try:
                 self._kernel = Kernel(sample.FILE, sample.NAME, {}, self._device, sample.SHARED_BYTES)
@@ -145,16 +145,16 @@ class DeviceSampler:
         return not self.why_not
 
     def end(self, seat: Seat) -> None:
-        """Let a sequence go."""
+        """Release a seat."""
         self._free.append(seat.index)
 
     def launch(self, logits: torch.Tensor, places: Sequence[int], draws: Sequence[Draw]) -> None:
-        """Choose tokens, in order with what runs on the current stream; `collect` gets them.
+        """Sample on the current stream, asynchronously; `collect` returns the tokens.
 
         Args:
             logits: float32, shape (rows, columns), contiguous.
-            places: the row of each draw's logits.
-            draws: at most one of each seat.
+            places: for each draw, its row of the logits.
+            draws: at most one per seat.
         """
         vocab = draws[0].seat.sampler.vocab_size
         launch = self._idle.popleft()
@@ -165,43 +165,44 @@ class DeviceSampler:
             seat, length = draw.seat, len(draw.ids) + draw.pending
             row, edits = seat.row, seat.sampler.edits(length, draw.banned)
             if seat.needs_history and seat.known < length:
-                # What the CPU has chosen, or computed before.
+                # The kernel appends the tokens it chooses itself. The prompt and tokens chosen on the CPU are copied.
                 late = torch.tensor(draw.ids[seat.known : length], dtype=torch.int32).pin_memory()
                 self._histories[seat.index][seat.known : length].copy_(late, non_blocking=True)
-            seat.known = length + 1
+            seat.known = length + 1  # the kernel writes the new token to `row.next`
             row.logits, row.length, row.edits, row.bits = place, length, len(edits), seat.sampler.bits
             row.next = row.history + 4 * length
             if edits:
                 ids, biases = launch.edits[0, index], launch.edits[1, index].view(torch.float32)
                 ids.numpy()[: len(edits)] = [*edits]
                 biases.numpy()[: len(edits)] = [*edits.values()]
-                row.edited, row.biases = (self._edits_there[side, index].data_ptr() for side in (0, 1))
+                row.edited, row.biases = (self._device_edits[side, index].data_ptr() for side in (0, 1))
                 edited = True
             scratch |= bool(edits) or seat.needs_history
             launch.row_array[index] = row
             launch.drawn.append((seat, length))
         size = len(draws) * ctypes.sizeof(sample.Row)
-        self._rows_there[:size].copy_(launch.rows[:size], non_blocking=True)
+        self._device_rows[:size].copy_(launch.rows[:size], non_blocking=True)
         if edited:
-            self._edits_there[:, : len(draws)].copy_(launch.edits[:, : len(draws)], non_blocking=True)
+            self._device_edits[:, : len(draws)].copy_(launch.edits[:, : len(draws)], non_blocking=True)
         if scratch and (self._scratch is None or len(self._scratch) < len(draws)):
             rows = 1 << (len(draws) - 1).bit_length()
             self._scratch = torch.empty((rows, 2, vocab), dtype=torch.float32, device=self._device)
         if self._kernel is None:
             raise RuntimeError("a sequence without a seat is sampled")
         argument = self._argument
-        argument.logits, argument.rows = logits.data_ptr(), self._rows_there.data_ptr()
-        argument.chosen, argument.columns, argument.vocab = self._chosen_there.data_ptr(), self._columns, vocab
+        argument.logits, argument.rows = logits.data_ptr(), self._device_rows.data_ptr()
+        argument.chosen, argument.columns, argument.vocab = self._device_chosen.data_ptr(), self._columns, vocab
         argument.scratch = None if self._scratch is None else self._scratch.data_ptr()
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._kernel.bind((len(draws),), sample.THREADS, argument)(stream)
         size = len(draws) * ctypes.sizeof(sample.Chosen)
-        launch.chosen[:size].copy_(self._chosen_there[:size], non_blocking=True)
+        launch.chosen[:size].copy_(self._device_chosen[:size], non_blocking=True)
 
     def collect(self) -> list[Chosen | None]:
-        """The tokens of the first launch that has not been collected, which has ended.
+        """Return the tokens of the oldest launch not yet collected, which must have completed.
 
-        None for one that the CPU has to choose, which says why.
+        None for a token that the CPU has to sample, or raise an error for: there is no candidate, a logit is not
+        finite, or more tokens tie among the top log-probabilities than there is room for.
         """
         launch = self._launched.popleft()
         self._idle.append(launch)
@@ -216,12 +217,12 @@ class DeviceSampler:
         return tokens
 
     def reset(self) -> None:
-        """Forget launches that nobody will collect; the device has ended all."""
+        """Discard launches that will not be collected; the device must be idle."""
         self._idle.extend(self._launched)
         self._launched.clear()
 
     def _mask(self, mask: BoolArray, seat: Seat) -> int:
-        """The address of a mask's bits on the device, for as long as the seat is taken."""
+        """Copy a mask to the device, a bit per token, and keep it there for the seat; returns its address."""
         padded = np.zeros(-(-len(mask) // 32) * 32, dtype=np.bool_)
         padded[: len(mask)] = mask
         key = np.packbits(padded, bitorder="little").tobytes()
@@ -235,7 +236,7 @@ class DeviceSampler:
 
 
 def _logprobs(chosen: sample.Chosen, count: int) -> TokenLogprobs:
-    """As `token_logprobs` gives them."""
+    # `total` is the log of the sum of exponentials, so a logit less `total` is a log-probability.
     top = sorted(zip(chosen.logits[: chosen.top], chosen.ids[: chosen.top], strict=True), reverse=True)[:count]
     return TokenLogprobs(
         chosen.token, chosen.logit - chosen.total, tuple((id_, logit - chosen.total) for logit, id_ in top)

@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A model on the GPU: exllamav2's own, and its passes."""
+    """exllamav2's model on the GPU, and what runs its forward passes."""
 
     model: Any
     forward: GpuForward
@@ -58,11 +58,11 @@ class ExLlamaV2Engine:
 
     Args:
         loaded: the model.
-        tokenizer: the model's.
+        tokenizer: its tokenizer.
         context_length: most tokens of prompt and response.
-        facts: for reports, besides how forward passes are captured.
+        facts: what `facts` reports besides CUDA graphs.
         drafter: proposes draft tokens; None for no speculation.
-        others: what is to be unloaded with it.
+        others: models to unload together with this one, such as a draft model.
     """
 
     name = "exllamav2"
@@ -80,7 +80,7 @@ class ExLlamaV2Engine:
         self._tokenizer = tokenizer
         self._forward = forward = loaded.forward
         samplers = Samplers(tokenizer, forward.vocab_size)
-        # Prompts in the pieces in which exllamav2 computes them anyway.
+        # Prefill in chunks of the size that exllamav2 splits prompts into anyway.
         chunk = loaded.model.config.max_input_len
         self._scheduler = Scheduler(
             forward,
@@ -98,7 +98,7 @@ class ExLlamaV2Engine:
 
     @property
     def facts(self) -> dict[str, str]:
-        """See `engines.base.Engine.facts`; a capture that fails changes them."""
+        """See `engines.base.Engine.facts`. They change if a capture fails."""
         forward = self._forward
         graphs = "one for each pass" if forward.captures else "none"
         if forward.why_not_captured:
@@ -120,7 +120,7 @@ class ExLlamaV2Engine:
         self._cancelled.append(request_id)
 
     def step(self) -> Iterator[Event]:
-        """See `engines.base.Engine.step`. The next forward pass is under way while the tokens become text."""
+        """See `engines.base.Engine.step`. The next forward pass runs while the tokens are detokenized."""
         while self._cancelled:
             request_id = self._cancelled.popleft()
             self._scheduler.cancel(request_id)
@@ -136,7 +136,7 @@ class ExLlamaV2Engine:
     def _take(self, request_id: int, response: Response, step: Step) -> Iterator[Event]:
         chunks = response.take(step)
         if response.ended:
-            self._scheduler.cancel(request_id)  # a stop string, which the scheduler does not see
+            self._scheduler.cancel(request_id)  # at a stop string, of which the scheduler does not know
             del self._responses[request_id]
         for chunk in chunks:
             yield request_id, chunk
@@ -180,10 +180,10 @@ class ExLlamaV2Engine:
 
     def close(self) -> None:
         loaded, self._loaded = [*self._loaded], ()
-        if any(it.forward.failed for it in loaded):
-            return  # freeing memory waits for the GPU
+        if any(model.forward.failed for model in loaded):
+            return  # the GPU hangs, and freeing memory would wait for it
         while loaded:
-            with contextlib.suppress(Exception):  # the device may have failed
+            with contextlib.suppress(Exception):  # the device may report an earlier error
                 loaded[-1].forward.synchronize()
             loaded.pop().unload()
         gc.collect()
@@ -191,7 +191,7 @@ class ExLlamaV2Engine:
 
 
 def _caused(error: Exception) -> Exception:
-    """`explained`, with the original as the cause."""
+    """Apply `explained`, keeping the original error as the cause."""
     other = explained(error)
     if other is not error:
         other.__cause__ = error
@@ -225,7 +225,7 @@ def load(
         context_length: most tokens of prompt and response; the KV cache is allocated for them.
         options: cache type, split over GPUs, memory saving.
         progress: called with (modules done, modules in all).
-        draft: a smaller model of the same vocabulary, for speculation.
+        draft: a smaller model with the same vocabulary, for speculation.
 
     Raises:
         OutOfMemoryError: the GPUs' free memory is too small.
@@ -246,7 +246,7 @@ def load(
     drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
-        # A draft that is computed again is not worth it.
+        # Stop drafting at the first RoPE switch: recomputing the draft model's cache would cost more than it gains.
         context = min(context_length, draft.extended_length)
         context = next(iter(architecture.read(draft).rope_switches(context)), context)
         try:
@@ -313,8 +313,8 @@ def _build(info: ModelInfo, context_length: int, options: LoadOptions, progress:
             cache = cache_class(model, max_seq_len=tokens)
         else:
             cache = cache_class(model, max_seq_len=tokens, lazy=True)
-            # Also where there is one GPU: the pass through each layer that this makes, to see whether there is room for
-            # one, runs while the next is read.
+            # Also with one GPU: autosplit's trial pass through each layer, which checks that one fits into memory,
+            # overlaps with reading the next layer.
             model.load_autosplit(cache, last_id_only=False, callback=progress)
     torch.cuda.synchronize()
     return model, cache

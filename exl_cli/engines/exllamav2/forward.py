@@ -27,6 +27,7 @@ from exl_cli.engines.exllamav2.support import too_old
 from exl_cli.errors import DeviceError, EngineError
 from exl_cli.models import memory
 
+# A pass is launched for at most this many keys per sequence, or twice as many and so on: that takes few CUDA graphs.
 _LEAST_KEYS = 1024
 # Up to this many small passes through exl's kernels are faster than a large pass, which dequantizes all weights first.
 _FEW_PASSES = 3
@@ -39,7 +40,15 @@ _log = logging.getLogger(__name__)
 
 
 class _Pass(NamedTuple):
-    """A pass to be collected: rows, tokens of the longest and those computed of each, rows whose tokens are chosen."""
+    """A pass in flight.
+
+    Attributes:
+        rows: number of sequences.
+        longest: tokens of the longest row.
+        tokens: tokens computed per row, padding included.
+        drawn: rows that the device samples for.
+        end: recorded after the pass and what follows it.
+    """
 
     rows: int
     longest: int
@@ -59,10 +68,10 @@ class GpuForward:
 
     Attributes:
         cache: exllamav2's.
-        small: computes passes of few tokens.
-        why_not_fused: why that is not our own kernels; empty where it is.
+        small: computes small passes, of up to `max_tokens` tokens.
+        why_not_fused: why exl's own kernels do not compute small passes; empty if they do.
         backend: computes attention.
-        failed: the error of a GPU that hangs; it cannot even be given its memory back.
+        failed: the error after the GPU hung. It cannot be used any more; even freeing memory would wait for it.
     """
 
     max_batch = min(quantized_linear.MOST_ROWS, memory.MOST_SEQUENCES)
@@ -94,7 +103,7 @@ class GpuForward:
         self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._experts_captured = experts_captured(model)
-        # What a pass gives, on its device, and what the CPU gets of it.
+        # The logits of a small pass on the device, and the CPU's copy.
         self._scores = torch.empty((self.max_tokens, self.vocab_size), dtype=torch.float32, device=self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         self.sampler: DeviceSampler | None = None
@@ -111,10 +120,11 @@ class GpuForward:
         self._passes: deque[_Pass] = deque()
         self.failed: DeviceError | None = None
         self._chosen: list[Chosen | None] = []
-        # Views of it, by the rows asked for, the longest one's tokens, and the tokens computed of each.
+        # Views of `_logits`, by `_Pass.rows`, `longest` and `tokens`.
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
+        # Recorded after each small pass; `_unwaited` until the CPU knows that it has completed.
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._pending = False
+        self._unwaited = False
 
     def rope_table(self, tokens: int) -> int:
         """The RoPE table of a sequence of `tokens` tokens; see `ScheduledTokens`."""
@@ -127,7 +137,7 @@ class GpuForward:
 
     @property
     def why_not_captured(self) -> str:
-        """Why a capture failed, or empty."""
+        """Why a capture failed; empty if none did."""
         return self._graphs.why_not
 
     def _choose(self) -> tuple[ModulesForward | fused_forward.FusedForward, str]:
@@ -173,7 +183,7 @@ class GpuForward:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
             self._wait(event)
-        self._pending = False
+        self._unwaited = False
         self._passes.clear()
         if self.sampler is not None:
             self.sampler.reset()
@@ -193,7 +203,7 @@ class GpuForward:
     def collect(self) -> torch.Tensor:
         asked = self._passes.popleft()
         self._wait(asked.end)
-        self._pending = bool(self._passes)
+        self._unwaited = bool(self._passes)
         self._chosen = []
         if self.sampler is not None and asked.drawn:
             self._chosen = [None] * asked.rows
@@ -223,7 +233,7 @@ class GpuForward:
             pages[target].copy_(pages[source])
 
     def close(self) -> None:
-        """Give the memory back; it cannot be used afterwards, closing twice is fine."""
+        """Free the memory. The model cannot be used afterwards; closing it again does nothing."""
         self._graphs.clear()
         if small := self.__dict__.pop("small", None):
             small.close()
@@ -234,7 +244,7 @@ class GpuForward:
             self.__dict__.pop(name, None)
 
     def _wait(self, event: torch.cuda.Event) -> None:
-        """See `wait`; once that was in vain it is not tried again."""
+        """Wait for an event; see `cuda_errors.wait`. After a timeout, fail at once instead of waiting again."""
         if self.failed:
             raise self.failed
         try:
@@ -249,22 +259,22 @@ class GpuForward:
         torch.cuda.set_stream(self._stream)
 
     def _await_inputs(self) -> None:
-        """Wait until the pass before has read its inputs, which lie where the next one's shall."""
-        if self._pending:
+        """Wait until the last small pass has read its inputs, whose memory is about to be reused."""
+        if self._unwaited:
             self._wait(self._done)
-            self._pending = False
+            self._unwaited = False
 
     def _pass(self, rows: Sequence[ScheduledTokens], pending: Sequence[int] = ()) -> tuple[int, int]:
-        """Run rows as one small pass; returns the tokens of the longest row and how many it computes of each.
+        """Start one small pass; returns the tokens of the longest row, and the tokens computed per row with padding.
 
-        The GPU may be idle meanwhile. So where there is a graph, as in all passes but the first ones, little is asked
-        of torch but to start it. `_record` has to follow. For `pending` see `Inputs.fill`.
+        The GPU may be idle until the pass starts, so the common path, replaying a graph, makes as few calls of torch as
+        possible. The caller calls `_record` afterwards. For `pending` see `Inputs.fill`.
         """
         longest, last = max(len(row.ids) for row in rows), max(row.start for row in rows)
         batch, tokens = _shape(len(rows), longest, self.max_tokens)
         if last + tokens > self._model.config.max_seq_len:
-            tokens = longest  # models that learned their positions have none behind the end
-        # A graph is of one GPU, and is started on the stream that is current in this thread.
+            tokens = longest  # learned position embeddings end with the context, so padding must not exceed it
+        # There are graphs only for models on one GPU. They are launched on this thread's current stream.
         torch.cuda.set_stream(self._stream)
         self._inputs.fill(rows, batch, tokens, pending)
         self._inputs.send(batch, tokens)
@@ -277,17 +287,17 @@ class GpuForward:
         return longest, tokens
 
     def _record(self) -> None:
-        """A pass is under way, and what follows it."""
+        """Mark the end of a small pass, and capture it if it is time."""
         if self._last != self._device:
-            # The event that is recorded next is of the first GPU's stream.
+            # The event below is recorded on the first GPU's stream, which does not wait for the last one.
             torch.cuda.synchronize(self._last)
         self._done.record(self._stream)
-        self._pending = True
+        self._unwaited = True
         self._graphs.capture()
 
     @torch.inference_mode()
     def _run(self, batch: int, tokens: int, bound: int) -> None:
-        """A pass over what lies in its inputs, of which there is no graph yet."""
+        """Run a small pass on what is in `_inputs`, for which there is no graph yet."""
         self._enter()
         count = batch * tokens
         scores = self._scores[:count]
@@ -309,7 +319,11 @@ class GpuForward:
 
     @torch.inference_mode()
     def _follow(self, rows: int, tokens: int, draws: Sequence[Draw | None]) -> list[int]:
-        """Choose tokens from the pass's logits, and copy the others' to the CPU; returns the rows chosen for."""
+        """Sample on the device for rows with a draw, and copy the other rows' logits to the CPU.
+
+        Returns:
+            The rows sampled for.
+        """
         count = rows * tokens
         if len(self._logits) < count:
             self._views.clear()
@@ -328,7 +342,7 @@ class GpuForward:
 
 
 def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:
-    """Round rows and tokens up to powers of two if that fits into a pass, to need fewer CUDA graphs."""
+    """Round rows and tokens up to powers of two if that fits into a pass, so that fewer CUDA graphs are needed."""
     batch, count = (1 << (n - 1).bit_length() for n in (rows, tokens))
     if batch * count <= most:
         return batch, count
@@ -345,18 +359,19 @@ def _cache_tensors(cache: Any) -> list[torch.Tensor]:
 class Embeddings:
     """Embedding lookup on the CPU, where exllamav2 keeps the embeddings.
 
-    exllamav2 0.3.2 looks up all of a prompt's, into memory that is new each time, and copies that through the driver's
-    own buffer: on an H100's host the first layer of 2,048 tokens began after six milliseconds, and begins after four
-    now. A lookup in NumPy takes two microseconds, in torch forty, and the GPU waits for it.
+    exllamav2 0.3.2 looks up a whole prompt into newly allocated pageable memory, which the driver then copies through
+    its own buffer. Looking up in pieces into page-locked buffers starts the first layer of a 2,048-token prompt after
+    four instead of six milliseconds (on an H100). In decoding the GPU waits for the lookup: NumPy takes two
+    microseconds, torch forty.
 
     Args:
         module: exllamav2's embedding module.
-        device: where prompts' embeddings go.
+        device: where embeddings are needed.
 
     Attributes:
-        rows: the table of embeddings, two bytes a number, shape (vocabulary, hidden); None where an embedding is more
-            than its row.
-        address: of the table, where the device may read it; 0 where it may not.
+        rows: the float16 embedding table, viewed as int16, shape (vocabulary, hidden); None if a plain row lookup is
+            not enough, as when embeddings are scaled.
+        address: address of the table if the device can read it; otherwise 0.
     """
 
     def __init__(self, module: Any, device: torch.device) -> None:
@@ -367,7 +382,7 @@ class Embeddings:
         if plain and weight.device.type == "cpu" and weight.dtype == torch.half:
             self.rows = weight.detach().view(torch.int16).numpy()
         self.address = 0
-        # Double buffering: one is filled while the other is copied. Each has the event of its last copy.
+        # Double buffering: one is filled while the other is copied. Each comes with the event of its last copy.
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
         on_gpu = device.type == "cuda"
         for _ in range(0 if self.rows is None else 2):
@@ -376,7 +391,7 @@ class Embeddings:
             self._buffers.append((buffer, event))
 
     def share(self) -> None:
-        """Let the device read the table, if the driver can do that."""
+        """Let the device read the table in host memory, if the driver can map it."""
         rows = self.rows
         if rows is None or self.address or self._device.type != "cuda" or rows.shape[1] % 8:
             return
@@ -385,18 +400,18 @@ class Embeddings:
             self.address = rows.ctypes.data
 
     def close(self) -> None:
-        """Take the table back from the device, before its memory goes."""
+        """Unmap the table; to be called before its memory is freed."""
         if self.address and self.rows is not None:
             torch.cuda.cudart().cudaHostUnregister(self.rows.ctypes.data)  # type: ignore[no-untyped-call]
             self.address = 0
 
     def computed(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Let exllamav2 compute embeddings on the CPU: [batch, tokens] to [batch, tokens, hidden]."""
+        """Embeddings computed by exllamav2 on the CPU: [batch, tokens] to [batch, tokens, hidden]."""
         embeddings: torch.Tensor = self._module.forward(torch.from_numpy(ids))
         return embeddings
 
     def of(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Embeddings of a prompt on the device, in order with the current stream: [tokens] to [1, tokens, hidden]."""
+        """Embeddings of a prompt on the device, in stream order: [tokens] to [1, tokens, hidden]."""
         if self.rows is None:
             return self.computed(ids[None]).to(self._device)
         states = torch.empty((len(ids), self.rows.shape[1]), dtype=torch.half, device=self._device)
@@ -414,24 +429,24 @@ class Embeddings:
 
 
 class Inputs:
-    """Lengths, block tables and embeddings of a small pass, filled on the CPU and copied to the device in one go.
+    """Lengths, block tables and embeddings of a small pass, written on the CPU and copied to the device at once.
 
-    They lie at addresses that never change, for CUDA graphs.
+    CUDA graphs read them, so their device addresses never change.
 
     Args:
-        embeddings: of the model.
-        hidden: numbers of an embedding.
-        dtype: of the stream of hidden states.
-        most_rows, most_tokens: sequences, and tokens of all of them together, of one pass.
-        table_width: pages of the longest sequence, and one more for tokens that only fill up a pass.
-        spare_page: a page that is nobody's.
+        embeddings: the model's.
+        hidden: size of an embedding.
+        dtype: of the residual stream.
+        most_rows, most_tokens: most sequences in a pass, and most tokens of all of them together.
+        table_width: pages of the longest sequence, and one for padding tokens.
+        spare_page: a page that the scheduler never allocates, for padding tokens.
         rope_offsets: see `build_model.rope_offsets`.
         device: where the pass runs.
 
     Attributes:
-        hidden: on the device, shape (most_tokens, hidden).
+        hidden: embeddings, on the device, shape (most_tokens, hidden).
         lengths: int32 on the device, shape (most_rows,): positions in the cache before the pass.
-        rope_offsets: int32 on the device, shape (most_rows,): how many rows further each sequence's rotary table lies.
+        rope_offsets: int32 on the device, shape (most_rows,): row of each sequence's first position in the RoPE tables.
         block_table: int32 on the device, shape (most_rows, table_width).
     """
 
@@ -449,16 +464,18 @@ class Inputs:
     ) -> None:
         self._embeddings, self._spare_page, self._rope_offsets = embeddings, spare_page, rope_offsets
         self._state_bytes = hidden * dtype.itemsize
-        # The numbers come first, all of them: a few bytes too many take less time than a second copy.
-        self._numbers = -(-most_rows * (2 + table_width) // 2) * 2  # what follows is of eight bytes
+        # Lengths, offsets and block tables come first and are copied whole: that takes less time than a second copy of
+        # the parts in use. Rounded up, as 8-byte addresses follow.
+        self._numbers = -(-most_rows * (2 + table_width) // 2) * 2
         self._shape = (most_rows, table_width, most_tokens, hidden, dtype)
         self._states_at = -(-(4 * self._numbers + 8 * most_rows) // _ALIGNMENT) * _ALIGNMENT
         size = self._states_at + most_tokens * self._state_bytes
-        self._there = torch.empty(size, dtype=torch.uint8, device=device)
-        self._sources, self.lengths, self.rope_offsets, self.block_table, self.hidden = self._parts(self._there)
+        self._device_memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._sources, self.lengths, self.rope_offsets, self.block_table, self.hidden = self._parts(self._device_memory)
         pinned = device.type != "cpu"
-        self._sides = [
-            _Side(torch.empty(size, dtype=torch.uint8, pin_memory=pinned), self._parts, spare_page) for _ in range(2)
+        self._host_buffers = [
+            _HostBuffer(torch.empty(size, dtype=torch.uint8, pin_memory=pinned), self._parts, spare_page)
+            for _ in range(2)
         ]
         self._embed: Kernel | None = None
 
@@ -471,52 +488,52 @@ class Inputs:
         return sources, numbers[:rows], numbers[rows : 2 * rows], table, states
 
     def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int, pending: Sequence[int] = ()) -> None:
-        """Write rows where `send` will find them; not where the fill before wrote.
+        """Write rows into the host buffer that `send` copies; the two buffers alternate.
 
         Args:
             rows: at most `batch`.
-            batch: sequences of the pass; those that are not there have no past and live on the spare page.
-            tokens: of each; behind the end of a row's block table its tokens live on the spare page, too.
-            pending: for each row, the address on the device of its only token; none where the rows have them.
+            batch: sequences of the pass. Padding sequences have length 0 and use the spare page.
+            tokens: tokens per sequence. Padding tokens past a row's block table use the spare page, too.
+            pending: for `PENDING` tokens: the device address of each row's token; empty otherwise.
         """
-        self._sides.reverse()
-        side, count = self._sides[0], batch * tokens
-        if side.sent is not None:
-            wait(side.sent)
+        self._host_buffers.reverse()
+        buffer, count = self._host_buffers[0], batch * tokens
+        if buffer.sent is not None:
+            wait(buffer.sent)
         ids = np.zeros(count, dtype=np.int64)
         for index in range(batch):
             row = rows[index] if index < len(rows) else _NO_TOKENS
             begin = index * tokens
             ids[begin : begin + len(row.ids)] = row.ids
-            side.lengths[index] = row.start
-            side.offsets[index] = self._rope_offsets[row.rope_table]
-            # As a rule it is what it was for the pass before the last.
-            if side.written[index] != row.block_table:
-                side.table[index] = self._spare_page
-                side.table[index, : len(row.block_table)] = row.block_table
-                side.written[index] = [*row.block_table]
-        side.pending = len(pending)
+            buffer.lengths[index] = row.start
+            buffer.offsets[index] = self._rope_offsets[row.rope_table]
+            # Usually unchanged since this buffer was last used.
+            if buffer.written[index] != row.block_table:
+                buffer.table[index] = self._spare_page
+                buffer.table[index, : len(row.block_table)] = row.block_table
+                buffer.written[index] = [*row.block_table]
+        buffer.pending = len(pending)
         if pending:
-            side.sources[: len(pending)] = pending
+            buffer.sources[: len(pending)] = pending
         elif self._embeddings.rows is not None:
-            self._embeddings.rows.take(ids, axis=0, out=side.state_halves[:count], mode="clip")
+            self._embeddings.rows.take(ids, axis=0, out=buffer.state_halves[:count], mode="clip")
         else:
             with torch.inference_mode():
                 embeddings = self._embeddings.computed(ids.reshape(batch, tokens))
-                side.states[:count].copy_(embeddings.view(count, -1))
+                buffer.states[:count].copy_(embeddings.view(count, -1))
 
     def send(self, batch: int, tokens: int) -> None:
-        """Copy to the device what `fill` wrote, in order with what runs on the current stream there."""
-        side = self._sides[0]
-        used = self._states_at + (0 if side.pending else batch * tokens * self._state_bytes)
-        self._there[:used].copy_(side.memory[:used], non_blocking=True)
-        if side.sent is not None:
-            side.sent.record()
-        if side.pending:
-            self._look_up(side.pending)
+        """Copy what `fill` wrote to the device, in stream order."""
+        buffer = self._host_buffers[0]
+        used = self._states_at + (0 if buffer.pending else batch * tokens * self._state_bytes)
+        self._device_memory[:used].copy_(buffer.memory[:used], non_blocking=True)
+        if buffer.sent is not None:
+            buffer.sent.record()
+        if buffer.pending:
+            self._look_up(buffer.pending)
 
     def _look_up(self, rows: int) -> None:
-        """Have the device read the embeddings of tokens that only it knows."""
+        """Look up embeddings on the device, for tokens that the CPU does not know yet."""
         device = self.hidden.device
         if self._embed is None:
             self._embed = norm_rope.embed_kernel(device)
@@ -524,8 +541,8 @@ class Inputs:
         launch(torch.cuda.current_stream(device).cuda_stream)
 
 
-class _Side:
-    """The CPU's side of `Inputs`: memory, its parts, and the block table that each row was written from."""
+class _HostBuffer:
+    """A host buffer of `Inputs`: its memory, the parts of that, and the block table last written for each row."""
 
     def __init__(
         self, memory: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], spare_page: int
@@ -537,5 +554,5 @@ class _Side:
         self.table[:] = spare_page
         self.written: list[list[int]] = [[] for _ in range(len(lengths))]
         self.pending = 0
-        # Of its last copy.
+        # Recorded after its last copy to the device.
         self.sent = torch.cuda.Event() if memory.is_pinned() else None  # type: ignore[no-untyped-call]

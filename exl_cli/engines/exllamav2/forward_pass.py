@@ -36,30 +36,28 @@ class ScheduledTokens:
 
 
 class Chosen(NamedTuple):
-    """A token chosen on the device.
-
-    Attributes:
-        token: its id.
-        logprobs: as far as they were asked for.
-    """
+    """A token sampled on the device; `logprobs` is None unless requested."""
 
     token: int
     logprobs: TokenLogprobs | None
 
 
-# A sequence's place in the memory of the device's sampler.
+# A sequence's slot in the device's sampler.
 Seat = Any
 
 
-# In place of a token's id: the one that the device chose for the row's seat behind the pass before.
+# Stands for the id of the token that the device sampled after the pass before, which has not reached the CPU yet.
 PENDING = -1
 
 
 class Draw(NamedTuple):
-    """What is to be chosen behind a pass: the token after `ids`, and none of `banned`.
+    """A token to sample after a forward pass.
 
     Attributes:
-        pending: whether the row's token is `PENDING`, and so comes between.
+        seat: the sequence's.
+        ids: its tokens so far, without a pending one.
+        banned: ids not to choose.
+        pending: whether the row's token is `PENDING`: then the sequence is `ids` plus that token.
     """
 
     seat: Seat
@@ -69,14 +67,14 @@ class Draw(NamedTuple):
 
 
 class TokenSampler(Protocol):
-    """Chooses tokens on the device, as the CPU's sampler would."""
+    """Samples on the device from the same distribution as the CPU's sampler."""
 
     def begin(self, sampler: Sampler, request: Request) -> Seat | None:
-        """A seat for a sequence that is about to decode; None where the CPU has to sample it."""
+        """Assign a seat to a sequence that is about to decode; None if the CPU has to sample it."""
         ...
 
     def end(self, seat: Seat) -> None:
-        """Give a seat back."""
+        """Release a seat."""
         ...
 
 
@@ -84,8 +82,8 @@ class ModelRunner(Protocol):
     """A model with its paged KV cache.
 
     Attributes:
-        sampler: chooses tokens on the device; None where the CPU chooses all.
-        pends: whether a pass may take tokens that have not reached the CPU yet.
+        sampler: samples on the device; None if the CPU always samples.
+        pends: whether `submit` accepts `PENDING` tokens.
         page_size: positions per page.
         pages: number of pages, numbered from 0.
         max_batch: most sequences per `submit`.
@@ -118,31 +116,34 @@ class ModelRunner(Protocol):
         ...
 
     def submit(self, rows: Sequence[ScheduledTokens], draws: Sequence[Draw | None] = ()) -> None:
-        """Start one forward pass; returns at once. `collect` gets its logits, and must precede the next `submit`.
+        """Start a forward pass and return at once. `collect` returns its logits, and must precede the next `submit`.
 
-        Where all its tokens are `PENDING`, it may follow another that has not been collected yet, if `pends`.
+        Exception: if `pends`, a pass whose tokens are all `PENDING` may be submitted before the one in flight is
+        collected.
 
-        With `draws`, one for each row, and rows of one token, the tokens that follow are chosen on the device, but for
-        rows where it is None: `chosen` gets them.
-
-        Rows may differ in length. Positions behind a row's last token, in its own last page, may be overwritten with
+        Rows may differ in length. Positions after a row's last token, in its last page, may be overwritten with
         meaningless keys and values.
+
+        Args:
+            rows: one per sequence.
+            draws: for rows of one token each: what to sample on the device for each row, None for nothing. `chosen`
+                returns the tokens.
         """
         ...
 
     def collect(self) -> torch.Tensor:
-        """Wait for the first pass that has not been collected, and return its logits.
+        """Wait for the oldest pass in flight.
 
-        They are float32, on the CPU, of the shape (rows, longest row, vocabulary).
-        Logits behind a shorter row's last token are meaningless, as are those of rows whose token was chosen on the
-        device. The next `submit` overwrites them all.
+        Returns:
+            Its logits: float32, on the CPU, shape (rows, longest row, vocabulary). Those after a shorter row's last
+            token, and of rows sampled on the device, are meaningless. The next `submit` overwrites all.
         """
         ...
 
     def chosen(self) -> Sequence[Chosen | None]:
-        """For each row of the pass that was collected, the token chosen on the device; None where none was.
+        """For each row of the pass collected last, the token sampled on the device; None if the CPU has to sample it.
 
-        Empty where the pass had no `draws`.
+        Empty if the pass had no `draws`.
         """
         ...
 

@@ -1,9 +1,9 @@
 """Forward passes as CUDA graphs: one launch instead of several hundred.
 
-A pass that is repeated is captured at its second use, after one ordinary run in which kernels were compiled: so a
-short answer does not pay for a graph. The second use is an ordinary run as well, and the capture comes while the GPU is
-busy with it: nobody waits for one, and what a library sets up for each thread, as cuBLAS does by an allocation that
-no capture survives, is there. All graphs share one memory pool, as only one runs at a time.
+A shape of pass is run normally twice and replayed from its third use on. The first run compiles kernels; a short answer
+never pays for a capture. The capture follows the second run while the GPU is still busy with it, so it costs no time,
+and per-thread setup that cannot be captured, such as cuBLAS allocating its workspace, has been done by then. All graphs
+share one memory pool, as only one runs at a time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 class Graphs:
-    """Runs forward passes, by graphs where they can be captured.
+    """Runs forward passes, and replays those that it has captured.
 
     Attributes:
-        usable: whether to capture; False from the first capture on that failed.
-        why_not: what that one failed with.
+        usable: whether to capture; False once a capture has failed.
+        why_not: why it failed; empty otherwise.
     """
 
     def __init__(self, usable: bool) -> None:
@@ -38,7 +38,7 @@ class Graphs:
         self._due: tuple[Hashable, Callable[[], None]] | None = None
 
     def replay(self, key: Hashable) -> bool:
-        """Start the graph of this work on the current stream, if there is one; whether there was."""
+        """Launch the graph for a key on the current stream; returns whether there is one."""
         graph = self._graphs.get(key)
         if graph is None:
             return False
@@ -46,12 +46,12 @@ class Graphs:
         return True
 
     def run(self, key: Hashable, work: Callable[[], None], prepare: Callable[[], None]) -> None:
-        """Do the work on the current stream, as there is no graph of it; `capture` makes one if it is time.
+        """Run work for which there is no graph on the current stream. On its second run, `capture` will capture it.
 
         Args:
-            key: equal for work that is the same but for what lies in its inputs.
-            work: what to do; it may only read and write memory that stays where it is.
-            prepare: called before the work that is to be captured.
+            key: equal for work that differs in the contents of its inputs only.
+            work: enqueues kernels; it may only access memory at fixed addresses.
+            prepare: called before the run that precedes a capture.
         """
         again = self.usable and key in self._seen
         if again:
@@ -62,7 +62,7 @@ class Graphs:
             self._due = (key, work)
 
     def capture(self) -> None:
-        """Make the graph of what `run` did last, if it is time: on the current stream, whatever that is busy with."""
+        """Capture what `run` did last if that was its second run. The current stream may be busy."""
         if self._due is None:
             return
         (key, work), self._due = self._due, None
@@ -70,7 +70,7 @@ class Graphs:
             with torch.inference_mode():
                 graph = captured(work, self._pool)
         except (RuntimeError, EngineError) as error:
-            # Some module does what no graph can hold. It runs well without.
+            # Some module does something that cannot be captured; it works without a graph.
             self.usable = False
             self.why_not = cause(error)
             _log.info("passes are not captured: %s", self.why_not)
@@ -78,20 +78,20 @@ class Graphs:
             self._graphs[key], self._pool = graph, graph.pool()
 
     def clear(self) -> None:
-        """Give the graphs' memory back."""
+        """Free the graphs and their memory."""
         self._graphs.clear()
         self._pool = self._due = None
 
 
 def captured(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """A graph of what this work does on the current stream.
+    """Capture work on the current stream.
 
     Args:
         work: has run in this thread before.
-        pool: another graph's, to allocate from; None for a new one.
+        pool: memory pool of another graph to share; None for a new one.
 
     Raises:
-        RuntimeError, EngineError: the work does what no graph can hold, or raises them; torch is as it was.
+        RuntimeError, EngineError: the work cannot be captured, or raised this itself; torch remains usable.
     """
     graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     try:
@@ -108,16 +108,16 @@ def captured(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph
 
 
 def _end_failed_capture(pool: Any) -> None:
-    """Have torch draw random numbers and give memory back again.
+    """Make torch usable after a failed capture.
 
-    Stands for a defect of torch 2.11 (`CUDAGraph::capture_end`): where the driver says that a capture has failed,
-    nothing that its beginning did is undone. The generators refuse to be used on a GPU, and the allocator goes on
-    allocating from the graph's pool, and keeps what is freed.
+    Works around a defect of torch 2.11 (`CUDAGraph::capture_end`): if the driver reports that a capture has failed,
+    what `capture_begin` did is not undone. The random generators refuse to work on the GPU, and the allocator keeps
+    allocating from the graph's pool and never releases what is freed.
     """
     try:
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
-        # Refused where the capture came as far as that.
+        # Raises if `capture_end` got that far itself.
         with contextlib.suppress(RuntimeError, AttributeError):
             device = torch.cuda.current_device()
             torch._C._cuda_endAllocateToPool(device, pool)
