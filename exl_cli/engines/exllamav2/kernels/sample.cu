@@ -1,12 +1,13 @@
-// From a row of logits to its next token: what `engines/sampling` defines, one block a row.
+// Samples the next token from a row of logits, as `engines/sampling` defines it. One block per row.
 //
-// A filter keeps the candidates within an interval of q, the distance of a token's log-weight to the highest one: all of
-// them are monotone in the logit, and typical sampling keeps those around one value. So nothing is sorted. A bound is
-// found in two passes over the row, each of which adds up weights in 2,048 bins of equal width in shared memory. Weights
-// are integers there, so that their sums do not depend on the order in which threads come.
+// Let q be how far a token's log-weight is below the highest one. Every filter keeps an interval of q: all are monotone in
+// the logit, except typical sampling, which keeps those around one value. So nothing needs to be sorted. The end of an
+// interval is found in two passes over the row, each of which adds up weights in 2,048 bins of equal width in shared
+// memory. There, weights are integers, so their sums do not depend on the order of the threads.
 //
-// The draw is an exponential race: of the candidates the one with the least E / p, where E is exponential noise of seed,
-// position and token (see `noise`): each token wins with probability p, and a small change of p changes few winners.
+// The draw is an exponential race: the candidate with the smallest E / p wins, where E is exponential noise, a function of
+// seed, position and token (see `noise`). Each token wins with probability p, and small changes of p rarely change the
+// winner.
 
 #include "device.cuh"
 
@@ -15,32 +16,32 @@
 #endif
 
 const u32 BINS = 2048;
-const float RULED_OUT = -1e30f;         // the logit of a token that must not be chosen
+const float RULED_OUT = -1e30f;         // the logit of a banned token; below a tenth of it, every token is banned
 const float NEGLIGIBLE = 1e-8f;         // typical sampling and mirostat drop tokens below this probability
-const float WHOLE = 2147483648.0f;      // the weight of all candidates together in bins
-const float FAR = 32.0f;                // weights below e^-32 are not told apart
+const float WHOLE = 2147483648.0f;      // probability 1 as an integer weight
+const float FAR = 32.0f;                // bins end at q = 32: weights below e^-32 share the last one
 const float MOST_PENALTY = 1e30f;
 
-const int FAILED = -1;                  // in the token's place: no candidate, or a logit that is no number
+const int FAILED = -1;                  // instead of a token: no candidate, or a logit is NaN or infinite
 
 const u32 GREEDY = 1, LAST = 2, MIROSTAT = 4, FADING = 8;
 
 struct Row
 {
     const int* history;         // the tokens so far
-    int* next;                  // where the chosen one goes, too; or null
-    const u32* mask;            // bits of the tokens that may be chosen; or null
-    const u32* breakers;        // bits of the tokens that DRY does not match across
-    const u32* is_protected;    // bits of the tokens that XTC does not exclude
+    int* next;                  // also receives the chosen token; or null
+    const u32* mask;            // a bit per token: whether it may be chosen; or null
+    const u32* breakers;        // a bit per token: whether DRY does not match across it
+    const u32* is_protected;    // a bit per token: whether XTC must not exclude it
     const int* edited;          // tokens with a bias
-    const float* biases;        // minus infinity rules a token out
+    const float* biases;        // minus infinity bans a token
     u64 seed;
-    u32 logits;                 // the row of logits
+    u32 logits;                 // index of the row of logits
     u32 length;                 // of the history
     u32 edits, flags, top_k;
     u32 repetition_range, repetition_decay;
     u32 dry_allowed_length, dry_range, dry_max_ngram;
-    u32 top_logprobs;           // how many of the likeliest are asked for, and 1: 0 for no log-probabilities at all
+    u32 top_logprobs;           // number of top log-probabilities plus 1; 0 for no log-probabilities at all
     float temperature, smoothing, top_p, top_a, min_p, typical, min_temp, max_temp, temp_exponent;
     float repetition, presence, frequency, dry_multiplier, dry_base;
     float xtc_probability, xtc_threshold;
@@ -52,10 +53,10 @@ const u32 MOST_TOP = 64;
 struct Chosen
 {
     int token;
-    float prob;                 // in the distribution that it was drawn from
-    float total;                // logarithm of the sum of all exponentials of the model's logits
-    float logit;                // the model's
-    u32 top;                    // tokens in `ids`: as many as were asked for and those equal to the last of them
+    float prob;                 // its probability in the distribution it was drawn from
+    float total;                // log of the sum of exponentials of the model's logits
+    float logit;                // the model's logit of the token
+    u32 top;                    // top tokens, ties with the last included; may exceed MOST_TOP, then the rest is missing
     u32 padding[3];
     int ids[MOST_TOP];
     float logits[MOST_TOP];
@@ -66,9 +67,9 @@ struct Sample
     const float* logits;
     const Row* rows;
     Chosen* chosen;
-    float* scratch;             // for each row: `vocab` words, and as many for `FADING`
-    u32 columns;                // logits of a row
-    u32 vocab;                  // those that have a token
+    float* scratch;             // two times `vocab` words per row: see `adjust`
+    u32 columns;                // logits per row, padding included
+    u32 vocab;                  // logits that belong to a token
 };
 
 // Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
@@ -94,7 +95,7 @@ DEVICE float exponential(u32 word)
     return -log1pf(-fminf(((float) word + 0.5f) * 0x1p-32f, 0x1.fffffep-1f));
 }
 
-// Floats as integers of the same order.
+// Maps floats to integers of the same order, so a maximum over them and a tie-break fit into one integer.
 DEVICE u32 ordered(float f)
 {
     u32 w = float_bits(f);
@@ -102,12 +103,12 @@ DEVICE u32 ordered(float f)
 }
 DEVICE float unordered(u32 w) { return bits_float(w & 0x80000000u ? w & 0x7fffffffu : ~w); }
 
-// The next larger number of one that is not negative.
+// The next larger float, for f >= 0: turns "q <= f" into "q < above(f)".
 DEVICE float above(float f) { return f > 0.0f ? bits_float(float_bits(f) + 1) : 0x1p-126f; }
 
 DEVICE bool bit(const u32* bits, u32 i) { return bits[i / 32] >> i % 32 & 1; }
 
-// What the threads of a block share.
+// Shared memory of a block.
 struct Shared
 {
     u64 best[32];
@@ -147,8 +148,8 @@ DEVICE u32 count(u32 v, Shared& s)
     return sum;
 }
 
-// f(i, x[i]) for all i below n, by all threads of the block. Eight numbers at a time are on their way: a row is read several
-// times by one block, and waiting for each number would take most of the time.
+// Call f(i, x[i]) for all i < n, divided among the threads of the block. Eight loads are in flight per thread: a single
+// block reads the row several times, and would otherwise spend most of the time on memory latency.
 template <class F> DEVICE void each(u32 n, const float* x, const F& f)
 {
     u32 i = threadIdx.x;
@@ -163,7 +164,9 @@ template <class F> DEVICE void each(u32 n, const float* x, const F& f)
     for (; i < n; i += blockDim.x) f(i, x[i]);
 }
 
-// The bin up to which weights add up to `target`; BINS where they do not. `before`: what lies before that bin.
+// The first bin at which the cumulative weight reaches `target`, or BINS if it never does. `before` becomes the weight of
+// the bins before it. Each lane sums a run of bins; a prefix sum over the lanes finds the run, then one walks through it.
+// (Every warp does the same work, so all threads get the result.)
 DEVICE u32 crossing(Shared& s, u32 target, u32& before)
 {
     u32 lane = threadIdx.x % 32, own = 0, first = lane * (BINS / 32);
@@ -184,9 +187,11 @@ DEVICE u32 crossing(Shared& s, u32 target, u32& before)
     return at;
 }
 
-// A bound: the candidates of the least keys, as many as have weights of `target` together, are those below it, and with
-// them any that differ by less than a two-millionth of `range`. Keys close to `range` and above are not told apart.
-// `key(score)`: negative for what is no candidate. `weight(score)`: an integer.
+// A bound on keys: the candidates with the smallest keys, just enough for a total weight of `target`, are those below it.
+// It may also admit keys larger by less than two millionths of `range`. The first pass finds the bin in which the
+// cumulative weight crosses the target, the second divides that bin into BINS finer ones. Infinite, which keeps all, if
+// the total is less than the target or the crossing is in the last bin, which holds all keys from about `range` on.
+// `key(score)`: negative for a score that is no candidate. `weight(score)`: an integer.
 template <class Key, class Weight>
 DEVICE float bound(
     u32 n, const float* scores, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
@@ -214,16 +219,17 @@ DEVICE float bound(
         });
         __syncthreads();
         u32 less = 0, at = crossing(s, target - before, less);
-        if (at == BINS || (!pass && at == BINS - 1)) return INFINITY;  // all, as far as they are told apart
+        if (at == BINS || (!pass && at == BINS - 1)) return INFINITY;
         before += less;
         base += (float) at / fine;
         first = at;
         if (!pass) fine = inverse * (float) BINS;
     }
-    return base + 2.0f / fine;      // a bin more than needed, for rounding
+    return base + 2.0f / fine;      // the end of the bin, and one more bin for rounding errors
 }
 
-// How strongly the token at a distance from the end of the history is penalized.
+// How strongly a token at this distance from the end of the history is penalized: fully within the range, then falling
+// linearly to 0 over `repetition_decay` tokens.
 DEVICE float strength(const Row& r, u32 distance)
 {
     u32 beyond = distance > r.repetition_range ? distance - r.repetition_range : 0;
@@ -235,7 +241,7 @@ DEVICE float penalized(const Row& r, float logit, float strength)
     return (logit > 0.0f ? logit / factor : logit * factor) - r.presence * strength;
 }
 
-// The length of the match of the history's end with what ends at `end`, see `longest_repeat`.
+// How many tokens up to `end` equal those at the end of the history, for DRY; breakers, and `first`, end the match.
 DEVICE u32 repeated(const Row& r, u32 vocab, u32 first, u32 end)
 {
     u32 length = 0, last = r.length - 1;
@@ -249,9 +255,11 @@ DEVICE u32 repeated(const Row& r, u32 vocab, u32 first, u32 end)
     return length;
 }
 
-// The model's logits with all that is asked for before the softmax, in scratch memory.
+// Writes the logits to scratch memory, with penalties, mask, biases and DRY applied. See `filters.penalize` and `dry`.
 DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* scores, Shared& s)
 {
+    // By token: 1 + the position of its last occurrence, 0 for none, in the words that receive its score later; and the sum
+    // of the strengths of its occurrences, in fixed point, for the frequency penalty.
     u32* nearest = (u32*) scores;
     u32* often = nearest + p.vocab;
     bool penalties = r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f;
@@ -288,6 +296,7 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
     __syncthreads();
     for (u32 i = threadIdx.x; i < r.edits; i += blockDim.x)
         if ((u32) r.edited[i] < p.vocab) scores[r.edited[i]] = fmaxf(scores[r.edited[i]] + r.biases[i], RULED_OUT);
+    // DRY: find the longest repetition of the history's end, and penalize each token that followed one of that length.
     if (r.dry_multiplier > 0.0f && r.length > 1)
     {
         u32 first = r.dry_range && r.length - 1 > r.dry_range ? r.length - 1 - r.dry_range : 0;
@@ -312,7 +321,8 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
     __syncthreads();
 }
 
-// The log-probabilities that were asked for: of the model's own logits.
+// Reports log-probabilities of the model's own logits, before any setting is applied. The normalizer includes padding
+// columns, the top tokens do not.
 DEVICE void report(const Sample& p, const Row& r, const float* logits, Chosen& out, Shared& s)
 {
     u64 best = 0, named = 0;
@@ -387,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     float farthest = 0.0f;
     each(n, scores, [&](u32 i, float score)
     {
-        u64 v = (u64) ordered(score) << 32 | (0xffffffffu - i);     // of equals the first
+        u64 v = (u64) ordered(score) << 32 | (0xffffffffu - i);     // ties go to the first token
         best = v > best ? v : best;
     });
     best = block_max(best, s);
@@ -395,7 +405,9 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     if (highest < 0.1f * RULED_OUT) return finish(r, logits, out, FAILED, 0.0f);
     if (r.flags & GREEDY) return finish(r, logits, out, (int) (0xffffffffu - (u32) best), 1.0f);
 
-    // Candidates have nearest <= q < limit; their weights are e to the minus (q - nearest) times steepness, over `sum`.
+    // Candidates have nearest <= q < limit, and the probability exp(-(q - nearest) * steepness) / sum. Each filter below
+    // narrows the interval, and `renew` recomputes the sum. Quadratic sampling ("smoothing") makes q quadratic in the
+    // distance of the logits. `shortest` is top-k's bound on that distance.
     const float temperature = r.flags & LAST ? 1.0f : r.temperature;
     const float linear = r.smoothing > 0.0f ? 0.0f : 1.0f / temperature, squared = r.smoothing / temperature;
     float nearest = 0.0f, limit = INFINITY, steepness = 1.0f, sum = 1.0f, shortest = -INFINITY;
@@ -431,7 +443,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         {
             if (score > 0.1f * RULED_OUT) farthest = fmaxf(farthest, highest - score);
         });
-        // A little more, so that the last bin stays empty.
+        // A little more than the farthest candidate, so that the last bin, where `bound` gives up, stays empty.
         float range = 1.001f * unordered((u32) block_max(ordered(farthest), s));
         shortest = range > 0.0f ? bound(n, scores, distance, [](float) { return 1u; }, r.top_k, range, s) : INFINITY;
     }
@@ -441,6 +453,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         limit = bound(n, scores, q, whole_of, (u32) (r.top_p * WHOLE), FAR, s);
         renew(false);
     }
+    // Top-a: p >= a * p_max^2. With p = e^-q / sum and p_max = 1 / sum that is q <= -log(a / sum). Likewise min-p below.
     if (r.top_a > 0.0f)
     {
         limit = fminf(limit, above(-logf(fminf(r.top_a / sum, 1.0f))));
@@ -451,6 +464,8 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         limit = fminf(limit, above(-logf(r.min_p)));
         renew(false);
     }
+    // Typical sampling: surprise is q + log(sum) and the entropy is its mean, so surprise minus entropy is q - mean(q).
+    // Keep the candidates of the smallest |q - mean|.
     if (0.0f < r.typical && r.typical < 1.0f)
     {
         limit = fminf(limit, -logf(NEGLIGIBLE * sum));
@@ -460,7 +475,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
             float v = q(score);
             if (v >= 0.0f) own += weight(v) / sum * v;
         });
-        float mean = total(own, s);     // of q; the entropy is that and the logarithm of `sum`
+        float mean = total(own, s);
         auto deviation = [&](float score)
         {
             float v = q(score);
@@ -469,7 +484,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         float widest = bound(n, scores, deviation, whole_of, (u32) (r.typical * WHOLE), FAR, s);
         float low = fmaxf(mean - widest, 0.0f);
         limit = fminf(limit, mean + widest);
-        u64 first = 0;      // the nearest that is left
+        u64 first = 0;      // the smallest q that is left, as a maximum of complements; it becomes `nearest`
         each(n, scores, [&](u32, float score)
         {
             float v = q(score);
@@ -482,12 +497,14 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         nearest = fmaxf(low, unordered(0xffffffffu - (u32) first));
         renew(false);
     }
+    // Mirostat: surprise q - nearest + log(sum) of at most `bits`, in nats; the most likely token always stays.
     if (r.flags & MIROSTAT)
     {
         float most = fminf(r.bits * 0.69314718f, -logf(NEGLIGIBLE)) - logf(sum);
         limit = fminf(limit, fmaxf(above(nearest + most), above(nearest)));
         renew(false);
     }
+    // Dynamic temperature: min + (max - min) * (entropy / its maximum for as many candidates) ^ exponent.
     if (r.max_temp > r.min_temp)
     {
         renew(true);
@@ -510,7 +527,9 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         steepness = 1.0f / fmaxf(r.temperature, 1e-9f);
         renew(false);
     }
-    // XTC: all but the least likely of the top choices are excluded, with a probability.
+    // XTC: with some probability, exclude all top choices but the least likely. Instead of flipping a coin, mix the
+    // distributions of both outcomes: an excluded token keeps the factor 1 - probability, the others gain what it loses.
+    // `spared` is the top choice that stays; 0xfffffffe and above where XTC is off or has fewer than two top choices.
     float excluded = 1.0f, others = 1.0f;
     u32 spared = 0xffffffffu;
     auto is_top = [&](u32 i, float v)
@@ -551,6 +570,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         if (spared >= 0xfffffffeu) return w;
         return w * (i != spared && is_top(i, v) ? excluded : others);
     };
+    // The race. One Philox block is the noise of four consecutive tokens. The largest p / E wins, ties go to the first token.
     u64 winner = 0;
     for (u32 block = threadIdx.x; block * 4 < n; block += blockDim.x)
     {
