@@ -1,1 +1,1 @@
-"""Batch jobs: a file of prompts to a file of answers, which go on where they stopped."""
+"""Batch jobs: from a file of prompts to a file of answers, resumable."""

@@ -118,9 +118,7 @@ class RayEngines:
         try:
             import ray
         except ImportError:
-            raise UsageError(
-                "several engines need Ray, which is not installed", "pip install 'exl-cli[ray]'"
-            ) from None
+            raise UsageError("several engines need Ray, which is not installed", "pip install 'exl-cli[ray]'") from None
         self._ray: Any = ray
         self._where, self._settings, self._loading = where, settings, loading
         self._sequences, self._load = sequences, load

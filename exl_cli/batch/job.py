@@ -1,4 +1,8 @@
-"""Runs a batch job on one engine: requests side by side, as many as it takes, answers written as they come."""
+"""Runs a batch job on one engine: keeps it supplied with requests, and writes answers as they complete.
+
+A task has one retry after an engine failure. After running out of memory, requests are tried again with
+half as many in flight, until one fails alone.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +22,35 @@ from exl_cli.engines.base import Chunk
 from exl_cli.errors import DeviceError, ExitCode, ExlError, OutOfMemoryError, brief
 from exl_cli.system.readings import EnergyMeter
 
-# Failures of the engine in a row, with no answer between them, after which it is given up.
+# The job fails after this many engine failures in a row, with no answer between them.
 _MOST_FAILURES = 16
-# Between two readings of the energy taken.
+# Between two readings of the energy meter.
 _ENERGY_SECONDS = 1.0
 
 
 class LinesFailedError(ExlError):
-    """Lines of a batch job that have an error for an answer."""
+    """A batch job completed, but some of its lines have an error instead of an answer."""
 
     exit_code = ExitCode.LINES_FAILED
 
     @classmethod
     def of(cls, name: str, row: Row, error: BaseException) -> LinesFailedError:
-        """The error of a row as that of the job on an input of this name."""
+        """Make a row's error that of the whole job; `name` is the input's."""
         message, hint = (error.message, error.hint) if isinstance(error, ExlError) else (str(error), "")
         return cls(f"{brief(name)}, line {row.number}: {message}", hint)
 
 
 @dataclass
 class Progress:
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
-        answered, failed: rows of this run.
-        before: rows that were answered, or had failed, when it began.
-        expected: rows of the input, as far as can be told.
-        prompt_tokens, new_tokens: of the answers of this run.
-        joules: energy that the GPUs took meanwhile; None where they do not say.
-        seconds: since its first row.
+        answered, failed: rows in this run.
+        before: rows that were answered or had failed before this run.
+        expected: estimated number of rows of the input; None if unknown.
+        prompt_tokens, new_tokens: tokens of this run's answers.
+        joules: energy used by the GPUs in this run; None if they do not report it.
+        started: when the run started, by `time.monotonic`.
     """
 
     answered: int = 0
@@ -60,20 +64,20 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Rows that are done, in this run or before it."""
+        """Rows done in this run and before."""
         return self.answered + self.failed + self.before
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the run started."""
         return time.monotonic() - self.started
 
 
 class View(Protocol):
-    """Takes what a job has to tell."""
+    """Shows a job's notes and progress."""
 
     def note(self, message: str) -> None:
-        """A line worth telling."""
+        """Show a line."""
         ...
 
     def update(self, progress: Progress) -> None:
@@ -83,7 +87,14 @@ class View(Protocol):
 
 @dataclass(eq=False)
 class _Work:
-    """A task under way: the chunks of each of its requests, and which have ended."""
+    """A task in progress.
+
+    Attributes:
+        slot: its row.
+        chunks: by request, once that is complete.
+        left: number of requests not complete; 0 also after the task was given up.
+        failures: of its requests, out-of-memory errors not counted.
+    """
 
     slot: Slot
     chunks: list[list[Chunk]]
@@ -93,14 +104,14 @@ class _Work:
 
 @dataclass(eq=False)
 class _Flight:
-    """A request in the engine.
+    """A request in flight.
 
     Attributes:
-        work, index: which request of which task.
-        number: counts what was submitted.
-        engine_id: to cancel it by.
-        chunks: so far.
-        error: that ended it.
+        work, index: the task, and which of its requests this is.
+        number: sequence number of the submission, from 1.
+        engine_id: the engine's id for the request, for `cancel`.
+        chunks: received so far.
+        error: the error that ended it, if any.
     """
 
     work: _Work
@@ -119,12 +130,12 @@ class Job:
         preparer: turns them into tasks.
         sink: takes the answers.
         engine: loads the engine; called once there is something to compute.
-        view: takes what there is to tell.
-        options: of the job.
-        progress: how far the run is that this job is part of.
+        view: shows notes and progress.
+        options: the job's options.
+        progress: progress of the run that this job is part of; None to start at zero.
 
     Attributes:
-        progress: how far it is.
+        progress: updated as rows complete.
         is_stopped: whether `stop` was called.
     """
 
@@ -156,7 +167,7 @@ class Job:
         self.is_stopped = False
 
     def stop(self) -> None:
-        """End it: what is being computed is left for another run. May be called by a handler of a signal."""
+        """Stop the job; rows in progress are left for the next run. May be called from a signal handler."""
         self.is_stopped = True
         self._windows.stop()
         self._inbox.put(None)
@@ -166,7 +177,7 @@ class Job:
 
         Raises:
             LinesFailedError: a row failed and the job is strict.
-            ExlError: the input or the output fails, or the engine does for good.
+            ExlError: the input, the output or, repeatedly, the engine fails.
         """
         try:
             for slot in self._slots():
@@ -206,11 +217,11 @@ class Job:
                 self._collect()
 
     def _start(self, slot: Slot, task: Task) -> None:
-        """Submit a task's requests as there is room for each."""
+        """Submit a task's requests, waiting for room for each."""
         work = _Work(slot, [[] for _ in task.requests], len(task.requests))
         for index in range(len(task.requests)):
             self._refill()
-            # What is held back grows while others are answered before a long one.
+            # In ordered output, answers after a slow row are held back; do not let them pile up.
             while not (self._has_room() and len(self._held) < WINDOW_ROWS) and not self.is_stopped:
                 self._collect()
                 self._refill()
@@ -219,14 +230,15 @@ class Job:
             self._submit(work, index)
 
     def _refill(self) -> None:
-        """Submit again what is to be tried again."""
+        """Resubmit requests that are due for a retry."""
         while self._again and self._has_room() and not self.is_stopped:
             work, index = self._again.popleft()
             if work.left:
                 self._submit(work, index)
 
     def _has_room(self) -> bool:
-        """Whether another request is to go to the engine: some wait there, unless it is to compute fewer at once."""
+        """Whether to submit another request: up to twice the engine's batch, so that it always has some waiting, or
+        fewer after it ran out of memory."""
         return self._engine is None or len(self._in_flight) < (self._limit or 2 * self._engine.max_batch)
 
     def _submit(self, work: _Work, index: int) -> None:
@@ -258,7 +270,7 @@ class Job:
             self._in_flight.add(flight)
 
     def _collect(self) -> None:
-        """Wait for the end of a request, a second at most."""
+        """Wait up to a second for a request to end, and handle it."""
         try:
             flight = self._inbox.get(timeout=1.0)
         except queue.Empty:
@@ -295,14 +307,15 @@ class Job:
         self._show()
 
     def _failed(self, flight: _Flight, error: BaseException, at_once: int) -> None:
-        """Try a request again that the engine has ended, in smaller company where memory ran out."""
+        """Retry a failed request or give up its task; if memory ran out, with fewer requests in flight."""
         if isinstance(error, DeviceError):
             raise error
         work = flight.work
         if isinstance(error, (OutOfMemoryError, MemoryError)) and self._engine is not None:
             at_once = min(at_once, self._engine.max_batch)
             if at_once > 1:
-                # All that were in the pass fail together, and count as one failure.
+                # All requests in the forward pass fail together. Only the first of such a wave, one submitted after the
+                # last wave, halves the limit.
                 if flight.number > self._last_wave:
                     self._last_wave = self._submitted
                     self._limit = max(at_once // 2, 1)

@@ -1,11 +1,11 @@
-"""The output of a batch job: a file of answers, a whole line each, that a killed job leaves whole.
+"""The output of a batch job: a file of answers, one per line, that survives a killed job.
 
-State on disk: `answers.jsonl` only grows by whole lines; the job that writes it holds a lock on
-`answers.jsonl.exl.lock`; `answers.jsonl.exl.json` says how its answers were made, and is there before the first of
-them. A job that goes on reads the keys of the answers that are there; a torn last line is cut.
+On disk: `answers.jsonl` only grows, by whole lines; the job writing it holds a lock on `answers.jsonl.exl.lock`; the
+manifest `answers.jsonl.exl.json` says how the answers were made, and is written before the first of them. A job that
+resumes reads the keys of the answers and cuts off a torn last line.
 
-Where several engines share the work, each writes a part, an output in the folder `answers.jsonl.exl.parts`. Parts are
-taken into the output at the end, or by the next job that opens it.
+If several engines share the work, each writes a part, an output of the same form in the folder
+`answers.jsonl.exl.parts`. Parts are merged into the output at the end, or by the next job that opens it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from exl_cli.errors import DiskError, UsageError, brief, param
 from exl_cli.system.files import read_text, write_atomically
 
 _SYNC_SECONDS = 1.0
-# For a worker that was lost to let go of its part.
+# How long to wait for a lost worker to release its part.
 _PART_SECONDS = 30.0
 _LINES_AT_ONCE = 256
-# How each line begins, so that reading them again takes no JSON parser.
+# The beginning of each line, which holds all that a resumed job needs, without parsing JSON.
 _HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{16})", "error": (null|\{)')
-# In a manifest: the hashes of further models, by their names.
+# Field of a manifest: the hashes of further models, by name.
 _OTHERS = "other_models"
 _GO_ON = "the same command goes on from there"
 
 
 class KeySet:
-    """A set of 8-byte keys in little more than 8 bytes each."""
+    """A set of 64-bit keys, at little more than 8 bytes each.
+
+    Recent keys are in a Python set, which is merged into a sorted array whenever it is full.
+    """
 
     _RECENT = 1 << 20
 
@@ -48,7 +51,7 @@ class KeySet:
         self._sorted: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
 
     def add(self, key: int) -> None:
-        """Put a key in."""
+        """Add a key."""
         if key in self:
             return
         self._recent.add(key)
@@ -70,16 +73,16 @@ class KeySet:
 
 
 def line_of(key: int, custom_id: str, *, error: Mapping[str, Any] | None, **fields: Any) -> bytes:
-    """An answer, or an error, as a line."""
+    """Encode an answer or an error as a line of the output."""
     value = {"id": f"batch_req_{key:016x}", "error": error, "custom_id": custom_id, **fields}
     try:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a character
+    except UnicodeEncodeError:  # a lone surrogate
         return json.dumps(value).encode() + b"\n"
 
 
 def key_of(line: bytes) -> int:
-    """The key of an answer's line; 0 for a line that is none."""
+    """The key in a line of the output; 0 if it has none."""
     match = _HEAD.match(line)
     return int(match[1], 16) if match else 0
 
@@ -88,8 +91,8 @@ class Sink(Protocol):
     """Where answers go.
 
     Attributes:
-        answered: the keys of those that are there.
-        failed: how many of them are errors.
+        answered: keys of the lines it holds.
+        failed: how many of these are errors.
     """
 
     answered: KeySet
@@ -104,11 +107,11 @@ class Sink(Protocol):
         ...
 
     def add_model(self, name: str, model_hash: str) -> None:
-        """Another model than the job's answers lines, too."""
+        """Record that another model than the job's answers rows, too."""
         ...
 
     def close(self) -> None:
-        """Have all of it on the disk."""
+        """Flush everything to disk and close."""
         ...
 
 
@@ -138,16 +141,16 @@ class AnswerFile:
     """Answers in a file; see `Sink`.
 
     Args:
-        path: the file, which may have answers.
-        manifest: what decides how answers are made, JSON-ready; the answers that are there have to be made alike.
-        mix: let them be made otherwise.
-        retry_errors: take the errors out, for their prompts to be tried again.
+        path: the file; may hold answers already.
+        manifest: what determines the answers, JSON-ready; must match the file's unless `mix`.
+        mix: accept answers made under another manifest.
+        retry_errors: remove errors, so that their rows are tried again.
 
     Attributes:
-        damaged: lines that were no answers and were taken out.
+        damaged: number of malformed lines that were removed.
 
     Raises:
-        UsageError: another job writes the file, it is none of a batch job, or its answers were made otherwise.
+        UsageError: another job is writing the file, it is not a batch job's, or its manifest differs.
         DiskError: it cannot be read or written.
     """
 
@@ -190,22 +193,22 @@ class AnswerFile:
         self._end = os.fstat(self._file).st_size
 
     def part(self, name: str) -> Path:
-        """Where a part of this name is written."""
+        """The path of a part."""
         return self._path.absolute().with_name(f"{self._path.name}.exl.parts") / f"{name}.jsonl"
 
     def parts(self) -> list[Path]:
-        """The parts that are there."""
+        """The parts that exist."""
         return sorted(self.part("").parent.glob("*.jsonl"))
 
     def take_in(self, part: Path) -> tuple[int, int]:
-        """Append the answers of a part that are not here yet, and remove it. Cut off, it can be done again.
+        """Append the lines of a part that are not here yet, and delete the part. Safe to repeat if interrupted.
 
         Returns:
-            how many were answers, and how many errors.
+            The number of answers and the number of errors appended.
 
         Raises:
-            UsageError: somebody writes the part.
-            DiskError: it cannot be read, or these not be written.
+            UsageError: another process is writing the part.
+            DiskError: the part cannot be read, or the output cannot be written.
         """
         counts = [0, 0]
         try:
@@ -235,10 +238,10 @@ class AnswerFile:
         return counts[0], counts[1]
 
     def append(self, line: bytes) -> None:
-        """See `Sink.append`. What cannot be written whole is taken back.
+        """See `Sink.append`. A partly written line is removed.
 
         Raises:
-            DiskError: the disk is full, say.
+            DiskError: it cannot be written, as on a full disk.
         """
         try:
             left = memoryview(line)
@@ -260,7 +263,7 @@ class AnswerFile:
         """See `Sink.add_model`.
 
         Raises:
-            UsageError: there are answers of another model of this name.
+            UsageError: the file has answers of a different model with this name.
         """
         others = self._manifest.setdefault(_OTHERS, {})
         if others.get(name, model_hash) != model_hash and not self._mix:
@@ -294,7 +297,7 @@ class AnswerFile:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """How its answers are made, JSON-ready."""
+        """The manifest, JSON-ready."""
         return self._manifest
 
     @property
@@ -305,7 +308,7 @@ class AnswerFile:
         write_atomically(self._manifest_file, json.dumps(self._manifest, ensure_ascii=False, indent=1) + "\n")
 
     def _check(self) -> None:
-        """Compare with how the answers in the file were made, and write that down."""
+        """Compare the manifest with that of the answers in the file, and write it."""
         is_begun = self._path.exists() and self._path.stat().st_size > 0
         if is_begun:
             try:
@@ -332,7 +335,7 @@ class AnswerFile:
         self._write_manifest()
 
     def _read(self, retry_errors: bool) -> None:
-        """Take in what is answered, and take out what is no answer."""
+        """Read the keys of the answers, and remove malformed lines and, on request, errors."""
         if not self._path.exists():
             return
         end = drop = 0
@@ -357,7 +360,7 @@ class AnswerFile:
             self._rewrite(retry_errors)
 
     def _rewrite(self, retry_errors: bool) -> None:
-        """Replace the file by one without errors and damaged lines; at any moment the old or the new one is there."""
+        """Atomically replace the file by one without malformed lines and, on request, errors."""
         temporary = self._path.with_name(f"{self._path.name}.exl.new")
         with self._path.open("rb") as file, temporary.open("wb") as new:
             for line in file:

@@ -23,12 +23,12 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
-# Full-length sequences that the KV cache gets room for where nobody says how many: the first of these that fits.
+# Full-length sequences to allocate KV cache for by default: the largest of these that fits.
 _SEQUENCES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
 
 
 class Engines(Protocol):
-    """What answers rows.
+    """One or more engines that answer rows.
 
     Attributes:
         is_stopped: whether `stop` was called.
@@ -43,12 +43,12 @@ class Engines(Protocol):
         ...
 
     def stop(self) -> None:
-        """End the work under way, and begin none; see `Job.stop`."""
+        """Stop, and start nothing more; see `Job.stop`."""
         ...
 
 
 def prepare(model: ModelInfo, settings: Settings, loading: LoadOptions) -> tuple[Preparer, Tokenizer]:
-    """What turns rows into tasks for a model, and the model's tokenizer.
+    """Make a model's `Preparer` and tokenizer.
 
     Raises:
         UsageError, PromptError: settings that make no sense for it.
@@ -87,15 +87,15 @@ def load_engine(
 
 
 class OneEngine:
-    """An engine in this process, for one model after the other.
+    """An engine in this process, which runs one model at a time.
 
     Args:
         load: loads a model.
-        settings: what rows do not say themselves.
+        settings: defaults for what rows do not set.
         loading: how models are loaded.
 
     Attributes:
-        engine: the last one; the caller's to close.
+        engine: the engine loaded last; the caller closes it.
         is_stopped: see `Engines`.
     """
 
@@ -111,11 +111,11 @@ class OneEngine:
 
     @property
     def ignored(self) -> set[str]:
-        """Names of fields that no setting goes by."""
+        """Names of fields in rows that were ignored as unknown."""
         return {name for preparer, _ in self._prepared.values() for name in preparer.ignored}
 
     def preparer(self, model: ModelInfo) -> Preparer:
-        """What turns rows into tasks for a model; see `prepare`."""
+        """The preparer for a model; see `prepare`."""
         if model.path not in self._prepared:
             self._prepared[model.path] = prepare(model, self._settings, self._loading)
         return self._prepared[model.path][0]
@@ -130,7 +130,7 @@ class OneEngine:
             self._job.run()
 
     def stop(self) -> None:
-        """See `Engines.stop`. May be called by a handler of a signal."""
+        """See `Engines.stop`. May be called from a signal handler."""
         self.is_stopped = True
         if self._job is not None:
             self._job.stop()
@@ -152,19 +152,19 @@ def answer_input(
 
     Args:
         path: the input.
-        source: the same, opened.
+        source: the input, opened.
         sink: takes the answers.
-        names: which model answers a row.
+        names: decides which model answers a row.
         engines: compute the answers.
-        view: takes what there is to tell.
-        options: of the job.
+        view: shows notes and progress.
+        options: the job's options.
 
     Raises:
         ExlError: see `Job.run`.
     """
     progress = Progress()
     why = _why_one_model(path, options)
-    for model in names.models:  # which grows with the first pass
+    for model in names.models:  # grows during the first pass
         is_first = model is names.models[0]
         names.missing.clear()  # each pass sees every row
         if not is_first:
@@ -189,7 +189,7 @@ def answer_input(
 
 
 def _why_one_model(path: Path, options: Options) -> str | None:
-    """Why all rows have to go to one model."""
+    """Why only one model can answer this input; None if several can."""
     if options.ordered:
         return f"{param('ordered')} is for one model"
     if not path.is_file():

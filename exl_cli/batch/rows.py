@@ -1,6 +1,6 @@
-"""The input of a batch job: a prompt a row, with the key that its answer is known by.
+"""The input of a batch job: rows with a prompt, and the key that identifies each row's answer.
 
-JSON lines (https://jsonlines.org) as OpenAI's batch input or as plain objects, lines of text, CSV or Parquet.
+Formats: JSON lines (https://jsonlines.org), in OpenAI's batch format or as plain objects; lines of text; CSV; Parquet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 
 from exl_cli.errors import DiskError, ExlError, PromptError, UsageError, brief
 
-# A line that is longer is an error of its own, and is not kept in memory.
+# A longer line becomes an error, and is not kept in memory.
 _LONGEST = 64 << 20
 _BOM = b"\xef\xbb\xbf"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -32,13 +32,13 @@ class Row:
     """A row of the input.
 
     Attributes:
-        number: its line, from 1.
-        custom_id: its own, or "line-12".
-        key: what its answer is known by: a hash of `custom_id`, or `line_key` where it has none.
-        line_key: a hash of the line's number and text.
+        number: line number, from 1; in Parquet the row's number.
+        custom_id: the row's, or "line-12" if it has none.
+        key: identifies its answer: a hash of `custom_id`, or `line_key` if it has none.
+        line_key: a hash of the number and the contents of the line.
         record: its fields.
-        is_table: its fields are columns of a table: no settings.
-        error: why it is no prompt; None where it may be one.
+        is_table: whether the fields are columns of a table, which cannot change settings.
+        error: why the row is unusable; None if nothing is known to be wrong.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Row:
 
 
 def hashed(*parts: str | bytes) -> int:
-    """8 bytes that stand for these parts, the same on every machine."""
+    """A 64-bit hash of these parts, the same on every machine."""
     data = (part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part for part in parts)
     return int.from_bytes(hashlib.blake2b(b"\0".join(data), digest_size=8).digest(), "big")
 
@@ -61,7 +61,7 @@ class Source(Protocol):
 
     Attributes:
         name: for messages.
-        columns: of a table; None for lines, each of which has its own fields.
+        columns: column names of a table; None for lines, each with its own fields.
     """
 
     name: str
@@ -69,24 +69,24 @@ class Source(Protocol):
 
     @property
     def expected_rows(self) -> int | None:
-        """How many rows there are, as far as can be told."""
+        """Estimated number of rows; None if unknown."""
         ...
 
     def __iter__(self) -> Iterator[Row]: ...
 
     def close(self) -> None:
-        """Close the file; reading it to its end does so, too."""
+        """Close the file; reading to its end does so, too."""
         ...
 
 
 def open_source(path: Path) -> Source:
-    """A file as rows, by the end of its name.
+    """Open a file as rows; its suffix determines the format.
 
     Args:
         path: the file; "-" is standard input.
 
     Raises:
-        UsageError: it is no file, or one that this Python lacks a library for.
+        UsageError: it is a folder, a table with duplicate columns, or needs a library that is not installed.
         DiskError: it cannot be read.
     """
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
@@ -98,7 +98,7 @@ def open_source(path: Path) -> Source:
 
 
 class RowReader:
-    """Rows of an input by their places; those behind the last one are read without opening the file again."""
+    """Reads rows by number. Reading in ascending order is one pass over the file; going back opens it again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,7 +106,7 @@ class RowReader:
         self._next: int | None = None
 
     def read(self, index: int) -> Row | None:
-        """The row at a place, from 0; None behind the last.
+        """The row of this number, from 0; None after the last.
 
         Raises:
             DiskError: the file cannot be read.
@@ -121,7 +121,7 @@ class RowReader:
 
 
 class _File:
-    """A file that is read once, gunzipped where its name ends so; see `Source`."""
+    """A file that is read once, decompressed if its name ends in .gz; see `Source`."""
 
     columns: Sequence[str] | None = None
 
@@ -146,7 +146,7 @@ class _File:
 
     @property
     def expected_rows(self) -> int | None:
-        """See `Source.expected_rows`: exact at the end, before it by what was read."""
+        """See `Source.expected_rows`: extrapolated from the bytes read so far; exact at the end."""
         if self._size == 0:
             return None
         try:
@@ -181,7 +181,7 @@ class _LineFile(_File):
 
     Args:
         path: the file.
-        is_json: which of them; None for what the first line looks like.
+        is_json: whether lines are JSON; None to judge by the first line.
     """
 
     def __init__(self, path: Path, is_json: bool | None) -> None:
@@ -194,7 +194,7 @@ class _LineFile(_File):
                 yield self._row(number, line)
 
     def _split(self) -> Iterator[bytes | None]:
-        """The lines without their ends; None for one that is too long."""
+        """Yield the lines without line breaks; None for one that is too long."""
         is_first = True
         while line := self._bytes.readline(_LONGEST):
             is_long = len(line) == _LONGEST and not line.endswith(b"\n")
@@ -226,7 +226,7 @@ class _LineFile(_File):
 
 
 class _TableFile(_File):
-    """CSV or TSV with a first line of names (RFC 4180); a field may have line breaks.
+    """CSV (RFC 4180) or TSV with column names in the first line; fields may contain line breaks.
 
     Args:
         path: the file.
@@ -236,7 +236,7 @@ class _TableFile(_File):
     def __init__(self, path: Path, delimiter: str) -> None:
         super().__init__(path)
         csv.field_size_limit(_LONGEST)
-        # Bytes that are no UTF-8 are half characters then, and an error of their row.
+        # Bytes that are not UTF-8 become lone surrogates, which are an error of their row alone.
         text = io.TextIOWrapper(self._bytes, "utf-8-sig", errors="surrogateescape", newline="")
         self._table = csv.reader(text, delimiter=delimiter)
         try:
@@ -296,7 +296,7 @@ class _ParquetFile:
 
 
 def _identified(number: int, line_key: int, record: dict[str, Any], *, is_table: bool = False) -> Row:
-    """A row under its custom_id, if it has one."""
+    """Make a row, with the key of its custom_id if it has one."""
     own = record.get("custom_id")
     if isinstance(own, int) and not isinstance(own, bool):
         own = str(own)
@@ -309,10 +309,10 @@ def _identified(number: int, line_key: int, record: dict[str, Any], *, is_table:
 
 
 def check_path(path: str) -> Path:
-    """A path of a file here.
+    """The path of a local file.
 
     Raises:
-        UsageError: it is the address of something elsewhere.
+        UsageError: it is a URL.
     """
     if match := _SCHEME.match(path):
         raise UsageError(f"{brief(path)}: {match[0]} is not supported", "copy it to a file here, or pipe it in as -")

@@ -1,7 +1,7 @@
 """Scores a batch job's answers against a field of its input.
 
-The interval of a share is Wilson's (1927, "Probable inference, the law of succession, and statistical inference"), at
-95 %: unlike the usual one it makes sense for few answers and for shares near 0 and 1.
+Confidence intervals are Wilson score intervals (1927, "Probable inference, the law of succession, and statistical
+inference") at 95 %. Unlike the normal approximation they hold for few answers and for shares near 0 and 1.
 """
 
 from __future__ import annotations
@@ -26,12 +26,7 @@ _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
 
 @dataclass
 class Score:
-    """How many answers are right.
-
-    Attributes:
-        metric: "exact", "regex" or "json".
-        right, count: of so many answers.
-    """
+    """How many answers are right by a metric ("exact", "regex" or "json"): `right` out of `count`."""
 
     metric: str
     right: int = 0
@@ -39,23 +34,23 @@ class Score:
 
     @property
     def share(self) -> float:
-        """The part that is right."""
+        """Fraction of right answers; 0 if there are none."""
         return self.right / self.count if self.count else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Within which the share of all such answers is, with a confidence of 95 %."""
+        """95 % confidence interval of the share."""
         return wilson(self.right, self.count)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores, and what has none.
+    """The scores of an output.
 
     Attributes:
-        scores: one for each metric.
-        failed: lines with an error for an answer.
-        unscored: answers to lines without the field, or with one that the metrics cannot use.
+        scores: one per metric.
+        failed: lines with an error instead of an answer.
+        unscored: answers whose input has no expected value, or one that a metric cannot use.
     """
 
     scores: Sequence[Score]
@@ -64,7 +59,7 @@ class Scores:
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share at 95 %; 0 to 1 for no answers."""
+    """Wilson score interval at 95 %; (0, 1) without answers."""
     if count == 0:
         return 0.0, 1.0
     share, square = right / count, _Z * _Z
@@ -83,7 +78,7 @@ def _is_match(expected: Any, text: str) -> bool:
 
 
 def _is_json(expected: Any, text: str) -> bool:
-    """Whether a text, perhaps in a fenced block of Markdown, is JSON of that value."""
+    """Whether a text, perhaps in a fenced Markdown block, is JSON equal to the expected value."""
     if isinstance(expected, str):
         expected = json.loads(expected)
     fenced = _FENCE.fullmatch(text)
@@ -94,27 +89,25 @@ def _is_json(expected: Any, text: str) -> bool:
     return _same(expected, value)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: 1 is 1.0, but neither is true."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+def _same(left: Any, right: Any) -> bool:
+    """Whether two JSON values are equal. 1 equals 1.0, but, unlike in Python, not true."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
 METRICS: dict[str, Callable[[Any, str], bool]] = {"exact": _is_exact, "regex": _is_match, "json": _is_json}
 
 
 def score(source: Source, output: Path, field: str, metrics: Sequence[str]) -> Scores:
-    """Score the answers in a file; of several answers to a line the first.
-
-    The expected values are in memory at once.
+    """Score the answers in a file, the first choice of each. All expected values are held in memory.
 
     Args:
-        source: the input, read again.
+        source: the input, opened again.
         output: the answers.
-        field: of a row, or of the `metadata` of its body, with what is expected.
+        field: field of a row, or of its body's `metadata`, with the expected value.
         metrics: keys of `METRICS`.
 
     Raises:
@@ -141,7 +134,7 @@ def score(source: Source, output: Path, field: str, metrics: Sequence[str]) -> S
                 continue
             try:
                 results = [METRICS[score.metric](value, text) for score in scores]
-            except (re.error, ValueError, RecursionError):  # of what is expected
+            except (re.error, ValueError, RecursionError):  # the expected value is no regex, or no JSON
                 unscored += 1
                 continue
             for item, is_right in zip(scores, results, strict=True):

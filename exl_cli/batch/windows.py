@@ -1,8 +1,8 @@
-"""The rows of a batch job's input that have no answer yet, as windows of tasks, sorted for the engine.
+"""Reads the rows of a batch job that have no answer yet, in windows of tasks sorted for prefix reuse.
 
-A window is read and turned into requests while the engine computes the one before it; the whole input is never in
-memory. Where several jobs share the work, each takes the rows whose key falls to it: nothing else decides who answers
-what, and each writes its own output.
+A window is read and turned into requests while the engine computes the one before, so the whole input is never in
+memory. If several jobs share an input (`shard`), each takes the rows whose key modulo the number of jobs is its own
+number, and writes its own output; they need not communicate.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from exl_cli.batch.prompts import Preparer, Task
 from exl_cli.batch.rows import Row, Source
 from exl_cli.errors import ExlError, brief
 
-# A window ends with so many rows, or once its prompts have so many tokens.
+# A window ends at this many rows, or once its prompts have this many tokens.
 WINDOW_ROWS = 2048
 _WINDOW_TOKENS = 1 << 20
-# Prompts that have so many first tokens in common belong together.
+# Prompts that share this many first tokens are computed one after the other.
 _SHARED = 32
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a job goes about its rows.
+    """Options of a job.
 
     Attributes:
-        flat: write texts alone.
+        flat: write texts instead of response objects.
         ordered: write answers in the order of the input.
-        strict: end at the first row that fails.
-        shard, shards: take the rows of one of so many shares, from 0.
+        strict: stop at the first row that fails.
+        shard, shards: number of this job, from 0, and how many jobs share the input.
     """
 
     flat: bool = False
@@ -47,7 +47,14 @@ class Options:
 
 @dataclass
 class Slot:
-    """A row of a window: its place among the rows to answer, and its task, or why there is none."""
+    """A row of a window.
+
+    Attributes:
+        index: its number among the rows to answer, from 0.
+        row: the row.
+        task: its task; None if it could not be prepared.
+        error: why not.
+    """
 
     index: int
     row: Row
@@ -59,8 +66,8 @@ class Rows(Protocol):
     """Rows to answer.
 
     Attributes:
-        name: of the input, for messages.
-        before: rows left out so far, as they are answered.
+        name: the input's name, for messages.
+        before: rows skipped so far because they have an answer.
     """
 
     name: str
@@ -68,22 +75,22 @@ class Rows(Protocol):
 
     @property
     def expected(self) -> int | None:
-        """How many there are, those left out included, as far as can be told."""
+        """Estimated number of rows, skipped ones included; None if unknown."""
         ...
 
     def __iter__(self) -> Iterator[Row | None]:
-        """The rows; None where more may be long in coming, so that what is there is not to wait for them."""
+        """Yield the rows, and None where the next row may take long: rows before it should be processed now."""
         ...
 
 
 class Pending:
-    """The rows of an input that are to be answered: those of this job's share, without an answer, for its model.
+    """The rows of an input that this job still has to answer: in its shard, for its model, and without an answer.
 
     Args:
         source: the input.
-        answered: keys of rows to leave out.
-        options: of the job.
-        select: the row as it is to be answered; None to leave it to another job.
+        answered: keys of rows to skip.
+        options: the job's options.
+        select: returns the row, perhaps with an error set, or None to leave it to the pass of another model.
 
     Attributes:
         name, before: see `Rows`.
@@ -105,7 +112,7 @@ class Pending:
         return (row for _, row in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, Row]]:
-        """The rows, each with its place among all rows of the input, from 0."""
+        """Yield each row with its number among all rows of the input, from 0."""
         seen = KeySet()
         for index, row in enumerate(self._source):
             if row.key % self._options.shards != self._options.shard:
@@ -122,19 +129,19 @@ class Pending:
 
 
 def repeated(row: Row) -> Row:
-    """A row whose custom_id an earlier one has: it is known by its line."""
+    """The row as an error, because an earlier row has its custom_id; its key becomes that of its line."""
     error = BodyError(f"custom_id {brief(row.custom_id)!r} is that of an earlier line", code="duplicate_custom_id")
     return Row(row.number, f"line-{row.number}", row.line_key, row.line_key, row.record, error=error)
 
 
 class Windows:
-    """Reads rows in a thread, a window ahead of the engine.
+    """Reads rows in a thread, one window ahead of the engine.
 
     Args:
         rows: the rows to answer; None among them ends a window.
         preparer: turns them into tasks.
         wake: called when `poll` has something.
-        is_sorted: sort each window.
+        is_sorted: whether to sort each window.
     """
 
     def __init__(self, rows: Rows, preparer: Preparer, wake: Callable[[], None], *, is_sorted: bool = True) -> None:
@@ -145,10 +152,7 @@ class Windows:
         threading.Thread(target=self._run, name="exl-batch-input", daemon=True).start()
 
     def poll(self) -> list[Slot] | None:
-        """The next window, empty where it is not ready yet; None after the last.
-
-        Raises, what reading the input raised.
-        """
+        """The next window; empty if it is not ready yet, None after the last. Raises errors of the input."""
         try:
             item = self._ready.get_nowait()
         except queue.Empty:
@@ -158,7 +162,7 @@ class Windows:
         return item
 
     def stop(self) -> None:
-        """Read no further."""
+        """Stop reading."""
         self._stopped.set()
         with contextlib.suppress(queue.Empty):
             self._ready.get_nowait()
@@ -192,7 +196,7 @@ class Windows:
                     window, tokens = [], 0
                 if self._stopped.is_set():
                     return
-        except ExlError:  # the input ends before its end: what was read is good
+        except ExlError:  # the input breaks off: answer what was read before
             if window:
                 yield self._sorted(window)
             raise
@@ -202,11 +206,11 @@ class Windows:
     def _slot(self, index: int, row: Row) -> Slot:
         try:
             return Slot(index, row, self._preparer.prepare(row))
-        except Exception as error:  # of a bug, too: the other rows have theirs
+        except Exception as error:  # even a bug must not stop the other rows
             return Slot(index, row, None, error)
 
     def _sorted(self, window: list[Slot]) -> list[Slot]:
-        """Errors first; then shared beginnings side by side, and among these groups the short prompts first."""
+        """Sort for prefix reuse: errors first, then groups of prompts with a common beginning, short prompts first."""
         if not self._is_sorted:
             return window
         failed = [slot for slot in window if slot.task is None]
