@@ -1,8 +1,9 @@
 """A batch job on many engines, here or on a cluster, through Ray (https://docs.ray.io).
 
-Each node has an actor with an engine for each of its GPUs, or one on its CPU. The driver reads the input and keeps the
-places and keys of rows, never their texts; an actor reads the rows that it is given from the input itself, and appends
-its answers to its own part of the output. An actor that is lost leaves its part: what is missing in it goes to others.
+Each node runs one actor per GPU (or per model's share of GPUs), or actors on its CPU, each with an engine. The driver
+reads the input and sends out row numbers and keys, never texts. An actor reads its rows from the input itself and
+appends the answers to its own part of the output. If an actor is lost, its part remains, and the rows missing from it
+go to other actors.
 """
 
 from __future__ import annotations
@@ -31,26 +32,28 @@ from exl_cli.errors import DeviceError, EngineError, ExlError, UsageError, brief
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 
-# Batches that an actor has at once: the next is read and turned into requests while the engine computes the last.
+# Batches in flight per actor: while the engine computes one, the next is read and turned into requests.
 _IN_FLIGHT = 2
+# Rows of a batch.
 _SMALLEST, _LARGEST = 16, 1024
-# Of what is left, for all to end at about the same time.
+# A batch is an actor's even share of the rows left, divided by this, within limits: batches shrink towards the end, and
+# all actors finish at about the same time.
 _SHARE = 4
-# Between two looks at the nodes, and between two reports.
+# Interval of looking for new nodes, and of reports.
 _NODES_SECONDS, _REPORT_SECONDS = 3.0, 1.0
-# For actors to close their parts.
+# How long actors may take to close their parts.
 _CLOSE_SECONDS = 60.0
-# Losses of a row that was alone in its batch, and of any actors with no batch done between them, before it is given up.
+# A row is given up when more than this many actors were lost with it; the job fails at this many losses in a row.
 _ROW_LOSSES, _MOST_LOSSES = 2, 8
 
 
 @dataclass(frozen=True)
 class Where:
-    """Which engines a job has.
+    """Where a job's engines run.
 
     Attributes:
-        address: of a cluster, or "auto" for the one that runs here; None for this machine alone.
-        engines: at most; None for one on each GPU, or on each node's CPU where it has none.
+        address: of a Ray cluster, or "auto" for one that runs here; None for this machine alone.
+        engines: most engines; None for one per GPU, or per node without GPUs.
     """
 
     address: str | None = None
@@ -70,13 +73,15 @@ class _Member:
     """An actor.
 
     Attributes:
-        node: its node's id.
-        name: for people.
-        part: where its answers go; None before the first batch of an input.
-        at_once: sequences that it computes at once; 0 until it is loaded.
-        tasks: under way, by their references.
-        report: the last.
-        reporting: the reference of the next.
+        actor: Ray's handle.
+        node: id of its node.
+        name: for messages.
+        ready: reference of the call that loads its engine.
+        part: file of its answers; None before the first batch of an input.
+        at_once: most sequences that it computes at once; 0 until its engine is loaded.
+        tasks: batches in flight, by the reference of their call.
+        report: its latest report.
+        reporting: reference of the call for the next report; None if there is none.
     """
 
     actor: Any
@@ -91,15 +96,15 @@ class _Member:
 
 
 class RayEngines:
-    """Engines in actors of Ray; see `passes.Engines`.
+    """Engines in Ray actors; see `passes.Engines`.
 
     Args:
-        where: they are.
+        where: where they run.
         settings, loading, sequences, load: see `worker.Plan`.
 
     Attributes:
         is_stopped: see `Engines`.
-        ignored: names of fields that no setting goes by.
+        ignored: names of fields in rows that were ignored as unknown.
 
     Raises:
         UsageError: Ray is not installed.
@@ -113,7 +118,7 @@ class RayEngines:
         sequences: int | None,
         load: Callable[..., Engine] = loader.load,
     ) -> None:
-        # Before it is imported: Ray would tell its makers that it is used.
+        # Before the import: turn off Ray's usage statistics.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -127,17 +132,17 @@ class RayEngines:
         self._excluded: set[str] = set()
         self._count = self._losses = 0
         self._looked_at = self._reported_at = 0.0
-        self._told: set[str] = set()
+        self._noted: set[str] = set()
         self._owns_cluster = False
         self.ignored: set[str] = set()
         self.is_stopped = False
 
     def stop(self) -> None:
-        """See `Engines.stop`. May be called by a handler of a signal."""
+        """See `Engines.stop`. May be called from a signal handler."""
         self.is_stopped = True
 
     def close(self) -> None:
-        """End the actors, and Ray where it was started for them."""
+        """Kill the actors, and shut down Ray if it was started for them."""
         if self._ray.is_initialized():
             for member in self._members:
                 self._kill(member)
@@ -169,7 +174,7 @@ class RayEngines:
     # --- the cluster ----------------------------------------------------------------------------------------------
 
     def _use(self, model: ModelInfo, options: Options) -> None:
-        """Have actors of this model from now on."""
+        """Switch to a model: kill the actors of another."""
         self._connect()
         path = model.path.absolute()
         if self._plan is not None and self._plan.model_path == path:
@@ -210,7 +215,7 @@ class RayEngines:
             raise UsageError(f"{param('gpus')} {wanted}: there are {gpus} GPUs here", f"give {param('gpus')} all")
 
     def _populate(self, run: _Run) -> None:
-        """Start an actor wherever there is room for one, on nodes that came later as well."""
+        """Start actors wherever there is room, including nodes that joined since."""
         if time.monotonic() < self._looked_at + _NODES_SECONDS or not run.has_more(_SMALLEST):
             return
         self._looked_at = time.monotonic()
@@ -224,14 +229,14 @@ class RayEngines:
                 self._start(node, resources)
 
     def _room(self, resources: dict[str, float], nodes: int) -> tuple[int, dict[str, float]]:
-        """How many engines a node is to have, and what each takes of it."""
+        """The number of engines for a node, and the resources of each."""
         each = len(self._loading.gpu_split or (0,))
         gpus = int(resources.get("GPU", 0))
         if gpus and self._loading.engine != "cpu":
             return gpus // each, {"num_gpus": each, "num_cpus": 1}
         cores = int(resources.get("CPU", 0))
         count = min(cores, -(-(self._where.engines or nodes) // nodes))
-        # Ray has torch use as many threads.
+        # Ray sets OMP_NUM_THREADS to num_cpus, which limits torch's threads.
         return count, {"num_cpus": max(1, cores // max(count, 1)), "num_gpus": 0}
 
     def _start(self, node: dict[str, Any], resources: dict[str, float]) -> None:
@@ -316,12 +321,12 @@ class RayEngines:
     def _note(self, member: _Member, report: Report, run: _Run) -> None:
         member.report = report
         for line in report.notes:
-            if line not in self._told:
-                self._told.add(line)
+            if line not in self._noted:
+                self._noted.add(line)
                 run.view.note(f"{member.name}: {line}")
 
     def _exclude(self, member: _Member, error: ExlError, run: _Run) -> None:
-        """Do without a node on which the engine cannot be loaded, unless that is all there was."""
+        """Exclude a node on which the engine cannot be loaded; raise the error if no node is left."""
         self._members.remove(member)
         self._kill(member)
         self._excluded.add(member.node)
@@ -331,7 +336,7 @@ class RayEngines:
         run.view.note(f"{member.name} is left out: {error}")
 
     def _lose(self, member: _Member, reason: str, run: _Run) -> None:
-        """Give what a lost actor has not answered to others."""
+        """Handle the loss of an actor: merge its part, and give the rows that it did not answer to others."""
         self._members.remove(member)
         self._kill(member)
         if member.part is not None:
@@ -344,7 +349,7 @@ class RayEngines:
             raise EngineError(f"{self._losses} engines in a row were lost, the last one: {reason}", "see Ray's logs")
 
     def _finish(self, run: _Run, *, stop: bool) -> None:
-        """Have the actors close their parts, and take them in."""
+        """Have the actors close their parts, and merge these into the output."""
         closing = {member.actor.finish.remote(stop=stop): member for member in self._members if member.part}
         deadline = time.monotonic() + _CLOSE_SECONDS
         while closing and (left := deadline - time.monotonic()) > 0:
@@ -371,7 +376,7 @@ class RayEngines:
 
 
 class _Run:
-    """The rows of an input on their way to actors, and what came of them.
+    """The work on one input: rows not given out yet, and the progress of those that were.
 
     Args:
         rows, sink, view, options, progress: see `Engines.answer`.
@@ -388,29 +393,32 @@ class _Run:
         self._read: deque[tuple[int, int]] = deque()
         self._again: deque[_Task] = deque()
         self._before = progress.before
-        # What is certain of the figures; actors tell of the rest.
-        self._sure = Progress(progress.answered, progress.failed, 0, None, progress.prompt_tokens, progress.new_tokens)
-        self._sure.joules = progress.joules
+        # Progress of merged parts and of the driver itself; reports of the actors in use are added to it.
+        self._settled = Progress(
+            progress.answered, progress.failed, 0, None, progress.prompt_tokens, progress.new_tokens
+        )
+        self._settled.joules = progress.joules
         self._begun = False
 
     def begin(self) -> None:
-        """The first engine is loaded."""
+        """Start the clock, when the first engine is loaded."""
         if not self._begun and not self._progress.answered:
             self._progress.started = time.monotonic()
         self._begun = True
 
     def has_more(self, count: int) -> bool:
-        """Whether there is anything to give out; reads so many rows ahead, if it can."""
+        """Whether there are rows to give out; reads up to this many ahead."""
         self._read_ahead(count)
         return bool(self._read or self._again)
 
     def next_task(self, at_once: int, members: int, *, alone: bool) -> _Task | None:
-        """A batch for an actor.
+        """The next batch for an actor; None if there is none for it now.
 
         Args:
-            at_once: sequences that it computes at once.
-            members: how many actors there are.
-            alone: it has nothing else; what was lost with others goes to nobody who does.
+            at_once: most sequences that it computes at once.
+            members: number of actors.
+            alone: whether the actor is idle. Only idle ones get batches that were lost before: if such a batch kills
+                its actor, no other batch is lost with it.
         """
         if self._again:
             return self._again.popleft() if alone else None
@@ -425,10 +433,10 @@ class _Run:
         return _Task(Batch(Path(self._rows.name).absolute(), self.sink.manifest, indexes, keys))
 
     def put_back(self, task: _Task) -> int:
-        """Take back what is not answered of a lost batch; it is given out again in halves, as some row may be why.
+        """Requeue the unanswered rows of a lost batch, in halves: if one row kills actors, bisection isolates it.
 
         Returns:
-            how many rows.
+            The number of rows requeued.
         """
         batch = task.batch
         is_left = np.array([int(key) not in self.sink.answered for key in batch.keys], bool)
@@ -446,20 +454,20 @@ class _Run:
         return len(keys)
 
     def take_in(self, part: Path, report: Report) -> None:
-        """Take in the part of an actor, which has told so much of it."""
-        with contextlib.suppress(UsageError):  # somebody still writes it: at the end, then
+        """Merge an actor's part into the output, and its last report into the progress."""
+        with contextlib.suppress(UsageError):  # a process still writes to it: `_finish` tries again
             if part.exists():
                 answered, failed = self.sink.take_in(part)
-                self._sure.answered += answered
-                self._sure.failed += failed
-        self._sure.prompt_tokens += report.progress.prompt_tokens
-        self._sure.new_tokens += report.progress.new_tokens
+                self._settled.answered += answered
+                self._settled.failed += failed
+        self._settled.prompt_tokens += report.progress.prompt_tokens
+        self._settled.new_tokens += report.progress.new_tokens
         if report.progress.joules is not None:
-            self._sure.joules = (self._sure.joules or 0.0) + report.progress.joules
+            self._settled.joules = (self._settled.joules or 0.0) + report.progress.joules
 
     def show(self, members: list[_Member]) -> None:
-        """Tell the view how far it is."""
-        reports = [self._sure, *(member.report.progress for member in members)]
+        """Update the view."""
+        reports = [self._settled, *(member.report.progress for member in members)]
         progress = self._progress
         progress.answered = sum(report.answered for report in reports)
         progress.failed = sum(report.failed for report in reports)
@@ -475,13 +483,13 @@ class _Run:
         return self._progress.answered + self._progress.failed
 
     def _read_ahead(self, count: int) -> None:
-        """Read rows until so many can be given out; what is wrong with any is an answer already."""
+        """Read until this many rows can be given out. Unusable rows get their error as an answer at once."""
         while self._numbered is not None and len(self._read) < count:
             try:
                 index, row = next(self._numbered)
             except StopIteration:
                 self._numbered = None
-            except ExlError as error:  # the input ends before its end: what was read is good
+            except ExlError as error:  # the input breaks off: answer what was read before
                 self._numbered, self.unreadable = None, error
             else:
                 if row.error is None:
@@ -494,7 +502,7 @@ class _Run:
             raise LinesFailedError.of(self._rows.name, row, error)
         self.sink.append(error_line(row, error, flat=self._options.flat))
         self.sink.answered.add(row.key)
-        self._sure.failed += 1
+        self._settled.failed += 1
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -1,5 +1,7 @@
-"""A worker of a batch job that many engines share: one engine, which answers the batches it is given into its own part
-of the output. What starts workers and gives them batches is in `cluster`."""
+"""A worker of a batch job on many engines: answers batches of rows with one engine, into its own part of the output.
+
+`cluster` starts the workers and assigns batches.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ from exl_cli.system.version import installed_version
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker is to be; can be pickled.
+    """The configuration of a worker. Can be pickled.
 
     Attributes:
-        model, model_path, model_hash: the model.
-        version: of exl.
+        model, model_path, model_hash: the model's name, folder and hash.
+        version: exl's version on the driver.
         settings, loading, sequences, options: see `OneEngine` and `Job`.
         load: see `loader.load`.
     """
@@ -53,13 +55,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows for a worker, by their places and keys.
+    """Rows for a worker, by number and key. The worker reads them itself.
 
     Attributes:
-        input: the file that they are in.
-        manifest: of the output.
-        indexes: of the rows among all of the input, ascending.
-        keys: of the same.
+        input: the input file.
+        manifest: the output's manifest.
+        indexes: row numbers in the input, from 0, ascending.
+        keys: the same rows' keys.
     """
 
     input: Path
@@ -70,18 +72,14 @@ class Batch:
 
 @dataclass
 class Report:
-    """How far a worker is with an input, and what there is to tell."""
+    """A worker's progress with an input, and its notes since the last report."""
 
     progress: Progress
     notes: list[str]
 
 
 class Worker:
-    """An engine that answers batches; its methods are called from several threads.
-
-    Args:
-        plan: what it is to be.
-    """
+    """One engine that answers batches. Its methods may be called from several threads."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._notes = plan, list[str]()
@@ -90,10 +88,10 @@ class Worker:
         self._progress = Progress()
 
     def ready(self) -> int:
-        """Load the engine, before anything else is asked of it; returns how many sequences it computes at once.
+        """Load the engine. To be called first. Returns the most sequences that it computes at once.
 
         Raises:
-            UsageError: exl or the model here is another than where the job was started.
+            UsageError: exl's version or the model here differs from the driver's.
             ExlError: the engine cannot be loaded.
         """
         plan = self._plan
@@ -107,7 +105,7 @@ class Worker:
         return self._engine.max_batch
 
     def answer(self, batch: Batch, part: Path) -> None:
-        """Answer a batch; returns once all its rows have a line in the part.
+        """Answer a batch; returns once the part has a line for every row of it.
 
         Raises:
             ExlError: see `Job.run`.
@@ -129,12 +127,12 @@ class Worker:
         return Job(rows, self._preparer, sink, engine, self, self._plan.options, self._progress)
 
     def report(self) -> Report:
-        """How far it is with the input under way."""
+        """Report on the input in progress."""
         notes, self._notes = self._notes, []
         return Report(self._progress, notes)
 
     def finish(self, *, stop: bool = False) -> Report:
-        """Close the part; with `stop` without the answers that are not complete yet."""
+        """Complete the rows given, or with `stop` abandon them, and close the part."""
         with self._lock:
             opened, self._open = self._open, None
         if opened is not None:
@@ -142,28 +140,24 @@ class Worker:
         return self.report()
 
     def ignored(self) -> set[str]:
-        """Names of fields that no setting goes by."""
+        """Names of fields in rows that were ignored as unknown."""
         return self._preparer.ignored
 
-    # --- of the job and the load, see `View` and `loader.Observer` ------------------------------------------------
+    # --- `job.View` and `loader.Observer` -------------------------------------------------------------------------
 
     def note(self, message: str) -> None:
         """Keep a line for the next report."""
         self._notes.append(message)
 
     def update(self, progress: Progress) -> None:
-        """Reports are asked for."""
+        """Do nothing: the driver polls `report`."""
 
     def progress(self, done: int, total: int) -> None:
-        """Of a load: nobody sees it."""
+        """Ignore the progress of loading."""
 
 
 class _OpenPart:
-    """A part of an output that is being written.
-
-    Attributes:
-        error: that ended it.
-    """
+    """A part of an output that is being written by a job in a thread; `error` is what ended the job, if anything."""
 
     def __init__(self, first: Batch, part: Path, job: Callable[[_GivenRows, _PartFile], Job]) -> None:
         self.error: BaseException | None = None
@@ -174,7 +168,7 @@ class _OpenPart:
         self._thread.start()
 
     def give(self, batch: Batch) -> threading.Event:
-        """Have a batch answered; the event says when it is, or when there was an error."""
+        """Queue a batch. The event is set once it is answered or the job has failed."""
         finished = self._sink.expect(batch)
         self._rows.give(batch)
         if self.error is not None:
@@ -182,7 +176,7 @@ class _OpenPart:
         return finished
 
     def close(self, *, stop: bool) -> None:
-        """Wait for the end of what was given, or end it."""
+        """Wait until all batches are answered, or with `stop` end the job; then join the thread."""
         if stop:
             self._job.stop()
         self._rows.give(None)
@@ -203,7 +197,7 @@ class _OpenPart:
 
 
 class _GivenRows:
-    """The rows of batches as they are given; see `windows.Rows`."""
+    """The rows of batches as they arrive; see `windows.Rows`."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.before = str(path), 0
@@ -212,7 +206,7 @@ class _GivenRows:
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
 
     def give(self, batch: Batch | None) -> None:
-        """A batch more, or the end."""
+        """Append a batch, or None to end the rows."""
         self._batches.put(batch)
 
     def __iter__(self) -> Iterator[Row | None]:
@@ -226,7 +220,7 @@ class _GivenRows:
 
 
 class _PartFile(AnswerFile):
-    """A part, which tells when a batch is complete; see `Sink`."""
+    """A part of the output that signals when a batch is complete; see `Sink`."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         super().__init__(path, manifest)
@@ -234,7 +228,7 @@ class _PartFile(AnswerFile):
         self._guard = threading.Lock()
 
     def expect(self, batch: Batch) -> threading.Event:
-        """An event for when all rows of a batch have a line."""
+        """Return an event that is set once all rows of a batch have a line."""
         expected = _Expected(len(batch.keys))
         with self._guard:
             self._expected.update(dict.fromkeys(batch.keys.tolist(), expected))
@@ -251,7 +245,7 @@ class _PartFile(AnswerFile):
                 expected.finished.set()
 
     def release(self) -> None:
-        """Nothing more comes: let nobody wait for it."""
+        """Set all events, as no more lines will come."""
         with self._guard:
             for expected in self._expected.values():
                 expected.finished.set()
