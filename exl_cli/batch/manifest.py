@@ -1,4 +1,4 @@
-"""What decides how a batch job's answers are made: what two runs have to have in common to write one file."""
+"""The manifest of a batch job: everything that determines its answers. Runs that add to one file must have the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from exl_cli.errors import DamagedModelError
 from exl_cli.models.info import ModelInfo
 from exl_cli.system.version import installed_version
 
-# Of each weight file so many pieces of so many bytes are hashed, evenly spread, instead of tens of GB.
+# Of each weight file this many evenly spread pieces of this many bytes are hashed, instead of tens of GB.
 _PIECES, _PIECE = 64, 4096
 
 
@@ -19,8 +19,8 @@ def manifest(info: ModelInfo, settings: Settings, **more: Any) -> dict[str, Any]
 
     Args:
         info: the model.
-        settings: of the job.
-        more: what else changes the answers.
+        settings: the job's settings.
+        more: anything else that changes the answers.
 
     Raises:
         DamagedModelError: the model's files cannot be read.
@@ -35,7 +35,7 @@ def manifest(info: ModelInfo, settings: Settings, **more: Any) -> dict[str, Any]
 
 
 def model_hash(info: ModelInfo) -> str:
-    """A hash of a model's JSON and template files, and of samples of its weights; the same wherever it lies.
+    """Hash a model's JSON and template files and samples of its weights. The hash does not depend on the folder.
 
     Raises:
         DamagedModelError: a file cannot be read.

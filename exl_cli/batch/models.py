@@ -1,4 +1,4 @@
-"""Which model answers a row: the one that it names, where that is here, else the job's."""
+"""Decides which model answers a row: the one it names if that is installed, otherwise the job's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from exl_cli.errors import ExlError, ModelNotFoundError
 from exl_cli.models.hub import names
 from exl_cli.models.info import ModelInfo
 
-# Names that are remembered, as each line may have another.
+# Most names to remember, as every line may have a different one.
 _MOST_NAMES = 10_000
 
 
@@ -20,13 +20,13 @@ class ModelNames:
     """The models that the rows of an input name.
 
     Args:
-        default: answers rows that name no model, or none that is here.
-        given: what the user called it.
-        folder: of downloaded models; see `loader.resolve`.
+        default: answers rows that name no model, or one that is not installed.
+        given: the name the user gave for it.
+        folder: folder of downloaded models; see `loader.resolve`.
 
     Attributes:
-        models: those named so far; the default comes first.
-        missing: names of models that are not here, with the number of their rows.
+        models: the default, then the other models named so far.
+        missing: number of rows by name of a model that is not installed.
     """
 
     def __init__(self, default: ModelInfo, given: str | None, folder: Path | None) -> None:
@@ -39,7 +39,7 @@ class ModelNames:
         """The model that answers a row.
 
         Raises:
-            ExlError: it names a model that is here, but cannot be run.
+            ExlError: the model it names is installed but cannot be run.
         """
         name = named_model(row)
         if name is None:
@@ -56,7 +56,7 @@ class ModelNames:
         return model
 
     def _look_up(self, name: str) -> ModelInfo | ExlError | None:
-        # A name in a line leads to no folder but those of models, as in a request to a server.
+        # A name in a line must not reach folders other than installed models', as in a request to a server.
         if name in ("", ".", "..") or ("/" in name and names.parse(name) is None):
             return None
         try:
@@ -73,7 +73,7 @@ class ModelNames:
 
 
 def named_model(row: Row) -> str | None:
-    """The model that a row names; a column of a table is no setting."""
+    """The name of a model in a row, if any. Columns of a table are not settings."""
     if row.is_table:
         return None
     body: Any = row.record.get("body")

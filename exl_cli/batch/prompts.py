@@ -1,7 +1,7 @@
-"""From a row of the input to requests, and from their chunks to a line of the output.
+"""Turns rows of the input into requests, and their chunks into lines of the output.
 
-OpenAI's batch lines are answered as `exl serve` answers such a body; `prompt`, `messages` and lines of text as
-`exl run` answers them.
+Lines in OpenAI's batch format get the defaults of `exl serve`; `prompt`, `messages` and lines of text get those of
+`exl run`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from exl_cli.models.prompt import fill, placeholders
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import PRESETS, build
 
-# What `exl run` generates where nothing is said.
+# Default of `exl run`.
 _MAX_NEW_TOKENS = 512
 
 _CODES: dict[type[BaseException], str] = {
@@ -52,7 +52,7 @@ _URLS = ("/v1/chat/completions", "/v1/completions")
 
 @dataclass
 class BatchModel:
-    """What turning rows into requests takes of a model; see `api.prompts.TextModel`."""
+    """What preparing requests needs to know of a model; see `api.prompts.TextModel`."""
 
     name: str
     info: ModelInfo
@@ -63,17 +63,17 @@ class BatchModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """What rows do not say themselves.
+    """Defaults for what rows do not set.
 
     Attributes:
         sampling: fields of `Sampling` by name.
-        preset: a key of `PRESETS`, under them.
-        max_new_tokens: None for what `exl run` and `exl serve` take.
-        seed: seeds come from it and the row's key.
+        preset: a key of `PRESETS`; `sampling` overrides it.
+        max_new_tokens: None for the defaults of `exl run` and `exl serve`.
+        seed: a row's seed is derived from this and the row's key.
         stop: stop strings.
-        system: a system message before each prompt.
-        raw: prompts are continued as they are, without the chat template.
-        template: makes the prompt of a row from its fields.
+        system: system message before each prompt.
+        raw: continue prompts as they are, without the chat template.
+        template: template that makes a prompt from a row's fields.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Settings:
 
 
 def text_of(value: Any) -> str:
-    """A field's value as text: JSON, but for texts themselves and nothing at all."""
+    """A field's value as text: strings as they are, None as an empty string, anything else as JSON."""
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value, ensure_ascii=False, default=str)
@@ -119,11 +119,11 @@ class Task:
         self.requests: Sequence[Request] = job.requests
 
     def line(self, chunks: Sequence[Sequence[Chunk]], *, flat: bool) -> bytes:
-        """The answer as a line of the output.
+        """Encode the answer as a line of the output.
 
         Args:
-            chunks: of each request, all of them.
-            flat: the texts alone, in the place of a response object.
+            chunks: all chunks, by request.
+            flat: write the texts instead of a response object.
         """
         for index, some in enumerate(chunks):
             for chunk in some:
@@ -145,7 +145,7 @@ def _flat(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def error_line(row: Row, error: BaseException, *, flat: bool) -> bytes:
-    """A row's error as a line of the output."""
+    """Encode a row's error as a line of the output."""
     message = spell(error.message) if isinstance(error, ExlError) else f"unexpected {type(error).__name__}: {error}"
     code = error.code if isinstance(error, BodyError) else _CODES.get(type(error), "engine_failed")
     told = {"code": code, "message": f"line {row.number}: {message}", "line": row.number}
@@ -156,14 +156,14 @@ class Preparer:
     """Turns rows into tasks.
 
     Args:
-        model: for which model.
-        settings: what rows do not say themselves.
+        model: the model.
+        settings: defaults for what rows do not set.
 
     Raises:
-        UsageError, PromptError: settings that make no sense.
+        UsageError, PromptError: the settings are invalid for this model.
 
     Attributes:
-        ignored: names of fields that no setting goes by.
+        ignored: names of fields in rows that were ignored as unknown.
     """
 
     def __init__(self, model: BatchModel, settings: Settings) -> None:
@@ -183,10 +183,10 @@ class Preparer:
         self.ignored: set[str] = set()
 
     def check_columns(self, columns: Sequence[str]) -> None:
-        """Refuse a table that no row of can be a prompt.
+        """Reject a table none of whose rows can make a prompt.
 
         Raises:
-            UsageError: it lacks the column of the prompt, or one that the template needs.
+            UsageError: it lacks the prompt column, or a column that the template needs.
         """
         needed = ["prompt"] if self._settings.template is None else self._placeholders
         if missing := next((name for name in needed if name not in columns), None):
@@ -194,10 +194,10 @@ class Preparer:
             raise UsageError(brief(has, 400), f"name columns in {param('template')}, as 'Translate: {{text}}'")
 
     def prepare(self, row: Row) -> Task:
-        """The task of a row.
+        """Turn a row into a task.
 
         Raises:
-            ExlError: it is no prompt.
+            ExlError: the row is unusable.
         """
         if row.error is not None:
             raise row.error
@@ -249,7 +249,7 @@ class Preparer:
             values.pop(name, None)
         values = {**defaults, **values}
         if values.get("seed") in (None, -1):
-            # 53 bits are a whole number to every reader of JSON.
+            # Readers of JSON that use doubles represent integers of up to 53 bits exactly.
             values["seed"] = hashed("seed", str(self._settings.seed), f"{row.key:016x}") >> 11
         body: Body = kind.parse(values)
         return body

@@ -54,7 +54,7 @@ def causal_attention(
             mask = _lower_right(q_len, k_len) if flash and q.is_cuda else _seen(q, k, window)
         causal, grouped = mask is None and q_len > 1, flash and groups > 1
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    # Weights are rounded, so that an average may exceed what it is of, and the dtype's range.
+    # The softmax weights are rounded, so a weighted average may exceed every value, and thus the dtype's range.
     limits = torch.finfo(out.dtype)
     return out.clamp_(limits.min, limits.max).transpose(1, 2)
 

@@ -11,9 +11,9 @@ import torch
 from exl_cli.engines.exllamav2.attention import triton_kernels as kernels
 from exl_cli.engines.exllamav2.attention.paged import Call
 
-# Up to here a call is decoding, or the check of a few draft tokens: bound by reading the cache.
+# Calls with up to this many queries are decoding, or verify draft tokens: they are bound by reading the cache.
 _DECODE_QUERIES = 16
-# Said although it is the default: Triton 3.9 warns that it will not be.
+# Explicit although it is the default, because Triton 3.9 warns that the default will change.
 _FUSED = {"enable_fp_fusion": True}
 _LOG2_E = math.log2(math.e)
 # More splits of one sequence than this cost more in merging than they bring.
@@ -24,7 +24,7 @@ _MERGED_VALUES = 512
 
 
 class Plan(NamedTuple):
-    """How one call is laid out.
+    """The launch configuration of a call.
 
     Attributes:
         block_m: query rows of a tile.
@@ -48,7 +48,7 @@ def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys:
     wide = head_dim > 128
     if q_len > _DECODE_QUERIES:
         block_m, block_n, warps = (64, 32, 8) if wide else (128, 64, 8)
-        # A share worth the trip of its float32 results through memory.
+        # Fewer key blocks than this per split are not worth writing float32 partial results to memory and merging them.
         least, target = 8, processors
     else:
         block_m = 16 if rows <= 16 else 64
@@ -57,7 +57,7 @@ def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys:
     tiles = -(-rows // block_m)
     programs = batch * kv_heads * tiles
     blocks = -(-keys // block_n)
-    # Decoding rather has a few programs too many, a prompt rather none of the trips.
+    # Round up for decoding, where idle multiprocessors cost most; round down for prompts, where merging does.
     wanted = -(-target // programs) if q_len <= _DECODE_QUERIES else target // programs
     splits = max(1, min(wanted, blocks // least, _MOST_SPLITS))
     return Plan(block_m, block_n, warps, 2 if wide and block_m > 16 else 3, tiles, splits)

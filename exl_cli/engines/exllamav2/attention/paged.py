@@ -32,7 +32,7 @@ from exl_cli.errors import EngineError
 VARIABLE = "EXL_ATTENTION"
 NAMES = ("triton", "torch")
 
-# Of the smoke test: tokens of a prompt's end, behind so many that large GPUs divide their keys among programs.
+# The smoke test's prompt: this many queries, after enough cached tokens that large GPUs split the keys, in such pages.
 _TRIED, _BEFORE, _PAGE = 40, 1000, 256
 _TOLERANCE = 0.01
 
@@ -69,7 +69,7 @@ class Backend:
 
     Attributes:
         name: one of `NAMES`.
-        why_not: what speaks against Triton, where that is not used though nobody chose torch.
+        why_not: why Triton is not used, if torch was not chosen explicitly.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Backend:
 
 
 _USUAL = Heads()
-# By device, what EXL_ATTENTION says, and the size of the heads tried: what can do some may fail with others.
+# By device, value of EXL_ATTENTION and head size, as a backend may work with some head sizes and fail with others.
 _chosen: dict[tuple[torch.device, str, int], Backend] = {}
 _trying = threading.Lock()
 
@@ -96,7 +96,7 @@ def unusual(head_dim: int) -> bool:
 
 
 def backend(device: torch.device | None = None, heads: Heads = _USUAL) -> Backend:
-    """What will be used on a device, by default the current GPU or, without one, the CPU.
+    """The backend for a device, by default the current GPU or, without one, the CPU.
 
     The first call for a device and a size of heads runs the smoke test: milliseconds, or some seconds where Triton has
     to compile.
@@ -141,12 +141,12 @@ def try_ahead(heads: Heads = _USUAL) -> None:
         backend(device, heads)
         return
 
-    def trial() -> None:
+    def smoke_test() -> None:
         with _trying, contextlib.suppress(Exception):  # recurs where the choice is needed
             if (chosen := _choose(device, "", heads)).name == "triton":
                 _chosen.setdefault((device, "", heads.dim), chosen)
 
-    threading.Thread(target=trial, name="attention smoke test", daemon=True).start()
+    threading.Thread(target=smoke_test, name="attention smoke test", daemon=True).start()
 
 
 def _current() -> torch.device:
@@ -197,7 +197,7 @@ def attend_paged(
         q = q.contiguous()
     call = Call(q, k_cache, v_cache, cache_seqlens, block_table, k, v, scale, window, softcap, max_len)
     wanted, head_dim = os.environ.get(VARIABLE, ""), q.shape[-1]
-    # Heads that no model was loaded for are computed by what can do the usual ones.
+    # For head sizes of no loaded model, use the backend tested with the default ones.
     chosen = _chosen.get((q.device, wanted, head_dim)) or backend(q.device)
     if chosen.name == "torch":
         return attend_in_torch(call)
@@ -254,7 +254,7 @@ def attend_in_torch(call: Call) -> torch.Tensor:
 
 
 def failure(attend: Callable[[Call], torch.Tensor], device: torch.device, heads: Heads) -> str:
-    """Smoke test: what goes wrong when small cases are computed on a device; empty where all is right.
+    """Smoke test: compute small cases on a device. Returns what goes wrong; empty if nothing does.
 
     Args:
         attend: computes a call.
@@ -279,7 +279,7 @@ def failure(attend: Callable[[Call], torch.Tensor], device: torch.device, heads:
             q, scale = normal(1, q_len, heads.queries, heads.dim), heads.dim**-0.5
             call = Call(q, keys, values, lengths, table, k, v, scale, 0, 0.0, _BEFORE + _TRIED)
             actual = attend(call).float()
-            # A cap that caps nothing: without one, torch's compiler would be imported for the mask.
+            # A softcap too high to matter: without one, torch's compiler would be imported for the mask.
             reference = call._replace(k_cache=expected_keys, v_cache=expected_values, softcap=1e4)
             expected = attend_in_torch(reference).float()
             if not float((actual - expected).norm() / expected.norm()) < _TOLERANCE:

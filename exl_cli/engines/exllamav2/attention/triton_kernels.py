@@ -5,10 +5,10 @@ Tiled attention with an online softmax after Dao, FlashAttention-2 (arXiv 2307.0
 for decoding as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).
 
 A program takes a tile of query rows of one KV head. The rows of a KV head are its `q_len * groups` queries, token by
-token, so that all queries that share a key are computed on one load of it, and a tile may take a share ("split") of
-its keys only. Shares are cut by the sequence's actual length, which only the device knows; the host chooses no more
-than how many there may be. What comes of each share, a normalised output and the log2 of its sum of exponentials, is
-merged by `merge_kernel`. New keys and values are put into the pages before, by `append_kernel`.
+token, so a key is loaded once for all queries that share it. The keys of a tile may be divided into shares ("splits").
+Their bounds depend on the sequence's actual length, which only the device knows; the host just chooses the most splits.
+The results of a share, a normalized output and the log2 of its sum of exponentials, are merged by `merge_kernel`. New
+keys and values are written to the pages beforehand, by `append_kernel`.
 
 All scores are in powers of two: `scale` carries a factor log2(e). Where scores are capped, the product with `scale` is
 2 / softcap * log2(e) times the dot product and `softcap` carries log2(e), so that one exp2 makes the tanh.
@@ -24,9 +24,9 @@ import triton.language as tl
 def _tile_blocks(
     tile, total, q_len, groups, window, block_m: tl.constexpr, block_n: tl.constexpr, windowed: tl.constexpr
 ):  # fmt: skip
-    """The blocks of keys that a tile's queries see: first, one past the last, and one past the last of the plain ones.
+    """The range of key blocks that a tile's queries see, and the end of the plain ones.
 
-    A plain block lies before every query of the tile.
+    In a plain block every key precedes every query of the tile, so it needs no causal mask.
     """
     rows = q_len * groups
     past = total - q_len
@@ -61,7 +61,7 @@ def _accumulate(s, v, peak, mass, acc):
 
 @triton.jit
 def _finite(x):
-    """Within float16's range: weights are rounded for the product, so that an average may exceed what it is of."""
+    """Clamp to float16's range: softmax weights are rounded, so a weighted average may exceed every value."""
     return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
 
 
