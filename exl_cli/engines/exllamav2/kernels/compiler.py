@@ -1,8 +1,8 @@
 """Compiles CUDA sources with NVRTC, which every CUDA build of torch brings, and launches what comes out.
 
-No compiler needs to be installed. What was compiled is kept in the user's cache folder under a key made of source,
-options, GPU architecture and NVRTC's version, so that a machine compiles each kernel once. As that takes about a second
-each, `begin` has it done in the background.
+No compiler needs to be installed. Binaries are cached in the user's cache folder, keyed by source, options, GPU
+architecture and NVRTC version, so a machine compiles each kernel once. Compiling takes about a second per kernel;
+`begin` does it in the background.
 
 The calls are those of the CUDA driver API and of NVRTC (https://docs.nvidia.com/cuda/cuda-driver-api,
 https://docs.nvidia.com/cuda/nvrtc), found through the library in torch that links both.
@@ -36,7 +36,7 @@ _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_THREADS = 8
 _LEFT_FREE = 2  # cores, for the answer that is being generated meanwhile
 
-# A file, what is defined for it, and the compute capability.
+# A source file, its macro definitions, and the compute capability.
 Build = tuple[str, tuple[tuple[str, int], ...], tuple[int, int]]
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -72,12 +72,12 @@ class Ahead(Generic[Key, Value]):
                 threading.Thread(target=self._serve, name="work ahead", daemon=False).start()
 
     def forget(self, keys: Iterable[Key]) -> None:
-        """Leave those undone that are still queued."""
+        """Drop keys that are still queued."""
         for key in keys:
             self._futures[key].cancel()
 
     def get(self, key: Key) -> Value:
-        """The result, from the thread that is at it, or computed here where none is or where one failed."""
+        """The result. If no thread has begun on the key, or it failed there, compute it in this one."""
         future = self._futures.get(key)
         if future is None or future.cancel() or future.exception():
             future = Future()
@@ -129,7 +129,7 @@ def _check(code: int, what: str) -> None:
 
 @cache
 def source(name: str) -> str:
-    """A `.cu` file of this folder with what it includes put in place."""
+    """A source file of this folder with its includes expanded."""
     return _INCLUDE.sub(lambda match: source(match[1]), (_HERE / name).read_text(encoding="utf-8"))
 
 
@@ -157,7 +157,7 @@ def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device) 
         builds: the `defines` of each, in the order in which they will be wanted.
 
     Returns:
-        What to `forget`, should it not be wanted any more.
+        The builds, for `forget`.
     """
     capability = torch.cuda.get_device_capability(device)
     queued = [(file, tuple(sorted(defines.items())), capability) for defines in builds]
@@ -166,7 +166,7 @@ def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device) 
 
 
 def forget(builds: Iterable[Build]) -> None:
-    """Do not compile those that are still queued."""
+    """Drop builds that are still queued."""
     _binaries.forget(builds)
 
 
@@ -176,8 +176,8 @@ class Kernel:
     Args:
         name: the function; its file is the first word of `file`.
         file: the `.cu` file it is in.
-        defines: values for the names that the source leaves open.
-        device: where it shall run.
+        defines: macros that the source expects to be defined.
+        device: where it runs.
         shared_bytes: dynamic shared memory of a block.
 
     Raises:
@@ -279,7 +279,7 @@ def _binary(build: Build) -> bytes:
 
 def _options(build: Build) -> list[str]:
     _, defines, capability = build
-    # Products of four warps together are of one architecture alone, no part of those after it.
+    # wgmma instructions exist on one architecture only (sm_90a); later ones do not support them.
     alone = "a" if dict(defines).get("WGMMA") else ""
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{alone}", "--std=c++17", "-default-device"]
     return options + [f"-D{name}={value}" for name, value in defines]

@@ -22,7 +22,7 @@ HEAD_DIMS = (64, 96, 128)
 MOST_QUERIES = 16
 _TILE = 8
 _PIECE = 16  # keys that a warp takes at a time
-# So many shares of one sequence at most: putting more together takes longer than they save.
+# Most shares of a sequence: merging more takes longer than they save.
 _MOST_SHARES = 64
 # With so many multiprocessors for each sequence and KV head, blocks are small, and find room beside the product before
 # them; with fewer, one large block on each has as many keys under way.
@@ -149,7 +149,7 @@ class DecodeAttention:
     def bind(
         self, rope: RopeArgument, out: torch.Tensor, batch: int, *, scale: float, window: int, softcap: float
     ) -> Callable[[int, int], None]:
-        """What norms, turns and stores a layer's new queries, keys and values, and attends.
+        """Bind a layer's launch: norm and rotate new queries and keys, store keys and values, and attend.
 
         Args:
             rope: as for `rotate`; its `tokens` are `taken`. The queries stay as they are.
@@ -181,12 +181,12 @@ class DecodeAttention:
 
 
 def factors(scale: float, softcap: float) -> tuple[float, float]:
-    """What the kernel's `scale` and `softcap` are."""
+    """The kernel's `scale` and `softcap`, with the factor log2(e) that lets it use exp2, as in `triton_kernels`."""
     return (scale / softcap * 2 * _LOG2_E, softcap * _LOG2_E) if softcap else (scale * _LOG2_E, 0.0)
 
 
 def workspace_rows(heads: int, kv_heads: int, processors: int) -> int:
-    """Rows of queries, counted once for each share of their keys, that any launch may leave to be put together."""
+    """Most partial results of any launch: query rows times shares."""
     groups = heads // kv_heads
     return max(
         batch * tokens * heads * plan(batch, tokens, heads, kv_heads, most_keys, processors).shares

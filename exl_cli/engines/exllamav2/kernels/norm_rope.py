@@ -49,7 +49,7 @@ class EmbedArgument(ctypes.Structure):
 
 
 def embed_kernel(device: torch.device) -> Kernel:
-    """The lookup of embeddings."""
+    """The kernel that looks up embeddings."""
     return Kernel(FILE, "embed", {}, device, _SCRATCH)
 
 
@@ -58,9 +58,9 @@ def embed(kernel: Kernel, rows: int, table: int, tokens: torch.Tensor, out: torc
 
     Args:
         kernel: `embed_kernel`.
-        rows: how many.
-        table: the address of the embeddings, as long as a row of `out` each.
-        tokens: int64, shape (rows or more,): the addresses of the tokens.
+        rows: number of tokens.
+        table: device-readable address of the embedding table, float16, shape (vocabulary, dim).
+        tokens: int64, shape (rows or more,): the device address of each token's id.
         out: float16, shape (rows or more, dim), dim a multiple of 8.
     """
     dim = out.shape[-1]
@@ -69,12 +69,12 @@ def embed(kernel: Kernel, rows: int, table: int, tokens: torch.Tensor, out: torc
 
 
 def norm_kernel(device: torch.device, dim: int) -> Kernel:
-    """The norm of rows of `dim` numbers, a multiple of 8."""
+    """The kernel of RMS norms of rows of `dim` numbers, a multiple of 8."""
     return Kernel(FILE, "rms_norm", {}, device, _SCRATCH + 2 * dim)
 
 
 def norm_threads(dim: int) -> int:
-    """Threads of a block: eight numbers each, as far as they go."""
+    """Threads of a block: one for eight numbers, in whole warps, at most 512."""
     return min(512, -(-dim // 256) * 32)
 
 
@@ -86,15 +86,16 @@ def norm(
     epsilon: float,
     outs: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
 ) -> Launch:
-    """A launch that writes the normed rows of x to each of `outs`, in the order that goes with it.
+    """A launch that writes the normalized rows of x to each of `outs`, permuted if that asks for it.
 
     Args:
         kernel: `norm_kernel` of the rows' length.
-        rows: how many.
+        rows: number of rows.
         x: float16, shape (rows or more, dim).
-        weight: float16, shape (dim,); None to only reorder.
+        weight: float16, shape (dim,); None to permute without normalizing.
         epsilon: added to the mean square.
-        outs: up to three outputs like x, each with int16 places (uint16 in truth) in x, or None for the same order.
+        outs: up to three outputs like x, each with the column of x for each of its columns (uint16 values in an int16
+            tensor), or None for the same order.
     """
     dim = x.shape[-1]
     argument = NormArgument(
@@ -111,5 +112,5 @@ def norm(
 
 
 def rotate_kernel(device: torch.device) -> Kernel:
-    """Head norm, rotary embedding, and keys and values into their pages."""
+    """The kernel that norms heads, applies the rotary embedding, and stores keys and values in their pages."""
     return Kernel(FILE, "rotate", {}, device, _SCRATCH)

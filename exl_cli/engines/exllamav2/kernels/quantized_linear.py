@@ -89,7 +89,7 @@ class QuantizedMatrix:
 
     @property
     def width(self) -> int:
-        """`max_bits`, rounded up to one of few, so that few builds do for all."""
+        """`max_bits` rounded up to 4, 6 or 8, so that few builds are needed."""
         return next(bits for bits in (4, 6, 8) if self.max_bits <= bits)
 
     @property
@@ -99,7 +99,7 @@ class QuantizedMatrix:
 
     @property
     def order(self) -> int | None:
-        """Where `perm` is, or None."""
+        """Address of `perm`, or None."""
         return _pointer(self.perm)
 
     def argument(self) -> MatrixArgument:
@@ -169,7 +169,7 @@ class Product:
 
     Attributes:
         matrices: up to three of one format and of as many rows.
-        paired: they are a gate and what it gates.
+        paired: whether they are an MLP's gate and up projections, combined with the activation.
         reorders: whether a single row of the input comes in the model's order, and is put into that of each matrix by
             the kernel; several rows always come as the matrices want them.
     """
@@ -292,7 +292,7 @@ def argument(product: Product, rows: int, activation: str = "silu") -> Products:
 
 
 def connect(argument: Products, xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
-    """Say where inputs and outputs are: float16, rows of them at any stride, one of each for every matrix."""
+    """Set the addresses of inputs and outputs, one of each per matrix: float16, rows at any stride."""
     for target, x, out in zip(argument.matrix, xs, outs, strict=False):
         target.x, target.x_stride = x.data_ptr(), x.stride(0)
         target.out, target.out_stride = out.data_ptr(), out.stride(0)

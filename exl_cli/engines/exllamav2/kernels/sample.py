@@ -12,8 +12,9 @@ SHARED_BYTES = 9216
 FAILED = -1
 MOST_TOP = 64
 
+# Flags of `Row`.
 _GREEDY, _LAST, _MIROSTAT, _FADING = 1, 2, 4, 8
-_ENDLESS = 2**32 - 1
+_UNLIMITED = 2**32 - 1
 
 
 class Row(ctypes.Structure):
@@ -57,9 +58,9 @@ class SampleArgument(ctypes.Structure):
 
 
 def why_not(settings: Sampling) -> str:
-    """Why settings are left to the CPU's sampler, in a few words; empty where the kernel knows them.
+    """Why settings are left to the CPU's sampler, in a few words; empty if the kernel supports them.
 
-    Both steps need the candidates in order.
+    Tail-free sampling and skew need sorted candidates.
     """
     if 0 < settings.tfs < 1:
         return "tail-free sampling"
@@ -67,19 +68,19 @@ def why_not(settings: Sampling) -> str:
 
 
 def row(settings: Sampling, seed: int) -> Row:
-    """The row of a request but for its memory and its length."""
+    """Make a request's `Row`, except for pointers and what changes from token to token."""
     s = settings
     fading = s.token_repetition_decay > 0 or s.token_frequency_penalty != 0
     flags = _GREEDY * s.greedy | _LAST * s.temperature_last | _MIROSTAT * s.mirostat | _FADING * fading
     return Row(
         seed=seed % 2**64,
         flags=flags,
-        top_k=min(s.top_k, _ENDLESS),
-        repetition_range=_ENDLESS if s.token_repetition_range < 0 else min(s.token_repetition_range, _ENDLESS),
-        repetition_decay=min(s.token_repetition_decay, _ENDLESS),
-        dry_allowed_length=min(s.dry_allowed_length, _ENDLESS),
-        dry_range=min(s.dry_range, _ENDLESS),
-        dry_max_ngram=min(s.dry_max_ngram, _ENDLESS),
+        top_k=min(s.top_k, _UNLIMITED),
+        repetition_range=_UNLIMITED if s.token_repetition_range < 0 else min(s.token_repetition_range, _UNLIMITED),
+        repetition_decay=min(s.token_repetition_decay, _UNLIMITED),
+        dry_allowed_length=min(s.dry_allowed_length, _UNLIMITED),
+        dry_range=min(s.dry_range, _UNLIMITED),
+        dry_max_ngram=min(s.dry_max_ngram, _UNLIMITED),
         temperature=s.temperature,
         smoothing=s.smoothing_factor,
         top_p=s.top_p,

@@ -1,6 +1,6 @@
-"""Which kernel and tile of a product is fastest on this GPU: measured once for each shape, and remembered.
+"""Picks the fastest kernel and tile config for each matrix product by measuring, once per shape and GPU.
 
-What was measured is kept in the user's cache folder, for each GPU by name, under the shape and the kernels' source.
+Results are cached in the user's cache folder, in a file per GPU model, keyed by shape and the kernels' source.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products
 from exl_cli.errors import EngineError
 from exl_cli.system.files import user_cache, write_atomically
 
-# Enough matrices, one after the other, that none is still in the second-level cache when its turn comes again.
+# Bytes of matrices to cycle through, so that none is still in the L2 cache when its turn comes again.
 _MORE_THAN_CACHED = 200 << 20
 _REPEATS = 4
-# Smaller matrices take as long as a launch, however they are divided.
+# Bytes. Smaller products take as long as a launch with any config.
 _WORTH_MEASURING = 1 << 20
 
 Config = TileConfig | GemmConfig
@@ -167,8 +167,8 @@ class Tuner:
 
     def _measure(self, alike: Sequence[Product], rows: int, builds: Mapping[Config, Variant]) -> dict[Config, float]:
         """Microseconds of a launch, for every config."""
-        # All first: a GPU that had to wait for one would not be as fast with it. From the last on: threads come to the
-        # others meanwhile.
+        # Get all kernels first: a GPU that had to wait for one would be slower at first, which distorts the times.
+        # Last one first, as the background threads compile from the front of the queue.
         kernels = {config: self._kernel(build) for config, build in reversed([*builds.items()])}
         matrices = alike[0].matrices
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
@@ -202,12 +202,12 @@ def _on_current_stream(launch: Launch) -> None:
 
 
 def _settled(product: Product, rows: int, builds: Mapping[Config, Variant], known: Mapping[str, Any]) -> Config | None:
-    """The config to take where it need not be measured: it hardly matters, or it was; otherwise None.
+    """The config to use without measuring, for a small product or one measured before; None if it must be measured.
 
     Args:
-        product, rows: what it is for.
-        builds: those to choose from.
-        known: what was measured before.
+        product, rows: the product, and the rows of its input.
+        builds: configs to choose from.
+        known: earlier measurements.
     """
     if product.bytes < _WORTH_MEASURING:
         return next(iter(builds), None)
@@ -228,7 +228,7 @@ def _source_key() -> str:
 
 
 def _microseconds(works: Sequence[Callable[[], None]]) -> float:
-    """The least time that they took in a few runs, in a graph, so that launching takes no part in it."""
+    """The shortest time of a few runs of all, in a CUDA graph, so that launch overhead is not measured."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
 
