@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 def plan(batch: int, q_len: int, heads: int, kv_heads: int, head_dim: int, keys: int, processors: int) -> Plan:
-    """Lay out a call of this shape, with at most `keys` keys for a tile, for a GPU of so many multiprocessors."""
+    """Lay out a call of this shape, with at most `keys` keys for a tile, for a GPU with this many multiprocessors."""
     rows = q_len * (heads // kv_heads)
     wide = head_dim > 128
     if q_len > _DECODE_QUERIES:
@@ -99,7 +99,7 @@ def attend(call: Call) -> torch.Tensor:
 
 
 def _append(call: Call, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Write a call's new keys and values behind the `cache_seqlens` ones in the pages."""
+    """Write a call's new keys and values after the `cache_seqlens` earlier ones in the pages."""
     batch, new, kv_heads, head_dim = k.shape
     k_cache, v_cache, table = call.k_cache, call.v_cache, call.block_table
     kernels.append_kernel[(new, batch)](

@@ -135,7 +135,7 @@ def attend_kernel(
             s = tl.where((at + n)[None, :] > position[:, None] - window, s, float("-inf"))
         peak, mass, acc = _accumulate(s, v, peak, mass, acc)
 
-    # The blocks with keys that some query must not see: what lies behind the end may be anything.
+    # The blocks with keys that some query must not see: the contents past the end are undefined.
     for block in tl.range(plain, high, num_stages=1):
         at = block * block_n
         page = tl.load(row_of_table + at // page_size).to(tl.int64)
@@ -214,7 +214,7 @@ def append_kernel(
     kn_b, kn_t, kn_h, vn_b, vn_t, vn_h, table_b, q_len, kv_heads,
     head_dim: tl.constexpr, block_d: tl.constexpr, block_h: tl.constexpr, page_size: tl.constexpr,
 ):  # fmt: skip
-    """Write new keys and values behind what the pages hold. Grid: (q_len, batch), one position a program."""
+    """Write new keys and values after those in the pages. Grid: (q_len, batch), one position a program."""
     i = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     at = tl.load(lengths + b) + i

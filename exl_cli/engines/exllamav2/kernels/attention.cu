@@ -26,7 +26,7 @@ const u32 RESIDENT = TILES > 1 ? 12 : 16;               // warps that fit on a m
 const u32 SHARES_AT_ONCE = 16;                          // whose sums a thread asks for together
 const u32 UNITS = HEAD_DIM / 4;                         // of four dims, of a row of sums
 
-// Hide the keys that a query must not see: behind its own, and outside of its window.
+// Mask the keys that a query must not see: those after its own, and those outside its window.
 DEVICE void hide(const Lane& l, const Attention& p, const Block& b, u32 piece, float nothing, float (&s)[2][4])
 {
     #pragma unroll

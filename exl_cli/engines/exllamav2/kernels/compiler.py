@@ -208,7 +208,7 @@ class Kernel:
         return Launch(self._function, config, argument)
 
     def resident(self, threads: int) -> int:
-        """Blocks of so many threads that a multiprocessor holds at once."""
+        """Most blocks of this many threads that are resident on a multiprocessor at once."""
         blocks = ctypes.c_int()
         with torch.cuda.device(self._device):
             code = _library().cuOccupancyMaxActiveBlocksPerMultiprocessor(

@@ -225,7 +225,7 @@ def most_rows(rows: int) -> int:
 
 
 def variant(product: Product, rows: int, tile: TileConfig) -> Variant:
-    """The build for a product of an input of so many rows."""
+    """The build for a product with this many input rows."""
     matrices, warps = product.matrices, tile.warps
     exl2, max_bits = matrices[0].exl2, max(matrix.width for matrix in matrices)
     # Widths or scales change within 128 rows.
