@@ -211,7 +211,7 @@ def load(
     for note in info.notes:
         observer.note(note)
     if context > info.extended_length:
-        observer.note(f"{_beyond(info, context)}: what it says beyond them may make no sense")
+        observer.note(f"{_beyond(info, context)}: text beyond that may be nonsense")
     for name, value in sampling.unusable(info.generation_config).items():
         observer.note(f"generation_config.json: {name} {brief(repr(value))} is left out")
     # OpenMP reads this when torch is first imported. Spinning workers run ten times slower beside another busy process.
@@ -251,8 +251,7 @@ def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> Model
 
 def _choose(info: ModelInfo, context: int, options: LoadOptions, note: Callable[[str], None]) -> str:
     if options.engine == "cpu":
-        if ignored := options.for_the_gpu():
-            note(f"{', '.join(ignored)}: no effect on the CPU")
+        _note_ignored(options, note)
         return "cpu"
     from exl_cli.engines.exllamav2 import support
 
@@ -272,5 +271,11 @@ def _choose(info: ModelInfo, context: int, options: LoadOptions, note: Callable[
     if machine or model:
         options.refuse_speculation(machine or model)
         note(f"running on the CPU: {machine or model}")
+        _note_ignored(options, note)
         return "cpu"
     return "exllamav2"
+
+
+def _note_ignored(options: LoadOptions, note: Callable[[str], None]) -> None:
+    if ignored := options.for_the_gpu():
+        note(f"{', '.join(ignored)}: no effect on the CPU")

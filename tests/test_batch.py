@@ -235,7 +235,7 @@ def test_a_row_goes_to_the_model_that_it_names_where_that_is_here(
         result = batch(scripted, tmp_path / name, "-o", output, "--models-dir", shelf)
         assert len(scripted.engines) == loads, "one after the other, and only where there is something to compute"
     assert result.exit_code == FINISHED_WITH_FAILURES
-    assert "3 rows name models that are not here (gpt-4" in result.stderr
+    assert "3 prompts name models that are not here (gpt-4" in result.stderr
     written = answers(output)
     assert "broken" in written.pop("6")["error"]["message"]
     named = {id_: line["response"]["body"]["model"] for id_, line in written.items()}
@@ -325,7 +325,7 @@ def test_it_goes_on_where_it_stopped_with_the_same_seeds(scripted: ScriptedLoade
 
     done = batch(scripted, prompts, "-o", output)
     assert done.exit_code == 0
-    assert "6 from before" in done.stderr
+    assert "6 from earlier runs" in done.stderr
     assert len(scripted.engines) == 2, "nothing to compute, no model loaded"
 
     jsonl(prompts, *rows[:5], {"custom_id": "c5", "prompt": "Changed"}, {"prompt": "New"})
@@ -490,7 +490,7 @@ def test_parts_that_a_killed_job_left_are_taken_in(scripted: ScriptedLoader, tmp
     (parts / "b.jsonl").write_bytes(lines[5])
     again = batch(scripted, prompts, "-o", output)
     assert again.exit_code == 0, again.stderr
-    assert "5 from before" in again.stderr
+    assert "5 from earlier runs" in again.stderr
     assert len(answers(output)) == 6
     assert not parts.exists()
 

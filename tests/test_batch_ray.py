@@ -95,7 +95,7 @@ def test_a_job_survives_the_loss_of_its_driver_of_an_actor_and_of_a_node(cluster
     _, told = job.process.communicate(timeout=600)
     assert job.process.returncode == 0, told
     assert told.count(" was lost (") >= 2, told
-    assert f"{ROWS} of {ROWS} rows" in told
+    assert f"{ROWS} of {ROWS} prompts" in told
     assert output.read_bytes().count(b"\n") == ROWS
     assert read_texts(output) == read_texts(undisturbed)
     assert sorted(path.name for path in tmp_path.glob("out.jsonl*")) == [

@@ -41,7 +41,7 @@ def test_the_whole_transcript(exl2_dir: Path, data: Path) -> None:
         rf"context {sizes[0] + answers[0]}/1,024\n"
         rf"prompt {sizes[1]} tokens \({reused} reused\) · {answers[1]} new, [\d.]+ tokens/s · "
         rf"context {sizes[1] + answers[1]}/1,024\n"
-        r"saved as \d{4}-\d\d-\d\d-hi; exl chat --continue goes on with it\n"
+        r"saved as \d{4}-\d\d-\d\d-hi; exl chat --continue resumes it\n"
     )
     assert re.fullmatch(expected, result.stderr), result.stderr
     assert script.engines[0].closed

@@ -128,7 +128,7 @@ def test_retry_answers_again_with_everything_reused(exl2_dir: Path, data: Path) 
 def test_undo_takes_exchanges_back(exl2_dir: Path, data: Path) -> None:
     script = Script(["a", "b", "c"])
     result = chat(script, "one\ntwo\n/undo\nthree\n/undo\n/undo\n/undo\n", "--session", "trip")
-    assert "took back “two”" in result.stderr
+    assert "removed “two”" in result.stderr
     assert "error: nothing was said yet" in result.stderr
     assert "two" not in prompts(script, exl2_dir)[2]
     assert turns(data) == []

@@ -83,7 +83,7 @@ def test_ctrl_c_at_a_terminal_keeps_progress_and_says_so(hub: FakeHub, folder: P
             terminal.expect(line.format(re.escape(name), *[_COLOURS] * 4))
         until(lambda: weights_here(folder) == 1_500_000)
         terminal.sendintr()
-        terminal.expect(r"stopped: 1\.5 MB of 3 MB are kept; the same command goes on from there")
+        terminal.expect(r"stopped: 1\.5 MB of 3 MB are kept; the same command resumes there")
         terminal.expect(pexpect.EOF)
     assert terminal.exitstatus == 130
     assert weights_here(folder) == 1_500_000

@@ -104,7 +104,7 @@ class CountBody(Conversation):
 class MessagesBody(Conversation, GenerationBody):
     """The body of `POST /v1/messages`."""
 
-    max_tokens: Count = Field(description="The most tokens to generate; 0 computes the prompt alone.")
+    max_tokens: Count = Field(description="Maximum number of tokens; 0 only processes the prompt.")
     n: Literal[1] = 1
 
 

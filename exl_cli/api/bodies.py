@@ -237,21 +237,23 @@ else:
 class GenerationBody(SamplingFields):
     """Fields of every request that generates."""
 
-    model: str = Field("", max_length=1024, description="Which of the server's models; the only one where left out.")
+    model: str = Field("", max_length=1024, description="Model name; by default the server's first model.")
     stream: bool = False
-    max_tokens: Count | None = Field(None, description="The most tokens to generate.")
-    min_tokens: Count = Field(0, description="No end of response before so many tokens.")
-    n: int = Field(1, ge=1, le=128, description="How many answers; answer i is that of seed + i.")
+    max_tokens: Count | None = Field(None, description="Maximum number of tokens to generate.")
+    min_tokens: Count = Field(0, description="Minimum number of tokens before the response may end.")
+    n: int = Field(1, ge=1, le=128, description="Number of answers; answer i uses seed + i.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text; -1 for a random one.")
-    stop: str | list[str | int] = Field([], max_length=256, description="Text or token ids that end the answer.")
+    stop: str | list[str | int] = Field([], max_length=256, description="Strings or token ids that end the answer.")
     stop_token_ids: list[TokenId] = Field([], max_length=256)
-    ignore_eos: bool = Field(False, description="Go on after the model's end of response.")
-    ban_eos_token: bool = Field(False, description="Never choose the model's end of response.")
+    ignore_eos: bool = Field(False, description="Continue past the end-of-response token.")
+    ban_eos_token: bool = Field(False, description="Never generate the end-of-response token.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
-    banned_tokens: list[TokenId] | str = Field([], max_length=4096, description="Token ids never to choose.")
-    banned_strings: Text | Texts = Field([], description="Text never to write.")
-    dry_sequence_breakers: str | Texts | None = Field(None, description="DRY does not match across these texts.")
-    cache_salt: str | None = Field(None, max_length=256, description="Only requests of the same salt share a cache.")
+    banned_tokens: list[TokenId] | str = Field([], max_length=4096, description="Token ids never to generate.")
+    banned_strings: Text | Texts = Field([], description="Strings never to generate.")
+    dry_sequence_breakers: str | Texts | None = Field(None, description="DRY does not match across these strings.")
+    cache_salt: str | None = Field(
+        None, max_length=256, description="Share the KV cache only with requests of the same salt."
+    )
 
     @property
     def stops(self) -> tuple[str, ...]:

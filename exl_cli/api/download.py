@@ -64,7 +64,7 @@ class Lines:
             return
         here = sum(item.file.size for item in self._plan.items if item.in_place)
         kept = here + staged_bytes(self._plan.wanted.folder)
-        self.note(f"stopped: {size(kept)} of {size(self._plan.total)} are kept; the same command goes on from there")
+        self.note(f"stopped: {size(kept)} of {size(self._plan.total)} are kept; the same command resumes there")
 
 
 def fetch(wanted: Wanted, shown: Lines, token: str | None = None, plan: Plan | None = None) -> Outcome:

@@ -35,8 +35,8 @@ class StreamOptions(Strict):
     """What a stream contains besides text."""
 
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = Field(default=False, description="End with the usage.")
-    continuous_usage_stats: bool = Field(default=False, description="The usage so far in every event.")
+    include_usage: bool = Field(default=False, description="Send the usage at the end.")
+    continuous_usage_stats: bool = Field(default=False, description="Send the usage so far in every event.")
 
 
 class OpenAIBody(GenerationBody):
@@ -68,7 +68,9 @@ def refuse_format(response_format: dict[str, Any] | None, field: str) -> None:
 class ConversationBody(GenerationBody):
     """Fields of chat completions and responses."""
 
-    max_tokens: Positive | None = Field(None, description="The most tokens to generate; what is left of the context.")
+    max_tokens: Positive | None = Field(
+        None, description="Maximum number of tokens; by default the rest of the context."
+    )
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[dict[str, Any]] = Field([], max_length=1024)
     tool_choice: str | dict[str, Any] = "auto"
@@ -117,7 +119,7 @@ class ChatBody(ConversationBody, OpenAIBody):
     logprobs: bool = False
     reasoning_effort: str | None = Field(None, max_length=32)
     add_generation_prompt: bool | None = None
-    continue_final_message: bool = Field(False, description="Go on writing the last message, an assistant's.")
+    continue_final_message: bool = Field(False, description="Continue the last message, which must be the assistant's.")
 
     @property
     def count(self) -> int:
@@ -132,7 +134,7 @@ class CompletionBody(OpenAIBody):
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=128)
-    add_bos_token: bool = Field(True, description="Let the tokenizer add what the model expects around a text.")
+    add_bos_token: bool = Field(True, description="Add special tokens such as BOS, as the tokenizer does by default.")
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
 
     @property

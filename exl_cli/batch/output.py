@@ -35,7 +35,7 @@ _LINES_AT_ONCE = 256
 _HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{16})", "error": (null|\{)')
 # Field of a manifest: the hashes of further models, by name.
 _OTHERS = "other_models"
-_GO_ON = "the same command goes on from there"
+_GO_ON = "the same command resumes there"
 
 
 class KeySet:
@@ -269,7 +269,7 @@ class AnswerFile:
         if others.get(name, model_hash) != model_hash and not self._mix:
             raise UsageError(
                 f"answers in {brief(str(self._path))} were made with another model called {name}",
-                f"give another output, or {param('mix')} to add to them all the same",
+                f"give another output, or {param('mix')} to add to them anyway",
             )
         if others.get(name) != model_hash:
             others[name] = model_hash
@@ -330,7 +330,7 @@ class AnswerFile:
                 were, are = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, now))
                 raise UsageError(
                     f"the answers in {brief(str(self._path))} were made with {name} {brief(were)}, not {brief(are)}",
-                    f"give another output, or {param('mix')} to add to them all the same",
+                    f"give another output, or {param('mix')} to add to them anyway",
                 )
         self._write_manifest()
 

@@ -195,7 +195,7 @@ def _system(chat: Conversation, text: str) -> None:
         raise
     chat.say_spelled("system message", spelled)
     chat.save()
-    chat.view.say("the system message is taken away" if session.system is None else "the system message is set")
+    chat.view.say("the system message is removed" if session.system is None else "the system message is set")
 
 
 def _change(chat: Conversation, name: str, value: str) -> None:
@@ -223,7 +223,11 @@ def _preset(chat: Conversation, text: str) -> None:
         chat.view.block("\n".join(f"{name}: {values}" for name, values in PRESETS.items()))
 
 
-@_command("show [settings|model|prompt|template]", "show what is in use", lambda chat, text: _TOPICS)
+@_command(
+    "show [settings|model|prompt|template]",
+    "show the model, settings, last prompt or chat template",
+    lambda chat, text: _TOPICS,
+)
 def _show(chat: Conversation, text: str) -> None:
     model = chat.model
     if text not in ("", *_TOPICS):
@@ -248,23 +252,23 @@ def _show(chat: Conversation, text: str) -> None:
         chat.view.block("\n".join(rest))
 
 
-@_command("stats", "what this conversation took, and the memory in use")
+@_command("stats", "token counts, speed and memory")
 def _stats(chat: Conversation, text: str) -> None:
     memory = chat.model.engine.memory()
     chat.view.stats(chat.session, readings.read_gpus(memory), readings.read_host())
 
 
-@_command("retry", "answer the last message once more")
+@_command("retry", "answer the last message again")
 def _retry(chat: Conversation, text: str) -> None:
     chat.retry()
 
 
-@_command("undo", "take back the last message and its answer, or an attached file")
+@_command("undo", "remove the last message and its answer, or an attached file")
 def _undo(chat: Conversation, text: str) -> None:
     if chat.attachments:
-        chat.view.say(f"{chat.attachments.pop()[0]} no longer goes with the next message")
+        chat.view.say(f"{chat.attachments.pop()[0]} is no longer attached")
     else:
-        chat.view.say(f"took back “{excerpt(chat.undo())}”")
+        chat.view.say(f"removed “{excerpt(chat.undo())}”")
 
 
 @_command("edit", "change the last message in $EDITOR and send it again")
@@ -279,12 +283,12 @@ def _edit(chat: Conversation, text: str) -> None:
     chat.revise(after)
 
 
-@_command("continue", "let a cut-off answer go on")
+@_command("continue", "continue an answer that was cut off")
 def _continue(chat: Conversation, text: str) -> None:
     chat.resume()
 
 
-@_command("clear", "begin a new conversation; the old one stays saved")
+@_command("clear", "start a new conversation; the old one stays saved")
 def _clear(chat: Conversation, text: str) -> None:
     old = chat.session
     chat.adopt(Session(system=old.system))
@@ -292,7 +296,7 @@ def _clear(chat: Conversation, text: str) -> None:
     chat.view.say(f"a new conversation{kept}")
 
 
-@_command("save [NAME]", "save now, under a name of your own", _sessions)
+@_command("save [NAME]", "save now, under a name of your choice", _sessions)
 def _save(chat: Conversation, text: str) -> None:
     session = chat.session
     if not text and not chat.saving:
@@ -307,7 +311,7 @@ def _save(chat: Conversation, text: str) -> None:
     chat.view.say(f"saved as {session.name} ({chat.store.path(session.name)})")
 
 
-@_command("load NAME", "go on with a saved conversation", _sessions)
+@_command("load NAME", "resume a saved conversation", _sessions)
 def _load(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/load needs a name", "/sessions lists them")
@@ -338,7 +342,7 @@ def _export(chat: Conversation, text: str) -> None:
     chat.view.say(f"written to {file}")
 
 
-@_command("model [NAME]", "go on with another model, or show this one", _models)
+@_command("model [NAME]", "switch to another model, or show this one", _models)
 def _model(chat: Conversation, text: str) -> None:
     if text:
         chat.switch(text)
@@ -347,7 +351,7 @@ def _model(chat: Conversation, text: str) -> None:
         chat.view.say(f"models here: {', '.join(chat.loader.names())}")
 
 
-@_command("file PATH", "put a text file into the next message", _paths)
+@_command("file PATH", "attach a text file to the next message", _paths)
 def _file(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/file needs a path", "the file goes with the next message")
@@ -364,7 +368,7 @@ def _copy(chat: Conversation, text: str) -> None:
     chat.view.say(f"copied {len(answer):,} characters")
 
 
-@_command("quit", "leave; the conversation is saved", aliases=("exit", "bye"))
+@_command("quit", "quit; the conversation is saved", aliases=("exit", "bye"))
 def _quit(chat: Conversation, text: str) -> None:
     chat.leave()
 

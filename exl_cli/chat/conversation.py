@@ -137,7 +137,7 @@ class Conversation:
         if not saved:
             self.exit_code = self.exit_code or ExitCode.DISK
         elif self.saving and session.turns:
-            self.view.note(f"saved as {session.name}; exl chat {param('continue')} goes on with it")
+            self.view.note(f"saved as {session.name}; exl chat {param('continue')} resumes it")
         self.over = True
 
     def _failed(self, error: Exception) -> None:

@@ -195,7 +195,7 @@ def batch(
                 console.note(elsewhere(names.missing, info.name))
             if engines.is_stopped:
                 if path is not None:
-                    console.note("stopped: the same command goes on from there")
+                    console.note("stopped: the same command resumes there")
                 raise typer.Exit(ExitCode.INTERRUPTED)
             if eval_field is not None and path is not None:
                 show_scores(console, score(open_source(name), path, eval_field, metrics))
@@ -206,9 +206,9 @@ def batch(
         elif engines.engine is not None:
             state.close(engines.engine)
     if ignored := engines.ignored - {eval_field}:
-        console.note(f"fields without a meaning here: {', '.join(sorted(ignored)[:20])}")
+        console.note(f"ignored fields: {', '.join(sorted(ignored)[:20])}")
     if failed:
-        again = "" if output == "-" else f"; {param('retry_errors')} tries them again"
+        again = "" if output == "-" else f"; {param('retry_errors')} retries them"
         console.note(f"{failed:,} lines failed: their errors are in the output{again}")
         raise typer.Exit(ExitCode.LINES_FAILED)
 

@@ -105,7 +105,7 @@ def chat(
         if saved.turns:
             console.resumed(saved)
         elif interactive:
-            console.note("/help lists the commands, Alt-Enter breaks a line, Ctrl-C stops an answer, Ctrl-D leaves")
+            console.note("/help lists the commands. Alt-Enter: new line, Ctrl-C: stop the answer, Ctrl-D: quit")
         with handling(_leave, signal.SIGTERM, signal.SIGHUP):
             talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:

@@ -153,7 +153,7 @@ def serve(
     if keys is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
         log.warn(f"WARNING: anyone who can reach {shown} can use these models; --api-key-file requires keys")
     log.note(
-        f"listening on http://{shown}:{address[1]} (documents at /docs), loading {', '.join([*named][:max_loaded])}"
+        f"listening on http://{shown}:{address[1]} (API reference at /docs), loading {', '.join([*named][:max_loaded])}"
     )
     if replicas is None:
         asyncio.run(main())

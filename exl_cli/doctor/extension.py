@@ -41,7 +41,7 @@ def check(
         Whether `exl run` can use it without compiling.
     """
     if torch is None or torch.cuda is None:
-        yield CheckResult("nvcc", "skip", "of no use to a torch without CUDA")
+        yield CheckResult("nvcc", "skip", "not needed: this torch has no CUDA")
         yield from (_tool(t, needed=False) for t in (toolchain.compiler(), toolchain.ninja(), toolchain.headers()))
         return False
     extensions, tools = compiled.extensions(torch, gpus), toolchain.find(torch)

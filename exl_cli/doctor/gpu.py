@@ -101,7 +101,7 @@ def in_container() -> bool:
 def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
     """The GPUs that torch sees."""
     if answer.value is None or installed is None or installed.cuda is None:
-        return [CheckResult("GPU", "skip", "not looked at: torch cannot use one", blocks="gpu")]
+        return [CheckResult("GPU", "skip", "skipped: torch cannot use a GPU", blocks="gpu")]
     if not answer.value["gpus"]:
         return [_no_gpu(str(answer.value["why_not"]), installed)]
     results = [_gpu(gpu, answer.value["archs"], installed) for gpu in answer.value["gpus"]]
@@ -209,4 +209,6 @@ def triton(attention: Answer | None) -> CheckResult:
 
 def flash_attn() -> CheckResult:
     """flash-attn, which exl does not use."""
-    return CheckResult("flash-attn", "skip", f"{package_version('flash-attn') or 'not installed'}; exl does without")
+    return CheckResult(
+        "flash-attn", "skip", f"{package_version('flash-attn') or 'not installed'}; exl does not need it"
+    )

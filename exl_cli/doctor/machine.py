@@ -59,7 +59,7 @@ def models(folder: Path | None) -> CheckResult:
     names = folders.known_models(folder)[1:]
     standing = next(parent for parent in (path, *path.parents) if is_there(parent))
     free = shutil.disk_usage(standing).free
-    count = f"{len(names)} model{'' if len(names) == 1 else 's'}" if is_there(path) else "not made yet"
+    count = f"{len(names)} model{'' if len(names) == 1 else 's'}" if is_there(path) else "not created yet"
     message = f"{path} ({count}), {size(free)} free"
     details = {"path": str(path), "models": names, "free_bytes": free}
     if not os.access(standing, os.W_OK | os.X_OK) or not standing.is_dir():

@@ -97,7 +97,7 @@ class Gate:
         origin = headers.get("origin")
         allowed = self._policy.origins
         if origin is not None and not allowed & {"*", origin} and not _is_same_host(origin, host):
-            raise ApiError(403, f"web pages of {origin!r} may not ask; cors_origin allows them", "unknown_origin")
+            raise ApiError(403, f"web pages of {origin!r} are not allowed; cors_origin allows them", "unknown_origin")
         if self._policy.keys is None or scope["path"] in _OPEN:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")

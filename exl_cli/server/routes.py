@@ -35,8 +35,8 @@ _PAGE = f"""<!doctype html>
 <h1>exl {installed_version()}</h1>
 <p>This server speaks the APIs of OpenAI (<code>/v1/chat/completions</code>, <code>/v1/completions</code>,
 <code>/v1/responses</code>), Anthropic (<code>/v1/messages</code>) and TabbyAPI (<code>/v1/model</code>).</p>
-<p>Set a client's base URL to this address with <code>/v1</code> behind it.</p>
-<ul><li><a href="docs">All routes</a><li><a href="v1/models">Models</a><li><a href="health">Health</a>
+<p>In OpenAI clients, set the base URL to this address plus <code>/v1</code>.</p>
+<ul><li><a href="docs">API reference</a><li><a href="v1/models">Models</a><li><a href="health">Health</a>
 <li><a href="metrics">Metrics</a></ul>
 """
 

@@ -47,7 +47,7 @@ def elsewhere(missing: Counter[str], model: str) -> str:
     """The line about models that rows name and that are not here."""
     shown = ", ".join(brief(name, 60) for name, _ in missing.most_common(3))
     more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
-    return f"{missing.total():,} rows name models that are not here ({shown}{more}): {model} answers them"
+    return f"{missing.total():,} prompts name models that are not here ({shown}{more}): {model} answers them"
 
 
 def show_scores(console: Console, scores: Scores) -> None:
@@ -67,7 +67,7 @@ def show_scores(console: Console, scores: Scores) -> None:
 def _line(progress: Progress) -> str:
     of = f" of {progress.expected:,}" if progress.expected else ""
     failed = f", {progress.failed:,} failed" if progress.failed else ""
-    before = f" ({progress.before:,} from before)" if progress.before else ""
+    before = f" ({progress.before:,} from earlier runs)" if progress.before else ""
     rate = progress.new_tokens / max(progress.seconds, 1e-9)
     tokens = f"{progress.prompt_tokens:,} tokens in, {progress.new_tokens:,} out, {rate:,.0f}/s"
     left = ""
@@ -75,4 +75,4 @@ def _line(progress: Progress) -> str:
     if progress.expected and fresh and progress.expected > progress.done:
         left = f", about {clock_time((progress.expected - progress.done) * progress.seconds / fresh)} left"
     energy = "" if progress.joules is None else f", {progress.joules / 3600:,.1f} Wh"
-    return f"{progress.done:,}{of} rows{before}{failed}, {tokens}{energy}{left}"
+    return f"{progress.done:,}{of} prompts{before}{failed}, {tokens}{energy}{left}"

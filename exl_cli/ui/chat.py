@@ -97,7 +97,7 @@ class ChatConsole(Console):
             also = f" (also {', '.join('/' + name for name in command.aliases)})" if command.aliases else ""
             rows.append((f"/{command.name} {command.arguments}".rstrip(), command.help + also))
         self._list(rows)
-        self.say('Anything else is a message. """ begins and ends one of several lines; Alt-Enter breaks a line.')
+        self.say('Anything else is a message. Put """ around a multi-line message, or press Alt-Enter for a new line.')
 
     def settings(self, values: Mapping[str, Any]) -> None:
         self._list((name, _shown(value)) for name, value in values.items())

@@ -151,7 +151,7 @@ class Build(Live):
         self.end()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             kept = f"{self._last.done} of {self._last.total} files are kept" if self._last else "nothing was compiled"
-            self.note(f"stopped: {kept}; exl build goes on from there")
+            self.note(f"stopped: {kept}; exl build resumes there")
 
 
 class _Countdown:

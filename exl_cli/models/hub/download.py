@@ -216,7 +216,7 @@ def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = N
     Raises:
         DownloadError: see `failures.explain`.
         DiskError: the disk is full or cannot be written.
-        KeyboardInterrupt: Ctrl-C; what has come stays, and the next call goes on from there.
+        KeyboardInterrupt: Ctrl-C; what has come stays, and the next call resumes there.
     """
     waiting = f"another exl is downloading {wanted.repository}: waiting for it to finish"
     with store.lock(wanted.folder, lambda: hub.note(waiting)):

@@ -195,7 +195,7 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
         if not config:
             raise DownloadError(
                 f"{where} holds no config.json, without which its weights cannot be run",
-                f"{include} '*' downloads it all the same",
+                f"{include} '*' downloads it anyway",
             )
         return
     names = [file.name.lower() for file in listing.files]
