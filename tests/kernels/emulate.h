@@ -260,7 +260,7 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
     gridDim = grid;
     blockDim = {threads, 1, 1};
     static Dim* blocks;                     // not in registers, which a jump puts back
-    static RunningBlock* running;
+    static RunningBlock** running;          // each stays where it is: its fibers hold references into it
     static unsigned count, size, begun, turn, i;
     count = grid.x * grid.y * grid.z;
     blocks = (Dim*) malloc(count * sizeof(Dim));
@@ -274,14 +274,13 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
         blocks[left - 1] = blocks[number % left];
         blocks[number % left] = last;
     }
-    running = (RunningBlock*) malloc(count * sizeof(RunningBlock));
+    running = (RunningBlock**) malloc(count * sizeof(RunningBlock*));
     for (size = begun = turn = 0; begun < count || size;)
     {
         // Another one begins when all that have begun wait.
         if (turn == size && begun < count)
         {
-            RunningBlock& b = running[size++];
-            memset(&b, 0, sizeof b);
+            RunningBlock& b = *(running[size++] = (RunningBlock*) calloc(1, sizeof(RunningBlock)));
             b.index = blocks[begun++];
             b.left = threads;
             b.fibers = (Fiber*) calloc(threads, sizeof(Fiber));
@@ -300,7 +299,7 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
             }
         }
         else if (turn == size) turn = 0;
-        running_block = &running[turn];
+        running_block = running[turn];
         blockIdx = running_block->index;
         for (running_block->waits = false; running_block->left && !running_block->waits;)
             for (i = 0; i < threads; i++)
@@ -322,8 +321,9 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
             free(running_block->warps);
             free(running_block->shared);
             free(running_block->stacks);
+            free(running_block);
             size--;
-            memmove(running_block, running_block + 1, (size - turn) * sizeof(RunningBlock));
+            memmove(running + turn, running + turn + 1, (size - turn) * sizeof *running);
         }
     }
     free(running);
