@@ -506,4 +506,6 @@ class _Run:
 
 
 def _first_sentence(error: BaseException) -> str:
-    return brief(str(error).strip().partition("\n")[0].rstrip("."))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Where an actor could not be made, Ray puts the traceback behind its own sentence.
+    return brief(lines[-1 if "creation task" in lines[0] else 0].rstrip("."))
