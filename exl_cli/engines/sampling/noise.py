@@ -67,4 +67,5 @@ def philox(blocks: IntArray, position: int, stream: int, seed: int) -> Words:
 def _round_keys(seed: int) -> Words:
     rounds = np.arange(_ROUNDS, dtype=np.uint64)[:, None, None]
     halves = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], dtype=np.uint64)
-    return (halves + rounds * np.array(_KEY_STEPS, dtype=np.uint64)[:, None]) & _LOWER
+    keys: Words = (halves + rounds * np.array(_KEY_STEPS, dtype=np.uint64)[:, None]) & _LOWER
+    return keys
