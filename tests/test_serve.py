@@ -100,7 +100,7 @@ def test_metrics_count(fable: Server) -> None:
     assert fable.metric("exl_inter_token_latency_seconds_count") >= 4
     assert fable.metric("exl_ready") == fable.metric("exl_model_loaded", 'model="fable-7m"') == 1
     assert fable.is_idle()
-    # A path that is no route adds no label of its own.
+    # A path that is not a route adds no label.
     fable.get("/v1/made/up")
     assert "made" not in fable.get("/metrics").text
 

@@ -1,4 +1,4 @@
-"""Several replicas of the server, each with engines of its own, as an application of Ray Serve (https://docs.ray.io).
+"""Several replicas of the server, each with its own engines, as an application of Ray Serve (https://docs.ray.io).
 
 Ray's proxy listens, and passes each request on to the less busy of two replicas, or, with the header `X-Session-Id`, to
 the one that had the session's last: that has the beginning of the conversation in its KV cache.
@@ -144,7 +144,7 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", logging_level="ERROR", **local)
-        stopping = _Stopping(note, grace)  # Ray has handlers of its own by now
+        stopping = _Stopping(note, grace)  # Ray has installed its own handlers by now
         resources = _resources(ray.cluster_resources(), plan, count)
         listener.close()
         ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)

@@ -83,7 +83,7 @@ DEVICE void gather(const Products& p, const Line& line, const Lane& l, u32 tile)
         }
         write(p, l, at, s, t, sum);
     }
-    // Whoever leaves last puts the counter back.
+    // The last block to leave resets the counter.
     if (threadIdx.x == 0 && arrive(p.arrived + tile) == 2 * parts - 1) p.arrived[tile] = 0;
 }
 
