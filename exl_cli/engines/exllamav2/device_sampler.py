@@ -42,7 +42,6 @@ class Seat:
         count: number of top log-probabilities to report; None for no log-probabilities at all.
         masks: the tensors that `row` points to, kept alive.
         known: number of tokens of the history that are on the device.
-        needs_history: whether the kernel reads the history.
     """
 
     def __init__(self, index: int, sampler: Sampler, count: int | None) -> None:
@@ -50,13 +49,6 @@ class Seat:
         self.row = sample.row(sampler.settings, sampler.seed)
         self.known = 0
         self.masks: list[torch.Tensor] = []
-        settings = sampler.settings
-        self.needs_history = (
-            settings.token_repetition_penalty != 1.0
-            or settings.token_presence_penalty != 0.0
-            or settings.token_frequency_penalty != 0.0
-            or settings.dry_multiplier > 0.0
-        )
 
 
 class _Launch:
@@ -164,7 +156,7 @@ class DeviceSampler:
         for index, (place, draw) in enumerate(zip(places, draws, strict=True)):
             seat, length = draw.seat, len(draw.ids) + draw.pending
             row, edits = seat.row, seat.sampler.edits(length, draw.banned)
-            if seat.needs_history and seat.known < length:
+            if seat.sampler.reads_history and seat.known < length:
                 # The kernel appends the tokens it chooses itself. The prompt and tokens chosen on the CPU are copied.
                 late = torch.tensor(draw.ids[seat.known : length], dtype=torch.int32).pin_memory()
                 self._histories[seat.index][seat.known : length].copy_(late, non_blocking=True)
@@ -177,7 +169,7 @@ class DeviceSampler:
                 biases.numpy()[: len(edits)] = [*edits.values()]
                 row.edited, row.biases = (self._device_edits[side, index].data_ptr() for side in (0, 1))
                 edited = True
-            scratch |= bool(edits) or seat.needs_history
+            scratch |= bool(edits) or seat.sampler.reads_history
             launch.row_array[index] = row
             launch.drawn.append((seat, length))
         size = len(draws) * ctypes.sizeof(sample.Row)

@@ -69,11 +69,6 @@ def penalize(logits: FloatArray, history: IntArray, settings: Sampling) -> None:
         np.subtract.at(logits, tokens, np.float32(settings.token_frequency_penalty) * strength)
 
 
-def rule_out(logits: FloatArray, ids: IntArray) -> None:
-    """Ban tokens, in place. As in exllamav2, their logits stay finite."""
-    logits[ids] = _RULED_OUT
-
-
 def add_bias(logits: FloatArray, ids: IntArray, bias: FloatArray) -> None:
     """Add biases to the logits of `ids`, in place; -inf bans a token."""
     logits[ids] = np.maximum(logits[ids] + bias, _RULED_OUT)

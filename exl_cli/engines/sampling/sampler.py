@@ -51,7 +51,6 @@ from exl_cli.engines.sampling.filters import (
     min_p,
     penalize,
     retemper,
-    rule_out,
     shortlist,
     softmax,
     surprise_limit,
@@ -101,6 +100,7 @@ class Sampler:
     Attributes:
         settings, seed, vocab_size: as given.
         breakers, protected: masks [vocab_size].
+        reads_history: whether logits depend on the tokens so far.
         bits: mirostat's current limit on a token's surprise.
     """
 
@@ -125,9 +125,8 @@ class Sampler:
             or settings.token_presence_penalty != 0.0
         )
         self._dry = settings.dry_multiplier > 0.0
+        self.reads_history = self._penalties or self._dry
         self._bias_of = {id_: value for id_, value in (bias or {}).items() if id_ < vocab_size}
-        self._biased = np.array([*self._bias_of], dtype=np.int64)
-        self._bias = np.array([*self._bias_of.values()], dtype=np.float32)
         self._min_length, self._end_ids = min_length if end_ids else 0, end_ids
         self._history = History(vocab_size)
         self._short = self._can_shortlist()
@@ -179,16 +178,15 @@ class Sampler:
             raise ValueError(f"logits must have the shape [n], got {logits.shape}")
         scores = np.asarray(logits[: self.vocab_size], dtype=np.float32)
         settings = self.settings
-        if len(history) < self._min_length:
-            banned = {*banned, *self._end_ids}
-        short = self._short and not banned and len(scores) >= _LARGE
+        edits = self.edits(len(history), banned)
+        short = self._short and not edits and len(scores) >= _LARGE
         highest_few = self._highest(scores, history) if short else None
         if highest_few is not None:
             ids, scores = highest_few
             highest = scores[0]
         else:
             check_finite(scores)
-            scores = self._adjusted(scores, history, banned)
+            scores = self._adjusted(scores, history, edits)
             if settings.greedy:
                 return Candidates(np.array([scores.argmax()]), np.ones(1, dtype=np.float32))
             ids, highest = self._all_ids[: len(scores)], np.maximum.reduce(scores)
@@ -209,7 +207,7 @@ class Sampler:
         plain = s.token_repetition_range < 0 and s.token_frequency_penalty == 0.0
         lowers = s.token_repetition_penalty >= 1.0 and s.token_presence_penalty >= 0.0
         penalties = not self._penalties or (plain and lowers)
-        others = self._dry or len(self._biased) > 0
+        others = self._dry or bool(self._bias_of)
         return 0 < s.top_k <= _MOST_SHORT and not s.greedy and not others and penalties
 
     def _highest(self, scores: FloatArray, history: Sequence[int]) -> tuple[IntArray, FloatArray] | None:
@@ -231,18 +229,17 @@ class Sampler:
         # Tokens outside the shortlist are below the bound, and penalties do not raise them.
         return (ids[order], values) if values[-1] >= bound else None
 
-    def _adjusted(self, scores: FloatArray, history: Sequence[int], banned: Collection[int]) -> FloatArray:
+    def _adjusted(self, scores: FloatArray, history: Sequence[int], edits: Mapping[int, float]) -> FloatArray:
         """The logits after penalties, bans, bias and DRY; a copy if anything changes."""
-        restricted = bool(banned) or len(self._biased) > 0
-        if not (self._penalties or self._dry or restricted):
+        if not (self.reads_history or edits):
             return scores
         scores, past = scores.copy(), self._history.read(history)
         if self._penalties:
             penalize(scores, past, self.settings)
-        if restricted:
-            rule_out(scores, np.array([id_ for id_ in banned if id_ < len(scores)], dtype=np.int64))
-            inside = self._biased < len(scores)
-            add_bias(scores, self._biased[inside], self._bias[inside])
+        if edits:
+            ids, biases = np.array([*edits], dtype=np.int64), np.array([*edits.values()], dtype=np.float32)
+            inside = ids < len(scores)
+            add_bias(scores, ids[inside], biases[inside])
             if all_ruled_out(np.maximum.reduce(scores)):
                 raise UsageError("every token is banned", f"ban fewer with {param('logit_bias')}")
         if self._dry:

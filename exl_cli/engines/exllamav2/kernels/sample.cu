@@ -228,6 +228,8 @@ DEVICE float bound(
     return base + 2.0f / fine;      // the end of the bin, and one more bin for rounding errors
 }
 
+DEVICE bool has_penalties(const Row& r) { return r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f; }
+
 // How strongly a token at this distance from the end of the history is penalized: fully within the range, then falling
 // linearly to 0 over `repetition_decay` tokens.
 DEVICE float strength(const Row& r, u32 distance)
@@ -262,7 +264,7 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
     // of the strengths of its occurrences, in fixed point, for the frequency penalty.
     u32* nearest = (u32*) scores;
     u32* often = nearest + p.vocab;
-    bool penalties = r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f;
+    bool penalties = has_penalties(r);
     u32 reach = r.repetition_range + r.repetition_decay;
     if (reach < r.repetition_range) reach = 0xffffffffu;
     u32 begin = r.length > reach ? r.length - reach : 0;
@@ -386,8 +388,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     else if (threadIdx.x == 0) out.top = 0;
 
     const float* scores = logits;
-    bool penalties = r.repetition != 1.0f || r.presence != 0.0f || r.frequency != 0.0f;
-    if (penalties || r.mask || r.edits || r.dry_multiplier > 0.0f)
+    if (has_penalties(r) || r.mask || r.edits || r.dry_multiplier > 0.0f)
     {
         float* adjusted = p.scratch + (u64) blockIdx.x * 2 * p.vocab;
         adjust(p, r, logits, adjusted, s);
