@@ -287,7 +287,10 @@ def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: 
         def backend() -> paged.Backend:
             return paged.install_paged(heads)
 
-        return _Loaded(model, GpuForward(model, cache, _pages(context_length, options), memory.PAGE, backend))
+        pages = _pages(context_length, options)
+        # With speculation the CPU samples, for the draft model as well.
+        samples = options.draft is None and options.speculate == "off"
+        return _Loaded(model, GpuForward(model, cache, pages, memory.PAGE, backend, samples=samples))
 
 
 def _pages(context_length: int, options: LoadOptions) -> int:

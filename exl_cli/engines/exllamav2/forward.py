@@ -65,6 +65,7 @@ class GpuForward:
         pages: pages that the scheduler may use.
         page_size: positions per page.
         backend: chooses the attention backend; called once the other kernels are ready.
+        samples: whether tokens may be sampled on the device.
 
     Attributes:
         cache: exllamav2's.
@@ -77,7 +78,16 @@ class GpuForward:
     max_batch = min(quantized_linear.MOST_ROWS, memory.MOST_SEQUENCES)
     max_tokens = quantized_linear.MOST_ROWS
 
-    def __init__(self, model: Any, cache: Any, pages: int, page_size: int, backend: Callable[[], Backend]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        pages: int,
+        page_size: int,
+        backend: Callable[[], Backend],
+        *,
+        samples: bool = True,
+    ) -> None:
         from exllamav2.device import set_device_streams
 
         self._set_streams = set_device_streams
@@ -107,7 +117,7 @@ class GpuForward:
         self._scores = torch.empty((self.max_tokens, self.vocab_size), dtype=torch.float32, device=self._last)
         self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
         self.sampler: DeviceSampler | None = None
-        if self._device == self._last and not too_old(self._device):
+        if samples and self._device == self._last and not too_old(self._device):
             self.sampler = DeviceSampler(self._device, self.max_batch, self.vocab_size, self._most_keys)
             since = time.perf_counter()
             self._embeddings.share()
