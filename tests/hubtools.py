@@ -100,7 +100,7 @@ def shell(fake: FakeHub, home: Path, **more: str) -> dict[str, str]:
 def begin(folder: Path, repository: str, total: int, revision: str = "main") -> None:
     """Leave what a download of so many bytes leaves that has fetched nothing yet."""
     files = {WEIGHTS: File(WEIGHTS, total)}
-    store.prepare_staging(folder, store.Marker(repository, revision, "c" * 40, files))
+    store.prepare_staging(folder, store.Marker(names.require(repository, revision), "c" * 40, files))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from exl_cli import loader
 from exl_cli.cli.app import app
 from exl_cli.errors import DiskError, ModelNotFoundError, UsageError
 from exl_cli.models import folders, memory
-from exl_cli.models.hub import store
+from exl_cli.models.hub import names, store
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:
     assert folders.licence(tmp_path, None) == "MIT License"
     (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: 'llama3'\n---\nlicense: no\n")
     assert folders.licence(tmp_path, None) == "llama3"
-    assert folders.licence(tmp_path, store.Marker("a/b", "main", "c", {}, "gemma")) == "gemma"
+    assert folders.licence(tmp_path, store.Marker(names.Repository("a", "b"), "c", {}, "gemma")) == "gemma"
 
 
 def test_rm_removes_only_the_named_model(models: Path) -> None:
@@ -303,5 +303,5 @@ def test_the_shell_completes_names_of_models_that_can_be_run(stock: Path, monkey
     env = {**os.environ, **asked}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.stdout.split() == ["acme/fable", "acme/fable:b/2"]
-    for text, names in {"acme_": ["acme_fable@b_2"], "f": ["fable-7m"], "m": ["mine"], "acme/half": []}.items():
-        assert folders.complete_model(text) == names
+    for text, expected in {"acme_": ["acme_fable@b_2"], "f": ["fable-7m"], "m": ["mine"], "acme/half": []}.items():
+        assert folders.complete_model(text) == expected

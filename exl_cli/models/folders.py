@@ -50,8 +50,8 @@ def complete_model(incomplete: str) -> list[str]:
     names_here = [BUILTIN]
     for path in model_folders():
         marker = store.read_marker(path)
-        names_here += [marker.name] if marker else []
-        if store.state(path) != "partial" and (marker is None or ":" in marker.name):
+        names_here += [str(marker.repository)] if marker else []
+        if store.state(path) != "partial" and (marker is None or ":" in str(marker.repository)):
             names_here.append(path.name)
     return [name for name in names_here if name.startswith(incomplete)]
 
@@ -102,8 +102,8 @@ class Entry:
             "name": self.name,
             "path": str(self.path),
             "disk_bytes": self.size_bytes,
-            "repository": source.repository if source else None,
-            "revision": source.revision if source else None,
+            "repository": source.repository.id if source else None,
+            "revision": source.repository.revision if source else None,
             "commit": source.commit if source else None,
             "complete": self.complete,
             "problem": self.problem or None,
@@ -160,7 +160,7 @@ def describe(path: Path) -> Entry:
 def _described(path: Path, size: int) -> Entry:
     partial = store.state(path) == "partial"
     marker = store.read_unfinished(path) if partial else store.read_marker(path)
-    name = marker.name if marker else path.name
+    name = str(marker.repository) if marker else path.name
     if partial:
         return Entry(name, path, size, problem="only partly downloaded", marker=marker, complete=False)
     try:

@@ -84,7 +84,7 @@ class Catalog:
     def _in_folder(self) -> dict[str, Path]:
         paths = [] if self._folder is None else folders.model_folders(self._folder)
         whole = [path for path in paths if store.state(path) != "partial"]
-        return {marker.name if (marker := store.read_marker(path)) else path.name: path for path in whole}
+        return {str(marker.repository) if (marker := store.read_marker(path)) else path.name: path for path in whole}
 
 
 class ServedModel:

@@ -1,4 +1,4 @@
-"""User data folders, bounded reads, and atomic writes."""
+"""User data folders, bounded reads, atomic writes, and locks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,6 +122,32 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[bool]:
+    """Hold a lock file, in a folder that is created if needed; yields whether another process held it.
+
+    The kernel releases it if this process is killed.
+
+    Args:
+        path: the lock file.
+        busy: called if another process holds the lock, before waiting for it; may raise instead.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(path), False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        busy()
+        waited = True
+        lock.acquire()
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 def _refuse_null_byte(path: Path) -> None:

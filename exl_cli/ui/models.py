@@ -68,10 +68,11 @@ def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, wh
         if shape
         else ""
     )
+    origin = f"{source.repository.id}, revision {source.repository.revision}, commit {source.commit}" if source else ""
     facts = {
         "Name": entry.name,
         "Folder": entry.path,
-        "Repository": f"{source.repository}, revision {source.revision}, commit {source.commit}" if source else "",
+        "Repository": origin,
         "Format": info.format_name + (f", {info.head_bits}-bit head" if info.head_bits else ""),
         "Bits per weight": f"{info.bits_per_weight:.2f}",
         "Architecture": info.architecture,

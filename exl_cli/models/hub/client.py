@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from exl_cli.errors import DownloadError, UsageError, brief, param
+from exl_cli.errors import DownloadError, ExlError, UsageError, brief, param
 from exl_cli.models.config import with_quantization
 from exl_cli.models.hub import failures
 from exl_cli.models.hub.failures import BrokenTransferError, Patience
@@ -58,7 +58,7 @@ class Hub:
         self.endpoint = _check_endpoint(
             endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT or _DEFAULT_ENDPOINT
         )
-        self.note, self._wait = note, wait
+        self.note, self.wait = note, wait
         self.logged_in = bool(_find_token(token))
         self.timeout: float = timeout or constants.HF_HUB_DOWNLOAD_TIMEOUT
         self._reached = False
@@ -74,11 +74,10 @@ class Hub:
         """Turn what a request raises into an error that says the next step."""
         try:
             yield
+        except ExlError:
+            raise
         except Exception as error:
-            raise failures.explain(error, repository, self) from error
-
-    def patience(self, task: str) -> Patience:
-        return Patience(task, self.note, self._wait)
+            raise DownloadError(*failures.explain(error, repository, self)) from error
 
     def listing(self, repository: Repository, choice: Choice = ALL_NEEDED, commit: str | None = None) -> Listing:
         """The files of a repository's revision, or of another commit.
@@ -212,7 +211,7 @@ class Hub:
         self._xet.close()
 
     def _ask(self, task: str, call: Callable[[], T]) -> T:
-        patience = self.patience(task)
+        patience = Patience(task, self.note, self.wait)
         while True:
             try:
                 answer = call()

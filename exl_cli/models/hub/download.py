@@ -286,11 +286,11 @@ def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
 
 def _marker(plan: Plan) -> Marker:
     """What to declare: the files of this order, and those of earlier ones that the commit still has."""
-    repository, listing = plan.wanted.repository, plan.listing
+    listing = plan.listing
     old = store.read_marker(plan.wanted.folder)
     before = old.files if old else {}
     same = old is not None and old.commit == listing.commit
     kept = [file for file in listing.files if file.name in before and (same or before[file.name] == file)]
     files = {file.name: before[file.name] for file in kept} | {item.file.name: item.file for item in plan.items}
     others = tuple(file.name for file in listing.files if file.name not in files)
-    return Marker(repository.id, repository.revision, listing.commit, files, listing.license, others)
+    return Marker(listing.repository, listing.commit, files, listing.license, others)

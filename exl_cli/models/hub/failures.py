@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from exl_cli.errors import DownloadError, ExlError, brief, param
+from exl_cli.errors import brief, param
 from exl_cli.models.hub.names import Repository
 
 if TYPE_CHECKING:
@@ -105,13 +105,11 @@ def http_library() -> ModuleType:
 
 def status_of(error: Exception) -> int:
     """The HTTP status that the server answered with; 0 where it did not."""
-    response = getattr(error, "response", None)
-    return 0 if response is None else int(response.status_code)
+    return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def _header(error: Exception, name: str) -> str:
-    response = getattr(error, "response", None)
-    return "" if response is None else str(response.headers.get(name) or "")
+    return getattr(getattr(error, "response", None), "headers", {}).get(name) or ""
 
 
 def _reason(error: BaseException) -> str:
@@ -121,13 +119,8 @@ def _reason(error: BaseException) -> str:
     return (_reason(cause) if cause is not None else "") or str(error).strip().partition("\n")[0]
 
 
-def explain(error: Exception, repository: Repository, hub: Hub) -> ExlError:
-    """The error that a person should read about a failure that did not pass."""
-    return error if isinstance(error, ExlError) else DownloadError(*_explained(error, repository, hub))
-
-
-def _explained(error: Exception, repository: Repository, hub: Hub) -> tuple[str, str]:
-    """Message and hint."""
+def explain(error: Exception, repository: Repository, hub: Hub) -> tuple[str, str]:
+    """What a person should read about a failure that did not pass: message and hint."""
     from huggingface_hub import errors
 
     http = http_library()

@@ -17,12 +17,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from exl_cli.errors import DiskError, DownloadError, param
 from exl_cli.models.hub.files import File, is_reserved
 from exl_cli.models.hub.names import Repository
-from exl_cli.system.files import is_folder, read_file, write_atomically
+from exl_cli.system.files import is_folder, locked, read_file, write_atomically
 
 MARKER = ".exl.json"
 STAGING = ".exl-download"
@@ -35,26 +35,19 @@ class Marker:
     """What `.exl.json` says of a download.
 
     Attributes:
-        repository, revision: where it came from.
-        commit: the commit that the revision stood for.
+        commit: the commit that the repository's revision stood for.
         files: by name.
         license: the model card's, or empty.
         others: names of the commit's files that were not fetched; None where an older exl did not note them.
         by_hand: of an unfinished download: the folder was put there by hand, and is still as it was.
     """
 
-    repository: str
-    revision: str
+    repository: Repository
     commit: str
     files: dict[str, File] = field(default_factory=dict)
     license: str = ""
     others: tuple[str, ...] | None = None
     by_hand: bool = False
-
-    @property
-    def name(self) -> str:
-        """As the user calls it: owner/name or owner/name:revision."""
-        return self.repository if self.revision == "main" else f"{self.repository}:{self.revision}"
 
     @property
     def total(self) -> int:
@@ -73,10 +66,12 @@ def read_marker(folder: Path) -> Marker | None:
     """The marker in a folder; None where there is none that can be understood."""
     try:
         value = json.loads(read_file(folder / MARKER))
+        owner, name = value["repository"].split("/")
+        repository = Repository(owner, name, str(value["revision"]))
         files = {name: File(name=name, **entry) for name, entry in value["files"].items() if not is_reserved(name)}
-        known: dict[str, Any] = {key: str(value[key]) for key in ("repository", "revision", "commit", "license")}
         others = None if value.get("others") is None else tuple(File(name, 0).name for name in value["others"])
-        return Marker(**known, files=files, others=others, by_hand=bool(value.get("by_hand")))
+        commit, license_ = str(value["commit"]), str(value["license"])
+        return Marker(repository, commit, files, license_, others, bool(value.get("by_hand")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
@@ -89,7 +84,9 @@ def read_unfinished(folder: Path) -> Marker | None:
 def write_marker(folder: Path, marker: Marker) -> None:
     """Declare a folder complete: all at once, or not at all."""
     files = {name: {"size": it.size, "blob_id": it.blob_id, "sha256": it.sha256} for name, it in marker.files.items()}
-    write_atomically(folder / MARKER, json.dumps({"version": _VERSION, **vars(marker), "files": files}, indent=1))
+    repository = {"repository": marker.repository.id, "revision": marker.repository.revision}
+    value = {"version": _VERSION, **vars(marker), **repository, "files": files}
+    write_atomically(folder / MARKER, json.dumps(value, indent=1))
 
 
 def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
@@ -107,9 +104,7 @@ def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
 def holds_another(folder: Path, repository: Repository) -> str:
     """The name of another model that this folder belongs to (two names can share a folder); empty where none does."""
     marker = read_marker(folder)
-    if marker is None or (marker.repository, marker.revision) == (repository.id, repository.revision):
-        return ""
-    return marker.name
+    return "" if marker is None or marker.repository == repository else str(marker.repository)
 
 
 def part(folder: Path, file: File) -> Path:
@@ -194,18 +189,14 @@ def lock(folder: Path, waiting: Callable[[], object] | None) -> Iterator[None]:
     Raises:
         DiskError: another is at work and `waiting` is None, or the lock cannot be made.
     """
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    def busy() -> None:
+        if waiting is None:
+            raise DiskError(f"another exl is at work on {folder}", "let it finish, or stop it")
+        waiting()
 
     path = folder.parent / _LOCKS / f"{folder.name}.lock"
     with contextlib.ExitStack() as stack:
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # The shortest wait that it accepts.
-                stack.enter_context(WeakFileLock(path, timeout=0.01))
-            except TimeoutError:  # an OSError
-                if waiting is None:
-                    raise DiskError(f"another exl is at work on {folder}", "let it finish, or stop it") from None
-                waiting()
-                stack.enter_context(WeakFileLock(path))
+            stack.enter_context(locked(path, busy))
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from exl_cli.errors import DiskError, DownloadError
 from exl_cli.models.hub import store
 from exl_cli.models.hub.client import Hub
-from exl_cli.models.hub.failures import BrokenTransferError, status_of
+from exl_cli.models.hub.failures import BrokenTransferError, Patience, status_of
 from exl_cli.models.hub.files import File, Listing
 
 _BLOCK = 2**20
@@ -85,7 +85,7 @@ class Transfer:
 
     def _receive(self) -> None:
         """Fill the part up to the file's size, going on after failures that pass."""
-        wanted, patience = self.file.size, self._hub.patience(self.file.name)
+        wanted, patience = self.file.size, Patience(self.file.name, self._hub.note, self._hub.wait)
         while self.size < wanted:
             try:
                 with closing(self._hub.chunks(self._listing, self.file, self.size)) as chunks:

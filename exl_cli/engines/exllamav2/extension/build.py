@@ -21,7 +21,7 @@ from exl_cli.engines.exllamav2.extension import compiled, hints, smoke_test, too
 from exl_cli.engines.exllamav2.extension.compiled import Capability, Facts, Torch, spoken
 from exl_cli.errors import EngineError, param
 from exl_cli.system import processes
-from exl_cli.system.files import user_cache
+from exl_cli.system.files import locked, user_cache
 from exl_cli.system.machine import available_memory, usable_cores
 from exl_cli.system.units import GIB, gib
 
@@ -292,23 +292,15 @@ def _read_holder(root: Path) -> tuple[str, float]:
 
 @contextlib.contextmanager
 def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the build lock; yields whether we had to wait for another build. The kernel releases it if we are killed."""
-    from filelock import FileLock, Timeout
-
-    root.mkdir(parents=True, exist_ok=True)
-    lock, waited = FileLock(root / _LOCK), False
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        note(f"{_read_holder(root)[0]} is compiling exllamav2's extension: waiting for it")
-        waited = True
-        lock.acquire()
-    try:
+    """Hold the build lock; yields whether we had to wait for another build."""
+    with locked(
+        root / _LOCK, lambda: note(f"{_read_holder(root)[0]} is compiling exllamav2's extension: waiting for it")
+    ) as waited:
         (root / _HOLDER).write_text(f"process {os.getpid()} (exl build)", encoding="utf-8")
-        yield waited
-    finally:
-        (root / _HOLDER).unlink(missing_ok=True)
-        lock.release()
+        try:
+            yield waited
+        finally:
+            (root / _HOLDER).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
