@@ -21,7 +21,7 @@ from exl_cli.errors import (
     did_you_mean,
     param,
 )
-from exl_cli.models import memory
+from exl_cli.models import memory, placement
 from exl_cli.models.config import has_learned_positions
 from exl_cli.models.folders import BUILTIN, BUILTIN_FOLDER, in_hub_cache, known_models, models_dir
 from exl_cli.models.hub import names, store
@@ -182,9 +182,9 @@ def fitting_sequences(info: ModelInfo, options: LoadOptions, counts: Iterable[in
         left = free
         if draft is not None:
             context = context_to_allocate(info, options)
-            taken = memory.beside(draft, context, options.cache, low_mem=options.low_mem, sequences=count)
-            left = memory.less(free, taken)
-        if (needed := memory_needed(info, options, count)) is not None and memory.fits(needed, left):
+            taken = placement.beside(draft, context, options.cache, low_mem=options.low_mem, sequences=count)
+            left = placement.less(free, taken)
+        if (needed := memory_needed(info, options, count)) is not None and placement.fits(needed, left):
             return count
     return 1
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from exl_cli.errors import OutOfMemoryError, spell
-from exl_cli.models import memory
+from exl_cli.models import memory, placement
 from exl_cli.models.info import Format, ModelInfo, inspect
 from exl_cli.models.load_options import CacheType
 from exl_cli.models.memory import PAGE
@@ -101,48 +101,49 @@ def test_scratch_is_that_of_the_hungriest_module() -> None:
 def test_a_model_that_does_not_tell_its_dimensions_has_no_estimate() -> None:
     unknown = info({"hidden_size": 4096})
     assert memory.estimate(unknown, 4096) is None
-    assert memory.check(unknown, 4096, "fp16", [1]) is None
+    assert placement.place(unknown, 4096, "fp16", [1]) is None
 
 
 @pytest.mark.parametrize("cache", memory.CACHE_TYPES)
 @pytest.mark.parametrize("free", [5.5, 6.5, 8.0])
 def test_the_largest_context_fits_and_one_page_more_does_not(cache: CacheType, free: float) -> None:
     model, bytes_free = info(MISTRAL_7B), [round(free * GIB)]
-    largest = memory.largest_context(model, bytes_free, cache)
+    largest = placement.largest_context(model, bytes_free, cache)
     assert largest % PAGE == 0
-    assert memory.check(model, largest, cache, bytes_free) == estimate(model, largest, cache)
+    (share,) = placement.place(model, largest, cache, bytes_free) or ()
+    assert share.allocated == estimate(model, largest, cache).allocated
     if largest < model.context_length:
         with pytest.raises(OutOfMemoryError):
-            memory.check(model, largest + PAGE, cache, bytes_free)
+            placement.place(model, largest + PAGE, cache, bytes_free)
 
 
 def test_the_largest_context_is_between_zero_and_the_models() -> None:
     model = info(MISTRAL_7B, context=8192)
-    assert memory.largest_context(model, [80 * GIB]) == 8192
-    assert memory.largest_context(model, [3 * GIB]) == 0
+    assert placement.largest_context(model, [80 * GIB]) == 8192
+    assert placement.largest_context(model, [3 * GIB]) == 0
 
 
 def test_the_error_states_needed_and_free_memory_and_what_fits() -> None:
     model, free = info(MISTRAL_7B), [6 * GIB]
     with pytest.raises(OutOfMemoryError) as caught:
-        memory.check(model, 32768, "fp16", free)
+        placement.place(model, 32768, "fp16", free)
     needed = estimate(model, 32768).allocated / GIB
     assert caught.value.message == (
         f"seven needs about {needed:.1f} GiB of GPU memory for a context of 32,768 tokens with fp16 cache, "
         "and 6.0 GiB are free"
     )
     assert spell(caught.value.hint).startswith(
-        f"max_seq_len {memory.largest_context(model, free)} is the largest context that fits; cache q4 fits "
+        f"max_seq_len {placement.largest_context(model, free)} is the largest context that fits; cache q4 fits "
     )
     with pytest.raises(OutOfMemoryError, match=r"3\.0 GiB are free") as caught:
-        memory.check(model, 4096, "fp16", [3 * GIB])
+        placement.place(model, 4096, "fp16", [3 * GIB])
     assert caught.value.hint.startswith("no context fits: use a smaller quantization")
 
 
 def test_the_refusal_of_many_sequences_says_how_many_would_fit() -> None:
     model, free = info(MISTRAL_7B), [8 * GIB]
     with pytest.raises(OutOfMemoryError) as caught:
-        memory.check(model, 4000, "fp16", free, sequences=16)
+        placement.place(model, 4000, "fp16", free, sequences=16)
     needed = estimate(model, 16 * 4096).allocated / GIB
     assert caught.value.message == (
         f"seven needs about {needed:.1f} GiB of GPU memory for 16 contexts of 4,000 tokens with fp16 cache, "
@@ -151,26 +152,16 @@ def test_the_refusal_of_many_sequences_says_how_many_would_fit() -> None:
     hint = spell(caught.value.hint)
     most = int(hint.split()[1])
     assert hint == f"sequences {most} is the most that fits; nvidia-smi shows what else uses the GPU"
-    assert memory.check(model, 4000, "fp16", free, sequences=most) is not None
+    assert placement.place(model, 4000, "fp16", free, sequences=most) is not None
     with pytest.raises(OutOfMemoryError):
-        memory.check(model, 4000, "fp16", free, sequences=most + 1)
+        placement.place(model, 4000, "fp16", free, sequences=most + 1)
     with pytest.raises(OutOfMemoryError, match="3 contexts of 32,768 tokens") as caught:
-        memory.check(model, 32768, "fp16", [6 * GIB], sequences=3)
+        placement.place(model, 32768, "fp16", [6 * GIB], sequences=3)
     assert "is the largest context that fits" in caught.value.hint
 
 
 def test_a_draft_models_cache_has_room_for_as_many_sequences() -> None:
     draft = info(MISTRAL_7B, size=600_000_000, context=2048)
     cache = estimate(draft, 2048).cache
-    more = memory.beside(draft, 4096, sequences=5) - memory.beside(draft, 4096)
+    more = placement.beside(draft, 4096, sequences=5) - placement.beside(draft, 4096)
     assert more == pytest.approx(4 * cache * 1.03, rel=1e-6)
-
-
-def test_multiple_gpus_add_up_minus_scratch_on_each() -> None:
-    model = info(MISTRAL_7B, size=30_000_000_000)
-    needed = estimate(model, 4096)
-    one = needed.allocated
-    assert memory.check(model, 4096, "fp16", [one]) == needed
-    with pytest.raises(OutOfMemoryError, match="on 2 GPUs are free"):
-        memory.check(model, 4096, "fp16", [one // 2, one // 2])
-    assert memory.check(model, 4096, "fp16", [one // 2, one // 2 + GIB]) == needed

@@ -24,7 +24,7 @@ from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine
 from exl_cli.engines.response import Step
 from exl_cli.errors import ExitCode, ModelNotFoundError, OutOfMemoryError, UsageError
-from exl_cli.models import memory
+from exl_cli.models import memory, placement
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
@@ -137,16 +137,17 @@ def test_vocabularies_are_compared_token_by_token(exl2_dir: Path, tmp_path: Path
 
 def test_a_draft_model_needs_memory_as_well(exl2_dir: Path, gptq_dir: Path) -> None:
     info, draft = loader.resolve(str(exl2_dir)), loader.resolve(str(gptq_dir))
-    taken = memory.beside(draft, 1024)
+    taken = placement.beside(draft, 1024)
     needed, own = memory.estimate(info, 1024), memory.estimate(draft, 1024)
     assert needed is not None
     assert own is not None
     assert own.weights + own.cache < taken < own.allocated
-    assert memory.check(info, 1024, "fp16", [needed.allocated + taken], draft=draft) == needed
+    (share,) = placement.place(info, 1024, "fp16", [needed.allocated + taken], draft=draft) or ()
+    assert share.allocated == needed.allocated
     with pytest.raises(OutOfMemoryError, match="of which the draft model takes"):
-        memory.check(info, 1024, "fp16", [needed.allocated + taken - 1], draft=draft)
+        placement.place(info, 1024, "fp16", [needed.allocated + taken - 1], draft=draft)
     # Beyond its own context it holds nothing.
-    assert memory.beside(draft, 99_999) == memory.beside(draft, draft.context_length)
+    assert placement.beside(draft, 99_999) == placement.beside(draft, draft.context_length)
 
 
 def test_the_summary_adds_the_passes_up(exl2_dir: Path) -> None:

@@ -12,7 +12,7 @@ from exl_cli.doctor.check_result import CheckResult, patience
 from exl_cli.doctor.probes import NEW_TOKENS
 from exl_cli.engines.exllamav2 import support
 from exl_cli.errors import ExlError, param
-from exl_cli.models import architecture, memory
+from exl_cli.models import architecture, memory, placement
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.system.machine import available_memory
@@ -113,8 +113,8 @@ def _fits(info: ModelInfo, free: Sequence[int]) -> CheckResult:
     if needed is None:
         return CheckResult("Fits", "warn", "config.json does not give the dimensions that an estimate needs")
     try:
-        # memory.check expects free memory after the CUDA context, which does not exist yet.
-        memory.check(info, context, "fp16", [max(0, count - needed.cuda) for count in free])
+        # placement.place expects free memory after the CUDA context, which does not exist yet.
+        placement.place(info, context, "fp16", [max(0, count - needed.cuda) for count in free])
     except ExlError as error:
         return CheckResult("Fits", "fail", error.message, error.hint, "gpu")
     message = f"about {gib(needed.total)} of {gib(sum(free))} free, context {context:,}, fp16 cache"

@@ -8,12 +8,15 @@ The estimate follows exllamav2 0.3.2 (whose files are named below) at its peak:
   cache stores blocks of 32 values with a float16 scale, plus one layer in float16 to compute with (`cache.py`).
 - scratch: one buffer per GPU, the maximum of the modules' `scratch_space_fixed`. It depends on the prefill chunk of
   2,048 tokens (1,024 with `low_mem`), not on the context, and only quantized modules need it.
-- working memory: while loading, `load_autosplit` reserves 448 MiB and runs a full chunk through all layers to the
-  logits. Inference takes less, unless the context is short and the vocabulary large: activations of a chunk, and
-  buffers to decode `MOST_SEQUENCES` at once, whatever `sequences` is. Attention memory does not
-  grow with the context, CUDA graphs take a few megabytes. The spare page of the KV cache
+- working memory: while loading, 448 MiB are held back and a full chunk runs through all layers to the logits
+  (`engines/exllamav2/build_model.py`). Inference takes less, unless the context is short and the vocabulary large:
+  activations of a chunk, and buffers to decode `MOST_SEQUENCES` at once, whatever `sequences` is. Attention memory does
+  not grow with the context, CUDA graphs take a few megabytes. The spare page of the KV cache
   (`engines/exllamav2/forward.py`) is counted here.
 - the CUDA context with the kernels of torch and exllamav2, and the rounding of torch's allocator.
+
+Over several GPUs, each holds whole layers with their part of the KV cache, and its own scratch, activations, graphs and
+reserve; the last one has the head and the logits as well. `placement` decides which layers go where.
 
 `tests/gpu/estimate_against_peak.py` compares the estimate with measured peaks.
 """
@@ -22,16 +25,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
-from exl_cli.errors import OutOfMemoryError, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType
 from exl_cli.models.rope import Rope
 from exl_cli.system.nvml import Driver, open_driver
-from exl_cli.system.units import MIB, gib
+from exl_cli.system.units import MIB
 
 PAGE = 256
 # Sequences of one forward pass; the kernels may take fewer.
@@ -42,20 +44,65 @@ CACHE_TYPES: tuple[CacheType, ...] = ("fp16", "q8", "q6", "q4")
 CACHE_BITS: dict[str, float] = {"fp16": 16, "q8": 8.5, "q6": 6.5, "q4": 4.5}
 _CHUNK, _CHUNK_LOW_MEM = 2048, 1024
 _LARGEST_DEQUANTIZED = 512 * MIB
-_HELD_BACK, _HELD_BACK_LATER = (192 + 256) * MIB, (64 + 256) * MIB
-_CUDA_CONTEXT = 512 * MIB
+# Bytes of each GPU that loading leaves to CUDA graphs, kernels and buffers.
+HELD_BACK = 448 * MIB
+CUDA_CONTEXT = 512 * MIB
 _ROUNDING = 0.03
 
 # Tensors of multimodal checkpoints that are not part of the text model.
 _OTHER_PARTS = ("vision_", "visual.", "multi_modal_projector", "patch_merger", "image_")
 _HEADS = ("lm_head.weight", "lm_head.q_weight", "lm_head.qweight")
-_OTHERS = "nvidia-smi shows what else uses the GPU"
+# A tensor's layer: the first number in its name, as in "model.layers.7.mlp.experts.3.w1.weight".
+_LAYER = re.compile(r"\.(\d+)\.")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "word_embeddings.weight")
 
 
 @dataclass(frozen=True)
+class Parts:
+    """An estimate by place, in bytes, for a model over several GPUs.
+
+    Attributes:
+        layers: weights of each transformer layer.
+        head: weights behind the last layer.
+        cache: KV cache of a layer.
+        each: what every GPU needs in addition to its layers, scratch included.
+        last: what only the last GPU needs: the logits of a chunk.
+    """
+
+    layers: tuple[int, ...]
+    head: int
+    cache: int
+    each: int
+    last: int
+
+    def of(self, layers: range) -> int:
+        """Bytes that the allocator of a GPU with these layers will reserve."""
+        return self._allocated(sum(self.layers[layers.start : layers.stop]), layers)
+
+    def _allocated(self, weights: int, layers: range) -> int:
+        last = layers.stop == len(self.layers)
+        stays = weights + len(layers) * self.cache + (self.head if last else 0)
+        return round((1 + _ROUNDING) * stays) + self.each + (self.last if last else 0)
+
+    def most(self, first: int, room: int) -> range:
+        """The layers from `first` on that fit this room, all with the head or else none of the last."""
+        weights, stop = 0, first
+        for index in range(first, len(self.layers)):
+            weights += self.layers[index]
+            if self._allocated(weights, range(first, index + 1)) > room:
+                break
+            stop = index + 1
+        return range(first, stop)
+
+    def weights_of(self, layers: range) -> int:
+        """Bytes of weights of a GPU with these layers."""
+        head = self.head if layers.stop == len(self.layers) else 0
+        return sum(self.layers[layers.start : layers.stop]) + head
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """GPU memory in bytes by purpose; see the module docstring."""
+    """GPU memory in bytes by purpose; see the module docstring. `parts` is the same by place."""
 
     weights: int
     cache: int
@@ -63,6 +110,7 @@ class Estimate:
     working: int
     rounding: int
     cuda: int
+    parts: Parts = field(repr=False)
 
     @property
     def allocated(self) -> int:
@@ -147,36 +195,64 @@ def estimate(info: ModelInfo, context: int, cache: CacheType = "fp16", *, low_me
         return None
     context = round_up(context)
     rows = min(_CHUNK_LOW_MEM if low_mem else _CHUNK, context)
-    weights = _weights(info, shape)
+    layers, head = _weights(info, shape)
+    weights = sum(layers) + head
     cached = _cache(shape, context, cache)
     scratch = _scratch(shape, rows) if info.format != "float" else 0
     rounding = round(_ROUNDING * (weights + cached))
     longest = min(context, info.extended_length)
-    working = _working(shape, rows, longest) + _cache(shape, PAGE, cache) + _rotary(info, shape, context)
-    return Estimate(weights, cached, scratch, working, rounding, _CUDA_CONTEXT)
+    activations, rotary = _activations(shape, rows), _rotary(info, shape, context)
+    reserve, logits = HELD_BACK + 2 * rows * shape.vocabulary, MOST_SEQUENCES * _decoding(shape, longest)
+    working = activations + max(reserve, logits) + _cache(shape, PAGE, cache) + rotary
+    tokens = context + PAGE
+    parts = Parts(
+        layers=tuple(layers),
+        head=head,
+        cache=_cached_layer(shape, tokens, cache),
+        each=scratch + activations + rotary + HELD_BACK + _dequantized_layer(shape, tokens, cache),
+        last=max(reserve, logits) - HELD_BACK,
+    )
+    return Estimate(weights, cached, scratch, working, rounding, CUDA_CONTEXT, parts)
 
 
-def _weights(info: ModelInfo, shape: Shape) -> int:
+def _weights(info: ModelInfo, shape: Shape) -> tuple[list[int], int]:
+    """Bytes of each layer's weights, and of the head with all that belongs to no layer."""
     matrix = 2 * shape.vocabulary * shape.hidden
     tied = bool(info.text_config("tie_word_embeddings"))
     if not info.tensors:
         # Unquantized weights become float16. EXL2 files always contain a head; other formats omit a tied one.
         wide = info.bits_per_weight / 16 if info.format == "float" and info.bits_per_weight > 16 else 1
-        return max(0, round(info.size_bytes / wide) - matrix) + (matrix if tied and info.format != "exl2" else 0)
-    total, head = 0, False
+        made = matrix if tied and info.format != "exl2" else 0
+        stored = max(0, round(info.size_bytes / wide) - matrix)
+        head = made or min(stored, round(matrix * min(info.head_bits or info.bits_per_weight or 16, 16) / 16))
+        each, rest = divmod(stored + made - head, shape.layers)
+        return [each] * shape.layers, head + rest
+    layers, others, head = [0] * shape.layers, 0, False
     for tensor in info.tensors.values():
         if tensor.name.endswith(_EMBEDDINGS) or any(part in tensor.name for part in _OTHER_PARTS):
             continue
         # InternLM 2 names its head output.weight; attention outputs have longer names.
         head = head or tensor.name == "output.weight" or tensor.name.endswith(_HEADS)
-        total += 2 * tensor.numel if tensor.dtype in ("F32", "BF16") else tensor.nbytes
-    return total if head else total + matrix
+        count = 2 * tensor.numel if tensor.dtype in ("F32", "BF16") else tensor.nbytes
+        layer = _LAYER.search(tensor.name)
+        if layer and int(layer[1]) < len(layers):
+            layers[int(layer[1])] += count
+        else:
+            others += count
+    return layers, others if head else others + matrix
 
 
 def _cache(shape: Shape, context: int, cache: CacheType) -> int:
-    values = 2 * shape.keys * context  # keys and values of one layer
-    layer = 0 if cache == "fp16" else 2 * values  # one layer dequantized to float16
-    return math.ceil(shape.layers * values * CACHE_BITS[cache] / 8) + layer
+    return shape.layers * _cached_layer(shape, context, cache) + _dequantized_layer(shape, context, cache)
+
+
+def _cached_layer(shape: Shape, context: int, cache: CacheType) -> int:
+    return math.ceil(2 * shape.keys * context * CACHE_BITS[cache] / 8)  # keys and values
+
+
+def _dequantized_layer(shape: Shape, context: int, cache: CacheType) -> int:
+    """Bytes of one layer's keys and values in float16, for a quantized cache to compute with."""
+    return 0 if cache == "fp16" else 2 * 2 * shape.keys * context
 
 
 def _scratch(shape: Shape, rows: int) -> int:
@@ -189,10 +265,9 @@ def _scratch(shape: Shape, rows: int) -> int:
     return max(attention, mlp, dequantized(shape.hidden, shape.vocabulary))
 
 
-def _working(shape: Shape, rows: int, longest: int) -> int:
+def _activations(shape: Shape, rows: int) -> int:
     # A layer's hidden states before and after, queries, attention output, keys and values, all float16.
-    layer = 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
-    return layer + max(_HELD_BACK + 2 * rows * shape.vocabulary, MOST_SEQUENCES * _decoding(shape, longest))
+    return 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
 
 
 def _decoding(shape: Shape, longest: int) -> int:
@@ -210,128 +285,6 @@ def _rotary(info: ModelInfo, shape: Shape, context: int) -> int:
     longest = info.context_length
     rope = Rope("dynamic", 1.0, shape.head_dim, longest, longest, {})
     return 2 * 2 * shape.head_dim * sum(rope.switches(context))
-
-
-def largest_context(info: ModelInfo, free: Sequence[int], cache: CacheType = "fp16", *, low_mem: bool = False) -> int:
-    """The largest context that fits, in tokens: whole pages, at most the model's context; 0 if nothing fits.
-
-    Args:
-        info: the model.
-        free: free bytes on each GPU, after the CUDA context.
-        cache: KV cache type.
-        low_mem: see `estimate`.
-    """
-
-    def fits(pages: int) -> bool:
-        needed = estimate(info, pages * PAGE, cache, low_mem=low_mem)
-        return needed is not None and needed.allocated <= usable(needed, free)
-
-    return _most(fits, max(1, info.extended_length // PAGE)) * PAGE
-
-
-def _most(fits: Callable[[int], bool], high: int) -> int:
-    """The largest count up to `high` that fits, by bisection; 0 if none does."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def usable(needed: Estimate, free: Sequence[int]) -> int:
-    """Bytes usable for one model across GPUs: every GPU after the first needs its own scratch and load reserve."""
-    each = needed.scratch + _HELD_BACK_LATER
-    largest = sorted(free, reverse=True)
-    return sum(largest[:1]) + sum(max(0, count - each) for count in largest[1:])
-
-
-def fits(needed: Estimate, cards: Sequence[int]) -> bool:
-    """Whether an estimate fits GPUs with these free bytes, before any CUDA context exists."""
-    return needed.allocated <= usable(needed, [card - _CUDA_CONTEXT for card in cards])
-
-
-def beside(
-    draft: ModelInfo, context: int, cache: CacheType = "fp16", *, low_mem: bool = False, sequences: int = 1
-) -> int:
-    """Extra bytes for a draft model. The two models never run at once, so its working memory is not counted.
-
-    Args:
-        draft: the draft model.
-        context: tokens of context, capped at the draft model's.
-        cache, low_mem: see `estimate`.
-        sequences: contexts of that length that the KV cache has room for.
-    """
-    tokens = round_up(min(context, draft.extended_length)) * sequences
-    needed = estimate(draft, tokens, cache, low_mem=low_mem)
-    return 0 if needed is None else needed.allocated - needed.working
-
-
-def less(free: Sequence[int], taken: int) -> list[int]:
-    """Free bytes on each GPU after the one with the most has given up some."""
-    *others, largest = sorted(free)
-    return [largest - taken, *others]
-
-
-def check(
-    info: ModelInfo,
-    context: int,
-    cache: CacheType,
-    free: Sequence[int],
-    *,
-    low_mem: bool = False,
-    draft: ModelInfo | None = None,
-    sequences: int = 1,
-) -> Estimate | None:
-    """Raise OutOfMemoryError, with advice, if a model will not fit.
-
-    Args:
-        info: the model.
-        context: tokens of context.
-        cache: KV cache type.
-        free: free bytes on each GPU from torch.cuda.mem_get_info, so after the CUDA context.
-        low_mem: see `estimate`.
-        draft: the draft model to be loaded too.
-        sequences: contexts of that length that the KV cache has room for.
-
-    Returns:
-        The estimate without the draft model; None if none can be made.
-
-    Raises:
-        OutOfMemoryError: with the memory needed, the memory free, and the largest context that fits.
-    """
-    needed = estimate(info, round_up(context) * sequences, cache, low_mem=low_mem)
-    have = f"{gib(sum(free))} {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
-    if draft is not None and free:
-        taken = beside(draft, context, cache, low_mem=low_mem, sequences=sequences)
-        free = less(free, taken)
-        have += f", of which the draft model takes {gib(taken)}"
-    if needed is None or needed.allocated <= usable(needed, free):
-        return needed
-    whole = f"a context of {context:,} tokens" if sequences == 1 else f"{sequences} contexts of {context:,} tokens"
-    message = (
-        f"{info.name} needs about {gib(needed.allocated)} of GPU memory for {whole} with {cache} cache, and {have}"
-    )
-    free = tuple(free)
-
-    def fits(count: int) -> bool:
-        fewer = estimate(info, round_up(context) * count, cache, low_mem=low_mem)
-        return fewer is not None and fewer.allocated <= usable(fewer, free)
-
-    if most := _most(fits, sequences - 1):
-        raise OutOfMemoryError(message, f"{param('sequences')} {most} is the most that fits; {_OTHERS}")
-    raise OutOfMemoryError(message, _advice(info, context, cache, free, low_mem))
-
-
-def _advice(info: ModelInfo, context: int, cache: CacheType, free: Sequence[int], low_mem: bool) -> str:
-    fitting = {kind: largest_context(info, free, kind, low_mem=low_mem) for kind in (cache, "q4")}
-    ways = []
-    if fitting[cache]:
-        ways.append(f"{param('max_seq_len')} {fitting[cache]} is the largest context that fits")
-    if fitting["q4"] > fitting[cache]:
-        ways.append(f"{param('cache')} q4 fits {min(fitting['q4'], max(context, fitting[cache])):,} tokens")
-    if not ways:
-        ways.append("no context fits: use a smaller quantization (exl download owner/name --branches)")
-    return "; ".join([*ways, _OTHERS])
 
 
 def gpus() -> list[Gpu]:

@@ -15,7 +15,7 @@ from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import ModelNotFoundError, OutOfMemoryError, brief, param
-from exl_cli.models import folders, memory
+from exl_cli.models import folders, placement
 from exl_cli.models.chat_template import Format, load_format
 from exl_cli.models.hub import store
 from exl_cli.models.info import ModelInfo
@@ -289,7 +289,7 @@ class ModelPool:
         info = self.catalog.info(name)
         gpus = loader.gpus_for(info, self._options)
         needed = loader.memory_needed(info, self._options, self._sequences or 1)
-        if gpus and needed is not None and not memory.fits(needed, [gpu.total for gpu in gpus]):
+        if gpus and needed is not None and not placement.fits(needed, [gpu.total for gpu in gpus]):
             total = gib(sum(gpu.total for gpu in gpus))
             raise OutOfMemoryError(
                 f"{name} needs about {gib(needed.total)} of GPU memory, and there are {total}",

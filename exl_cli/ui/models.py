@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exl_cli.models.folders import BUILTIN
-from exl_cli.models.memory import Estimate, Gpu, fits, shape_of
+from exl_cli.models.memory import Estimate, Gpu, shape_of
+from exl_cli.models.placement import fits
 from exl_cli.system.units import gib, parameters, size
 from exl_cli.ui.console import Console
 

@@ -11,8 +11,10 @@ parameters. What its parameters cannot express is patched here:
 
 from __future__ import annotations
 
+import gc
 import math
 import types
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from exl_cli.engines.exllamav2.weights import Weights
+from exl_cli.models import memory
 from exl_cli.models.architecture import Architecture
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.rope import Rope
@@ -62,6 +65,59 @@ def build_model(info: ModelInfo, architecture: Architecture, max_seq_len: int, *
     for linear in _linears(model.modules):
         linear.has_bias = f"{linear.key}.bias" in config.tensor_file_map
     return model
+
+
+def load_modules(model: Any, cache: Any, devices: Sequence[int], progress: Callable[[int, int], None]) -> None:
+    """Load the weights and allocate the KV cache, each layer on its GPU.
+
+    Runs a full chunk through each module as it is loaded, which shows whether the memory suffices. Replaces exllamav2's
+    `load_autosplit`, which fills one GPU after the other and may part a layer's attention from its MLP.
+
+    Args:
+        model: from `build_model`.
+        cache: exllamav2's, allocated lazily.
+        devices: the index of the GPU of each transformer layer, ascending.
+        progress: called with (modules done, modules in all).
+
+    Raises:
+        torch.OutOfMemoryError: a GPU has not enough memory.
+    """
+    from exllamav2.attn import ExLlamaV2Attention
+    from exllamav2.device import ExLlamaV2DeviceContext, set_device_streams
+    from exllamav2.parallel_decoder import ExLlamaV2ParallelDecoder
+    from exllamav2.stloader import cleanup_stfiles
+
+    embeddings, *modules = model.modules
+    embeddings.set_device_idx(-1)
+    layer = 0
+    for module in modules:
+        layer = getattr(module, "layer_idx", None) or layer
+        module.set_device_idx(devices[layer])
+    set_device_streams()
+    model.cache_map, model.device_context = {}, [None] * (max(devices) + 1)
+    reserve = []
+    for device in sorted(set(devices)):
+        scratch = max(module.scratch_space_fixed() for module in modules if module.device_idx == device)
+        model.device_context[device] = ExLlamaV2DeviceContext(model, device, scratch)
+        reserve.append(torch.empty(memory.HELD_BACK, dtype=torch.int8, device=torch.device("cuda", device)))
+    with torch.inference_mode():
+        progress(0, len(model.modules))
+        embeddings.load()
+        states = embeddings.forward(torch.zeros((1, model.config.max_input_len), dtype=torch.long))
+        params = ExLlamaV2Attention.Params(*states.shape[:2], 0, None, None)
+        for index, module in enumerate(modules, 1):
+            progress(index, len(model.modules))
+            if isinstance(module, (ExLlamaV2Attention, ExLlamaV2ParallelDecoder)):
+                model.cache_map[module.layer_idx] = module.device()
+                cache.update_cache_tensors()
+            module.load()
+            states = module.forward(states.to(module.device()), cache=cache, attn_params=params, past_len=0, loras=None)
+        progress(len(model.modules), len(model.modules))
+    del states, reserve
+    gc.collect()
+    torch.cuda.empty_cache()
+    model.loaded = True
+    cleanup_stfiles()
 
 
 def rope_switches(model: Any) -> list[int]:

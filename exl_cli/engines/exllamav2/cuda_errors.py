@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from exl_cli.errors import DamagedModelError, DeviceError, EngineError, OutOfMemoryError, UsageError, param
+from exl_cli.errors import DamagedModelError, DeviceError, EngineError, OutOfMemoryError, param
 from exl_cli.models.info import ModelInfo
-from exl_cli.models.load_options import LoadOptions
 from exl_cli.system.units import gib
 
 # No forward pass takes so long, in seconds: a GPU that is still at one hangs.
@@ -28,38 +27,28 @@ _CUDA_FAILURE = re.compile("CUDA|cuBLAS|cuDNN|NVRTC|NCCL", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def translated(
-    info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
-) -> Iterator[None]:
+def translated(info: ModelInfo | None = None, context_length: int = 0) -> Iterator[None]:
     """Translate exceptions raised in the block; see `explained`.
 
     Args:
-        info, context_length, options: what is being loaded; omitted once the model is loaded.
+        info, context_length: what is being loaded; omitted once the model is loaded.
     """
     try:
         yield
     except Exception as error:
-        other = explained(error, info, context_length, options)
+        other = explained(error, info, context_length)
         if other is error:
             raise
         raise other from error
 
 
-def explained(
-    error: Exception, info: ModelInfo | None = None, context_length: int = 0, options: LoadOptions | None = None
-) -> Exception:
+def explained(error: Exception, info: ModelInfo | None = None, context_length: int = 0) -> Exception:
     """Translate an exception of torch or exllamav2; return any other unchanged."""
     text = str(error).strip(" #\n") or type(error).__name__
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "Insufficient VRAM" in text or "out of memory" in text:
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:
         return _out_of_memory(info, context_length)
     if not _is_foreign(error):
         return error
-    if "Insufficient space in device allocation" in text:
-        split = ",".join(f"{gib:g}" for gib in options.gpu_split or ()) if options else ""
-        return UsageError(
-            f"the model does not fit {param('gpu_split')} {split} (GiB per GPU)",
-            f"raise the numbers, or use {param('gpu_split')} auto",
-        )
     if _is_lost():
         return DeviceError(f"the GPU failed: {cause(error)}", "start exl again; nvidia-smi and dmesg may say more")
     if info is not None and not isinstance(error, RuntimeError):
@@ -116,8 +105,10 @@ def free_bytes() -> list[int]:
 
 
 def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryError:
-    held = torch.cuda.memory_reserved()
-    have = f"{gib(sum(free_bytes()) + held)} of GPU memory are free"
+    free = [count + torch.cuda.memory_reserved(gpu) for gpu, count in enumerate(free_bytes())]
+    have = f"{gib(sum(free))} of GPU memory are free"
+    if len(free) > 1:
+        have += f" ({', '.join(f'GPU {gpu}: {gib(count)}' for gpu, count in enumerate(free))})"
     if info is None:
         return OutOfMemoryError(f"the GPU ran out of memory; {have}", _LESS)
     need = f"{gib(info.size_bytes)} for its weights and more for a context of {context_length:,} tokens"

@@ -22,7 +22,7 @@ from exl_cli.engines.base import Event, Request
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.attention.paged import Heads, unusual
-from exl_cli.engines.exllamav2.build_model import build_model, rope_offsets
+from exl_cli.engines.exllamav2.build_model import build_model, load_modules, rope_offsets
 from exl_cli.engines.exllamav2.cuda_errors import explained, free_bytes, translated
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
@@ -32,7 +32,7 @@ from exl_cli.engines.exllamav2.scheduler import Scheduler
 from exl_cli.engines.exllamav2.speculation import Drafter
 from exl_cli.engines.response import Response, Step, check_fits, check_known, check_settings
 from exl_cli.engines.sampling.sampler import Samplers
-from exl_cli.models import architecture, memory
+from exl_cli.models import architecture, memory, placement
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -231,18 +231,9 @@ def load(
         OutOfMemoryError: the GPUs' free memory is too small.
         DamagedModelError: exllamav2 cannot make sense of the files.
     """
-    if options.gpu_split is None:
-        memory.check(
-            info,
-            context_length,
-            options.cache,
-            free_bytes(),
-            low_mem=options.low_mem,
-            draft=draft,
-            sequences=options.sequences,
-        )
+    devices = _devices(info, context_length, options, draft)
     causal.install()
-    loaded = _load(info, context_length, options, progress)
+    loaded = _load(info, context_length, options, devices, progress)
     drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
@@ -250,7 +241,8 @@ def load(
         context = min(context_length, draft.extended_length)
         context = next(iter(architecture.read(draft).rope_switches(context)), context)
         try:
-            others.append(_load(draft, context, dataclasses.replace(options, gpu_split=None), progress))
+            placed = _devices(draft, context, dataclasses.replace(options, gpu_split=None))
+            others.append(_load(draft, context, options, placed, progress))
         except BaseException:
             loaded.unload()
             raise
@@ -258,7 +250,7 @@ def load(
     small = loaded.forward.small
     own = "exl's own from few tokens, else " if small.attends else ""
     facts = {
-        "device": torch.cuda.get_device_name(0),
+        "device": ", ".join(torch.cuda.get_device_name(gpu) for gpu in dict.fromkeys(devices)),
         "dtype": "float16",
         "attention": f"{own}{loaded.forward.backend}, paged",
         "kernels": small.name + (f" ({reason})" if (reason := loaded.forward.why_not_fused) else ""),
@@ -269,6 +261,23 @@ def load(
     return ExLlamaV2Engine(loaded, tokenizer, context_length, facts, drafter, others)
 
 
+def _devices(info: ModelInfo, context_length: int, options: LoadOptions, draft: ModelInfo | None = None) -> list[int]:
+    """The index of each transformer layer's GPU."""
+    shares = placement.place(
+        info,
+        context_length,
+        options.cache,
+        free_bytes(),
+        low_mem=options.low_mem,
+        draft=draft,
+        sequences=options.sequences,
+        sizes=options.gpu_split,
+    )
+    if shares is None:
+        return [0] * architecture.read(info).layers
+    return [share.gpu for share in shares for _ in share.layers]
+
+
 def _heads(info: ModelInfo) -> Heads:
     """The head layout to test attention backends with: the model's, or a common one."""
     shape = memory.shape_of(info)
@@ -277,12 +286,14 @@ def _heads(info: ModelInfo) -> Heads:
     return Heads(shape.heads, shape.kv_heads, shape.head_dim)
 
 
-def _load(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> _Loaded:
+def _load(
+    info: ModelInfo, context_length: int, options: LoadOptions, devices: Sequence[int], progress: Progress
+) -> _Loaded:
     heads = _heads(info)
     paged.try_ahead(heads)
     # exllamav2 prints to stdout, which belongs to the model's text.
-    with contextlib.redirect_stdout(sys.stderr), translated(info, context_length, options):
-        model, cache = _build(info, context_length, options, progress)
+    with contextlib.redirect_stdout(sys.stderr), translated(info, context_length):
+        model, cache = _build(info, context_length, options, devices, progress)
 
         def backend() -> paged.Backend:
             return paged.install_paged(heads)
@@ -298,7 +309,9 @@ def _pages(context_length: int, options: LoadOptions) -> int:
     return memory.round_up(context_length) // memory.PAGE * options.sequences
 
 
-def _build(info: ModelInfo, context_length: int, options: LoadOptions, progress: Progress) -> tuple[Any, Any]:
+def _build(
+    info: ModelInfo, context_length: int, options: LoadOptions, devices: Sequence[int], progress: Progress
+) -> tuple[Any, Any]:
     """Build the model and its cache, which has one spare page more than `_pages`."""
     from exllamav2 import cache as caches
 
@@ -311,13 +324,7 @@ def _build(info: ModelInfo, context_length: int, options: LoadOptions, progress:
     }[options.cache]
     tokens = (_pages(context_length, options) + 1) * memory.PAGE
     with startup.nothing_drawn():
-        if options.gpu_split:
-            model.load(list(options.gpu_split), callback=progress)
-            cache = cache_class(model, max_seq_len=tokens)
-        else:
-            cache = cache_class(model, max_seq_len=tokens, lazy=True)
-            # Also with one GPU: autosplit's trial pass through each layer, which checks that one fits into memory,
-            # overlaps with reading the next layer.
-            model.load_autosplit(cache, last_id_only=False, callback=progress)
+        cache = cache_class(model, max_seq_len=tokens, lazy=True)
+        load_modules(model, cache, devices, progress)
     torch.cuda.synchronize()
     return model, cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exl_cli.errors import ExlError
-from exl_cli.models import memory
+from exl_cli.models import memory, placement
 from exl_cli.models.config import context_length_of, quantization_of
 from exl_cli.models.hub.client import Hub
 from exl_cli.models.hub.files import Choice, Listing, check_runnable, select, weight_bytes
@@ -106,7 +106,7 @@ def _describe(hub: Hub, listing: Listing, context: int, cache: CacheType, cards:
         desc_act=info.desc_act if info.format == "gptq" else None,
         context_length=info.context_length,
         vram_bytes=needed.total if needed else None,
-        fits=memory.fits(needed, cards) if needed and cards else None,
+        fits=placement.fits(needed, cards) if needed and cards else None,
     )
 
 
@@ -164,7 +164,7 @@ def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
         needed = memory.estimate(info, min(_USUAL_CONTEXT, info.context_length))
     except (ExlError, *_ODD):
         return ""
-    if needed is None or memory.fits(needed, [gpu.total for gpu in gpus]):
+    if needed is None or placement.fits(needed, [gpu.total for gpu in gpus]):
         return ""
     have = " + ".join(f"{gpu.total / GIB:.0f}" for gpu in gpus)
     return (
