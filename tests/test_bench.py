@@ -114,6 +114,7 @@ def test_engine_notes_and_gpu_memory_are_shown() -> None:
     assert "graphs was nothing at first, and then none (out of memory): the figures are of both" in warnings
     tests = {entry["test"]: entry for entry in value["tests"]}
     assert (value["runs"][0]["memory"]["allocator"], value["environment"]["gpu"]) == (2**31, "Card 9000")
+    assert value["runs"][0]["memory"]["by_gpu"] == {"cpu": 2**31}
     # The packed weights and not their float32 form: 5 bits each instead of 32.
     assert tests["tg4"]["step_bytes"] < 8_500_000
     assert tests["tg4"]["kernel_ns"] is None

@@ -172,6 +172,26 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
         assert (blind.joules(), blind.used_bytes(), blind.warnings()) == (None, None, [])
 
 
+@pytest.mark.parametrize(
+    ("granted", "link"),
+    [({0, 2}, "NVLink"), ({0}, "PCIe"), (set(), "PCIe, through the host")],  # nvml.h: reading is 0, NVLink is 2
+)
+def test_the_link_between_gpus(granted: set[int], link: str) -> None:
+    nvml = SimpleNamespace(
+        nvmlDeviceGetCount=lambda: 0,
+        nvmlDeviceGetHandleByUUID=str,
+        nvmlDeviceGetP2PStatus=lambda first, second, kind: 0 if kind in granted else 3,
+    )
+    watch = Watch(Driver(nvml))
+    watch.attach(["GPU-1", "GPU-2", "GPU-3"])
+    assert watch.link() == link
+    watch.attach(["GPU-1"])
+    assert watch.link() is None
+    blind = Watch(Driver(None))
+    blind.attach(["GPU-1", "GPU-2"])
+    assert blind.link() is None
+
+
 def test_time_in_which_any_kernel_runs() -> None:
     assert probe.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4
     assert probe.covered([]) == 0

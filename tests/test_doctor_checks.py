@@ -85,6 +85,26 @@ def test_one_good_gpu_of_two_is_enough() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ([(0, 1, True, "NVLink")], "NVLink"),
+        ([(0, 1, False, "PCIe, through the host")], "no peer access, copies go through the host"),
+        ([(0, 1, True, None)], "peer access"),
+        (
+            [(0, 1, True, "NVLink"), (0, 2, True, "PCIe"), (1, 2, True, "PCIe")],
+            "NVLink (0-1); PCIe (0-2, 1-2)",
+        ),
+    ],
+)
+def test_the_line_for_links_between_gpus(links: list[tuple[int, int, bool, str | None]], message: str) -> None:
+    pairs = [{"gpus": [first, second], "peer": peer, "link": link} for first, second, peer, link in links]
+    (result,) = gpu.links(Answer({"gpus": [], "links": pairs}))
+    assert (result.check, result.status, result.message) == ("GPU links", "ok", message)
+    assert gpu.links(Answer({"gpus": [], "links": []})) == []
+    assert gpu.links(Answer(None, "it crashed", "error")) == []
+
+
 def test_torch_that_cannot_be_imported() -> None:
     result = gpu.torch(TORCH, Answer(None, "ImportError: libcudnn.so.9: cannot open shared object file", "error"))
     assert (result.status, result.blocks) == ("fail", "all")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
@@ -192,6 +193,29 @@ def test_show_tells_everything_known(stock: Path) -> None:
         assert part in text
     assert command(stock, "show", "acme/half:4.0bpw").exit_code == 3
     assert "EXL2 5.0 bpw, 6-bit head" in command(stock, "show").stdout
+
+
+def test_show_tells_what_each_gpu_would_hold(stock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = memory.estimate(loader.resolve("acme/fable", stock), 1024)
+    assert needed is not None
+    total = needed.total - 1  # one byte too few for a single GPU
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName="Card {}".format,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=total, free=total),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    first, second = json.loads(command(stock, "show", "acme/fable", "--json").stdout)["gpu_split"]
+    assert (first["gpu"], second["gpu"]) == (0, 1)
+    assert (first["layers"][0], first["layers"][1] + 1, second["layers"][1]) == (0, second["layers"][0], 7)
+    assert first["weights_bytes"] + second["weights_bytes"] == needed.weights
+    assert max(first["vram_bytes"], second["vram_bytes"]) <= total
+    text = command(stock, "show", "acme/fable").stdout
+    assert re.search(r"VRAM at 1,024 tokens, fp16 cache", text)
+    assert re.search(rf"1 Card 1 .* {second['layers'][0]} to 7 .* GiB of {total / 2**30:.1f} GiB", text)
 
 
 def test_the_licence_is_found_wherever_it_is_stated(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def load(
         engine: "exllamav2", "cpu", or "auto": exllamav2 if the machine and the model allow it, else the CPU.
         max_seq_len: context to allocate, in tokens; None for 4,096 or the model's context, whichever is less.
         cache: KV cache type on the GPU: "fp16", "q8", "q6" or "q4".
-        gpu_split: GiB of weights per GPU; None fills the GPUs in order.
+        gpu_split: GiB of weights per GPU; None uses one GPU if the model fits, else several, filled alike.
         low_mem: smaller prefill chunks, for less scratch memory.
         sequences: contexts of that length that the KV cache on the GPU has room for; concurrent generations share it.
         speculate: "ngram" drafts tokens by prompt lookup, on exllamav2.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Request, Summary
 from exl_cli.models.info import ModelInfo
+from exl_cli.models.memory import CUDA_CONTEXT
 from exl_cli.models.prompt import Prompt
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.system.version import installed_version
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from exl_cli.models.folders import Entry
     from exl_cli.models.hub.download import Outcome, Plan, Wanted
     from exl_cli.models.memory import Estimate
+    from exl_cli.models.placement import Share
 
 _SPECULATION = ("drafted_tokens", "accepted_tokens", "note")
 
@@ -84,6 +86,7 @@ def model(
     why_not: str,
     template: str,
     estimates: Mapping[int, Mapping[str, Estimate]],
+    shares: Sequence[Share] = (),
 ) -> dict[str, Any]:
     """A model, as `exl show` prints it.
 
@@ -93,6 +96,7 @@ def model(
         why_not: why exllamav2 cannot run it, or empty.
         template: source of its chat template, or empty.
         estimates: GPU memory by context and cache type.
+        shares: what each of the machine's GPUs would hold with the default context.
     """
     return {
         **entry.to_dict(),
@@ -107,6 +111,15 @@ def model(
         "vram_bytes": {
             str(context): {cache: needed.total for cache, needed in row.items()} for context, row in estimates.items()
         },
+        "gpu_split": [
+            {
+                "gpu": share.gpu,
+                "layers": [share.layers.start, share.layers.stop - 1],
+                "weights_bytes": share.weights,
+                "vram_bytes": share.allocated + CUDA_CONTEXT,
+            }
+            for share in shares
+        ],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
@@ -50,6 +51,12 @@ class Watch:
     def joules(self) -> float | None:
         """Energy that the GPUs have taken since their driver was loaded."""
         return self._driver.joules(self._handles.values())
+
+    def link(self) -> str | None:
+        """How the GPUs exchange data, see `Driver.link`; None for a single GPU."""
+        pairs = itertools.combinations(self._handles.values(), 2)
+        links = dict.fromkeys(link for pair in pairs if (link := self._driver.link(*pair)))
+        return "; ".join(links) or None
 
     def used_bytes(self) -> int | None:
         """GPU memory in use, by all processes."""
@@ -135,6 +142,7 @@ def describe(engine: EngineThread, watch: Watch) -> dict[str, Any]:
         "cpu": _cpu(),
         "cpu_cores": usable_cores(),
         "gpu": ", ".join(card.name for card in engine.memory()) or None,
+        "gpu_link": watch.link(),
         "driver": watch.driver,
         "cuda": engine.facts.get("cuda"),
         **packages,

@@ -81,6 +81,7 @@ class Memory:
     host: int  # resident memory of the process
     allocator: int | None  # reserved on the GPUs by this process's torch
     device: int | None  # in use on these GPUs by everything, at the end of a repetition
+    by_gpu: dict[str, int] = field(default_factory=dict)  # `allocator` of each GPU, by torch's name of the device
 
 
 @dataclass(frozen=True)

@@ -385,7 +385,8 @@ class _Bench:
         cards, used = self.engine.memory(), self.watch.used_bytes()
         self._used = max((value for value in (self._used, used) if value is not None), default=None)
         allocator = sum(card.peak_bytes for card in cards) if cards else None
-        return Memory(readings.read_host().peak_bytes, allocator, self._used)
+        by_gpu = {card.device: card.peak_bytes for card in cards}
+        return Memory(readings.read_host().peak_bytes, allocator, self._used, by_gpu)
 
     def repetitions(self, warm: Case | None) -> None:
         """Each test once untimed, but the one that has been run; then the repetitions."""

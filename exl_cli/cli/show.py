@@ -7,10 +7,11 @@ from exl_cli.api import records
 from exl_cli.cli.options import Json, Model, ModelsDir
 from exl_cli.engines.exllamav2 import support
 from exl_cli.errors import ExlError
-from exl_cli.models import folders, memory
+from exl_cli.models import folders, memory, placement
 from exl_cli.models.chat_template import load_chat_template
 from exl_cli.models.hub import store
 from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
 from exl_cli.ui import models
 from exl_cli.ui.console import Console
 
@@ -37,12 +38,18 @@ def show(model: Model = None, models_dir: ModelsDir = None, as_json: Json = Fals
     licence = folders.licence(info.path, marker)
     why_not = support.why_not(info)
     estimates = {} if why_not else _estimates(info)
+    gpus = memory.gpus() if estimates else []
+    context = loader.context_to_allocate(info, LoadOptions())
+    needed = memory.estimate(info, context) if gpus else None
+    shares = placement.split(needed, [gpu.total - memory.CUDA_CONTEXT for gpu in gpus]) if needed else None
     if as_json:
-        console.data(records.model(info, entry, licence, why_not, source, estimates))
+        console.data(records.model(info, entry, licence, why_not, source, estimates, shares or ()))
         return
     models.show_facts(console, info, entry, licence, why_not)
     if estimates:
-        models.show_estimates(console, estimates, memory.gpus())
+        models.show_estimates(console, estimates, gpus)
+    if shares and len(shares) > 1:
+        models.show_shares(console, shares, gpus, context)
     if source:
         models.preview(console, "Chat template", source)
 

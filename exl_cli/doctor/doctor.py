@@ -74,6 +74,7 @@ class Doctor:
         yield gpu.driver(torch)
         cards = gpu.gpus(answer, torch)
         yield from cards
+        yield from gpu.links(answer)
         usable = [card for card in cards if "capability" in card.details]
         free = [int(card.details["free"]) for card in usable if card.details["free"] is not None]
         if len(free) == len(usable) and min(free, default=0) > _ROOMY:

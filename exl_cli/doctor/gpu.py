@@ -111,6 +111,19 @@ def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
     return [replace(r, blocks="", status="warn" if r.status == "fail" else r.status) for r in results]
 
 
+def links(answer: Answer) -> list[CheckResult]:
+    """Whether the GPUs can read each other's memory, for models split over several; nothing for a single GPU."""
+    pairs = (answer.value or {}).get("links") or []
+    if not pairs:
+        return []
+    kinds: dict[str, list[str]] = {}
+    for pair in pairs:
+        link = (pair["link"] or "peer access") if pair["peer"] else "no peer access, copies go through the host"
+        kinds.setdefault(link, []).append("-".join(map(str, pair["gpus"])))
+    message = "; ".join(f"{link} ({', '.join(names)})" if len(kinds) > 1 else link for link, names in kinds.items())
+    return [CheckResult("GPU links", "ok", message, details={"links": pairs})]
+
+
 def _no_gpu(why: str, installed: Torch) -> CheckResult:
     if not has_nvidia_card():
         return CheckResult("GPU", "skip", "none: models run on the CPU", blocks="gpu")

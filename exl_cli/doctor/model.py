@@ -114,10 +114,13 @@ def _fits(info: ModelInfo, free: Sequence[int]) -> CheckResult:
         return CheckResult("Fits", "warn", "config.json does not give the dimensions that an estimate needs")
     try:
         # placement.place expects free memory after the CUDA context, which does not exist yet.
-        placement.place(info, context, "fp16", [max(0, count - needed.cuda) for count in free])
+        room = [max(0, count - needed.cuda) for count in free]
+        shares = placement.place(info, context, "fp16", room) or []
     except ExlError as error:
         return CheckResult("Fits", "fail", error.message, error.hint, "gpu")
     message = f"about {gib(needed.total)} of {gib(sum(free))} free, context {context:,}, fp16 cache"
+    if len(shares) > 1:
+        message += f"; {placement.described(shares, room)}"
     return CheckResult("Fits", "ok", message, details={"bytes": needed.total, "context": context})
 
 

@@ -6,6 +6,7 @@ They import heavy modules themselves.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import random
 import time
@@ -18,7 +19,7 @@ from exl_cli.system.nvml import Driver, open_driver
 
 
 def torch() -> dict[str, Any]:
-    """torch's versions, and the GPUs with their free memory."""
+    """torch's versions, the GPUs with their free memory, and how they are linked."""
     import torch
 
     archs = torch.cuda.get_arch_list() if torch.version.cuda else []
@@ -38,7 +39,23 @@ def torch() -> dict[str, Any]:
         capability, total = [properties.major, properties.minor], properties.total_memory
         gpu = {"index": index, "name": properties.name, "uuid": uuid, "capability": capability, "total": total}
         gpus.append({**gpu, "free": None, "processes": [], **readings.get(uuid, {})})
-    return {**facts, "gpus": gpus}
+    return {**facts, "gpus": gpus, "links": _links([gpu["uuid"] for gpu in gpus])}
+
+
+def _links(uuids: list[str]) -> list[dict[str, Any]]:
+    """For each two GPUs, whether one may read the other's memory, and over what; see `Driver.link`."""
+    import torch
+
+    with open_driver() as driver:
+        handles = driver.handles(uuids)
+        return [
+            {
+                "gpus": [first, second],
+                "peer": torch.cuda.can_device_access_peer(first, second),
+                "link": driver.link(handles.get(uuids[first]), handles.get(uuids[second])),
+            }
+            for first, second in itertools.combinations(range(len(uuids)), 2)
+        ]
 
 
 def _readings() -> dict[str, dict[str, Any]]:

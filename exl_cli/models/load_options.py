@@ -21,7 +21,7 @@ class LoadOptions:
         max_seq_len: context to allocate, in tokens; None for what the request needs, at least 4,096 and at most the
             model's context.
         cache: KV cache type on the GPU.
-        gpu_split: GiB of weights per GPU; None fills the GPUs in order.
+        gpu_split: GiB of weights per GPU; None uses one GPU if the model fits, else several, filled alike.
         low_mem: smaller prefill chunks, for less scratch memory.
         sequences: contexts of that length that the KV cache on the GPU has room for.
         speculate: "ngram" drafts tokens by prompt lookup.

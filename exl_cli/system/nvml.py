@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+# NVML's nvmlGpuP2PCapsIndex_t and nvmlGpuP2PStatus_t.
+_READ, _NVLINK, _OK = 0, 2, 0
+
 
 class Driver:
     """Queries of NVML. Each is None if the driver, the card or the container does not answer it.
@@ -37,6 +40,13 @@ class Driver:
         """Total energy of these GPUs in joules since their driver was loaded; None if one does not report it."""
         readings = [self.ask("DeviceGetTotalEnergyConsumption", handle) for handle in handles]
         return sum(readings) / 1000 if readings and None not in readings else None
+
+    def link(self, first: Any, second: Any) -> str | None:
+        """How memory is copied between two GPUs: "NVLink", "PCIe", or "PCIe, through the host"; None if unknown."""
+        nvlink, read = (self.ask("DeviceGetP2PStatus", first, second, kind) for kind in (_NVLINK, _READ))
+        if nvlink is None and read is None:
+            return None
+        return "NVLink" if nvlink == _OK else "PCIe" if read == _OK else "PCIe, through the host"
 
     def close(self) -> None:
         """Shut NVML down; later queries are None."""

@@ -101,7 +101,9 @@ def _lines(run: Run) -> list[tuple[str, str]]:
 def _memory(run: Run) -> str:
     parts = [f"{mib(run.memory.host or 0)} resident"]
     if run.memory.allocator is not None:
-        parts.insert(0, f"GPU {mib(run.memory.allocator)} allocated")
+        by_gpu = ", ".join(f"{name} {mib(peak)}" for name, peak in run.memory.by_gpu.items())
+        several = f" ({by_gpu})" if len(run.memory.by_gpu) > 1 else ""
+        parts.insert(0, f"GPU {mib(run.memory.allocator)} allocated{several}")
     if run.memory.device is not None:
         parts.insert(1, f"{mib(run.memory.device)} in use on the card")
     return f"{', '.join(parts)} (peaks)"

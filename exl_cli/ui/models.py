@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from exl_cli.models.folders import BUILTIN
-from exl_cli.models.memory import Estimate, Gpu, shape_of
-from exl_cli.models.placement import fits
+from exl_cli.models.memory import CUDA_CONTEXT, Estimate, Gpu, shape_of
+from exl_cli.models.placement import Share, fits
 from exl_cli.system.units import gib, parameters, size
 from exl_cli.ui.console import Console
 
@@ -103,6 +103,20 @@ def show_estimates(console: Console, estimates: Mapping[int, Mapping[str, Estima
     )
     caches = [f"{kind} cache" for kind in next(iter(estimates.values()))]
     console.table(console.out, ("Estimated VRAM at", *caches), rows, right=caches)
+
+
+def show_shares(console: Console, shares: Sequence[Share], gpus: Sequence[Gpu], context: int) -> None:
+    """Print what each GPU would hold of a model that needs several."""
+    rows = (
+        (
+            f"{share.gpu} {gpus[share.gpu].name}",
+            f"{share.layers.start} to {share.layers.stop - 1}",
+            f"{gib(share.allocated + CUDA_CONTEXT)} of {gib(gpus[share.gpu].total)}",
+        )
+        for share in shares
+    )
+    titles = "GPU", "Layers", f"VRAM at {context:,} tokens, fp16 cache"
+    console.table(console.out, titles, rows, right=titles[1:])
 
 
 def preview(console: Console, title: str, text: str) -> None:
