@@ -13,6 +13,7 @@ Choosing and tokenizing the prompt is in none of them.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import queue
@@ -31,8 +32,8 @@ from exl_cli.models.tokenizer import Tokenizer
 
 Energy = Callable[[], "float | None"]
 
-# Tokens whose kernels are traced.
-_TRACED = 16
+# Steps whose kernels are traced.
+_TRACED = 64
 
 WINDOW = 1024
 # Few enough rows for the kernels that generation uses, and whole blocks of a quantized cache.
@@ -152,20 +153,26 @@ def _pace(arrivals: Sequence[Sequence[int]], begin: int, end: int) -> float:
 
 
 def trace_kernels(engine: EngineThread, request: Request) -> tuple[float, float] | None:
-    """Nanoseconds that the GPU computes in a step of a generation, and kernels that it is sent; None if unknown."""
+    """Nanoseconds that the GPU computes in a step of a generation, and kernels that it is sent; None if unknown.
+
+    That is what a traced generation of some more tokens than another takes longer.
+    """
     from exl_cli.engines.probe import KernelClock
 
-    clock, count = KernelClock(), 0
-    chunks = engine.stream(request)
-    for chunk in chunks:
-        if not count and chunk.token_ids:
-            clock.start()
-        count += len(chunk.token_ids)
-        if count > _TRACED:
-            break
-    traced = clock.stop()
-    chunks.close()
-    return None if traced is None else (1e9 * traced[0] / (count - 1), traced[1] / (count - 1))
+    steps = min(_TRACED, request.max_new_tokens - 1)
+    if steps < 1:
+        return None
+    traced = []
+    for tokens in (1, 1, 1 + steps):  # from the second on they find the prompt's keys and values
+        clock = KernelClock()
+        clock.start()
+        for _ in engine.stream(dataclasses.replace(request, max_new_tokens=tokens)):
+            pass
+        traced.append(clock.stop())
+    _, before, after = traced
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return 1e9 * (after[0] - before[0]) / steps, (after[1] - before[1]) / steps
 
 
 def read_text(file: Path) -> tuple[str, str]:

@@ -52,7 +52,7 @@ class Seat:
 
 
 class _Launch:
-    """Host buffers of a launch, page-locked on a GPU.
+    """What a launch reads and writes in host memory, which a GPU accesses itself: that takes less time than copies.
 
     Attributes:
         rows, row_array: settings, as bytes and as structures.
@@ -93,9 +93,6 @@ class DeviceSampler:
         self._longest = longest
         # By seat, allocated on its first use.
         self._histories: dict[int, torch.Tensor] = {}
-        self._device_rows = torch.empty(seats * ctypes.sizeof(sample.Row), dtype=torch.uint8, device=device)
-        self._device_chosen = torch.empty(seats * ctypes.sizeof(sample.Chosen), dtype=torch.uint8, device=device)
-        self._device_edits = torch.empty((2, seats, _MOST_EDITS), dtype=torch.int32, device=device)
         # Double buffering: the CPU fills one while the device may still use the other.
         self._idle = deque([_Launch(seats, device) for _ in range(2)])
         self._launched: deque[_Launch] = deque()
@@ -152,7 +149,7 @@ class DeviceSampler:
         launch = self._idle.popleft()
         self._launched.append(launch)
         launch.drawn.clear()
-        edited = scratch = False
+        scratch = False
         for index, (place, draw) in enumerate(zip(places, draws, strict=True)):
             seat, length = draw.seat, len(draw.ids) + draw.pending
             row, edits = seat.row, seat.sampler.edits(length, draw.banned)
@@ -167,28 +164,21 @@ class DeviceSampler:
                 ids, biases = launch.edits[0, index], launch.edits[1, index].view(torch.float32)
                 ids.numpy()[: len(edits)] = [*edits]
                 biases.numpy()[: len(edits)] = [*edits.values()]
-                row.edited, row.biases = (self._device_edits[side, index].data_ptr() for side in (0, 1))
-                edited = True
+                row.edited, row.biases = ids.data_ptr(), biases.data_ptr()
             scratch |= bool(edits) or seat.sampler.reads_history
             launch.row_array[index] = row
             launch.drawn.append((seat, length))
-        size = len(draws) * ctypes.sizeof(sample.Row)
-        self._device_rows[:size].copy_(launch.rows[:size], non_blocking=True)
-        if edited:
-            self._device_edits[:, : len(draws)].copy_(launch.edits[:, : len(draws)], non_blocking=True)
         if scratch and (self._scratch is None or len(self._scratch) < len(draws)):
             rows = 1 << (len(draws) - 1).bit_length()
             self._scratch = torch.empty((rows, 2, vocab), dtype=torch.float32, device=self._device)
         if self._kernel is None:
             raise RuntimeError("a sequence without a seat is sampled")
         argument = self._argument
-        argument.logits, argument.rows = logits.data_ptr(), self._device_rows.data_ptr()
-        argument.chosen, argument.columns, argument.vocab = self._device_chosen.data_ptr(), self._columns, vocab
+        argument.logits, argument.rows = logits.data_ptr(), launch.rows.data_ptr()
+        argument.chosen, argument.columns, argument.vocab = launch.chosen.data_ptr(), self._columns, vocab
         argument.scratch = None if self._scratch is None else self._scratch.data_ptr()
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._kernel.bind((len(draws),), sample.THREADS, argument)(stream)
-        size = len(draws) * ctypes.sizeof(sample.Chosen)
-        launch.chosen[:size].copy_(self._device_chosen[:size], non_blocking=True)
 
     def collect(self) -> list[Chosen | None]:
         """Return the tokens of the oldest launch not yet collected, which must have completed.

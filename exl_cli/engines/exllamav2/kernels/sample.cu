@@ -65,8 +65,8 @@ struct Chosen
 struct Sample
 {
     const float* logits;
-    const Row* rows;
-    Chosen* chosen;
+    const Row* rows;            // in host memory, like what they point to as edits
+    Chosen* chosen;             // in host memory
     float* scratch;             // two times `vocab` words per row: see `adjust`
     u32 columns;                // logits per row, padding included
     u32 vocab;                  // logits that belong to a token
@@ -111,6 +111,7 @@ DEVICE bool bit(const u32* bits, u32 i) { return bits[i / 32] >> i % 32 & 1; }
 // Shared memory of a block.
 struct Shared
 {
+    Row row;
     u64 best[32];
     float sums[32];
     u32 counts[32];
@@ -187,29 +188,38 @@ DEVICE u32 crossing(Shared& s, u32 target, u32& before)
     return at;
 }
 
+// A thread's candidates, once no thread has more than FEW: later passes read them instead of the row.
+const u32 FEW = 4;
+struct Few
+{
+    u32 count;
+    u32 ids[FEW];
+    float scores[FEW];
+};
+
 // A bound on keys: the candidates with the smallest keys, just enough for a total weight of `target`, are those below it.
 // It may also admit keys larger by less than two millionths of `range`. The first pass finds the bin in which the
 // cumulative weight crosses the target, the second divides that bin into BINS finer ones. Infinite, which keeps all, if
 // the total is less than the target or the crossing is in the last bin, which holds all keys from about `range` on.
-// `key(score)`: negative for a score that is no candidate. `weight(score)`: an integer.
-template <class Key, class Weight>
-DEVICE float bound(
-    u32 n, const float* scores, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
+// `pass(f)`: calls f(token, score) for all candidates, and perhaps other tokens. `key(score)`: negative for a score that is
+// no candidate. `weight(score)`: an integer.
+template <class Pass, class Key, class Weight>
+DEVICE float bound(const Pass& pass, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
 {
     const float inverse = (float) BINS / range;
     u32 first = 0, before = 0;
     float base = 0.0f, fine = inverse;
-    for (int pass = 0; pass < 2; pass++)
+    for (int finer = 0; finer < 2; finer++)
     {
         __syncthreads();
         for (u32 i = threadIdx.x; i < BINS; i += blockDim.x) s.bins[i] = 0;
         __syncthreads();
-        each(n, scores, [&](u32, float score)
+        pass([&](u32, float score)
         {
             float k = key(score);
             if (!(k >= 0.0f)) return;
             u32 bin = (u32) fminf(k * inverse, (float) (BINS - 1));
-            if (pass)
+            if (finer)
             {
                 if (bin != first) return;
                 bin = (u32) fminf(fmaxf((k - base) * fine, 0.0f), (float) (BINS - 1));
@@ -219,11 +229,11 @@ DEVICE float bound(
         });
         __syncthreads();
         u32 less = 0, at = crossing(s, target - before, less);
-        if (at == BINS || (!pass && at == BINS - 1)) return INFINITY;
+        if (at == BINS || (!finer && at == BINS - 1)) return INFINITY;
         before += less;
         base += (float) at / fine;
         first = at;
-        if (!pass) fine = inverse * (float) BINS;
+        if (!finer) fine = inverse * (float) BINS;
     }
     return base + 2.0f / fine;      // the end of the bin, and one more bin for rounding errors
 }
@@ -324,17 +334,16 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
 }
 
 // Reports log-probabilities of the model's own logits, before any setting is applied. The normalizer includes padding
-// columns, the top tokens do not.
-DEVICE void report(const Sample& p, const Row& r, const float* logits, Chosen& out, Shared& s)
+// columns, the top tokens do not. `first`: the highest logit of a token.
+DEVICE void report(const Sample& p, const Row& r, const float* logits, float first, Chosen& out, Shared& s)
 {
-    u64 best = 0, named = 0;
-    each(p.columns, logits, [&](u32 i, float logit)
+    u64 best = ordered(first);
+    each(p.columns - p.vocab, logits + p.vocab, [&](u32, float logit)
     {
         u64 v = ordered(logit);
         best = v > best ? v : best;
-        if (i < p.vocab) named = v > named ? v : named;
     });
-    float highest = unordered((u32) block_max(best, s)), first = unordered((u32) block_max(named, s)), sum = 0.0f;
+    float highest = unordered((u32) block_max(best, s)), sum = 0.0f;
     each(p.columns, logits, [&](u32, float logit) { sum += expf(logit - highest); });
     sum = total(sum, s);
     float limit = 0.0f;
@@ -342,7 +351,8 @@ DEVICE void report(const Sample& p, const Row& r, const float* logits, Chosen& o
     if (wanted)
     {
         auto distance = [&](float logit) { return first - logit; };
-        limit = bound(p.vocab, logits, distance, [](float) { return 1u; }, wanted, FAR, s);
+        auto row = [&](const auto& f) { each(p.vocab, logits, f); };
+        limit = bound(row, distance, [](float) { return 1u; }, wanted, FAR, s);
         if (threadIdx.x == 0) s.counter = 0;
         __syncthreads();
         each(p.vocab, logits, [&](u32 i, float logit)
@@ -375,16 +385,33 @@ DEVICE void finish(const Row& r, const float* logits, Chosen& out, int token, fl
 extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
 {
     Shared& s = *(Shared*) shared_memory;
+    const volatile u32* settings = (const volatile u32*) &p.rows[blockIdx.x];
+    for (u32 i = threadIdx.x; i < sizeof(Row) / 4; i += blockDim.x) ((u32*) &s.row)[i] = settings[i];
+    __syncthreads();
     wait_for_inputs();
-    const Row& r = p.rows[blockIdx.x];
+    const Row& r = s.row;
     const u32 n = p.vocab;
     const float* logits = p.logits + (u64) r.logits * p.columns;
     Chosen& out = p.chosen[blockIdx.x];
 
-    u64 bad = 0;
-    each(n, logits, [&](u32, float logit) { bad |= !(fabsf(logit) < INFINITY); });
-    if (block_max(bad, s)) return finish(r, logits, out, FAILED, 0.0f);
-    if (r.top_logprobs) report(p, r, logits, out, s);
+    // The highest score with its token, and the lowest of a token that is not ruled out.
+    u64 best = 0;
+    float lowest = INFINITY;
+    auto rank = [&](u32 i, float score)
+    {
+        u64 v = (u64) ordered(score) << 32 | (0xffffffffu - i);     // ties go to the first token
+        best = v > best ? v : best;
+        if (score > 0.1f * RULED_OUT) lowest = fminf(lowest, score);
+    };
+    const u64 BAD = 0xffffffffffffffffull;
+    each(n, logits, [&](u32 i, float logit)
+    {
+        if (fabsf(logit) < INFINITY) rank(i, logit);
+        else best = BAD;
+    });
+    best = block_max(best, s);
+    if (best == BAD) return finish(r, logits, out, FAILED, 0.0f);
+    if (r.top_logprobs) report(p, r, logits, unordered((u32) (best >> 32)), out, s);
     else if (threadIdx.x == 0) out.top = 0;
 
     const float* scores = logits;
@@ -393,15 +420,11 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         float* adjusted = p.scratch + (u64) blockIdx.x * 2 * p.vocab;
         adjust(p, r, logits, adjusted, s);
         scores = adjusted;
+        best = 0;
+        lowest = INFINITY;
+        each(n, scores, rank);
+        best = block_max(best, s);
     }
-    u64 best = 0;
-    float farthest = 0.0f;
-    each(n, scores, [&](u32 i, float score)
-    {
-        u64 v = (u64) ordered(score) << 32 | (0xffffffffu - i);     // ties go to the first token
-        best = v > best ? v : best;
-    });
-    best = block_max(best, s);
     const float highest = unordered((u32) (best >> 32));
     if (highest < 0.1f * RULED_OUT) return finish(r, logits, out, FAILED, 0.0f);
     if (r.flags & GREEDY) return finish(r, logits, out, (int) (0xffffffffu - (u32) best), 1.0f);
@@ -413,6 +436,13 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     const float linear = r.smoothing > 0.0f ? 0.0f : 1.0f / temperature, squared = r.smoothing / temperature;
     float nearest = 0.0f, limit = INFINITY, steepness = 1.0f, sum = 1.0f, shortest = -INFINITY;
     u32 kept = n;
+    Few own;
+    bool few = false;
+    auto pass = [&](const auto& f)
+    {
+        if (!few) return each(n, scores, f);
+        for (u32 j = 0; j < own.count; j++) f(own.ids[j], own.scores[j]);
+    };
     auto distance = [&](float score) { return highest - score; };
     auto q = [&](float score)
     {
@@ -424,34 +454,37 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     auto weight = [&](float v) { return expf(-(v - nearest) * steepness); };
     auto renew = [&](bool counted)
     {
-        float own = 0.0f;
+        float weights = 0.0f;
         u32 number = 0;
-        each(n, scores, [&](u32, float score)
+        pass([&](u32 i, float score)
         {
             float v = q(score);
             if (v < 0.0f) return;
-            own += weight(v);
+            weights += weight(v);
+            if (number < FEW)
+            {
+                own.ids[number] = i;
+                own.scores[number] = score;
+            }
             number++;
         });
-        sum = total(own, s);
+        own.count = number;
+        sum = total(weights, s);
+        few = few || !count(number > FEW, s);
         if (counted) kept = count(number, s);
     };
     auto whole_of = [&](float score) { return (u32) (weight(q(score)) / sum * WHOLE + 0.5f); };
 
     if (0 < r.top_k && r.top_k < n)
     {
-        each(n, scores, [&](u32, float score)
-        {
-            if (score > 0.1f * RULED_OUT) farthest = fmaxf(farthest, highest - score);
-        });
         // A little more than the farthest candidate, so that the last bin, where `bound` gives up, stays empty.
-        float range = 1.001f * unordered((u32) block_max(ordered(farthest), s));
-        shortest = range > 0.0f ? bound(n, scores, distance, [](float) { return 1u; }, r.top_k, range, s) : INFINITY;
+        float range = 1.001f * (highest + unordered((u32) block_max(ordered(-lowest), s)));
+        shortest = range > 0.0f ? bound(pass, distance, [](float) { return 1u; }, r.top_k, range, s) : INFINITY;
     }
     renew(false);
     if (0.0f < r.top_p && r.top_p < 1.0f)
     {
-        limit = bound(n, scores, q, whole_of, (u32) (r.top_p * WHOLE), FAR, s);
+        limit = bound(pass, q, whole_of, (u32) (r.top_p * WHOLE), FAR, s);
         renew(false);
     }
     // Top-a: p >= a * p_max^2. With p = e^-q / sum and p_max = 1 / sum that is q <= -log(a / sum). Likewise min-p below.
@@ -470,23 +503,23 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     if (0.0f < r.typical && r.typical < 1.0f)
     {
         limit = fminf(limit, -logf(NEGLIGIBLE * sum));
-        float own = 0.0f;
-        each(n, scores, [&](u32, float score)
+        float mine = 0.0f;
+        pass([&](u32, float score)
         {
             float v = q(score);
-            if (v >= 0.0f) own += weight(v) / sum * v;
+            if (v >= 0.0f) mine += weight(v) / sum * v;
         });
-        float mean = total(own, s);
+        float mean = total(mine, s);
         auto deviation = [&](float score)
         {
             float v = q(score);
             return v < 0.0f ? -1.0f : fabsf(v - mean);
         };
-        float widest = bound(n, scores, deviation, whole_of, (u32) (r.typical * WHOLE), FAR, s);
+        float widest = bound(pass, deviation, whole_of, (u32) (r.typical * WHOLE), FAR, s);
         float low = fmaxf(mean - widest, 0.0f);
         limit = fminf(limit, mean + widest);
         u64 first = 0;      // the smallest q that is left, as a maximum of complements; it becomes `nearest`
-        each(n, scores, [&](u32, float score)
+        pass([&](u32, float score)
         {
             float v = q(score);
             if (v < 0.0f || fabsf(v - mean) >= widest) return;
@@ -511,13 +544,13 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         renew(true);
         if (kept > 1)
         {
-            float own = 0.0f;
-            each(n, scores, [&](u32, float score)
+            float mine = 0.0f;
+            pass([&](u32, float score)
             {
                 float v = q(score), w = v < 0.0f ? 0.0f : weight(v) / sum;
-                if (w > 0.0f) own -= w * logf(w);
+                if (w > 0.0f) mine -= w * logf(w);
             });
-            float share = fmaxf(total(own, s), 0.0f) / logf((float) kept);
+            float share = fmaxf(total(mine, s), 0.0f) / logf((float) kept);
             float at = r.min_temp + (r.max_temp - r.min_temp) * powf(share, r.temp_exponent);
             steepness = 1.0f / fmaxf(at, 1e-9f);
             renew(false);
@@ -542,19 +575,19 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     {
         u64 least = 0;
         u32 number = 0;
-        float own = 0.0f;
-        each(n, scores, [&](u32 i, float score)
+        float mine = 0.0f;
+        pass([&](u32 i, float score)
         {
             float v = q(score);
             if (v < 0.0f || !is_top(i, v)) return;
             u64 back = (u64) ordered(v) << 32 | i;
             least = back > least ? back : least;
-            own += weight(v) / sum;
+            mine += weight(v) / sum;
             number++;
         });
         least = block_max(least, s);
         number = count(number, s);
-        float top = total(own, s);
+        float top = total(mine, s);
         if (number > 1)
         {
             spared = (u32) least;
@@ -573,7 +606,22 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     };
     // The race. One Philox block is the noise of four consecutive tokens. The largest p / E wins, ties go to the first token.
     u64 winner = 0;
-    for (u32 block = threadIdx.x; block * 4 < n; block += blockDim.x)
+    auto enter = [&](u32 i, float v, u32 noise)
+    {
+        float share = prob(i, v);
+        if (!(share > 0.0f)) return;
+        u64 back = (u64) ordered(share / exponential(noise)) << 32 | (0xffffffffu - i);
+        winner = back > winner ? back : winner;
+    };
+    if (few)
+    {
+        pass([&](u32 i, float score)
+        {
+            float v = q(score);
+            if (v >= 0.0f) enter(i, v, philox(i / 4, r.length, r.seed).word[i % 4]);
+        });
+    }
+    else for (u32 block = threadIdx.x; block * 4 < n; block += blockDim.x)
     {
         float v[4];
         bool any = false;
@@ -587,12 +635,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         Four noise = philox(block, r.length, r.seed);
         #pragma unroll
         for (u32 j = 0; j < 4; j++)
-        {
-            float share = v[j] < 0.0f ? 0.0f : prob(block * 4 + j, v[j]);
-            if (!(share > 0.0f)) continue;
-            u64 back = (u64) ordered(share / exponential(noise.word[j])) << 32 | (0xffffffffu - (block * 4 + j));
-            winner = back > winner ? back : winner;
-        }
+            if (v[j] >= 0.0f) enter(block * 4 + j, v[j], noise.word[j]);
     }
     winner = block_max(winner, s);
     if (!winner) return finish(r, logits, out, FAILED, 0.0f);
