@@ -85,7 +85,7 @@ def test_a_plan_fills_the_gpu_and_leaves_room_for_other_sequences(heads: int, kv
     rows = decode_attention.workspace_rows(heads, kv_heads, processors)
     # No more than a few megabytes, in rows of 128 sums.
     assert rows * 130 * 4 <= 20 << 20
-    for batch, keys in itertools.product((1, 2, 7, 16, 32), (1024, 4096, 32768, 131072)):
+    for batch, keys in itertools.product((1, 2, 7, 16, 32, 100, 256), (1024, 4096, 32768, 131072)):
         plan = decode_attention.plan(batch, 1, heads, kv_heads, keys, processors)
         assert batch * heads * plan.shares <= rows
         blocks = plan.shares * batch * kv_heads

@@ -30,10 +30,10 @@ class Embedding:
         return self.embedding(ids).float() * self._factor
 
 
-def make(embedding: Any, scaled: bool) -> Inputs:
+def make(embedding: Any, scaled: bool, **more: Any) -> Inputs:
     dtype = torch.float if scaled else torch.half
     cpu = torch.device("cpu")
-    return Inputs(Embeddings(embedding, cpu), HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, OFFSETS, cpu)
+    return Inputs(Embeddings(embedding, cpu), HIDDEN, dtype, ROWS, TOKENS, WIDTH, SPARE, OFFSETS, cpu, **more)
 
 
 ROW = st.builds(
@@ -45,12 +45,13 @@ ROW = st.builds(
 )
 
 
+@pytest.mark.parametrize("with_states", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @given(passes=st.lists(st.lists(ROW, min_size=1, max_size=ROWS), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_a_pass_sees_only_its_own_rows(scaled: bool, passes: list[list[ScheduledTokens]]) -> None:
+@settings(max_examples=40, deadline=None)
+def test_a_pass_sees_only_its_own_rows(scaled: bool, with_states: bool, passes: list[list[ScheduledTokens]]) -> None:
     embedding = Embedding(scaled)
-    inputs = make(embedding, scaled)
+    inputs = make(embedding, scaled, with_states=with_states)
     for rows in passes:
         batch, tokens = 1 << (len(rows) - 1).bit_length(), max(len(row.ids) for row in rows)
         inputs.fill(rows, batch, tokens)

@@ -302,12 +302,13 @@ def test_rms_norm_in_several_orders(folder: Path, dim: int) -> None:
     assert torch.equal(outs[1], outs[0][:, perm.long()])
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(
     ("head_dim", "turned", "normed", "past_the_range"),
     [(64, 64, False, False), (128, 128, True, False), (80, 40, False, False), (64, 64, False, True)],
 )
 def test_rotary_embedding_and_the_cache(
-    folder: Path, head_dim: int, turned: int, normed: bool, past_the_range: bool
+    folder: Path, head_dim: int, turned: int, normed: bool, past_the_range: bool, many: bool
 ) -> None:
     """Two sequences of three tokens, on pages out of order; transformers' definition of the rotation."""
     rng = np.random.default_rng(head_dim)
@@ -327,10 +328,14 @@ def test_rotary_embedding_and_the_cache(
         table=table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
         q_weight=q_weight.data_ptr() if normed else None, k_weight=k_weight.data_ptr() if normed else None,
         epsilon=1e-6, heads=heads, kv_heads=kv_heads, head_dim=head_dim, turned=turned, tokens=tokens,
-        stride=qkv.stride(0), table_stride=3, page_size=page_size,
+        stride=qkv.stride(0), table_stride=3, page_size=page_size, rows=2 * tokens,
     )  # fmt: skip
-    threads = -(-head_dim // 2 // 32) * 32
-    Emulated(folder, norm_rope.FILE, "rotate", "Rope", {})(argument, (2 * tokens, heads + 2 * kv_heads), threads)
+    if many:
+        blocks = -(-2 * tokens * (heads + 2 * kv_heads) // 8)
+        Emulated(folder, norm_rope.FILE, "rotate_many", "Rope", {})(argument, (blocks,), 256)
+    else:
+        threads = -(-head_dim // 2 // 32) * 32
+        Emulated(folder, norm_rope.FILE, "rotate", "Rope", {})(argument, (2 * tokens, heads + 2 * kv_heads), threads)
 
     q, k, v = before.split([heads, kv_heads, kv_heads], 2)
     if normed:

@@ -12,7 +12,7 @@ from kernels.emulated import COMPILER, Emulated
 from test_kernels import error, exl2, gptq, inputs, ordered
 from torch import Tensor
 
-from exl_cli.engines.exllamav2.kernels import many_rows, quantized_linear
+from exl_cli.engines.exllamav2.kernels import dense, many_rows, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig
 from exl_cli.engines.exllamav2.kernels.quantized_linear import QuantizedMatrix
 
@@ -152,3 +152,42 @@ def test_several_matrices_in_one_launch_and_a_residual(folder: Path) -> None:
     got = multiply(folder, [matrix for matrix, _ in made], x, SMALL, 5, add=residual)
     for out, (_, weight) in zip(got, made, strict=True):
         assert error(out, x.double() @ weight.T + residual) < 1e-3
+
+
+def dequantized(folder: Path, matrix: QuantizedMatrix) -> Tensor:
+    """The matrix by `dequantize.cu`, into poisoned memory; what lies around it stays as it was."""
+    out = torch.full((matrix.k + 1, matrix.n + 32), float("nan"), dtype=torch.float16)
+    kernel = Emulated(folder, dense.FILE, dense.NAME, "Dequantize", dense.defines(matrix))
+    kernel(dense.argument(matrix, out), dense.grid(matrix), dense.THREADS)
+    assert out[matrix.k :].isnan().all()
+    assert out[:, matrix.n :].isnan().all()
+    return out[: matrix.k, : matrix.n].double()
+
+
+@pytest.mark.parametrize(("k", "group", "act_order"), [(416, 32, True), (256, 128, False), (704, 64, True)])
+def test_a_matrix_of_gptq_unpacked(folder: Path, k: int, group: int, act_order: bool) -> None:
+    matrix, weight = gptq(np.random.default_rng(k), 160, k, group, act_order)
+    assert error(dequantized(folder, matrix), weight.T) < 1e-3
+
+
+def test_a_matrix_of_exl2_unpacked(folder: Path) -> None:
+    matrix, weight = exl2(np.random.default_rng(8), 96, (8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 160, 64))
+    assert error(dequantized(folder, matrix), weight.T) < 1e-3
+
+
+@pytest.mark.parametrize(("dim", "permuted"), [(96, False), (416, True)])
+def test_a_gate_whose_products_are_there(folder: Path, dim: int, permuted: bool) -> None:
+    rng = np.random.default_rng(dim)
+    gate, up = (torch.from_numpy(rng.standard_normal((3, dim)) * 3).half() for _ in range(2))
+    up[1, 5] = float("inf")
+    perm = torch.from_numpy(rng.permutation(dim)) if permuted else torch.arange(dim)
+    out = torch.full((4, dim), float("nan"), dtype=torch.float16)
+    places = perm.to(torch.int16)
+    argument = norm_rope.GateArgument(
+        gate=gate.data_ptr(), up=up.data_ptr(), out=out.data_ptr(), perm=places.data_ptr() if permuted else None,
+        dim=dim, stride=dim, activation=0,
+    )  # fmt: skip
+    Emulated(folder, norm_rope.FILE, "gate", "Gate", {})(argument, (3,), norm_rope.norm_threads(dim))
+    expected = torch.nn.functional.silu(gate.double()) * up.double().clamp(-65504, 65504)
+    assert error(out[:3].double(), expected.clamp(-65504, 65504)[:, perm]) < 1e-3
+    assert out[3:].isnan().all()

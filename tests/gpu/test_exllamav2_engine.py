@@ -222,6 +222,8 @@ def test_closing_gives_the_memory_back(exl2_dir: Path) -> None:
     assert reading.uuid.startswith("GPU-")
     engine.close()
     engine.close()
+    # cuBLAS's workspaces, one for each stream, outlive models: the next ones use them.
+    torch._C._cuda_clearCublasWorkspaces()
     assert torch.cuda.memory_allocated() - before < 2**20
 
 

@@ -106,7 +106,7 @@ def many_rows_product(matrix: QuantizedMatrix, x: torch.Tensor, config: GemmConf
 
 
 @pytest.mark.parametrize("kind", ["gptq", "exl2"])
-@pytest.mark.parametrize("rows", [9, 16, 31, 32, 100, 200])
+@pytest.mark.parametrize("rows", [9, 16, 31, 32, 64, 100, 200])
 def test_products_of_many_rows_with_random_matrices(kind: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     together = torch.cuda.get_device_capability() == (9, 0)
@@ -116,7 +116,11 @@ def test_products_of_many_rows_with_random_matrices(kind: str, rows: int) -> Non
         x = torch.from_numpy(rng.standard_normal((rows, matrix.k))).half().cuda()
         expected = x.double() @ weight.T
         one = quantized_linear.Product((matrix,))
-        configs = many_rows.configs(one, rows)
+        configs = [
+            config
+            for four, limit in [(False, 99 << 10), (False, shared_bytes), (together, shared_bytes)]
+            for config in many_rows.configs(one, rows, limit, together=four)
+        ]
         if together and matrix.k % 128 == 0:
             configs += [GemmConfig(8, 1, 8, 1, 2, 1, wgmma=True), GemmConfig(8, 2, 16, 1, 2, 1, wgmma=True)]
         for config in configs:

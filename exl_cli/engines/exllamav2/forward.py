@@ -31,6 +31,9 @@ from exl_cli.models import memory
 _LEAST_KEYS = 1024
 # Up to this many small passes through exl's kernels are faster than a large pass, which dequantizes all weights first.
 _FEW_PASSES = 3
+# Tokens of a prompt that stand for a sequence of their own in a pass through prompts: so any number of sequences, of
+# any lengths, make up one pass, and each sees what was written before it.
+_BLOCK = 64
 # Embeddings looked up per copy; few enough to stay in the CPU's cache.
 _LOOKED_UP = 256
 # Bytes; the strictest alignment any kernel needs.
@@ -69,13 +72,13 @@ class GpuForward:
 
     Attributes:
         cache: exllamav2's.
-        small: computes small passes, of up to `max_tokens` tokens.
+        max_batch: see `ModelRunner`.
+        small: computes small passes.
         why_not_fused: why exl's own kernels do not compute small passes; empty if they do.
         backend: computes attention.
         failed: the error after the GPU hung. It cannot be used any more; even freeing memory would wait for it.
     """
 
-    max_batch = min(quantized_linear.MOST_ROWS, memory.MOST_SEQUENCES)
     max_tokens = quantized_linear.MOST_ROWS
 
     def __init__(
@@ -103,19 +106,34 @@ class GpuForward:
         self._most_keys = -(-model.config.max_seq_len // page_size) * page_size
         dtype = torch.float if model.config.arch.lm.residual_stream_fp32 else torch.half
         self._embeddings = Embeddings(model.modules[0], self._device)
-        self._inputs = Inputs(
-            self._embeddings, model.config.hidden_size, dtype, self.max_batch, self.max_tokens,
-            self._most_keys // page_size + 1, pages, self._rope_offsets, self._device,
+        # Of passes of few tokens, and of many: the block tables of 256 sequences would take a single one's time.
+        self._inputs, self._many_inputs = (
+            Inputs(
+                self._embeddings, model.config.hidden_size, dtype, most, most,
+                self._most_keys // page_size + 1, pages, self._rope_offsets, self._device,
+            )
+            for most in (quantized_linear.MOST_ROWS, quantized_linear.MOST_SEQUENCES)
+        )  # fmt: skip
+        most = max(quantized_linear.MOST_SEQUENCES, model.config.max_input_len // _BLOCK * _BLOCK)
+        self._most_prompt_tokens = min(quantized_linear.MOST_TOKENS, most)
+        self._prompt_inputs = Inputs(
+            self._embeddings, model.config.hidden_size, dtype, self._most_prompt_tokens // _BLOCK,
+            self._most_prompt_tokens, self._most_keys // page_size + 1, pages, self._rope_offsets, self._device,
+            with_states=False,
         )  # fmt: skip
         self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
+        # exllamav2's own kernels compute rows one after the other, or unpack all weights first.
+        most = quantized_linear.MOST_ROWS if self.why_not_fused else quantized_linear.MOST_SEQUENCES
+        # Each sequence has a page at least.
+        self.max_batch = min(most, memory.MOST_SEQUENCES, max(quantized_linear.MOST_ROWS, pages))
         self.backend = backend()
         self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._experts_captured = experts_captured(model)
-        # The logits of a small pass on the device, and the CPU's copy.
-        self._scores = torch.empty((self.max_tokens, self.vocab_size), dtype=torch.float32, device=self._last)
-        self._logits = torch.empty((0, self.vocab_size), dtype=torch.float32)
+        # Logits on the device and the CPU's copy of them, by `_logits_rows`; graphs write to the former.
+        self._scores: dict[int, torch.Tensor] = {}
+        self._logits: dict[int, torch.Tensor] = {}
         self.sampler: DeviceSampler | None = None
         if samples and self._device == self._last and not too_old(self._device):
             self.sampler = DeviceSampler(self._device, self.max_batch, self.vocab_size, self._most_keys)
@@ -132,9 +150,6 @@ class GpuForward:
         self._chosen: list[Chosen | None] = []
         # Views of `_logits`, by `_Pass.rows`, `longest` and `tokens`.
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
-        # Recorded after each small pass; `_unwaited` until the CPU knows that it has completed.
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._unwaited = False
 
     def rope_table(self, tokens: int) -> int:
         """The RoPE table of a sequence of `tokens` tokens; see `ScheduledTokens`."""
@@ -154,7 +169,9 @@ class GpuForward:
         reason = layers.why_not(self._model)
         if not reason:
             try:
-                small = fused_forward.FusedForward(self._model, self.cache, self.page_size, self._inputs, self._large)
+                small = fused_forward.FusedForward(
+                    self._model, self.cache, self.page_size, self._inputs_of, self._large
+                )
                 reason = small.why_not()
             except EngineError as error:
                 reason = error.message
@@ -164,8 +181,56 @@ class GpuForward:
         return self._large, reason
 
     @torch.inference_mode()
-    def prefill(self, row: ScheduledTokens) -> None:
+    def prefill(self, *rows: ScheduledTokens) -> None:
+        """See `ModelRunner.prefill`; several sequences take less time together."""
         self._enter()
+        if len(rows) == 1 and len(rows[0].ids) <= self.max_tokens:
+            self._pass(rows)  # by a graph
+            self._record()
+            return
+        sizes = [-(-len(row.ids) // _BLOCK) * _BLOCK for row in rows]
+        tokens, small = min(sum(sizes), self._most_prompt_tokens), self.small
+        # With a quantized cache each block of a prompt would unpack all keys before it.
+        able = self.backend.captures and not self.cache.has_scales
+        # What fills up a block has a position, too, of which there must be an angle.
+        able &= all(row.start + size <= self._most_keys for row, size in zip(rows, sizes, strict=True))
+        if able and isinstance(small, fused_forward.FusedForward) and small.prefills(tokens):
+            self._prefill_fused(small, rows)
+            return
+        for row in rows:
+            self._prefill_modules(row)
+
+    def _prefill_fused(self, small: fused_forward.FusedForward, rows: Sequence[ScheduledTokens]) -> None:
+        blocks = [
+            ScheduledTokens(row.ids[at : at + _BLOCK], row.start + at, row.block_table, row.rope_table)
+            for row in rows
+            for at in range(0, len(row.ids), _BLOCK)
+        ]
+        most = self._most_prompt_tokens // _BLOCK
+        for first in range(0, len(blocks), most):
+            # Those that see the most keys first: blocks of attention that begin last shall not be the longest.
+            some = blocks[first : first + most][::-1]
+            batch = _padded(len(some)) if len(some) < most else most
+            bound = self._bound(max(block.start for block in some) + _BLOCK)
+            inputs = self._inputs_of(batch * _BLOCK)
+            inputs.fill(some, batch, _BLOCK)
+            inputs.send(batch, _BLOCK)
+            if not self._graphs.replay(("prompts", batch, bound)):
+                self._prefill_blocks(small, inputs, batch, bound)
+            self._record()
+
+    def _prefill_blocks(self, small: fused_forward.FusedForward, inputs: Inputs, batch: int, bound: int) -> None:
+        """A pass over what lies in its inputs, of which there is no graph yet."""
+
+        def work() -> None:
+            small.prefill(inputs.lengths[:batch], _BLOCK, bound)
+
+        if self._experts_captured < batch * _BLOCK:
+            work()
+        else:
+            self._graphs.run(("prompts", batch, bound), work, lambda: None)
+
+    def _prefill_modules(self, row: ScheduledTokens) -> None:
         most = self.max_tokens
         if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
             for first in range(0, len(row.ids), most):
@@ -173,7 +238,6 @@ class GpuForward:
                 self._pass([ScheduledTokens(ids, row.start + first, row.block_table, row.rope_table)])
                 self._record()
             return
-        self._await_inputs()
         block_table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=self._device)
         offsets = None
         if self.rope_switches:
@@ -193,7 +257,6 @@ class GpuForward:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
             self._wait(event)
-        self._unwaited = False
         self._passes.clear()
         if self.sampler is not None:
             self.sampler.reset()
@@ -213,18 +276,19 @@ class GpuForward:
     def collect(self) -> torch.Tensor:
         asked = self._passes.popleft()
         self._wait(asked.end)
-        self._unwaited = bool(self._passes)
         self._chosen = []
         if self.sampler is not None and asked.drawn:
             self._chosen = [None] * asked.rows
             for index, chosen in zip(asked.drawn, self.sampler.collect(), strict=True):
                 self._chosen[index] = chosen
                 if chosen is None and not self._passes:
-                    self._logits[index].copy_(self._scores[index])
+                    count = asked.rows * asked.tokens
+                    self._logits_of(count)[index].copy_(self._scores_of(count)[index])
         key = (asked.rows, asked.longest, asked.tokens)
         view = self._views.get(key)
         if view is None:
-            view = self._logits[: asked.rows * asked.tokens].view(asked.rows, asked.tokens, -1)[:, : asked.longest]
+            logits = self._logits_of(asked.rows * asked.tokens)[: asked.rows * asked.tokens]
+            view = logits.view(asked.rows, asked.tokens, -1)[:, : asked.longest]
             self._views[key] = view
         return view
 
@@ -250,7 +314,18 @@ class GpuForward:
         self.sampler = None
         if embeddings := self.__dict__.get("_embeddings"):
             embeddings.close()
-        for name in ("_large", "_inputs", "_embeddings", "_logits", "_scores", "_views", "_model", "cache"):
+        for name in (
+            "_large",
+            "_inputs",
+            "_many_inputs",
+            "_prompt_inputs",
+            "_embeddings",
+            "_logits",
+            "_scores",
+            "_views",
+            "_model",
+            "cache",
+        ):
             self.__dict__.pop(name, None)
 
     def _wait(self, event: torch.cuda.Event) -> None:
@@ -263,16 +338,43 @@ class GpuForward:
             self.failed = error
             raise
 
+    def _bound(self, keys: int) -> int:
+        """So many rounded up, as the bound that a graph is made for."""
+        bound = _LEAST_KEYS
+        while bound < keys:
+            bound *= 2
+        most: int = self._most_keys + self.page_size
+        return min(bound, most)
+
+    def _inputs_of(self, tokens: int) -> Inputs:
+        """What a pass of so many tokens reads."""
+        if tokens <= quantized_linear.MOST_ROWS:
+            return self._inputs
+        return self._many_inputs if tokens <= quantized_linear.MOST_SEQUENCES else self._prompt_inputs
+
+    def _logits_rows(self, tokens: int) -> int:
+        """Rows of the buffers of logits that a pass of so many tokens uses: one set for few tokens, one for many."""
+        few = quantized_linear.MOST_ROWS
+        return few if tokens <= few else quantized_linear.most_rows(self.max_batch)
+
+    def _scores_of(self, tokens: int) -> torch.Tensor:
+        """Where a pass of so many tokens leaves its logits, on its device; graphs write there."""
+        most = self._logits_rows(tokens)
+        if most not in self._scores:
+            self._scores[most] = torch.empty((most, self.vocab_size), dtype=torch.float32, device=self._last)
+        return self._scores[most]
+
+    def _logits_of(self, tokens: int) -> torch.Tensor:
+        """The CPU's copy of them."""
+        most = 1 if tokens == 1 else self._logits_rows(tokens)
+        if most not in self._logits:
+            self._logits[most] = torch.empty((most, self.vocab_size), dtype=torch.float32, pin_memory=True)
+        return self._logits[most]
+
     def _enter(self) -> None:
         # The current stream is per thread, so set it in every thread that gets here.
         self._set_streams()
         torch.cuda.set_stream(self._stream)
-
-    def _await_inputs(self) -> None:
-        """Wait until the last small pass has read its inputs, whose memory is about to be reused."""
-        if self._unwaited:
-            self._wait(self._done)
-            self._unwaited = False
 
     def _pass(self, rows: Sequence[ScheduledTokens], pending: Sequence[int] = ()) -> tuple[int, int]:
         """Start one small pass; returns the tokens of the longest row, and the tokens computed per row with padding.
@@ -281,17 +383,15 @@ class GpuForward:
         possible. The caller calls `_record` afterwards. For `pending` see `Inputs.fill`.
         """
         longest, last = max(len(row.ids) for row in rows), max(row.start for row in rows)
-        batch, tokens = _shape(len(rows), longest, self.max_tokens)
+        batch, tokens = _shape(len(rows), longest)
         if last + tokens > self._model.config.max_seq_len:
             tokens = longest  # learned position embeddings end with the context, so padding must not exceed it
         # There are graphs only for models on one GPU. They are launched on this thread's current stream.
         torch.cuda.set_stream(self._stream)
-        self._inputs.fill(rows, batch, tokens, pending)
-        self._inputs.send(batch, tokens)
-        bound = _LEAST_KEYS
-        while bound < last + tokens:
-            bound *= 2
-        bound = min(bound, self._most_keys + self.page_size)
+        inputs = self._inputs_of(batch * tokens)
+        inputs.fill(rows, batch, tokens, pending)
+        inputs.send(batch, tokens)
+        bound = self._bound(last + tokens)
         if not self._graphs.replay((batch, tokens, bound)):
             self._run(batch, tokens, bound)
         return longest, tokens
@@ -299,10 +399,8 @@ class GpuForward:
     def _record(self) -> None:
         """Mark the end of a small pass, and capture it if it is time."""
         if self._last != self._device:
-            # The event below is recorded on the first GPU's stream, which does not wait for the last one.
+            # The events of `_ends` are recorded on the first GPU's stream, which does not wait for the last one.
             torch.cuda.synchronize(self._last)
-        self._done.record(self._stream)
-        self._unwaited = True
         self._graphs.capture()
 
     @torch.inference_mode()
@@ -310,10 +408,9 @@ class GpuForward:
         """Run a small pass on what is in `_inputs`, for which there is no graph yet."""
         self._enter()
         count = batch * tokens
-        scores = self._scores[:count]
+        scores, inputs = self._scores_of(count)[:count], self._inputs_of(count)
 
         def work() -> None:
-            inputs = self._inputs
             out = self.small.run(
                 inputs.hidden[:count], inputs.lengths[:batch], inputs.block_table[:batch], tokens, bound,
                 inputs.rope_offsets[:batch] if self.rope_switches else None,
@@ -335,28 +432,34 @@ class GpuForward:
             The rows sampled for.
         """
         count = rows * tokens
-        if len(self._logits) < count:
-            self._views.clear()
-            size = 1 if count == 1 else self.max_tokens
-            self._logits = torch.empty((size, self.vocab_size), dtype=torch.float32, pin_memory=True)
+        scores, logits = self._scores_of(count), self._logits_of(count)
         drawn: list[int] = []
         if self.sampler is not None and tokens == 1:
             drawn = [index for index, draw in enumerate(draws) if draw is not None]
         if self.sampler is None or not drawn:
-            self._logits[:count].copy_(self._scores[:count], non_blocking=True)
+            logits[:count].copy_(scores[:count], non_blocking=True)
             return []
         for index in {*range(rows)}.difference(drawn):
-            self._logits[index].copy_(self._scores[index], non_blocking=True)
-        self.sampler.launch(self._scores, drawn, [draw for draw in draws if draw is not None])
+            logits[index].copy_(scores[index], non_blocking=True)
+        self.sampler.launch(scores, drawn, [draw for draw in draws if draw is not None])
         return drawn
 
 
-def _shape(rows: int, tokens: int, most: int) -> tuple[int, int]:
-    """Round rows and tokens up to powers of two if that fits into a pass, so that fewer CUDA graphs are needed."""
+def _shape(rows: int, tokens: int) -> tuple[int, int]:
+    """Round rows and tokens up where that takes no longer, so that fewer CUDA graphs are needed."""
     batch, count = (1 << (n - 1).bit_length() for n in (rows, tokens))
+    if rows <= batch * 3 // 4 and batch > quantized_linear.MOST_ROWS:
+        batch = batch * 3 // 4
+    most = max(quantized_linear.MOST_ROWS, quantized_linear.most_rows(rows * tokens))
     if batch * count <= most:
         return batch, count
     return (batch, tokens) if batch * tokens <= most else (rows, tokens)
+
+
+def _padded(blocks: int) -> int:
+    """Blocks rounded up a little: what is made for a pass of so many serves others."""
+    step = 1 << max(blocks.bit_length() - 3, 0)
+    return -(-blocks // step) * step
 
 
 def _cache_tensors(cache: Any) -> list[torch.Tensor]:
@@ -425,6 +528,14 @@ class Embeddings:
         if self.rows is None:
             return self.computed(ids[None]).to(self._device)
         states = torch.empty((len(ids), self.rows.shape[1]), dtype=torch.half, device=self._device)
+        self.put(ids, states)
+        return states[None]
+
+    def put(self, ids: npt.NDArray[np.int64], states: torch.Tensor) -> None:
+        """The same into memory that is there, shape (tokens, hidden)."""
+        if self.rows is None:
+            states.copy_(self.computed(ids[None])[0])
+            return
         for index, target in enumerate(torch.split(states, _LOOKED_UP)):
             buffer, copied = self._buffers[index % len(self._buffers)]
             if copied is not None:
@@ -435,7 +546,6 @@ class Embeddings:
             target.copy_(source, non_blocking=True)
             if copied is not None:
                 copied.record()
-        return states[None]
 
 
 class Inputs:
@@ -452,6 +562,8 @@ class Inputs:
         spare_page: a page that the scheduler never allocates, for padding tokens.
         rope_offsets: see `build_model.rope_offsets`.
         device: where the pass runs.
+        with_states: whether embeddings are looked up on the CPU and copied with the rest; if not, the device does that
+            where it can.
 
     Attributes:
         hidden: embeddings, on the device, shape (most_tokens, hidden).
@@ -471,30 +583,37 @@ class Inputs:
         spare_page: int,
         rope_offsets: Sequence[int],
         device: torch.device,
+        *,
+        with_states: bool = True,
     ) -> None:
         self._embeddings, self._spare_page, self._rope_offsets = embeddings, spare_page, rope_offsets
+        self._with_states = with_states
         self._state_bytes = hidden * dtype.itemsize
         # Lengths, offsets and block tables come first and are copied whole: that takes less time than a second copy of
         # the parts in use. Rounded up, as 8-byte addresses follow.
         self._numbers = -(-most_rows * (2 + table_width) // 2) * 2
-        self._shape = (most_rows, table_width, most_tokens, hidden, dtype)
+        self._shape = (most_rows, table_width, hidden, dtype)
         self._states_at = -(-(4 * self._numbers + 8 * most_rows) // _ALIGNMENT) * _ALIGNMENT
         size = self._states_at + most_tokens * self._state_bytes
         self._device_memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._sources, self.lengths, self.rope_offsets, self.block_table, self.hidden = self._parts(self._device_memory)
         pinned = device.type != "cpu"
+        host_size = size if with_states else self._states_at
         self._host_buffers = [
-            _HostBuffer(torch.empty(size, dtype=torch.uint8, pin_memory=pinned), self._parts, spare_page)
+            _HostBuffer(torch.empty(host_size, dtype=torch.uint8, pin_memory=pinned), self._parts, spare_page)
             for _ in range(2)
         ]
         self._embed: Kernel | None = None
+        # Where the device finds the tokens of prompts.
+        self._ids = torch.empty(0 if with_states else most_tokens, dtype=torch.int32, device=device)
+        self._id_sources = torch.arange(len(self._ids), device=device) * 4 + self._ids.data_ptr()
 
     def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows, width, most_tokens, hidden, dtype = self._shape
+        rows, width, hidden, dtype = self._shape
         numbers = memory[: 4 * self._numbers].view(torch.int32)
         table = numbers[2 * rows : (2 + width) * rows].view(rows, width)
         sources = memory[4 * self._numbers :][: 8 * rows].view(torch.int64)
-        states = memory[self._states_at :].view(dtype).view(most_tokens, hidden)
+        states = memory[self._states_at :].view(dtype).view(-1, hidden)
         return sources, numbers[:rows], numbers[rows : 2 * rows], table, states
 
     def fill(self, rows: Sequence[ScheduledTokens], batch: int, tokens: int, pending: Sequence[int] = ()) -> None:
@@ -525,6 +644,8 @@ class Inputs:
         buffer.pending = len(pending)
         if pending:
             buffer.sources[: len(pending)] = pending
+        elif not self._with_states:
+            buffer.ids = ids
         elif self._embeddings.rows is not None:
             self._embeddings.rows.take(ids, axis=0, out=buffer.state_halves[:count], mode="clip")
         else:
@@ -534,20 +655,27 @@ class Inputs:
 
     def send(self, batch: int, tokens: int) -> None:
         """Copy what `fill` wrote to the device, in stream order."""
-        buffer = self._host_buffers[0]
-        used = self._states_at + (0 if buffer.pending else batch * tokens * self._state_bytes)
+        buffer, count = self._host_buffers[0], batch * tokens
+        with_states = self._with_states and not buffer.pending
+        used = self._states_at + (count * self._state_bytes if with_states else 0)
         self._device_memory[:used].copy_(buffer.memory[:used], non_blocking=True)
         if buffer.sent is not None:
             buffer.sent.record()
         if buffer.pending:
-            self._look_up(buffer.pending)
+            self._look_up(buffer.pending, self._sources)
+        elif not self._with_states and self._embeddings.address:
+            ids = torch.from_numpy(buffer.ids.astype(np.int32)).pin_memory()
+            self._ids[:count].copy_(ids, non_blocking=True)
+            self._look_up(count, self._id_sources)
+        elif not self._with_states:
+            self._embeddings.put(buffer.ids, self.hidden[:count])
 
-    def _look_up(self, rows: int) -> None:
-        """Look up embeddings on the device, for tokens that the CPU does not know yet."""
+    def _look_up(self, rows: int, sources: torch.Tensor) -> None:
+        """Look up embeddings on the device, for tokens whose ids are at these device addresses."""
         device = self.hidden.device
         if self._embed is None:
             self._embed = norm_rope.embed_kernel(device)
-        launch = norm_rope.embed(self._embed, rows, self._embeddings.address, self._sources, self.hidden)
+        launch = norm_rope.embed(self._embed, rows, self._embeddings.address, sources, self.hidden)
         launch(torch.cuda.current_stream(device).cuda_stream)
 
 
@@ -564,5 +692,6 @@ class _HostBuffer:
         self.table[:] = spare_page
         self.written: list[list[int]] = [[] for _ in range(len(lengths))]
         self.pending = 0
+        self.ids: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         # Recorded after its last copy to the device.
         self.sent = torch.cuda.Event() if memory.is_pinned() else None  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from exl_cli.engines.exllamav2.attention.paged import attend_paged
 from exl_cli.engines.exllamav2.build_model import rope_switches
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Launch
-from exl_cli.engines.exllamav2.kernels.quantized_linear import Products
+from exl_cli.engines.exllamav2.kernels.operation import Operation, Run
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer, Mlp
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
@@ -31,17 +31,42 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Numbers: what follows begins where any kernel can read it.
+_ALIGNED = 512
+
 # A piece of a pass: runs on a stream, by its handle, with a bound of the keys of any row.
 Work = Callable[[int, int], None]
 
 
+class Scratch:
+    """Memory for what does not outlive a pass: exllamav2's own while it lasts, then more.
+
+    Its modules never run amid a pass of ours that still needs what lies there.
+
+    Args:
+        memory: exllamav2's, float16; None where it has none.
+        device: where.
+    """
+
+    def __init__(self, memory: torch.Tensor | None, device: torch.device) -> None:
+        self._left = memory if memory is not None else torch.empty(0, dtype=torch.half, device=device)
+
+    def take(self, count: int) -> torch.Tensor:
+        """So many float16 numbers, of any value."""
+        size = -(-count // _ALIGNED) * _ALIGNED
+        if size > len(self._left):
+            return torch.empty(count, dtype=torch.half, device=self._left.device)
+        taken, self._left = self._left[:count], self._left[size:]
+        return taken
+
+
 class FusedForward:
-    """Runs forward passes of up to `quantized_linear.MOST_ROWS` tokens.
+    """Runs forward passes of up to `quantized_linear.MOST_SEQUENCES` tokens, and of more through prompts.
 
     Args:
         model, cache: exllamav2's; `layers.why_not` of the model is empty.
         page_size: positions in a page.
-        inputs: what it reads; `hidden` is float16.
+        inputs: gives what a pass of so many tokens reads; `hidden` is float16.
         modules: the passes of exllamav2's modules.
 
     Raises:
@@ -50,11 +75,14 @@ class FusedForward:
 
     name = "kernels of exl's own"
 
-    def __init__(self, model: Any, cache: Any, page_size: int, inputs: Inputs, modules: ModulesForward) -> None:
+    def __init__(
+        self, model: Any, cache: Any, page_size: int, inputs: Callable[[int], Inputs], modules: ModulesForward
+    ) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
-        self._hidden, self._lengths, self._block_table = inputs.hidden, inputs.lengths, inputs.block_table
-        self._rope_offsets = inputs.rope_offsets if rope_switches(model) else None
-        self._device = self._hidden.device
+        self._inputs = inputs
+        self._switches_rope = bool(rope_switches(model))
+        most = inputs(quantized_linear.MOST_TOKENS)
+        self._device = most.hidden.device
         config = model.config
         self._layers = [
             Layer(attention, mlp) for attention, mlp in zip(model.modules[1:-2:2], model.modules[2:-2:2], strict=True)
@@ -68,23 +96,25 @@ class FusedForward:
             self._groups.append(self._head)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._widths = (heads, kv_heads, config.head_dim)
-        rows, width = self._hidden.shape
+        rows, width = most.hidden.shape
+        scratch = Scratch(model.get_device_context(self._device.index).scratch, self._device)
+        self._tuner = Tuner(self._device, (group.product for group in self._groups), scratch.take)
 
         def buffer(columns: int) -> torch.Tensor:
-            return torch.empty((rows, columns), dtype=torch.half, device=self._device)
+            return scratch.take(rows * columns).view(rows, columns)
 
+        self._inner = buffer(max((it.mlp.down.product.matrices[0].k for it in self._layers if it.mlp), default=0))
         self._normed = [buffer(width) for _ in range(3)]
         self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
         self._attended = buffer(heads * config.head_dim)
-        self._inner = buffer(max((it.mlp.down.product.matrices[0].k for it in self._layers if it.mlp), default=0))
-        self._after = torch.empty_like(self._lengths)
-        self._logits = buffer(head.out_features)
-        self._tuner = Tuner(self._device, (group.product for group in self._groups))
+        self._after = torch.empty(quantized_linear.MOST_SEQUENCES, dtype=torch.int32, device=self._device)
+        logits = quantized_linear.MOST_SEQUENCES, head.out_features
+        self._logits = torch.empty(logits, dtype=torch.half, device=self._device)
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._tuner.begin(1)
         self._decode_attention = self._choose_attention()
         # Decoding one sequence, which everyone will want; and so it shows now whether the kernels work here.
-        self._programs = {(1, 1): self._program(1, 1)}
+        self._programs = {(1, 1, True): self._program(1, 1)}
 
     def run(
         self,
@@ -96,19 +126,30 @@ class FusedForward:
         rope_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `ModulesForward.run`; the tensors are the first rows of those of `__init__`."""
-        key = (len(lengths), tokens)
-        program = self._programs.get(key)
-        if program is None:
-            program = self._programs[key] = self._program(*key)
-        if not self._attends(tokens):
-            torch.add(lengths, tokens, out=self._after[: len(lengths)])
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        for work in program:
-            work(stream, most_keys)
+        self._compute(lengths, tokens, most_keys, with_logits=True)
         if self._head is None:
             logits: torch.Tensor = self._model.modules[-1].forward(self._normed[0][: len(hidden)])
             return logits.clamp_(-65504, 65504)  # a float16 product of torch's
         return self._logits[: len(hidden)]
+
+    def _compute(self, lengths: torch.Tensor, tokens: int, most_keys: int, *, with_logits: bool) -> None:
+        key = (len(lengths), tokens, with_logits)
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._program(*key)
+        if not (with_logits and self._attends(tokens)):
+            torch.add(lengths, tokens, out=self._after[: len(lengths)])
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        for work in program:
+            work(stream, most_keys)
+
+    def prefills(self, tokens: int) -> bool:
+        """Whether `prefill` can take so many tokens now; where that wants something compiled, it begins."""
+        return not self._has_experts and self._tuner.ready(tokens)
+
+    def prefill(self, lengths: torch.Tensor, tokens: int, most_keys: int) -> None:
+        """Put the keys and values of inputs of `tokens` tokens each into the cache; arguments as of `run`."""
+        self._compute(lengths, tokens, most_keys, with_logits=False)
 
     def why_not(self) -> str:
         """Why exllamav2's kernels are the better choice, see `kernel_choice.why_not`; empty where they are not."""
@@ -117,7 +158,7 @@ class FusedForward:
     def compile_ahead(self) -> None:
         """Begin to compile what passes of several tokens will want, in the background."""
         # Short messages, the ends of long ones, and what is between.
-        self._tuner.begin(8, quantized_linear.MOST_ROWS, 16)
+        self._tuner.begin(8, quantized_linear.MOST_ROWS, 16, *quantized_linear.ROWS[4:])
 
     def prepare(self, rows: int) -> None:
         """See `ModulesForward.prepare`."""
@@ -130,57 +171,69 @@ class FusedForward:
 
     # --- the parts of a pass --------------------------------------------------------------------------------------
 
-    def _program(self, batch: int, tokens: int) -> list[Work]:
+    def _program(self, batch: int, tokens: int, with_logits: bool = True) -> list[Work]:
         rows = batch * tokens
+        inputs, hidden = self._inputs(rows), self._inputs(rows).hidden
         self._tuner.begin(rows)
         program: list[Work] = []
 
-        def add(launch: Launch) -> None:
+        def add(launch: Run) -> None:
             program.append(lambda stream, _: launch(stream))
 
+        last = self._layers[-1]
         for layer in self._layers:
-            normed, norm = self._norm(layer.attention.pre_layernorm, layer.qkv, rows, add)
+            normed, norm = self._norm(hidden, layer.attention.pre_layernorm, layer.qkv, rows, add)
             starts = itertools.accumulate((matrix.n for matrix in layer.qkv.product.matrices), initial=0)
             add(self._product(layer.qkv, rows, normed, [self._qkv[:, start:] for start in starts], norm=norm))
-            output = self._product(layer.o, rows, [self._attended], [self._hidden], residual=True)
-            program.append(self._attention(layer, batch, tokens, output))
-            add(output)
+            if layer is last and not with_logits:
+                # What comes behind its keys and values nobody asks for.
+                program.append(self._attention(inputs, layer, batch, tokens, stores_only=True))
+                return program
+            program.append(self._attention(inputs, layer, batch, tokens))
+            add(self._product(layer.o, rows, [self._attended], [hidden], residual=True))
             if layer.mlp is None:
-                program.append(self._mixture(layer.experts, rows))
+                program.append(self._mixture(layer.experts, hidden[:rows]))
                 continue
-            normed, norm = self._norm(layer.mlp.norm, layer.mlp.gate_up, rows, add)
+            normed, norm = self._norm(hidden, layer.mlp.norm, layer.mlp.gate_up, rows, add)
             add(self._gated(layer.mlp, rows, normed, norm))
-            add(self._product(layer.mlp.down, rows, [self._inner], [self._hidden], residual=True))
-        normed, norm = self._norm(self._model.modules[-2], self._head, rows, add)
+            inner = self._inner.view(-1)[: rows * layer.mlp.down.product.matrices[0].k].view(rows, -1)
+            add(self._product(layer.mlp.down, rows, [inner], [hidden], residual=True))
+        normed, norm = self._norm(hidden, self._model.modules[-2], self._head, rows, add)
         if self._head is not None:
             add(self._product(self._head, rows, normed, [self._logits], norm=norm))
         return program
 
     def _norm(
-        self, module: Any, group: Group | None, rows: int, add: Callable[[Launch], None]
+        self, hidden: torch.Tensor, module: Any, group: Group | None, rows: int, add: Callable[[Run], None]
     ) -> tuple[list[torch.Tensor], Any]:
         """Norm the stream in the order of each matrix of a group; where the normed rows are, for each.
 
         A product of one row norms it itself: then the stream as it is, and the norm's module.
         """
         if rows == 1 and group is not None:
-            return [self._hidden] * len(group.chosen), module
-        dim = self._hidden.shape[1]
-        kernel = norm_rope.norm_kernel(self._device, dim)
-        outs = list(zip(self._normed, group.permutations if group else [None], strict=False))
-        add(norm_rope.norm(kernel, rows, self._hidden, module.weight, module.variance_epsilon, outs))
-        return ([self._normed[index] for index in group.chosen] if group else []), None
+            return [hidden] * len(group.chosen), module
+        kernel = norm_rope.norm_kernel(self._device, hidden.shape[1])
+        orders: list[torch.Tensor | None] = [None]
+        chosen: Sequence[int] = []
+        if group is not None:
+            # One for each of the permutations: matrices that share one share what is made of it.
+            firsts = [group.chosen.index(index) for index in range(len(group.permutations))]
+            orders = [self._tuner.order(group.product, rows, first)[0] for first in firsts]
+            chosen = group.chosen
+        outs = list(zip(self._normed, orders, strict=False))
+        add(norm_rope.norm(kernel, rows, hidden, module.weight, module.variance_epsilon, outs))
+        return [self._normed[index] for index in chosen], None
 
-    def _norm_first(self, argument: Products, group: Group, module: Any) -> None:
-        """Have a product of one row norm it, as this module does; nothing where there is none."""
-        if module is None:
-            return
-        for target, index in zip(argument.matrix, group.chosen, strict=False):
+    def _norms_first(self, group: Group, module: Any) -> list[tuple[torch.Tensor, float]]:
+        """The norm that a product of one row does first, as this module does; empty where there is none."""
+        norms = []
+        for index in group.chosen if module is not None else ():
             key, perm = (id(module), index), group.permutations[index]
             if key not in self._norm_weights:
                 weight = module.weight
                 self._norm_weights[key] = weight if perm is None else weight[perm.long() & 0xFFFF].contiguous()
-            target.norm, target.epsilon = self._norm_weights[key].data_ptr(), module.variance_epsilon
+            norms.append((self._norm_weights[key], module.variance_epsilon))
+        return norms
 
     def _product(
         self,
@@ -191,18 +244,13 @@ class FusedForward:
         *,
         norm: Any = None,
         residual: bool = False,
-    ) -> Launch:
-        argument = quantized_linear.argument(group.product, rows)
-        self._norm_first(argument, group, norm)
-        quantized_linear.connect(argument, xs, outs)
-        if residual:
-            for target, out in zip(argument.matrix, outs, strict=False):
-                target.add = out.data_ptr()
-        return self._tuner.bind(group.product, rows, argument)
+    ) -> Run:
+        norms = self._norms_first(group, norm)
+        return self._tuner.bind(Operation(group.product, rows, xs, outs, norms, residual=residual))
 
-    def _mixture(self, experts: Any, rows: int) -> Work:
+    def _mixture(self, experts: Any, hidden: torch.Tensor) -> Work:
         """Norm, experts and what they add to the stream."""
-        states = self._hidden[:rows].view(1, rows, -1)
+        states = hidden[None]
 
         def work(stream: int, most_keys: int) -> None:
             out = experts.forward(states)
@@ -211,29 +259,32 @@ class FusedForward:
 
         return work
 
-    def _gated(self, mlp: Mlp, rows: int, xs: Sequence[torch.Tensor], norm: Any) -> Launch:
+    def _gated(self, mlp: Mlp, rows: int, xs: Sequence[torch.Tensor], norm: Any) -> Run:
         """Gate and up, with the activation; in the order in which the down matrix wants them."""
-        product, (down,) = mlp.gate_up.product, mlp.down.product.matrices
-        argument = quantized_linear.argument(product, rows, self._model.config.arch.lm.mlp_act_func)
-        self._norm_first(argument, mlp.gate_up, norm)
-        quantized_linear.connect(argument, xs, [self._inner] * len(product.matrices))
-        # Both halves of a block write one output, and take its order from the first.
-        argument.matrix[0].scatter = None if down.inverse is None else down.inverse.data_ptr()
-        return self._tuner.bind(product, rows, argument)
+        product, activation = mlp.gate_up.product, self._model.config.arch.lm.mlp_act_func
+        sources, places = self._tuner.order(mlp.down.product, rows)
+        inner = self._inner.view(-1)[: rows * product.matrices[0].n].view(rows, -1)
+        # Both halves of a block write one output.
+        return self._tuner.bind(
+            Operation(
+                product, rows, xs, [inner] * 2, self._norms_first(mlp.gate_up, norm),
+                activation=activation, places=places, sources=sources,
+            )
+        )  # fmt: skip
 
-    def _attention(self, layer: Layer, batch: int, tokens: int, output: Launch) -> Work:
-        """Head norms, rotary embedding, cache and attention; its result becomes the input of `output`, in its order."""
+    def _attention(self, inputs: Inputs, layer: Layer, batch: int, tokens: int, *, stores_only: bool = False) -> Work:
+        """Head norms, rotary embedding, cache and attention, in the order in which the output's product wants it."""
         heads, kv_heads, head_dim = self._widths
         module, cache, index = layer.attention, self._cache, layer.attention.layer_idx
         rows, page_size = batch * tokens, self._page_size
-        lengths, block_table = self._lengths[:batch], self._block_table[:batch]
+        lengths, block_table = inputs.lengths[:batch], inputs.block_table[:batch]
         constants = self._model.get_device_context(self._device.index)
         sine, cosine = constants.sin[module.rope_index], constants.cos[module.rope_index]
         keys, values = cache.get_kv_state(index, batch, 0, 0, page_size, lengths, block_table)
         argument = norm_rope.RopeArgument(
             qkv=self._qkv.data_ptr(), sine=sine.data_ptr(), cosine=cosine.data_ptr(), lengths=lengths.data_ptr(),
             table=block_table.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
-            rope_offsets=None if self._rope_offsets is None else self._rope_offsets.data_ptr(),
+            rope_offsets=inputs.rope_offsets.data_ptr() if self._switches_rope else None,
             q_weight=None if module.q_norm is None else module.q_norm.weight.data_ptr(),
             k_weight=None if module.k_norm is None else module.k_norm.weight.data_ptr(),
             epsilon=0.0 if module.q_norm is None else module.q_norm.variance_epsilon,
@@ -241,22 +292,20 @@ class FusedForward:
             stride=self._qkv.stride(0), table_stride=block_table.stride(0), page_size=page_size,
         )  # fmt: skip
         attended = self._attended[:rows]
-        receiver: Any = output.argument.matrix[0]
         reorder: Launch | None = None
-        (perm,) = layer.o.permutations
         # A single row is put into the order of the output's matrix by its product.
-        if perm is not None and rows > 1:
+        perm = None if rows == 1 or stores_only else self._tuner.order(layer.o.product, rows)[0]
+        if perm is not None:
             width = heads * head_dim
             gather = norm_rope.norm_kernel(self._device, width)
             reorder = norm_rope.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
-            receiver = reorder.argument
         softcap = self._model.config.attn_logit_softcapping or 0.0
-        if self._decode_attention is not None and self._attends(tokens):
+        if self._decode_attention is not None and self._attends(tokens) and not stores_only:
             attend = self._decode_attention.bind(
                 argument, attended, batch, scale=module.scaling, window=module.sliding_window or 0, softcap=softcap
             )
         else:
-            attend = self._attend_paged(layer, batch, tokens, argument, softcap, receiver)
+            attend = self._attend_paged(inputs, layer, batch, tokens, argument, softcap, stores_only=stores_only)
         if reorder is None:
             return attend
         reordering = reorder
@@ -268,20 +317,28 @@ class FusedForward:
         return work
 
     def _attend_paged(
-        self, layer: Layer, batch: int, tokens: int, argument: norm_rope.RopeArgument, softcap: float, receiver: Any
+        self,
+        inputs: Inputs,
+        layer: Layer,
+        batch: int,
+        tokens: int,
+        argument: norm_rope.RopeArgument,
+        softcap: float,
+        *,
+        stores_only: bool,
     ) -> Work:
-        """What `DecodeAttention` does, in two steps and by any backend; the result becomes the receiver's `x`."""
+        """What `DecodeAttention` does, in two steps and by any backend."""
         heads, kv_heads, head_dim = self._widths
         module, cache, index, page_size = layer.attention, self._cache, layer.attention.layer_idx, self._page_size
         rows, lengths, block_table, after = (
             batch * tokens,
-            self._lengths[:batch],
-            self._block_table[:batch],
+            inputs.lengths[:batch],
+            inputs.block_table[:batch],
             self._after[:batch],
         )
-        kernel = norm_rope.rotate_kernel(self._device)
-        rotate = kernel.bind((rows, heads + 2 * kv_heads), -(-head_dim // 2 // 32) * 32, argument)
+        rotate = norm_rope.rotate(self._device, rows, argument)
         q = self._qkv[:rows, : heads * head_dim].view(batch, tokens, heads, head_dim)
+        out = self._attended[:rows].view(batch, tokens, heads, head_dim)
         pages = (-1, page_size, kv_heads, head_dim)
         keys, values = (t.view(pages) for t in cache.get_kv_state(index, batch, 0, 0, page_size, lengths, block_table))
 
@@ -289,13 +346,13 @@ class FusedForward:
             if cache.has_scales:
                 cache.get_kv_state(index, batch, 0, most_keys, page_size, lengths, block_table)
             rotate(stream)
-            out = attend_paged(
-                q, keys, values, cache_seqlens=after, block_table=block_table, scale=module.scaling,
-                window=module.sliding_window or 0, softcap=softcap, max_len=most_keys,
-            )  # fmt: skip
+            if not stores_only:
+                attend_paged(
+                    q, keys, values, cache_seqlens=after, block_table=block_table, scale=module.scaling,
+                    window=module.sliding_window or 0, softcap=softcap, max_len=most_keys, out=out,
+                )  # fmt: skip
             if cache.has_scales:
                 cache.store_kv_state(index, batch, 0, tokens, page_size, lengths, block_table)
-            receiver.x = out.data_ptr()
 
         return work
 

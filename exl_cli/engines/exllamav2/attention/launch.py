@@ -75,7 +75,7 @@ def attend(call: Call) -> torch.Tensor:
     if call.k is not None and call.v is not None:
         _append(call, call.k, call.v)
         added = q_len
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if call.out is None else call.out
     shares = batch * heads * layout.splits * q_len if layout.splits > 1 else 1
     parts, lses = (torch.empty((shares, n), dtype=torch.float32, device=q.device) for n in (head_dim, 1))
     block_d = max(16, 1 << (head_dim - 1).bit_length())

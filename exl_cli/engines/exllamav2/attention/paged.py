@@ -61,6 +61,7 @@ class Call(NamedTuple):
     window: int
     softcap: float
     max_len: int
+    out: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def attend_paged(
     window: int = 0,
     softcap: float = 0.0,
     max_len: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last `q_len` positions of each sequence to all of its positions.
 
@@ -186,6 +188,7 @@ def attend_paged(
             flash-attn, which sees one key more.
         softcap: scores s become softcap * tanh(s / softcap); 0 for none.
         max_len: no sequence has more keys than this, new ones included. Known to the host, to size the launch.
+        out: where the result goes; None for memory of its own.
 
     Returns:
         Shape (batch, q_len, heads, head_dim), contiguous, the dtype of q. A query that sees no key gets zeros.
@@ -195,7 +198,7 @@ def attend_paged(
     """
     if q.stride(-1) != 1:
         q = q.contiguous()
-    call = Call(q, k_cache, v_cache, cache_seqlens, block_table, k, v, scale, window, softcap, max_len)
+    call = Call(q, k_cache, v_cache, cache_seqlens, block_table, k, v, scale, window, softcap, max_len, out)
     wanted, head_dim = os.environ.get(VARIABLE, ""), q.shape[-1]
     # For head sizes of no loaded model, use the backend tested with the default ones.
     chosen = _chosen.get((q.device, wanted, head_dim)) or backend(q.device)
@@ -237,7 +240,7 @@ def attend_in_torch(call: Call) -> torch.Tensor:
         call.k_cache[pages, positions % page_size] = call.k
         call.v_cache[pages, positions % page_size] = call.v
         lengths = lengths + q_len
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if call.out is None else call.out.zero_()
     for row, length in enumerate(lengths.tolist()):
         new = min(q_len, length)
         if not new:

@@ -76,6 +76,10 @@ class Ahead(Generic[Key, Value]):
         for key in keys:
             self._futures[key].cancel()
 
+    def done(self, key: Key) -> bool:
+        """Whether the result, or an error, is there."""
+        return key in self._futures and self._futures[key].done()
+
     def get(self, key: Key) -> Value:
         """The result. If no thread has begun on the key, or it failed there, compute it in this one."""
         future = self._futures.get(key)
@@ -168,6 +172,11 @@ def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device) 
 def forget(builds: Iterable[Build]) -> None:
     """Drop builds that are still queued."""
     _binaries.forget(builds)
+
+
+def done(builds: Iterable[Build]) -> bool:
+    """Whether all of them are compiled, or cannot be."""
+    return all(_binaries.done(build) for build in builds)
 
 
 class Kernel:

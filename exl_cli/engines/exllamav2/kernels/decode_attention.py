@@ -14,7 +14,7 @@ from exl_cli.engines.exllamav2.attention.paged import VARIABLE
 from exl_cli.engines.exllamav2.kernels import compiler
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 from exl_cli.engines.exllamav2.kernels.norm_rope import RopeArgument
-from exl_cli.engines.exllamav2.kernels.quantized_linear import MOST_ROWS
+from exl_cli.engines.exllamav2.kernels.quantized_linear import MOST_SEQUENCES
 
 FILE, NAME = "attention.cu", "attend"
 HEAD_DIMS = (64, 96, 128)
@@ -30,6 +30,8 @@ _MANY = 4
 # Where blocks of other sequences fill the GPU, a share of a long one has this many keys at least.
 _LONG_SHARE = 1024
 _MOST_SPREAD = 8
+# Tokens times shares, where shares only serve a long sequence among many.
+_MOST_SPREAD_TOKENS = 512
 # Bounds that between them lead to every plan.
 _BOUNDS = tuple(1024 << doubled for doubled in range(8))
 _LOG2_E = math.log2(math.e)
@@ -94,7 +96,7 @@ def plan(batch: int, tokens: int, heads: int, kv_heads: int, most_keys: int, pro
     even = processors * (8 // warps) // (batch * kv_heads)
     least = warps if even > 1 else _LONG_SHARE // _PIECE
     # With many sequences there is work for all, unless one of them is much longer than the others.
-    spread = min(most_keys // (2 * _LONG_SHARE), _MOST_SPREAD)
+    spread = min(most_keys // (2 * _LONG_SHARE), _MOST_SPREAD, _MOST_SPREAD_TOKENS // (batch * tokens))
     fill = -(-(most_keys // _PIECE + 1) // least)
     return Plan(tiles, warps, max(1, min(max(even, spread), fill, _MOST_SHARES)), least)
 
@@ -132,7 +134,7 @@ class DecodeAttention:
         rows = workspace_rows(heads, kv_heads, self._processors)
         self._parts = torch.empty((rows, head_dim), dtype=torch.float32, device=device)
         self._marks = torch.empty((rows, 2), dtype=torch.float32, device=device)
-        self._arrived = torch.zeros(MOST_ROWS * kv_heads, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(MOST_SEQUENCES * kv_heads, dtype=torch.int32, device=device)
         builds = {(tiles, warps): Plan(tiles, warps, 1, 1) for tiles, warps in ((1, 4), (1, 8), (2, 4))}
         # All of them now, rather than amid an answer.
         compiler.begin(FILE, [build.defines(head_dim, page_size) for build in builds.values()], device)
@@ -190,7 +192,7 @@ def workspace_rows(heads: int, kv_heads: int, processors: int) -> int:
     groups = heads // kv_heads
     return max(
         batch * tokens * heads * plan(batch, tokens, heads, kv_heads, most_keys, processors).shares
-        for batch in range(1, MOST_ROWS + 1)
-        for tokens in range(1, min(MOST_ROWS // batch, MOST_QUERIES // groups) + 1)
+        for batch in range(1, MOST_SEQUENCES + 1)
+        for tokens in range(1, min(MOST_SEQUENCES // batch, MOST_QUERIES // groups) + 1)
         for most_keys in _BOUNDS
     )

@@ -24,6 +24,14 @@
 // measured by themselves); what grows reaches 0.8 of cuBLAS's rate at 512, but for the pair 0.55 (eight tiles a strip, not
 // sixteen).
 //
+// Gate and up as two outputs that `step.cu` puts together (`GemmConfig.apart`), which gives a warp sixteen tiles of each:
+// predicted 200 us at 512 rows for what took 285, measured 246 with the kernel that puts them together.
+//
+// All products of a GPTQ 7B by this kernel, over those of humming-kernels 0.1.20 (of another call, same kind of machine):
+// 1.03 at 32 rows, 1.25 at 64, 1.46 at 128, 1.50 at 256, 1.48 at 512: from 64 rows on a tile's unpacking, copies and sums
+// are not hidden behind the tensor cores. Copies by the copy engine (TMA), a warp that does nothing else, and tiles of 256
+// rows are what has not been tried.
+//
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), MAX_BITS of a weight (4, 6 or 8), PAIRED (a warp's two strips are a
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block
 // (a multiple of 4), ROW_WARPS of them for different rows, TILES of 8 rows and STRIPS of 32 columns a warp, STAGES of the

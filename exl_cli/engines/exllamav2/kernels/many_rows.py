@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import quantized_linear
-from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, TileConfig, Variant
+from exl_cli.engines.exllamav2.kernels import dense, quantized_linear
+from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
+from exl_cli.engines.exllamav2.kernels.quantized_linear import (
+    Product,
+    Products,
+    QuantizedMatrix,
+    TileConfig,
+    Variant,
+)
 
 FILE, NAME = "gemm.cu", "gemm"
+# Larger matrices, which are heads, are unpacked only where there is no other way: for the memory that takes.
+DENSE_NUMBERS = 1 << 28
 _CHUNK = 128
+_GEMV_ROWS = quantized_linear.MOST_ROWS
+_MOST_ROWS = 512
 _SCRATCH = 1024
 
 
@@ -26,6 +37,8 @@ class GemmConfig:
         stages: of the ring.
         resident: blocks on a multiprocessor.
         wgmma: whether four warps multiply together; needs compute capability 9.0.
+        apart: whether gate and what it gates are products of their own, which another kernel puts together: then a
+            warp has room for more rows of each.
     """
 
     warps: int
@@ -35,6 +48,11 @@ class GemmConfig:
     stages: int
     resident: int
     wgmma: bool = False
+    apart: bool = False
+
+    def product(self, product: Product) -> Product:
+        """What its launch computes of a product."""
+        return replace(product, paired=False) if self.apart else product
 
     @property
     def rows(self) -> int:
@@ -46,20 +64,28 @@ class GemmConfig:
         """Columns of a block's tile: of a pair, half of them of each matrix."""
         return 32 * self.strips * (self.warps // self.row_warps)
 
-    def units(self, product: Product, rows: int) -> int:
-        """Pieces of work, tiles times chunks of k."""
+    def tiles_of(self, product: Product, rows: int) -> int:
+        """Tiles that make up the outputs."""
+        product = self.product(product)
         side = self.columns // (2 if product.paired else 1)
         matrices = product.matrices[: 1 if product.paired else None]
-        columns = sum(-(-matrix.n // side) for matrix in matrices)
-        return columns * -(-rows // self.rows) * -(-matrices[0].k // _CHUNK)
+        return sum(-(-matrix.n // side) for matrix in matrices) * -(-rows // self.rows)
+
+    def units(self, product: Product, rows: int) -> int:
+        """Pieces of work, tiles times chunks of k."""
+        return self.tiles_of(product, rows) * -(-product.matrices[0].k // _CHUNK)
 
     def blocks(self, product: Product, rows: int, at_once: int) -> int:
         """Blocks of a launch on a GPU that holds so many at once: a launch of more would never end."""
         return min(at_once, self.units(product, rows))
 
 
+Config = TileConfig | GemmConfig | DenseConfig
+
+
 def variant(product: Product, config: GemmConfig) -> Variant:
     """The build for a product."""
+    product = config.product(product)
     matrices, sides = product.matrices, 2 if product.paired else 1
     exl2, max_bits = matrices[0].exl2, max(matrix.width for matrix in matrices)
     fine = not all(matrix.coarse for matrix in matrices)
@@ -75,32 +101,100 @@ def variant(product: Product, config: GemmConfig) -> Variant:
     return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024), FILE, NAME)
 
 
-def configs(product: Product, rows: int) -> list[GemmConfig]:
-    """Those worth trying for that many rows, the likeliest first; those that measure well on an H200."""
-    if rows <= 8:
-        return []
-    if rows <= 16:
-        return [GemmConfig(8, 1, 2, 2, 4, 1)] if product.paired else [GemmConfig(4, 1, 2, 1, 4, 4)]
-    if product.paired:
-        return [GemmConfig(4, 1, 4, 2, 4, 2), GemmConfig(8, 1, 4, 2, 4, 1)]
-    return [GemmConfig(4, 1, 4, 1, 4, 3), GemmConfig(8, 1, 4, 1, 6, 1)]
+def dense_variant(product: Product) -> Variant:
+    """The build that unpacks a product's matrices."""
+    return Variant(dense.defines(product.matrices[0]), 0, dense.FILE, dense.NAME)
 
 
-def builds(product: Product, rows: int, shared_bytes: int) -> dict[TileConfig | GemmConfig, Variant]:
-    """What to choose from for a product, of both kernels, those of `gemv.cu` first; empty where nothing fits.
+def configs(product: Product, rows: int, shared_bytes: int, *, together: bool) -> list[GemmConfig]:
+    """Those worth trying for that many rows, the likeliest first: those that measure well on an H200.
 
     Args:
         product: what to compute.
         rows: of the input.
         shared_bytes: that a block can have on the GPU.
+        together: whether four warps can multiply together.
     """
-    all_builds: dict[TileConfig | GemmConfig, Variant] = {}
+    fitting: list[GemmConfig] = []
+    # The smallest where nothing else fits: wide weights, and two inputs.
+    smallest = GemmConfig(4, 1, 4, 2 if product.paired else 1, 2, 1)
+    for candidates in (
+        _candidates(product, rows, together=together),
+        [smallest] if _GEMV_ROWS < rows <= _MOST_ROWS else [],
+    ):
+        for config in candidates:
+            for stages in range(config.stages, 1, -1):
+                fewer = replace(config, stages=stages)
+                if variant(product, fewer).shared_bytes <= shared_bytes:
+                    fitting.append(fewer)
+                    break
+        if fitting:
+            break
+    return fitting
+
+
+def _candidates(product: Product, rows: int, *, together: bool) -> list[GemmConfig]:
+    if rows <= 8 or rows > _MOST_ROWS:
+        return []
+    paired = product.paired
+    if rows <= 16:
+        return (
+            [GemmConfig(8, 1, 2, 2, 4, 1)] if paired else [GemmConfig(4, 1, 2, 1, 4, 4), GemmConfig(8, 1, 2, 1, 4, 1)]
+        )
+    # The order of k in which four warps want x goes across the end of a chunk that is not whole.
+    if together and all(matrix.k % _CHUNK == 0 for matrix in product.matrices):
+        if rows <= 32:
+            shapes = [(4, 1, 4, 2, 4, 2), (8, 1, 4, 2, 4, 1)] if paired else [(4, 1, 4, 1, 4, 3), (8, 1, 4, 1, 6, 1)]
+        elif rows <= 64:
+            shapes = [(4, 1, 8, 2, 3, 2), (8, 1, 8, 2, 4, 1)] if paired else [(4, 1, 8, 1, 4, 2), (8, 1, 8, 1, 4, 1)]
+        elif rows <= 128:
+            shapes = [(8, 2, 8, 2, 4, 1)] if paired else [(8, 1, 16, 1, 4, 1), (4, 1, 8, 1, 4, 2)]
+        else:
+            shapes = [(8, 2, 8, 2, 4, 1)] if paired else [(8, 1, 16, 1, 4, 1), (4, 1, 16, 1, 2, 2)]
+        together_configs = [GemmConfig(*shape, wgmma=True) for shape in shapes]
+        if paired and rows > 128:
+            together_configs += [GemmConfig(8, 1, 16, 1, 4, 1, wgmma=True, apart=True)]
+        return together_configs
+    # The last of each is for GPUs on which a block has 99 KB of shared memory.
+    if rows <= 32:
+        shapes = [(8, 1, 4, 2, 4, 1), (4, 1, 4, 2, 4, 2)] if paired else [(8, 1, 4, 1, 4, 2), (4, 1, 4, 1, 4, 3)]
+    elif rows <= 64:
+        shapes = [(8, 1, 8, 2, 4, 1), (4, 1, 8, 2, 3, 2)] if paired else [(8, 1, 8, 1, 4, 1), (4, 1, 8, 1, 4, 2)]
+    else:
+        shapes = [(8, 2, 8, 2, 3, 1), (4, 1, 8, 2, 3, 2)] if paired else [(8, 2, 8, 1, 4, 1), (4, 1, 8, 1, 3, 2)]
+    return [GemmConfig(*shape) for shape in shapes]
+
+
+def order(matrix: QuantizedMatrix, config: Config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """In which order a matrix wants several rows of its input, and the other way round; None for the model's order.
+
+    Returns:
+        Places in the input, int16 (uint16 in truth) of shape (k,), and for each number of the input its place.
+    """
+    if isinstance(config, DenseConfig):
+        return None, None
+    if not (isinstance(config, GemmConfig) and config.wgmma):
+        return matrix.perm, matrix.inverse
+    wanted = places(matrix.perm, matrix.k).to(matrix.weight.device)
+    return wanted, torch.argsort(wanted.long() & 0xFFFF).to(torch.int16)
+
+
+def builds(product: Product, rows: int, shared_bytes: int, *, together: bool) -> dict[Config, Variant]:
+    """What to choose from for a product, those of `gemv.cu` first; empty where nothing fits.
+
+    Args:
+        product, rows, together: as of `configs`.
+        shared_bytes: that a block can have on the GPU.
+    """
+    all_builds: dict[Config, Variant] = {}
     for tile, build in quantized_linear.builds(product, rows, shared_bytes).items():
         all_builds[tile] = build
-    for config in configs(product, rows):
-        build = variant(product, config)
-        if build.shared_bytes <= shared_bytes:
-            all_builds[config] = build
+    for config in configs(product, rows, shared_bytes, together=together):
+        all_builds[config] = variant(product, config)
+    # Unpacking the weights once, for cuBLAS, may be faster: on an H200 from about 512 rows on.
+    small = all(matrix.k * matrix.n <= DENSE_NUMBERS for matrix in product.matrices)
+    if rows > _MOST_ROWS or (rows > _GEMV_ROWS and small):
+        all_builds[DenseConfig()] = dense_variant(product)
     return all_builds
 
 

@@ -11,6 +11,9 @@ from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 
 FILE = "step.cu"
 _SCRATCH = 64  # bytes that a block's sum takes
+# Up to so many, a block a head leaves less to wait for.
+_FEW_ROWS = 32
+_LINE_WARPS, _MOST_LINE_DIM = 8, 512  # of `rotate_many`
 
 
 class NormArgument(ctypes.Structure):
@@ -27,6 +30,15 @@ class NormArgument(ctypes.Structure):
     )
 
 
+class GateArgument(ctypes.Structure):
+    """`Gate` of step.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "out", "perm")),
+        *((name, ctypes.c_uint32) for name in ("dim", "stride", "activation")),
+    )
+
+
 class RopeArgument(ctypes.Structure):
     """`Rope` of step.cu."""
 
@@ -35,7 +47,7 @@ class RopeArgument(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("rope_offsets", "q_weight", "k_weight")),
         ("epsilon", ctypes.c_float),
         *((name, ctypes.c_uint32) for name in ("heads", "kv_heads", "head_dim", "turned", "tokens")),
-        *((name, ctypes.c_uint32) for name in ("stride", "table_stride", "page_size")),
+        *((name, ctypes.c_uint32) for name in ("stride", "table_stride", "page_size", "rows")),
     )
 
 
@@ -111,6 +123,23 @@ def norm(
     return kernel.bind((rows,), norm_threads(dim), argument)
 
 
-def rotate_kernel(device: torch.device) -> Kernel:
-    """The kernel that norms heads, applies the rotary embedding, and stores keys and values in their pages."""
-    return Kernel(FILE, "rotate", {}, device, _SCRATCH)
+def gate_kernel(device: torch.device, dim: int) -> Kernel:
+    """The gate of rows of `dim` numbers, a multiple of 8."""
+    return Kernel(FILE, "gate", {}, device, 2 * dim)
+
+
+def rotate(device: torch.device, rows: int, argument: RopeArgument) -> Launch:
+    """A launch that norms heads, applies the rotary embedding, and stores keys and values in their pages.
+
+    Args:
+        device: the GPU.
+        rows: tokens.
+        argument: where they are; its `rows` is set.
+    """
+    heads, dim = argument.heads + 2 * argument.kv_heads, argument.head_dim
+    if rows > _FEW_ROWS and not (dim % 4 or argument.turned % 4) and dim <= _MOST_LINE_DIM:
+        argument.rows = rows
+        blocks = -(-rows * heads // _LINE_WARPS)
+        return Kernel(FILE, "rotate_many", {}, device).bind((blocks,), 32 * _LINE_WARPS, argument)
+    kernel = Kernel(FILE, "rotate", {}, device, _SCRATCH)
+    return kernel.bind((rows, heads), -(-dim // 2 // 32) * 32, argument)

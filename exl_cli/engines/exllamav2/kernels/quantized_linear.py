@@ -13,7 +13,11 @@ from typing import NamedTuple
 import torch
 
 FILE, NAME = "gemv.cu", "gemv"
-MOST_ROWS = 32
+MOST_ROWS = 32  # of `gemv.cu`
+MOST_SEQUENCES = 256  # of a pass
+MOST_TOKENS = 2048  # of a pass through a prompt
+# Up to each of these numbers of rows, a product has a config.
+ROWS = (1, 8, 16, MOST_ROWS, 64, 128, MOST_SEQUENCES, 512, 1024, MOST_TOKENS)
 ACTIVATIONS = {"silu": 0, "gelu": 1}
 _SLOT = 512  # bytes of a warp's one request, and of the ring's slots
 _SCRATCH = 128  # bytes for the sum over a block
@@ -220,8 +224,8 @@ class Variant(NamedTuple):
 
 
 def most_rows(rows: int) -> int:
-    """The most rows that the same build computes."""
-    return next(most for most in (1, 8, 16, MOST_ROWS) if rows <= most)
+    """The most rows for which the same choice of kernel and config is made."""
+    return next(most for most in ROWS if rows <= most)
 
 
 def variant(product: Product, rows: int, tile: TileConfig) -> Variant:
@@ -262,13 +266,15 @@ def tile_configs(rows: int) -> list[TileConfig]:
 
 
 def builds(product: Product, rows: int, shared_bytes: int) -> dict[TileConfig, Variant]:
-    """What to choose from for a product, the likeliest first; empty where nothing fits.
+    """What to choose from for a product, the likeliest first; empty where nothing fits, or there are too many rows.
 
     Args:
         product: what to compute.
         rows: of the input.
         shared_bytes: that a block can have on the GPU.
     """
+    if rows > MOST_ROWS:
+        return {}
     *usual, small = tile_configs(rows)
     for candidates in (usual, [small]):
         variants = {tile: variant(product, rows, tile) for tile in candidates if product.blocks(tile)}

@@ -15,6 +15,7 @@ struct Rope
     const u16* k_weight;
     float epsilon;
     u32 heads, kv_heads, head_dim, turned, tokens, stride, table_stride, page_size;
+    u32 rows;               // of `rotate_many`
 };
 
 // Two numbers of a head that one thread takes.

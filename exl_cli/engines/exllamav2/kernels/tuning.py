@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.graphs import captured
-from exl_cli.engines.exllamav2.kernels import compiler, many_rows, quantized_linear
-from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
-from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig, Workspace
-from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, TileConfig, Variant
+from exl_cli.engines.exllamav2.kernels import compiler, dense, many_rows, quantized_linear
+from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
+from exl_cli.engines.exllamav2.kernels.many_rows import Config, GemmConfig
+from exl_cli.engines.exllamav2.kernels.operation import Launcher, Operation, Run
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Variant
 from exl_cli.errors import EngineError
 from exl_cli.system.files import user_cache, write_atomically
 
@@ -29,8 +30,6 @@ _REPEATS = 4
 # Bytes. Smaller products take as long as a launch with any config.
 _WORTH_MEASURING = 1 << 20
 
-Config = TileConfig | GemmConfig
-
 
 class Tuner:
     """Chooses kernels and tile configs for the products of one model on one device, and launches them.
@@ -38,24 +37,34 @@ class Tuner:
     Args:
         device: the GPU.
         of: all the products.
+        scratch: as of `Launcher`.
     """
 
-    def __init__(self, device: torch.device, of: Iterable[Product]) -> None:
+    def __init__(self, device: torch.device, of: Iterable[Product], scratch: Callable[[int], torch.Tensor]) -> None:
         properties = torch.cuda.get_device_properties(device)
         self._device = device
+        self._alike: dict[tuple[object, ...], list[Product]] = {}
+        for product in of:
+            self._alike.setdefault(product.kind, []).append(product)
         self._shared_bytes = int(
             getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
         )
         name = "".join(c if c.isalnum() else "-" for c in properties.name)
         self._path = user_cache() / "kernels" / f"tiles-{name}.json"
-        self._alike: dict[tuple[object, ...], list[Product]] = {}
-        for product in of:
-            self._alike.setdefault(product.kind, []).append(product)
-        self._begun: list[compiler.Build] = []
+        # Builds, in the order in which they were wanted.
+        self._begun: dict[compiler.Build, None] = {}
+        self._ready: set[int] = set()
         # By kind and most rows.
         self._chosen: dict[tuple[tuple[object, ...], int], Config] = {}
-        self._processors = properties.multi_processor_count
-        self._workspace: Workspace | None = None
+        self._together = (properties.major, properties.minor) == (9, 0)
+        self._launcher = Launcher(
+            device,
+            [product for product, *_ in self._alike.values()],
+            self._shared_bytes,
+            together=self._together,
+            scratch=scratch,
+        )
+        self._orders: dict[tuple[int | None, int, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
     def microseconds(self, product: Product, rows: int) -> float | None:
         """Of a launch in the config that `config` chose; None where it measured nothing."""
@@ -85,12 +94,22 @@ class Tuner:
         for most in map(quantized_linear.most_rows, rows):
             for kind, (product, *_) in self._alike.items():
                 if (kind, most) not in self._chosen:
-                    builds = many_rows.builds(product, most, self._shared_bytes)
+                    builds = self._builds(product, most)
                     config = _settled(product, most, builds, known)
                     wanted += builds.values() if config is None else [builds[config]]
         for file in dict.fromkeys(build.file for build in wanted):
             defines = [build.defines for build in wanted if build.file == file]
-            self._begun += compiler.begin(file, defines, self._device)
+            self._begun.update(dict.fromkeys(compiler.begin(file, defines, self._device)))
+
+    def ready(self, rows: int) -> bool:
+        """Whether all that the products of so many rows want is compiled; where it is not, that begins."""
+        most = quantized_linear.most_rows(rows)
+        if most not in self._ready:
+            before = len(self._begun)
+            self.begin(rows)
+            if len(self._begun) == before and compiler.done(self._begun):
+                self._ready.add(most)
+        return most in self._ready
 
     def close(self) -> None:
         """Compile no further in the background; what is asked for is still compiled."""
@@ -111,43 +130,30 @@ class Tuner:
             self._chosen[key] = self._choose(self._alike[product.kind], key[1])
         return self._chosen[key]
 
-    def bind(self, product: Product, rows: int, argument: Products) -> Launch:
-        """A launch of a product in the config that suits it; see `config`."""
-        config = self.config(product, rows)
-        return self._bind(product, rows, config, self._kernel(_variant(product, rows, config)), argument)
+    def bind(self, operation: Operation) -> Run:
+        """What computes an operation in the config that suits it; see `config`."""
+        return self._launcher.bind(operation, self.config(operation.product, operation.rows))
 
-    def _kernel(self, build: Variant) -> Kernel:
-        return Kernel(build.file, build.name, build.defines, self._device, build.shared_bytes)
+    def order(self, product: Product, rows: int, index: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """See `many_rows.order`; of one of the product's matrices, in the config that `config` chooses."""
+        config, matrix = self.config(product, rows), product.matrices[index]
+        key = (matrix.order, matrix.k, isinstance(config, GemmConfig) and config.wgmma, isinstance(config, DenseConfig))
+        if key not in self._orders:
+            self._orders[key] = many_rows.order(matrix, config)
+        return self._orders[key]
 
-    def _bind(self, product: Product, rows: int, config: Config, kernel: Kernel, argument: Products) -> Launch:
-        threads = 32 * config.warps
-        if isinstance(config, TileConfig):
-            return kernel.bind((product.blocks(config),), threads, argument)
-        at_once = min(config.resident, kernel.resident(threads)) * self._processors
-        if self._workspace is None:
-            self._workspace = self._shared_sums()
-        self._workspace.connect(argument)
-        return kernel.bind((config.blocks(product, rows, at_once),), threads, argument)
-
-    def _shared_sums(self) -> Workspace:
-        """Enough for all products of all configs."""
-        products = [product for product, *_ in self._alike.values()]
-        floats = tiles = 0
-        for product in products:
-            for rows in (16, quantized_linear.MOST_ROWS):
-                for config in many_rows.configs(product, rows):
-                    floats = max(floats, many_rows.partial_floats(config, config.resident * self._processors))
-            # No tile has fewer columns than a strip, or fewer rows than can be.
-            tiles = max(tiles, sum(-(-matrix.n // 32) for matrix in product.matrices))
-        return Workspace(self._device, floats, tiles)
+    def _builds(self, product: Product, rows: int) -> dict[Config, Variant]:
+        return many_rows.builds(product, rows, self._shared_bytes, together=self._together)
 
     def _choose(self, alike: Sequence[Product], rows: int) -> Config:
-        builds = many_rows.builds(alike[0], rows, self._shared_bytes)
+        builds = self._builds(alike[0], rows)
         if not builds:
             raise EngineError("this GPU has too little shared memory for the kernels")
         known = self._read()
         if (config := _settled(alike[0], rows, builds, known)) is not None:
             return config
+        if len(builds) == 1:
+            return next(iter(builds))
         times = self._measure(alike, rows, builds)
         best = min(times, key=lambda config: times[config])
         entry = {"tile": _described(best), "microseconds": round(times[best], 2)}
@@ -169,7 +175,8 @@ class Tuner:
         """Microseconds of a launch, for every config."""
         # Get all kernels first: a GPU that had to wait for one would be slower at first, which distorts the times.
         # Last one first, as the background threads compile from the front of the queue.
-        kernels = {config: self._kernel(build) for config, build in reversed([*builds.items()])}
+        for build in reversed([*builds.values()]):
+            self._launcher.kernel(build)
         matrices = alike[0].matrices
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
         outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in matrices]
@@ -177,27 +184,17 @@ class Tuner:
         used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}
         for config in builds:
-            launches: list[Callable[[], None]] = []
-            for product in used:
-                argument = quantized_linear.argument(product, rows)
-                quantized_linear.connect(argument, [x] * len(outs), outs)
-                launch = self._bind(product, rows, config, kernels[config], argument)
-                launches.append(partial(_on_current_stream, launch))
+            operations = [Operation(product, rows, [x] * len(outs), outs) for product in used]
+            launches = [partial(_on_current_stream, self._launcher.bind(each, config)) for each in operations]
             times[config] = _microseconds(launches) / len(used)
         return times
-
-
-def _variant(product: Product, rows: int, config: Config) -> Variant:
-    if isinstance(config, TileConfig):
-        return quantized_linear.variant(product, rows, config)
-    return many_rows.variant(product, config)
 
 
 def _described(config: Config) -> list[Any]:
     return [type(config).__name__, *astuple(config)]
 
 
-def _on_current_stream(launch: Launch) -> None:
+def _on_current_stream(launch: Run) -> None:
     launch(torch.cuda.current_stream().cuda_stream)
 
 
@@ -223,14 +220,17 @@ def _key(product: Product, rows: int) -> str:
 
 @lru_cache
 def _source_key() -> str:
-    sources = (compiler.source(file) for file in (quantized_linear.FILE, many_rows.FILE))
+    sources = (compiler.source(file) for file in (quantized_linear.FILE, many_rows.FILE, dense.FILE))
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
 def _microseconds(works: Sequence[Callable[[], None]]) -> float:
     """The shortest time of a few runs of all, in a CUDA graph, so that launch overhead is not measured."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    # The model's own stream if possible, as cuBLAS allocates a workspace for each. The default one cannot be captured.
+    stream = before = torch.cuda.current_stream()
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(before)
 
     def all_of_them() -> None:
         for work in works:

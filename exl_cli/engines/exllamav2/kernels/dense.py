@@ -1,0 +1,58 @@
+"""Products of very many rows: weights unpacked by `dequantize.cu`, multiplied by cuBLAS."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
+from exl_cli.engines.exllamav2.kernels.quantized_linear import QuantizedMatrix
+
+FILE, NAME = "dequantize.cu", "dequantize"
+THREADS = 128
+_TILE = 128  # rows and columns of a block
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """Unpack a matrix, then multiply; there is nothing to choose."""
+
+
+class DequantizeArgument(ctypes.Structure):
+    """`Dequantize` of dequantize.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "four", "scale", "block", "perm", "out")),
+        *((name, ctypes.c_uint32) for name in ("n", "k", "stride", "group_shift")),
+    )
+
+
+def defines(matrix: QuantizedMatrix) -> dict[str, int]:
+    """Values of the source's names."""
+    return {"FORMAT": int(matrix.exl2)}
+
+
+def grid(matrix: QuantizedMatrix) -> tuple[int, int]:
+    """Blocks of a launch."""
+    return -(-matrix.n // _TILE), -(-matrix.k // _TILE)
+
+
+def argument(matrix: QuantizedMatrix, out: torch.Tensor) -> DequantizeArgument:
+    """What a launch is given.
+
+    Args:
+        matrix: to unpack.
+        out: float16, shape (k, n), rows at any stride: the matrix in the model's order.
+    """
+    own = matrix.argument()
+    return DequantizeArgument(
+        weight=own.weight, four=own.four, scale=own.scale, block=own.block, perm=matrix.order, out=out.data_ptr(),
+        n=matrix.n, k=matrix.k, stride=out.stride(0), group_shift=own.group_shift,
+    )  # fmt: skip
+
+
+def dequantize(matrix: QuantizedMatrix, out: torch.Tensor, device: torch.device) -> Launch:
+    """A launch that unpacks a matrix; arguments as of `argument`."""
+    return Kernel(FILE, NAME, defines(matrix), device).bind(grid(matrix), THREADS, argument(matrix, out))

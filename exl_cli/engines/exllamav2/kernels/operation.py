@@ -1,0 +1,193 @@
+"""Products with their inputs and outputs, and the launches that compute them, by whichever kernels were chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from exl_cli.engines.exllamav2.kernels import dense, many_rows, norm_rope, quantized_linear
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
+from exl_cli.engines.exllamav2.kernels.many_rows import Config, GemmConfig, Workspace
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, QuantizedMatrix, TileConfig, Variant
+
+# Runs on the current stream, whose handle it is given.
+Run = Callable[[int], None]
+
+
+@dataclass(eq=False)
+class Operation:
+    """A product of an input.
+
+    Attributes:
+        product: of the matrices.
+        rows: of the input.
+        xs: the input for each matrix, float16, rows or more at any stride; several rows in the order of `order`.
+        outs: the output of each matrix likewise; of a pair both are the one output.
+        norms: weight and epsilon of the norm of a single row, for each matrix; none where the input is as it should be.
+        residual: whether the products are added to the outputs.
+        activation: of a gate.
+        places: where in the output each column of a pair goes, and `sources` the other way round; None for in order.
+    """
+
+    product: Product
+    rows: int
+    xs: Sequence[torch.Tensor]
+    outs: Sequence[torch.Tensor]
+    norms: Sequence[tuple[torch.Tensor, float]] = ()
+    residual: bool = False
+    activation: str = "silu"
+    places: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+
+    def argument(self) -> Products:
+        """That of `gemv.cu` and `gemm.cu`."""
+        argument = quantized_linear.argument(self.product, self.rows, self.activation)
+        quantized_linear.connect(argument, self.xs, self.outs)
+        for target, (weight, epsilon) in zip(argument.matrix, self.norms, strict=False):
+            target.norm, target.epsilon = weight.data_ptr(), epsilon
+        if self.residual:
+            for target, out in zip(argument.matrix, self.outs, strict=False):
+                target.add = out.data_ptr()
+        if self.product.paired:
+            argument.matrix[0].scatter = None if self.places is None else self.places.data_ptr()
+        return argument
+
+
+def variant(product: Product, rows: int, config: Config) -> Variant:
+    """The build for a product in a config."""
+    if isinstance(config, TileConfig):
+        return quantized_linear.variant(product, rows, config)
+    if isinstance(config, DenseConfig):
+        return many_rows.dense_variant(product)
+    return many_rows.variant(product, config)
+
+
+class Launcher:
+    """Makes launches of the products of one model on one device.
+
+    Args:
+        device: the GPU.
+        products: one of each kind.
+        shared_bytes, together: as of `many_rows.configs`.
+        scratch: gives so many float16 numbers that nothing else uses while a product runs.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        products: Iterable[Product],
+        shared_bytes: int,
+        *,
+        together: bool,
+        scratch: Callable[[int], torch.Tensor],
+    ) -> None:
+        self._device, self._products = device, [*products]
+        self._shared_bytes, self._together = shared_bytes, together
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        # By whether it is for more rows than `gemv.cu` takes.
+        self._workspaces: dict[bool, Workspace] = {}
+        # A matrix unpacked, and what gates gate.
+        sizes = (matrix.k * matrix.n for product in self._products for matrix in product.matrices)
+        self._weights = scratch(max((size for size in sizes if size <= many_rows.DENSE_NUMBERS), default=0))
+        widest = max((product.matrices[1].n for product in self._products if product.paired), default=0)
+        self._ups = scratch(quantized_linear.MOST_TOKENS * widest)
+
+    def kernel(self, build: Variant) -> Kernel:
+        """Of a build."""
+        return Kernel(build.file, build.name, build.defines, self._device, build.shared_bytes)
+
+    def bind(self, operation: Operation, config: Config) -> Run:
+        """What computes an operation in a config; it may run several times."""
+        product, rows = operation.product, operation.rows
+        if isinstance(config, DenseConfig):
+            return self._dense(operation)
+        kernel, threads = self.kernel(variant(product, rows, config)), 32 * config.warps
+        if isinstance(config, TileConfig):
+            return kernel.bind((product.blocks(config),), threads, operation.argument())
+        if config.apart:
+            return self._apart(operation, config)
+        at_once = min(config.resident, kernel.resident(threads)) * self._processors
+        argument = operation.argument()
+        self._workspace(rows).connect(argument)
+        return kernel.bind((config.blocks(product, rows, at_once),), threads, argument)
+
+    def _apart(self, operation: Operation, config: GemmConfig) -> Run:
+        """Gate and what it gates by a launch without the pair, then put together."""
+        both = replace(operation, product=config.product(operation.product))
+        both.outs = gate, up = [operation.outs[0], self._up(operation)]
+        multiply, put_together = self.bind(both, replace(config, apart=False)), self._gate(operation, gate, up)
+
+        def run(stream: int) -> None:
+            multiply(stream)
+            put_together(stream)
+
+        return run
+
+    def _dense(self, operation: Operation) -> Run:
+        product, rows = operation.product, operation.rows
+        outs = [operation.outs[0], self._up(operation)] if product.paired else operation.outs
+        steps = [
+            self._dense_matrix(matrix, x[:rows], out[:rows, : matrix.n], residual=operation.residual)
+            for matrix, x, out in zip(product.matrices, operation.xs, outs, strict=False)
+        ]
+        if product.paired:
+            steps.append(self._gate(operation, outs[0], outs[1]))
+
+        def run(stream: int) -> None:
+            for step in steps:
+                step(stream)
+
+        return run
+
+    def _dense_matrix(self, matrix: QuantizedMatrix, x: torch.Tensor, out: torch.Tensor, *, residual: bool) -> Run:
+        size, bias = matrix.k * matrix.n, matrix.bias
+        if size > len(self._weights):
+            self._weights = torch.empty(size, dtype=torch.half, device=self._device)
+        weights = self._weights[:size].view(matrix.k, matrix.n)
+        unpack = dense.dequantize(matrix, weights, self._device)
+
+        def run(stream: int) -> None:
+            unpack(stream)
+            if residual:
+                torch.addmm(out, x, weights, out=out)
+                if bias is not None:
+                    out.add_(bias)
+            elif bias is not None:
+                torch.addmm(bias, x, weights, out=out)
+            else:
+                torch.mm(x, weights, out=out)
+
+        return run
+
+    def _up(self, operation: Operation) -> torch.Tensor:
+        """Where what a gate gates is left."""
+        width = operation.product.matrices[0].n
+        return self._ups[: operation.rows * width].view(operation.rows, width)
+
+    def _gate(self, operation: Operation, gate: torch.Tensor, up: torch.Tensor) -> Run:
+        dim, sources = operation.product.matrices[0].n, operation.sources
+        argument = norm_rope.GateArgument(
+            gate=gate.data_ptr(), up=up.data_ptr(), out=gate.data_ptr(), dim=dim, stride=gate.stride(0),
+            perm=None if sources is None else sources.data_ptr(),
+            activation=quantized_linear.ACTIVATIONS[operation.activation],
+        )  # fmt: skip
+        kernel = norm_rope.gate_kernel(self._device, dim)
+        return kernel.bind((operation.rows,), norm_rope.norm_threads(dim), argument)
+
+    def _workspace(self, rows: int) -> Workspace:
+        """Of all products with so many rows, or with others on the same side of the limit of `gemv.cu`."""
+        many = rows > quantized_linear.MOST_ROWS
+        if many not in self._workspaces:
+            floats = tiles = 0
+            for product in self._products:
+                for most in quantized_linear.ROWS:
+                    if many != (most > quantized_linear.MOST_ROWS):
+                        continue
+                    for config in many_rows.configs(product, most, self._shared_bytes, together=self._together):
+                        floats = max(floats, many_rows.partial_floats(config, config.resident * self._processors))
+                        tiles = max(tiles, config.tiles_of(product, most))
+            self._workspaces[many] = Workspace(self._device, floats, tiles)
+        return self._workspaces[many]
