@@ -97,7 +97,7 @@ def resolve_name(model: str, models: Path | None = None) -> ModelInfo:
 
 def _open(path: Path, name: str) -> ModelInfo:
     if store.state(path) == "partial":
-        unfinished = store.read_unfinished(path)
+        unfinished = store.read_marker(path / store.STAGING)
         whole = f"exl download {unfinished.repository}" if unfinished else "downloading it again"
         raise ModelNotFoundError(f"{name} is only partly downloaded", f"{whole} goes on where it stopped")
     return inspect(path, name)

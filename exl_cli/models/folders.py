@@ -159,7 +159,7 @@ def describe(path: Path) -> Entry:
 
 def _described(path: Path, size: int) -> Entry:
     partial = store.state(path) == "partial"
-    marker = store.read_unfinished(path) if partial else store.read_marker(path)
+    marker = store.read_marker(path / store.STAGING if partial else path)
     name = str(marker.repository) if marker else path.name
     if partial:
         return Entry(name, path, size, problem="only partly downloaded", marker=marker, complete=False)

@@ -273,8 +273,6 @@ def _check_variables() -> None:
         path = os.environ.get(name)
         if path and not os.access(path, os.R_OK):
             raise UsageError(f"{name} is {path!r}, which cannot be read", "correct or unset it")
-    if endpoint := os.environ.get("HF_ENDPOINT"):
-        _check_endpoint(endpoint)
 
 
 def _check_endpoint(endpoint: str) -> str:

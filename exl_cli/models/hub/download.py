@@ -14,7 +14,7 @@ from exl_cli.errors import DamagedModelError, DiskError, DownloadError, ModelNot
 from exl_cli.models.hub import store
 from exl_cli.models.hub.branches import fit_warning
 from exl_cli.models.hub.client import Hub
-from exl_cli.models.hub.files import Choice, File, Listing, check_runnable, left_out_pickles, select
+from exl_cli.models.hub.files import Choice, File, Listing, check_runnable, is_pickle, matches, select
 from exl_cli.models.hub.names import Repository
 from exl_cli.models.hub.store import Marker
 from exl_cli.models.hub.transfer import Transfer, run_all
@@ -73,7 +73,8 @@ class Plan:
     @property
     def pickles(self) -> list[str]:
         """Names of the files that the user asked for and will not get."""
-        return left_out_pickles(self.listing.files, self.wanted.choice)
+        names = (file.name for file in self.listing.files)
+        return [name for name in names if is_pickle(name) and matches(name, self.wanted.choice.include)]
 
     @property
     def left_out(self) -> str:

@@ -25,7 +25,6 @@ _NEEDED_BELOW = re.compile(r"additional_chat_templates/.*\.jinja")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|joblib|dill)")
 _BLOCK = 2**20
 
-
 _LARGEST = 2**63 - 1  # of what a file system can hold
 _LONGEST_NAME, _LONGEST_PART = 1024, 255
 # What could lead out of a folder, here or on Windows: parts like "", "." and "..", backslashes, drives, control codes.
@@ -139,7 +138,7 @@ class Choice:
 ALL_NEEDED = Choice()
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
 
 
@@ -152,24 +151,19 @@ def select(files: Sequence[File], choice: Choice) -> list[File]:
     """The files of a listing that are wanted; never a pickled one, nor one with a name that exl keeps for itself."""
 
     def is_chosen(name: str) -> bool:
+        if is_pickle(name) or is_reserved(name) or matches(name, choice.exclude):
+            return False
         if choice.include:
-            return _matches(name, choice.include)
+            return matches(name, choice.include)
         return bool(_NEEDED_BELOW.fullmatch(name) if "/" in name else _NEEDED.fullmatch(name.lower()))
 
     chosen = [file for file in files if is_chosen(file.name)]
-    chosen = [file for file in chosen if not (is_pickle(file.name) or is_reserved(file.name))]
-    chosen = [file for file in chosen if not _matches(file.name, choice.exclude)]
     if choice.include:
         return chosen
     weights = {file.name for file in chosen if file.name.endswith(".safetensors")}
     # Mistral's repositories carry the same weights twice, once in its own naming.
     twins = {name for name in weights if name.startswith("consolidated")}
     return [file for file in chosen if file.name not in twins] if twins < weights else chosen
-
-
-def left_out_pickles(files: Sequence[File], choice: Choice) -> list[str]:
-    """Names of the pickled files that the user asked for with `include`."""
-    return [file.name for file in files if _matches(file.name, choice.include) and is_pickle(file.name)]
 
 
 def weight_bytes(files: Sequence[File]) -> int:

@@ -76,11 +76,6 @@ def read_marker(folder: Path) -> Marker | None:
         return None
 
 
-def read_unfinished(folder: Path) -> Marker | None:
-    """The marker of an unfinished download; None where there is none."""
-    return read_marker(folder / STAGING)
-
-
 def write_marker(folder: Path, marker: Marker) -> None:
     """Declare a folder complete: all at once, or not at all."""
     files = {name: {"size": it.size, "blob_id": it.blob_id, "sha256": it.sha256} for name, it in marker.files.items()}
@@ -96,7 +91,7 @@ def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
     if read_marker(folder) is not None:
         return "complete"
     if (folder / STAGING).exists() or (folder / MARKER).exists():
-        unfinished = read_unfinished(folder)
+        unfinished = read_marker(folder / STAGING)
         return "manual" if unfinished is not None and unfinished.by_hand else "partial"
     return "manual" if any(folder.iterdir()) else "empty"
 
