@@ -154,9 +154,9 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
     watch = Watch(Driver(nvml))
     watch.attach(["GPU-1"])
     assert (watch.driver, watch.joules()) == ("580.1", 1.0)
-    assert watch.used_bytes() is None  # this card withholds it
     for _ in range(4):
         watch.look()
+    assert watch.most_used is None  # this card withholds it
     processes.add(7)  # ours, under whatever number
     assert watch.warnings() == [
         "the GPU's clock was held back at the end of some of 4 repetitions: power cap 2, heat 1",
@@ -169,7 +169,7 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
     assert closed
     for blind in (watch, Watch(Driver(None))):
         blind.look()
-        assert (blind.joules(), blind.used_bytes(), blind.warnings()) == (None, None, [])
+        assert (blind.joules(), blind.most_used, blind.warnings()) == (None, None, [])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ class Watch:
         self.driver: str | None = driver.ask("SystemGetDriverVersion")
         self.slowed: Counter[str] = Counter()
         self.looks = 0
+        self.most_used: int | None = None  # bytes of GPU memory, by all processes
 
     def attach(self, uuids: Sequence[str]) -> None:
         self._handles = self._driver.handles(uuids)
@@ -58,18 +59,11 @@ class Watch:
         links = dict.fromkeys(link for pair in pairs if (link := self._driver.link(*pair)))
         return "; ".join(links) or None
 
-    def used_bytes(self) -> int | None:
-        """GPU memory in use, by all processes."""
-        readings = self._ask("DeviceGetMemoryInfo")
-        return sum(int(reading.used) for reading in readings) if readings else None
-
-    def _ask(self, question: str) -> list[Any]:
-        """The answers of all GPUs; none where one withholds it."""
-        answers = [self._driver.ask(question, handle) for handle in self._handles.values()]
-        return [] if None in answers else answers
-
     def look(self) -> None:
-        """Note why the clocks are held back at this moment, if they are."""
+        """Note how much memory is in use at this moment, and why the clocks are held back, if they are."""
+        memory = [self._driver.ask("DeviceGetMemoryInfo", handle) for handle in self._handles.values()]
+        if memory and None not in memory:
+            self.most_used = max(self.most_used or 0, sum(int(reading.used) for reading in memory))
         reasons = 0
         for handle in self._handles.values():
             # "EventReasons" since driver 535, which knows the older name too.

@@ -50,9 +50,8 @@ class Observer(Protocol):
 
     def note(self, message: str) -> None: ...
 
-    def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None:
-        """Show the repetitions done (the untimed ones count too), and the time left once it can be estimated."""
-        ...
+    # The repetitions done, the untimed ones too, and the time left once it can be estimated.
+    def update(self, what: str, done: int, total: int, eta_seconds: float | None) -> None: ...
 
 
 def jobs(
@@ -238,9 +237,7 @@ class Collector:
         self.result.runs.append(run)
         self.result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
 
-    def fail(self, message: str, hint: str, exit_code: ExitCode) -> None:
-        error = ExlError(message, hint)
-        error.exit_code = exit_code
+    def fail(self, error: ExlError) -> None:
         raise error
 
     def _skip(self, reason: str) -> None:
@@ -345,7 +342,6 @@ class _Bench:
         ids = set(range(min(size, int(self.info.text_config("vocab_size", size))))) - self.tokenizer.special_ids()
         self._prompts, self._given = plan.Prompts(sorted(ids), self.job.settings.seed), 0
         self._facts = dict(self.engine.facts)
-        self._used: int | None = None
 
     def describe(self, load_seconds: float, cold: Cold | None) -> Run:
         """All that is known before the first timed repetition."""
@@ -381,12 +377,11 @@ class _Bench:
         return sample
 
     def _memory(self) -> Memory:
-        """The peaks of this process so far, and the most that was in use on the GPUs when this was called."""
-        cards, used = self.engine.memory(), self.watch.used_bytes()
-        self._used = max((value for value in (self._used, used) if value is not None), default=None)
+        """The peaks so far."""
+        cards = self.engine.memory()
         allocator = sum(card.peak_bytes for card in cards) if cards else None
         by_gpu = {card.device: card.peak_bytes for card in cards}
-        return Memory(readings.read_host().peak_bytes, allocator, self._used, by_gpu)
+        return Memory(readings.read_host().peak_bytes, allocator, self.watch.most_used, by_gpu)
 
     def repetitions(self, warm: Case | None) -> None:
         """Each test once untimed, but the one that has been run; then the repetitions."""
@@ -461,7 +456,7 @@ def main() -> None:
     try:
         work(pickle.load(sys.stdin.buffer), loader.load, out)  # noqa: S301 - written by the process that started this one
     except ExlError as error:
-        out.fail(error.message, error.hint, error.exit_code)
+        out.fail(error)
         sys.exit(ExitCode.INTERNAL)
     except BrokenPipeError:  # the process that started this one is gone
         with contextlib.suppress(OSError):

@@ -258,9 +258,7 @@ def _stats(chat: Conversation, text: str) -> None:
     chat.view.stats(chat.session, readings.read_gpus(memory), readings.read_host())
 
 
-@_command("retry", "answer the last message again")
-def _retry(chat: Conversation, text: str) -> None:
-    chat.retry()
+_command("retry", "answer the last message again")(lambda chat, text: chat.retry())
 
 
 @_command("undo", "remove the last message and its answer, or an attached file")
@@ -283,9 +281,7 @@ def _edit(chat: Conversation, text: str) -> None:
     chat.revise(after)
 
 
-@_command("continue", "continue an answer that was cut off")
-def _continue(chat: Conversation, text: str) -> None:
-    chat.resume()
+_command("continue", "continue an answer that was cut off")(lambda chat, text: chat.resume())
 
 
 @_command("clear", "start a new conversation; the old one stays saved")
@@ -368,9 +364,7 @@ def _copy(chat: Conversation, text: str) -> None:
     chat.view.say(f"copied {len(answer):,} characters")
 
 
-@_command("quit", "quit; the conversation is saved", aliases=("exit", "bye"))
-def _quit(chat: Conversation, text: str) -> None:
-    chat.leave()
+_command("quit", "quit; the conversation is saved", aliases=("exit", "bye"))(lambda chat, text: chat.leave())
 
 
 # --- files, the editor, the clipboard ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ ReadLine = Callable[[str], str | None]
 LEAST_ROOM = 16
 
 
+@dataclass(eq=False)
 class Conversation:
     """A session with its model and settings, driven by input lines.
 
@@ -38,13 +40,11 @@ class Conversation:
     template rejects the conversation, DiskError if the session cannot be saved, and the engine's errors. Text generated
     before the error is kept; otherwise nothing changes. `enter` shows these errors.
 
-    Args:
+    Attributes:
         session: the turns so far; a last message without an answer becomes the draft.
         saving: keep this session in `store`.
         interactive: a person is at the prompt and can react to errors; otherwise the first error sets `exit_code`.
         debug: show tracebacks.
-
-    Attributes:
         draft: a message to offer for editing and sending; empty for none.
         attachments: (name, text) of files that go with the next message.
         exported: files that this conversation has been exported to; only these may be overwritten.
@@ -52,33 +52,22 @@ class Conversation:
         exit_code: exit code of the command.
     """
 
-    def __init__(
-        self,
-        model: ChatModel,
-        session: Session,
-        settings: Settings,
-        loader: ModelLoader,
-        view: ChatView,
-        store: SessionStore,
-        *,
-        saving: bool = True,
-        interactive: bool = True,
-        debug: bool = False,
-    ) -> None:
-        self.model = model
-        self.session = session
-        self.settings = settings
-        self.loader = loader
-        self.view = view
-        self.store = store
-        self.saving = saving
-        self.draft = ""
-        self.attachments: list[tuple[str, str]] = []
-        self.exported: set[Path] = set()
-        self.over = False
-        self.exit_code = ExitCode.OK
-        self._interactive = interactive
-        self._debug = debug
+    model: ChatModel
+    session: Session
+    settings: Settings
+    loader: ModelLoader
+    view: ChatView
+    store: SessionStore
+    saving: bool = True
+    interactive: bool = True
+    debug: bool = False
+    draft: str = ""
+    attachments: list[tuple[str, str]] = field(default_factory=list)
+    exported: set[Path] = field(default_factory=set)
+    over: bool = False
+    exit_code: ExitCode = ExitCode.OK
+
+    def __post_init__(self) -> None:
         # The warning that this input and the one before led to, "interrupt" or "unsaved": leaving takes two in a row.
         self._warned = self._warned_before = ""
         self._redoing = False
@@ -118,7 +107,7 @@ class Conversation:
     def interrupt(self) -> None:
         """Handle Ctrl-C at the prompt: an interactive user has to press it twice to leave."""
         self._warned_before, self._warned = self._warned, ""
-        if not self._interactive:
+        if not self.interactive:
             self.save()
             self.over, self.exit_code = True, ExitCode.INTERRUPTED
         elif self._warned_before:
@@ -130,7 +119,7 @@ class Conversation:
     def leave(self) -> None:
         """Save and end the conversation. If saving fails, an interactive user has to ask a second time."""
         saved, session = self.save(), self.session
-        if not saved and self._interactive and self._warned_before != "unsaved":
+        if not saved and self.interactive and self._warned_before != "unsaved":
             self._warned = "unsaved"
             self.view.note("not saved yet: /export PATH writes it elsewhere, leaving once more gives it up")
             return
@@ -142,8 +131,8 @@ class Conversation:
 
     def _failed(self, error: Exception) -> None:
         """Show an error. Even a bug in exl must not end the conversation."""
-        (self.view.traceback if self._debug else self.view.error)(error)
-        if not self._interactive or self.over:
+        (self.view.traceback if self.debug else self.view.error)(error)
+        if not self.interactive or self.over:
             self.exit_code = self.exit_code or (error.exit_code if isinstance(error, ExlError) else ExitCode.INTERNAL)
 
     # --- saying and answering -----------------------------------------------------------------------------------------

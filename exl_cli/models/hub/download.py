@@ -113,13 +113,8 @@ class Outcome:
 class Observer(Protocol):
     """Takes what a download has to show."""
 
-    def begin(self, plan: Plan) -> None:
-        """Called before the first byte."""
-        ...
-
-    def advance(self, name: str, count: int) -> None:
-        """Called with the bytes that a file gained; negative where some had to be given up."""
-        ...
+    def begin(self, plan: Plan) -> None: ...  # before the first byte
+    def advance(self, name: str, count: int) -> None: ...  # bytes that a file gained; negative where it gave some up
 
 
 def already(wanted: Wanted) -> Outcome | None:

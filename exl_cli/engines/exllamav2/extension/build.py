@@ -43,13 +43,8 @@ class Progress(NamedTuple):
 class Observer(Protocol):
     """Receives notes and progress of a build."""
 
-    def note(self, message: str) -> None:
-        """Report a decision or an event."""
-        ...
-
-    def building(self, progress: Progress) -> None:
-        """Report progress: once at the start, then after each file."""
-        ...
+    def note(self, message: str) -> None: ...
+    def building(self, progress: Progress) -> None: ...  # once at the start, then after each file
 
 
 class Notes:
