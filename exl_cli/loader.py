@@ -115,11 +115,11 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
         return ModelNotFoundError(f"no model named {model!r}", near)
     if len(model.split()) > 1:
         return SentenceError(
-            f"no model named {model!r}", f"give a folder with a model in it, or {BUILTIN} for the built-in one"
+            f"no model named {model!r}", f"give the folder of a model, or {BUILTIN} for the built-in one"
         )
     return ModelNotFoundError(
         f"no model named {model!r} here, nor in {folder}",
-        f"give a folder with a model in it, or {BUILTIN} for the built-in one",
+        f"give the folder of a model, or {BUILTIN} for the built-in one",
     )
 
 

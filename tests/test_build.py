@@ -69,7 +69,7 @@ def test_the_local_gpu_is_compiled_for_and_tested(machine: Machine, tmp_path: Pa
     result = machine.run("build", PATH=str(programs), TORCH_EXTENSIONS_DIR="")
     assert result.returncode == 0, result.stderr
     assert "for sm_86 in" in result.stderr
-    assert "tried on Fake GPU" in result.stderr
+    assert "tested on Fake GPU" in result.stderr
     assert "compute_86,code=sm_86" in machine.log.read_text()
     assert Path(result.stdout.strip()).is_relative_to(machine.root / "cache" / "exl" / "extensions")
 

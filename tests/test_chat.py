@@ -122,7 +122,7 @@ def test_continue_goes_on_with_the_last_session_and_its_model(gptq_dir: Path, da
     script = Script(["a", "b"])
     result = chat(script, "", "--continue")
     assert (result.exit_code, script.engines) == (2, [])
-    assert "error: there is no saved session in " in result.stderr
+    assert "error: no saved sessions in " in result.stderr
     chat(script, "one\n", "other", "--session", "first")
     chat(script, "two\n", "--session", "second")
     os.utime(data / "sessions" / "first.json")
@@ -137,7 +137,7 @@ def test_a_session_whose_model_is_gone_says_how_to_go_on(gptq_dir: Path, data: P
     shutil.rmtree(tmp_path / "models")
     result = chat(Script(["b"]), "two\n", "--continue")
     assert result.exit_code == 3
-    assert "which session trip used; exl chat MODEL --session trip continues with another" in result.stderr
+    assert "(used by session trip); to use another model, run exl chat MODEL --session trip" in result.stderr
     assert chat(Script(["b"]), "two\n", "fable-7m", "--session", "trip").stdout == "b\n"
 
 

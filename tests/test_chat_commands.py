@@ -23,7 +23,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     hints |= dict.fromkeys(("/xyzzy", "/?x", "/  "), "/help lists them")
     result = chat(Script(["ok"]), "\n".join(hints) + "\n")
     for line, (typed, hint) in zip(result.stderr.splitlines()[1:], hints.items(), strict=True):
-        assert line.startswith(f"error: there is no command {typed.lower().rstrip()}; {hint}")
+        assert line.startswith(f"error: unknown command {typed.lower().rstrip()}; {hint}")
     assert (result.stdout, result.exit_code) == ("", 2)
 
 

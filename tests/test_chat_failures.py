@@ -94,7 +94,7 @@ def test_a_sentence_in_the_models_place_is_meant_as_a_message() -> None:
     result = chat(Script(["ok"]), "", "Hello there")
     assert result.exit_code == 3
     assert result.stderr == (
-        "error: no model named 'Hello there'; if that is a message, start exl chat first and type it there\n"
+        "error: no model named 'Hello there'; if that is a message, start exl chat and type it there\n"
     )
 
 

@@ -168,7 +168,7 @@ def test_the_table_names_the_local_gpus(hub: FakeHub, repository: Repository, tm
     ask = partial(download_command, hub, tmp_path, repository.id, "--branches")
     result = ask("--cache", "q4", CUDA_VISIBLE_DEVICES="GPU-aaaa", COLUMNS="120")
     assert result.exit_code == 0
-    assert result.stderr == "fits: on Card GPU-aaaa, 6.0 GiB\n"
+    assert result.stderr == "GPU memory: Card GPU-aaaa, 6.0 GiB\n"
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines() if line.strip()}
     assert rows["4.0bpw"].startswith("EXL2 4.0 bpw 4.1 GB ")
     assert rows["4.0bpw"].endswith("yes")
@@ -177,7 +177,7 @@ def test_the_table_names_the_local_gpus(hub: FakeHub, repository: Repository, tm
 
     both = ask("--json", CUDA_VISIBLE_DEVICES="0,1")
     assert {branch["name"]: branch["fits"] for branch in json.loads(both.stdout)}["fp16"] is True
-    assert ask(CUDA_VISIBLE_DEVICES="").stderr == "no NVIDIA GPU here to fit; use --vram 24 for one with 24 GiB\n"
+    assert ask(CUDA_VISIBLE_DEVICES="").stderr == "no NVIDIA GPU found; use --vram 24 to check for one with 24 GiB\n"
     assert ask("--vram", "much").exit_code == ExitCode.USAGE
 
 

@@ -195,7 +195,7 @@ def test_at_a_terminal_a_person_is_asked_with_the_size(hub: FakeHub, folder: Pat
     command = (sys.executable, ["-c", ASK_TWICE])
     with pexpect.spawn(*command, env=env, timeout=60, encoding="utf-8", dimensions=(24, 200)) as terminal:
         for answer, then in (("no", "acme/tiny is not in"), ("", "got acme/tiny")):
-            terminal.expect_exact(f"acme/tiny is not on this machine. Download 3 MB to {folder}? [Y/n] ")
+            terminal.expect_exact(f"acme/tiny is not downloaded yet. Download 3 MB to {folder}? [Y/n] ")
             assert not folder.exists()
             terminal.sendline(answer)
             terminal.expect_exact(then)

@@ -304,7 +304,7 @@ def test_rm_waits_for_no_download(models: Path) -> None:
 
 def test_rm_asks_and_an_empty_answer_is_no(models: Path) -> None:
     piped = command(models, "rm", "mine")
-    asks = "error: exl rm asks for confirmation, and there is no terminal to ask on; add --yes\n"
+    asks = "error: cannot ask for confirmation without a terminal; add --yes\n"
     assert (piped.exit_code, piped.stderr) == (2, asks)
     thrice = "from exl_cli.cli.app import app\nfor _ in range(3): app(['rm', 'mine'], standalone_mode=False)"
     env = {**os.environ, "EXL_MODELS_DIR": str(models), "TERM": "xterm"}

@@ -149,7 +149,7 @@ def test_a_special_token_in_a_prompt_is_text_with_a_note(
     ids = scripted.engines[-1].requests[-1].ids
     assert [tokenizer.token(id_) for id_ in ids if id_ in tokenizer.special_ids()] == special
     assert prompt_of(scripted, exl2_dir) == text
-    said = "<|im_end|>, <|im_start|> in the prompt is read as text, not as a special token\n"
+    said = "<|im_end|>, <|im_start|> in the prompt is treated as text, not as a special token\n"
     assert (said in result.stderr) == ("--raw" not in args)
     assert run(scripted, *args, "--show-prompt").stdout.removesuffix("\n") == text.removesuffix("\n")
     assert json.loads(run(scripted, *args, "--show-prompt", "--json").stdout)["prompt"] == text
@@ -266,7 +266,7 @@ def test_a_sentence_in_the_models_place_is_meant_as_a_prompt(scripted: ScriptedL
     for command in ("bench", "show"):
         result = CliRunner().invoke(app, [command, "Hello there"])
         assert result.exit_code == 3
-        assert "no model named 'Hello there'; give a folder with a model in it" in result.stderr
+        assert "no model named 'Hello there'; give the folder of a model" in result.stderr
         assert "-p" not in result.stderr
 
 

@@ -86,7 +86,10 @@ def test_a_signal_finishes_running_requests_and_refuses_new_ones() -> None:
     with scripted("--host", "0.0.0.0", "--log-prompts") as server:  # noqa: S104
         drain(server)
     text = "".join(server.log)
-    assert "WARNING: anyone who can reach 0.0.0.0 can use these models; --api-key-file requires keys" in text
+    assert (
+        "WARNING: no API key is required, so anyone who can reach 0.0.0.0 can use these models; see --api-key-file"
+        in text
+    )
     assert "fable-7m is ready: 1,024 tokens" in text
     assert "stopping: 1 generations under way have 120 s" in text
     assert 'prompt: "user' in text
@@ -180,12 +183,12 @@ def empty(tmp_path: Path) -> str:
         ("--api-key-file {empty}.none", 2, "--api-key-file {empty}.none cannot be read: No such file"),
         ("no/such-model", 3, "download it: exl download no/such-model"),
         ("fable-7m no/such-model", 3, "no/such-model is not in"),
-        ("fable-7m fable-7m", 2, "two models are called fable-7m"),
-        ("--idle-unload soon", 2, "--idle-unload must be a time, got 'soon'; write it as 90s, 15m or 2h"),
-        ("--grace -1", 2, "--grace must be a time, got '-1'"),
-        ("--served-name x=y", 2, "--served-name x=y: 'y' is not one of the models"),
-        ("--served-name fable-7m", 2, "--served-name fable-7m: the name is empty or taken"),
-        ("--cache-per-key", 2, "--cache-per-key needs keys; add --api-key-file"),
+        ("fable-7m fable-7m", 2, "two models have the name fable-7m"),
+        ("--idle-unload soon", 2, "--idle-unload must be a duration, got 'soon'; write it as 90s, 15m or 2h"),
+        ("--grace -1", 2, "--grace must be a duration, got '-1'"),
+        ("--served-name x=y", 2, "--served-name x=y: 'y' is not being served"),
+        ("--served-name fable-7m", 2, "--served-name fable-7m: the name is empty or already taken"),
+        ("--cache-per-key", 2, "--cache-per-key needs API keys; add --api-key-file"),
         ("--port 70000", 2, "--port must be at least 0 and at most 65535"),
         ("--queue -1", 2, "--queue must be at least 0"),
     ],

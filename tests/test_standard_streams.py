@@ -28,7 +28,7 @@ def shell(arguments: str, redirection: str, **more: str) -> subprocess.Completed
 def test_a_full_disk_under_stdout(arguments: str) -> None:
     done = shell(arguments, ">/dev/full")
     assert done.stderr.splitlines() == [
-        "error: cannot write the output: No space left on device; make room, or write it elsewhere"
+        "error: cannot write to stdout: No space left on device; free some space, or write it elsewhere"
     ]
     assert done.returncode == ExitCode.DISK
 
@@ -36,7 +36,7 @@ def test_a_full_disk_under_stdout(arguments: str) -> None:
 @pytest.mark.parametrize("arguments", ["--version", f"{RUN} --show-prompt -q"])
 def test_a_closed_stdout_is_an_output_that_cannot_be_written(arguments: str) -> None:
     done = shell(arguments, ">&-")
-    assert done.stderr.startswith("error: cannot write the output: Bad file descriptor; stdout is closed")
+    assert done.stderr.startswith("error: cannot write to stdout: Bad file descriptor; stdout is closed")
     assert done.stderr.count("\n") == 1
     assert done.returncode == ExitCode.DISK
 

@@ -26,18 +26,18 @@ SEE_RUN = "see exl run --help"
         ("run --cache z", f"--cache must be fp16, q8, q6 or q4, got 'z'; {SEE_RUN}"),
         ("run --top-p", f"--top-p needs a value; {SEE_RUN}"),
         ("run --quiet=1", f"--quiet takes no value; {SEE_RUN}"),
-        ("run --tempratur 1", f"there is no option --tempratur; did you mean --temperature{{}}? {SEE_RUN}"),
-        ("run -Z", f"there is no option -Z; {SEE_RUN}"),
-        ("run a b c d", f"too many arguments: c d; put text with spaces in quotes; {SEE_RUN}"),
-        ("download", "MODEL is missing; see exl download --help"),
+        ("run --tempratur 1", f"unknown option --tempratur; did you mean --temperature{{}}? {SEE_RUN}"),
+        ("run -Z", f"unknown option -Z; {SEE_RUN}"),
+        ("run a b c d", f"too many arguments: c d; quote text that contains spaces; {SEE_RUN}"),
+        ("download", "MODEL is required; see exl download --help"),
         (
             "doctor --timeout 0.05",
             "--timeout must be at least 0.1 and at most 86400, got '0.05'; see exl doctor --help",
         ),
         ("doctor --timeout inf", "--timeout must be at least 0.1 and at most 86400, got 'inf'; see exl doctor --help"),
-        ("frobnicate", "there is no command 'frobnicate'; see exl --help"),
-        ("dowload x", "there is no command 'dowload'; did you mean exl download? see exl --help"),
-        ("--frob", "there is no option --frob; see exl --help"),
+        ("frobnicate", "unknown command 'frobnicate'; see exl --help"),
+        ("dowload x", "unknown command 'dowload'; did you mean exl download? see exl --help"),
+        ("--frob", "unknown option --frob; see exl --help"),
     ],
 )
 def test_a_line_that_cannot_be_read(line: str, said: str) -> None:
@@ -54,7 +54,7 @@ def test_a_prompt_in_the_place_of_the_command() -> None:
     result = CliRunner().invoke(app, ["Once upon a time"])
     assert result.exit_code == ExitCode.USAGE
     assert result.stderr == (
-        "error: 'Once upon a time' is not a command; a prompt goes after run: exl run -p 'Once upon a time'\n"
+        "error: unknown command 'Once upon a time'; to run a prompt, use exl run -p 'Once upon a time'\n"
     )
 
 

@@ -117,7 +117,7 @@ def find(word: str) -> Command:
     if name not in _BY_ANY_NAME:
         hint = "/help lists them; a message may begin with a space before the slash"
         near = did_you_mean(name, filter(str.isalpha, _BY_ANY_NAME), "did you mean /{}?", 0.5)
-        raise UsageError(f"there is no command /{name}", near or hint)
+        raise UsageError(f"unknown command /{name}", near or hint)
     return _BY_ANY_NAME[name]
 
 

@@ -65,7 +65,7 @@ class _Group(typer.core.TyperGroup):
             abandon_stdout()
             code = ExitCode.BROKEN_PIPE
         except typer.Abort:
-            code = _say(ExlError("stopped: the input ended"))
+            code = _say(ExlError("aborted: end of input"))
         if standalone_mode:
             sys.exit(code)
         return code
@@ -112,7 +112,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='Start with: exl run -p "Once upon a time"\n\nEach command has examples in its help: exl run --help',
+    epilog='Get started: exl run -p "Once upon a time"\n\nEach command has examples in its help: exl run --help',
 )
 
 
@@ -126,13 +126,13 @@ def _version(wanted: bool) -> None:
 def root(
     ctx: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="EXL_DEBUG", help="Show a traceback with every error.")
+        bool, typer.Option("--debug", envvar="EXL_DEBUG", help="Show a traceback when a command fails.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Run GPTQ and EXL2 language models on an NVIDIA GPU, or on any CPU."""
+    """Run GPTQ and EXL2 language models on an NVIDIA GPU or any CPU."""
     state = ctx.ensure_object(State)
     state.debug = debug
     if state.owns_process and not debug:
@@ -178,8 +178,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     ),
     "batch": (
         batch.batch,
-        "exl batch prompts.jsonl -o answers.jsonl --model MODEL",
-        'exl batch reviews.csv -o answers.jsonl --model MODEL --template "Translate: {text}"',
+        "exl batch prompts.jsonl -o responses.jsonl --model MODEL",
+        'exl batch reviews.csv -o responses.jsonl --model MODEL --template "Translate: {text}"',
     ),
     "bench": (
         bench.bench,

@@ -46,10 +46,13 @@ def batch(
     loading: LoadOptions,
     sampling: SamplingFlags,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="JSON lines, lines of text, CSV or Parquet; - is stdin.")
+        list[str], typer.Argument(metavar="INPUT", help="JSON Lines, plain text, CSV or Parquet; - is stdin.")
     ],
     output: Annotated[
-        str, output_option("--output", "-o", help="File for the answers, or a folder for several; - is stdout.")
+        str,
+        output_option(
+            "--output", "-o", metavar="PATH", help="Output file, or a folder for several inputs; - is stdout."
+        ),
     ],
     model: Annotated[
         str | None,
@@ -57,72 +60,100 @@ def batch(
             "--model", "-m", metavar="MODEL", help="Model, as for exl run.", autocompletion=folders.complete_model
         ),
     ] = None,
-    system: Annotated[str | None, _prompts("--system", "-s", help="System message for plain prompts.")] = None,
+    system: Annotated[
+        str | None, _prompts("--system", "-s", metavar="TEXT", help="System message for plain prompts.")
+    ] = None,
     template: Annotated[
         str | None,
-        _prompts("--template", help="Build each prompt from the line's fields, e.g. 'Translate: {text}'."),
+        _prompts(
+            "--template", metavar="TEXT", help="Build each prompt from the line's fields, e.g. 'Translate: {text}'."
+        ),
     ] = None,
-    raw: Annotated[
-        bool, _prompts("--raw", help="Continue plain prompts as they are, without a chat template.")
-    ] = False,
+    raw: Annotated[bool, _prompts("--raw", help="Send plain prompts as they are, without a chat template.")] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens for lines that set none \\[512]."),
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            metavar="N",
+            min=1,
+            help="Maximum number of new tokens, unless a line sets its own. \\[default: 512]",
+        ),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this string; repeatable.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Each line's seed is derived from this and its id.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop at this string; repeatable.")
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", metavar="N", min=0, help="Random seed; each line's seed is derived from it and the line's id."
+        ),
+    ] = 0,
     eval_field: Annotated[
         str | None,
-        _scoring("--eval", metavar="FIELD", help="Score the answers against this field or column of the input."),
+        _scoring("--eval", metavar="FIELD", help="Score the responses against this field or column of the input."),
     ] = None,
     eval_by: Annotated[
         list[str] | None,
         _scoring(
             "--eval-by",
-            help="exact, regex (the field is a pattern) or json (equal values); repeatable \\[exact].",
+            metavar="METRIC",
+            help="exact, regex (the field is a pattern) or json (equal values); repeatable. \\[default: exact]",
         ),
     ] = None,
     flat: Annotated[
         bool, output_option("--flat", help="Write only the text, finish reason and token counts of each response.")
     ] = False,
-    ordered: Annotated[bool, output_option("--ordered", help="Write answers in input order.")] = False,
+    ordered: Annotated[bool, output_option("--ordered", help="Write responses in input order.")] = False,
     retry_errors: Annotated[bool, _work("--retry-errors", help="Retry lines that failed in earlier runs.")] = False,
     mix: Annotated[
-        bool, _work("--mix", help="Append even if the file has answers from another model or settings.")
+        bool, _work("--mix", help="Append even if the file has responses from another model or other settings.")
     ] = False,
     strict: Annotated[bool, _work("--strict", help="Stop at the first line that fails.")] = False,
     shard: Annotated[
         str | None,
         _work(
-            "--shard", metavar="I/N", help="Answer only shard I of N, counting from 0; the output file name gets both."
+            "--shard",
+            metavar="I/N",
+            help="Process only shard I of N, counting from 0; both go into the output's file name.",
         ),
     ] = None,
     sequences: Annotated[
         int | None,
-        loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 256]."),
+        loading_option(
+            "--sequences",
+            metavar="N",
+            min=1,
+            help="Full-length sequences to make room for in the KV cache. \\[default: up to 256]",
+        ),
     ] = None,
     gpus: Annotated[
-        str | None, _many("--gpus", metavar="all|N", help="Run an engine on each GPU of this machine, or on N of them.")
+        str | None,
+        _many("--gpus", metavar="all|N", help="Run one engine on each GPU of this machine, or on N of them."),
     ] = None,
     ray: Annotated[
         str | None,
-        _many("--ray", metavar="ADDRESS", help="Run engines on a Ray cluster; auto is the one running here."),
+        _many(
+            "--ray", metavar="ADDRESS", help="Run engines on a Ray cluster; auto is the one this machine belongs to."
+        ),
     ] = None,
     models_dir: ModelsDir = None,
     download: Download = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer a file of prompts; the same command resumes an interrupted job."""
+    """Process a file of prompts; the same command resumes an interrupted job."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
     prompt_texts.check_text(("--system", system), ("--template", template), ("--stop", stop))
     index, shards = _shard(shard)
     if ordered and retry_errors:
-        raise UsageError(f"{param('ordered')} and {param('retry_errors')} cannot be combined", "drop one of them")
+        raise UsageError(f"{param('ordered')} cannot be combined with {param('retry_errors')}", "drop one of them")
     if eval_by and eval_field is None:
         raise UsageError(f"{param('eval_by')} needs {param('eval')}", f"name the field with {param('eval')}")
     if eval_field is not None and "-" in (*prompts, output):
-        raise UsageError(f"{param('eval')} reads input and output a second time", "use files")
+        raise UsageError(
+            f"{param('eval')} reads the input and the output a second time", "use files, not stdin or stdout"
+        )
     engine_count = _engine_count(gpus)
     if uses_ray := gpus is not None or ray is not None:
         _check_ray(param("gpus") if ray is None else param("ray"), [*prompts, output], ordered=ordered)
@@ -183,7 +214,7 @@ def batch(
             else:
                 sink = AnswerFile(path, made, mix=mix, retry_errors=retry_errors)
                 if sink.damaged:
-                    console.note(f"{path}: {sink.damaged:,} damaged lines were taken out, and are answered again")
+                    console.note(f"{path}: {sink.damaged:,} damaged lines removed; their prompts run again")
             names = ModelNames(info, model, models_dir)
             try:
                 with BatchProgress(console) as view, cancel_on_interrupt(engines.stop):
@@ -209,7 +240,7 @@ def batch(
         console.note(f"ignored fields: {', '.join(sorted(ignored)[:20])}")
     if failed:
         again = "" if output == "-" else f"; {param('retry_errors')} retries them"
-        console.note(f"{failed:,} lines failed: their errors are in the output{again}")
+        console.note(f"{failed:,} lines failed; the output has their errors{again}")
         raise typer.Exit(ExitCode.LINES_FAILED)
 
 
@@ -234,20 +265,22 @@ def _engine_count(text: str | None) -> int | None:
 def _check_ray(option: str, paths: list[str], *, ordered: bool) -> None:
     """Refuse what many engines cannot do."""
     if ordered:
-        raise UsageError(f"{option} and {param('ordered')} cannot be combined", "drop one of them")
+        raise UsageError(f"{option} cannot be combined with {param('ordered')}", "drop one of them")
     if wrong := next((path for path in paths if path == "-" or Path(path).is_fifo()), None):
-        raise UsageError(f"{option} needs files, and {wrong} is a pipe", "use files")
+        raise UsageError(f"{option} needs files, and {wrong} is a pipe", "use files, not stdin or stdout")
 
 
 def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict[Path, Path | None]:
     """Where the answers to each input go: None for standard output."""
     if str(output) == "-":
         if len(prompts) > 1:
-            raise UsageError("several inputs need several outputs", f"give a folder with {param('output')}")
+            raise UsageError(
+                "several inputs need a folder for the output", f"pass an existing folder to {param('output')}"
+            )
         return {prompts[0]: None}
     if output.is_dir() or len(prompts) > 1:
         if output.exists() and not output.is_dir():
-            raise UsageError(f"{output} is not a folder", f"give one for several inputs with {param('output')}")
+            raise UsageError(f"{output} is not a folder", f"with several inputs, {param('output')} must be a folder")
         if any(str(path) == "-" for path in prompts):
             raise UsageError("standard input has no file name to use in a folder", "give a file")
         paths = {path: output / _output_name(path) for path in prompts}
@@ -256,7 +289,7 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict
     if shards > 1:
         paths = {k: path.with_name(f"{path.stem}.{shard}-of-{shards}{path.suffix}") for k, path in paths.items()}
     if len(set(paths.values())) < len(prompts):
-        raise UsageError("two inputs have the same name", "rename one, or run them one by one")
+        raise UsageError("two inputs have the same name", "rename one, or run them separately")
     for path in paths.values():
         if path.exists() and any(str(given) != "-" and path.samefile(given) for given in prompts if given.exists()):
             raise UsageError(f"{path} is an input", f"choose another {param('output')}")

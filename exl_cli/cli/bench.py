@@ -15,7 +15,7 @@ from exl_cli.models import folders
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.ui.console import Console
 
-_tests = partial(typer.Option, rich_help_panel="What to measure")
+_tests = partial(typer.Option, rich_help_panel="Tests")
 _comparing = partial(typer.Option, rich_help_panel="Comparing")
 
 Output = Literal["table", "md", "csv", "json", "jsonl"]
@@ -31,26 +31,35 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Models, as for exl run (default fable-7m); or one saved result (.json), to display it.",
+            help="Models, as for exl run; or a saved result (.json) to display. \\[default: fable-7m]",
             show_default=False,
             autocompletion=folders.complete_model,
         ),
     ] = None,
     prompt_tokens: Annotated[
-        str | None, _tests("--prompt-tokens", "-p", help="Prompt lengths, e.g. 512,2048 \\[512].")
+        str | None,
+        _tests("--prompt-tokens", "-p", metavar="N,…", help="Prompt lengths, e.g. 512,2048. \\[default: 512]"),
     ] = None,
     new_tokens: Annotated[
-        str | None, _tests("--new-tokens", "-n", help="Generation lengths, e.g. 128,512 \\[128].")
+        str | None,
+        _tests("--new-tokens", "-n", metavar="N,…", help="Generation lengths, e.g. 128,512. \\[default: 128]"),
     ] = None,
-    depth: Annotated[str, _tests("--depth", "-d", help="Tokens of context before generation, e.g. 0,4096.")] = "0",
-    batch: Annotated[str, _tests("--batch", help="Concurrent requests, e.g. 1,4,16.")] = "1",
-    caches: Annotated[str | None, _tests("--caches", help="KV cache types to test, e.g. fp16,q4 \\[--cache].")] = None,
-    repetitions: Annotated[int, _tests("--repetitions", "-r", min=1, max=1000, help="Repetitions of each test.")] = 5,
+    depth: Annotated[
+        str, _tests("--depth", "-d", metavar="N,…", help="Tokens of context before generation, e.g. 0,4096.")
+    ] = "0",
+    batch: Annotated[str, _tests("--batch", metavar="N,…", help="Concurrent requests, e.g. 1,4,16.")] = "1",
+    caches: Annotated[
+        str | None,
+        _tests("--caches", metavar="TYPE,…", help="KV cache types to test, e.g. fp16,q4. \\[default: that of --cache]"),
+    ] = None,
+    repetitions: Annotated[
+        int, _tests("--repetitions", "-r", metavar="N", min=1, max=1000, help="Repetitions of each test.")
+    ] = 5,
     quick: Annotated[bool, _tests("--quick", help="Shorter tests: 128 prompt and 32 new tokens.")] = False,
     perplexity: Annotated[
-        Path | None, _tests("--perplexity", metavar="FILE", help="Also compute the perplexity of this text.")
+        Path | None, _tests("--perplexity", metavar="FILE", help="Also compute the perplexity of this text file.")
     ] = None,
-    seed: Annotated[int, _tests("--seed", min=0, help="Seed for prompts, test order and sampling.")] = 0,
+    seed: Annotated[int, _tests("--seed", metavar="N", min=0, help="Seed for prompts, test order and sampling.")] = 0,
     compare: Annotated[
         Path | None, _comparing("--compare", metavar="OLD.json", help="Compare with a saved result.")
     ] = None,
@@ -58,9 +67,10 @@ def bench(
         float | None,
         _comparing(
             "--fail-under",
+            metavar="RATIO",
             min=0.01,
             max=10.0,
-            help="Exit with 11 if a test drops below this share of --compare, e.g. 0.95.",
+            help="Exit with code 11 if a test drops below this fraction of --compare, e.g. 0.95.",
         ),
     ] = None,
     output: Annotated[Output, output_option("--output", "-o", help="Output format.")] = "table",
@@ -69,7 +79,7 @@ def bench(
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how fast models run and how close that is to the hardware's limit."""
+    """Measure how fast models run, and how close that is to the hardware's limit."""
     # Imported here to keep `exl --help` fast.
     from exl_cli.bench import outputs, plan, runner
     from exl_cli.bench.compare import compare as compared
@@ -80,7 +90,7 @@ def bench(
     state: State = ctx.obj
     console = Console(quiet=quiet)
     if fail_under is not None and compare is None:
-        raise UsageError("--fail-under needs a result to compare with", "pass a saved one with --compare")
+        raise UsageError("--fail-under needs a result to compare with", "add --compare OLD.json")
     before = None if compare is None else outputs.load(compare)
     for path, name in ((save, "save"), (report, "report")):
         if path is not None:

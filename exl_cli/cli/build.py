@@ -22,7 +22,7 @@ def build(
     arch: Annotated[
         str | None,
         typer.Option(
-            "--arch", metavar="LIST", help="GPU architectures, e.g. 8.6 or sm_86,sm_90 [dim]\\[this machine's][/dim]."
+            "--arch", metavar="LIST", help="GPU architectures, e.g. 8.6 or sm_86,sm_90. \\[default: this machine's]"
         ),
     ] = None,
     out: Annotated[
@@ -30,13 +30,19 @@ def build(
         typer.Option(
             "--out",
             metavar="FOLDER",
-            help="Also write a wheel to this folder, for machines with the same Python, torch and kind of GPU: "
+            help="Also write a wheel to this folder, for machines with the same Python, torch and GPU architecture: "
             "pip install FOLDER/exllamav2_ext-….whl.",
         ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", min=1, help="Compiler processes [dim]\\[as cores and memory allow][/dim]."),
+        typer.Option(
+            "--jobs",
+            "-j",
+            metavar="N",
+            min=1,
+            help="Compiler processes. \\[default: as many as cores and memory allow]",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Recompile everything.")] = False,
     quiet: Quiet = False,
@@ -44,7 +50,7 @@ def build(
 ) -> None:
     """Compile exllamav2's CUDA extension for this machine's GPU.
 
-    This takes a few minutes, once per machine. exl run does it if needed.
+    This takes a few minutes, once per machine. exl run does it automatically if needed.
     """
     console = Console(quiet=quiet)
     archs = _archs(arch)
@@ -64,17 +70,17 @@ def build(
             result = extension.build(shown, archs=archs, max_jobs=jobs, again=force, gpus=gpus)
     library, facts = result.path, result.facts
     if result.compiled:
-        where = f", tried on {', '.join(result.gpus)}" if result.gpus else ""
+        where = f", tested on {', '.join(result.gpus)}" if result.gpus else ""
         console.note(
             f"compiled exllamav2's extension for {compiled.spoken(facts.archs)} in {clock_time(facts.seconds)}: "
             f"{result.compiled} files{where}; log: {result.log}"
         )
     else:
-        on = f"on {facts.built[:10]} (--force does it again)"
+        on = f"on {facts.built[:10]} (--force recompiles it)"
         console.note(f"already compiled for {compiled.spoken(facts.archs)}, {on}")
     wheel = None
     if out is not None:
-        with disk_errors(f"cannot write the wheel to {out}", "choose another --out"):
+        with disk_errors(f"cannot write the wheel to {out}", "choose another folder with --out"):
             wheel = write_wheel(library, facts, out)
         console.note(f"on the other machine: pip install {wheel.name}")
     if as_json:

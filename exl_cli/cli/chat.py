@@ -34,17 +34,17 @@ def chat(
     loading: LoadOptions,
     sampling: SamplingFlags,
     model: ModelArgument = None,
-    system: Annotated[str | None, _option("--system", "-s", help="System message.")] = None,
+    system: Annotated[str | None, _option("--system", "-s", metavar="TEXT", help="System message.")] = None,
     session: Annotated[
-        str | None, _option("--session", metavar="NAME", help="Resume this session, or start it.")
+        str | None, _option("--session", metavar="NAME", help="Resume this session, or start a new one of this name.")
     ] = None,
     go_on: Annotated[bool, _option("--continue", "-c", help="Resume the last session.")] = False,
-    no_save: Annotated[bool, _option("--no-save", help="Write nothing to disk.")] = False,
+    no_save: Annotated[bool, _option("--no-save", help="Do not save the conversation.")] = False,
     on_overflow: Annotated[
         Overflow | None,
         _option(
             "--on-overflow",
-            help="When the context is full: drop the oldest turns, or refuse to answer \\[trim].",
+            help="When the context is full: drop the oldest turns, or stop. \\[default: trim]",
             show_default=False,
         ),
     ] = None,
@@ -53,25 +53,33 @@ def chat(
         typer.Option(
             "--max-new-tokens",
             "-n",
+            metavar="N",
             min=1,
-            help=f"Maximum number of tokens per answer \\[{DEFAULT_NEW_TOKENS}].",
+            help=f"Maximum number of tokens per response. \\[default: {DEFAULT_NEW_TOKENS}]",
             show_default=False,
         ),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop an answer at this string; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop a response at this string; repeatable.")
+    ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, help="Random seed; the same seed gives the same conversation \\[random]."),
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            help="Random seed; the same seed gives the same conversation. \\[default: random]",
+        ),
     ] = None,
-    markdown: Annotated[bool, _option("--markdown", help="Render answers as Markdown on a terminal.")] = False,
+    markdown: Annotated[bool, _option("--markdown", help="Render responses as Markdown on a terminal.")] = False,
     hide_thinking: Annotated[bool, _option("--hide-thinking", help="Hide the model's reasoning.")] = False,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
     """Chat with a model; /help lists the commands.
 
-    Input comes from the terminal or a pipe: each line is a message or a command, and \"\"\" starts and ends a message
-    of several lines. Answers go to stdout, everything else to stderr. Sessions are saved in EXL_DATA_DIR, or in your
+    Input is read from the terminal or a pipe: each line is a message or a command, and \"\"\" starts and ends a message
+    of several lines. Responses go to stdout, everything else to stderr. Sessions are saved in EXL_DATA_DIR, or in your
     user data folder.
     """
     state: State = ctx.obj
@@ -105,7 +113,9 @@ def chat(
         if saved.turns:
             console.resumed(saved)
         elif interactive:
-            console.note("/help lists the commands. Alt-Enter: new line, Ctrl-C: stop the answer, Ctrl-D: quit")
+            console.note(
+                "/help lists commands · Alt-Enter inserts a newline · Ctrl-C stops the response · Ctrl-D exits"
+            )
         with handling(_leave, signal.SIGTERM, signal.SIGHUP):
             talk.run(_reader(talk, console, interactive=interactive, keep_history=not no_save))
     finally:
@@ -116,11 +126,11 @@ def chat(
 
 def _session(store: SessionStore, name: str | None, *, go_on: bool) -> Session:
     if name is not None and go_on:
-        raise UsageError("--session and --continue both choose the session", "use one of them")
+        raise UsageError("--session cannot be combined with --continue", "drop one of them")
     if go_on:
         names = store.names()
         if not names:
-            raise UsageError(f"there is no saved session in {store.folder}", "start one without --continue")
+            raise UsageError(f"no saved sessions in {store.folder}", "start one by leaving out --continue")
         return store.load(names[0])
     if name is None:
         return Session()
@@ -134,13 +144,13 @@ def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
     except loader.SentenceError as error:
         if name is None:
             raise
-        hint = "if that is a message, start exl chat first and type it there"
+        hint = "if that is a message, start exl chat and type it there"
         raise ModelNotFoundError(error.message, hint) from error
     except ModelNotFoundError as error:
         if name is not None:
             raise
-        hint = f"exl chat MODEL --session {session.name} continues with another"
-        raise ModelNotFoundError(f"{error.message}, which session {session.name} used", hint) from error
+        hint = f"to use another model, run exl chat MODEL --session {session.name}"
+        raise ModelNotFoundError(f"{error.message}(used by session {session.name})", hint) from error
 
 
 def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> Settings:

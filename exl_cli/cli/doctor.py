@@ -27,15 +27,19 @@ def doctor(
     timeout: Annotated[
         float,
         typer.Option(
-            "--timeout", min=0.1, max=86_400, help="Seconds per check; loading MODEL gets five times as long."
+            "--timeout",
+            metavar="SECONDS",
+            min=0.1,
+            max=86_400,
+            help="Seconds per check; loading MODEL gets five times as long.",
         ),
     ] = 60.0,
     models_dir: ModelsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine and, optionally, a model; print commands that fix what is wrong.
+    """Check this machine and, optionally, a model, and print the commands that fix any problems.
 
-    The exit code is 0 if exl run works on the GPU, 12 if it works on the CPU only, 13 if it does not work.
+    The exit code is 0 if exl run works on the GPU, 12 if it only works on the CPU, and 13 if it does not work.
     """
     console = Console()
     checklist = Checklist(console)

@@ -28,40 +28,54 @@ _branches_option = partial(typer.Option, rich_help_panel="With --branches")
 
 def download(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="owner/name or owner/name:revision.")],
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit.")
+    ] = None,
     include: Annotated[
         list[str] | None,
-        _files("--include", help="Fetch files matching this pattern, instead of exl's choice; repeatable."),
+        _files(
+            "--include",
+            metavar="PATTERN",
+            help="Download only files matching this pattern, instead of exl's selection; repeatable.",
+        ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, _files("--exclude", help="Skip files matching this pattern; repeatable.")
+        list[str] | None, _files("--exclude", metavar="PATTERN", help="Skip files matching this pattern; repeatable.")
     ] = None,
-    token: Annotated[str | None, typer.Option("--token", help="Access token \\[the one from hf auth login].")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Download everything again, from the latest commit.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Reread the files already here and check their hashes.")
-    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", metavar="TOKEN", help="Access token. \\[default: the one from hf auth login]"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Download everything again, at the latest commit.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the hashes of files already downloaded.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the files and how much of each is already here; download nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="List the files and how much of each is already downloaded, without downloading anything."
+        ),
     ] = False,
     branches: Annotated[
-        bool, _branches_option("--branches", help="List the branches with their bits, size and GPU memory.")
+        bool, _branches_option("--branches", help="List the branches with their format, size and GPU memory.")
     ] = False,
     context: Annotated[
-        int, _branches_option("--context", min=1, help="Context length for the memory estimate.")
+        int, _branches_option("--context", metavar="TOKENS", min=1, help="Context length for the memory estimate.")
     ] = 4096,
     cache: Annotated[CacheType, _branches_option("--cache", help="KV cache type for the memory estimate.")] = "fp16",
     vram: Annotated[
         str | None,
-        _branches_option("--vram", metavar="GIB", help="GPU memory to fit into, e.g. 24 or 24,24 \\[this machine's]."),
+        _branches_option(
+            "--vram",
+            metavar="GIB",
+            help="GPU memory in GiB, e.g. 24, or 24,24 for two GPUs. \\[default: this machine's]",
+        ),
     ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Download a model from the Hub, resuming where an earlier download stopped.
+    """Download a model from the Hugging Face Hub, resuming an earlier download.
 
-    Fetches only what inference needs. Prints the model's folder on stdout.
+    Only the files needed to run the model are downloaded. Prints the model's folder on stdout.
     """
     console = Console(quiet=quiet)
     repository = names.require(model, revision)
@@ -97,10 +111,10 @@ def _branches(
         gpus = memory.gpus()
         cards = [gpu.total for gpu in gpus]
         where = " + ".join(f"{gpu.name}, {units.gib(gpu.total)}" for gpu in gpus)
-        note = f"fits: on {where}" if gpus else "no NVIDIA GPU here to fit; use --vram 24 for one with 24 GiB"
+        note = f"GPU memory: {where}" if gpus else "no NVIDIA GPU found; use --vram 24 to check for one with 24 GiB"
     else:
         cards = _cards(vram)
-        note = f"fits: in {' + '.join(units.gib(card) for card in cards)}"
+        note = f"GPU memory: {' + '.join(units.gib(card) for card in cards)}"
     described = describe(Hub(token, console.note), repository, context, cache, cards)
     if as_json:
         console.data([asdict(branch) for branch in described])

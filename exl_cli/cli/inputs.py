@@ -52,7 +52,7 @@ def gather(
         name for name, value in (("--prompt", prompt), ("PROMPT", positional), ("--file", file)) if value is not None
     ]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} both give the prompt", "use one of them")
+        raise UsageError(f"{' and '.join(given)} cannot be combined", "give the prompt once")
     if file is not None and str(file) == "-":
         return _read_stdin(exact)
     text = prompt if prompt is not None else positional
@@ -74,7 +74,7 @@ def _explain_silence(note: Callable[[str], None]) -> None:
     except (OSError, ValueError):  # a test's or an embedder's stand-in without a file descriptor
         return
     if not ready:
-        note("waiting for the rest of the prompt on standard input; add </dev/null if there is none")
+        note("waiting for more of the prompt on standard input; add </dev/null if there is none")
 
 
 def _read_stdin(exact: bool) -> str:
@@ -118,7 +118,7 @@ def ensure(model: str | None, models: Path | None, *, allow: bool, console: Cons
             from exl_cli.models.hub.client import Hub
 
             plan = prepare(Hub(note=console.note), wanted)
-            question = f"{repository} is not on this machine. Download {units.size(plan.remaining)} to {wanted.folder}?"
+            question = f"{repository} is not downloaded yet. Download {units.size(plan.remaining)} to {wanted.folder}?"
             if not confirm(console, question):
                 raise
     finished(console, fetch(wanted, transfers(console), plan=plan))

@@ -26,17 +26,18 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="Model folder, downloaded owner/name[:revision], or fable-7m, the built-in model (default).",
+        help="Model folder, downloaded owner/name[:revision], or fable-7m, the built-in model. \\[default: fable-7m]",
         autocompletion=folders.complete_model,
     ),
 ]
 ModelsDir = Annotated[
-    Path | None, loading_option("--models-dir", envvar="EXL_MODELS_DIR", help="Folder for downloaded models.")
+    Path | None,
+    loading_option("--models-dir", metavar="FOLDER", envvar="EXL_MODELS_DIR", help="Folder of downloaded models."),
 ]
-Download = Annotated[bool, loading_option("--download", help="Download the model if needed, without asking.")]
+Download = Annotated[bool, loading_option("--download", help="Download the model if it is missing, without asking.")]
 Quiet = Annotated[bool, output_option("--quiet", "-q", help="Print only errors on stderr.")]
 Json = Annotated[bool, output_option("--json", help="Print JSON instead of text.")]
-Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print settings, stop strings and seed.")]
+Verbose = Annotated[bool, output_option("--verbose", "-v", help="Also print sampler settings, stop strings and seed.")]
 
 
 # Engines left to the end of the process. Without a reference an engine would close itself.
@@ -83,7 +84,9 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
     types = get_type_hints(Sampling)
     parameters = [
         _parameter(
-            "preset", str | None, _sampling_option("--preset", help=f"Start from named settings: {', '.join(PRESETS)}.")
+            "preset",
+            str | None,
+            _sampling_option("--preset", metavar="NAME", help=f"Start from a preset: {', '.join(PRESETS)}."),
         )
     ]
     for field in dataclasses.fields(Sampling):
@@ -91,7 +94,7 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
         option = _sampling_option(
             *filter(None, (info.flag, info.alias)),
             metavar=None if kind is bool else f"<{info.range}>",
-            help=f"{info.help} [dim]\\[{field.default}][/dim]",
+            help=f"{info.help} [dim]\\[default: {field.default}][/dim]",
             show_default=False,
         )
         parameters.append(_parameter(field.name, kind | None, option))
@@ -110,19 +113,19 @@ def with_loading(command: Callable[..., Any]) -> Callable[..., Any]:
         option = loading_option("--" + name.replace("_", "-"), help=help, **more)
         return _parameter(name, type_, option, default)
 
-    tokens = "Context length to allocate, in tokens \\[4096, or more if the request needs it]."
-    guesses = "Speculative decoding. ngram: draft tokens by prompt lookup."
-    smaller = "Speculative decoding with a smaller model that has the same vocabulary."
+    tokens = "Context length to allocate, in tokens. \\[default: 4096, or more if the request needs it]"
+    guesses = "Speculative decoding; ngram drafts tokens by prompt lookup."
+    smaller = "Speculative decoding with a smaller model of the same vocabulary."
     parameters = [
         flag(
             "engine",
             EngineChoice,
             "auto",
-            "auto: exllamav2 if there is a GPU and it supports the model, otherwise cpu.",
+            "auto is exllamav2 if there is a GPU and the model is supported, otherwise cpu.",
         ),
-        flag("max_seq_len", int | None, None, tokens),
+        flag("max_seq_len", int | None, None, tokens, metavar="N"),
         flag("cache", CacheType, "fp16", "KV cache type on the GPU."),
-        flag("gpu_split", str, "auto", "auto, or GiB of weights per GPU, e.g. 20,24."),
+        flag("gpu_split", str, "auto", "auto, or GiB of weights per GPU, e.g. 20,24.", metavar="auto|GIB,…"),
         flag("low_mem", bool, False, "Process prompts in smaller chunks to save GPU memory."),
         flag("speculate", Speculation, "off", guesses),
         flag("draft", str | None, None, smaller, metavar="MODEL", autocompletion=folders.complete_model),

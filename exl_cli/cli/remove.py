@@ -30,17 +30,17 @@ def remove(
 ) -> None:
     """Remove a downloaded model.
 
-    Nothing outside the models folder is touched; a link is removed, the model it points to stays.
+    Nothing outside the models folder is touched. If the entry is a symbolic link, only the link is removed.
     """
     console = Console(quiet=quiet)
     path = folders.find_to_remove(model, models_dir)
     if path.is_symlink():
-        what = f"the link {path} (the model it points to stays)"
+        what = f"the link {path} (keeping the model it points to)"
     else:
         what = f"{path} ({units.size(folders.folder_bytes(path))})"
     if not yes:
         if not (sys.stdin.isatty() and console.err.is_terminal):
-            raise UsageError("exl rm asks for confirmation, and there is no terminal to ask on", "add --yes")
+            raise UsageError("cannot ask for confirmation without a terminal", "add --yes")
         if not models.confirm(console, f"Remove {what}?", default=False):
             console.note("nothing removed")
             return

@@ -51,36 +51,45 @@ def run(
     sampling: SamplingFlags,
     model: Model = None,
     text: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Same as --prompt.")] = None,
-    prompt: Annotated[str | None, _prompt("--prompt", "-p", help="The prompt.")] = None,
+    prompt: Annotated[str | None, _prompt("--prompt", "-p", metavar="TEXT", help="The prompt.")] = None,
     file: Annotated[
         Path | None,
         _prompt(
             "--file",
             "-f",
-            help="Read the prompt from a file; - is stdin. Drops the last line break and turns CRLF into LF, "
+            metavar="FILE",
+            help="Read the prompt from a file; - is stdin. The final newline is dropped and CRLF becomes LF, "
             "except with --raw.",
         ),
     ] = None,
-    system: Annotated[str | None, _prompt("--system", "-s", help="System message.")] = None,
-    raw: Annotated[bool, _prompt("--raw", help="Continue the text byte for byte, without a chat template.")] = False,
+    system: Annotated[str | None, _prompt("--system", "-s", metavar="TEXT", help="System message.")] = None,
+    raw: Annotated[bool, _prompt("--raw", help="Send the prompt byte for byte, without a chat template.")] = False,
     variant: Annotated[
         str | None,
-        _prompt("--chat-template", metavar="NAME", help="Chat template to use, if the model has several."),
+        _prompt("--chat-template", metavar="NAME", help="Chat template to use if the model has several."),
     ] = None,
-    template: Annotated[str | None, _prompt("--template", help="Prompt with {name} placeholders.")] = None,
+    template: Annotated[
+        str | None, _prompt("--template", metavar="TEXT", help="Prompt with {name} placeholders, filled in by --var.")
+    ] = None,
     var: Annotated[
-        list[str] | None, _prompt("--var", help="Value for a placeholder, as name=value; repeatable.")
+        list[str] | None,
+        _prompt("--var", metavar="NAME=VALUE", help="Value for a placeholder, as name=value; repeatable."),
     ] = None,
     show_prompt: Annotated[
-        bool, _prompt("--show-prompt", help="Print the exact prompt and its token count, without running it.")
+        bool, _prompt("--show-prompt", help="Print the final prompt and its token count, without running it.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens to generate.")
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Maximum number of tokens to generate.")
     ] = 512,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop at this string; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop at this string; repeatable.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-response token.")] = False,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Random seed; the same seed gives the same text \\[random].")
+        int | None,
+        typer.Option(
+            "--seed", metavar="N", min=0, help="Random seed; the same seed gives the same text. \\[default: random]"
+        ),
     ] = None,
     models_dir: ModelsDir = None,
     download: Download = False,
@@ -88,7 +97,7 @@ def run(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Generate a response to one prompt."""
+    """Generate a response to a single prompt."""
     state: State = ctx.obj
     console = Console(quiet=quiet)
     prompts.check_text(("--system", system), ("--template", template), ("--var", var), ("--stop", stop))
@@ -119,7 +128,7 @@ def run(
         check_can_fit(tokenizer.least_tokens(rendered.text), context)
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
     if typed := tokenizer.hidden(rendered.text):
-        console.note(f"{', '.join(typed)} in the prompt is read as text, not as a special token")
+        console.note(f"{', '.join(typed)} in the prompt is treated as text, not as a special token")
         rendered = dataclasses.replace(rendered, text=tokenizer.shown(rendered.text))
     if show_prompt and as_json:
         console.data(records.prompt(rendered, ids))

@@ -37,45 +37,69 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Models, as for exl run; the first is the default \\[fable-7m, the built-in model].",
+            help="Models, as for exl run; requests that name none get the first. \\[default: fable-7m]",
             autocompletion=folders.complete_model,
         ),
     ] = None,
-    host: Annotated[str, _network("--host", help="Address to listen on; 0.0.0.0 is all interfaces.")] = "127.0.0.1",
-    port: Annotated[int, _network("--port", min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8080,
+    host: Annotated[
+        str, _network("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is all interfaces.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, _network("--port", metavar="PORT", min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8080,
     api_key_file: Annotated[
         Path | None,
-        _network("--api-key-file", help="File with one API key per line, as name: key; reread when it changes."),
+        _network(
+            "--api-key-file",
+            metavar="FILE",
+            help="File with one API key per line, as name: key; reloaded when it changes.",
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        _network("--allow-host", help="Accept this host name from clients, e.g. a proxy's; repeatable."),
+        _network(
+            "--allow-host", metavar="HOST", help="Accept this host name from clients, e.g. a proxy's; repeatable."
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
         _network(
-            "--cors-origin", help="Accept requests from web pages of this origin, e.g. https://x.org; repeatable."
+            "--cors-origin",
+            metavar="ORIGIN",
+            help="Accept requests from web pages of this origin, e.g. https://example.org; repeatable.",
         ),
     ] = None,
     served_name: Annotated[
-        list[str] | None, _serving("--served-name", help="Another name for the first model, or NAME=MODEL; repeatable.")
+        list[str] | None,
+        _serving("--served-name", metavar="NAME", help="Another name for the first model, or NAME=MODEL; repeatable."),
     ] = None,
     any_name: Annotated[
-        bool, _serving("--any-name", help="Answer requests for unknown models with the first model.")
+        bool, _serving("--any-name", help="Use the first model for requests that name an unknown one.")
     ] = False,
     max_loaded: Annotated[
         int | None,
-        _serving("--max-loaded", min=1, help="Models to keep in memory at once \\[as many as are named]."),
+        _serving(
+            "--max-loaded",
+            metavar="N",
+            min=1,
+            help="Maximum number of models in memory. \\[default: as many as are named]",
+        ),
     ] = None,
     idle_unload: Annotated[
         str | None,
         _serving("--idle-unload", metavar="TIME", help="Unload a model that has been idle this long, e.g. 15m."),
     ] = None,
     queue: Annotated[
-        int, _serving("--queue", min=0, help="Generations that may wait; further requests get a 429.")
+        int,
+        _serving(
+            "--queue", metavar="N", min=0, help="Maximum number of queued generations; further requests get a 429."
+        ),
     ] = 1024,
     grace: Annotated[
-        str, _serving("--grace", metavar="TIME", help="Time for running requests to finish after SIGTERM or Ctrl-C.")
+        str,
+        _serving(
+            "--grace", metavar="TIME", help="How long running requests may take to finish after SIGTERM or Ctrl-C."
+        ),
     ] = "30s",
     cache_per_key: Annotated[
         bool, _serving("--cache-per-key", help="Reuse a prompt's KV cache only for requests with the same API key.")
@@ -83,11 +107,21 @@ def serve(
     log_prompts: Annotated[bool, _serving("--log-prompts", help="Write prompts to the log.")] = False,
     sequences: Annotated[
         int | None,
-        loading_option("--sequences", min=1, help="Full-length sequences the KV cache has room for \\[up to 8]."),
+        loading_option(
+            "--sequences",
+            metavar="N",
+            min=1,
+            help="Full-length sequences to make room for in the KV cache. \\[default: up to 8]",
+        ),
     ] = None,
     replicas: Annotated[
         int | None,
-        _serving("--replicas", min=1, help="Servers, each with its own GPU, behind Ray Serve (exl-cli\\[ray])."),
+        _serving(
+            "--replicas",
+            metavar="N",
+            min=1,
+            help="Number of servers behind Ray Serve, each with its own GPU (needs exl-cli\\[ray]).",
+        ),
     ] = None,
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
@@ -104,7 +138,9 @@ def serve(
     # Named by the environment it says where models are; named here it says that they are to be served.
     folder = models_dir if source is not None and source.name == "COMMANDLINE" else None
     if loading.draft is not None and (len(named) > 1 or folder is not None):
-        raise UsageError(f"{param('draft')} works with one model only", f"serve one, or drop {param('draft')}")
+        raise UsageError(
+            f"{param('draft')} works with one model only", f"serve a single model, or drop {param('draft')}"
+        )
     loading = loader.with_draft(loading, models_dir)
     aliases = _aliases(served_name or [], named)
 
@@ -114,7 +150,7 @@ def serve(
     log = _Log(quiet=quiet)
     keys = None if api_key_file is None else Keys(api_key_file, log.warn)
     if cache_per_key and keys is None:
-        raise UsageError(f"{param('cache_per_key')} needs keys", f"add {param('api_key_file')}")
+        raise UsageError(f"{param('cache_per_key')} needs API keys", f"add {param('api_key_file')}")
 
     import asyncio
 
@@ -151,7 +187,9 @@ def serve(
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     if keys is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
-        log.warn(f"WARNING: anyone who can reach {shown} can use these models; --api-key-file requires keys")
+        log.warn(
+            f"WARNING: no API key is required, so anyone who can reach {shown} can use these models; see --api-key-file"
+        )
     log.note(
         f"listening on http://{shown}:{address[1]} (API reference at /docs), loading {', '.join([*named][:max_loaded])}"
     )
@@ -208,7 +246,7 @@ def _named(models: list[str] | None, models_dir: Path | None) -> dict[str, Model
         info = loader.resolve(model, models_dir)
         name = info.path.resolve().name if Path(model).expanduser().is_dir() else model
         if name in named:
-            raise UsageError(f"two models are called {name}", "give each once")
+            raise UsageError(f"two models have the name {name}", "give each model once")
         named[name] = info
     return named
 
@@ -219,10 +257,11 @@ def _aliases(served_names: list[str], named: dict[str, ModelInfo]) -> dict[str, 
         name, equals, model = text.partition("=")
         if equals and model not in named:
             raise UsageError(
-                f"{param('served_name')} {text}: {model!r} is not one of the models", "use one of their names"
+                f"{param('served_name')} {text}: {model!r} is not being served",
+                "name one of the models on the command line",
             )
         if not name.strip() or name in named or name in aliases:
-            raise UsageError(f"{param('served_name')} {text}: the name is empty or taken", "choose another")
+            raise UsageError(f"{param('served_name')} {text}: the name is empty or already taken", "choose another")
         aliases[name] = model if equals else next(iter(named))
     return aliases
 
@@ -230,5 +269,5 @@ def _aliases(served_names: list[str], named: dict[str, ModelInfo]) -> dict[str, 
 def _seconds(name: str, text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     if match is None:
-        raise UsageError(f"{param(name)} must be a time, got {text!r}", "write it as 90s, 15m or 2h")
+        raise UsageError(f"{param(name)} must be a duration, got {text!r}", "write it as 90s, 15m or 2h")
     return float(match[1]) * _SECONDS[match[2]]

@@ -58,10 +58,13 @@ class _Output(io.FileIO):
 
     def failed(self, error: OSError, data: Any) -> int:
         hint = _NEXT.get(error.errno or 0, "")
-        raise DiskError(f"cannot write the output: {error.strerror or error}", hint) from error
+        raise DiskError(f"cannot write to stdout: {error.strerror or error}", hint) from error
 
 
-_NEXT = {errno.ENOSPC: "make room, or write it elsewhere", errno.EBADF: "stdout is closed: open it, or use >/dev/null"}
+_NEXT = {
+    errno.ENOSPC: "free some space, or write it elsewhere",
+    errno.EBADF: "stdout is closed; open it, or add >/dev/null",
+}
 
 
 class _Messages(_Output):

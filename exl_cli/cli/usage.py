@@ -24,9 +24,9 @@ def unknown_command(name: str, commands: Sequence[str]) -> UsageError:
     """The error for an unknown command."""
     shown = textwrap.shorten(name, 60, placeholder="…")
     if name != name.strip() or " " in name.strip() or "\n" in name:
-        return UsageError(f"{shown!r} is not a command", f"a prompt goes after run: exl run -p {shlex.quote(shown)}")
+        return UsageError(f"unknown command {shown!r}", f"to run a prompt, use exl run -p {shlex.quote(shown)}")
     near = did_you_mean(name, commands, "did you mean exl {}? ")
-    return UsageError(f"there is no command {shown!r}", f"{near}see exl --help")
+    return UsageError(f"unknown command {shown!r}", f"{near}see exl --help")
 
 
 def explain(error: Exception, command: str | None) -> UsageError:
@@ -43,7 +43,7 @@ def explain(error: Exception, command: str | None) -> UsageError:
     option, possible = getattr(raw, "option_name", ""), getattr(raw, "possibilities", None)
     if option and (possible is not None or "No such option" in raw.message):
         near = f"did you mean {_either(list(possible))}? " if possible else ""
-        return UsageError(f"there is no option {option}", near + see)
+        return UsageError(f"unknown option {option}", near + see)
     if option:
         wrong = "takes no value" if "not take" in raw.message else "needs a value"
         return UsageError(f"{option} {wrong}", see)
@@ -51,7 +51,7 @@ def explain(error: Exception, command: str | None) -> UsageError:
     if extra:
         return UsageError(
             f"too many arguments: {textwrap.shorten(extra[1], 60, placeholder='…')}",
-            f"put text with spaces in quotes; {see}",
+            f"quote text that contains spaces; {see}",
         )
     return UsageError(_plain(raw.format_message()), see)
 
@@ -61,7 +61,7 @@ def _parameter(error: Any, see: str) -> UsageError:
     param = error.param
     name = (param.metavar or param.name.upper()) if param.param_type_name == "argument" else max(param.opts, key=len)
     if type(error).__name__ == "MissingParameter":
-        return UsageError(f"{name} is missing", see)
+        return UsageError(f"{name} is required", see)
     source = error.ctx.get_parameter_source(param.name) if error.ctx is not None else None
     if getattr(source, "name", "") == "ENVIRONMENT":
         name = param.envvar if isinstance(param.envvar, str) else param.envvar[0]

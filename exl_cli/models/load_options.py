@@ -56,7 +56,7 @@ class LoadOptions:
                 f"no kind of speculation named {self.speculate!r}", f"kinds: {', '.join(get_args(Speculation))}"
             )
         if self.speculate != "off" and self.draft is not None:
-            raise UsageError(f"{param('draft')} and {param('speculate')} both propose tokens", "use one of them")
+            raise UsageError(f"{param('draft')} cannot be combined with {param('speculate')}", "drop one of them")
         if self.engine == "cpu":
             self.refuse_speculation(f"{param('engine')} cpu")
 
