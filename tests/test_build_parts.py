@@ -161,17 +161,16 @@ def test_jobs_are_as_asked_then_as_torch_would_then_as_the_machine_allows(monkey
 
 def test_the_expected_time_shares_the_work_and_is_never_below_the_longest_file() -> None:
     names = ["ext_cache.o"] * 8
-    alone = build.seconds_left(names[:1], 1)
-    assert build.seconds_left(names, 1) == pytest.approx(8 * alone)
-    assert build.seconds_left(names, 4) < build.seconds_left(names, 2) < build.seconds_left(names, 1)
-    assert build.seconds_left(names, 1000) >= alone
-    assert build.seconds_left([], 2) == 0
-    assert build.seconds_left(names, 2, slower=3.0) == pytest.approx(3 * build.seconds_left(names, 2))
+    alone = build.seconds_for(names[:1], 1)
+    assert build.seconds_for(names, 1) == pytest.approx(8 * alone)
+    assert build.seconds_for(names, 4) < build.seconds_for(names, 2) < build.seconds_for(names, 1)
+    assert build.seconds_for(names, 1000) >= alone
+    assert build.seconds_for([], 2) == 0
     kernels = ["unit_exl2_1b.cuda.o"]
-    assert build.seconds_left(kernels, 1, 2) > 1.5 * build.seconds_left(kernels, 1, 1)
+    assert build.seconds_for(kernels, 1, 2) > 1.5 * build.seconds_for(kernels, 1, 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("exllamav2") is None, reason="exllamav2 is not installed")
 def test_the_time_estimate_of_a_full_build_matches_the_measurement() -> None:
     # 645 seconds of CPU time: see `build`.
-    assert build.seconds_left(build.all_files(), 1) == pytest.approx(645, rel=0.1)
+    assert build.seconds_for(build.all_files(), 1) == pytest.approx(645, rel=0.1)

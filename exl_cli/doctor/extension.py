@@ -81,7 +81,7 @@ def _extension(
         return CheckResult("Extension", "fail", problem, hints.joined([tools.fix, hints.BUILD]), "gpu", details)
     # Only a warning: `exl run` compiles it on first use.
     jobs = build.plan().jobs
-    minutes = max(1, round(build.seconds_left(build.all_files(), jobs, len(set(gpus))) / 60))
+    minutes = max(1, round(build.seconds_for(build.all_files(), jobs, len(set(gpus))) / 60))
     fix = f"{hints.BUILD} (about {minutes} min with {jobs} jobs)"
     return CheckResult("Extension", "warn", f"{problem}; exl run compiles it first", fix, "", details)
 

@@ -126,7 +126,8 @@ class Helper:
         self._lock = threading.Lock()
         if self._process is not None:
             self._kill.detach()
-            _close(self._process)
+            for stream in filter(None, (self._process.stdin, self._process.stdout)):
+                stream.close()
         self._process = None
 
 
@@ -178,13 +179,5 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(OSError):
+    with process, contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)  # a session leader, so also a group leader
-    _close(process)
-    process.wait()
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    for stream in filter(None, (process.stdin, process.stdout)):
-        with contextlib.suppress(OSError):
-            stream.close()

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, runtime_checkable
 
@@ -197,18 +198,16 @@ def _compile(
     slower: float,
 ) -> int:
     """Run the worker, follow ninja's log, and return the number of files compiled; CalledProcessError on failure."""
-
-    def left(names: Iterable[str], pace: float = slower) -> float:
-        return seconds_left(names, plan.jobs, len(archs), pace)
-
+    expected = partial(seconds_for, jobs=plan.jobs, architectures=len(archs))
     here = _finished(folder)
     waiting = [name for name in all_files() if name not in here]
     if waiting:
+        left = slower * expected(waiting)
         observer.note(
             f"compiling exllamav2's extension for {spoken(archs)}: {len(waiting)} files, about "
-            f"{_duration(left(waiting))} with {plan}; log: {log.name}"
+            f"{_duration(left)} with {plan}; log: {log.name}"
         )
-        observer.building(Progress(0, len(waiting), 0.0, left(waiting)))
+        observer.building(Progress(0, len(waiting), 0.0, left))
     command, begun = processes.command(worker.__name__), time.monotonic()
     environment = {**variables, "MAX_JOBS": str(plan.jobs)}
     done: list[str] = []
@@ -223,8 +222,8 @@ def _compile(
             if len(done) > len(before):
                 seconds, rest = time.monotonic() - begun, [name for name in waiting if name not in done]
                 # Extrapolate from the actual over the expected time of the files so far.
-                expected = left(rest, seconds / left(done, 1.0))
-                observer.building(Progress(len(done), len(waiting), seconds, expected, done[-1]))
+                left = expected(rest) * seconds / expected(done)
+                observer.building(Progress(len(done), len(waiting), seconds, left, done[-1]))
     finally:
         processes.stop(process)
     if process.returncode:
@@ -342,14 +341,10 @@ def plan(asked: int | None = None) -> Plan:
     return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
 
 
-def seconds_left(names: Iterable[str], jobs: int, architectures: int = 1, slower: float = 1.0) -> float:
-    """Estimated seconds to compile files: total work over jobs, but at least the longest file.
-
-    `slower` is the ratio of compile times here to those on the reference machine.
-    """
+def seconds_for(names: Iterable[str], jobs: int, architectures: int = 1) -> float:
+    """Seconds to compile files on the machine of the measurement: work over jobs, but at least the longest file."""
     weights = [_cpu_seconds(name, architectures) for name in names]
-    pace = slower * (_SHARED if jobs > 1 else 1.0)
-    return pace * max([sum(weights) / jobs, *weights, 0.0])
+    return (_SHARED if jobs > 1 else 1.0) * max([sum(weights) / jobs, *weights, 0.0])
 
 
 def _cpu_seconds(name: str, architectures: int) -> float:
