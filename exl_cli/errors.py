@@ -27,6 +27,11 @@ def brief(text: str, length: int = 160) -> str:
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(name: str, known: Iterable[str], sentence: str = "did you mean {}?", cutoff: float = 0.6) -> str:
     """A question about the known name most like `name`; empty where none is like it."""
     near = difflib.get_close_matches(name, list(known), 1, cutoff)
@@ -143,9 +148,9 @@ class DiskError(ExlError):
 
 
 @contextlib.contextmanager
-def disk_errors(problem: str, hint: str) -> Iterator[None]:
-    """Turn an OSError into a DiskError: the problem, the system's reason, the hint."""
+def os_errors(problem: str, hint: str, kind: type[ExlError] = DiskError) -> Iterator[None]:
+    """Turn an OSError into an ExlError: the problem, the system's reason, the hint."""
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{problem}: {error.strerror or error}", hint) from error
+        raise kind(f"{problem}: {error.strerror or error}", hint) from error

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from exl_cli.batch.prompts import Settings
-from exl_cli.errors import DamagedModelError
+from exl_cli.errors import DamagedModelError, os_errors
 from exl_cli.models.info import ModelInfo
 from exl_cli.system.version import installed_version
 
@@ -43,7 +43,7 @@ def model_hash(info: ModelInfo) -> str:
     digest = hashlib.blake2b(digest_size=16)
     weights = sorted({tensor.file for tensor in info.tensors.values()})
     texts = sorted(file for file in info.path.iterdir() if file.suffix in (".json", ".jinja") and file.is_file())
-    try:
+    with os_errors(str(info.path), "check the folder", DamagedModelError):
         for file in texts:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             digest.update(file.read_bytes())
@@ -54,6 +54,4 @@ def model_hash(info: ModelInfo) -> str:
                 for piece in range(_PIECES):
                     stream.seek(size * piece // _PIECES)
                     digest.update(stream.read(_PIECE))
-    except OSError as error:
-        raise DamagedModelError(f"{info.path}: {error.strerror or error}", "check the folder") from error
     return digest.hexdigest()

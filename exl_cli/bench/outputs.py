@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from exl_cli.bench import limits
 from exl_cli.bench.result import Measured, Perplexity, Result, Run, Sample, deviation, mean, percentile
-from exl_cli.errors import DiskError, ExlError, UsageError, brief, disk_errors, param, spell
+from exl_cli.errors import DiskError, ExlError, UsageError, brief, os_errors, param, spell
 from exl_cli.system.files import expanded, is_folder, read_file, write_atomically
 
 OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
@@ -223,7 +223,7 @@ def require_writable(path: Path, name: str) -> None:
         DiskError: no file can be made there.
     """
     path = expanded(path)
-    with disk_errors(f"cannot write {path}", _DISK_HINT):
+    with os_errors(f"cannot write {path}", _DISK_HINT):
         try:
             kind = path.stat().st_mode
         except FileNotFoundError:
@@ -251,7 +251,7 @@ def keep(
         if path is not None:
             path = expanded(path)
             try:
-                with disk_errors(f"cannot write {path}", _DISK_HINT):
+                with os_errors(f"cannot write {path}", _DISK_HINT):
                     write_atomically(path, render(result, kind, spelling))
             except DiskError as error:
                 failures.append(error)

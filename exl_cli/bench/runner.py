@@ -30,7 +30,7 @@ from exl_cli.bench import limits, machine, measure, plan
 from exl_cli.bench.plan import Case, Job, Settings
 from exl_cli.bench.result import Cold, Measured, Memory, Probe, Result, Run, Sample
 from exl_cli.engines.base import Engine, Request
-from exl_cli.errors import EngineError, ExitCode, ExlError, OutOfMemoryError, param
+from exl_cli.errors import EngineError, ExitCode, ExlError, OutOfMemoryError, first_line, param
 from exl_cli.models import folders, memory
 from exl_cli.models.hub.store import read_marker
 from exl_cli.models.info import ModelInfo
@@ -422,8 +422,7 @@ class _Bench:
         try:
             run.probe = self._probe(size)
         except (RuntimeError, AttributeError) as error:
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
-            warnings.append(f"the device's own limits could not be measured: {problem}")
+            warnings.append(f"the device's own limits could not be measured: {first_line(error)}")
         self.out.finished(run, warnings)
 
     def _probe(self, size: int) -> Probe:

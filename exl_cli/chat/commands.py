@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from exl_cli.chat import settings
 from exl_cli.chat.session import Session, excerpt, export
-from exl_cli.errors import PromptError, UsageError, did_you_mean, param
+from exl_cli.errors import PromptError, UsageError, did_you_mean, os_errors, param
 from exl_cli.models.prompt import decode, read_input
 from exl_cli.sampling import PRESETS
 from exl_cli.system import readings
@@ -396,12 +396,10 @@ def _edited(text: str) -> str:
     with tempfile.TemporaryDirectory(prefix="exl-") as folder:
         file = Path(folder) / "message.md"
         file.write_text(text, encoding="utf-8")
-        try:
+        with os_errors(f"cannot start the editor {command[0]}", hint, UsageError):
             # Keep the editor off stdout and stdin if they are pipes, for answers and messages.
             stdin = None if sys.stdin.isatty() else subprocess.DEVNULL
             status = subprocess.run([*command, str(file)], stdin=stdin, stdout=2).returncode  # noqa: S603
-        except OSError as error:
-            raise UsageError(f"cannot start the editor {command[0]}: {error.strerror or error}", hint) from error
         if status:
             raise UsageError(f"the editor {command[0]} ended with status {status}", unchanged)
         try:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_type_hints
 
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
-from exl_cli.errors import DiskError, UsageError, did_you_mean, disk_errors
+from exl_cli.errors import DiskError, UsageError, did_you_mean, os_errors
 from exl_cli.models.prompt import half_character
 from exl_cli.system.files import expanded, is_there, read_file, user_data, write_atomically
 
@@ -404,7 +404,7 @@ def export(session: Session, path: str, *, replace: bool = False) -> Path:
         raise UsageError(f"{path} ends neither in .md nor in .json", "its ending chooses the format")
     if is_there(file) and not replace:
         raise UsageError(f"{file} exists already", "choose another name, or remove it first")
-    with disk_errors(f"cannot write {file}", "choose another place"):
+    with os_errors(f"cannot write {file}", "choose another place"):
         write_atomically(file, writer(session))
     return file
 

@@ -11,7 +11,7 @@ from exl_cli.cli.options import Json, Quiet
 from exl_cli.engines.exllamav2.extension import build as extension
 from exl_cli.engines.exllamav2.extension import compiled
 from exl_cli.engines.exllamav2.extension.wheel import write_wheel
-from exl_cli.errors import UsageError, disk_errors
+from exl_cli.errors import UsageError, os_errors
 from exl_cli.system.interrupts import insist_on_interrupt
 from exl_cli.system.units import clock_time
 from exl_cli.ui.console import Console
@@ -80,7 +80,7 @@ def build(
         console.note(f"already compiled for {compiled.spoken(facts.archs)}, {on}")
     wheel = None
     if out is not None:
-        with disk_errors(f"cannot write the wheel to {out}", "choose another folder with --out"):
+        with os_errors(f"cannot write the wheel to {out}", "choose another folder with --out"):
             wheel = write_wheel(library, facts, out)
         console.note(f"on the other machine: pip install {wheel.name}")
     if as_json:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.api.download import fetch
-from exl_cli.errors import ModelNotFoundError, PromptError, UsageError
+from exl_cli.errors import ModelNotFoundError, PromptError, UsageError, os_errors
 from exl_cli.models import folders
 from exl_cli.models.hub import names
 from exl_cli.models.hub.download import Wanted, prepare
@@ -81,10 +81,8 @@ def _read_stdin(exact: bool) -> str:
     buffer = getattr(sys.stdin, "buffer", None)
     if buffer is None:
         return sys.stdin.read()
-    try:
+    with os_errors("cannot read standard input", "give a shorter prompt", PromptError):
         data = read_stream(buffer)
-    except OSError as error:
-        raise PromptError(f"cannot read standard input: {error.strerror or error}", "give a shorter prompt") from error
     return _text(data, "standard input", exact)
 
 

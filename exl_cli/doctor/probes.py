@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from exl_cli.errors import first_line
 from exl_cli.models.load_options import EngineChoice, LoadOptions
 from exl_cli.system import questions
 from exl_cli.system.nvml import Driver, open_driver
@@ -31,7 +32,7 @@ def torch() -> dict[str, Any]:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        return {**facts, "why_not": str(error).strip().splitlines()[0]}
+        return {**facts, "why_not": first_line(error)}
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -120,7 +121,7 @@ def hub(timeout: float) -> dict[str, Any]:
         try:
             facts["user"] = HfApi(endpoint).whoami()["name"]
         except Exception as error:  # rejected or expired, or HF_ENDPOINT is not a Hub
-            facts["refused"] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            facts["refused"] = first_line(error)
     return facts
 
 

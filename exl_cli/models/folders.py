@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import ExlError, ModelNotFoundError, UsageError, brief, disk_errors
+from exl_cli.errors import ExlError, ModelNotFoundError, UsageError, brief, os_errors
 from exl_cli.models.hub import names, store
 from exl_cli.models.hub.store import Marker
 from exl_cli.models.info import ModelInfo, inspect
@@ -118,7 +118,7 @@ def entries(models: Path | None = None) -> list[Entry]:
     """
     builtin = inspect(BUILTIN_FOLDER, BUILTIN)
     home = models_dir(models)
-    with disk_errors(f"cannot read {home}", "check its permissions"):
+    with os_errors(f"cannot read {home}", "check its permissions"):
         paths = sorted(home.iterdir()) if home.is_dir() else []
     listed = [path for path in paths if not path.name.startswith(".") and _is_listed(path)]
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from exl_cli.errors import PromptError, UsageError, brief, did_you_mean, param
+from exl_cli.errors import PromptError, UsageError, brief, did_you_mean, os_errors, param
 from exl_cli.models.chat_template import ChatTemplate
 from exl_cli.system.files import expanded, read_file
 
@@ -138,10 +138,8 @@ def half_character(text: str) -> str:
 
 def read_input(file: Path, hint: str) -> bytes:
     """Read a file or pipe that the user names, or raise a PromptError with this hint."""
-    try:
+    with os_errors(f"cannot read {brief(str(file))}", hint, PromptError):
         return read_file(expanded(file), pipes=True)
-    except OSError as error:
-        raise PromptError(f"cannot read {brief(str(file))}: {error.strerror or error}", hint) from error
 
 
 def decode(data: bytes, source: str, hint: str = _CONVERT, encoding: str = "utf-8-sig") -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exl_cli.errors import DamagedModelError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, UnsupportedModelError, os_errors
 from exl_cli.models import template_helper
 from exl_cli.models.config import read_json, refuse_pointer, require_regular
 from exl_cli.models.template_worker import STOPPED, TEXT
@@ -63,10 +63,8 @@ class Tokenizer:
                 )
             raise DamagedModelError(f"{file} is missing", "download the model again, tokenizer.json included")
         require_regular(file)
-        try:
+        with os_errors(f"{file} cannot be read", "check its permissions", DamagedModelError):
             data = read_file(file).removeprefix(BOM_UTF8)
-        except OSError as error:
-            raise DamagedModelError(f"{file} cannot be read: {error.strerror}", "check its permissions") from error
         refuse_pointer(file, data)
         _try(file, data)
         try:

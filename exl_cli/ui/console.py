@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from exl_cli.api import notebook, records
 from exl_cli.engines.base import Summary
-from exl_cli.errors import ExlError, spell
+from exl_cli.errors import ExlError, first_line, spell
 from exl_cli.system.interrupts import insist_on_interrupt, unseen_keys
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.system.units import MIB, mib
@@ -219,8 +219,8 @@ class Console:
     def error(self, error: BaseException) -> None:
         """Print an error and its hint on one line; anything but an ExlError is reported as unexpected."""
         if not isinstance(error, ExlError):
-            text = str(error).strip().splitlines()
-            what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+            name, line = type(error).__name__, first_line(error)
+            what = name if line == name else f"{name}: {line}"
             error = ExlError(f"unexpected {what}", "run again with --debug for the traceback, and please report it")
         what, hint = (flags(text).replace("\n", "␊") for text in (error.message, error.hint))
         self.line(("error: ", "bold red"), what, (hint and f"; {hint}", "dim"))

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError, brief, disk_errors, param
+from exl_cli.errors import DownloadError, UnsupportedModelError, UsageError, brief, os_errors, param
 from exl_cli.models.config import quantization_of
 from exl_cli.models.hub.names import Repository
 from exl_cli.models.info import refuse_method
@@ -89,7 +89,7 @@ class File:
     def matches(self, path: Path) -> bool:
         """Whether the file at `path` has this content; where no hash is known, this size. DiskError if unreadable."""
         digest = self.digest()
-        with disk_errors(f"cannot read {path}", "check its permissions"):
+        with os_errors(f"cannot read {path}", "check its permissions"):
             if not path.is_file() or path.stat().st_size != self.size:
                 return False
             with path.open("rb") as stream:
