@@ -65,7 +65,7 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
         UnsupportedModelError, DamagedModelError: see `info.inspect`.
     """
     if model is not None and not model.strip():
-        raise UsageError("the name of the model is empty", f"give a name or a folder, or {BUILTIN}")
+        raise UsageError("the model name is empty", f"give a name or a folder, or {BUILTIN}")
     if model is None or model == BUILTIN:
         return inspect(BUILTIN_FOLDER, BUILTIN)
     path = expanded(Path(model))
@@ -99,7 +99,7 @@ def _open(path: Path, name: str) -> ModelInfo:
     if store.state(path) == "partial":
         unfinished = store.read_marker(path / store.STAGING)
         whole = f"exl download {unfinished.repository}" if unfinished else "downloading it again"
-        raise ModelNotFoundError(f"{name} is only partly downloaded", f"{whole} goes on where it stopped")
+        raise ModelNotFoundError(f"{name} is only partly downloaded", f"resume with {whole}")
     return inspect(path, name)
 
 
@@ -110,7 +110,7 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
     near = did_you_mean(typed, known_models(folder), cutoff=0.8 if repository else 0.6)
     if repository:
         meant = f"{near} If not, " if near else ""
-        return ModelNotFoundError(f"{model} is not in {folder}", f"{meant}download it: exl download {model}")
+        return ModelNotFoundError(f"{model} is not in {folder}", f"{meant}download it with exl download {model}")
     if near:
         return ModelNotFoundError(f"no model named {model!r}", near)
     if len(model.split()) > 1:
@@ -118,7 +118,7 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
             f"no model named {model!r}", f"give the folder of a model, or {BUILTIN} for the built-in one"
         )
     return ModelNotFoundError(
-        f"no model named {model!r} here, nor in {folder}",
+        f"no model named {model!r} here or in {folder}",
         f"give the folder of a model, or {BUILTIN} for the built-in one",
     )
 
@@ -155,8 +155,7 @@ def context_to_allocate(info: ModelInfo, options: LoadOptions, needed: int | Non
 
 def _beyond(info: ModelInfo, max_seq_len: int) -> str:
     return (
-        f"{param('max_seq_len')} {max_seq_len:,} is more than the {info.extended_length:,} tokens "
-        f"that {info.name} was made for"
+        f"{param('max_seq_len')} {max_seq_len:,} exceeds the {info.extended_length:,} tokens that {info.name} supports"
     )
 
 
@@ -211,9 +210,9 @@ def load(
     for note in info.notes:
         observer.note(note)
     if context > info.extended_length:
-        observer.note(f"{_beyond(info, context)}: text beyond that may be nonsense")
+        observer.note(f"{_beyond(info, context)}: output beyond that may be garbage")
     for name, value in sampling.unusable(info.generation_config).items():
-        observer.note(f"generation_config.json: {name} {brief(repr(value))} is left out")
+        observer.note(f"generation_config.json: ignoring {name} {brief(repr(value))}")
     # OpenMP reads this when torch is first imported. Spinning workers run ten times slower beside another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with hold_interrupt(), startup.collector_paused():
@@ -240,10 +239,12 @@ def _draft(info: ModelInfo, tokenizer: Tokenizer, options: LoadOptions) -> Model
 
     draft = resolve(options.draft)
     if reason := support.why_not(draft):
-        raise UnsupportedModelError(f"exllamav2 cannot run the draft model {draft.name}: {reason}", "choose another")
+        raise UnsupportedModelError(
+            f"exllamav2 cannot run the draft model {draft.name}: {reason}", "choose another draft model"
+        )
     if difference := tokenizer.difference(Tokenizer(draft.path)):
         raise UsageError(
-            f"the vocabulary of the draft model {draft.name} is not that of {info.name}: {difference}",
+            f"the draft model {draft.name} has a different vocabulary from {info.name}: {difference}",
             f"use a smaller model of the same family, or drop {param('draft')}",
         )
     return draft
@@ -263,7 +264,8 @@ def _choose(info: ModelInfo, context: int, options: LoadOptions, note: Callable[
         engine = param("engine")
         if machine:
             raise EngineError(
-                f"{engine} exllamav2 cannot run here: {machine}", f"use {engine} cpu, or a machine with an NVIDIA GPU"
+                f"{engine} exllamav2 does not work on this machine: {machine}",
+                f"use {engine} cpu, or a machine with an NVIDIA GPU",
             )
         if model:
             raise UnsupportedModelError(f"{engine} exllamav2 cannot run {info.name}: {model}", f"use {engine} cpu")
@@ -278,4 +280,4 @@ def _choose(info: ModelInfo, context: int, options: LoadOptions, note: Callable[
 
 def _note_ignored(options: LoadOptions, note: Callable[[str], None]) -> None:
     if ignored := options.for_the_gpu():
-        note(f"{', '.join(ignored)}: no effect on the CPU")
+        note(f"{', '.join(ignored)}: ignored on the CPU")

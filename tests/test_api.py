@@ -189,9 +189,9 @@ def test_what_cannot_be_honoured_is_refused(scripted, given: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("word " * 1030, r"1,0\d\d tokens, the context holds 1,024"),
-        ("a\ud800", r"half a character, U\+D800"),
-        ([{"role": "user", "content": "\udfff"}], r"half a character, U\+DFFF"),
+        ("word " * 1030, r"1,0\d\d tokens, but the context holds 1,024"),
+        ("a\ud800", r"lone surrogate, U\+D800"),
+        ([{"role": "user", "content": "\udfff"}], r"lone surrogate, U\+DFFF"),
         ([], "no message"),
     ],
 )

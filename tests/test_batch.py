@@ -276,7 +276,7 @@ BAD: dict[str, tuple[str, str]] = {
     "a body that is none": ('{"url": "/v1/completions", "body": 3}', "body is not a JSON object"),
     "an image": ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "images are not supported"),
     "too long": (json.dumps({"prompt": "word " * 3000}), "the context holds 1,024"),
-    "half a character": ('{"prompt": "\\ud800"}', "half a character"),
+    "a lone surrogate": ('{"prompt": "\\ud800"}', "a lone surrogate"),
 }
 
 

@@ -41,7 +41,7 @@ def test_the_whole_transcript(exl2_dir: Path, data: Path) -> None:
         rf"context {sizes[0] + answers[0]}/1,024\n"
         rf"prompt {sizes[1]} tokens \({reused} reused\) · {answers[1]} new, [\d.]+ tokens/s · "
         rf"context {sizes[1] + answers[1]}/1,024\n"
-        r"saved as \d{4}-\d\d-\d\d-hi; exl chat --continue resumes it\n"
+        r"saved as \d{4}-\d\d-\d\d-hi; resume with exl chat --continue\n"
     )
     assert re.fullmatch(expected, result.stderr), result.stderr
     assert script.engines[0].closed
@@ -98,7 +98,7 @@ def test_quiet_shows_answers_and_what_is_asked_for() -> None:
 
 def test_no_save_writes_nothing(data: Path, tmp_path: Path) -> None:
     result = chat(Script(["ok"]), "Hi\n/save\n", "--no-save")
-    assert "error: this chat runs with --no-save" in result.stderr
+    assert "error: saving is off (--no-save)" in result.stderr
     assert "saved as" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert chat(Script(["ok"]), "Hi\n/save kept\n", "--no-save").exit_code == 0
@@ -109,7 +109,7 @@ def test_a_named_session_is_begun_and_gone_on_with(exl2_dir: Path, data: Path) -
     script = Script(["a", "b"])
     chat(script, "one\n", "--session", "trip", "--temperature", "0.4", "--system", "S", "--on-overflow", "stop")
     result = chat(script, "two\n", "--session", "trip", "--top-k", "9")
-    assert "going on with trip, 2 turns: “a”" in result.stderr
+    assert "resuming trip, 2 turns: “a”" in result.stderr
     assert "system\nS<|im_end|>\n<|im_start|>user\none" in prompts(script, exl2_dir)[1]
     sampling = script.requests[1].sampling
     assert (sampling.temperature, sampling.top_k) == (0.4, 9)
@@ -144,13 +144,13 @@ def test_a_session_whose_model_is_gone_says_how_to_go_on(gptq_dir: Path, data: P
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is damaged: it is not JSON"),
+        (b"{", "is damaged: invalid JSON"),
         (
             b'{"format": "exl-session", "version": 2}',
             "was written by a newer exl: its format is 2, this one reads up to 1",
         ),
         (b"\xff", "cannot read the session file"),
-        (b"[]", "is not a session of exl"),
+        (b"[]", "is not an exl session"),
     ],
 )
 def test_a_damaged_or_newer_file_is_an_error_and_left_alone(data: Path, content: bytes, message: str) -> None:
@@ -174,7 +174,7 @@ def test_a_session_that_cannot_be_saved_fails_the_run(data: Path, tmp_path: Path
     result = chat(Script(["ok"]), "Hi\n/clear\n/export out.json\n")
     assert result.exit_code == 10
     assert result.stdout == "ok\n"
-    assert f"error: the session cannot be saved in {data}/sessions: " in result.stderr
+    assert f"error: cannot save the session in {data}/sessions: " in result.stderr
     # Nothing is thrown away that is not safe.
     assert json.loads((tmp_path / "out.json").read_text())["turns"][0]["content"] == "Hi"
 
@@ -189,7 +189,9 @@ def test_concurrent_chats_do_not_overwrite_each_other(data: Path) -> None:
 
     script.before = meddle
     result = chat(script, "one\ntwo\n", "--session", "trip")
-    assert re.search(r"trip was changed by another exl: this conversation goes on as trip-\d+\n", result.stderr)
+    assert re.search(
+        r"trip was changed by another exl process; this conversation continues as trip-\d+\n", result.stderr
+    )
     files = sorted((data / "sessions").glob("*.json"))
     assert ["uno" in file.read_text() for file in files] == [False, True]
 
@@ -203,28 +205,35 @@ def test_the_oldest_turns_are_dropped_with_a_note(exl2_dir: Path, data: Path) ->
     result = chat(script, "\n".join([*lines, "/stats"]) + "\n", "--max-seq-len", "300", "--system", "Be kind.")
     last = prompts(script, exl2_dir)[-1]
     assert last.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nquestion number ")
-    notes = re.findall(r"nearly full: dropped (.*?) \(“(.*?)”.*\), (\d+) tokens; the session keeps them", result.stderr)
+    notes = re.findall(
+        r"nearly full: dropped (.*?) \(“(.*?)”.*\), (\d+) tokens, from the prompt; the session keeps them",
+        result.stderr,
+    )
     assert notes[0][:2] == ("the oldest exchange", "question number 0")
     assert all(len(request.ids) <= 300 - 75 for request in script.requests)
     assert [text for _, text in turns(data)][::2] == lines
     shown = len(re.findall("question number", last)) * 2
-    assert re.search(rf"turns +12, of which the model sees {shown}\b", result.stderr)
+    assert re.search(rf"turns +12, {shown} of them in the context", result.stderr)
 
 
 def test_on_overflow_stop_refuses_and_drops_nothing(data: Path) -> None:
     script = Script(["Yes, " * 40])
     lines = ["one", "two", "three", "four", "five"]
     result = chat(script, "\n".join(lines) + "\n", "--max-seq-len", "300", "--on-overflow", "stop")
-    assert re.search(r"error: the conversation has \d+ tokens with this, the context holds 300", result.stderr)
+    assert re.search(
+        r"error: with this message, the conversation has \d+ tokens, but the context holds 300", result.stderr
+    )
     assert "dropped" not in result.stderr
     assert len(turns(data)) < 10
-    assert "the context is full" in result.stderr
+    assert "context full" in result.stderr
 
 
 def test_a_message_that_is_too_large_is_refused_with_both_numbers(exl2_dir: Path, data: Path) -> None:
     script = Script(["ok"])
     result = chat(script, "Hi\n" + "word " * 2000 + "\nHo\n")
-    match = re.search(r"error: the message makes a prompt of ([\d,]+) tokens, the context holds 1,024", result.stderr)
+    match = re.search(
+        r"error: the message makes a prompt of ([\d,]+) tokens, but the context holds 1,024", result.stderr
+    )
     assert match
     text = f"<|im_start|>user\n{('word ' * 2000).rstrip()}<|im_end|>\n<|im_start|>assistant\n"
     assert int(match[1].replace(",", "")) == len(Tokenizer(exl2_dir).encode(text, add_special_tokens=False))
@@ -287,7 +296,7 @@ def test_a_template_that_refuses_system_messages_is_reported_before_loading(exl2
     script = Script(["ok"])
     result = chat(script, "Hi\n", str(model), "--system", "S")
     assert (result.exit_code, script.engines) == (6, [])
-    assert "refuses this conversation: no system role" in result.stderr
+    assert "rejects this conversation: no system role" in result.stderr
     result = chat(script, "/system S\nHi\n", str(model))
-    assert "refuses this conversation: no system role" in result.stderr
+    assert "rejects this conversation: no system role" in result.stderr
     assert result.stdout == "ok\n"

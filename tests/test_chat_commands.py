@@ -20,7 +20,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_unknown_command_names_the_nearest() -> None:
     hints = {"/retyr": "did you mean /retry?", "/Stat": "did you mean /stats?"}
-    hints |= dict.fromkeys(("/xyzzy", "/?x", "/  "), "/help lists them")
+    hints |= dict.fromkeys(("/xyzzy", "/?x", "/  "), "/help lists commands")
     result = chat(Script(["ok"]), "\n".join(hints) + "\n")
     for line, (typed, hint) in zip(result.stderr.splitlines()[1:], hints.items(), strict=True):
         assert line.startswith(f"error: unknown command {typed.lower().rstrip()}; {hint}")
@@ -34,7 +34,7 @@ def test_help_lists_every_command() -> None:
     )
     for name in [*wanted.split(), "quit"]:
         assert re.search(rf"^/{name}\b", result.stderr, re.MULTILINE), name
-    assert "error: /copy takes nothing after it" in result.stderr
+    assert "error: /copy takes no argument" in result.stderr
 
 
 def test_set_shows_old_and_new_values_and_refuses_invalid_ones() -> None:
@@ -62,8 +62,8 @@ def test_set_shows_old_and_new_values_and_refuses_invalid_ones() -> None:
         "error: top_p must be at least 0 and at most 1, got 2; see --top-p in --help",
         "error: no setting named 'tempratur'; did you mean temperature?",
         "error: no setting named 'temp'; did you mean temperature?",
-        "error: top_k is a whole number, not 'many'",
-        "temperature is as it was",
+        "error: top_k must be a whole number, got 'many'",
+        "temperature is unchanged",
         "temperature: 0.3 → 0.85",
         "stop: none → '\\n\\n'",
         "max_new_tokens: 1024 → 12",
@@ -90,25 +90,25 @@ def test_system_is_set_shown_and_taken_away(exl2_dir: Path) -> None:
     first, second = prompts(script, exl2_dir)
     assert first.startswith("<|im_start|>system\nBe\nbrief.<|im_end|>\n<|im_start|>user\nHi")
     assert second.startswith("<|im_start|>user\nHi")
-    assert "there is no system message\nthe system message is set\nBe\nbrief.\n" in result.stderr
+    assert "no system message\nsystem message set\nBe\nbrief.\n" in result.stderr
 
 
 def test_show_prints_model_settings_and_session() -> None:
     result = chat(Script(["Hello."]), "/show prompt\nHi\n/show prompt\n/show template\n/show model\n/show\n/show me\n")
-    assert "error: there is no prompt yet" in result.stderr
+    assert "error: no prompt yet" in result.stderr
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n\n" in result.stderr
     assert "{% for m in messages %}" in result.stderr
     assert re.search(r"engine +scripted \(device none\)", result.stderr)
     assert (
         "sampling: {'temperature': 0.85, 'top_k': 50, 'top_p': 0.8, 'token_repetition_penalty': 1.05}" in result.stderr
     )
-    assert "/show does not know 'me'" in result.stderr
+    assert "/show cannot show 'me'" in result.stderr
 
 
 def test_stats_are_totals_of_the_session_with_the_memory_table() -> None:
     result = chat(Script(["one two", "three"]), "Hi\n/retry\n/stats\n")
-    assert re.search(r"turns +2, of which the model sees 2 *\n", result.stderr)
-    assert re.search(r"answers +2, retried", result.stderr)
+    assert re.search(r"turns +2, 2 of them in the context *\n", result.stderr)
+    assert re.search(r"responses +2, including retried", result.stderr)
     numbers = [int(n) for line in re.findall(r"^prompt (\d+) tokens \((\d+) reused", result.stderr, re.M) for n in line]
     total, reused = numbers[0] + numbers[2], numbers[1] + numbers[3]
     assert re.search(rf"prompts +{total} tokens, {reused} of them reused \({reused / total:.0%}\)", result.stderr)
@@ -118,7 +118,7 @@ def test_stats_are_totals_of_the_session_with_the_memory_table() -> None:
 def test_retry_answers_again_with_everything_reused(exl2_dir: Path, data: Path) -> None:
     script = Script(["First.", "Second."])
     result = chat(script, "/retry\nHi\n/retry\n", "--seed", "8")
-    assert "error: nothing was said yet" in result.stderr
+    assert "error: no message yet" in result.stderr
     first, second = script.requests
     assert (first.ids, first.seed + 1) == (second.ids, second.seed)
     assert turns(data) == [("user", "Hi"), ("assistant", "Second.")]
@@ -129,7 +129,7 @@ def test_undo_takes_exchanges_back(exl2_dir: Path, data: Path) -> None:
     script = Script(["a", "b", "c"])
     result = chat(script, "one\ntwo\n/undo\nthree\n/undo\n/undo\n/undo\n", "--session", "trip")
     assert "removed “two”" in result.stderr
-    assert "error: nothing was said yet" in result.stderr
+    assert "error: no message yet" in result.stderr
     assert "two" not in prompts(script, exl2_dir)[2]
     assert turns(data) == []
 
@@ -145,10 +145,10 @@ def test_edit_opens_the_editor_on_the_last_message(
     script = Script(["one", "two"])
     result = chat(script, "Hi there\n/edit\n/edit\n")
     assert turns(data) == [("user", "Hello there"), ("assistant", "two")]
-    assert "the message is as it was" in result.stderr
+    assert "message unchanged" in result.stderr
     assert "\n>>> Hello there\n" in result.stderr
     monkeypatch.delenv("VISUAL")
-    assert "error: the editor false ended with status 1" in chat(script, "Hi\n/edit\n", "--no-save").stderr
+    assert "error: the editor false exited with status 1" in chat(script, "Hi\n/edit\n", "--no-save").stderr
     monkeypatch.setenv("EDITOR", "/no/such/editor")
     assert "error: cannot start the editor /no/such/editor" in chat(script, "Hi\n/edit\n", "--no-save").stderr
 
@@ -162,25 +162,25 @@ def test_continue_lets_a_cut_off_answer_go_on(exl2_dir: Path, data: Path) -> Non
     assert prompts(script, exl2_dir)[1].endswith("assistant\n" + begun)
     assert "cut off: /continue" in result.stderr
     assert f"prompt {len(script.requests[1].ids)} tokens ({len(script.requests[1].ids) - 1} reused)" in result.stderr
-    assert "error: there is no answer yet" in result.stderr
-    assert "error: the last answer came to its own end; /retry makes another" in result.stderr
+    assert "error: no response yet" in result.stderr
+    assert "error: the last response is complete; /retry regenerates it" in result.stderr
 
 
 def test_save_load_and_sessions(exl2_dir: Path, data: Path) -> None:
     script = Script(["a", "b", "c"])
     lines = ["/save", "one", "/save trip", "/clear", "two", "/sessions", "/save trip", "/load tripp", "/load trip"]
     result = chat(script, "\n".join([*lines, "more"]) + "\n", "--system", "S")
-    assert "a new conversation; the old one is saved as trip\n" in result.stderr
+    assert "new conversation; the previous one is saved as trip\n" in result.stderr
     assert prompts(script, exl2_dir)[1].startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\ntwo")
     assert sorted(file.stem for file in (data / "sessions").glob("*.json"))[-1] == "trip"
     assert len(list((data / "sessions").glob("*.json"))) == 2
-    assert "error: there is nothing to save yet" in result.stderr
+    assert "error: nothing to save yet" in result.stderr
     assert "saved as trip (" in result.stderr
     assert re.search(r"^\S+-two \* +\S+ \S+ +2 +fable-7m +two", result.stderr, re.M)
     assert re.search(r"^trip +\S+ \S+ +2 +fable-7m +one", result.stderr, re.M)
-    assert "error: there is a session named trip already" in result.stderr
-    assert "error: there is no session named 'tripp'; did you mean trip?" in result.stderr
-    assert "going on with trip, 2 turns: “a”" in result.stderr
+    assert "error: a session named trip already exists" in result.stderr
+    assert "error: no session named 'tripp'; did you mean trip?" in result.stderr
+    assert "resuming trip, 2 turns: “a”" in result.stderr
     assert "user\none<|im_end|>" in prompts(script, exl2_dir)[2]
 
 
@@ -197,10 +197,10 @@ def test_export_writes_markdown_and_json_and_overwrites_only_its_own_files(tmp_p
         in text
     )
     assert json.loads((tmp_path / "b.json").read_text())["turns"][1]["content"] == "Hello."
-    assert "error: there is nothing to export yet" in result.stderr
-    assert "error: a.txt ends neither in .md nor in .json" in result.stderr
-    assert "error: mine.md exists already" in result.stderr
-    assert "a file name cannot contain a null byte; choose another place" in result.stderr
+    assert "error: nothing to export yet" in result.stderr
+    assert "error: unknown export format: a.txt" in result.stderr
+    assert "error: mine.md already exists" in result.stderr
+    assert "a file name cannot contain a null byte; choose another path" in result.stderr
     assert (tmp_path / "mine.md").read_text() == "precious"
 
 
@@ -215,10 +215,10 @@ def test_file_puts_a_file_into_the_message(exl2_dir: Path, tmp_path: Path) -> No
     assert "user\nnotes of mine.txt:\n\n````\n```\ncode\n```\n````\n\nWhat is this?<|im_end|>" in first
     assert "user\nAnd now?<|im_end|>" in second
     assert "user\nAlone<|im_end|>" in third
-    assert re.search(r"notes of mine\.txt \(\d+ tokens\) goes with the next message", result.stderr)
+    assert re.search(r"attached notes of mine\.txt \(\d+ tokens\) to the next message", result.stderr)
     assert "error: binary is not UTF-8 text: byte 0 is 0x80" in result.stderr
     assert "error: cannot read none: No such file or directory" in result.stderr
-    assert re.search(r"error: large\.txt has [\d,]+ tokens, the context holds 1,024", result.stderr)
+    assert re.search(r"error: large\.txt has [\d,]+ tokens, but the context holds 1,024", result.stderr)
 
 
 def test_model_switches_without_leaving(exl2_dir: Path, gptq_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -233,14 +233,14 @@ def test_model_switches_without_leaving(exl2_dir: Path, gptq_dir: Path, data: Pa
     assert len(prompts(script, exl2_dir)) == 3
     assert [turn.get("model") for turn in saved(data)["turns"]][1::2] == ["fable-7m", "fable-7m", "other"]
     assert saved(data)["model"] == "other"
-    assert "models here: fable-7m, huge, other" in result.stderr
+    assert "available models: fable-7m, huge, other" in result.stderr
 
 
 def test_copy_without_a_terminal_uses_a_clipboard_program_or_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "error: there is no clipboard" in chat(Script(["ok"]), "Hi\n/copy\n").stderr
+    assert "error: no clipboard" in chat(Script(["ok"]), "Hi\n/copy\n").stderr
     program = tmp_path / "xclip"
     program.write_text(f'#!/bin/sh\nread -r text; echo "$text" "$@" > {tmp_path}/clipboard\n')
     program.chmod(0o755)

@@ -105,7 +105,7 @@ def test_a_conversation_all_of_which_was_taken_back_leaves_no_file(data: Path) -
     assert chat(Script(["a"]), "", "--session", "trip").exit_code == 0
     assert not data.exists()
     result = chat(Script(["a"]), "one\n/undo\n/sessions\n")
-    assert "there are no saved sessions" in result.stderr
+    assert "no saved sessions" in result.stderr
     assert list((data / "sessions").iterdir()) == []
     # The new first message renames it; a name that the user chose stays, with its settings.
     chat(Script(["a"]), "one\n/undo\ntwo\n")

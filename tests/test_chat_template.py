@@ -133,7 +133,7 @@ def test_a_block_of_the_last_turn_is_continued():
             [{"role": "assistant", "content": []}],
             "the last message has no text to continue",
         ),
-        ("{{ messages[0].role }} content", turns("a"), "leaves out the message to continue"),
+        ("{{ messages[0].role }} content", turns("a"), "drops the message to continue"),
     ],
 )
 def test_what_cannot_be_continued(text, conversation, message):
@@ -152,10 +152,10 @@ def test_a_long_conversation_is_no_attack():
 @pytest.mark.parametrize(
     ("name", "conversation", "message", "hint"),
     [
-        ("gemma-2", turns("a", system="s"), "refuses this conversation: System role not supported", "drop --system"),
-        ("mistral-0.2", turns("a", system="s"), "refuses this conversation: Conversation roles must", "drop --system"),
-        ("gemma-2", CONVERSATIONS["twice"], "refuses this conversation: Conversation roles must", "take turns"),
-        ("llama-3.1", CONVERSATIONS["twice"][:0], "there is no message", "give a prompt"),
+        ("gemma-2", turns("a", system="s"), "rejects this conversation: System role not supported", "drop --system"),
+        ("mistral-0.2", turns("a", system="s"), "rejects this conversation: Conversation roles must", "drop --system"),
+        ("gemma-2", CONVERSATIONS["twice"], "rejects this conversation: Conversation roles must", "alternate user"),
+        ("llama-3.1", CONVERSATIONS["twice"][:0], "no message to send", "pass a prompt"),
     ],
 )
 def test_a_refusal_quotes_the_template(name, conversation, message, hint):
@@ -176,7 +176,7 @@ def test_a_refusal_quotes_the_template(name, conversation, message, hint):
         ("\n{{ messages[0].x.y }}", "failed: 'dict object' has no attribute 'x' (chat_template.jinja, line 2)"),
         ("{{ 'a' + 1 }}", 'failed: can only concatenate str (not "int") to str (chat_template.jinja, line 1)'),
         ("\n{{ ''.__class__ }}", "was stopped: it looks up '__class__' of a str (chat_template.jinja, line 2)"),
-        ("{{ raise_exception('\x1b[2J\r\nnasty' + 'x' * 999) }}", "refuses this conversation: [2J nastyxxxxx"),
+        ("{{ raise_exception('\x1b[2J\r\nnasty' + 'x' * 999) }}", "rejects this conversation: [2J nastyxxxxx"),
     ],
 )
 def test_a_broken_template_is_placed(text, message):

@@ -58,14 +58,14 @@ def test_a_model_may_have_no_template(tmp_path, files):
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [
-        (NAMED_CONFIG, "nope", "the model has no chat template 'nope'; it has: default, rag"),
+        (NAMED_CONFIG, "nope", "the model has no chat template named 'nope'; it has: default, rag"),
         (
             MORE,
             None,
-            "the model has several chat templates and none is the default: rag, tool_use; "
-            "exl run --chat-template NAME takes one of them",
+            "the model has several chat templates and none of them is the default: rag, tool_use; "
+            "choose one with exl run --chat-template NAME",
         ),
-        (JINJA, "rag", "the model has no chat template 'rag'; it has: default"),
+        (JINJA, "rag", "the model has no chat template named 'rag'; it has: default"),
     ],
 )
 def test_the_names_are_listed_when_the_wanted_one_is_missing(tmp_path, files, name, message):
@@ -93,7 +93,7 @@ def test_damaged_files_are_named(tmp_path, files):
 
 def test_text_that_is_not_utf8_is_damage(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(DamagedModelError, match=r"chat_template\.jinja cannot be read"):
+    with pytest.raises(DamagedModelError, match=r"cannot read chat_template\.jinja"):
         load_chat_template(tmp_path)
 
 

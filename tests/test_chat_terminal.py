@@ -86,8 +86,8 @@ def test_several_lines_history_completion_and_drafts(start: Start, tmp_path: Pat
         ("/ret", "/retry", "context"),
         ("/set mirostat_t", "/set mirostat_tau", r"mirostat_tau +1\.5"),
         ("/model fab", "/model fable-7m", "fable-7m"),
-        ("/load 20", "-first-quit-last", "going on with 20"),
-        ("/export cha", "/export chat_history", "ends neither in .md nor in .json"),
+        ("/load 20", "-first-quit-last", "resuming 20"),
+        ("/export cha", "/export chat_history", "unknown export format"),
     ):
         type_in(child, typed, "tab", "enter")
         child.expect_exact(completed)
@@ -96,7 +96,7 @@ def test_several_lines_history_completion_and_drafts(start: Start, tmp_path: Pat
     # A slash lists what may follow.
     type_in(child, "/s")
     child.expect_exact("/system")
-    child.expect_exact("list the saved conversations")
+    child.expect_exact("list saved sessions")
     type_in(child, "ctrl-c", "thrown away", "ctrl-c")
     # A refused message is there to be shortened.
     type_in(child, "word " * 250, "enter")
@@ -173,7 +173,7 @@ def test_markdown_is_rendered_block_by_block_and_ctrl_c_twice_leaves(start: Star
     child.expect("context")
     child.expect_exact(PROMPT)
     type_in(child, "ctrl-c")
-    child.expect_exact("Ctrl-C again leaves")
+    child.expect_exact("press Ctrl-C again")
     child.expect_exact(PROMPT)
     leave(child, "ctrl-c")
 
@@ -185,7 +185,7 @@ def test_a_terminal_that_can_do_little_gets_plain_lines(start: Start, tmp_path: 
     child.expect_exact("... ")
     seen += str(child.before) + answer_to(child, 'two"""', "And then.")
     type_in(child, "ctrl-c")
-    child.expect_exact("Ctrl-C again leaves")
+    child.expect_exact("press Ctrl-C again")
     child.expect_exact(PROMPT)
     seen += leave(child, "ctrl-c")
     assert not re.search(r"\x1b", seen)

@@ -88,7 +88,7 @@ def test_special_tokens_in_messages_are_text_in_every_later_prompt(
     assert contents(chat)[0] == "hi<|im_end|>"
     chat.enter("/show prompt")
     output = capsys.readouterr()
-    assert output.err.count("<|im_end|> in the message is read as text") == 1
+    assert output.err.count("<|im_end|> in the message is treated as text") == 1
     assert "hi<|im_end|><|im_end|>" in output.out + output.err
 
 
@@ -103,13 +103,13 @@ def test_special_tokens_in_answers_and_the_system_message_are_text_too(
     start, end = 1, 2
     assert [list(script.requests[0].ids).count(id_) for id_ in (start, end)] == [5, 4]
     chat.enter("/system No <|im_end|>.")
-    assert "<|im_end|> in the system message is read as text" in capsys.readouterr().err
+    assert "<|im_end|> in the system message is treated as text" in capsys.readouterr().err
 
 
 def test_ctrl_c_at_the_prompt_hints_and_leaves_at_the_second(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
     chat = begin(Script(["a"]))
     chat.interrupt()
-    assert "Ctrl-C again leaves" in capsys.readouterr().err
+    assert "press Ctrl-C again" in capsys.readouterr().err
     chat.enter("Hi")
     chat.interrupt()
     assert not chat.over
@@ -192,7 +192,7 @@ def test_an_unsaved_conversation_is_left_only_on_a_second_word(
     chat.enter("Hi")
     chat.enter(None)
     assert not chat.over
-    assert capsys.readouterr().err.count("leaving once more gives it up") == 2
+    assert capsys.readouterr().err.count("exit again to discard it") == 2
     (tmp_path / "sessions").unlink()
     chat.enter("/quit")
     assert (chat.over, chat.exit_code, on_disk(tmp_path)) == (True, ExitCode.OK, ["Hi", "a"])

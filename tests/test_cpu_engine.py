@@ -148,7 +148,7 @@ def test_a_token_that_the_model_does_not_know_is_refused_by_name(
     ids = tokenizer.encode("hello <big>", add_special_tokens=True)
     assert 4096 in ids
     for attempt in (lambda: engine.stream(request_for(ids, "greedy", 1)), lambda: engine.logits(ids)):
-        with pytest.raises(PromptError, match=r"'<big>' \(id 4,096\), the model knows ids below 4,096"):
+        with pytest.raises(PromptError, match=r"'<big>' \(id 4,096\), but the model only has ids below 4,096"):
             attempt()
 
 

@@ -18,10 +18,10 @@ from exl_cli.models.tokenizer import Tokenizer
     ("options", "notes"),
     [
         (LoadOptions(engine="cpu"), []),
-        (LoadOptions(engine="cpu", cache="q4"), ["cache: no effect on the CPU"]),
+        (LoadOptions(engine="cpu", cache="q4"), ["cache: ignored on the CPU"]),
         (
             LoadOptions(engine="cpu", cache="q8", gpu_split=(20.0,), low_mem=True),
-            ["cache, gpu_split, low_mem: no effect on the CPU"],
+            ["cache, gpu_split, low_mem: ignored on the CPU"],
         ),
     ],
 )

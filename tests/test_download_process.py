@@ -170,7 +170,7 @@ def test_a_missing_model_is_downloaded_first_if_allowed(
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     with pytest.raises(ModelNotFoundError) as caught:
         ensure("acme/tiny", tmp_path, allow=False, console=Console())
-    assert caught.value.hint == "download it: exl download acme/tiny"
+    assert caught.value.hint == "download it with exl download acme/tiny"
     assert hub.seen == []
     assert ensure("acme/tiny", tmp_path, allow=True, console=Console()).path == tmp_path / "acme_tiny"
     hub.seen.clear()

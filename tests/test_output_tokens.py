@@ -86,7 +86,7 @@ def test_bias_forces_and_forbids(fable) -> None:
         ({"logprobs": -1}, "logprobs must be at least 0"),
         ({"prompt_logprobs": -1}, "prompt_logprobs must be at least 0"),
         ({"min_new_tokens": 13}, "min_new_tokens is 13, max_new_tokens 12"),
-        ({"banned_strings": ("a", "")}, "banned_strings has an empty text"),
+        ({"banned_strings": ("a", "")}, "banned_strings contains an empty string"),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(fable, fields: dict[str, Any], said: str) -> None:

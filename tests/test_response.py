@@ -82,7 +82,7 @@ def test_closing_the_stream_closes_the_job() -> None:
     assert closed == [True]
 
 
-@pytest.mark.parametrize(("tokens", "words"), [(0, "no tokens"), (100, "100 tokens, the context holds 100")])
+@pytest.mark.parametrize(("tokens", "words"), [(0, "empty"), (100, "100 tokens, but the context holds 100")])
 def test_prompts_that_do_not_fit(tokens: int, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         check_fits(tokens, 100)

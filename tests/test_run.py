@@ -275,7 +275,7 @@ def test_the_first_command_of_readme_on_the_real_model() -> None:
     command = ["run", "--prompt", "Once upon a time", "--max-new-tokens", "64", "--seed", "1", "--json"]
     result = exl(*command, "--max-seq-len", "2048")
     assert result.returncode == 0, result.stderr
-    assert "--max-seq-len 2,048 is more than the 1,024 tokens" in result.stderr
+    assert "--max-seq-len 2,048 exceeds the 1,024 tokens" in result.stderr
     assert "Warning" not in result.stderr  # of libraries
     report = json.loads(result.stdout)
     assert re.match(r"[A-Z][a-z ,'.]{20,}", report["text"])

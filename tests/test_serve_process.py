@@ -181,7 +181,7 @@ def empty(tmp_path: Path) -> str:
         ("--host no-such-host.invalid", 2, "--host no-such-host.invalid --port 8080: "),
         ("--api-key-file {empty}", 2, "--api-key-file {empty} holds no key; write one"),
         ("--api-key-file {empty}.none", 2, "--api-key-file {empty}.none cannot be read: No such file"),
-        ("no/such-model", 3, "download it: exl download no/such-model"),
+        ("no/such-model", 3, "download it with exl download no/such-model"),
         ("fable-7m no/such-model", 3, "no/such-model is not in"),
         ("fable-7m fable-7m", 2, "two models have the name fable-7m"),
         ("--idle-unload soon", 2, "--idle-unload must be a duration, got 'soon'; write it as 90s, 15m or 2h"),

@@ -126,7 +126,7 @@ def test_fields_and_settings_of_a_later_minor_version_are_passed_over() -> None:
         ({"totals": {"prompt_seconds": float("nan")}}, "prompt_seconds of totals is nan"),
         ({"version": "1"}, "its version is '1'"),
         ({"version": None}, "its version is None"),
-        ({"system": "\ud800"}, "it has half a character, U+D800"),
+        ({"system": "\ud800"}, "it contains a lone surrogate, U+D800"),
         ({"settings": {"stop": None}}, "stop of the settings is null"),
         ({"settings": {"stop": 5}}, "stop of the settings is 5"),
         ({"settings": {"stop": "END"}}, 'stop of the settings is "END"'),
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_explained(change: dict[str, object], why: str) -> Non
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 200_000])
 def test_what_is_not_json_is_damage_too(text: str) -> None:
-    with pytest.raises(DiskError, match="not JSON"):
+    with pytest.raises(DiskError, match="invalid JSON"):
         loads(text, "x", "x.json")
 
 
@@ -154,7 +154,7 @@ def test_what_is_not_json_is_damage_too(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-x", ".hidden", "a b", "x" * 81, "𠮷" * 61, "a\0"])
 def test_names_that_could_leave_the_folder_or_hide_in_it_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="cannot be a session's name"):
+    with pytest.raises(UsageError, match="invalid session name"):
         SessionStore(tmp_path).load(name)
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(DiskError, match="cannot be saved"):
+        with pytest.raises(DiskError, match="cannot save"):
             store.save(session)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

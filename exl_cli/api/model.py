@@ -223,7 +223,7 @@ class Model:
         except TypeError as error:
             raise UsageError(str(error), "give each message's content as text") from None
         if typed := self._tokenizer.hidden(text):
-            _log.info("%s in the messages is read as text, not as a special token", ", ".join(typed))
+            _log.info("%s in the messages is treated as text, not as a special token", ", ".join(typed))
         return text
 
     def memory(self) -> list[readings.GpuReading]:
@@ -303,7 +303,7 @@ def encode(
         PromptError: it contains a lone surrogate, or does not fit.
     """
     if half := half_character(text):
-        raise PromptError(f"the prompt has half a character, {half}", "remove the lone surrogate")
+        raise PromptError(f"the prompt contains a lone surrogate, {half}", "remove it")
     if context_length is None:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     check_can_fit(tokenizer.least_tokens(text), context_length)

@@ -115,7 +115,7 @@ def find(word: str) -> Command:
     """Look up a command by name or alias. UsageError for an unknown one suggests the nearest."""
     name = word.lower().removeprefix("/")
     if name not in _BY_ANY_NAME:
-        hint = "/help lists them; a message may begin with a space before the slash"
+        hint = "/help lists commands; to send it as a message, put a space before the slash"
         near = did_you_mean(name, filter(str.isalpha, _BY_ANY_NAME), "did you mean /{}?", 0.5)
         raise UsageError(f"unknown command /{name}", near or hint)
     return _BY_ANY_NAME[name]
@@ -127,7 +127,7 @@ def run(chat: Conversation, text: str) -> None:
     command = find(match[1] if match else text)
     rest = text[match.end() :].strip() if match else ""
     if rest and not command.arguments:
-        raise UsageError(f"/{command.name} takes nothing after it", f"type /{command.name} alone")
+        raise UsageError(f"/{command.name} takes no argument", f"enter just /{command.name}")
     command.run(chat, rest)
 
 
@@ -176,7 +176,7 @@ def _settings(chat: Conversation, text: str) -> list[str]:
 # --- the commands, in the order of /help ------------------------------------------------------------------------------
 
 
-@_command("help [COMMAND]", "list the commands, or explain one", lambda chat, text: COMMANDS, aliases=("?",))
+@_command("help [COMMAND]", "list all commands, or describe one", lambda chat, text: COMMANDS, aliases=("?",))
 def _help(chat: Conversation, text: str) -> None:
     chat.view.commands([find(text)] if text else COMMANDS.values())
 
@@ -185,7 +185,7 @@ def _help(chat: Conversation, text: str) -> None:
 def _system(chat: Conversation, text: str) -> None:
     session = chat.session
     if not text:
-        chat.view.block(session.system if session.system is not None else "there is no system message")
+        chat.view.block(session.system if session.system is not None else "no system message")
         return
     old, session.system = session.system, None if text == "none" else unquote(text)
     try:
@@ -195,7 +195,7 @@ def _system(chat: Conversation, text: str) -> None:
         raise
     chat.say_spelled("system message", spelled)
     chat.save()
-    chat.view.say("the system message is removed" if session.system is None else "the system message is set")
+    chat.view.say("system message removed" if session.system is None else "system message set")
 
 
 def _change(chat: Conversation, name: str, value: str) -> None:
@@ -215,7 +215,7 @@ def _set(chat: Conversation, text: str) -> None:
         _change(chat, name, value.strip())
 
 
-@_command("preset [NAME|none]", "use named sampler settings", lambda chat, text: PRESETS)
+@_command("preset [NAME|none]", "use a preset of sampler settings", lambda chat, text: PRESETS)
 def _preset(chat: Conversation, text: str) -> None:
     if text:
         _change(chat, "preset", text)
@@ -231,7 +231,7 @@ def _preset(chat: Conversation, text: str) -> None:
 def _show(chat: Conversation, text: str) -> None:
     model = chat.model
     if text not in ("", *_TOPICS):
-        raise UsageError(f"/show does not know {text!r}", f"it shows {', '.join(_TOPICS)}")
+        raise UsageError(f"/show cannot show {text!r}", f"choose {', '.join(_TOPICS[:-1])} or {_TOPICS[-1]}")
     if text in ("", "model"):
         chat.view.model(model)
     if text == "settings":
@@ -239,7 +239,7 @@ def _show(chat: Conversation, text: str) -> None:
     if text == "prompt":
         messages = chat.session.messages()
         if not messages:
-            raise UsageError("there is no prompt yet", "say something first")
+            raise UsageError("no prompt yet", "send a message first")
         prompt = model.render(messages, add_generation_prompt=False)
         chat.view.block(model.tokenizer.shown(prompt))
         chat.view.say(f"{model.encoder.count(prompt):,} tokens")
@@ -248,7 +248,7 @@ def _show(chat: Conversation, text: str) -> None:
     if not text:
         rest = [f"sampling: {chat.settings.sampling(model.info.generation_config).brief()}"]
         rest += [f"session: {chat.session.name or 'not saved yet'}, {len(chat.session.turns)} turns"]
-        rest += [f"goes with the next message: {name}" for name, _ in chat.attachments]
+        rest += [f"attached: {name}" for name, _ in chat.attachments]
         chat.view.block("\n".join(rest))
 
 
@@ -258,10 +258,10 @@ def _stats(chat: Conversation, text: str) -> None:
     chat.view.stats(chat.session, readings.read_gpus(memory), readings.read_host())
 
 
-_command("retry", "answer the last message again")(lambda chat, text: chat.retry())
+_command("retry", "regenerate the last response")(lambda chat, text: chat.retry())
 
 
-@_command("undo", "remove the last message and its answer, or an attached file")
+@_command("undo", "remove the last message and its response, or an attached file")
 def _undo(chat: Conversation, text: str) -> None:
     if chat.attachments:
         chat.view.say(f"{chat.attachments.pop()[0]} is no longer attached")
@@ -269,45 +269,45 @@ def _undo(chat: Conversation, text: str) -> None:
         chat.view.say(f"removed “{excerpt(chat.undo())}”")
 
 
-@_command("edit", "change the last message in $EDITOR and send it again")
+@_command("edit", "edit the last message in $EDITOR and resend it")
 def _edit(chat: Conversation, text: str) -> None:
     session = chat.session
     before = session.turns[session.last_user()].content
     after = _edited(before)
     if after == before or not after.strip():
-        chat.view.say("the message is as it was")
+        chat.view.say("message unchanged")
         return
     chat.view.message(after)
     chat.revise(after)
 
 
-_command("continue", "continue an answer that was cut off")(lambda chat, text: chat.resume())
+_command("continue", "continue a response that was cut off")(lambda chat, text: chat.resume())
 
 
-@_command("clear", "start a new conversation; the old one stays saved")
+@_command("clear", "start a new conversation; the current one stays saved")
 def _clear(chat: Conversation, text: str) -> None:
     old = chat.session
     chat.adopt(Session(system=old.system))
-    kept = f"; the old one is saved as {old.name}" if chat.saving and old.name else ""
-    chat.view.say(f"a new conversation{kept}")
+    kept = f"; the previous one is saved as {old.name}" if chat.saving and old.name else ""
+    chat.view.say(f"new conversation{kept}")
 
 
-@_command("save [NAME]", "save now, under a name of your choice", _sessions)
+@_command("save [NAME]", "save the conversation, optionally under a new name", _sessions)
 def _save(chat: Conversation, text: str) -> None:
     session = chat.session
     if not text and not chat.saving:
-        raise UsageError(f"this chat runs with {param('no_save')}", "/save NAME keeps this conversation after all")
+        raise UsageError(f"saving is off ({param('no_save')})", "/save NAME turns it on and saves this conversation")
     if not session.turns:
-        raise UsageError("there is nothing to save yet", "say something first")
+        raise UsageError("nothing to save yet", "send a message first")
     if text and text != session.name:
         if chat.store.exists(text):
-            raise UsageError(f"there is a session named {text} already", "choose another name")
+            raise UsageError(f"a session named {text} already exists", "choose another name")
         chat.rename(text)
     chat.save_or_fail()
     chat.view.say(f"saved as {session.name} ({chat.store.path(session.name)})")
 
 
-@_command("load NAME", "resume a saved conversation", _sessions)
+@_command("load NAME", "resume a saved session", _sessions)
 def _load(chat: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/load needs a name", "/sessions lists them")
@@ -315,27 +315,27 @@ def _load(chat: Conversation, text: str) -> None:
     chat.adopt(session)
     chat.view.resumed(session)
     if session.model != chat.model.name:
-        chat.view.say(f"it was with {session.model}; /model {session.model} goes back to that")
+        chat.view.say(f"this session used {session.model}; /model {session.model} switches back to it")
 
 
-@_command("sessions", "list the saved conversations")
+@_command("sessions", "list saved sessions")
 def _list_sessions(chat: Conversation, text: str) -> None:
     store = chat.store
     if sessions := list(store.overviews()):
         chat.view.sessions(sessions, chat.session.name)
     else:
-        chat.view.say(f"there are no saved sessions in {store.folder}")
+        chat.view.say(f"no saved sessions in {store.folder}")
 
 
 @_command("export PATH", "write the conversation to a .md or .json file", _paths)
 def _export(chat: Conversation, text: str) -> None:
     if not text:
-        raise UsageError("/export needs a path", "its ending, .md or .json, chooses the format")
+        raise UsageError("/export needs a path", "end it in .md or .json")
     if not chat.session.turns:
-        raise UsageError("there is nothing to export yet", "say something first")
+        raise UsageError("nothing to export yet", "send a message first")
     file = export(chat.session, text, replace=expanded(Path(text)) in chat.exported)
     chat.exported.add(file)
-    chat.view.say(f"written to {file}")
+    chat.view.say(f"wrote {file}")
 
 
 @_command("model [NAME]", "switch to another model, or show this one", _models)
@@ -344,27 +344,27 @@ def _model(chat: Conversation, text: str) -> None:
         chat.switch(text)
     chat.view.model(chat.model)
     if not text:
-        chat.view.say(f"models here: {', '.join(chat.loader.names())}")
+        chat.view.say(f"available models: {', '.join(chat.loader.names())}")
 
 
 @_command("file PATH", "attach a text file to the next message", _paths)
 def _file(chat: Conversation, text: str) -> None:
     if not text:
-        raise UsageError("/file needs a path", "the file goes with the next message")
+        raise UsageError("/file needs a path", "the file is sent with the next message")
     name, block = _attachment(expanded(Path(text)))
     size = chat.attach(name, block)
-    chat.view.say(f"{name} ({size:,} tokens) goes with the next message; /undo takes it out")
+    chat.view.say(f"attached {name} ({size:,} tokens) to the next message; /undo removes it")
 
 
-@_command("copy", "copy the last answer to the clipboard")
+@_command("copy", "copy the last response to the clipboard")
 def _copy(chat: Conversation, text: str) -> None:
     answer = chat.last_answer().content.strip()
     if not _fill_clipboard(answer) and not chat.view.copy(answer):
-        raise UsageError("there is no clipboard: neither a terminal nor a program for it", "/export PATH writes a file")
+        raise UsageError("no clipboard available", "/export PATH writes the conversation to a file")
     chat.view.say(f"copied {len(answer):,} characters")
 
 
-_command("quit", "quit; the conversation is saved", aliases=("exit", "bye"))(lambda chat, text: chat.leave())
+_command("quit", "save and quit", aliases=("exit", "bye"))(lambda chat, text: chat.leave())
 
 
 # --- files, the editor, the clipboard ---------------------------------------------------------------------------------
@@ -372,10 +372,10 @@ _command("quit", "quit; the conversation is saved", aliases=("exit", "bye"))(lam
 
 def _attachment(file: Path) -> tuple[str, str]:
     """A file's name, and its text as a fenced block for a message, fenced by more backticks than it contains."""
-    hint = "only text can go into a message"
+    hint = "only text files can be attached"
     text = decode(read_input(file, "check the path"), str(file), hint)
     if "\0" in text:
-        raise PromptError(f"{file} is not a text file: it has zero bytes", hint)
+        raise PromptError(f"{file} is not a text file: it contains null bytes", hint)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     end = "" if text.endswith("\n") else "\n"
@@ -388,11 +388,11 @@ def _edited(text: str) -> str:
     Returns:
         The new text, without the final line break that editors add.
     """
-    hint, unchanged = "set $VISUAL or $EDITOR to yours", "the message is as it was"
+    hint, unchanged = "set $VISUAL or $EDITOR", "message unchanged"
     chosen = (os.environ.get(variable, "").strip() for variable in ("VISUAL", "EDITOR"))
     command = shlex.split(next(filter(None, (*chosen, *filter(shutil.which, _EDITORS))), ""))
     if not command:
-        raise UsageError("there is no editor", hint)
+        raise UsageError("no editor found", hint)
     with tempfile.TemporaryDirectory(prefix="exl-") as folder:
         file = Path(folder) / "message.md"
         file.write_text(text, encoding="utf-8")
@@ -401,11 +401,11 @@ def _edited(text: str) -> str:
             stdin = None if sys.stdin.isatty() else subprocess.DEVNULL
             status = subprocess.run([*command, str(file)], stdin=stdin, stdout=2).returncode  # noqa: S603
         if status:
-            raise UsageError(f"the editor {command[0]} ended with status {status}", unchanged)
+            raise UsageError(f"the editor {command[0]} exited with status {status}", unchanged)
         try:
             return read_text(file).removesuffix("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the editor left nothing readable: {error}", unchanged) from error
+            raise UsageError(f"cannot read the edited message: {error}", unchanged) from error
 
 
 def _fill_clipboard(text: str) -> bool:

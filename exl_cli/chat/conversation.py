@@ -114,19 +114,19 @@ class Conversation:
             self.leave()
         else:
             self._warned = "interrupt"
-            self.view.note("Ctrl-C again leaves, as Ctrl-D does; while an answer comes, Ctrl-C stops it")
+            self.view.note("press Ctrl-C again or Ctrl-D to exit")
 
     def leave(self) -> None:
         """Save and end the conversation. If saving fails, an interactive user has to ask a second time."""
         saved, session = self.save(), self.session
         if not saved and self.interactive and self._warned_before != "unsaved":
             self._warned = "unsaved"
-            self.view.note("not saved yet: /export PATH writes it elsewhere, leaving once more gives it up")
+            self.view.note("not saved: /export PATH writes it elsewhere; exit again to discard it")
             return
         if not saved:
             self.exit_code = self.exit_code or ExitCode.DISK
         elif self.saving and session.turns:
-            self.view.note(f"saved as {session.name}; exl chat {param('continue')} resumes it")
+            self.view.note(f"saved as {session.name}; resume with exl chat {param('continue')}")
         self.over = True
 
     def _failed(self, error: Exception) -> None:
@@ -139,7 +139,7 @@ class Conversation:
 
     def send(self, text: str) -> None:
         if not text.strip():
-            raise PromptError("the message is empty", "write something")
+            raise PromptError("the message is empty", "type some text")
         attachments, self.attachments = self.attachments, []
         message = "\n\n".join([*(file for _, file in attachments), text])
         self.say_spelled("message", self.model.tokenizer.hidden(self.model.tokenizer.as_text(message)))
@@ -155,7 +155,7 @@ class Conversation:
     def say_spelled(self, where: str, names: list[str]) -> None:
         """Note that special tokens spelled out in a message are read as text."""
         if names:
-            self.view.note(f"{', '.join(names)} in the {where} is read as text, not as a special token")
+            self.view.note(f"{', '.join(names)} in the {where} is treated as text, not as a special token")
 
     def retry(self) -> None:
         """Answer the last message again; the old answer stays unless there is a new one."""
@@ -169,7 +169,7 @@ class Conversation:
         """Continue an answer that was cut off."""
         turn = self.last_answer()
         if turn.finish_reason == "stop":
-            raise UsageError("the last answer came to its own end", "/retry makes another")
+            raise UsageError("the last response is complete", "/retry regenerates it")
         try:
             self._answer(turn)
         finally:
@@ -188,15 +188,15 @@ class Conversation:
         size = size if size > context else self.model.encoder.count(text)
         if size > context - LEAST_ROOM:
             raise PromptError(
-                f"{name} has {size:,} tokens, the context holds {context:,}, the answer included",
-                f"take a part of it, or start exl with a larger {param('max_seq_len')} if the model allows it",
+                f"{name} has {size:,} tokens, but the context holds {context:,}, including the response",
+                f"attach part of it, or restart with a larger {param('max_seq_len')} if the model supports it",
             )
         self.attachments.append((name, text))
         return size
 
     def last_answer(self) -> Turn:
         if self.session.last is None:
-            raise UsageError("there is no answer yet", "say something first")
+            raise UsageError("no response yet", "send a message first")
         return self.session.last
 
     def _withdraw(self, draft: str | None = None) -> bool:
@@ -314,9 +314,9 @@ class Conversation:
                 raise _too_large(size(last), context, unfinished)
             if settings.on_overflow == "stop":
                 raise PromptError(
-                    f"the conversation has {before:,} tokens with this, the context holds {context:,}, "
-                    "the answer included",
-                    "/undo or /clear makes room, /set on_overflow trim drops the oldest turns",
+                    f"with this message, the conversation has {before:,} tokens, but the context holds {context:,}, "
+                    "including the response",
+                    "make room with /undo or /clear, or drop the oldest turns with /set on_overflow trim",
                 )
         if settings.on_overflow == "trim":
             limit = context - min(settings.max_new_tokens, context // 4)
@@ -348,7 +348,9 @@ class Conversation:
         session.model = self.model.name
         session.settings = self.settings.to_dict(self.model.info.generation_config)
         if before := self.store.save(session):
-            self.view.note(f"{before} was changed by another exl: this conversation goes on as {session.name}")
+            self.view.note(
+                f"{before} was changed by another exl process; this conversation continues as {session.name}"
+            )
         if unnamed:
             self._generated_name = session.name
 
@@ -403,10 +405,10 @@ class Conversation:
 def _too_large(size: int, context: int, unfinished: Turn | None) -> PromptError:
     if unfinished is not None:
         return PromptError(
-            f"the message and its answer so far have {size:,} tokens, the context holds {context:,}",
-            "there is no room for the answer to go on",
+            f"the message and its response so far have {size:,} tokens, but the context holds {context:,}",
+            "the response cannot be continued",
         )
     return PromptError(
-        f"the message makes a prompt of {size:,} tokens, the context holds {context:,}, the answer included",
-        f"shorten it, or start exl with a larger {param('max_seq_len')} if the model allows it",
+        f"the message makes a prompt of {size:,} tokens, but the context holds {context:,}, including the response",
+        f"shorten it, or restart with a larger {param('max_seq_len')} if the model supports it",
     )

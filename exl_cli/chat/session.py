@@ -130,7 +130,7 @@ class Session:
     def last_user(self) -> int:
         """The index of the user's last turn; UsageError if there is none yet."""
         if not self.turns:
-            raise UsageError("nothing was said yet", "say something first")
+            raise UsageError("no message yet", "send a message first")
         return (len(self.turns) - 1) // 2 * 2
 
     def messages(self, start: int | None = None, stop: int | None = None) -> list[dict[str, str]]:
@@ -191,11 +191,11 @@ def loads(text: str, name: str, source: str) -> Session:
         value = json.loads(text)
         half = half_character(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
-        raise _damaged(source, f"it is not JSON: {error}") from error
+        raise _damaged(source, f"invalid JSON: {error}") from error
     if half:
-        raise _damaged(source, f"it has half a character, {half}")
+        raise _damaged(source, f"it contains a lone surrogate, {half}")
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise DiskError(f"{source} is not a session of exl", "choose another; /sessions lists them")
+        raise DiskError(f"{source} is not an exl session", "choose another one; /sessions lists them")
     version = value.get("version")
     if isinstance(version, int) and version > VERSION:
         raise DiskError(
@@ -250,7 +250,7 @@ def _read(kind: type[Any], value: Any, where: str) -> Any:
 
 
 def _damaged(source: str, why: str) -> DiskError:
-    return DiskError(f"the session file {source} is damaged: {why}", "it is left as it is; mend it or remove it")
+    return DiskError(f"the session file {source} is damaged: {why}", "it was left unchanged; repair or remove it")
 
 
 def excerpt(text: str, length: int = 48) -> str:
@@ -283,7 +283,7 @@ class SessionStore:
         """The file for a session name. UsageError if the name is not valid."""
         if not _NAME.fullmatch(name) or len(name.encode()) > _LONGEST_NAME:
             raise UsageError(
-                f"{name!r} cannot be a session's name", "use up to 80 letters, digits, '-', '_' and '.', a letter first"
+                f"invalid session name {name!r}", "use up to 80 letters, digits, '-', '_' and '.', a letter first"
             )
         return self.folder / f"{name}.json"
 
@@ -311,11 +311,11 @@ class SessionStore:
         try:
             session = loads(_text(path), name, str(path))
         except FileNotFoundError:
-            hint = did_you_mean(name, self.names()) or f"the sessions are in {self.folder}"
-            raise UsageError(f"there is no session named {name!r}", hint) from None
+            hint = did_you_mean(name, self.names()) or f"sessions are stored in {self.folder}"
+            raise UsageError(f"no session named {name!r}", hint) from None
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            raise DiskError(f"cannot read the session file {path}: {why}", "it is left as it is") from error
+            raise DiskError(f"cannot read the session file {path}: {why}", "it was left unchanged") from error
         self._seen[name] = _signature(path)
         return session
 
@@ -352,7 +352,7 @@ class SessionStore:
         except OSError as error:
             session.name = before
             raise DiskError(
-                f"the session cannot be saved in {self.folder}: {error.strerror or error}",
+                f"cannot save the session in {self.folder}: {error.strerror or error}",
                 "free some space or check the permissions; /export PATH writes it elsewhere",
             ) from error
         self._seen[session.name] = _signature(path)
@@ -401,10 +401,10 @@ def export(session: Session, path: str, *, replace: bool = False) -> Path:
     writers = {".json": dumps, ".md": _markdown}
     writer = writers.get(file.suffix.lower())
     if writer is None:
-        raise UsageError(f"{path} ends neither in .md nor in .json", "its ending chooses the format")
+        raise UsageError(f"unknown export format: {path}", "end the name in .md or .json")
     if is_there(file) and not replace:
-        raise UsageError(f"{file} exists already", "choose another name, or remove it first")
-    with os_errors(f"cannot write {file}", "choose another place"):
+        raise UsageError(f"{file} already exists", "choose another name, or remove it first")
+    with os_errors(f"cannot write {file}", "choose another path"):
         write_atomically(file, writer(session))
     return file
 

@@ -47,7 +47,7 @@ class Settings:
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"seed must be at least 0, got {self.seed}")
         if self.on_overflow not in get_args(Overflow):
-            raise UsageError(f"on_overflow is trim or stop, not {self.on_overflow!r}")
+            raise UsageError(f"on_overflow must be trim or stop, got {self.on_overflow!r}")
         self.sampling({})
 
     def sampling(self, generation_config: Mapping[str, Any]) -> Sampling:
@@ -160,12 +160,12 @@ def _parse(name: str, text: str) -> Any:
     kind = int if name == "seed" else type(_DEFAULTS[name])
     if kind is bool:
         if text.lower() not in _SWITCH:
-            raise UsageError(f"{name} is on or off, not {text!r}")
+            raise UsageError(f"{name} must be on or off, got {text!r}")
         return _SWITCH[text.lower()]
     try:
         value = int(text) if kind is int else float(text)
     except ValueError:
         value = float("nan")
     if value != value:
-        raise UsageError(f"{name} is a {'whole number' if kind is int else 'number'}, not {text!r}")
+        raise UsageError(f"{name} must be a {'whole number' if kind is int else 'number'}, got {text!r}")
     return value

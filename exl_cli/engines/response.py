@@ -105,16 +105,16 @@ def check_can_fit(least_tokens: int, context_length: int, *, counted: str = " or
     """
     if least_tokens >= context_length:
         raise ContextLengthError(
-            f"the prompt has {least_tokens:,} tokens{counted}, the context holds {context_length:,}, "
-            "the response included",
-            f"shorten the prompt, or raise {param('max_seq_len')} if the model allows it",
+            f"the prompt has {least_tokens:,} tokens{counted}, but the context holds {context_length:,}, "
+            "including the response",
+            f"shorten the prompt, or raise {param('max_seq_len')} if the model supports it",
         )
 
 
 def check_fits(prompt_tokens: int, context_length: int) -> None:
     """Raise PromptError for a prompt without tokens, or one that leaves no room for a new token."""
     if prompt_tokens == 0:
-        raise PromptError("the prompt has no tokens", f"give some text with {param('prompt')}")
+        raise PromptError("the prompt is empty", f"pass some text with {param('prompt')}")
     check_can_fit(prompt_tokens, context_length, counted="")
 
 
@@ -132,8 +132,9 @@ def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
     if max(ids, default=0) >= rows:
         first = next(id_ for id_ in ids if id_ >= rows)
         raise PromptError(
-            f"the prompt has the token {tokenizer.token(first)!r} (id {first:,}), the model knows ids below {rows:,}",
-            "leave it out; the tokenizer has more tokens than the model",
+            f"the prompt has the token {tokenizer.token(first)!r} (id {first:,}), "
+            f"but the model only has ids below {rows:,}",
+            "remove it; the tokenizer has more tokens than the model",
         )
 
 
@@ -161,7 +162,7 @@ def check_settings(request: Request, rows: int) -> None:
             f"lower {param('min_new_tokens')} or raise {param('max_new_tokens')}",
         )
     if not all(request.banned_strings):
-        raise UsageError(f"{param('banned_strings')} has an empty text", "leave it out")
+        raise UsageError(f"{param('banned_strings')} contains an empty string", "remove it")
 
 
 def new_token_limit(request: Request, context_length: int) -> int:

@@ -21,7 +21,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _WITHOUT = f"use {param('raw')} or {param('template')} to write the prompt yourself"
-_DROP_SYSTEM = f"drop {param('system')}, or say it in the prompt"
+_DROP_SYSTEM = f"drop {param('system')}, or put it into the prompt"
 _MAX_REPORT = 300
 
 
@@ -84,7 +84,7 @@ class ChatTemplate:
             PromptError: the template rejects the conversation, has an error, or was stopped by the sandbox.
         """
         if not messages:
-            raise PromptError("there is no message to send to the model", "give a prompt")
+            raise PromptError("no message to send to the model", "pass a prompt")
         turns = [_plain_turn(message) for message in messages]
         final = self._open_final_turn(turns) if continue_final else None
         variables = {
@@ -111,7 +111,7 @@ class ChatTemplate:
     def _explain(self, reply: Reply, turns: list[dict[str, Any]]) -> PromptError:
         reason = _one_line(reply.text)
         if reply.kind == REFUSED:
-            message = f"the model's chat template refuses this conversation: {reason}"
+            message = f"the model's chat template rejects this conversation: {reason}"
             return RefusedError(message, _refusal_hint(reason, turns))
         verb = {BROKEN: "is broken", STOPPED: "was stopped"}.get(reply.kind, "failed")
         place = f"{self.origin}, line {reply.line}" if reply.line else self.origin
@@ -134,7 +134,7 @@ class ChatTemplate:
 
 def _cut_after(text: str, final: str) -> str:
     if final.strip() not in text or _CONTINUE_TAG.strip() not in text:
-        raise PromptError("the model's chat template leaves out the message to continue", _WITHOUT)
+        raise PromptError("the model's chat template drops the message to continue", _WITHOUT)
     end = text.rindex(_CONTINUE_TAG.strip())
     # If the template stripped the marker's trailing space, it strips messages: strip the cut text as well.
     return text[:end] if text[end:].startswith(_CONTINUE_TAG) else text[:end].rstrip()
@@ -172,7 +172,7 @@ def _refusal_hint(message: str, turns: list[dict[str, Any]]) -> str:
         return _DROP_SYSTEM
     if "alternate" in message.lower():
         has_system = any(turn.get("role") == "system" for turn in turns)
-        return _DROP_SYSTEM if has_system else "let user and assistant take turns"
+        return _DROP_SYSTEM if has_system else "alternate user and assistant messages"
     return _WITHOUT
 
 
@@ -257,16 +257,16 @@ def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate
     )
     if not templates:
         if name is not None:
-            raise PromptError(f"the model has no chat template, so none called {name!r}", _WITHOUT)
+            raise PromptError(f"the model has no chat templates, so none named {name!r}", _WITHOUT)
         return None
     wanted = "default" if name is None else name
     if wanted not in templates:
         names = ", ".join(sorted(templates))
         if name is not None:
-            raise PromptError(f"the model has no chat template {name!r}", f"it has: {names}")
+            raise PromptError(f"the model has no chat template named {name!r}", f"it has: {names}")
         raise PromptError(
-            f"the model has several chat templates and none is the default: {names}",
-            f"exl run {param('chat_template')} NAME takes one of them",
+            f"the model has several chat templates and none of them is the default: {names}",
+            f"choose one with exl run {param('chat_template')} NAME",
         )
     origin, source = templates[wanted]
     return ChatTemplate(source, origin, _special_tokens(model_dir, config), wanted)
@@ -289,7 +289,9 @@ def _named(file: str, value: Any) -> dict[str, tuple[str, str]]:
     except (TypeError, KeyError):
         pairs = {}
     if not pairs or not all(isinstance(text, str) for pair in pairs.items() for text in pair):
-        raise DamagedModelError(f"the chat template in {file} is neither text nor a list of named texts", _WITHOUT)
+        raise DamagedModelError(
+            f"the chat template in {file} is neither a string nor a list of named templates", _WITHOUT
+        )
     return {name: (file, text) for name, text in pairs.items()}
 
 
@@ -311,4 +313,4 @@ def _read_text(path: Path) -> str:
         refuse_pointer(path, read_file(path))
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedModelError(f"{path.name} cannot be read: {error}", "download the model again") from error
+        raise DamagedModelError(f"cannot read {path.name}: {error}", "download the model again") from error

@@ -208,5 +208,5 @@ def _encode(model: ServedModel, given: str | list[dict[str, Any]], add_special: 
     if len(text) > MAX_CHARACTERS:
         raise ApiError(413, f"the text has {len(text):,} characters, at most {MAX_CHARACTERS:,} are tokenized")
     if half := half_character(text):
-        raise PromptError(f"the text has half a character, {half}", "remove the lone surrogate")
+        raise PromptError(f"the text contains a lone surrogate, {half}", "remove it")
     return model.tokenizer.encode(text, add_special_tokens=add_special)

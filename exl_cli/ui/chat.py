@@ -63,14 +63,14 @@ class ChatConsole(Console):
         if summary.drafted_tokens:
             parts.insert(2, accepted(summary.accepted_tokens, summary.drafted_tokens))
         if not answered:
-            parts = ["stopped before the answer began: the message is not part of the conversation"]
+            parts = ["stopped before the response began; the message was not sent"]
         elif summary.finish_reason == "cancelled":
             parts.append("stopped: /continue")
         elif summary.finish_reason == "length":
             full = records.limit(summary, context_length) == "context"
-            parts.append("the context is full" if full else "cut off: /continue")
+            parts.append("context full" if full else "cut off: /continue")
         elif summary.new_tokens <= 1:
-            parts.append("an empty answer: /retry")
+            parts.append("empty response: /retry")
         self.note(" · ".join(parts))
         if summary.note:
             self.note(f"note: {summary.note}")
@@ -81,7 +81,10 @@ class ChatConsole(Console):
         quoted = f"“{excerpt(first[0].content)}”" if first else ""
         if len(first) > 1:
             quoted += f" to “{excerpt(first[-1].content)}”"
-        self.note(f"the context is nearly full: dropped {what} ({quoted}), {tokens:,} tokens; the session keeps them")
+        self.note(
+            f"the context is nearly full: dropped {what} ({quoted}), {tokens:,} tokens, from the prompt; "
+            "the session keeps them"
+        )
 
     # --- what commands show ---------------------------------------------------------------------------------------
 
@@ -97,7 +100,9 @@ class ChatConsole(Console):
             also = f" (also {', '.join('/' + name for name in command.aliases)})" if command.aliases else ""
             rows.append((f"/{command.name} {command.arguments}".rstrip(), command.help + also))
         self._list(rows)
-        self.say('Anything else is a message. Put """ around a multi-line message, or press Alt-Enter for a new line.')
+        self.say(
+            'Anything else is sent as a message. Put """ around a multi-line message, or press Alt-Enter for a newline.'
+        )
 
     def settings(self, values: Mapping[str, Any]) -> None:
         self._list((name, _shown(value)) for name, value in values.items())
@@ -106,7 +111,7 @@ class ChatConsole(Console):
         for name, (old, new) in changed.items():
             self.say(f"{name}: {_shown(old)} → {_shown(new)}")
         if not changed:
-            self.say(f"{unchanged} is as it was")
+            self.say(f"{unchanged} is unchanged")
 
     def model(self, model: ChatModel) -> None:
         info, engine = model.info, model.engine
@@ -123,8 +128,8 @@ class ChatConsole(Console):
         evaluated = totals.prompt_tokens - totals.reused_tokens
         share = totals.reused_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
         facts = {
-            "turns": f"{len(session.turns)}, of which the model sees {len(session.turns) - session.dropped}",
-            "answers": f"{totals.answers}, retried and stopped ones included",
+            "turns": f"{len(session.turns)}, {len(session.turns) - session.dropped} of them in the context",
+            "responses": f"{totals.answers}, including retried and stopped ones",
             "prompts": f"{totals.prompt_tokens:,} tokens, {totals.reused_tokens:,} of them reused ({share:.0%})",
             "evaluated": _timed(evaluated, totals.prompt_seconds),
             "generated": _timed(totals.new_tokens, totals.generation_seconds),
@@ -149,7 +154,7 @@ class ChatConsole(Console):
 
     def resumed(self, session: Session) -> None:
         last = f": “{excerpt(session.turns[-1].content, 100)}”" if session.turns else ""
-        self.note(f"going on with {session.name}, {len(session.turns)} turns{last}")
+        self.note(f"resuming {session.name}, {len(session.turns)} turns{last}")
 
     def message(self, text: str) -> None:
         self.block(PROMPT + text.replace("\n", "\n" + CONTINUATION))
@@ -189,7 +194,7 @@ def _line(prompt: str) -> str | None:
     data = sys.stdin.readline().encode("utf-8", "replace") if buffer is None else buffer.readline()
     if not data:
         return None
-    hint = "it is left out; convert it with iconv -t UTF-8"
+    hint = "the line was skipped; convert the input with iconv -t UTF-8"
     return decode(data, "a line on standard input", hint).rstrip("\r\n")
 
 
