@@ -203,11 +203,7 @@ def _measured(test: dict[str, Any]) -> dict[str, Any]:
 
 
 def saved_result(names: Sequence[str]) -> Path | None:
-    """The saved result among names that may be models'; None where there is none.
-
-    Raises:
-        UsageError: it does not stand alone.
-    """
+    """The saved result among names that may be models'; None where there is none. UsageError if it is not alone."""
     saved = [name for name in names if name.endswith(".json") and not is_folder(expanded(Path(name)))]
     if saved and len(names) > 1:
         hint = f"compare two with {param('compare')} OLD.json NEW.json"
@@ -240,10 +236,9 @@ def require_writable(path: Path, name: str) -> None:
 def keep(
     result: Result, save: Path | None, report: Path | None, spelling: Callable[[str], str] = spell
 ) -> list[ExlError]:
-    """Write a result's JSON to `save` and its HTML to `report`; if one cannot be written, the other still is.
+    """Write a result's JSON to `save` and its HTML to `report`; return what went wrong.
 
-    Returns:
-        What went wrong; what was there before stays then.
+    If one cannot be written, the other still is, and what was there before stays.
     """
     failures: list[ExlError] = []
     kinds: dict[OutputFormat, Path | None] = {"json": save, "html": report}

@@ -100,11 +100,7 @@ class Job:
 
 
 def parse_counts(text: str, name: str, least: int) -> tuple[int, ...]:
-    """ "512,2048" to (512, 2048), duplicates left out.
-
-    Raises:
-        UsageError: anything that is not a whole number of at least `least`; it names the parameter `name`.
-    """
+    """ "512,2048" to (512, 2048), duplicates left out; UsageError, naming the parameter, for less than `least`."""
     try:
         values = tuple(dict.fromkeys(map(int, text.split(","))))
     except ValueError:
@@ -116,11 +112,7 @@ def parse_counts(text: str, name: str, least: int) -> tuple[int, ...]:
 
 
 def loadings(loading: LoadOptions, caches: str | None) -> list[LoadOptions]:
-    """The load options with each of the listed cache types in turn; as they are for None.
-
-    Raises:
-        UsageError: no such type.
-    """
+    """The load options with each of the listed cache types in turn; as they are for None. UsageError for no type."""
     names = dict.fromkeys(part.strip() for part in (loading.cache if caches is None else caches).split(","))
     for name in names:
         if name not in CACHE_TYPES:
@@ -131,8 +123,7 @@ def loadings(loading: LoadOptions, caches: str | None) -> list[LoadOptions]:
 def grid(settings: Settings) -> list[Case]:
     """All tests of the settings: prompts, generations at every depth and batch size, and a whole answer.
 
-    Raises:
-        UsageError: nothing is left to measure.
+    UsageError if nothing is left to measure.
     """
     prompts = [n for n in settings.prompt_tokens if n]
     news = [n for n in settings.new_tokens if n]
@@ -147,11 +138,7 @@ def grid(settings: Settings) -> list[Case]:
 
 
 def fitting(tests: Sequence[Case], context: int, name: str) -> tuple[list[Case], list[str]]:
-    """The tests that fit into a model's context, and a sentence for each that does not.
-
-    Raises:
-        UsageError: none fits.
-    """
+    """The tests that fit into a model's context, and a sentence for each that does not; UsageError if none fits."""
     skipped = [
         f"{test.name} left out for {name}: it needs {test.context:,} tokens of context, there are {context:,}"
         for test in tests
@@ -168,8 +155,7 @@ def fitting(tests: Sequence[Case], context: int, name: str) -> tuple[list[Case],
 def batchable(tests: Sequence[Case], max_batch: int, engine: str) -> tuple[list[Case], list[str]]:
     """The tests whose requests an engine computes in one pass, and a sentence where some are not.
 
-    Raises:
-        UsageError: generation was asked for, and at no batch size that the engine has.
+    UsageError if generation was asked for, and at no batch size that the engine has.
     """
     kept = [test for test in tests if test.n_parallel <= max_batch]
     if len(kept) == len(tests):

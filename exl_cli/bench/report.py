@@ -47,11 +47,7 @@ _ALWAYS_SHOWN = ("temperature", "top_k", "top_p", "token_repetition_penalty")
 
 
 def require_matplotlib() -> None:
-    """Say in time that no chart can be drawn.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """UsageError if matplotlib, which draws the charts, is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         problem = f"{param('report')} needs matplotlib, which is not installed"
         raise UsageError(problem, "pip install 'exl-cli[report]'")

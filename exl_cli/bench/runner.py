@@ -282,11 +282,7 @@ def _share(out: Collector, stage: str, done: int, total: int) -> None:
 
 
 def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
-    """Do a job in this process; `out` receives the measurements.
-
-    Raises:
-        ExlError: whatever resolving, loading or running the model raises.
-    """
+    """Do a job in this process; `out` receives the measurements."""
     out.stage("starting")
     info = loader.resolve(job.model, job.models_dir)
     context = job.loading.max_seq_len or info.context_length

@@ -74,23 +74,14 @@ def is_command(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Command:
-    """A slash command.
+    """A slash command."""
 
-    Attributes:
-        name: without the slash.
-        arguments: the arguments as help shows them; empty for none.
-        help: one line.
-        aliases: other names.
-        run: called with the conversation and the text after the name.
-        complete: called likewise; returns the possible arguments.
-    """
-
-    name: str
-    arguments: str
+    name: str  # without the slash
+    arguments: str  # as help shows them; empty for none
     help: str
     aliases: tuple[str, ...]
-    run: Run
-    complete: Complete
+    run: Run  # called with the conversation and the text after the name
+    complete: Complete  # called likewise; returns the possible arguments
 
 
 COMMANDS: dict[str, Command] = {}
@@ -132,11 +123,7 @@ def run(chat: Conversation, text: str) -> None:
 
 
 def complete(chat: Conversation, text: str) -> tuple[int, list[tuple[str, str]]]:
-    """Complete a command line.
-
-    Returns:
-        The number of characters at its end to replace, and (replacement, remark) for each completion.
-    """
+    """How many characters at the end of a command line to replace, and (replacement, remark) for each completion."""
     if match := re.match(r"/([a-zA-Z]*)$", text):
         start = match[1].lower()
         return len(text), [(f"/{name}", command.help) for name, command in COMMANDS.items() if name.startswith(start)]
@@ -385,8 +372,7 @@ def _attachment(file: Path) -> tuple[str, str]:
 def _edited(text: str) -> str:
     """Let the user edit a text in `$VISUAL`, else `$EDITOR`, else the first known editor on the PATH.
 
-    Returns:
-        The new text, without the final line break that editors add.
+    The final line break that editors add is removed.
     """
     hint, unchanged = "set $VISUAL or $EDITOR", "message unchanged"
     chosen = (os.environ.get(variable, "").strip() for variable in ("VISUAL", "EDITOR"))

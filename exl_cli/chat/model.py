@@ -25,12 +25,7 @@ _DEFAULT_CONTEXT = 8192
 
 @dataclass(eq=False)
 class ChatModel:
-    """A model to chat with.
-
-    Attributes:
-        info, tokenizer, format: the model, its tokenizer and its chat format.
-        engine, encoder: the engine and its prompt encoder; set by `ModelLoader.load`.
-    """
+    """A model to chat with; `ModelLoader.load` sets engine and encoder."""
 
     info: ModelInfo
     tokenizer: Tokenizer
@@ -55,11 +50,7 @@ class ChatModel:
         return self.format.render(hidden, add_generation_prompt=add_generation_prompt)
 
     def check_system(self, session: Session) -> list[str]:
-        """List the special tokens spelled out in a session's system message.
-
-        Raises:
-            PromptError: the chat template rejects the message.
-        """
+        """The special tokens spelled out in a session's system message; PromptError if the template rejects it."""
         text = self.render([*session.messages(0, 0), {"role": "user", "content": "Hello"}])
         return self.tokenizer.hidden(text)
 
@@ -67,11 +58,7 @@ class ChatModel:
 class ModelLoader:
     """Opens and loads models for a chat.
 
-    Args:
-        load: `loader.load`, or a replacement by a program that embeds exl (see `cli.options.State`).
-        options: how to load them.
-        models_dir: folder of downloaded models; see `loader.resolve`.
-        view: shows the progress.
+    `load` is `loader.load`, or a replacement by a program that embeds exl (see `cli.options.State`).
     """
 
     def __init__(
@@ -83,11 +70,7 @@ class ModelLoader:
         self._view = view
 
     def find(self, name: str | None) -> ChatModel:
-        """Open a model's files without reading its weights.
-
-        Raises:
-            ExlError: there is no such model, or it cannot be run.
-        """
+        """Open a model's files without reading its weights; ExlError if there is none, or it cannot be run."""
         info = loader.resolve(name, self._models_dir)
         loader.context_to_allocate(info, self._options)
         return ChatModel(info, Tokenizer(info.path), load_format(info.path))

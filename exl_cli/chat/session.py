@@ -150,16 +150,9 @@ class Session:
     def trim(self, size: Callable[[int], int], limit: int, goal: int) -> list[Turn]:
         """If the prompt has more than `limit` tokens, drop exchanges, oldest first, down to `goal` tokens.
 
-        The user's last turn always stays, even if it alone exceeds the goal.
-
-        Args:
-            size: tokens of the prompt if it begins with this turn; falls as the index rises.
-            limit: most tokens for which nothing is dropped.
-            goal: tokens to come down to. It is lower than `limit` because after each drop the prompt is computed from
-                its first token again: dropping rarely is cheaper.
-
-        Returns:
-            The turns that were dropped.
+        The user's last turn always stays, even if it alone exceeds the goal. The goal is lower than the limit because
+        after each drop the prompt is computed from its first token again: dropping rarely is cheaper. `size(start)` are
+        the prompt's tokens if it begins with that turn. Returns the turns that were dropped.
         """
         before = self.dropped
         starts = range(before + 2, self.last_user() + 1, 2)
@@ -182,11 +175,7 @@ def dumps(session: Session) -> str:
 
 
 def loads(text: str, name: str, source: str) -> Session:
-    """Parse a session; `source` names the file in messages.
-
-    Raises:
-        DiskError: the text is not a session, is damaged, or has a newer format.
-    """
+    """Parse a session. DiskError, with `source` for the file's name, if it is none, is damaged, or is too new."""
     try:
         value = json.loads(text)
         half = half_character(json.dumps(value, ensure_ascii=False))
@@ -269,11 +258,7 @@ def data_dir() -> Path:
 
 
 class SessionStore:
-    """A folder of sessions, one JSON file each, written atomically.
-
-    Args:
-        folder: created on the first save.
-    """
+    """A folder of sessions, one JSON file each, written atomically; the first save creates it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

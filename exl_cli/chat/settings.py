@@ -57,12 +57,7 @@ class Settings:
         return {**{name: getattr(self, name) for name in _OWN}, **self.sampling(generation_config).to_dict()}
 
     def with_value(self, name: str, text: str) -> Settings:
-        """A copy with one setting changed.
-
-        Args:
-            name: a field, or the flag that sets it, with or without its dashes.
-            text: the value as typed; "default" resets it.
-        """
+        """A copy with one setting changed, by its name or flag, to a value as typed; "default" resets it."""
         key = resolve(name)
         if key == "preset":
             return self.with_preset(None if text in ("default", "none") else text)
@@ -91,11 +86,7 @@ _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "fals
 
 
 def from_dict(value: Mapping[str, Any]) -> Settings:
-    """Read the settings in a session file. A missing or invalid value leaves the default.
-
-    Raises:
-        TypeError: a value has the wrong JSON type.
-    """
+    """Read the settings in a session file. An invalid value leaves the default; a wrong JSON type is a TypeError."""
     settings = Settings()
     for name, hint in get_type_hints(Settings).items():
         if name in value:

@@ -131,10 +131,9 @@ class Console:
     ) -> None:
         """Print a table, fitted to the terminal's width; in a pipe, lines are as long as needed.
 
+        Cells are sanitized, unless they are Rich's `Text`. There is no header if all titles are empty.
+
         Args:
-            to: `out` or `err`.
-            titles: column titles; all empty for a table without a header.
-            rows: cells; sanitized, unless they are Rich's `Text`.
             right: titles of right-aligned columns.
             layout: overrides options of Rich's `Table`.
         """
@@ -178,13 +177,7 @@ class Console:
             self.note(line)
 
     def cut_off(self, summary: Summary, context_length: int, most: int) -> None:
-        """If a limit ended the response, say which one and how to get more.
-
-        Args:
-            summary: the response's summary.
-            context_length: the allocated context, in tokens.
-            most: the model's full context.
-        """
+        """If a limit ended the response, say which one and how to get more; the model allows a context of `most`."""
         limit = records.limit(summary, context_length)
         if limit == "max_new_tokens":
             self.note(f"stopped after {summary.new_tokens:,} tokens; raise --max-new-tokens for more")

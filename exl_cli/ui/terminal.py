@@ -30,12 +30,7 @@ _MOST_HISTORY = 1_000_000
 
 
 def terminal_reader(chat: Conversation, history: Path | None) -> ReadLine:
-    """A reader with line editing; a draft is prefilled.
-
-    Args:
-        chat: the source of completions.
-        history: history file; None for none.
-    """
+    """A reader with line editing, the chat's completions and a history file, if any; a draft is prefilled."""
     session: PromptSession[str] = PromptSession(
         PROMPT,
         history=InMemoryHistory() if history is None else _History(history),

@@ -57,15 +57,8 @@ class Branch:
 def describe(hub: Hub, repository: Repository, context: int, cache: CacheType, cards: Sequence[int]) -> list[Branch]:
     """All branches, main first.
 
-    Args:
-        hub: where to ask.
-        repository: the model; its own revision does not matter.
-        context: tokens to estimate memory for; a model made for fewer is estimated for those.
-        cache: type of the KV cache to estimate for.
-        cards: bytes of memory of each GPU; empty where none is known.
-
-    Raises:
-        ExlError: see `failures.explain`.
+    Memory is estimated for `context` tokens, or the model's own context where that is less; `cards` are the bytes of
+    each GPU, none where that is not known. Errors: see `failures.explain`.
     """
     described: dict[str, Branch] = {}
 

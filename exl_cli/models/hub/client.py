@@ -37,7 +37,7 @@ class Hub:
         note: takes a line about each retry.
         endpoint: the Hub's address; None for `HF_ENDPOINT`, else huggingface_hub's own.
         timeout: seconds without a byte before a request counts as failed; None for `HF_HUB_DOWNLOAD_TIMEOUT` or 10.
-        wait: lets so many seconds pass between tries.
+        wait: called with the seconds to wait before the next try.
 
     Raises:
         UsageError: a variable of the environment, or the token, cannot be used.
@@ -134,11 +134,7 @@ class Hub:
         return file
 
     def read_config(self, listing: Listing) -> dict[str, Any]:
-        """config.json of a revision, with its quantization; empty where it has none.
-
-        Raises:
-            DownloadError: it is not a JSON object.
-        """
+        """config.json of a revision, with its quantization; {} where it has none. DownloadError if it is no object."""
         config = self._read_json(listing, "config.json")
         return with_quantization(config, lambda: self._read_json(listing, "quantize_config.json")) if config else {}
 
@@ -258,11 +254,7 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def _check_variables() -> None:
-    """Check those without which huggingface_hub cannot even be imported, or a connection be opened.
-
-    Raises:
-        UsageError: naming the variable.
-    """
+    """Check those without which huggingface_hub cannot be imported, or a connection be opened; UsageError names one."""
     for name in _SECONDS:
         try:
             int(os.environ.get(name, "0"))
@@ -276,11 +268,7 @@ def _check_variables() -> None:
 
 
 def _check_endpoint(endpoint: str) -> str:
-    """The Hub's address, without a slash at its end.
-
-    Raises:
-        UsageError: it is no address.
-    """
+    """The Hub's address, without a slash at its end; UsageError if it is none."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(endpoint)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:

@@ -53,9 +53,7 @@ class Patience:
     def failed(self, error: Exception, *, reconnect: bool = True) -> None:
         """Wait before the next try, or raise `error` if it will not pass or has come too often.
 
-        Args:
-            error: the failure.
-            reconnect: also try again where no connection could be made at all.
+        With `reconnect`, try again also where no connection could be made at all.
         """
         reason, asked = _passing(error, reconnect), asked_wait(error)
         self._failures += 1

@@ -61,11 +61,7 @@ def parse(text: str, revision: str | None = None) -> Repository | None:
 
 
 def require(text: str, revision: str | None = None) -> Repository:
-    """Like `parse`.
-
-    Raises:
-        UsageError: the text names no repository.
-    """
+    """Like `parse`, but UsageError if the text names no repository."""
     if repository := parse(text, revision):
         return repository
     raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")

@@ -142,11 +142,7 @@ def _is_inside(folder: Path, path: Path) -> bool:
 
 
 def install(folder: Path, files: Collection[File], marker: Marker) -> None:
-    """Move complete parts to their places and declare the folder complete.
-
-    Raises:
-        DiskError: something is in the way.
-    """
+    """Move complete parts to their places and declare the folder complete; DiskError if something is in the way."""
     old = read_marker(folder)
     with explained(folder):
         # From here to the new marker this is half a model.
@@ -177,12 +173,7 @@ def explained(path: Path) -> Iterator[None]:
 def lock(folder: Path, waiting: Callable[[], object] | None) -> Iterator[None]:
     """Hold the lock of a model's folder, which lies beside the folder, since that can be removed under it.
 
-    Args:
-        folder: the model's.
-        waiting: called once if another process holds the lock, before waiting for it; None to give up instead.
-
-    Raises:
-        DiskError: another is at work and `waiting` is None, or the lock cannot be made.
+    `waiting` is called if another process holds it, before waiting for it; with None that is a DiskError.
     """
 
     def busy() -> None:

@@ -27,9 +27,6 @@ class Transfer:
     """One file: its bytes so far, on disk, and their digest.
 
     Args:
-        hub: where from.
-        listing: the commit.
-        file: one of its files.
         folder: the model's folder, prepared with `store.prepare_staging`.
         size: bytes of it that are here. Any thread may read it: it grows, and falls where bytes had to be given up.
         stop: set it to end at the next piece.
@@ -127,14 +124,10 @@ class Transfer:
 def run_all(
     jobs: Sequence[Callable[[], object]], stop: threading.Event, tick: Callable[[], object] = lambda: None
 ) -> None:
-    """Run jobs, a few at a time; the first failure, or Ctrl-C, sets `stop` and is raised here.
+    """Run jobs in this order, a few at a time; the first failure, or Ctrl-C, sets `stop` and is raised here.
 
-    The threads are daemons: one that hangs in a dead connection must not keep the program from ending.
-
-    Args:
-        jobs: in the order in which they begin.
-        stop: once it is set no other job begins.
-        tick: called from this thread, ten times a second and after the last job.
+    Once `stop` is set no other job begins. `tick` is called from this thread, ten times a second and after the last
+    job. The threads are daemons: one that hangs in a dead connection must not keep the program from ending.
     """
     waiting = iter(jobs)
     failures: list[BaseException] = []

@@ -28,9 +28,7 @@ _CONFIG = {
 class Xet:
     """hf-xet's session of one run; after two failures it steps aside for plain HTTP, which serves the same files.
 
-    Args:
-        headers: sent to the Hub when asking for access.
-        note: takes a line when it steps aside.
+    `headers` are sent to the Hub when asking for access.
     """
 
     def __init__(self, headers: dict[str, str], note: Callable[[str], object]) -> None:
@@ -44,10 +42,9 @@ class Xet:
         return self._tries > 0
 
     def chunks(self, source: Any, size: int, offset: int) -> Iterator[bytes]:
-        """The bytes of a file of `size` from `offset` on; `source` is huggingface_hub's `XetFileData`.
+        """The bytes of a file from `offset` on; `source` is huggingface_hub's `XetFileData`.
 
-        Raises:
-            BrokenTransferError: hf-xet failed.
+        BrokenTransferError if hf-xet fails.
         """
         hf_xet = importlib.import_module("hf_xet")
         try:
