@@ -137,7 +137,7 @@ def locked(path: Path, busy: Callable[[], object]) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, waited = FileLock(path), False
+    lock, waited = FileLock(path, mode=0o664), False  # which the members of a group can share
     try:
         lock.acquire(timeout=0)
     except Timeout:
