@@ -19,6 +19,8 @@ from exl_cli.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile the kernels for the CPU")
 THREADS = 64
+# What the blocks of a row share; never cleared between launches.
+MEETING = np.zeros(sample.MEETING_BYTES, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def choose(
     allowed: Collection[int] | None = None,
     logprobs: int | None = None,
     mu: float = 0.0,
+    parts: int = 3,
 ) -> sample.Chosen:
     vocab, bias = vocab or len(logits), bias or {}
     row = sample.row(sampling, seed)
@@ -68,9 +71,10 @@ def choose(
     chosen = sample.Chosen(top=2**32 - 1)  # whatever lies there
     scores = np.ascontiguousarray(logits, dtype=np.float32)
     argument = sample.SampleArgument(
-        scores.ctypes.data, ctypes.addressof(row), ctypes.addressof(chosen), scratch.ctypes.data, len(logits), vocab
+        *(scores.ctypes.data, ctypes.addressof(row), ctypes.addressof(chosen), MEETING.ctypes.data),
+        *(scratch.ctypes.data, len(logits), vocab),
     )
-    kernel(argument, (1,), THREADS)
+    kernel(argument, (parts, 1), THREADS, seed)
     if chosen.token >= 0:
         assert logprobs is not None or chosen.top == 0
         assert memory["history"][-1] == chosen.token
@@ -90,6 +94,9 @@ def test_the_kernel_samples_the_same_tokens_as_the_cpu(kernel: Emulated, changes
         expected = sampler.sample(logits, history)
         got = choose(kernel, logits, sampling, seed, history)
         assert got.token == expected
+        if not seed:  # by any number of blocks
+            for parts in (1, sample.MOST_PARTS):
+                assert choose(kernel, logits, sampling, seed, history, parts=parts).token == expected
         ids, probs = sampler.distribution(logits, history)
         if not sampling.mirostat:
             assert got.prob == pytest.approx(float(probs[ids == expected][0]), rel=1e-4)

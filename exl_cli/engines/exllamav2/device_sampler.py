@@ -97,6 +97,10 @@ class DeviceSampler:
         self._idle = deque([_Launch(seats, device) for _ in range(2)])
         self._launched: deque[_Launch] = deque()
         self._scratch: torch.Tensor | None = None
+        self._meetings = torch.zeros(seats * sample.MEETING_BYTES, dtype=torch.uint8, device=device)
+        self._processors = 1
+        if device.type == "cuda":
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._masks: dict[bytes, torch.Tensor] = {}
         self._argument = sample.SampleArgument()
 
@@ -176,9 +180,11 @@ class DeviceSampler:
         argument = self._argument
         argument.logits, argument.rows = logits.data_ptr(), launch.rows.data_ptr()
         argument.chosen, argument.columns, argument.vocab = launch.chosen.data_ptr(), self._columns, vocab
+        argument.meetings = self._meetings.data_ptr()
         argument.scratch = None if self._scratch is None else self._scratch.data_ptr()
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._kernel.bind((len(draws),), sample.THREADS, argument)(stream)
+        parts = sample.parts(len(draws), vocab, self._processors)
+        self._kernel.bind((parts, len(draws)), sample.THREADS, argument)(stream)
 
     def collect(self) -> list[Chosen | None]:
         """Return the tokens of the oldest launch not yet collected, which must have completed.

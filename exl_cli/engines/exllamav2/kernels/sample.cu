@@ -1,4 +1,6 @@
-// Samples the next token from a row of logits, as `engines/sampling` defines it. One block per row.
+// Samples the next token from a row of logits, as `engines/sampling` defines it. The grid is (blocks per row, rows). The
+// blocks of a row divide its columns among them, and meet to exchange maxima, sums and histograms. A launch has no more
+// blocks than the GPU holds at once, so they can wait for each other.
 //
 // Let q be how far a token's log-weight is below the highest one. Every filter keeps an interval of q: all are monotone in
 // the logit, except typical sampling, which keeps those around one value. So nothing needs to be sorted. The end of an
@@ -49,6 +51,7 @@ struct Row
 };
 
 const u32 MOST_TOP = 64;
+const u32 MOST_PARTS = 16;        // blocks per row
 
 struct Chosen
 {
@@ -62,11 +65,23 @@ struct Chosen
     float logits[MOST_TOP];
 };
 
+struct Tally { float weight; u32 padding; u64 number; };
+
+// What the blocks of a row share. All zero at first; a launch leaves the counters zero.
+struct Meeting
+{
+    u32 arrived, left, listed, padding;
+    u64 best[2][MOST_PARTS];
+    Tally tallies[2][MOST_PARTS];
+    u32 bins[3][BINS];
+};
+
 struct Sample
 {
     const float* logits;
     const Row* rows;            // in host memory, like what they point to as edits
     Chosen* chosen;             // in host memory
+    Meeting* meetings;          // by row
     float* scratch;             // two times `vocab` words per row: see `adjust`
     u32 columns;                // logits per row, padding included
     u32 vocab;                  // logits that belong to a token
@@ -114,47 +129,127 @@ struct Shared
     Row row;
     u64 best[32];
     float sums[32];
-    u32 counts[32];
     u32 bins[BINS];
-    float threshold;
-    u32 counter;
 };
 
-DEVICE u64 block_max(u64 v, Shared& s)
+// The blocks of a row, as each of their threads sees them: how often they have met, and how many histograms they have
+// added up.
+struct Team
+{
+    Shared& s;
+    Meeting& m;
+    u32 meets, histograms;
+};
+
+DEVICE u32 thread_of_row() { return blockIdx.x * blockDim.x + threadIdx.x; }
+
+// Wait for the other blocks of the row. What they wrote before can be read afterwards.
+DEVICE void meet(Team& t)
+{
+    t.meets++;
+    __syncthreads();
+    if (gridDim.x == 1) return;
+    if (threadIdx.x == 0)
+    {
+        arrive(&t.m.arrived);
+        await(&t.m.arrived, t.meets * gridDim.x);
+    }
+    __syncthreads();
+}
+
+// After the last meeting.
+DEVICE void leave(Team& t)
+{
+    if (threadIdx.x || arrive(&t.m.left) + 1 < gridDim.x) return;
+    t.m.arrived = t.m.left = t.m.listed = 0;
+}
+
+DEVICE u64 warp_max(u64 v)
 {
     for (u32 offset = 16; offset; offset /= 2)
     {
         u64 other = from_lane(v, threadIdx.x % 32 ^ offset);
         v = other > v ? other : v;
     }
+    return v;
+}
+DEVICE u64 warp_sum(u64 v)
+{
+    for (u32 offset = 16; offset; offset /= 2) v += from_lane(v, threadIdx.x % 32 ^ offset);
+    return v;
+}
+
+// The maximum, and the sums, over the row's threads. Blocks exchange theirs in one of two places by turns: when one
+// is used again, all have met since they read it. A lane reads one block's.
+DEVICE u64 maximum(u64 v, Team& t)
+{
+    Shared& s = t.s;
+    v = warp_max(v);
     __syncthreads();
     if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = v;
     __syncthreads();
     for (u32 w = 0; w < blockDim.x / 32; w++) v = s.best[w] > v ? s.best[w] : v;
-    return v;
+    if (gridDim.x == 1) return v;
+    volatile u64* places = t.m.best[t.meets % 2];
+    if (threadIdx.x == 0) places[blockIdx.x] = v;
+    meet(t);
+    u32 lane = threadIdx.x % 32;
+    return warp_max(lane < gridDim.x ? places[lane] : 0);
 }
-DEVICE float total(float v, Shared& s)
+DEVICE Tally tally(float weight, u64 number, Team& t)
+{
+    Shared& s = t.s;
+    __syncthreads();
+    Tally all = {block_sum(weight, s.sums), 0, 0};
+    number = warp_sum(number);
+    if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = number;
+    __syncthreads();
+    for (u32 w = 0; w < blockDim.x / 32; w++) all.number += s.best[w];
+    if (gridDim.x == 1) return all;
+    volatile Tally* places = t.m.tallies[t.meets % 2];
+    if (threadIdx.x == 0)
+    {
+        places[blockIdx.x].weight = all.weight;
+        places[blockIdx.x].number = all.number;
+    }
+    meet(t);
+    u32 lane = threadIdx.x % 32;
+    bool reads = lane < gridDim.x;
+    return Tally{warp_sum(reads ? places[lane].weight : 0.0f), 0, warp_sum(reads ? places[lane].number : 0ull)};
+}
+DEVICE float total(float v, Team& t) { return tally(v, 0, t).weight; }
+
+// Add up the histograms in the blocks' shared memory. Three places by turns: while one is used, the next is cleared, and
+// the third may still be read.
+DEVICE void add_histograms(Team& t)
 {
     __syncthreads();
-    return block_sum(v, s.sums);
-}
-DEVICE u32 count(u32 v, Shared& s)
-{
-    for (u32 offset = 16; offset; offset /= 2) v += (u32) from_lane(v, threadIdx.x % 32 ^ offset);
+    if (gridDim.x == 1) return;
+    u32* all = t.m.bins[t.histograms % 3];
+    u32* next = t.m.bins[++t.histograms % 3];
+    for (u32 i = threadIdx.x; i < BINS; i += blockDim.x)
+        if (t.s.bins[i]) add_global(&all[i], t.s.bins[i]);
+    for (u32 i = thread_of_row(); i < BINS; i += gridDim.x * blockDim.x) next[i] = 0;
+    meet(t);
+    for (u32 i = threadIdx.x; i < BINS; i += blockDim.x) t.s.bins[i] = ((volatile u32*) all)[i];
     __syncthreads();
-    if (threadIdx.x % 32 == 0) s.counts[threadIdx.x / 32] = v;
-    __syncthreads();
-    u32 sum = 0;
-    for (u32 w = 0; w < blockDim.x / 32; w++) sum += s.counts[w];
-    return sum;
 }
 
-// Call f(i, x[i]) for all i < n, divided among the threads of the block. Eight loads are in flight per thread: a single
+// This block's share of n columns. It begins at a multiple of four.
+struct Span { u32 begin, end; };
+DEVICE Span share(u32 n)
+{
+    u32 width = (n + 4 * gridDim.x - 1) / (4 * gridDim.x) * 4, begin = blockIdx.x * width;
+    return Span{begin < n ? begin : n, begin + width < n ? begin + width : n};
+}
+
+// Call f(i, x[i]) for all i < n, divided among the threads of the row. Eight loads are in flight per thread: a single
 // block reads the row several times, and would otherwise spend most of the time on memory latency.
 template <class F> DEVICE void each(u32 n, const float* x, const F& f)
 {
-    u32 i = threadIdx.x;
-    for (; i + 7 * blockDim.x < n; i += 8 * blockDim.x)
+    const Span mine = share(n);
+    u32 i = mine.begin + threadIdx.x;
+    for (; i + 7 * blockDim.x < mine.end; i += 8 * blockDim.x)
     {
         float v[8];
         #pragma unroll
@@ -162,7 +257,7 @@ template <class F> DEVICE void each(u32 n, const float* x, const F& f)
         #pragma unroll
         for (u32 j = 0; j < 8; j++) f(i + j * blockDim.x, v[j]);
     }
-    for (; i < n; i += blockDim.x) f(i, x[i]);
+    for (; i < mine.end; i += blockDim.x) f(i, x[i]);
 }
 
 // The first bin at which the cumulative weight reaches `target`, or BINS if it never does. `before` becomes the weight of
@@ -204,8 +299,9 @@ struct Few
 // `pass(f)`: calls f(token, score) for all candidates, and perhaps other tokens. `key(score)`: negative for a score that is
 // no candidate. `weight(score)`: an integer.
 template <class Pass, class Key, class Weight>
-DEVICE float bound(const Pass& pass, const Key& key, const Weight& weight, u32 target, float range, Shared& s)
+DEVICE float bound(const Pass& pass, const Key& key, const Weight& weight, u32 target, float range, Team& t)
 {
+    Shared& s = t.s;
     const float inverse = (float) BINS / range;
     u32 first = 0, before = 0;
     float base = 0.0f, fine = inverse;
@@ -227,7 +323,7 @@ DEVICE float bound(const Pass& pass, const Key& key, const Weight& weight, u32 t
             u32 w = weight(score);
             if (w) add_shared(&s.bins[bin], w);
         });
-        __syncthreads();
+        add_histograms(t);
         u32 less = 0, at = crossing(s, target - before, less);
         if (at == BINS || (!finer && at == BINS - 1)) return INFINITY;
         before += less;
@@ -268,8 +364,9 @@ DEVICE u32 repeated(const Row& r, u32 vocab, u32 first, u32 end)
 }
 
 // Writes the logits to scratch memory, with penalties, mask, biases and DRY applied. See `filters.penalize` and `dry`.
-DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* scores, Shared& s)
+DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* scores, Team& t)
 {
+    const u32 thread = thread_of_row(), threads = gridDim.x * blockDim.x;
     // By token: 1 + the position of its last occurrence, 0 for none, in the words that receive its score later; and the sum
     // of the strengths of its occurrences, in fixed point, for the frequency penalty.
     u32* nearest = (u32*) scores;
@@ -280,20 +377,20 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
     u32 begin = r.length > reach ? r.length - reach : 0;
     if (penalties)
     {
-        for (u32 i = threadIdx.x; i < p.vocab; i += blockDim.x)
+        for (u32 i = thread; i < p.vocab; i += threads)
         {
             nearest[i] = 0;
             if (r.flags & FADING) often[i] = 0;
         }
-        __syncthreads();
-        for (u32 at = begin + threadIdx.x; at < r.length; at += blockDim.x)
+        meet(t);
+        for (u32 at = begin + thread; at < r.length; at += threads)
         {
             u32 token = (u32) r.history[at];
             if (token >= p.vocab) continue;
             max_global(&nearest[token], at + 1);
             if (r.flags & FADING) add_global(&often[token], (u32) (strength(r, r.length - 1 - at) * 65536.0f + 0.5f));
         }
-        __syncthreads();
+        meet(t);
     }
     each(p.vocab, logits, [&](u32 i, float score)
     {
@@ -305,24 +402,24 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
         }
         scores[i] = r.mask && !bit(r.mask, i) ? RULED_OUT : score;
     });
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < r.edits; i += blockDim.x)
+    if (r.edits) meet(t);
+    for (u32 i = thread; i < r.edits; i += threads)
         if ((u32) r.edited[i] < p.vocab) scores[r.edited[i]] = fmaxf(scores[r.edited[i]] + r.biases[i], RULED_OUT);
     // DRY: find the longest repetition of the history's end, and penalize each token that followed one of that length.
     if (r.dry_multiplier > 0.0f && r.length > 1)
     {
         u32 first = r.dry_range && r.length - 1 > r.dry_range ? r.length - 1 - r.dry_range : 0;
         u64 longest = 0;
-        for (u32 end = first + threadIdx.x; end < r.length - 1; end += blockDim.x)
+        for (u32 end = first + thread; end < r.length - 1; end += threads)
         {
             u32 length = repeated(r, p.vocab, first, end);
             longest = length > longest ? length : longest;
         }
-        longest = block_max(longest, s);
+        longest = maximum(longest, t);
         if (longest && longest >= r.dry_allowed_length)
         {
             float factor = r.dry_multiplier * powf(r.dry_base, (float) (longest - r.dry_allowed_length));
-            for (u32 end = first + threadIdx.x; end < r.length - 1; end += blockDim.x)
+            for (u32 end = first + thread; end < r.length - 1; end += threads)
             {
                 u32 token = (u32) r.history[end + 1];
                 if (repeated(r, p.vocab, first, end) != longest) continue;
@@ -330,12 +427,12 @@ DEVICE void adjust(const Sample& p, const Row& r, const float* logits, float* sc
             }
         }
     }
-    __syncthreads();
+    if (r.edits || r.dry_multiplier > 0.0f) meet(t);
 }
 
 // Reports log-probabilities of the model's own logits, before any setting is applied. The normalizer includes padding
 // columns, the top tokens do not. `first`: the highest logit of a token.
-DEVICE void report(const Sample& p, const Row& r, const float* logits, float first, Chosen& out, Shared& s)
+DEVICE void report(const Sample& p, const Row& r, const float* logits, float first, Chosen& out, Team& t)
 {
     u64 best = ordered(first);
     each(p.columns - p.vocab, logits + p.vocab, [&](u32, float logit)
@@ -343,38 +440,37 @@ DEVICE void report(const Sample& p, const Row& r, const float* logits, float fir
         u64 v = ordered(logit);
         best = v > best ? v : best;
     });
-    float highest = unordered((u32) block_max(best, s)), sum = 0.0f;
+    float highest = unordered((u32) maximum(best, t)), sum = 0.0f;
     each(p.columns, logits, [&](u32, float logit) { sum += expf(logit - highest); });
-    sum = total(sum, s);
+    sum = total(sum, t);
     float limit = 0.0f;
     u32 wanted = r.top_logprobs - 1;
     if (wanted)
     {
         auto distance = [&](float logit) { return first - logit; };
         auto row = [&](const auto& f) { each(p.vocab, logits, f); };
-        limit = bound(row, distance, [](float) { return 1u; }, wanted, FAR, s);
-        if (threadIdx.x == 0) s.counter = 0;
-        __syncthreads();
+        limit = bound(row, distance, [](float) { return 1u; }, wanted, FAR, t);
         each(p.vocab, logits, [&](u32 i, float logit)
         {
             if (first - logit >= limit) return;
-            u32 place = add_shared(&s.counter, 1);
+            u32 place = arrive(&t.m.listed);
             if (place >= MOST_TOP) return;
             out.ids[place] = i;
             out.logits[place] = logit;
         });
-        __syncthreads();
+        meet(t);
     }
-    if (threadIdx.x == 0)
+    if (thread_of_row() == 0)
     {
         out.total = highest + logf(sum);
-        out.top = wanted ? s.counter : 0;
+        out.top = wanted ? *(volatile u32*) &t.m.listed : 0;
     }
 }
 
-DEVICE void finish(const Row& r, const float* logits, Chosen& out, int token, float prob)
+DEVICE void finish(const Row& r, const float* logits, Chosen& out, int token, float prob, Team& t)
 {
-    if (threadIdx.x) return;
+    leave(t);
+    if (thread_of_row()) return;
     out.token = token;
     out.prob = prob;
     if (token < 0) return;
@@ -385,14 +481,16 @@ DEVICE void finish(const Row& r, const float* logits, Chosen& out, int token, fl
 extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
 {
     Shared& s = *(Shared*) shared_memory;
-    const volatile u32* settings = (const volatile u32*) &p.rows[blockIdx.x];
+    const volatile u32* settings = (const volatile u32*) &p.rows[blockIdx.y];
     for (u32 i = threadIdx.x; i < sizeof(Row) / 4; i += blockDim.x) ((u32*) &s.row)[i] = settings[i];
     __syncthreads();
     wait_for_inputs();
+    Team t = {s, p.meetings[blockIdx.y], 0, 0};
+    for (u32 i = thread_of_row(); i < BINS; i += gridDim.x * blockDim.x) t.m.bins[0][i] = 0;
     const Row& r = s.row;
     const u32 n = p.vocab;
     const float* logits = p.logits + (u64) r.logits * p.columns;
-    Chosen& out = p.chosen[blockIdx.x];
+    Chosen& out = p.chosen[blockIdx.y];
 
     // The highest score with its token, and the lowest of a token that is not ruled out.
     u64 best = 0;
@@ -409,25 +507,25 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         if (fabsf(logit) < INFINITY) rank(i, logit);
         else best = BAD;
     });
-    best = block_max(best, s);
-    if (best == BAD) return finish(r, logits, out, FAILED, 0.0f);
-    if (r.top_logprobs) report(p, r, logits, unordered((u32) (best >> 32)), out, s);
-    else if (threadIdx.x == 0) out.top = 0;
+    best = maximum(best, t);
+    if (best == BAD) return finish(r, logits, out, FAILED, 0.0f, t);
+    if (r.top_logprobs) report(p, r, logits, unordered((u32) (best >> 32)), out, t);
+    else if (thread_of_row() == 0) out.top = 0;
 
     const float* scores = logits;
     if (has_penalties(r) || r.mask || r.edits || r.dry_multiplier > 0.0f)
     {
-        float* adjusted = p.scratch + (u64) blockIdx.x * 2 * p.vocab;
-        adjust(p, r, logits, adjusted, s);
+        float* adjusted = p.scratch + (u64) blockIdx.y * 2 * p.vocab;
+        adjust(p, r, logits, adjusted, t);
         scores = adjusted;
         best = 0;
         lowest = INFINITY;
         each(n, scores, rank);
-        best = block_max(best, s);
+        best = maximum(best, t);
     }
     const float highest = unordered((u32) (best >> 32));
-    if (highest < 0.1f * RULED_OUT) return finish(r, logits, out, FAILED, 0.0f);
-    if (r.flags & GREEDY) return finish(r, logits, out, (int) (0xffffffffu - (u32) best), 1.0f);
+    if (highest < 0.1f * RULED_OUT) return finish(r, logits, out, FAILED, 0.0f, t);
+    if (r.flags & GREEDY) return finish(r, logits, out, (int) (0xffffffffu - (u32) best), 1.0f, t);
 
     // Candidates have nearest <= q < limit, and the probability exp(-(q - nearest) * steepness) / sum. Each filter below
     // narrows the interval, and `renew` recomputes the sum. Quadratic sampling ("smoothing") makes q quadratic in the
@@ -436,7 +534,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
     const float linear = r.smoothing > 0.0f ? 0.0f : 1.0f / temperature, squared = r.smoothing / temperature;
     float nearest = 0.0f, limit = INFINITY, steepness = 1.0f, sum = 1.0f, shortest = -INFINITY;
     u32 kept = n;
-    Few own;
+    Few own = {};
     bool few = false;
     auto pass = [&](const auto& f)
     {
@@ -452,7 +550,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         return v >= nearest && v < limit ? v : -1.0f;
     };
     auto weight = [&](float v) { return expf(-(v - nearest) * steepness); };
-    auto renew = [&](bool counted)
+    auto renew = [&]()
     {
         float weights = 0.0f;
         u32 number = 0;
@@ -469,34 +567,35 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
             number++;
         });
         own.count = number;
-        sum = total(weights, s);
-        few = few || !count(number > FEW, s);
-        if (counted) kept = count(number, s);
+        Tally all = tally(weights, number + ((u64) (number > FEW) << 32), t);
+        sum = all.weight;
+        few = few || !(all.number >> 32);
+        kept = (u32) all.number;
     };
     auto whole_of = [&](float score) { return (u32) (weight(q(score)) / sum * WHOLE + 0.5f); };
 
     if (0 < r.top_k && r.top_k < n)
     {
         // A little more than the farthest candidate, so that the last bin, where `bound` gives up, stays empty.
-        float range = 1.001f * (highest + unordered((u32) block_max(ordered(-lowest), s)));
-        shortest = range > 0.0f ? bound(pass, distance, [](float) { return 1u; }, r.top_k, range, s) : INFINITY;
+        float range = 1.001f * (highest + unordered((u32) maximum(ordered(-lowest), t)));
+        shortest = range > 0.0f ? bound(pass, distance, [](float) { return 1u; }, r.top_k, range, t) : INFINITY;
     }
-    renew(false);
+    renew();
     if (0.0f < r.top_p && r.top_p < 1.0f)
     {
-        limit = bound(pass, q, whole_of, (u32) (r.top_p * WHOLE), FAR, s);
-        renew(false);
+        limit = bound(pass, q, whole_of, (u32) (r.top_p * WHOLE), FAR, t);
+        renew();
     }
     // Top-a: p >= a * p_max^2. With p = e^-q / sum and p_max = 1 / sum that is q <= -log(a / sum). Likewise min-p below.
     if (r.top_a > 0.0f)
     {
         limit = fminf(limit, above(-logf(fminf(r.top_a / sum, 1.0f))));
-        renew(false);
+        renew();
     }
     if (r.min_p > 0.0f)
     {
         limit = fminf(limit, above(-logf(r.min_p)));
-        renew(false);
+        renew();
     }
     // Typical sampling: surprise is q + log(sum) and the entropy is its mean, so surprise minus entropy is q - mean(q).
     // Keep the candidates of the smallest |q - mean|.
@@ -509,13 +608,13 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
             float v = q(score);
             if (v >= 0.0f) mine += weight(v) / sum * v;
         });
-        float mean = total(mine, s);
+        float mean = total(mine, t);
         auto deviation = [&](float score)
         {
             float v = q(score);
             return v < 0.0f ? -1.0f : fabsf(v - mean);
         };
-        float widest = bound(pass, deviation, whole_of, (u32) (r.typical * WHOLE), FAR, s);
+        float widest = bound(pass, deviation, whole_of, (u32) (r.typical * WHOLE), FAR, t);
         float low = fmaxf(mean - widest, 0.0f);
         limit = fminf(limit, mean + widest);
         u64 first = 0;      // the smallest q that is left, as a maximum of complements; it becomes `nearest`
@@ -526,22 +625,22 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
             u64 back = 0xffffffffu - ordered(v);
             first = back > first ? back : first;
         });
-        first = block_max(first, s);
-        if (!first) return finish(r, logits, out, FAILED, 0.0f);
+        first = maximum(first, t);
+        if (!first) return finish(r, logits, out, FAILED, 0.0f, t);
         nearest = fmaxf(low, unordered(0xffffffffu - (u32) first));
-        renew(false);
+        renew();
     }
     // Mirostat: surprise q - nearest + log(sum) of at most `bits`, in nats; the most likely token always stays.
     if (r.flags & MIROSTAT)
     {
         float most = fminf(r.bits * 0.69314718f, -logf(NEGLIGIBLE)) - logf(sum);
         limit = fminf(limit, fmaxf(above(nearest + most), above(nearest)));
-        renew(false);
+        renew();
     }
     // Dynamic temperature: min + (max - min) * (entropy / its maximum for as many candidates) ^ exponent.
     if (r.max_temp > r.min_temp)
     {
-        renew(true);
+        renew();
         if (kept > 1)
         {
             float mine = 0.0f;
@@ -550,16 +649,16 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
                 float v = q(score), w = v < 0.0f ? 0.0f : weight(v) / sum;
                 if (w > 0.0f) mine -= w * logf(w);
             });
-            float share = fmaxf(total(mine, s), 0.0f) / logf((float) kept);
+            float share = fmaxf(total(mine, t), 0.0f) / logf((float) kept);
             float at = r.min_temp + (r.max_temp - r.min_temp) * powf(share, r.temp_exponent);
             steepness = 1.0f / fmaxf(at, 1e-9f);
-            renew(false);
+            renew();
         }
     }
     else if (r.flags & LAST)
     {
         steepness = 1.0f / fmaxf(r.temperature, 1e-9f);
-        renew(false);
+        renew();
     }
     // XTC: with some probability, exclude all top choices but the least likely. Instead of flipping a coin, mix the
     // distributions of both outcomes: an excluded token keeps the factor 1 - probability, the others gain what it loses.
@@ -585,14 +684,13 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
             mine += weight(v) / sum;
             number++;
         });
-        least = block_max(least, s);
-        number = count(number, s);
-        float top = total(mine, s);
-        if (number > 1)
+        least = maximum(least, t);
+        Tally top = tally(mine, number, t);
+        if (top.number > 1)
         {
             spared = (u32) least;
             float v = q(scores[spared]);
-            float rest = 1.0f - top + weight(v) / sum;
+            float rest = 1.0f - top.weight + weight(v) / sum;
             excluded = 1.0f - r.xtc_probability;
             others = excluded + r.xtc_probability / rest;
         }
@@ -621,14 +719,15 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
             if (v >= 0.0f) enter(i, v, philox(i / 4, r.length, r.seed).word[i % 4]);
         });
     }
-    else for (u32 block = threadIdx.x; block * 4 < n; block += blockDim.x)
+    const Span mine = few ? Span{0, 0} : share(n);
+    for (u32 block = mine.begin / 4 + threadIdx.x; block * 4 < mine.end; block += blockDim.x)
     {
         float v[4];
         bool any = false;
         #pragma unroll
         for (u32 j = 0; j < 4; j++)
         {
-            v[j] = block * 4 + j < n ? q(scores[block * 4 + j]) : -1.0f;
+            v[j] = block * 4 + j < mine.end ? q(scores[block * 4 + j]) : -1.0f;
             any |= v[j] >= 0.0f;
         }
         if (!any) continue;
@@ -637,8 +736,8 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const Sample p)
         for (u32 j = 0; j < 4; j++)
             if (v[j] >= 0.0f) enter(block * 4 + j, v[j], noise.word[j]);
     }
-    winner = block_max(winner, s);
-    if (!winner) return finish(r, logits, out, FAILED, 0.0f);
+    winner = maximum(winner, t);
+    if (!winner) return finish(r, logits, out, FAILED, 0.0f, t);
     u32 token = 0xffffffffu - (u32) winner;
-    finish(r, logits, out, (int) token, prob(token, q(scores[token])));
+    finish(r, logits, out, (int) token, prob(token, q(scores[token])), t);
 }

@@ -11,10 +11,15 @@ THREADS = 1024
 SHARED_BYTES = 9216
 FAILED = -1
 MOST_TOP = 64
+MOST_PARTS = 16
+# Bytes of `Meeting`: counters, maxima, sums and histograms.
+MEETING_BYTES = 16 + 2 * MOST_PARTS * (8 + 16) + 3 * 2048 * 4
 
 # Flags of `Row`.
 _GREEDY, _LAST, _MIROSTAT, _FADING = 1, 2, 4, 8
 _UNLIMITED = 2**32 - 1
+# Columns of a block that make up for meeting the others.
+_LEAST_COLUMNS = 4096
 
 
 class Row(ctypes.Structure):
@@ -51,10 +56,15 @@ class SampleArgument(ctypes.Structure):
     """`Sample` of sample.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "rows", "chosen", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("logits", "rows", "chosen", "meetings", "scratch")),
         ("columns", ctypes.c_uint32),
         ("vocab", ctypes.c_uint32),
     )
+
+
+def parts(rows: int, columns: int, processors: int) -> int:
+    """Blocks per row: as many as run at once on a GPU of so many multiprocessors, and have enough to do."""
+    return max(1, min(MOST_PARTS, processors // rows, columns // _LEAST_COLUMNS))
 
 
 def why_not(settings: Sampling) -> str:
