@@ -245,7 +245,9 @@ def _stats(chat: Conversation, text: str) -> None:
     chat.view.stats(chat.session, readings.read_gpus(memory), readings.read_host())
 
 
-_command("retry", "regenerate the last response")(lambda chat, text: chat.retry())
+@_command("retry", "regenerate the last response")
+def _retry(chat: Conversation, text: str) -> None:
+    chat.retry()
 
 
 @_command("undo", "remove the last message and its response, or an attached file")
@@ -268,7 +270,9 @@ def _edit(chat: Conversation, text: str) -> None:
     chat.revise(after)
 
 
-_command("continue", "continue a response that was cut off")(lambda chat, text: chat.resume())
+@_command("continue", "continue a response that was cut off")
+def _continue(chat: Conversation, text: str) -> None:
+    chat.resume()
 
 
 @_command("clear", "start a new conversation; the current one stays saved")
@@ -351,7 +355,9 @@ def _copy(chat: Conversation, text: str) -> None:
     chat.view.say(f"copied {len(answer):,} characters")
 
 
-_command("quit", "save and quit", aliases=("exit", "bye"))(lambda chat, text: chat.leave())
+@_command("quit", "save and quit", aliases=("exit", "bye"))
+def _quit(chat: Conversation, text: str) -> None:
+    chat.leave()
 
 
 # --- files, the editor, the clipboard ---------------------------------------------------------------------------------
