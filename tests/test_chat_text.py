@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exl_cli.chat.commands import is_open, unquote
 from exl_cli.structured.reasoning import TAGS, Splitter, split
-from exl_cli.ui.answers import BlockSplitter
+from exl_cli.ui.chat import BlockSplitter
 
 
 @pytest.mark.parametrize(("opening", "closing"), TAGS.items())
