@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # For these small models, threads cost more than they bring, and far more where tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Nothing is asked over TLS, and httpx reads the certificates of all authorities for each request that has no client.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent / "data")
+
 # Without compiled code at hand, each `exl` that a test starts would compile the package again, for longer than it runs.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False

@@ -22,8 +22,9 @@ def pack_bits(codes: Array, bits: int) -> Array:
     """Write each column of codes [K, N] as one string of bits, lowest first, cut into words: int32 [words, N]."""
     rows, columns = codes.shape
     string = np.zeros((-(-rows * bits // 32) * 32, columns), dtype=np.uint8)
+    numbers = codes.astype(np.uint8)
     for bit in range(bits):
-        string[bit : rows * bits : bits] = codes.astype(np.int64) >> bit & 1
+        string[bit : rows * bits : bits] = numbers >> bit & 1
     return np.packbits(string, axis=0, bitorder="little").T.copy().view("<i4").T
 
 
@@ -71,8 +72,8 @@ def exl2_weight(
     row = 0
     for group, (bits, rows) in enumerate(zip(group_bits, group_rows, strict=True)):
         scale = ((scale_q[group].astype(np.float64) + 1) ** 2 * np.float64(factor[group])).astype(np.float16)
-        for packed in range(row, row + rows):
-            weight[perm[packed]] = (codes[packed].astype(np.float64) - 2 ** (bits - 1)) * scale.astype(np.float64)
+        packed = slice(row, row + rows)
+        weight[perm[packed]] = (codes[packed].astype(np.float64) - 2 ** (bits - 1)) * scale.astype(np.float64)
         row += rows
     return weight.T
 
@@ -112,11 +113,8 @@ def pack_gptq(codes: Array, zeros: Array, scales: Array, g_idx: Array | None, *,
 
 def gptq_weight(codes: Array, zeros: Array, scales: Array, g_idx: Array) -> NDArray[np.float64]:
     """Return the weight [N, K] that the arguments of `pack_gptq` stand for."""
-    weight = np.zeros(codes.shape)
-    for row, group in enumerate(g_idx):
-        step = scales[group].astype(np.float16).astype(np.float64)
-        weight[row] = (codes[row].astype(np.float64) - zeros[group]) * step
-    return weight.T
+    steps = scales.astype(np.float16).astype(np.float64)
+    return ((codes.astype(np.float64) - zeros[g_idx]) * steps[g_idx]).T
 
 
 def random_gptq(

@@ -6,6 +6,7 @@ unpackers.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ TOKENIZER = Path(__file__).parent / "data" / "fable-7m-gptq"
 HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, VOCAB = 256, 512, 2, 4, 2, 4096
 
 
-@dataclass
+@dataclass(frozen=True)
 class Variant:
     """What to make.
 
@@ -39,7 +40,7 @@ class Variant:
         bias: the attention projections q, k and v have one (Qwen2).
         shards: files to spread the tensors over.
         dtype: of the unquantized tensors.
-        config: changes to config.json.
+        config: changes to config.json, which the weights do not depend on.
     """
 
     format: str
@@ -54,7 +55,7 @@ class Variant:
     bias: bool = False
     shards: int = 1
     dtype: torch.dtype = torch.float16
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def config_of(variant: Variant) -> dict[str, Any]:
@@ -102,6 +103,14 @@ def config_of(variant: Variant) -> dict[str, Any]:
 
 def write(folder: Path, variant: Variant, seed: int = 0) -> dict[str, Tensor]:
     """Write a model folder; returns the float32 state that it stands for, under transformers' names."""
+    stored, state = _tensors(variant, seed)
+    _save(folder, stored, variant)
+    return dict(state)
+
+
+@functools.lru_cache(maxsize=8)
+def _tensors(variant: Variant, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors as they are stored, and as they are meant."""
     rng = np.random.default_rng(seed)
     stored: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
@@ -122,7 +131,7 @@ def write(folder: Path, variant: Variant, seed: int = 0) -> dict[str, Tensor]:
         if bias:
             keep(f"{name}.bias", torch.from_numpy(rng.normal(size=columns) * 0.1))
 
-    keep("model.embed_tokens.weight", torch.from_numpy(rng.normal(size=(VOCAB, HIDDEN)) * 0.5))
+    keep("model.embed_tokens.weight", _numbers(rng, VOCAB, HIDDEN) * 0.5)
     keep("model.norm.weight", torch.from_numpy(rng.uniform(0.8, 1.2, HIDDEN)))
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
@@ -136,8 +145,7 @@ def write(folder: Path, variant: Variant, seed: int = 0) -> dict[str, Tensor]:
             keep(f"{prefix}{name}.weight", torch.from_numpy(rng.uniform(0.8, 1.2, HIDDEN)))
     if not variant.tied:
         linear("lm_head", HIDDEN, VOCAB, quantized=variant.quantized_head)
-    _save(folder, stored, variant)
-    return state
+    return stored, state
 
 
 def _linear(rng: np.random.Generator, variant: Variant, rows: int, columns: int) -> tuple[dict[str, Tensor], Any]:
@@ -148,22 +156,28 @@ def _linear(rng: np.random.Generator, variant: Variant, rows: int, columns: int)
         bits = sorted((variant.bits[i % len(variant.bits)] for i in range(groups)), reverse=True)
         scale = rng.integers(4, 16, (groups, columns))
         limit = np.exp2(-np.array(bits, dtype=np.float64))
-        codes = rng.integers(0, 1 << np.broadcast_to(np.repeat(bits, size)[:, None], (rows, columns)))
+        largest = (1 << np.repeat(bits, size)[:, None]) - 1
+        codes = rng.integers(0, 256, (rows, columns), np.uint8) & largest.astype(np.uint8)
         numbers = (codes, scale, limit, bits, [size] * groups, rng.permutation(rows))
         return quantize.pack_exl2(*numbers), quantize.exl2_weight(*numbers)
     if variant.format == "gptq":
         g_idx = np.arange(rows) // size
         if variant.act_order:
             g_idx = rng.permutation(g_idx)
-        codes = rng.integers(0, 16, (rows, columns))
+        codes = rng.integers(0, 16, (rows, columns), np.uint8)
         low, high = (8, 9) if variant.symmetric else (1, 16)
         zeros = rng.integers(low, high, (groups, columns))
         scales = rng.uniform(0.5, 1.5, (groups, columns)).astype(np.float16)
         stored = g_idx if variant.store_g_idx else None
         tensors = quantize.pack_gptq(codes, zeros, scales, stored, zero_offset=variant.zero_offset)
         return tensors, quantize.gptq_weight(codes, zeros, scales, g_idx)
-    weight = torch.from_numpy(rng.normal(size=(columns, rows))).to(torch.float16)
-    return {"weight": weight}, weight.double().numpy()
+    weight = _numbers(rng, columns, rows).to(torch.float16)
+    return {"weight": weight}, weight.float().numpy()
+
+
+def _numbers(rng: np.random.Generator, rows: int, columns: int) -> Tensor:
+    """Float32 numbers of variance 1; uniform, because a million normal ones take longer than the whole model."""
+    return torch.from_numpy((rng.random((rows, columns), np.float32) - 0.5) * np.float32(12**0.5))
 
 
 def _save(folder: Path, stored: dict[str, Tensor], variant: Variant) -> None:
