@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
-from exl_cli.errors import UsageError, did_you_mean
+from exl_cli.errors import UsageError, did_you_mean, param
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,14 @@ class FieldInfo:
         """Raise UsageError if a value is outside the range."""
         low_ok = value > self.low if self.low_open else value >= self.low
         if not (low_ok and value <= self.high):
-            bound = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
-            limits = bound if self.high == math.inf else f"{bound} and at most {self.high:g}"
-            raise UsageError(f"{name} must be {limits}, got {value:g}", f"see {self.flag} in --help")
+            limits = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+            if self.high != math.inf:
+                limits = (
+                    f"{limits} and at most {self.high:g}"
+                    if self.low_open
+                    else f"between {self.low:g} and {self.high:g}"
+                )
+            raise UsageError(f"{param(name)} must be {limits}, got {value:g}")
 
 
 def _setting(
@@ -167,13 +172,14 @@ class Sampling:
                 info.check(name, value)
         if self.max_temp < self.min_temp:
             raise UsageError(
-                f"max_temp ({self.max_temp:g}) is below min_temp ({self.min_temp:g})",
-                "give --max-temp the larger value, or neither",
+                f"{param('max_temp')} ({self.max_temp:g}) is less than {param('min_temp')} ({self.min_temp:g})",
+                f"raise {param('max_temp')}, or drop both",
             )
         if 0 < self.dry_range <= self.dry_max_ngram:
             raise UsageError(
-                f"dry_range ({self.dry_range}) must be larger than dry_max_ngram ({self.dry_max_ngram})",
-                "raise --dry-range, or 0 for the whole context",
+                f"{param('dry_range')} ({self.dry_range}) must be greater than {param('dry_max_ngram')} "
+                f"({self.dry_max_ngram})",
+                f"raise {param('dry_range')}, or set it to 0 for the whole context",
             )
 
     @property
@@ -243,7 +249,9 @@ def build(
         values.update(from_generation_config(generation_config))
     for name, value in flags.items():
         if name not in FIELDS:
-            raise UsageError(f"no sampler setting named {name!r}", did_you_mean(name, FIELDS) or "see --help")
+            raise UsageError(
+                f"no sampler setting named {name!r}", did_you_mean(name, FIELDS) or "exl run --help lists them"
+            )
         if value is not None:
             values[name] = value
     return Sampling(**values)

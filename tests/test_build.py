@@ -102,8 +102,8 @@ def test_out_gives_a_wheel_that_pip_installs_and_python_imports(machine: Machine
 @pytest.mark.parametrize(
     ("version", "missing", "problem"),
     [
-        ("12.4", "", "is of CUDA 12.4, and torch 2.11.0+cu771 needs CUDA 77"),
-        ("77.1", "cusparse.h", "comes without cusparse.h"),
+        ("12.4", "", "is for CUDA 12.4, but torch 2.11.0+cu771 needs CUDA 77"),
+        ("77.1", "cusparse.h", "lacks cusparse.h"),
         ("77.1", "", ""),
     ],
 )
@@ -122,10 +122,10 @@ def test_nvcc_must_be_of_torchs_cuda_and_whole(
 @pytest.mark.parametrize(
     ("arguments", "variables", "words"),
     [
-        ("--arch 9.0", {"CXX": "no-such-g++"}, "no-such-g++ is not found"),
+        ("--arch 9.0", {"CXX": "no-such-g++"}, "no-such-g++ not found"),
         ("--arch 9.0", {"TORCH_EXTENSIONS_DIR": "/dev/null"}, "/dev/null"),
         ("--arch hopper", {}, "'hopper' is not a GPU architecture; write it as 8.6"),
-        ("", {}, "there is no GPU on this machine to compile for; name an architecture with --arch"),
+        ("", {}, "no GPU to compile for on this machine; name an architecture, such as --arch"),
         (
             "",
             {"FAKE_GPUS": "9.0", "TORCH_CUDA_ARCH_LIST": "7.5"},
@@ -135,7 +135,7 @@ def test_nvcc_must_be_of_torchs_cuda_and_whole(
         (
             "--arch 9.0",
             {"FAKE_REFUSAL": "#error -- unsupported GNU version!"},
-            "does not work with this",
+            "does not support this",
         ),
     ],
 )
@@ -165,9 +165,9 @@ def test_a_torch_without_cuda_is_named(machine: Machine) -> None:
         (
             "two.cpp",
             "#include <signal.h>\nint two() { return raise(SIGSEGV); }\n",
-            "crashes when it is loaded (SIGSEGV)",
+            "crashes on loading (SIGSEGV)",
         ),
-        ("bindings.cpp", module_source(body="Py_RETURN_NONE;"), "holds no code for this GPU"),
+        ("bindings.cpp", module_source(body="Py_RETURN_NONE;"), "has no code for this GPU"),
     ],
 )
 def test_what_does_not_compile_load_or_compute_is_not_kept(machine: Machine, file: str, text: str, words: str) -> None:

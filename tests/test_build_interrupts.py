@@ -71,7 +71,7 @@ def test_ctrl_c_stops_all_compilers_and_keeps_finished_files(machine: Machine) -
         timeout=SECONDS,
         dimensions=(30, 110),
     )
-    child.expect("for sm_90: 4 files, about .* with 1 job \\(as asked\\)")
+    child.expect("for sm_90: 4 files, about .* with 1 job \\(as requested\\)")
     compiler = hanging(machine)
     child.expect(r"Compiling .*1/4")
     child.sendintr()
@@ -122,7 +122,7 @@ def test_concurrent_builds_take_turns_and_compile_once(machine: Machine) -> None
     second = start(machine, FAKE_HANG="")
     assert second.stderr is not None
     holder = f"process {first.pid} (exl build)"
-    assert second.stderr.readline() == f"{holder} is compiling exllamav2's extension: waiting for it\n"
+    assert second.stderr.readline() == f"{holder} is compiling exllamav2's extension; waiting for it to finish\n"
     checked = machine.run("doctor", "--json", FAKE_HANG="")
     assert f"{holder} has been compiling the extension for 0:" in checked.stdout
     # The first one gets its file after all.

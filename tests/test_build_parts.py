@@ -81,7 +81,7 @@ def test_an_extensions_facts_are_checked_against_the_installation(changes: dict[
     [
         (
             "/x/e.so: undefined symbol: _ZN3c104cuda9SetDeviceEab",
-            "built for another torch (here: 2.11.0+cu130)",
+            "built for another torch version (installed: 2.11.0+cu130)",
             "exl build",
         ),
         ("libcudart.so.12: cannot open shared object file: No such file", "built for CUDA 12", "exl build"),
@@ -98,8 +98,8 @@ def test_an_extensions_facts_are_checked_against_the_installation(changes: dict[
         ("CUDA driver version is insufficient for CUDA runtime version", "driver is too old for CUDA 13.0", "driver"),
         ("No module named 'pandas'", "package pandas is missing", "pip install pandas"),
         ("No module named 'PIL.Image'", "package PIL is missing", "pip install pillow"),
-        ("Ninja is required to load C++ extensions", "ninja is not found", "pip install ninja"),
-        ("CUDA_HOME environment variable is not set. Please", "nvcc is not found", "cuda-toolkit["),
+        ("Ninja is required to load C++ extensions", "ninja not found", "pip install ninja"),
+        ("CUDA_HOME environment variable is not set. Please", "nvcc not found", "cuda-toolkit["),
     ],
 )
 def test_known_failures_become_a_line_and_a_fix(said: str, words: str, fix: str) -> None:

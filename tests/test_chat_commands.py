@@ -59,7 +59,7 @@ def test_set_shows_old_and_new_values_and_refuses_invalid_ones() -> None:
         "temperature: 0.85 → 0.3",
         "token_repetition_penalty: 1.05 → 1.2",
         "mirostat: off → on",
-        "error: top_p must be at least 0 and at most 1, got 2; see --top-p in --help",
+        "error: --top-p must be between 0 and 1, got 2",
         "error: no setting named 'tempratur'; did you mean temperature?",
         "error: no setting named 'temp'; did you mean temperature?",
         "error: top_k must be a whole number, got 'many'",

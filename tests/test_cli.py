@@ -66,7 +66,7 @@ def check_error(result: Result, code: ExitCode, *words: str) -> None:
         ([], ExitCode.PROMPT, ["prompt"]),
         (["fable-7m", "one", "-p", "two"], ExitCode.USAGE, ["--prompt and PROMPT"]),
         (["-f", "/no/such.txt"], ExitCode.PROMPT, ["/no/such.txt", "No such file"]),
-        (["-p", "x", "--top-p", "1.5"], ExitCode.USAGE, ["top_p", "at most 1", "--top-p"]),
+        (["-p", "x", "--top-p", "1.5"], ExitCode.USAGE, ["--top-p must be between 0 and 1, got 1.5"]),
         (["-p", "x", "--preset", "wild"], ExitCode.USAGE, ["wild", "greedy"]),
         (["--template", "{question}?"], ExitCode.PROMPT, ["question", "--var"]),
         (["--template", "{a}?", "--var", "a=a", "--var", "qestion=b"], ExitCode.PROMPT, ["qestion"]),

@@ -43,7 +43,7 @@ def here() -> dict[str, Any]:
 def test_a_machine_without_a_gpu_runs_models_on_the_cpu(here: dict[str, Any]) -> None:
     assert here["verdict"] == "cpu"
     assert here["exit_code"] == ExitCode.CPU_ONLY == 12
-    assert here["summary"] == "exl run works on the CPU only: Driver: no NVIDIA GPU here"
+    assert here["summary"] == "exl run works on the CPU only (Driver: no NVIDIA GPU found)"
     assert here["findings"]["CPU engine"]["status"] == "ok"
     assert here["findings"]["Python"]["details"]["executable"] == sys.executable
     assert all(finding["status"] != "fail" for finding in here["findings"].values())
@@ -53,15 +53,13 @@ def test_a_machine_without_a_gpu_runs_models_on_the_cpu(here: dict[str, Any]) ->
     assert len(model["details"]["tokens"]) == 32
     alone = here["findings"]["Engines agree"]
     assert alone["status"] == "skip"
-    assert alone["found"] == (
-        "not compared, only the CPU runs it here; its prompt pass and its decoding agree on all 32 tokens"
-    )
+    assert alone["found"] == ("skipped: only the CPU can run it; its prefill and decoding agree on all 32 tokens")
 
 
 def test_no_network_is_a_finding_and_no_obstacle(here: dict[str, Any]) -> None:
     hub = here["findings"]["Hub"]
     assert hub["status"] == "warn"
-    assert "http://127.0.0.1:9 cannot be reached" in hub["found"]
+    assert "cannot reach http://127.0.0.1:9" in hub["found"]
     assert "refused" in hub["found"]
     assert hub["blocks"] is None
 
@@ -81,7 +79,7 @@ print(sorted(set({heavy!r}) & set(sys.modules)))
     report = examine(done)
     assert report["verdict"] == "none"
     assert report["exit_code"] == ExitCode.CANNOT_RUN == 13
-    assert "hung: no answer in 0.1 s" in report["findings"]["torch"]["found"]
+    assert "timed out after 0.1 s" in report["findings"]["torch"]["found"]
     assert "--timeout" in report["findings"]["torch"]["fix"]
     assert report["findings"]["Models folder"]["status"] == "ok"
     assert done.stdout.splitlines()[-2:] == ["13", "[]"]
@@ -120,7 +118,7 @@ def test_the_checklist_on_a_terminal() -> None:
     assert re.match(r"✓ Python {10}3\.\d+", lines[0])
     assert any(re.match(r"✗ torch {11}", line) for line in lines)
     # A long finding goes on below itself; a command is never broken: it is there to be copied.
-    assert " " * 18 + "→ exl doctor --timeout 300, in case this machine is slow" in lines
+    assert " " * 18 + "→ exl doctor --timeout 300 (in case this machine is slow)" in lines
     terminal = next(line for line in lines if "Terminal" in line)
     assert terminal == "✓ Terminal        xterm-256color, 256 colours, 70 columns, UTF-8"
     assert child.exitstatus == 13
@@ -128,7 +126,7 @@ def test_the_checklist_on_a_terminal() -> None:
 
 @pytest.mark.parametrize(
     ("token", "words", "status"),
-    [("", "answers, not logged in", "ok"), ("hf_bad", "does not accept the token", "warn")],
+    [("", "reachable, not logged in", "ok"), ("hf_bad", "rejects the token", "warn")],
 )
 def test_the_hub_and_the_login(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, words: str, status: str
@@ -149,7 +147,7 @@ def test_a_gpu_machine_before_it_has_an_extension_and_after(tmp_path: Path) -> N
     before = examine(machine.run("doctor", "--json"))["findings"]
     assert before["GPU 0"]["status"] == "ok"
     assert before["Extension"]["status"] == "warn"
-    assert "not compiled yet; exl run compiles it first" in before["Extension"]["found"]
+    assert "not compiled yet; the first exl run compiles it" in before["Extension"]["found"]
     assert re.match(r"exl build \(about \d+ min with \d+ jobs?\)", before["Extension"]["fix"])
     assert before["nvcc"]["found"].startswith("13.0, ")
     library = compile_module(module_source(), machine.site / "exllamav2_ext.so")

@@ -54,20 +54,20 @@ def using(pid: int, name: str = "", size: int | None = None, *, here: bool = Tru
             {"free": GIB // 2, "processes": [using(11), using(4242, "python", 78 * GIB)]},
             "fail",
             "0.5 GiB of 80.0 GiB free: full; also used by python (4242, 78.0 GiB), a process (11)",
-            "end what uses it (kill 4242), or choose another GPU: CUDA_VISIBLE_DEVICES=NUMBER",
+            "end the process that uses it (kill 4242), or choose another GPU with CUDA_VISIBLE_DEVICES=NUMBER",
         ),
         # One that cannot be seen from here is not to be killed.
         (
             {"free": GIB // 2, "processes": [using(4242, here=False)]},
             "fail",
             "full; also used by a process (4242)",
-            "nvidia-smi shows what uses it; or choose another GPU: CUDA_VISIBLE_DEVICES=NUMBER",
+            "see what uses it with nvidia-smi, or choose another GPU with CUDA_VISIBLE_DEVICES=NUMBER",
         ),
-        ({"free": 30 * GIB}, "warn", "30.0 GiB of 80.0 GiB free", "nvidia-smi shows what uses it"),
+        ({"free": 30 * GIB}, "warn", "30.0 GiB of 80.0 GiB free", "see what uses it with nvidia-smi"),
         ({"capability": [7, 5]}, "ok", "sm_75", ""),
         ({"capability": [8, 9]}, "ok", "sm_89", ""),
         ({"capability": [12, 1]}, "ok", "sm_121", ""),
-        ({"capability": [6, 1]}, "fail", "sm_61: torch 2.11.0+cu130 holds code for sm_75, sm_80", "cu126"),
+        ({"capability": [6, 1]}, "fail", "sm_61: torch 2.11.0+cu130 only supports sm_75, sm_80", "cu126"),
     ],
 )
 def test_the_line_for_a_gpu(changes: dict[str, Any], status: str, message: str, fix: str) -> None:
@@ -89,7 +89,7 @@ def test_one_good_gpu_of_two_is_enough() -> None:
     ("links", "message"),
     [
         ([(0, 1, True, "NVLink")], "NVLink"),
-        ([(0, 1, False, "PCIe, through the host")], "no peer access, copies go through the host"),
+        ([(0, 1, False, "PCIe, through the host")], "no peer access; copies go through host memory"),
         ([(0, 1, True, None)], "peer access"),
         (
             [(0, 1, True, "NVLink"), (0, 2, True, "PCIe"), (1, 2, True, "PCIe")],
@@ -118,14 +118,14 @@ SLOW = {"decode": "torch", "prefill": "torch", "why_not": {"triton": "no compile
     ("check", "answer", "status", "words"),
     [
         (gpu.decoding, None, "skip", "no GPU"),
-        (gpu.decoding, {"why_not": ""}, "ok", "exl's own"),
+        (gpu.decoding, {"why_not": ""}, "ok", "exl's, compiled"),
         (gpu.decoding, {"why_not": "needs compute capability 8.0"}, "warn", "needs compute capability 8.0"),
         (gpu.attention, {"decode": "triton", "prefill": "triton", "why_not": {}}, "ok", "exl's Triton kernels, paged"),
         (
             gpu.attention,
             SLOW,
             "warn",
-            "a step cannot be one CUDA graph (triton: no compiler)",
+            "decoding cannot use CUDA graphs (triton: no compiler)",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def publish(folder: Path) -> Path:
         (
             Answer(None, "ImportError: /x.so: undefined symbol: _ZN3c104goneEi", "error"),
             "warn",
-            "built for another torch (here: 2.11.0+cu771): undefined symbol _ZN3c104goneEi ({library})",
+            "built for another torch version (installed: 2.11.0+cu771): undefined symbol _ZN3c104goneEi ({library})",
         ),
         (Answer(None, "crashed (SIGABRT)", "crash"), "warn", "{library}: loading it crashed (SIGABRT)"),
     ],
@@ -191,7 +191,7 @@ def test_without_nvcc_nothing_can_be_compiled(toolkit: Machine) -> None:
     nvcc.write_text(nvcc.read_text().replace("77.1", "12.4"))
     results = examine()
     assert results["nvcc"].status == "fail"
-    assert "is of CUDA 12.4, and torch 2.11.0+cu771 needs CUDA 77" in results["nvcc"].message
+    assert "is for CUDA 12.4, but torch 2.11.0+cu771 needs CUDA 77" in results["nvcc"].message
     assert results["nvcc"].fix.endswith("pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]==77.1.*'")
     assert (results["Extension"].status, results["Extension"].blocks) == ("fail", "gpu")
     assert results["Extension"].fix.endswith(" && exl build")
@@ -235,7 +235,7 @@ def test_engines_that_agree() -> None:
     results = about(Answer(SOUND), agreement())
     assert results["Fits"].status == results["On the GPU"].status == results["Engines agree"].status == "ok"
     assert results["Engines agree"].message == (
-        "on all 32 tokens; logits 0.0012 apart (relative L2, KL 2e-06) over 256 tokens; "
+        "on all 32 tokens; logits differ by 0.0012 (relative L2, KL 2e-06) over 256 tokens; "
         "perplexity 20.0 on the GPU, 20.1 on the CPU"
     )
 
@@ -243,10 +243,10 @@ def test_engines_that_agree() -> None:
 @pytest.mark.parametrize(
     ("compared", "status", "blocks", "words"),
     [
-        (agreement(0.0, 0.03, 0.01), "ok", "", "on 30 of 32 tokens, the others near ties (0.03 below)"),
-        (agreement(0.0, 0.1, 7.25), "fail", "gpu", "token 3 is 7.2 below the CPU engine's choice"),
-        (agreement(relative_l2=0.07), "warn", "", "but not on logits 0.07 apart"),
-        (Answer(None, "crashed (SIGSEGV)", "crash"), None, "", "not compared: crashed (SIGSEGV)"),
+        (agreement(0.0, 0.03, 0.01), "ok", "", "on 30 of 32 tokens, the rest are near ties (at most 0.03 apart)"),
+        (agreement(0.0, 0.1, 7.25), "fail", "gpu", "token 3 is 7.2 below that of the CPU engine's choice"),
+        (agreement(relative_l2=0.07), "warn", "", "but logits differ by 0.07"),
+        (Answer(None, "crashed (SIGSEGV)", "crash"), None, "", "comparison failed: crashed (SIGSEGV)"),
     ],
 )
 def test_engines_that_differ(compared: Answer, status: str | None, blocks: str, words: str) -> None:
@@ -281,7 +281,7 @@ def test_a_window_that_an_engine_ignores_shows_in_logits_past_it(gptq_dir: Path,
     windowed = with_config(gptq_dir, tmp_path / "windowed", **mistral, sliding_window=130)
     same = in_this_process(windowed, windowed)["Engines agree"]
     assert same.status == "ok", same.message
-    assert "over 260 tokens, more than its window of 130" in same.message
+    assert "over 260 tokens, beyond the sliding window of 130" in same.message
     assert same.details["distances"]["prompt"]["relative_l2"] < 1e-6
     other = in_this_process(without, windowed)["Engines agree"]
     assert other.status in ("warn", "fail")
@@ -289,14 +289,14 @@ def test_a_window_that_an_engine_ignores_shows_in_logits_past_it(gptq_dir: Path,
     # Beyond the context, or too much to compute: the text stays within the window.
     (tmp_path / "windowed" / "config.json").unlink()
     long = with_config(gptq_dir, tmp_path / "long", **mistral, sliding_window=1000)
-    assert "over 256 tokens, within its window of 1,000" in in_this_process(long, long)["Engines agree"].message
+    assert "over 256 tokens, within the sliding window of 1,000" in in_this_process(long, long)["Engines agree"].message
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"perplexity": None}, "computes NaN"),
-        ({"perplexity": 3900.0}, "hesitates between 3,900 of 4,096 tokens"),
+        ({"perplexity": None}, "produces NaN"),
+        ({"perplexity": 3900.0}, "perplexity 3,900 with a vocabulary of 4,096"),
         ({"tokens": [0] * 32, "text": "!!!!!!!!"}, "repeats one token ('!!!!!!!!'…)"),
     ],
 )
@@ -312,7 +312,9 @@ def test_passes_of_one_engine_that_disagree() -> None:
     bad = Answer({**SOUND, "shortfalls": [0.0, 3.0]})
     result = about(Answer({**SOUND, "perplexity": None}), bad)["Engines agree"]
     assert result.status == "warn"
-    assert "its prompt pass and its decoding do not: token 2 is 3.0 below its own choice" in result.message
+    assert (
+        "its prefill and decoding disagree: the logit of token 2 is 3.0 below that of its own choice" in result.message
+    )
 
 
 def test_a_model_whose_weights_are_noise(gptq_dir: Path, tmp_path: Path) -> None:
@@ -328,7 +330,7 @@ def test_a_model_whose_weights_are_noise(gptq_dir: Path, tmp_path: Path) -> None
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     result = in_this_process(folder, folder)["On the CPU"]
     assert (result.status, result.blocks) == ("fail", "all")
-    assert "nonsense: it hesitates between" in result.message
+    assert "garbage: perplexity" in result.message
 
 
 def test_a_missing_model() -> None:

@@ -76,7 +76,7 @@ def test_values_of_a_generation_config_that_are_left_out_are_named(folder: Path)
     (folder / "generation_config.json").write_text(json.dumps(values))
     run = exl("run", str(folder), "-p", "x", "-n", "1", "--engine", "cpu")
     assert run.exit_code == 0
-    named = [line.split()[1] for line in run.stderr.splitlines() if line.startswith("generation_config.json: ")]
+    named = [line.split()[2] for line in run.stderr.splitlines() if line.startswith("generation_config.json: ")]
     assert sorted(named) == ["eos_token_id", "temperature", "top_p"]
 
 

@@ -86,7 +86,7 @@ def test_it_is_compiled_in_the_open_or_not_at_all(machine: Machine) -> None:
 
 def test_missing_packages_are_reported_with_a_fix(tmp_path: Path) -> None:
     result = import_on(Machine(tmp_path, cuda="77.1", nvcc="12.4", gpus="9.0"))
-    assert "nvcc is of CUDA 12.4" in result["message"]
+    assert "nvcc is for CUDA 12.4" in result["message"]
     assert "cuda-toolkit[" in result["hint"]
     assert "engine cpu" in result["hint"]
 
@@ -96,7 +96,7 @@ def test_a_prebuilt_extension_of_another_torch_is_replaced(machine: Machine) -> 
     library = machine.site / "exllamav2_ext.so"
     compile_module(module_source("namespace c10 { int gone(int); }", init="c10::gone(1);"), library)
     alone = import_on(machine, "alone")
-    assert "was built for another torch (here: 2.11.0+cu130)" in alone["message"]
+    assert "was built for another torch version (installed: 2.11.0+cu130)" in alone["message"]
     assert str(library) in alone["message"]
     result = import_on(machine)
     assert "built for another torch" in result["notes"][0]
@@ -139,11 +139,11 @@ def test_one_that_exllamav2_compiled_by_itself_is_copied_where_it_fits(machine: 
         # A broken flash-attn is not imported.
         ("import os\nif 'EXLLAMA_NO_FLASH_ATTN' not in os.environ: raise ImportError('flash_attn')", "", ""),
         ("import no_such_package", "the Python package no_such_package is missing", "pip install no_such_package"),
-        ("raise SystemError('first\\nand last')", "exllamav2 cannot be imported: and last", "exl doctor"),
+        ("raise SystemError('first\\nand last')", "cannot import exllamav2: and last", "exl doctor"),
         # Not the fault of the extension, which has been tried.
         (
             "raise ImportError('/x/other.so: undefined symbol: y')",
-            "exllamav2 cannot be imported: /x/other.so: undefined symbol: y",
+            "cannot import exllamav2: /x/other.so: undefined symbol: y",
             "exl doctor",
         ),
     ],

@@ -61,7 +61,7 @@ def test_a_result_arrives_whatever_libraries_print() -> None:
     [
         ("crash", "crash", "crashed (SIGSEGV)", "crashed (SIGSEGV)"),
         ("fail", "error", "what is wrong", "fails: what is wrong"),
-        ("leave", "error", "ended without an answer", "fails: ended without an answer"),
+        ("leave", "error", "exited without a result", "fails: exited without a result"),
         # A parameter stays marked, for the command line to spell.
         (
             "refuse",
@@ -78,7 +78,7 @@ def test_a_question_that_ends_badly_is_an_answer_too(name: str, kind: str, probl
 
 def test_a_question_that_hangs_is_ended() -> None:
     answer = ask("hang", 0.2)
-    assert (answer.kind, answer.problem) == ("hang", "hung: no answer in 0.2 s")
+    assert (answer.kind, answer.problem) == ("hang", "timed out after 0.2 s")
 
 
 if __name__ == "__main__":

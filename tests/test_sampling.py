@@ -109,7 +109,7 @@ def test_unknown_setting_suggests_the_nearest() -> None:
     assert error.value.hint == "did you mean temperature?"
     with pytest.raises(UsageError) as error:
         build({"zzz": 1})
-    assert error.value.hint == "see --help"
+    assert error.value.hint == "exl run --help lists them"
 
 
 # --- ranges
@@ -128,31 +128,30 @@ def test_range_limits_are_inclusive(name: str) -> None:
         assert getattr(Sampling(**{**company, name: value}), name) == value
     for value in (below, above, math.nan, -math.inf):
         if value is not None:
-            with pytest.raises(UsageError, match=rf"^{name} must be (at least|above) ") as error:
+            with pytest.raises(UsageError, match=rf"^{name} must be (at least|above|between) ") as error:
                 Sampling(**{**company, name: value})
-            assert FIELDS[name].flag in error.value.hint
             assert error.value.exit_code == ExitCode.USAGE
 
 
 def test_the_message_names_the_limits() -> None:
-    with pytest.raises(UsageError, match=r"^top_p must be at least 0 and at most 1, got 1\.5; see --top-p"):
+    with pytest.raises(UsageError, match=r"^top_p must be between 0 and 1, got 1\.5$"):
         Sampling(top_p=1.5)
-    with pytest.raises(UsageError, match=r"^temp_exponent must be above 0 and at most 100, got 0; see --temp-exponent"):
+    with pytest.raises(UsageError, match=r"^temp_exponent must be above 0 and at most 100, got 0$"):
         Sampling(temp_exponent=0.0)
-    with pytest.raises(UsageError, match=r"^top_k must be at least 0, got -1; see --top-k"):
+    with pytest.raises(UsageError, match=r"^top_k must be at least 0, got -1$"):
         Sampling(top_k=-1)
 
 
 def test_dynamic_temperature_must_not_be_upside_down() -> None:
-    with pytest.raises(UsageError, match=r"max_temp \(0\.5\) is below min_temp \(1\)"):
+    with pytest.raises(UsageError, match=r"max_temp \(0\.5\) is less than min_temp \(1\)"):
         Sampling(min_temp=1.0, max_temp=0.5)
-    with pytest.raises(UsageError, match=r"max_temp \(0\) is below min_temp \(0\.5\)"):
+    with pytest.raises(UsageError, match=r"max_temp \(0\) is less than min_temp \(0\.5\)"):
         Sampling(min_temp=0.5)
     assert Sampling(min_temp=1.0, max_temp=1.0).max_temp == 1.0
 
 
 def test_dry_range_must_hold_its_longest_repeat() -> None:
-    with pytest.raises(UsageError, match=r"dry_range \(20\) must be larger than dry_max_ngram \(20\)"):
+    with pytest.raises(UsageError, match=r"dry_range \(20\) must be greater than dry_max_ngram \(20\)"):
         Sampling(dry_range=20)
     assert Sampling(dry_range=21).dry_range == 21
     assert Sampling(dry_range=0).dry_range == 0

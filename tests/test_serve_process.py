@@ -189,7 +189,7 @@ def empty(tmp_path: Path) -> str:
         ("--served-name x=y", 2, "--served-name x=y: 'y' is not being served"),
         ("--served-name fable-7m", 2, "--served-name fable-7m: the name is empty or already taken"),
         ("--cache-per-key", 2, "--cache-per-key needs API keys; add --api-key-file"),
-        ("--port 70000", 2, "--port must be at least 0 and at most 65535"),
+        ("--port 70000", 2, "--port must be between 0 and 65535"),
         ("--queue -1", 2, "--queue must be at least 0"),
     ],
 )

@@ -32,9 +32,9 @@ SEE_RUN = "see exl run --help"
         ("download", "MODEL is required; see exl download --help"),
         (
             "doctor --timeout 0.05",
-            "--timeout must be at least 0.1 and at most 86400, got '0.05'; see exl doctor --help",
+            "--timeout must be between 0.1 and 86400, got '0.05'; see exl doctor --help",
         ),
-        ("doctor --timeout inf", "--timeout must be at least 0.1 and at most 86400, got 'inf'; see exl doctor --help"),
+        ("doctor --timeout inf", "--timeout must be between 0.1 and 86400, got 'inf'; see exl doctor --help"),
         ("frobnicate", "unknown command 'frobnicate'; see exl --help"),
         ("dowload x", "unknown command 'dowload'; did you mean exl download? see exl --help"),
         ("--frob", "unknown option --frob; see exl --help"),
@@ -73,7 +73,7 @@ def test_no_command_shows_the_help() -> None:
 @pytest.mark.parametrize("flag", ["--temp", "--temperature"])
 def test_llama_cpps_names_are_understood(flag: str) -> None:
     result = CliRunner().invoke(app, ["run", "-p", "x", flag, "101", "--repeat-penalty", "1.1"])
-    assert result.stderr.startswith("error: temperature must be at least 0 and at most 100, got 101")
+    assert result.stderr.startswith("error: --temperature must be between 0 and 100, got 101")
 
 
 def help_of(command: str) -> str:

@@ -85,8 +85,9 @@ def _limits(param: Any) -> str:
     low, high = (getattr(param, side, None) for side in ("min", "max"))
     if low is None and high is None:
         low, high = (getattr(getattr(param, "type", None), side, None) for side in ("min", "max"))
-    bounds = [f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else ""]
-    return " and ".join(filter(None, bounds))
+    if low is not None and high is not None:
+        return f"between {low:g} and {high:g}"
+    return f"at least {low:g}" if low is not None else f"at most {high:g}" if high is not None else ""
 
 
 def _got(error: Any) -> str:

@@ -39,5 +39,5 @@ class CheckResult:
 
 def patience(answer: Answer, otherwise: str) -> str:
     """The fix for a failed probe: a longer time limit if it hung, else `otherwise`."""
-    slow = f"exl doctor {param('timeout')} 300, in case this machine is slow"
+    slow = f"exl doctor {param('timeout')} 300 (in case this machine is slow)"
     return slow if answer.kind == "hang" else otherwise

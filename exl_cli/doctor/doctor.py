@@ -109,7 +109,7 @@ class Doctor:
 
         works = self.verdict == "gpu"
         if works and not self._ready:
-            yield CheckResult("On the GPU", "skip", "not tried before the extension is compiled", "exl build")
+            yield CheckResult("On the GPU", "skip", "skipped: the extension is not compiled yet", "exl build")
         yield from model.check(name, self.models_dir, free, gpu=works and self._ready, ask=ask)
 
     def _ask(
@@ -134,14 +134,16 @@ class Doctor:
     def summary(self) -> str:
         """The verdict as a sentence."""
         if self.verdict == "none":
-            return f"exl run does not work here: {self._first('all')}"
+            return f"exl run does not work on this machine ({self._first('all')})"
         if self.verdict == "cpu":
             # With a GPU and exllamav2 present, `--engine auto` would choose the GPU and fail: suggest `--engine cpu`.
             gpus = any(result.check.startswith("GPU ") for result in self._results)
-            engine = f" ({param('engine')} cpu)" if gpus and compiled.exllamav2_version() is not None else ""
-            return f"exl run works on the CPU only{engine}: {self._first('gpu')}"
+            engine = f", with {param('engine')} cpu" if gpus and compiled.exllamav2_version() is not None else ""
+            return f"exl run works on the CPU only{engine} ({self._first('gpu')})"
         if not self._ready:
-            return "exl run works on the GPU, and compiles exllamav2's extension first; exl build does that now"
+            return (
+                "exl run works on the GPU, but the first run compiles exllamav2's extension; run exl build to do it now"
+            )
         return "exl run works on the GPU"
 
     def _first(self, blocked: str) -> str:

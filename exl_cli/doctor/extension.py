@@ -22,8 +22,8 @@ def exllamav2() -> CheckResult:
     if version is None:
         return CheckResult("exllamav2", "fail", "not installed", fix, "gpu")
     if version.partition("+")[0] != wanted:
-        return CheckResult("exllamav2", "warn", f"{version}; exl is made for {wanted}, the last release", fix)
-    kind = "prebuilt wheel" if "+" in version else "sources, compiled where they run"
+        return CheckResult("exllamav2", "warn", f"{version}; exl needs {wanted}, the last release", fix)
+    kind = "prebuilt wheel" if "+" in version else "from source"
     return CheckResult("exllamav2", "ok", f"{version} ({kind})", details={"version": version})
 
 
@@ -41,7 +41,7 @@ def check(
         Whether `exl run` can use it without compiling.
     """
     if torch is None or torch.cuda is None:
-        yield CheckResult("nvcc", "skip", "not needed: this torch has no CUDA")
+        yield CheckResult("nvcc", "skip", "not needed: torch is built without CUDA")
         yield from (_tool(t, needed=False) for t in (toolchain.compiler(), toolchain.ninja(), toolchain.headers()))
         return False
     extensions, tools = compiled.extensions(torch, gpus), toolchain.find(torch)
@@ -58,8 +58,8 @@ def check(
     needed = bool(gpus) and not ready
     standing = next(parent for parent in (root, *root.parents) if parent.exists())
     if needed and not os.access(standing, os.W_OK | os.X_OK):
-        fix = "export TORCH_EXTENSIONS_DIR=FOLDER, one that can be written"
-        yield CheckResult("Build folder", "fail", f"{root} cannot be written", fix, "gpu")
+        fix = "export TORCH_EXTENSIONS_DIR=FOLDER (a writable one)"
+        yield CheckResult("Build folder", "fail", f"{root} is not writable", fix, "gpu")
     yield from (_tool(tool, needed=needed) for tool in tools)
     return ready
 
@@ -76,14 +76,14 @@ def _extension(
         return CheckResult("Extension", "ok", message, details=details)
     problem = _problem(here, tried, torch)
     if not gpus:
-        return CheckResult("Extension", "skip", f"{problem}; without a GPU it is not needed", "", "gpu", details)
+        return CheckResult("Extension", "skip", f"{problem}; not needed without a GPU", "", "gpu", details)
     if tools.problems:
         return CheckResult("Extension", "fail", problem, hints.joined([tools.fix, hints.BUILD]), "gpu", details)
     # Only a warning: `exl run` compiles it on first use.
     jobs = build.plan().jobs
     minutes = max(1, round(build.seconds_for(build.all_files(), jobs, len(set(gpus))) / 60))
     fix = f"{hints.BUILD} (about {minutes} min with {jobs} jobs)"
-    return CheckResult("Extension", "warn", f"{problem}; exl run compiles it first", fix, "", details)
+    return CheckResult("Extension", "warn", f"{problem}; the first exl run compiles it", fix, "", details)
 
 
 def _origin(here: Extension) -> str:
@@ -97,7 +97,7 @@ def _problem(here: Extension | None, tried: Answer | None, torch: Torch) -> str:
     if here is None:
         return "not compiled yet"
     if here.kind == "unproven":
-        return f"compiled by exllamav2 itself, to be checked by a build ({here.path})"
+        return f"compiled by exllamav2 itself; exl build will check it ({here.path})"
     if tried is None:
         return f"{here.path} was {here.problem}"
     known = hints.explain(tried.problem, torch) if tried.kind == "error" else None
@@ -111,7 +111,7 @@ def _tool(tool: Tool, *, needed: bool) -> CheckResult:
         version = f"{tool.version}, " if tool.version else ""
         return CheckResult(tool.name, "ok", f"{version}{tool.path}", details=details)
     if not needed:
-        message = f"{tool.problem}; nothing has to be compiled here"
+        message = f"{tool.problem}; not needed, nothing to compile"
         return CheckResult(tool.name, "skip", message, details=details)
     where = f" ({tool.path})" if tool.path else ""
     return CheckResult(tool.name, "fail", tool.problem + where, tool.fix, "gpu", details)

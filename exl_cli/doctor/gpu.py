@@ -34,13 +34,15 @@ def torch(installed: Torch | None, answer: Answer) -> CheckResult:
         known = hints.explain(answer.problem, installed)
         what = known.what if known and answer.kind == "error" else answer.problem
         fix = patience(answer, known.fix if known and not known.rebuild else hints.torch_again(installed))
-        return CheckResult("torch", "fail", f"{installed.version}, importing it: {what}", fix, "all")
+        return CheckResult("torch", "fail", f"{installed.version}, but importing it failed: {what}", fix, "all")
     details = {key: answer.value[key] for key in ("version", "cuda", "archs")}
     if installed.cuda:
         return CheckResult("torch", "ok", f"{installed.version}, CUDA {installed.cuda}", details=details)
     if installed.hip:
-        return CheckResult("torch", "warn", f"{installed.version}, for ROCm: exl does not use it", "", "gpu", details)
-    message = f"{installed.version}, built without CUDA"
+        return CheckResult(
+            "torch", "warn", f"{installed.version}, built for ROCm, which exl does not support", "", "gpu", details
+        )
+    message = f"{installed.version}, a CPU-only build"
     if has_nvidia_card():
         return CheckResult("torch", "fail", message, hints.torch_again(installed), "gpu", details)
     return CheckResult("torch", "ok", message, "", "gpu", details)
@@ -54,24 +56,24 @@ def driver(installed: Torch | None) -> CheckResult:
         version = str(opened.ask("SystemGetDriverVersion") or "unknown")
     oldest = _OLDEST_DRIVER.get(installed.cuda_major, 0) if installed else 0
     if installed and (match := re.match(r"(\d+)", version)) and int(match[1]) < oldest:
-        message = f"{version}, too old for CUDA {installed.cuda}, which needs {oldest} or later"
+        message = f"{version}, too old: CUDA {installed.cuda} needs {oldest} or later"
         return CheckResult("Driver", "fail", message, _driver_fix(str(oldest)), "gpu", {"version": version})
     return CheckResult("Driver", "ok", version, details={"version": version})
 
 
 def _no_driver() -> CheckResult:
     if not has_nvidia_card():
-        return CheckResult("Driver", "skip", "no NVIDIA GPU here", blocks="gpu")
+        return CheckResult("Driver", "skip", "no NVIDIA GPU found", blocks="gpu")
     problem, fix = "its driver is not loaded", _driver_fix("")
     if in_container():
-        problem = "this container does not get it"
-        fix = "start the container with the GPU: docker run --gpus all … (needs nvidia-container-toolkit on the host)"
-    return CheckResult("Driver", "fail", f"an NVIDIA GPU is there, but {problem}", fix, "gpu")
+        problem = "this container cannot access it"
+        fix = "start the container with the GPU: docker run --gpus all … (the host needs nvidia-container-toolkit)"
+    return CheckResult("Driver", "fail", f"there is an NVIDIA GPU, but {problem}", fix, "gpu")
 
 
 def _driver_fix(version: str) -> str:
     if in_container():
-        return "install a newer driver on the host of this container"
+        return "install a newer driver on the container's host"
     if shutil.which("ubuntu-drivers"):
         return "sudo ubuntu-drivers install && sudo reboot"
     return f"install NVIDIA's driver{' ' + version + ' or later' if version else ''}, then restart"
@@ -101,7 +103,7 @@ def in_container() -> bool:
 def gpus(answer: Answer, installed: Torch | None) -> list[CheckResult]:
     """The GPUs that torch sees."""
     if answer.value is None or installed is None or installed.cuda is None:
-        return [CheckResult("GPU", "skip", "skipped: torch cannot use a GPU", blocks="gpu")]
+        return [CheckResult("GPU", "skip", "skipped: torch cannot use GPUs", blocks="gpu")]
     if not answer.value["gpus"]:
         return [_no_gpu(str(answer.value["why_not"]), installed)]
     results = [_gpu(gpu, answer.value["archs"], installed) for gpu in answer.value["gpus"]]
@@ -118,7 +120,7 @@ def links(answer: Answer) -> list[CheckResult]:
         return []
     kinds: dict[str, list[str]] = {}
     for pair in pairs:
-        link = (pair["link"] or "peer access") if pair["peer"] else "no peer access, copies go through the host"
+        link = (pair["link"] or "peer access") if pair["peer"] else "no peer access; copies go through host memory"
         kinds.setdefault(link, []).append("-".join(map(str, pair["gpus"])))
     message = "; ".join(f"{link} ({', '.join(names)})" if len(kinds) > 1 else link for link, names in kinds.items())
     return [CheckResult("GPU links", "ok", message, details={"links": pairs})]
@@ -126,12 +128,12 @@ def links(answer: Answer) -> list[CheckResult]:
 
 def _no_gpu(why: str, installed: Torch) -> CheckResult:
     if not has_nvidia_card():
-        return CheckResult("GPU", "skip", "none: models run on the CPU", blocks="gpu")
+        return CheckResult("GPU", "skip", "no NVIDIA GPU found; models run on the CPU", blocks="gpu")
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         message = f"hidden: CUDA_VISIBLE_DEVICES{'=' + hidden if hidden else ' is empty'}"
         return CheckResult("GPU", "fail", message, "unset CUDA_VISIBLE_DEVICES", "gpu")
     known = hints.explain(why, installed)
-    message, fix = (known.what, known.fix) if known else (why or "torch finds none", "nvidia-smi")
+    message, fix = (known.what, known.fix) if known else (why or "torch finds no GPU", "nvidia-smi")
     return CheckResult("GPU", "fail", message, fix, "gpu")
 
 
@@ -142,9 +144,9 @@ def _gpu(gpu: dict[str, Any], archs: list[str], installed: Torch) -> CheckResult
     # torch lists "sm_90" for binary code and "compute_90" for PTX, which also runs on later GPUs.
     codes = parse_archs(" ".join(arch + "+PTX" if arch.startswith("compute_") else arch for arch in archs))
     if codes and uncovered(codes, [capability]):
-        message += f": torch {installed.version} holds code for {', '.join(archs)} only"
+        message += f": torch {installed.version} only supports {', '.join(archs)}"
         older = capability < min(map(capability_of, codes))
-        fix = "an older CUDA build of torch knows it, cu126 for instance: see pytorch.org, Get Started" if older else ""
+        fix = "install an older CUDA build of torch, such as cu126: see Get Started on pytorch.org" if older else ""
         return CheckResult(check, "fail", message, fix or hints.pip("--upgrade", "torch"), "gpu", gpu)
     free, total, processes = gpu["free"], gpu["total"], gpu["processes"]
     if free is None:
@@ -168,12 +170,12 @@ def _others(processes: list[dict[str, Any]]) -> str:
 
 
 def _free_it(processes: list[dict[str, Any]]) -> str:
-    other = "or choose another GPU: CUDA_VISIBLE_DEVICES=NUMBER"
+    other = "or choose another GPU with CUDA_VISIBLE_DEVICES=NUMBER"
     mine = [process for process in processes if process["here"]]
     if not mine:
-        return f"nvidia-smi shows what uses it; {other}"
+        return f"see what uses it with nvidia-smi, {other}"
     largest = max(mine, key=lambda process: process["bytes"] or 0)
-    return f"end what uses it (kill {largest['pid']}), {other}"
+    return f"end the process that uses it (kill {largest['pid']}), {other}"
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -186,10 +188,10 @@ def attention(answer: Answer | None) -> CheckResult:
     if answer.value is None and answer.kind == "error":
         return CheckResult("Attention", "fail", answer.said, "", "gpu")
     if answer.value is None:
-        fix = f"exl {param('debug')} run shows where"
-        return CheckResult("Attention", "fail", f"choosing it {answer.problem}", fix, "gpu")
+        fix = f"exl {param('debug')} run"
+        return CheckResult("Attention", "fail", f"its smoke test {answer.problem}", fix, "gpu")
     if answer.value["decode"] == "torch":
-        message = "plain torch: right, but slow on long contexts, and a step cannot be one CUDA graph"
+        message = "plain torch: correct, but slow on long contexts, and decoding cannot use CUDA graphs"
         reason = "".join(f" ({name}: {reason})" for name, reason in answer.value["why_not"].items())
         return CheckResult("Attention", "warn", message + reason, "", "", answer.value)
     return CheckResult("Attention", "ok", "exl's Triton kernels, paged", details=answer.value)
@@ -198,14 +200,14 @@ def attention(answer: Answer | None) -> CheckResult:
 def decoding(answer: Answer | None) -> CheckResult:
     """exl's kernels for quantized matrices; exllamav2's are the fallback."""
     if answer is None:
-        return CheckResult("Kernels", "skip", "not tried: there is no GPU")
+        return CheckResult("Kernels", "skip", "skipped: no GPU")
     if answer.value is None:
         # The same crash or hang would occur while loading a model; the variable disables the kernels.
-        fix = patience(answer, "EXL_KERNELS=exllamav2 in the environment")
-        return CheckResult("Kernels", "fail", f"compiling exl's own: {answer.said}", fix, "gpu")
+        fix = patience(answer, "export EXL_KERNELS=exllamav2")
+        return CheckResult("Kernels", "fail", f"compiling exl's kernels failed: {answer.said}", fix, "gpu")
     if reason := answer.value["why_not"]:
-        return CheckResult("Kernels", "warn", f"exllamav2's own, at most half as fast: {reason}")
-    return CheckResult("Kernels", "ok", "exl's own, compiled for this GPU by the NVRTC of torch")
+        return CheckResult("Kernels", "warn", f"exllamav2's, at most half as fast as exl's: {reason}")
+    return CheckResult("Kernels", "ok", "exl's, compiled for this GPU with torch's NVRTC")
 
 
 def triton(attention: Answer | None) -> CheckResult:
@@ -214,14 +216,12 @@ def triton(attention: Answer | None) -> CheckResult:
     if here is None:
         return CheckResult("Triton", "skip", "not installed")
     if attention is None:
-        return CheckResult("Triton", "skip", f"{here}, not tried: there is no GPU")
+        return CheckResult("Triton", "skip", f"{here}; skipped: no GPU")
     if reason := (attention.value or {}).get("why_not", {}).get("triton", ""):
-        return CheckResult("Triton", "warn", f"{here}: exl's kernels do not run: {reason}", hints.compiler())
+        return CheckResult("Triton", "warn", f"{here}, but exl's kernels do not run: {reason}", hints.compiler())
     return CheckResult("Triton", "ok", here)
 
 
 def flash_attn() -> CheckResult:
     """flash-attn, which exl does not use."""
-    return CheckResult(
-        "flash-attn", "skip", f"{package_version('flash-attn') or 'not installed'}; exl does not need it"
-    )
+    return CheckResult("flash-attn", "skip", f"{package_version('flash-attn') or 'not installed'}; exl does not use it")

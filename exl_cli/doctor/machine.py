@@ -29,7 +29,7 @@ def python() -> CheckResult:
     details = {"version": version, "executable": sys.executable, "prefix": sys.prefix}
     if sys.version_info[:2] > _NEWEST_TRIED:
         newest = "{}.{}".format(*_NEWEST_TRIED)
-        message += f"; exl is tried up to {newest}"
+        message += f"; exl is tested up to {newest}"
         return CheckResult("Python", "warn", message, f"use Python {newest}", "", details)
     return CheckResult("Python", "ok", message, details=details)
 
@@ -40,7 +40,7 @@ def processor() -> CheckResult:
     message = f"{cores} core{'s' if cores > 1 else ''}"
     message += "" if free is None else f", {gib(free)} of memory free"
     short = free is not None and free < GIB
-    fix = "close programs that use much memory" if short else ""
+    fix = "close programs that use a lot of memory" if short else ""
     details = {"cores": cores, "memory_free_bytes": free}
     return CheckResult("Processor", "warn" if short else "ok", message, fix, "", details)
 
@@ -49,7 +49,7 @@ def cpu_engine(answer: Answer) -> CheckResult:
     """Whether the CPU engine can be imported."""
     if answer.value is None:
         fix = patience(answer, hints.pip("--upgrade", "transformers", "torch"))
-        return CheckResult("CPU engine", "fail", f"importing it: {answer.said}", fix, "all")
+        return CheckResult("CPU engine", "fail", f"importing it failed: {answer.said}", fix, "all")
     return CheckResult("CPU engine", "ok", f"transformers {answer.value['transformers']}", details=answer.value)
 
 
@@ -63,11 +63,11 @@ def models(folder: Path | None) -> CheckResult:
     message = f"{path} ({count}), {size(free)} free"
     details = {"path": str(path), "models": names, "free_bytes": free}
     if not os.access(standing, os.W_OK | os.X_OK) or not standing.is_dir():
-        fix = "choose one that can be written: export EXL_MODELS_DIR=FOLDER"
-        return CheckResult("Models folder", "warn", f"{path} cannot be written", fix, "", details)
+        fix = "export EXL_MODELS_DIR=FOLDER (a writable one)"
+        return CheckResult("Models folder", "warn", f"{path} is not writable", fix, "", details)
     if free < _ROOM_FOR_A_MODEL:
-        fix = "free some space (exl rm MODEL), or move it: export EXL_MODELS_DIR=FOLDER"
-        return CheckResult("Models folder", "warn", f"{message}: too little for a 7B model", fix, "", details)
+        fix = "free some space (exl rm MODEL), or use another disk: export EXL_MODELS_DIR=FOLDER"
+        return CheckResult("Models folder", "warn", f"{message}, too little for a 7B model", fix, "", details)
     return CheckResult("Models folder", "ok", message, details=details)
 
 
@@ -77,17 +77,17 @@ def hub(answer: Answer) -> CheckResult:
         return CheckResult("Hub", "warn", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE")
     where = os.environ.get("HF_ENDPOINT") or "the Hub"
     if answer.value is None:
-        fix = "check the network, HTTPS_PROXY and HF_ENDPOINT; models that are here run without it"
-        return CheckResult("Hub", "warn", f"{where} cannot be reached ({answer.said})", fix)
+        fix = "check the network, HTTPS_PROXY and HF_ENDPOINT; downloaded models work offline"
+        return CheckResult("Hub", "warn", f"cannot reach {where} ({answer.said})", fix)
     facts, fix = answer.value, ""
     if facts["status"] >= 400:
-        message, fix = f"answers with {facts['status']}", "check HF_ENDPOINT and proxies"
+        message, fix = f"responds with HTTP {facts['status']}", "check HF_ENDPOINT and proxies"
     elif "refused" in facts:
-        message, fix = f"does not accept the token: {facts['refused']}", "hf auth login"
+        message, fix = f"rejects the token: {facts['refused']}", "hf auth login"
     elif facts["token"]:
-        message = f"answers, logged in as {facts['user']}"
+        message = f"reachable, logged in as {facts['user']}"
     else:
-        message = "answers, not logged in (hf auth login, for gated models)"
+        message = "reachable, not logged in (gated models need hf auth login)"
     return CheckResult("Hub", "warn" if fix else "ok", f"{where} {message}", fix, "", facts)
 
 
@@ -111,11 +111,11 @@ def terminal(here: Terminal) -> CheckResult:
     encoding = here.encoding.lower().replace("-", "")
     details = {"terminal": here.is_terminal, "encoding": encoding, "width": here.width}
     if not here.is_terminal:
-        return CheckResult("Terminal", "skip", "none here: output is plain", details=details)
-    colours = {None: "no colours", "standard": "16 colours", "256": "256 colours", "truecolor": "all colours"}
+        return CheckResult("Terminal", "skip", "not a terminal; output is plain text", details=details)
+    colours = {None: "no colours", "standard": "16 colours", "256": "256 colours", "truecolor": "true colour"}
     name = os.environ.get("TERM", "unknown")
     message = f"{name}, {colours.get(here.colors, 'colours')}, {here.width} columns"
     if encoding != "utf8":
-        message += f", {encoding}: other letters are lost"
+        message += f", {encoding}: characters outside it are lost"
         return CheckResult("Terminal", "warn", message, "export LANG=C.UTF-8", "", details)
     return CheckResult("Terminal", "ok", f"{message}, UTF-8", details=details)

@@ -30,8 +30,8 @@ _APART = 0.02
 _NONSENSE = 0.05
 _LARGEST_ON_CPU = 2_000_000_000
 _BYTES_ON_CPU = 5
-_DAMAGED = f"the model may be damaged: exl download MODEL {param('verify')}, or use another quantization"
-_REPORT = f"please report this, with exl doctor MODEL {param('json')}"
+_DAMAGED = f"the model may be damaged; check it with exl download MODEL {param('verify')}, or use another quantization"
+_REPORT = f"please report this, with the output of exl doctor MODEL {param('json')}"
 
 # Length of the text on which logits are compared, in its second half. For a model with a sliding window, use twice the
 # window to test beyond it, unless that is too much work (weights times tokens) or memory (logits) for a CPU.
@@ -101,17 +101,17 @@ def _text(info: ModelInfo) -> tuple[int, str]:
     tokens = max(plain, 2 * window)
     too_much = tokens * info.parameters > _MOST_PRODUCTS or 4 * tokens * computed.vocabulary > _MOST_LOGITS
     if too_much or tokens + NEW_TOKENS > info.context_length:
-        return plain, f"over {plain} tokens, within its window of {window:,}"
-    return tokens, f"over {tokens:,} tokens, more than its window of {window:,}"
+        return plain, f"over {plain} tokens, within the sliding window of {window:,}"
+    return tokens, f"over {tokens:,} tokens, beyond the sliding window of {window:,}"
 
 
 def _fits(info: ModelInfo, free: Sequence[int]) -> CheckResult:
     if reason := support.why_not(info):
-        return CheckResult("Fits", "warn", f"{reason}: it runs on the CPU", "", "gpu")
+        return CheckResult("Fits", "warn", f"{reason}; it runs on the CPU", "", "gpu")
     context = loader.context_to_allocate(info, LoadOptions())
     needed = memory.estimate(info, context, "fp16")
     if needed is None:
-        return CheckResult("Fits", "warn", "config.json does not give the dimensions that an estimate needs")
+        return CheckResult("Fits", "warn", "cannot estimate: config.json lacks the model's dimensions")
     try:
         # placement.place expects free memory after the CUDA context, which does not exist yet.
         room = [max(0, count - needed.cuda) for count in free]
@@ -126,10 +126,10 @@ def _fits(info: ModelInfo, free: Sequence[int]) -> CheckResult:
 
 def _too_large_for_cpu(info: ModelInfo) -> str:
     if info.parameters > _LARGEST_ON_CPU:
-        return f"not tried: {parameters(info.parameters)} parameters take minutes there"
+        return f"skipped: with {parameters(info.parameters)} parameters it would take minutes"
     room, needed = available_memory(), info.parameters * _BYTES_ON_CPU
     if room is not None and needed > room:
-        return f"not tried: it takes {gib(needed)} of memory, {gib(room)} are free"
+        return f"skipped: it needs {gib(needed)} of memory, but only {gib(room)} is free"
     return ""
 
 
@@ -138,63 +138,66 @@ def _sense(check: str, answer: Answer, blocks: Any) -> CheckResult:
     if answer.value is None:
         exl_error = answer.problem.startswith("exl_cli.errors.")
         said, _, hint = answer.said.partition("; ") if exl_error else (answer.said, "", "")
-        fix = patience(answer, hint or f"exl {param('debug')} run MODEL -p x shows where")
+        fix = patience(answer, hint or f"exl {param('debug')} run MODEL -p x")
         return CheckResult(check, "fail", said, fix, blocks)
     facts = answer.value
     tokens, perplexity = facts["tokens"], facts["perplexity"]
     details = {key: facts[key] for key in ("perplexity", "tokens", "text", "tokens_per_second", "load_seconds")}
     problem = ""
     if perplexity is None:
-        problem = "computes NaN"
+        problem = "produces NaN"
     elif perplexity > _NONSENSE * facts["vocabulary"]:
-        between = f"{perplexity:,.0f} of {facts['vocabulary']:,} tokens"
-        problem = f"nonsense: it hesitates between {between} in plain English"
+        between = f"{perplexity:,.0f} with a vocabulary of {facts['vocabulary']:,}"
+        problem = f"garbage: perplexity {between} on plain English"
     elif len(tokens) >= NEW_TOKENS and len(set(tokens)) == 1:
-        problem = f"nonsense: it repeats one token ({facts['text'][:20]!r}…)"
+        problem = f"garbage: repeats one token ({facts['text'][:20]!r}…)"
     if problem:
         return CheckResult(check, "fail", problem, _DAMAGED, blocks, details)
     rate = f"{len(tokens)} tokens at {facts['tokens_per_second']:,.0f} tokens/s"
-    return CheckResult(check, "ok", f"{rate}, perplexity {perplexity:,.1f} in plain English", details=details)
+    return CheckResult(check, "ok", f"{rate}, perplexity {perplexity:,.1f} on plain English", details=details)
 
 
 def _parted(below: Sequence[float], whose: str) -> tuple[str, bool]:
     """Describe how many tokens agree with the reference's choice, and whether all others are near ties."""
     if below and max(below) > _TIE:
         at = next(index for index, gap in enumerate(below) if gap > _TIE)
-        return f"token {at + 1} is {below[at]:.1f} below {whose} choice", False
+        return f"the logit of token {at + 1} is {below[at]:.1f} below that of {whose} choice", False
     parted = sum(gap > 0 for gap in below)
     if not parted:
         return f"on all {len(below)} tokens", True
-    return f"on {len(below) - parted} of {len(below)} tokens, the others near ties ({max(below):.2f} below)", True
+    return (
+        f"on {len(below) - parted} of {len(below)} tokens, the rest are near ties (at most {max(below):.2f} apart)",
+        True,
+    )
 
 
 def _alone(facts: dict[str, Any], where: str) -> CheckResult:
     """With one engine, compare its decoding with a single pass over prompt and response."""
     said, same = _parted(facts["shortfalls"], "its own")
     details = {"shortfalls": facts["shortfalls"]}
-    message = f"not compared, only the {where} runs it here; its prompt pass and its decoding "
+    message = f"skipped: only the {where} can run it; its prefill and decoding "
     if same:
         return CheckResult("Engines agree", "skip", f"{message}agree {said}", details=details)
-    return CheckResult("Engines agree", "warn", f"{message}do not: {said}", _REPORT, "", details)
+    return CheckResult("Engines agree", "warn", f"{message}disagree: {said}", _REPORT, "", details)
 
 
 def _agreement(answer: Answer, perplexity: float, extent: str) -> CheckResult:
     """Compare exllamav2's tokens and logits with the CPU engine's."""
     if answer.value is None:
-        return CheckResult("On the CPU", "warn", f"not compared: {answer.said}")
+        return CheckResult("On the CPU", "warn", f"comparison failed: {answer.said}")
     check, facts = "Engines agree", answer.value
     details = {key: facts[key] for key in ("shortfalls", "perplexity", "distances")}
     if facts["perplexity"] is None:
-        return CheckResult(check, "warn", "the CPU engine computes NaN, the GPU does not", "", "", details)
+        return CheckResult(check, "warn", "the CPU engine produces NaN, the GPU does not", "", "", details)
     said, same = _parted(facts["shortfalls"], "the CPU engine's")
     way, worst = max(facts["distances"].items(), key=lambda item: _l2(item[1]))
-    logits = f"logits {_l2(worst):.2g} apart (relative L2, KL {worst['kl'] or 0.0:.2g}) {extent}"
+    logits = f"logits differ by {_l2(worst):.2g} (relative L2, KL {worst['kl'] or 0.0:.2g}) {extent}"
     both = f"perplexity {perplexity:,.1f} on the GPU, {facts['perplexity']:,.1f} on the CPU"
     if not same:
         return CheckResult(check, "fail", f"no: {said}; {logits}; {both}", _REPORT, "gpu", details)
     if _l2(worst) > _APART:
         where = "in the prompt" if way == "prompt" else "while decoding"
-        return CheckResult(check, "warn", f"{said}, but not on {logits}, {where}; {both}", _REPORT, "", details)
+        return CheckResult(check, "warn", f"{said}, but {logits}, {where}; {both}", _REPORT, "", details)
     return CheckResult(check, "ok", f"{said}; {logits}; {both}", details=details)
 
 

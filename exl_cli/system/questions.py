@@ -28,7 +28,7 @@ class Answer:
 
     Attributes:
         value: the returned dict; None after a failure.
-        problem: "crashed (SIGSEGV)", "hung: no answer in 30 s", or the last line of the exception.
+        problem: "crashed (SIGSEGV)", "timed out after 30 s", or the last line of the exception.
         kind: "hang", "crash", "error", or empty.
         output: the child's stderr, with whatever libraries printed.
     """
@@ -65,7 +65,7 @@ def ask(module: str, question: str, seconds: float, arguments: Mapping[str, Any]
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        return Answer(None, f"hung: no answer in {seconds:g} s", "hang")
+        return Answer(None, f"timed out after {seconds:g} s", "hang")
     finally:
         _asked.discard(process)
         if process.poll() is None:
@@ -74,11 +74,11 @@ def ask(module: str, question: str, seconds: float, arguments: Mapping[str, Any]
     if process.returncode < 0:
         return Answer(None, f"crashed ({processes.signal_name(-process.returncode)})", "crash", err)
     if process.returncode:
-        return Answer(None, _last_line(err) or f"ended with code {process.returncode}", "error", err)
+        return Answer(None, _last_line(err) or f"exited with code {process.returncode}", "error", err)
     try:
         return Answer(dict(json.loads(_last_line(out))), output=err)
     except ValueError:
-        return Answer(None, "ended without an answer", "error", err)
+        return Answer(None, "exited without a result", "error", err)
 
 
 def stop() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from exl_cli.api import notebook, records
 from exl_cli.engines.base import Summary
 from exl_cli.errors import ExlError, first_line, spell
+from exl_cli.sampling import FIELDS
 from exl_cli.system.interrupts import insist_on_interrupt, unseen_keys
 from exl_cli.system.readings import GpuReading, HostReading
 from exl_cli.system.units import MIB, mib
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def flags(text: str) -> str:
     """Replace `param` marks by flags: `--max-seq-len`."""
-    return spell(text, lambda name: "--" + name.replace("_", "-"))
+    return spell(text, lambda name: FIELDS[name].flag if name in FIELDS else "--" + name.replace("_", "-"))
 
 
 _GPU_TITLES = ("GPU", "Temp", "Power", "Memory MiB\nused / total", "Util", "Process\nMiB", "Peak\nMiB")

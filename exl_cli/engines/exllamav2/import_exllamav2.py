@@ -46,7 +46,7 @@ def import_exllamav2(observer: build.Observer | None = None) -> None:
                 sys.modules[compiled.MODULE] = _extension(observer)
                 _import_lightly()
             except Exception as error:  # the import can raise anything
-                raise _explained(error, "exllamav2 cannot be imported") from error
+                raise _explained(error, "cannot import exllamav2") from error
 
 
 def _extension(observer: build.Observer | None) -> ModuleType:
@@ -67,15 +67,15 @@ def _extension(observer: build.Observer | None) -> ModuleType:
             failure = hints.explain(str(error), torch_)
             if smoke_test.is_out_of_memory(error) or (failure and not failure.rebuild):
                 raise _explained(error, "") from error
-            what = failure.what if failure else f"it does not load: {hints.last_line(str(error))}"
+            what = failure.what if failure else f"it fails to load: {hints.last_line(str(error))}"
             why = why or f"{what} ({candidate.path})"
     if observer is None:
         what = why or "exllamav2's extension is not compiled yet"
-        raise EngineError(what, f"exl build compiles it for this machine, {_OR_CPU}")
+        raise EngineError(what, f"run exl build to compile it for this machine, {_OR_CPU}")
     if why:
-        observer.note(f"{why}: this machine needs another")
+        observer.note(f"{why}; compiling a new one for this machine")
     else:
-        observer.note("exllamav2's CUDA extension is not compiled yet: compiling it now, once")
+        observer.note("exllamav2's CUDA extension is not compiled yet; compiling it now (once per machine)")
     try:
         result = build.build(observer, gpus=gpus)
     except EngineError as error:
@@ -83,7 +83,7 @@ def _extension(observer: build.Observer | None) -> ModuleType:
     try:
         return _load(result.path)
     except Exception as error:
-        raise _explained(error, "exllamav2's compiled extension does not load") from error
+        raise _explained(error, "exllamav2's compiled extension fails to load") from error
 
 
 def _load(library: Path) -> ModuleType:
@@ -125,15 +125,15 @@ def _explained(error: Exception, what: str) -> ExlError:
         return error
     if smoke_test.is_out_of_memory(error):
         return OutOfMemoryError(
-            "the GPU is full: it has no room even for CUDA itself",
-            f"nvidia-smi shows what uses it; CUDA_VISIBLE_DEVICES chooses another GPU, {_OR_CPU}",
+            "the GPU is full: not enough memory for a CUDA context",
+            f"see what uses it with nvidia-smi, choose another GPU with CUDA_VISIBLE_DEVICES, {_OR_CPU}",
         )
     text = str(error) or type(error).__name__
     failure = hints.explain(text, compiled.torch_here())
     if failure is None or failure.rebuild:
         # The extension passed its smoke test, so a linker error now concerns another library.
-        return EngineError(f"{what}: {hints.last_line(text)}", _or_cpu("exl doctor"))
-    return EngineError(failure.what, _or_cpu(failure.fix))
+        return EngineError(f"{what}: {hints.last_line(text)}", _or_cpu(hints.step("exl doctor")))
+    return EngineError(failure.what, _or_cpu(hints.step(failure.fix)))
 
 
 def _or_cpu(hint: str) -> str:

@@ -74,12 +74,12 @@ def torch_for_cuda() -> Torch:
     """The installed torch; EngineError if it is not built for CUDA, or if exllamav2 is not installed."""
     torch = compiled.torch_here()
     if torch is None:
-        raise EngineError("torch is not installed", hints.pip("torch"))
+        raise EngineError("torch is not installed", hints.step(hints.pip("torch")))
     if torch.cuda is None:
         built = "for ROCm" if torch.hip else "without CUDA"
-        raise EngineError(f"torch {torch.version} is built {built}", hints.torch_again(torch))
+        raise EngineError(f"torch {torch.version} is built {built}", hints.step(hints.torch_again(torch)))
     if compiled.exllamav2_version() is None:
-        raise EngineError("exllamav2 is not installed", hints.pip(f"exllamav2=={hints.EXLLAMAV2_RELEASE}"))
+        raise EngineError("exllamav2 is not installed", hints.step(hints.pip(f"exllamav2=={hints.EXLLAMAV2_RELEASE}")))
     return torch
 
 
@@ -114,9 +114,8 @@ def build(
             return _compiled(torch, log, observer, _choose_archs(archs, gpus), plan(max_jobs), again)
     except OSError as error:
         raise EngineError(
-            f"exllamav2's extension cannot be compiled: {error.filename or root}: {error.strerror or error}",
-            "choose folders that can be written: TORCH_EXTENSIONS_DIR=/tmp/extensions XDG_CACHE_HOME=/tmp/cache "
-            "exl build",
+            f"cannot compile exllamav2's extension: {error.filename or root}: {error.strerror or error}",
+            "choose writable folders, e.g. TORCH_EXTENSIONS_DIR=/tmp/extensions XDG_CACHE_HOME=/tmp/cache exl build",
         ) from error
 
 
@@ -137,9 +136,7 @@ def _choose_archs(asked: tuple[str, ...], gpus: Sequence[Capability]) -> tuple[s
         return archs
     if not gpus:
         arch = param("arch")
-        raise EngineError(
-            "there is no GPU on this machine to compile for", f"name an architecture with {arch}, such as {arch} 8.6"
-        )
+        raise EngineError("no GPU to compile for on this machine", f"name an architecture, such as {arch} 8.6")
     return tuple(f"{major}.{minor}" for major, minor in sorted(set(gpus)))
 
 
@@ -163,7 +160,7 @@ def _compiled(
     tools = toolchain.find(torch)
     if tools.problems:
         what = ", ".join(f"{tool.name} {tool.problem}" for tool in tools.problems)
-        raise EngineError(f"exllamav2's extension cannot be compiled: {what}", tools.fix)
+        raise EngineError(f"cannot compile exllamav2's extension: {what}", hints.step(tools.fix))
     root = compiled.build_folder(torch, archs) / "build"
     if again:
         shutil.rmtree(root, ignore_errors=True)
@@ -181,7 +178,7 @@ def _compiled(
     except (subprocess.CalledProcessError, EngineError) as error:
         what, fix = (error.message, error.hint) if isinstance(error, EngineError) else _failure(log, start, torch)
         hint = "; ".join(filter(None, (fix, f"see {log.name}")))
-        raise EngineError(f"exllamav2's extension was not compiled: {what}", hint) from error
+        raise EngineError(f"compiling exllamav2's extension failed: {what}", hint) from error
     compilers = f"nvcc {tools.nvcc.version}, {tools.compiler.name} {tools.compiler.version}"
     made = compiled.publish(library, torch, archs, time.monotonic() - begun, compilers)
     shutil.rmtree(root, ignore_errors=True)
@@ -254,7 +251,7 @@ def _failure(log: IO[str], start: int, torch: Torch) -> tuple[str, str]:
     """Error and fix, from the compilers' output."""
     text = Path(log.name).read_bytes()[start:].decode("utf-8", "replace")
     if known := hints.explain(text, torch):
-        return known.what, known.fix
+        return known.what, hints.step(known.fix)
     return hints.first_error(text) or "the compiler failed", ""
 
 
@@ -281,14 +278,15 @@ def _read_holder(root: Path) -> tuple[str, float]:
     with contextlib.suppress(OSError):
         if text := path.read_text(encoding="utf-8"):
             return text, max(0.0, time.time() - path.stat().st_mtime)
-    return "another exl", 0.0
+    return "another exl process", 0.0
 
 
 @contextlib.contextmanager
 def _alone(root: Path, note: Callable[[str], None]) -> Iterator[bool]:
     """Hold the build lock; yields whether we had to wait for another build."""
     with locked(
-        root / _LOCK, lambda: note(f"{_read_holder(root)[0]} is compiling exllamav2's extension: waiting for it")
+        root / _LOCK,
+        lambda: note(f"{_read_holder(root)[0]} is compiling exllamav2's extension; waiting for it to finish"),
     ) as waited:
         (root / _HOLDER).write_text(f"process {os.getpid()} (exl build)", encoding="utf-8")
         try:
@@ -332,12 +330,12 @@ class Plan(NamedTuple):
 def plan(asked: int | None = None) -> Plan:
     """The requested number of jobs, else MAX_JOBS, else what cores and memory allow."""
     if asked:
-        return Plan(asked, "as asked")
+        return Plan(asked, "as requested")
     if (variable := os.environ.get("MAX_JOBS", "")).isdigit() and int(variable):
         return Plan(int(variable), "MAX_JOBS")
     cores, free = usable_cores(), available_memory()
     if free is not None and (by_memory := max(1, (free - GIB) // _JOB_BYTES)) < cores:
-        return Plan(by_memory, f"{gib(free)} of memory are free")
+        return Plan(by_memory, f"{gib(free)} of free memory")
     return Plan(cores, f"{cores} core{'s' if cores > 1 else ''}")
 
 

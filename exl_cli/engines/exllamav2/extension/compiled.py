@@ -133,7 +133,7 @@ class Facts(NamedTuple):
         if self.torch and _minor(self.torch) != _minor(torch.version):
             return f"built for torch {self.torch}, but torch {torch.version} is installed"
         if self.cuda and int(self.cuda.split(".")[0]) != torch.cuda_major:
-            return f"built for CUDA {self.cuda}, but this torch has {torch.cuda or 'none'}"
+            return f"built for CUDA {self.cuda}, but torch has {torch.cuda or 'none'}"
         if self.python and self.python != python_tag():
             return f"built for {self.python}, but this Python is {python_tag()}"
         if self.exllamav2 and (wanted := _release()) and self.exllamav2.partition("+")[0] != wanted:

@@ -46,7 +46,7 @@ def compiler() -> str:
 def headers() -> str:
     """A command that installs this Python's headers."""
     if not Path(sys.base_prefix).is_relative_to("/usr") or Path(sys.base_prefix).is_relative_to("/usr/local"):
-        return "use a Python that brings its headers: those of uv, pyenv and conda do"
+        return "use a Python that comes with its headers, such as one from uv, pyenv or conda"
     return _from_system(2, f"the headers of Python {_PYTHON}")
 
 
@@ -73,6 +73,11 @@ def torch_again(torch: Torch) -> str:
 def joined(commands: Sequence[str]) -> str:
     """Join distinct commands with &&."""
     return " && ".join(dict.fromkeys(filter(None, commands)))
+
+
+def step(fix: str) -> str:
+    """A fix as the next step in an error message, where a command needs a verb."""
+    return fix if not fix or fix.startswith(("install ", "use ", "free ")) else f"run {fix}"
 
 
 def _in_conda() -> bool:
@@ -104,17 +109,17 @@ class Failure(NamedTuple):
 
 # Patterns of messages and their meaning; {0} is the match, {1} its first group. Fixed by recompiling:
 _MISFITS = {
-    r"undefined symbol: *(\S+)": "was built for another torch (here: {torch}): undefined symbol {1}",
+    r"undefined symbol: *(\S+)": "was built for another torch version (installed: {torch}): undefined symbol {1}",
     r"(lib(?:cudart|cublas|cublasLt|nvrtc|cudnn|cusparse|cusolver|curand))\.so\.(\d+)\S*: cannot open": (
-        "was built for CUDA {2} and this torch brings {cuda}: {1}.so.{2} is not there"
+        "was built for CUDA {2}, but torch comes with {cuda}: {1}.so.{2} not found"
     ),
-    r"((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)['`\"]? not found": "was built on a newer system: {1} is not here",
+    r"((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)['`\"]? not found": "was built on a newer system: {1} not found",
     r"compiled for Python (\d+\.\d+)": "was built for Python {1}",
     r"file too short|invalid ELF header|does not define module export function|cannot dynamically load": (
         "is damaged: {0}"
     ),
     r"no kernel image is available|device kernel image is invalid|PTX was compiled with an unsupported": (
-        "holds no code for this GPU"
+        "has no code for this GPU"
     ),
 }
 # Fixed otherwise:
@@ -123,19 +128,22 @@ _OTHERS: dict[str, tuple[str, str | Callable[[Torch | None], str]]] = {
         "the NVIDIA driver is too old for {cuda}",
         "install a newer NVIDIA driver, then restart",
     ),
-    r"(\S+\.so\S*): cannot open shared object": ("the library {1} is missing", "install the package that holds it"),
-    r"CUDA_HOME environment variable is not set|nvcc not found": ("nvcc is not found", toolkit),
-    r"[Nn]inja is required": ("ninja is not found", lambda torch: pip("ninja")),
+    r"(\S+\.so\S*): cannot open shared object": ("the library {1} is missing", "install the package that contains it"),
+    r"CUDA_HOME environment variable is not set|nvcc not found": ("nvcc not found", toolkit),
+    r"[Nn]inja is required": ("ninja not found", lambda torch: pip("ninja")),
     r"unsupported GNU version[^\n]*": (
-        "nvcc does not work with this g++ ({0})",
-        "install an older g++ and name it: CXX=g++-12 CC=gcc-12 exl build",
+        "nvcc does not support this g++ ({0})",
+        "install an older g++, then run CXX=g++-12 CC=gcc-12 exl build",
     ),
-    r"Unsupported gpu architecture '([^']+)'": ("this nvcc does not know the GPU ({0})", toolkit),
+    r"Unsupported gpu architecture '([^']+)'": ("this nvcc does not support the GPU ({0})", toolkit),
     r"(?:fatal error: )(\S+): No such file": ("a header is missing ({0})", toolkit),
-    r"[Cc]annot find -l(\w+)": ("the linker does not find a library ({0})", toolkit),
-    r"No space left on device": ("the disk is full ({0})", "TMPDIR and TORCH_EXTENSIONS_DIR name other disks"),
+    r"[Cc]annot find -l(\w+)": ("the linker cannot find a library ({0})", toolkit),
+    r"No space left on device": (
+        "the disk is full ({0})",
+        "free some space, or set TMPDIR and TORCH_EXTENSIONS_DIR to other disks",
+    ),
     r"Killed|signal 9|cc1plus[^\n]*out of memory": (
-        "a compiler was killed, perhaps out of memory ({0})",
+        "a compiler was killed, possibly out of memory ({0})",
         "exl build --jobs 1",
     ),
 }

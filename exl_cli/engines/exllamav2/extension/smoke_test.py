@@ -34,12 +34,12 @@ def run(library: Path, archs: Sequence[str], torch: Torch, log: IO[str]) -> Test
     if answer.value is not None:
         return Tested(**answer.value)
     if answer.kind == "hang":
-        raise EngineError("the compiled extension hangs when it is loaded")
+        raise EngineError("the compiled extension hangs on loading")
     if answer.kind == "crash":
-        raise EngineError(f"the compiled extension crashes when it is loaded{answer.problem.removeprefix('crashed')}")
+        raise EngineError(f"the compiled extension crashes on loading{answer.problem.removeprefix('crashed')}")
     if known := hints.explain(answer.problem, torch):
         raise EngineError(known.what, known.fix)
-    raise EngineError(f"the compiled extension does not load: {answer.problem}")
+    raise EngineError(f"the compiled extension fails to load: {answer.problem}")
 
 
 def examine(library: str, archs: Sequence[str] = (), compute: bool = True) -> dict[str, Any]:

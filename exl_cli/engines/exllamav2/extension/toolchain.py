@@ -63,7 +63,7 @@ def find(torch: Torch) -> Toolchain:
 def nvcc(torch: Torch) -> Tool:
     """nvcc of torch's CUDA major version; if none fits, the problem of the first one found."""
     fix = hints.toolkit(torch)
-    first = Tool("nvcc", problem="is not found", fix=fix)
+    first = Tool("nvcc", problem="not found", fix=fix)
     for path in dict.fromkeys(home / "bin" / "nvcc" for home in _homes(torch)):
         if not os.access(path, os.X_OK):
             continue
@@ -71,9 +71,9 @@ def nvcc(torch: Torch) -> Tool:
         if not version:
             problem = "does not run"
         elif int(version.split(".")[0]) != torch.cuda_major:
-            problem = f"is of CUDA {version}, and torch {torch.version} needs CUDA {torch.cuda_major}"
+            problem = f"is for CUDA {version}, but torch {torch.version} needs CUDA {torch.cuda_major}"
         elif missing := _missing_header(path.parent.parent):
-            problem = f"comes without {missing}"
+            problem = f"lacks {missing}"
         else:
             return Tool("nvcc", path, version)
         first = first if first.path else Tool("nvcc", path, version, problem, fix)
@@ -102,7 +102,7 @@ def headers() -> Tool:
     path = Path(sysconfig.get_path("include", scheme="posix_prefix")) / "Python.h"
     if path.is_file():
         return Tool("Python headers", path)
-    return Tool("Python headers", problem=f"are not in {path.parent}", fix=hints.headers())
+    return Tool("Python headers", problem=f"not found in {path.parent}", fix=hints.headers())
 
 
 def variables(tools: Toolchain, libraries: Path) -> dict[str, str]:
@@ -177,7 +177,7 @@ def _runtime(home: Path, pattern: str) -> Path | None:
 def _program(name: str, path: str | None, flags: list[str], fix: str) -> Tool:
     """A tool that prints its version for these flags."""
     if path is None:
-        return Tool(name, problem="is not found", fix=fix)
+        return Tool(name, problem="not found", fix=fix)
     version = _search(r"(\d+(?:\.\d+)*)", [path, *flags])
     return Tool(name, Path(path), version) if version else Tool(name, Path(path), problem="does not run", fix=fix)
 
