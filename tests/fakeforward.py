@@ -80,7 +80,7 @@ class FakeForward:
         spread: standard deviation of the logits; 0 for one that stands out.
         wrong: how many of a hundred logits are those of another model.
         clock: moves on by the time that passes take: `seconds` and for each token `growth` times as much.
-        rope_switches: see `ModelRunner`.
+        rope_switches, prefill_block: see `ModelRunner`.
         seats: sequences whose tokens it chooses itself; None for no sampler on the device.
         pends: see `ModelRunner`.
         fail: called with the name of each operation in the middle of it; may raise.
@@ -101,12 +101,14 @@ class FakeForward:
         seconds: float = 1.0,
         growth: float = 0.05,
         rope_switches: Sequence[int] = (),
+        prefill_block: int = 1,
         seats: int | None = None,
         pends: bool = False,
         fail: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.page_size, self.pages = page_size, pages
         self.max_batch, self.max_tokens, self.vocab_size = max_batch, max_tokens, vocab_size
+        self.prefill_block = prefill_block
         self.rope_switches = rope_switches
         self.sampler = None if seats is None else FakeSampler(seats, pends=pends)
         self._chosen: list[Chosen | None] = []
@@ -121,16 +123,23 @@ class FakeForward:
         self._garbage = random.Random(0)
         self.calls: list[str] = []
         self.rows: list[list[int]] = []
+        self.prefilled: list[list[int]] = []
         self.computed = self.reached = 0
         self.copies = 0
 
-    def prefill(self, row: ScheduledTokens) -> None:
+    def prefill(self, *rows: ScheduledTokens) -> None:
+        assert rows
         assert not self._passes, "prefill between submit and collect"
         self.calls.append("prefill")
         self.fail("prefill")
-        self._write(row)
-        self._read(row)
-        self._behind += self.prefill_seconds * len(row.ids)
+        self.prefilled.append([len(row.ids) for row in rows])
+        owners = [row.block_table[at // self.page_size] for row in rows for at in self._pages_written(row)]
+        assert len(owners) == len(set(owners)), "two rows write into one page"
+        for row in rows:
+            self._write(row)
+        for row in rows:
+            self._read(row)
+            self._behind += self.prefill_seconds * len(row.ids)
 
     def synchronize(self) -> None:
         self.calls.append("synchronize")

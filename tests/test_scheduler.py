@@ -88,6 +88,50 @@ def test_concurrent_requests_reuse_the_first_ones_prefix() -> None:
     assert tokens == [model.expected(request) for request in requests]
 
 
+def test_waiting_prompts_share_a_pass() -> None:
+    model = Model(pages=40, max_batch=8, chunk=20)
+    requests = [ask(range(9 * number, 9 * number + 9), 4) for number in range(4)]
+    for number, request in enumerate(requests):
+        model.scheduler.add(number, request, 4)
+    tokens: list[list[int]] = [[], [], [], []]
+    while model.scheduler.num_allocated_pages or not tokens[-1]:
+        for number, step in model.scheduler.step():
+            tokens[number] += step.token_ids if step else ()
+    assert tokens == [model.expected(request) for request in requests]
+    # 8, 8 and 4 tokens; then the other 12 beside a decode step.
+    assert model.forward.prefilled == [[8, 8, 4], [4, 8]]
+    assert model.forward.calls[:4] == ["prefill", "synchronize", "submit", "collect"]
+
+
+def test_chunks_are_of_whole_blocks() -> None:
+    model = Model(pages=60, max_batch=8, chunk=20, prefill_block=8)
+    for number in range(4):
+        model.scheduler.add(number, ask(range(12 * number, 12 * number + 12), 2), 2)
+    for _ in range(6):
+        model.scheduler.step()
+    # 11 tokens each, which take as long as 16; what is left of a chunk is not worth a block.
+    assert model.forward.prefilled == [[11], [11], [11], [11]]
+    model.scheduler.add(4, ask(range(50, 90), 2), 2)
+    for _ in range(4):
+        model.scheduler.step()
+    assert model.forward.prefilled[4:] == [[16], [16], [7]]
+
+
+def test_chunks_beside_decoding_are_as_large_as_a_pause_allows() -> None:
+    model = Model(chunk=64, chunk_beside_decode=4, pages=200, seconds=0.001, growth=0.0)
+    model.forward.prefill_seconds = 0.001
+    talking = model.steps(ask(range(4), 40))
+    pull(talking)
+    late = model.steps(ask([*range(97)] * 3, 3))
+    for _ in range(10):
+        next(talking)
+        next(late)
+        if len(model.forward.prefilled) == 5:
+            model.forward.prefill_seconds = 0.01
+    # In 60 ms: a step of 4 tokens takes 5 ms, so 48 fit; then 56. Later 56 take 561 ms.
+    assert [count for (count,) in model.forward.prefilled[1:8]] == [4, 48, 56, 56, 56, 4, 4]
+
+
 def test_a_request_waits_for_pages_in_order_of_arrival() -> None:
     model = Model(pages=8)
     first, large, small = ask(range(10), 7), ask(range(20, 36), 9), ask([90], 2)

@@ -62,6 +62,11 @@ class Allocation:
     capacity: int
     root: Root = Root()
 
+    @property
+    def num_pages(self) -> int:
+        """Pages in the block table or reserved."""
+        return len(self.block_table) + self.num_reserved_pages
+
 
 class BlockManager:
     """Manages the pages of one KV cache.

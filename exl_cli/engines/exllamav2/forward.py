@@ -128,6 +128,9 @@ class GpuForward:
         # Each sequence has a page at least.
         self.max_batch = min(most, memory.MOST_SEQUENCES, max(quantized_linear.MOST_ROWS, pages))
         self.backend = backend()
+        # With a quantized cache each block of a prompt would unpack all keys before it.
+        self._prefills_fused = not self.why_not_fused and self.backend.captures and not cache.has_scales
+        self.prefill_block = _BLOCK if self._prefills_fused else 1
         self.small.compile_ahead()
         self._graphs = Graphs(self.backend.captures and self._device == self._last)
         self._experts_captured = experts_captured(model)
@@ -190,11 +193,10 @@ class GpuForward:
             return
         sizes = [-(-len(row.ids) // _BLOCK) * _BLOCK for row in rows]
         tokens, small = min(sum(sizes), self._most_prompt_tokens), self.small
-        # With a quantized cache each block of a prompt would unpack all keys before it.
-        able = self.backend.captures and not self.cache.has_scales
         # What fills up a block has a position, too, of which there must be an angle.
-        able &= all(row.start + size <= self._most_keys for row, size in zip(rows, sizes, strict=True))
-        if able and isinstance(small, fused_forward.FusedForward) and small.prefills(tokens):
+        fits = all(row.start + size <= self._most_keys for row, size in zip(rows, sizes, strict=True))
+        fused = self._prefills_fused and fits
+        if fused and isinstance(small, fused_forward.FusedForward) and small.prefills(tokens):
             self._prefill_fused(small, rows)
             return
         for row in rows:

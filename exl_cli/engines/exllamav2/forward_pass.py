@@ -89,6 +89,7 @@ class ModelRunner(Protocol):
         max_batch: most sequences per `submit`.
         max_tokens: most tokens per `submit` of one sequence. For several sequences, their number times the length of
             the longest is at most max(max_batch, max_tokens).
+        prefill_block: `prefill` takes as long for fewer tokens of a sequence as for a multiple of this.
         vocab_size: logits per position.
         rope_switches: ascending lengths. When a sequence grows beyond one, its RoPE frequencies change, and all its
             keys and values must be computed again.
@@ -98,6 +99,7 @@ class ModelRunner(Protocol):
     pages: int
     max_batch: int
     max_tokens: int
+    prefill_block: int
     vocab_size: int
     rope_switches: Sequence[int]
 
@@ -107,8 +109,8 @@ class ModelRunner(Protocol):
     @property
     def pends(self) -> bool: ...
 
-    def prefill(self, row: ScheduledTokens) -> None:
-        """Compute the keys and values of any number of tokens. Asynchronous."""
+    def prefill(self, *rows: ScheduledTokens) -> None:
+        """Compute the keys and values of any number of tokens, of one sequence per row. Asynchronous."""
         ...
 
     def synchronize(self) -> None:
