@@ -86,4 +86,4 @@ def test_a_prompt_of_many_megabytes_is_refused_before_it_is_tokenized(tmp_path: 
         [*command, str(tmp_path / "prompt.txt")], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert run.returncode == ExitCode.PROMPT
-    assert "tokens or more, the context holds 1,024" in run.stderr
+    assert "tokens or more, but the context holds 1,024" in run.stderr
