@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exl_cli.engines.exllamav2.forward import Embeddings, Inputs
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
+from exl_cli.engines.exllamav2.inputs import Embeddings, Inputs
 
 VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE, OFFSETS = 50, 8, 4, 8, 6, 99, [0, 300, 700]
 

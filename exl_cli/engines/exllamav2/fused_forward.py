@@ -11,13 +11,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
 from exl_cli.engines.exllamav2.build_model import rope_switches
+from exl_cli.engines.exllamav2.inputs import Inputs
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Launch
 from exl_cli.engines.exllamav2.kernels.operation import Operation, Run
@@ -25,9 +26,6 @@ from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer, Mlp
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.errors import EngineError
-
-if TYPE_CHECKING:
-    from exl_cli.engines.exllamav2.forward import Inputs
 
 _log = logging.getLogger(__name__)
 
