@@ -169,7 +169,7 @@ def test_perplexity_stands_beside_the_speed(tmp_path: Path) -> None:
         (("no-such-model",), ExitCode.MODEL_NOT_FOUND, "no-such-model", 0),
         (("--perplexity", "no-such-file"), ExitCode.PROMPT, "no-such-file", 0),
         (("no-such-result.json",), ExitCode.USAGE, "cannot read", 0),
-        (("--top-p", "7"), ExitCode.USAGE, "top_p", 0),
+        (("--top-p", "7"), ExitCode.USAGE, "--top-p", 0),
         (("--caches", "fp8"), ExitCode.USAGE, "fp8", 0),
         (("-p", "5000", "-n", "0"), ExitCode.USAGE, "pp5000 needs 5,002 tokens, there are 1,024", 0),
         (("--batch", "4"), ExitCode.USAGE, "computes one request at a time, so it cannot run --batch 4", 1),

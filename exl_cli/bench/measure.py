@@ -86,7 +86,7 @@ def measure(
         itl_ns=() if test.kind == "prompt" else tuple(steps),
         reused_tokens=sum(summary.reused_tokens for summary in summaries),
         joules=None if begin.joules is None or end.joules is None else (end.joules - begin.joules) * scale,
-        cpu_share=1e9 * (end.cpu - begin.cpu) / (end.at - begin.at) if end.at > begin.at else 0.0,
+        cpu_share=round(1e9 * (end.cpu - begin.cpu) / (end.at - begin.at), 3) if end.at > begin.at else 0.0,
         drafted_tokens=sum(summary.drafted_tokens for summary in summaries),
         accepted_tokens=sum(summary.accepted_tokens for summary in summaries),
     )

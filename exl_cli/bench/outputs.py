@@ -29,6 +29,8 @@ from exl_cli.system.files import expanded, is_folder, read_file, write_atomicall
 OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
 
 SCHEMA = 1
+# A column of a test for each, `samples_ns` and so on.
+_SAMPLE_FIELDS = [field.name for field in dataclasses.fields(Sample)]
 _DISK_HINT = "check folder and disk space"
 
 # What a reader of the figures must know; part of every report.
@@ -73,19 +75,12 @@ def to_json(result: Result) -> dict[str, Any]:
     """The whole result, as `schema.json` has it."""
     return {
         "schema": SCHEMA,
-        "exl_version": result.exl_version,
-        "partial": result.partial,
-        "started": result.started,
+        **vars(result),
         "seconds": round(result.seconds, 3),
         "settings": dataclasses.asdict(result.settings),
-        "sampling": result.sampling,
         "method": list(METHOD),
-        "environment": result.environment,
         "runs": [_run(run) for run in result.runs],
         "tests": tests_json(result),
-        "order": result.order,
-        "warnings": result.warnings,
-        "skipped": result.skipped,
     }
 
 
@@ -107,9 +102,8 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, Any]:
-    environment, test, samples = result.environment, entry.test, entry.samples
+    environment, test = result.environment, entry.test
     threads = run.engine.get("threads")
-    times = [sample.ns for sample in samples]
     limit = limits.limit(run, entry)
     return {
         "cpu_info": environment.get("cpu") or "",
@@ -127,10 +121,9 @@ def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, An
         "n_depth": test.n_depth,
         "test_time": entry.time,
         "avg_ns": round(entry.avg_ns),
-        "stddev_ns": round(deviation(times)),
+        "stddev_ns": round(deviation([sample.ns for sample in entry.samples])),
         "avg_ts": entry.avg_ts,
         "stddev_ts": entry.stddev_ts,
-        "samples_ns": times,
         "samples_ts": entry.rates,
         "run": index,
         "test": test.name,
@@ -138,16 +131,9 @@ def _test(result: Result, index: int, run: Run, entry: Measured) -> dict[str, An
         "ttft_ns": round(mean(entry.ttft_ns)),
         "ttft_stddev_ns": round(deviation(entry.ttft_ns)),
         "ttft_median_ns": round(percentile(entry.ttft_ns, 50)),
-        "samples_ttft_ns": entry.ttft_ns,
         **{f"itl_{name}_ns": value for name, value in entry.latency.items()},
-        "samples_itl_ns": [list(sample.itl_ns) for sample in samples],
         "joules_per_token": entry.joules_per_token,
-        "samples_joules": [sample.joules for sample in samples],
-        "samples_cpu_share": [round(sample.cpu_share, 3) for sample in samples],
-        **{
-            f"samples_{name}": [getattr(sample, name) for sample in samples]
-            for name in ("reused_tokens", "drafted_tokens", "accepted_tokens")
-        },
+        **{f"samples_{name}": [getattr(sample, name) for sample in entry.samples] for name in _SAMPLE_FIELDS},
         **{name: getattr(entry, name) for name in ("step_bytes", "flops", "kernel_ns", "kernels")},
         "limit": limit and limit.what,
         "limit_ns": limit and limit.ns,
@@ -196,7 +182,7 @@ def load(path: Path) -> Result:
 
 def _measured(test: dict[str, Any]) -> dict[str, Any]:
     # Files written before there was speculation have no columns for its tokens.
-    names = [field.name for field in dataclasses.fields(Sample) if f"samples_{field.name}" in test]
+    names = [name for name in _SAMPLE_FIELDS if f"samples_{name}" in test]
     rows = zip(*(test[f"samples_{name}"] for name in names), strict=True)
     samples = [dict(zip(names, row, strict=True)) for row in rows]
     return {**test, "test": test, "time": test["test_time"], "samples": samples}
