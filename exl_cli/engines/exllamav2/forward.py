@@ -30,8 +30,8 @@ from exl_cli.models import memory
 _LEAST_KEYS = 1024
 # Up to this many small passes through exl's kernels are faster than a large pass, which dequantizes all weights first.
 _FEW_PASSES = 3
-# Tokens of a prompt that stand for a sequence of their own in a pass through prompts: so any number of sequences, of
-# any lengths, make up one pass, and each sees what was written before it.
+# A pass over prompts treats each block of this many tokens like a sequence, so it can take prompts of any number and
+# length. All keys and values are stored before any block attends.
 _BLOCK = 64
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class GpuForward:
         self._most_keys = -(-model.config.max_seq_len // page_size) * page_size
         dtype = torch.float if model.config.arch.lm.residual_stream_fp32 else torch.half
         self._embeddings = Embeddings(model.modules[0], self._device)
-        # Of passes of few tokens, and of many: the block tables of 256 sequences would take a single one's time.
+        # One for passes of few tokens and one for many, as copying the block tables of 256 sequences takes a while.
         self._inputs, self._many_inputs = (
             Inputs(
                 self._embeddings, model.config.hidden_size, dtype, most, most,
@@ -117,12 +117,12 @@ class GpuForward:
         )  # fmt: skip
         self._large = ModulesForward(model, cache, page_size)
         self.small, self.why_not_fused = self._choose()
-        # exllamav2's own kernels compute rows one after the other, or unpack all weights first.
+        # exllamav2's kernels dequantize all weights first if there are more than a few rows.
         most = quantized_linear.MOST_ROWS if self.why_not_fused else quantized_linear.MOST_SEQUENCES
-        # Each sequence has a page at least.
+        # Each sequence takes at least one page.
         self.max_batch = min(most, memory.MOST_SEQUENCES, max(quantized_linear.MOST_ROWS, pages))
         self.backend = backend()
-        # With a quantized cache each block of a prompt would unpack all keys before it.
+        # With a quantized cache, each block of a prompt would dequantize all keys before it.
         self._prefills_fused = not self.why_not_fused and self.backend.captures and not cache.has_scales
         self.prefill_block = _BLOCK if self._prefills_fused else 1
         self.small.compile_ahead()
@@ -179,15 +179,15 @@ class GpuForward:
 
     @torch.inference_mode()
     def prefill(self, *rows: ScheduledTokens) -> None:
-        """See `ModelRunner.prefill`; several sequences take less time together."""
+        """See `ModelRunner.prefill`. Several sequences take less time together than one after another."""
         self._enter()
         if len(rows) == 1 and len(rows[0].ids) <= self.max_tokens:
-            self._pass(rows)  # by a graph
+            self._pass(rows)
             self._record()
             return
         sizes = [-(-len(row.ids) // _BLOCK) * _BLOCK for row in rows]
         tokens, small = min(sum(sizes), self._most_prompt_tokens), self.small
-        # What fills up a block has a position, too, of which there must be an angle.
+        # The RoPE tables must cover padding tokens, too.
         fits = all(row.start + size <= self._most_keys for row, size in zip(rows, sizes, strict=True))
         fused = self._prefills_fused and fits
         if fused and isinstance(small, fused_forward.FusedForward) and small.prefills(tokens):
@@ -204,7 +204,7 @@ class GpuForward:
         ]
         most = self._most_prompt_tokens // _BLOCK
         for first in range(0, len(blocks), most):
-            # Those that see the most keys first: blocks of attention that begin last shall not be the longest.
+            # Blocks that attend to the most keys come first, so that none of those runs alone at the end.
             some = blocks[first : first + most][::-1]
             batch = _padded(len(some)) if len(some) < most else most
             bound = self._bound(max(block.start for block in some) + _BLOCK)
@@ -216,7 +216,7 @@ class GpuForward:
             self._record()
 
     def _prefill_blocks(self, small: fused_forward.FusedForward, inputs: Inputs, batch: int, bound: int) -> None:
-        """A pass over what lies in its inputs, of which there is no graph yet."""
+        """Run a pass over prompts on the contents of `inputs`, for which there is no graph yet."""
 
         def work() -> None:
             small.prefill(inputs.lengths[:batch], _BLOCK, bound)
@@ -335,7 +335,7 @@ class GpuForward:
             raise
 
     def _bound(self, keys: int) -> int:
-        """So many rounded up, as the bound that a graph is made for."""
+        """Round up the number of keys of the longest sequence to the bound that a graph is captured for."""
         bound = _LEAST_KEYS
         while bound < keys:
             bound *= 2
@@ -343,25 +343,25 @@ class GpuForward:
         return min(bound, most)
 
     def _inputs_of(self, tokens: int) -> Inputs:
-        """What a pass of so many tokens reads."""
+        """The input buffers of a pass of this many tokens."""
         if tokens <= quantized_linear.MOST_ROWS:
             return self._inputs
         return self._many_inputs if tokens <= quantized_linear.MOST_SEQUENCES else self._prompt_inputs
 
     def _logits_rows(self, tokens: int) -> int:
-        """Rows of the buffers of logits that a pass of so many tokens uses: one set for few tokens, one for many."""
+        """Rows of the logits buffers for a pass of this many tokens: one set serves few tokens, one many."""
         few = quantized_linear.MOST_ROWS
         return few if tokens <= few else quantized_linear.most_rows(self.max_batch)
 
     def _scores_of(self, tokens: int) -> torch.Tensor:
-        """Where a pass of so many tokens leaves its logits, on its device; graphs write there."""
+        """The device buffer for the logits of a pass of this many tokens."""
         most = self._logits_rows(tokens)
         if most not in self._scores:
             self._scores[most] = torch.empty((most, self.vocab_size), dtype=torch.float32, device=self._last)
         return self._scores[most]
 
     def _logits_of(self, tokens: int) -> torch.Tensor:
-        """The CPU's copy of them."""
+        """The page-locked buffer that they are copied to."""
         most = 1 if tokens == 1 else self._logits_rows(tokens)
         if most not in self._logits:
             self._logits[most] = torch.empty((most, self.vocab_size), dtype=torch.float32, pin_memory=True)
@@ -453,7 +453,7 @@ def _shape(rows: int, tokens: int) -> tuple[int, int]:
 
 
 def _padded(blocks: int) -> int:
-    """Blocks rounded up a little: what is made for a pass of so many serves others."""
+    """Round up the number of blocks in a pass over prompts by at most a quarter, so that fewer graphs are needed."""
     step = 1 << max(blocks.bit_length() - 3, 0)
     return -(-blocks // step) * step
 

@@ -29,7 +29,7 @@ from exl_cli.errors import EngineError
 
 _log = logging.getLogger(__name__)
 
-# Numbers: what follows begins where any kernel can read it.
+# Float16 values; the strictest alignment any kernel needs.
 _ALIGNED = 512
 
 # A piece of a pass: runs on a stream, by its handle, with a bound of the keys of any row.
@@ -37,20 +37,20 @@ Work = Callable[[int, int], None]
 
 
 class Scratch:
-    """Memory for what does not outlive a pass: exllamav2's own while it lasts, then more.
+    """Allocates temporary buffers of a pass: from exllamav2's scratch memory while there is room, then anew.
 
-    Its modules never run amid a pass of ours that still needs what lies there.
+    Of exllamav2's modules only experts run during a pass of exl's kernels, when nothing in the buffers is needed.
 
     Args:
-        memory: exllamav2's, float16; None where it has none.
-        device: where.
+        memory: exllamav2's scratch memory, float16; None if it has none.
+        device: the GPU.
     """
 
     def __init__(self, memory: torch.Tensor | None, device: torch.device) -> None:
         self._left = memory if memory is not None else torch.empty(0, dtype=torch.half, device=device)
 
     def take(self, count: int) -> torch.Tensor:
-        """So many float16 numbers, of any value."""
+        """Allocate `count` float16 values, uninitialized."""
         size = -(-count // _ALIGNED) * _ALIGNED
         if size > len(self._left):
             return torch.empty(count, dtype=torch.half, device=self._left.device)
@@ -64,7 +64,7 @@ class FusedForward:
     Args:
         model, cache: exllamav2's; `layers.why_not` of the model is empty.
         page_size: positions in a page.
-        inputs: gives what a pass of so many tokens reads; `hidden` is float16.
+        inputs: returns the input buffers of a pass of that many tokens; `hidden` is float16.
         modules: the passes of exllamav2's modules.
 
     Raises:
@@ -142,11 +142,11 @@ class FusedForward:
             work(stream, most_keys)
 
     def prefills(self, tokens: int) -> bool:
-        """Whether `prefill` can take so many tokens now; where that wants something compiled, it begins."""
+        """Whether `prefill` can take this many tokens. If kernels are still missing, start compiling them."""
         return not self._has_experts and self._tuner.ready(tokens)
 
     def prefill(self, lengths: torch.Tensor, tokens: int, most_keys: int) -> None:
-        """Put the keys and values of inputs of `tokens` tokens each into the cache; arguments as of `run`."""
+        """Compute keys and values only, of `tokens` tokens per sequence; see `run`."""
         self._compute(lengths, tokens, most_keys, with_logits=False)
 
     def why_not(self) -> str:
@@ -184,7 +184,7 @@ class FusedForward:
             starts = itertools.accumulate((matrix.n for matrix in layer.qkv.product.matrices), initial=0)
             add(self._product(layer.qkv, rows, normed, [self._qkv[:, start:] for start in starts], norm=norm))
             if layer is last and not with_logits:
-                # What comes behind its keys and values nobody asks for.
+                # Nothing after the last layer's keys and values is needed.
                 program.append(self._attention(inputs, layer, batch, tokens, stores_only=True))
                 return program
             program.append(self._attention(inputs, layer, batch, tokens))
@@ -214,7 +214,7 @@ class FusedForward:
         orders: list[torch.Tensor | None] = [None]
         chosen: Sequence[int] = []
         if group is not None:
-            # One for each of the permutations: matrices that share one share what is made of it.
+            # One output per permutation; matrices with the same one share it.
             firsts = [group.chosen.index(index) for index in range(len(group.permutations))]
             orders = [self._tuner.order(group.product, rows, first)[0] for first in firsts]
             chosen = group.chosen
@@ -223,7 +223,7 @@ class FusedForward:
         return [self._normed[index] for index in chosen], None
 
     def _norms_first(self, group: Group, module: Any) -> list[tuple[torch.Tensor, float]]:
-        """The norm that a product of one row does first, as this module does; empty where there is none."""
+        """Weight and epsilon of the norm that a product of one row applies first; empty without a module."""
         norms = []
         for index in group.chosen if module is not None else ():
             key, perm = (id(module), index), group.permutations[index]

@@ -1,4 +1,4 @@
-"""Products of very many rows: weights unpacked by `dequantize.cu`, multiplied by cuBLAS."""
+"""Products of very many rows: `dequantize.cu` unpacks the weights, cuBLAS multiplies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TILE = 128  # rows and columns of a block
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Unpack a matrix, then multiply; there is nothing to choose."""
+    """Unpack the weights, then multiply with cuBLAS."""
 
 
 class DequantizeArgument(ctypes.Structure):
@@ -30,21 +30,21 @@ class DequantizeArgument(ctypes.Structure):
 
 
 def defines(matrix: QuantizedMatrix) -> dict[str, int]:
-    """Values of the source's names."""
+    """Macro definitions of the build for a matrix."""
     return {"FORMAT": int(matrix.exl2)}
 
 
 def grid(matrix: QuantizedMatrix) -> tuple[int, int]:
-    """Blocks of a launch."""
+    """The launch grid."""
     return -(-matrix.n // _TILE), -(-matrix.k // _TILE)
 
 
 def argument(matrix: QuantizedMatrix, out: torch.Tensor) -> DequantizeArgument:
-    """What a launch is given.
+    """The kernel's argument.
 
     Args:
-        matrix: to unpack.
-        out: float16, shape (k, n), rows at any stride: the matrix in the model's order.
+        matrix: the matrix to unpack.
+        out: float16, shape (k, n or more), at any row stride: the matrix, its rows in the model's order.
     """
     own = matrix.argument()
     return DequantizeArgument(
@@ -54,5 +54,5 @@ def argument(matrix: QuantizedMatrix, out: torch.Tensor) -> DequantizeArgument:
 
 
 def dequantize(matrix: QuantizedMatrix, out: torch.Tensor, device: torch.device) -> Launch:
-    """A launch that unpacks a matrix; arguments as of `argument`."""
+    """A launch that unpacks a matrix; see `argument`."""
     return Kernel(FILE, NAME, defines(matrix), device).bind(grid(matrix), THREADS, argument(matrix, out))

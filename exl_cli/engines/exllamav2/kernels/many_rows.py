@@ -17,7 +17,7 @@ from exl_cli.engines.exllamav2.kernels.quantized_linear import (
 )
 
 FILE, NAME = "gemm.cu", "gemm"
-# Larger matrices, which are heads, are unpacked only where there is no other way: for the memory that takes.
+# Values. Larger matrices, which are heads, are only unpacked if no other kernel takes that many rows.
 DENSE_NUMBERS = 1 << 28
 _CHUNK = 128
 _GEMV_ROWS = quantized_linear.MOST_ROWS
@@ -37,8 +37,8 @@ class GemmConfig:
         stages: of the ring.
         resident: blocks on a multiprocessor.
         wgmma: whether four warps multiply together; needs compute capability 9.0.
-        apart: whether gate and what it gates are products of their own, which another kernel puts together: then a
-            warp has room for more rows of each.
+        apart: whether to compute a pair as two outputs, combined by another kernel. A warp then has registers for more
+            rows of each.
     """
 
     warps: int
@@ -116,7 +116,7 @@ def configs(product: Product, rows: int, shared_bytes: int, *, together: bool) -
         together: whether four warps can multiply together.
     """
     fitting: list[GemmConfig] = []
-    # The smallest where nothing else fits: wide weights, and two inputs.
+    # If nothing else fits, as for wide weights with two inputs.
     smallest = GemmConfig(4, 1, 4, 2 if product.paired else 1, 2, 1)
     for candidates in (
         _candidates(product, rows, together=together),

@@ -11,7 +11,7 @@ from exl_cli.engines.exllamav2.kernels.compiler import Kernel, Launch
 
 FILE = "step.cu"
 _SCRATCH = 64  # bytes that a block's sum takes
-# Up to so many, a block a head leaves less to wait for.
+# Up to this many rows, `rotate` with its block per head is faster than `rotate_many`.
 _FEW_ROWS = 32
 _LINE_WARPS, _MOST_LINE_DIM = 8, 512  # of `rotate_many`
 
@@ -124,7 +124,7 @@ def norm(
 
 
 def gate_kernel(device: torch.device, dim: int) -> Kernel:
-    """The gate of rows of `dim` numbers, a multiple of 8."""
+    """The kernel that applies a gate, for rows of `dim` values, a multiple of 8."""
     return Kernel(FILE, "gate", {}, device, 2 * dim)
 
 

@@ -1,4 +1,4 @@
-"""Products with their inputs and outputs, and the launches that compute them, by whichever kernels were chosen."""
+"""Matrix products with their inputs and outputs, and launches of the kernel chosen for each."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
 from exl_cli.engines.exllamav2.kernels.many_rows import Config, GemmConfig, Workspace
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, QuantizedMatrix, TileConfig, Variant
 
-# Runs on the current stream, whose handle it is given.
+# Launches on the current stream, whose handle is the argument.
 Run = Callable[[int], None]
 
 
 @dataclass(eq=False)
 class Operation:
-    """A product of an input.
+    """A matrix product to compute.
 
     Attributes:
-        product: of the matrices.
-        rows: of the input.
-        xs: the input for each matrix, float16, rows or more at any stride; several rows in the order of `order`.
-        outs: the output of each matrix likewise; of a pair both are the one output.
-        norms: weight and epsilon of the norm of a single row, for each matrix; none where the input is as it should be.
-        residual: whether the products are added to the outputs.
-        activation: of a gate.
-        places: where in the output each column of a pair goes, and `sources` the other way round; None for in order.
+        product: the matrices.
+        rows: rows of the input.
+        xs: the input of each matrix, float16, shape (rows or more, k) at any row stride. The columns of several rows are
+            in the order of `many_rows.order`.
+        outs: the output of each matrix, shape (rows or more, n or more); for a pair, both are the same.
+        norms: for a single row: weight and epsilon of the norm to apply first, per matrix; empty for none.
+        residual: whether to add to the outputs instead of overwriting them.
+        activation: a pair's.
+        places: for each column of a pair's output, where to write it; None for in order.
+        sources: the inverse of `places`.
     """
 
     product: Product
@@ -43,7 +45,7 @@ class Operation:
     sources: torch.Tensor | None = None
 
     def argument(self) -> Products:
-        """That of `gemv.cu` and `gemm.cu`."""
+        """The argument of `gemv.cu` and `gemm.cu`."""
         argument = quantized_linear.argument(self.product, self.rows, self.activation)
         quantized_linear.connect(argument, self.xs, self.outs)
         for target, (weight, epsilon) in zip(argument.matrix, self.norms, strict=False):
@@ -66,13 +68,13 @@ def variant(product: Product, rows: int, config: Config) -> Variant:
 
 
 class Launcher:
-    """Makes launches of the products of one model on one device.
+    """Makes launches of one model's products on one GPU.
 
     Args:
         device: the GPU.
         products: one of each kind.
-        shared_bytes, together: as of `many_rows.configs`.
-        scratch: gives so many float16 numbers that nothing else uses while a product runs.
+        shared_bytes, together: see `many_rows.configs`.
+        scratch: allocates float16 values that nothing else uses while a product runs.
     """
 
     def __init__(
@@ -87,20 +89,20 @@ class Launcher:
         self._device, self._products = device, [*products]
         self._shared_bytes, self._together = shared_bytes, together
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        # By whether it is for more rows than `gemv.cu` takes.
+        # The key is whether there are more rows than `gemv.cu` takes.
         self._workspaces: dict[bool, Workspace] = {}
-        # A matrix unpacked, and what gates gate.
+        # For a dequantized matrix, and for the output of a pair's second one.
         sizes = (matrix.k * matrix.n for product in self._products for matrix in product.matrices)
         self._weights = scratch(max((size for size in sizes if size <= many_rows.DENSE_NUMBERS), default=0))
         widest = max((product.matrices[1].n for product in self._products if product.paired), default=0)
         self._ups = scratch(quantized_linear.MOST_TOKENS * widest)
 
     def kernel(self, build: Variant) -> Kernel:
-        """Of a build."""
+        """The compiled kernel of a build."""
         return Kernel(build.file, build.name, build.defines, self._device, build.shared_bytes)
 
     def bind(self, operation: Operation, config: Config) -> Run:
-        """What computes an operation in a config; it may run several times."""
+        """Bind an operation to the kernel of a config. The result may be called several times."""
         product, rows = operation.product, operation.rows
         if isinstance(config, DenseConfig):
             return self._dense(operation)
@@ -115,7 +117,7 @@ class Launcher:
         return kernel.bind((config.blocks(product, rows, at_once),), threads, argument)
 
     def _apart(self, operation: Operation, config: GemmConfig) -> Run:
-        """Gate and what it gates by a launch without the pair, then put together."""
+        """Compute both products of a pair in one launch, and combine them in a second one."""
         both = replace(operation, product=config.product(operation.product))
         both.outs = gate, up = [operation.outs[0], self._up(operation)]
         multiply, put_together = self.bind(both, replace(config, apart=False)), self._gate(operation, gate, up)
@@ -163,7 +165,7 @@ class Launcher:
         return run
 
     def _up(self, operation: Operation) -> torch.Tensor:
-        """Where what a gate gates is left."""
+        """The buffer for the output of a pair's second matrix."""
         width = operation.product.matrices[0].n
         return self._ups[: operation.rows * width].view(operation.rows, width)
 
@@ -178,7 +180,7 @@ class Launcher:
         return kernel.bind((operation.rows,), norm_rope.norm_threads(dim), argument)
 
     def _workspace(self, rows: int) -> Workspace:
-        """Of all products with so many rows, or with others on the same side of the limit of `gemv.cu`."""
+        """The workspace of all products with as many rows as `gemv.cu` takes, or of all with more."""
         many = rows > quantized_linear.MOST_ROWS
         if many not in self._workspaces:
             floats = tiles = 0

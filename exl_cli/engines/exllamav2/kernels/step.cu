@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rms_norm(const Nor
     for (u32 i = threadIdx.x * 8; i < p.dim; i += blockDim.x * 8)
     {
         const Words before = *(const Words*) (x + i), w = saturate(before);
-        // Only products of torch's leave any.
+        // Only torch's products leave infinities.
         if ((before.x ^ w.x) | (before.y ^ w.y) | (before.z ^ w.z) | (before.w ^ w.w)) *(Words*) (x + i) = w;
         *(Words*) (y + i) = w;
         squares += square(w.x) + square(w.y) + square(w.z) + square(w.w);
@@ -102,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) gate(const Gate p)
     }
 }
 
-// `rotate` for many rows, a warp a head: at 512 rows of a 7B 9 us on an H200 where `rotate` takes 31. Of head_dim and `turned` that are multiples of four. A lane takes two neighbouring
-// pairs at a time. Grid: 8 heads of all rows' heads, which stand in one line.
+// `rotate` for many rows, a warp a head: at 512 rows of a 7B 9 us on an H200 where `rotate` takes 31. head_dim and `turned`
+// are multiples of four. A lane takes two neighbouring pairs at a time. Grid: eight heads a block, of all rows in a line.
 const u32 LINE_WARPS = 8, MOST_LANE_PAIRS = 4;              // head_dim up to 512
 
 extern "C" __global__ void __launch_bounds__(LINE_WARPS * 32) rotate_many(const Rope p)

@@ -37,7 +37,7 @@ class Tuner:
     Args:
         device: the GPU.
         of: all the products.
-        scratch: as of `Launcher`.
+        scratch: see `Launcher`.
     """
 
     def __init__(self, device: torch.device, of: Iterable[Product], scratch: Callable[[int], torch.Tensor]) -> None:
@@ -102,7 +102,7 @@ class Tuner:
             self._begun.update(dict.fromkeys(compiler.begin(file, defines, self._device)))
 
     def ready(self, rows: int) -> bool:
-        """Whether all that the products of so many rows want is compiled; where it is not, that begins."""
+        """Whether all builds for products of this many rows are compiled. If not, start compiling them."""
         most = quantized_linear.most_rows(rows)
         if most not in self._ready:
             before = len(self._begun)
@@ -131,11 +131,11 @@ class Tuner:
         return self._chosen[key]
 
     def bind(self, operation: Operation) -> Run:
-        """What computes an operation in the config that suits it; see `config`."""
+        """Bind an operation to the kernel that `config` chooses."""
         return self._launcher.bind(operation, self.config(operation.product, operation.rows))
 
     def order(self, product: Product, rows: int, index: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """See `many_rows.order`; of one of the product's matrices, in the config that `config` chooses."""
+        """`many_rows.order` of one of the product's matrices, in the config that `config` chooses."""
         config, matrix = self.config(product, rows), product.matrices[index]
         key = (matrix.order, matrix.k, isinstance(config, GemmConfig) and config.wgmma, isinstance(config, DenseConfig))
         if key not in self._orders:
