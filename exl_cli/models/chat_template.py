@@ -6,6 +6,7 @@ happens in a sandboxed helper process; see `template_worker`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class ChatTemplate:
         origin: the file it came from, for error messages.
         special_tokens: `bos_token`, `eos_token` and so on, passed to the template as variables.
         variant: its name, if the model has several templates.
-        helper: the process it renders in. Templates of different models should not share one.
+        helper: the process it renders in. Different templates should not share one.
 
     Attributes:
         name: the format in words.
@@ -269,7 +270,13 @@ def load_chat_template(model_dir: Path, name: str | None = None) -> ChatTemplate
             f"choose one with exl run {param('chat_template')} NAME",
         )
     origin, source = templates[wanted]
-    return ChatTemplate(source, origin, _special_tokens(model_dir, config), wanted)
+    return ChatTemplate(source, origin, _special_tokens(model_dir, config), wanted, _helper(source))
+
+
+@functools.lru_cache(maxsize=1)
+def _helper(source: str) -> Helper:
+    """The helper process of a template. A model loaded again, or another with the same template, finds it running."""
+    return Helper()
 
 
 def _from_jinja_files(model_dir: Path) -> dict[str, tuple[str, str]]:
