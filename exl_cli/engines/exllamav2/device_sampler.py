@@ -10,6 +10,7 @@ import ctypes
 import logging
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,15 @@ class Seat:
         count: number of top log-probabilities to report; None for no log-probabilities at all.
         masks: the tensors that `row` points to, kept alive.
         known: number of tokens of the history that are on the device.
+        host_token: address of the token last chosen in page-locked host memory, which any GPU can read.
+        end: recorded after that, by the caller of `launch`.
     """
 
     def __init__(self, index: int, sampler: Sampler, count: int | None) -> None:
         self.index, self.sampler, self.count = index, sampler, count
         self.row = sample.row(sampler.settings, sampler.seed)
-        self.known = 0
+        self.known = self.host_token = 0
+        self.end: Any = None
         self.masks: list[torch.Tensor] = []
 
 
@@ -79,12 +83,13 @@ class DeviceSampler:
         seats: most sequences at a time.
         columns: logits per position, padding included.
         longest: tokens of the longest possible sequence.
+        launches: most that are not collected at a time.
 
     Attributes:
         why_not: why the kernel cannot be used, once that is known; empty otherwise.
     """
 
-    def __init__(self, device: torch.device, seats: int, columns: int, longest: int) -> None:
+    def __init__(self, device: torch.device, seats: int, columns: int, longest: int, launches: int = 2) -> None:
         self._device, self._columns = device, columns
         self._free = [*range(seats)]
         self._kernel: Kernel | None = None
@@ -93,8 +98,8 @@ class DeviceSampler:
         self._longest = longest
         # By seat, allocated on its first use.
         self._histories: dict[int, torch.Tensor] = {}
-        # Double buffering: the CPU fills one while the device may still use the other.
-        self._idle = deque([_Launch(seats, device) for _ in range(2)])
+        # The CPU fills one while the device may still use the others.
+        self._idle = deque([_Launch(seats, device) for _ in range(launches)])
         self._launched: deque[_Launch] = deque()
         self._scratch: torch.Tensor | None = None
         self._meetings = torch.zeros(seats * sample.MEETING_BYTES, dtype=torch.uint8, device=device)
@@ -171,6 +176,7 @@ class DeviceSampler:
                 row.edited, row.biases = ids.data_ptr(), biases.data_ptr()
             scratch |= bool(edits) or seat.sampler.reads_history
             launch.row_array[index] = row
+            seat.host_token = launch.chosen.data_ptr() + index * ctypes.sizeof(sample.Chosen)
             launch.drawn.append((seat, length))
         if scratch and (self._scratch is None or len(self._scratch) < len(draws)):
             rows = 1 << (len(draws) - 1).bit_length()

@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -216,6 +217,8 @@ def load(
     options: LoadOptions,
     progress: Progress,
     draft: ModelInfo | None = None,
+    *,
+    cuts: Sequence[int] = (),
 ) -> ExLlamaV2Engine:
     """Load a model onto the GPUs.
 
@@ -226,6 +229,7 @@ def load(
         options: cache type, split over GPUs, memory saving.
         progress: called with (modules done, modules in all).
         draft: a smaller model with the same vocabulary, for speculation.
+        cuts: layers that begin a stage of their own, as if on another GPU.
 
     Raises:
         OutOfMemoryError: the GPUs' free memory is too small.
@@ -233,7 +237,7 @@ def load(
     """
     devices = _devices(info, context_length, options, draft)
     causal.install()
-    loaded = _load(info, context_length, options, devices, progress)
+    loaded = _load(info, context_length, options, devices, progress, cuts)
     drafter: Drafter | None = PromptLookup() if options.speculate == "ngram" else None
     others = []
     if draft is not None:
@@ -258,7 +262,17 @@ def load(
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
     }
+    if len(set(devices)) > 1:
+        facts["layers"] = _layers(devices)
     return ExLlamaV2Engine(loaded, tokenizer, context_length, facts, drafter, others)
+
+
+def _layers(devices: Sequence[int]) -> str:
+    """Where the layers of a model over several GPUs are, and how hidden states get from one to the next."""
+    gpus = [*dict.fromkeys(devices)]
+    places = [f"{devices.index(gpu)} to {devices.index(gpu) + devices.count(gpu) - 1} on GPU {gpu}" for gpu in gpus]
+    direct = all(torch.cuda.can_device_access_peer(after, before) for before, after in pairwise(gpus))
+    return f"{', '.join(places)}, {'peer access' if direct else 'through the host'}"
 
 
 def _devices(info: ModelInfo, context_length: int, options: LoadOptions, draft: ModelInfo | None = None) -> list[int]:
@@ -287,7 +301,12 @@ def _heads(info: ModelInfo) -> Heads:
 
 
 def _load(
-    info: ModelInfo, context_length: int, options: LoadOptions, devices: Sequence[int], progress: Progress
+    info: ModelInfo,
+    context_length: int,
+    options: LoadOptions,
+    devices: Sequence[int],
+    progress: Progress,
+    cuts: Sequence[int] = (),
 ) -> _Loaded:
     heads = _heads(info)
     paged.try_ahead(heads)
@@ -296,12 +315,15 @@ def _load(
         model, cache = _build(info, context_length, options, devices, progress)
 
         def backend() -> paged.Backend:
+            for gpu in dict.fromkeys(devices):  # the smoke test would fail within a capture
+                paged.backend(torch.device("cuda", gpu), heads)
             return paged.install_paged(heads)
 
         pages = _pages(context_length, options)
         # With speculation the CPU samples, for the draft model as well.
         samples = options.draft is None and options.speculate == "off"
-        return _Loaded(model, GpuForward(model, cache, pages, memory.PAGE, backend, samples=samples))
+        forward = GpuForward(model, cache, pages, memory.PAGE, backend, samples=samples, cuts=cuts)
+        return _Loaded(model, forward)
 
 
 def _pages(context_length: int, options: LoadOptions) -> int:

@@ -18,7 +18,7 @@ import torch
 from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
 from exl_cli.engines.exllamav2.build_model import rope_switches
-from exl_cli.engines.exllamav2.inputs import Inputs
+from exl_cli.engines.exllamav2.inputs import Inputs, Received
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Launch
 from exl_cli.engines.exllamav2.kernels.operation import Operation, Run
@@ -59,13 +59,17 @@ class Scratch:
 
 
 class FusedForward:
-    """Runs forward passes of up to `quantized_linear.MOST_SEQUENCES` tokens, and of more through prompts.
+    """Runs a stage of forward passes of up to `quantized_linear.MOST_SEQUENCES` tokens, and of more through prompts.
+
+    To be built and run with the stage's GPU and stream as the current ones.
 
     Args:
         model, cache: exllamav2's; `layers.why_not` of the model is empty.
         page_size: positions in a page.
         inputs: returns the input buffers of a pass of that many tokens; `hidden` is float16.
         modules: the passes of exllamav2's modules.
+        layers: the stage's; all by default. The last stage has the head.
+        scratch: whether exllamav2's scratch memory of this GPU may be used; that is for one stage.
 
     Raises:
         EngineError: the kernels cannot be compiled here.
@@ -74,7 +78,15 @@ class FusedForward:
     name = "kernels of exl's own"
 
     def __init__(
-        self, model: Any, cache: Any, page_size: int, inputs: Callable[[int], Inputs], modules: ModulesForward
+        self,
+        model: Any,
+        cache: Any,
+        page_size: int,
+        inputs: Callable[[int], Inputs | Received],
+        modules: ModulesForward,
+        layers: range | None = None,
+        *,
+        scratch: bool = True,
     ) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
         self._inputs = inputs
@@ -82,11 +94,12 @@ class FusedForward:
         most = inputs(quantized_linear.MOST_TOKENS)
         self._device = most.hidden.device
         config = model.config
-        self._layers = [
-            Layer(attention, mlp) for attention, mlp in zip(model.modules[1:-2:2], model.modules[2:-2:2], strict=True)
-        ]
-        head = model.modules[-1]
-        self._head = Group([head]) if head.q_tensors else None
+        pairs = [*zip(model.modules[1:-2:2], model.modules[2:-2:2], strict=True)]
+        layers = range(len(pairs)) if layers is None else layers
+        self._layers = [Layer(attention, mlp) for attention, mlp in pairs[layers.start : layers.stop]]
+        # The norm and the head, which the last stage has.
+        self._has_head, head = layers.stop == len(pairs), model.modules[-1]
+        self._head = Group([head]) if self._has_head and head.q_tensors else None
         self._groups = [group for layer in self._layers for group in layer.groups]
         self._modules = modules
         self._has_experts = any(layer.experts for layer in self._layers)
@@ -95,18 +108,19 @@ class FusedForward:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._widths = (heads, kv_heads, config.head_dim)
         rows, width = most.hidden.shape
-        scratch = Scratch(model.get_device_context(self._device.index).scratch, self._device)
-        self._tuner = Tuner(self._device, (group.product for group in self._groups), scratch.take)
+        memory = model.get_device_context(self._device.index).scratch if scratch else None
+        room = Scratch(memory, self._device)
+        self._tuner = Tuner(self._device, (group.product for group in self._groups), room.take)
 
         def buffer(columns: int) -> torch.Tensor:
-            return scratch.take(rows * columns).view(rows, columns)
+            return room.take(rows * columns).view(rows, columns)
 
         self._inner = buffer(max((it.mlp.down.product.matrices[0].k for it in self._layers if it.mlp), default=0))
         self._normed = [buffer(width) for _ in range(3)]
         self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
         self._attended = buffer(heads * config.head_dim)
         self._after = torch.empty(quantized_linear.MOST_SEQUENCES, dtype=torch.int32, device=self._device)
-        logits = quantized_linear.MOST_SEQUENCES, head.out_features
+        logits = quantized_linear.MOST_SEQUENCES if self._has_head else 0, head.out_features
         self._logits = torch.empty(logits, dtype=torch.half, device=self._device)
         self._norm_weights: dict[tuple[int, int], torch.Tensor] = {}
         self._tuner.begin(1)
@@ -123,9 +137,12 @@ class FusedForward:
         most_keys: int,
         rope_offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `ModulesForward.run`; the tensors are the first rows of those of `__init__`."""
+        """See `ModulesForward.run`; the tensors are the first rows of those of `__init__`.
+
+        A stage without the head gives no logits, but leaves the hidden states in `hidden`.
+        """
         self._compute(lengths, tokens, most_keys, with_logits=True)
-        if self._head is None:
+        if self._has_head and self._head is None:
             logits: torch.Tensor = self._model.modules[-1].forward(self._normed[0][: len(hidden)])
             return logits.clamp_(-65504, 65504)  # a float16 product of torch's
         return self._logits[: len(hidden)]
@@ -142,10 +159,10 @@ class FusedForward:
             work(stream, most_keys)
 
     def prefills(self, tokens: int) -> bool:
-        """Whether `prefill` can take this many tokens. If kernels are still missing, start compiling them."""
+        """Whether `prefill_blocks` can take this many tokens. If kernels are still missing, start compiling them."""
         return not self._has_experts and self._tuner.ready(tokens)
 
-    def prefill(self, lengths: torch.Tensor, tokens: int, most_keys: int) -> None:
+    def prefill_blocks(self, lengths: torch.Tensor, tokens: int, most_keys: int) -> None:
         """Compute keys and values only, of `tokens` tokens per sequence; see `run`."""
         self._compute(lengths, tokens, most_keys, with_logits=False)
 
@@ -178,7 +195,7 @@ class FusedForward:
         def add(launch: Run) -> None:
             program.append(lambda stream, _: launch(stream))
 
-        last = self._layers[-1]
+        last = self._layers[-1] if self._has_head else None
         for layer in self._layers:
             normed, norm = self._norm(hidden, layer.attention.pre_layernorm, layer.qkv, rows, add)
             starts = itertools.accumulate((matrix.n for matrix in layer.qkv.product.matrices), initial=0)
@@ -196,6 +213,8 @@ class FusedForward:
             add(self._gated(layer.mlp, rows, normed, norm))
             inner = self._inner.view(-1)[: rows * layer.mlp.down.product.matrices[0].k].view(rows, -1)
             add(self._product(layer.mlp.down, rows, [inner], [hidden], residual=True))
+        if not self._has_head:
+            return program
         normed, norm = self._norm(hidden, self._model.modules[-2], self._head, rows, add)
         if self._head is not None:
             add(self._product(self._head, rows, normed, [self._logits], norm=norm))
@@ -270,7 +289,9 @@ class FusedForward:
             )
         )  # fmt: skip
 
-    def _attention(self, inputs: Inputs, layer: Layer, batch: int, tokens: int, *, stores_only: bool = False) -> Work:
+    def _attention(
+        self, inputs: Inputs | Received, layer: Layer, batch: int, tokens: int, *, stores_only: bool = False
+    ) -> Work:
         """Head norms, rotary embedding, cache and attention, in the order in which the output's product wants it."""
         heads, kv_heads, head_dim = self._widths
         module, cache, index = layer.attention, self._cache, layer.attention.layer_idx
@@ -316,7 +337,7 @@ class FusedForward:
 
     def _attend_paged(
         self,
-        inputs: Inputs,
+        inputs: Inputs | Received,
         layer: Layer,
         batch: int,
         tokens: int,

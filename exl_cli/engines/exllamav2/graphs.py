@@ -61,6 +61,11 @@ class Graphs:
         if again:
             self._due = (key, work)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `capture` will capture something."""
+        return self._due is not None
+
     def capture(self) -> None:
         """Capture what `run` did last if that was its second run. The current stream may be busy."""
         if self._due is None:

@@ -122,6 +122,7 @@ class Inputs:
         lengths: int32 on the device, shape (most_rows,): positions in the cache before the pass.
         rope_offsets: int32 on the device, shape (most_rows,): row of each sequence's first position in the RoPE tables.
         block_table: int32 on the device, shape (most_rows, table_width).
+        memory: all of them, as bytes.
     """
 
     def __init__(
@@ -147,8 +148,8 @@ class Inputs:
         self._shape = (most_rows, table_width, hidden, dtype)
         self._states_at = -(-(4 * self._numbers + 8 * most_rows) // _ALIGNMENT) * _ALIGNMENT
         size = self._states_at + most_tokens * self._state_bytes
-        self._device_memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self._sources, self.lengths, self.rope_offsets, self.block_table, self.hidden = self._parts(self._device_memory)
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._sources, self.lengths, self.rope_offsets, self.block_table, self.hidden = self._parts(self.memory)
         pinned = device.type != "cpu"
         host_size = size if with_states else self._states_at
         self._host_buffers = [
@@ -159,6 +160,14 @@ class Inputs:
         # Where the device finds the tokens of prompts.
         self._ids = torch.empty(0 if with_states else most_tokens, dtype=torch.int32, device=device)
         self._id_sources = torch.arange(len(self._ids), device=device) * 4 + self._ids.data_ptr()
+
+    def size(self, tokens: int) -> int:
+        """Bytes of `memory` that a pass of so many tokens uses."""
+        return self._states_at + tokens * self._state_bytes
+
+    def received(self, device: torch.device) -> Received:
+        """Buffers for the same on another device, or for another stage."""
+        return Received(torch.empty_like(self.memory, device=device), self._parts, self.size)
 
     def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows, width, hidden, dtype = self._shape
@@ -210,7 +219,7 @@ class Inputs:
         buffer, count = self._host_buffers[0], batch * tokens
         with_states = self._with_states and not buffer.pending
         used = self._states_at + (count * self._state_bytes if with_states else 0)
-        self._device_memory[:used].copy_(buffer.memory[:used], non_blocking=True)
+        self.memory[:used].copy_(buffer.memory[:used], non_blocking=True)
         if buffer.sent is not None:
             buffer.sent.record()
         if buffer.pending:
@@ -229,6 +238,19 @@ class Inputs:
             self._embed = norm_rope.embed_kernel(device)
         launch = norm_rope.embed(self._embed, rows, self._embeddings.address, sources, self.hidden)
         launch(torch.cuda.current_stream(device).cuda_stream)
+
+
+class Received:
+    """What a later stage receives of `Inputs`, with the hidden states: the same attributes, on its device."""
+
+    def __init__(
+        self,
+        memory: torch.Tensor,
+        parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        size: Callable[[int], int],
+    ) -> None:
+        self.memory, self.size = memory, size
+        _, self.lengths, self.rope_offsets, self.block_table, self.hidden = parts(memory)
 
 
 class _HostBuffer:

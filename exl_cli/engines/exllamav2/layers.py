@@ -37,10 +37,9 @@ def why_not(model: Any) -> str:
         raise EngineError(f"{VARIABLE}={chosen} is not known", "choose exl or exllamav2")
     if chosen == "exllamav2":
         return f"{VARIABLE}={chosen}"
-    if reason := compiler.why_not(torch.device("cuda", modules[1].device_idx)):
-        return reason
-    if len({module.device_idx for module in modules[1:]}) > 1:
-        return "the model is spread over several GPUs"
+    for device in dict.fromkeys(module.device_idx for module in modules[1:]):
+        if reason := compiler.why_not(torch.device("cuda", device)):
+            return reason
     params = model.config.arch.lm
     if params.residual_stream_fp32:
         return "its hidden states are float32"

@@ -65,7 +65,7 @@ class ModulesForward:
         self._model = model
         self._cache = cache
         self._page_size = page_size
-        self._timed: set[tuple[int, int, int]] = set()
+        self._timed: set[tuple[int, int, int, str]] = set()
 
     def prefill(
         self,
@@ -142,7 +142,7 @@ class ModulesForward:
         for linear in _all(self._model.modules):
             if not isinstance(linear, ExLlamaV2Linear) or "q_weight" not in (linear.q_tensors or {}):
                 continue
-            shape = (rows, linear.in_features, linear.out_features)
+            shape = (rows, linear.in_features, linear.out_features, linear.device())
             if shape in self._timed:
                 continue
             x = torch.zeros(shape[:2], dtype=torch.half, device=linear.device())
@@ -150,6 +150,14 @@ class ModulesForward:
             for _ in range(_TIMED_CALLS + 1):
                 exllamav2_ext.gemm_half_q_half(x, linear.q_handle, out, False)
             self._timed.add(shape)
+
+    def prefills(self, tokens: int) -> bool:
+        """See `FusedForward.prefills`; `prefill` takes single sequences only."""
+        return False
+
+    def prefill_blocks(self, lengths: torch.Tensor, tokens: int, most_keys: int) -> None:
+        """See `FusedForward.prefill_blocks`; not to be called."""
+        raise NotImplementedError
 
     def compile_ahead(self) -> None:
         """See `FusedForward.compile_ahead`; nothing to do."""
