@@ -1,15 +1,15 @@
 """What the fast path gains over exllamav2's own API, on one machine in one go: the table of docs/performance.md.
 
     python tests/gpu/fast_path.py MODEL... [--vs CHECKOUT] [--prompt-tokens 512] [--new-tokens 256] [--runs 3]
-                                           [--batch 8,16] [--decode]
+                                           [--batch 8,64,128] [--decode]
 
 For each model, one process each: the baseline, `stock_exllamav2.py`; exl with as many runs of one generation; exl for
 each size of a batch; `exl run` as users call it. Prints a line for each figure: ours, the baseline's, their ratio. With
 --decode only the first two. With --vs the baseline is exl as it lies in another checkout, measured alike.
 
 Tokens per second are the difference of two runs, one with few new tokens and one with many: all that the second made
-more, over all the time that it took more. So prompts do not count, nor when which request began. exl is used through
-its public API alone, which is the same in all versions.
+more, over all the time that it took more. So prompts do not count, nor when which request began. With prompts included,
+it is all new tokens over the whole time. exl is used through its public API alone, which is the same in all versions.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ def worker(args: argparse.Namespace) -> None:
 
     (path,) = args.models
     size, few = args.worker, max(1, args.new_tokens // 8)
-    # Pages of the cache are 256 tokens; all sequences share them.
-    context = args.context if size == 1 else size * -(-(args.prompt_tokens + args.new_tokens) // 256) * 256
+    context = args.context if size == 1 else args.prompt_tokens + args.new_tokens
     numbers = random.Random(1234)
-    with exl_cli.load(path, engine="exllamav2", max_seq_len=context) as model:
+    with exl_cli.load(path, engine="exllamav2", max_seq_len=context, sequences=size) as model:
 
         def prompt() -> str:
             """One that is new each time, so that nothing is found in the cache."""
@@ -57,9 +56,10 @@ def worker(args: argparse.Namespace) -> None:
             return lambda: [model.stream(text, max_new_tokens=new_tokens, seed=n) for n, text in enumerate(prompts)]
 
         whole, _, _ = timed(prepare(args.new_tokens))
-        rates, firsts = zip(*(steady(prepare, few, args.new_tokens) for _ in range(args.runs)), strict=True)
+        rates, firsts, wholes = zip(*(steady(prepare, few, args.new_tokens) for _ in range(args.runs)), strict=True)
         figures = {"facts": model.facts, "first_s": whole, "first_token_s": min(firsts), "rate": max(rates)}
-        print(json.dumps({**figures, "peak_bytes": torch.cuda.max_memory_allocated()}))
+        peak = torch.cuda.max_memory_allocated()
+        print(json.dumps({**figures, "rate_with_prompts": max(wholes), "peak_bytes": peak}))
 
 
 def timed(start: Start, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float, int]:
@@ -74,10 +74,10 @@ def timed(start: Start, clock: Callable[[], float] = time.perf_counter) -> tuple
 
 def steady(
     prepare: Callable[[int], Start], few: int, many: int, clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, float]:
-    """Tokens per second while all requests run, and seconds to the first text."""
+) -> tuple[float, float, float]:
+    """Tokens per second while all requests run, seconds to the first text, tokens per second with prompts included."""
     (short, _, made), (long, first, more) = (timed(prepare(new_tokens), clock) for new_tokens in (few, many))
-    return (more - made) / (long - short), first
+    return (more - made) / (long - short), first, more / long
 
 
 def measured(command: list[str], tree: Path = ROOT) -> Any:
@@ -137,8 +137,10 @@ def compare(model: str, args: argparse.Namespace) -> None:
     other_process = whole_process(model, args, args.vs) if args.vs else other["process_s"]
     line("whole process, seconds", process, other_process, other_process / process)
     for size in args.batch.split(","):
-        rate, base = ours(size)["rate"], ours(size, args.vs)["rate"] if args.vs else other["rate"]
-        line(f"batch {size}" + ("" if args.vs else " against batch 1") + ", tokens/s", rate, base, rate / base)
+        own, base = ours(size), ours(size, args.vs) if args.vs else {"rate_with_prompts": other["rate"], **other}
+        for key, words in (("rate", ""), ("rate_with_prompts", ", prompts included")):
+            what = f"batch {size}{words}" + ("" if args.vs else " against batch 1") + ", tokens/s"
+            line(what, own[key], base[key], own[key] / base[key])
 
 
 def line(what: str, own: float, other: float, ratio: float) -> None:
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--batch", default="8,16")
+    parser.add_argument("--batch", default="8,16,32,64,128")
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

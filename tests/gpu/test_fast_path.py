@@ -42,7 +42,7 @@ def prompts(count: int) -> list[list[int]]:
     return [[int(i) for i in rng.integers(100, 4000, rng.integers(5, 300))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("count", [3, 16])
+@pytest.mark.parametrize("count", [3, 16, 70])
 def test_a_batch_gives_each_request_its_own_text(exl2_dir: Path, reference: EngineThread, count: int) -> None:
     engine = load(exl2_dir, max_seq_len=400, sequences=count)
     asked = prompts(count)

@@ -27,10 +27,27 @@
 // Gate and up as two outputs that `step.cu` puts together (`GemmConfig.apart`), which gives a warp sixteen tiles of each:
 // predicted 200 us at 512 rows for what took 285, measured 246 with the kernel that puts them together.
 //
-// All products of a GPTQ 7B by this kernel, over those of humming-kernels 0.1.20 (of another call, same kind of machine):
-// 1.03 at 32 rows, 1.25 at 64, 1.46 at 128, 1.50 at 256, 1.48 at 512: from 64 rows on a tile's unpacking, copies and sums
-// are not hidden behind the tensor cores. Copies by the copy engine (TMA), a warp that does nothing else, and tiles of 256
-// rows are what has not been tried.
+// A GPTQ 7B's layer on an H200 as the tuner chooses kernels (v: `gemv.cu`, d: unpacked for cuBLAS), microseconds, beside
+// every weight byte once at 4.3 TB/s, or every multiplication at 758 TFLOP/s if that is longer, and humming-kernels 0.1.20
+// (of another call, same kind of machine):
+//
+// | rows | qkv  | o    | gate, up | down  | sum   | floor | humming | EXL2 4.0, sum |
+// |------|------|------|----------|-------|-------|-------|---------|---------------|
+// | 8    | 7v   | 5v   | 26v      | 12v   | 51    | 26    | 58      | 54            |
+// | 16   | 11v  | 6v   | 31       | 15v   | 62    | 26    | 64      | 69            |
+// | 32   | 13   | 11v  | 38       | 22    | 84    | 26    | 82      | 91            |
+// | 64   | 19   | 13   | 51       | 26    | 110   | 37    | 89      | 121           |
+// | 128  | 26   | 19   | 84       | 39    | 168   | 74    | 122     | 186           |
+// | 256  | 39   | 26d  | 140      | 66    | 271   | 147   | 205     | 288           |
+// | 512  | 65d  | 36d  | 244      | 115   | 460   | 295   | 369     | 487           |
+//
+// Up to 32 rows humming is no faster. From 64 rows on, a tile's unpacking, copies and sums are not hidden behind the tensor
+// cores. Two blocks of four warps on a multiprocessor instead of one of eight: predicted to hide them, the same within 3 %.
+// Without WGMMA, EXL2's gate and up at 32 rows took 45 us; a block of eight warps with WGMMA, predicted 40, takes 44, two of
+// four warps 55. Copies by the copy engine (TMA), a warp that does nothing else, and tiles of 256 rows have not been tried.
+//
+// A decode step of 64 sequences with 384 tokens each takes 5.1 ms: 3.5 are these products (humming 2.8), and attention, with
+// the waits that the next launch hides, has at most 1.4 (the cache once: 0.75); of 128, 8.6 ms: 5.4 (3.9) and 2.6 (1.5).
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), MAX_BITS of a weight (4, 6 or 8), PAIRED (a warp's two strips are a
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block

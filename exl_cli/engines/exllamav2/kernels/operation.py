@@ -24,8 +24,8 @@ class Operation:
     Attributes:
         product: the matrices.
         rows: rows of the input.
-        xs: the input of each matrix, float16, shape (rows or more, k) at any row stride. The columns of several rows are
-            in the order of `many_rows.order`.
+        xs: the input of each matrix, float16, shape (rows or more, k) at any row stride. The columns of several rows
+            are in the order of `many_rows.order`.
         outs: the output of each matrix, shape (rows or more, n or more); for a pair, both are the same.
         norms: for a single row: weight and epsilon of the norm to apply first, per matrix; empty for none.
         residual: whether to add to the outputs instead of overwriting them.
