@@ -72,7 +72,7 @@ def resolve(model: str | None, models: Path | None = None) -> ModelInfo:
     if is_folder(path):
         return _open(path, model)
     if is_there(path):
-        raise ModelNotFoundError(f"{brief(model)} is a file", "give the folder that holds config.json and the weights")
+        raise ModelNotFoundError(f"{brief(model)} is a file", "give the folder with config.json and the weights")
     return resolve_name(model, models)
 
 

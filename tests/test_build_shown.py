@@ -29,7 +29,7 @@ with Console().loading("a model") as shown:
 def test_on_a_terminal_a_bar_and_then_the_model() -> None:
     child = pexpect.spawn(sys.executable, ["-c", LOADING], encoding="utf-8", timeout=20, dimensions=(30, 100))
     child.expect("compiling: about 3 minutes")
-    child.expect(r"Compiling .*3/3.*loading it once")
+    child.expect(r"Compiling .*3/3.*testing it")
     child.expect("Loading model: a model 50 %")
     child.expect(pexpect.EOF)
     child.close()

@@ -78,7 +78,7 @@ def load(folder: Path) -> None:
         ("text_config", 5, "text_config"),
         ("attention_bias", "x", "attention_bias"),
         ("sliding_window", "x", "sliding_window"),
-        ("architectures", [5], "names no architecture"),
+        ("architectures", [5], "does not name an architecture"),
     ],
 )
 def test_values_that_describe_no_model_are_named(
@@ -101,7 +101,7 @@ def test_values_that_do_not_matter_do_no_harm(whole: Path, tmp_path: Path, confi
 @pytest.mark.parametrize("count", [1, 3, 10**9])
 def test_a_count_of_layers_that_the_weights_deny_is_refused(tmp_path: Path, name: str, count: int) -> None:
     tinymodels.write(tmp_path / "model", tinymodels.VARIANTS[name])
-    with pytest.raises(DamagedModelError, match=f"the weights have 2 layers, config.json counts {count:,}"):
+    with pytest.raises(DamagedModelError, match=f"the weights have 2 layers, but config.json says {count:,}"):
         inspect(altered(tmp_path / "model", tmp_path / "other", num_hidden_layers=count))
 
 
@@ -230,16 +230,16 @@ def test_byte_order_marks_of_windows_editors_are_read_over(whole: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_called_empty(name: str) -> None:
-    with pytest.raises(UsageError, match="name of the model is empty"):
+    with pytest.raises(UsageError, match="model name is empty"):
         loader.resolve(name)
 
 
 def test_a_folder_that_is_no_model_is_not_called_damaged(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="holds no model;"):
+    with pytest.raises(ModelNotFoundError, match="is not a model folder;"):
         loader.resolve(str(tmp_path))
     for name in ("b", "a"):
         altered(whole, tmp_path / name)
-    with pytest.raises(ModelNotFoundError, match="is not a model, but contains models") as caught:
+    with pytest.raises(ModelNotFoundError, match="is not a model folder, but contains model folders") as caught:
         loader.resolve(str(tmp_path))
     assert caught.value.hint == f"give one of them: {tmp_path / 'a'}, {tmp_path / 'b'}"
     (tmp_path / "a" / "config.json").unlink()

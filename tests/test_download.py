@@ -75,7 +75,7 @@ def test_include_and_exclude_choose_but_never_a_pickle(hub: FakeHub, fetch: Fetc
 
     assert contents(fetch.models / "acme_tiny") == {"extra/notes.md": b"notes"}
     assert [note for note in fetch.notes if "pickle" in note] == [
-        "left out old.PT, pytorch_model.bin: a pickle can run code when it is opened"
+        "skipping old.PT, pytorch_model.bin: pickles can run code when opened"
     ]
 
 
@@ -97,9 +97,9 @@ def test_two_quantizations_live_side_by_side(hub: FakeHub, fetch: Fetcher) -> No
 @pytest.mark.parametrize(
     ("files", "error", "what"),
     [
-        ({"config.json": config(), "pytorch_model.bin": b"x"}, UnsupportedModelError, "pickled weights only"),
+        ({"config.json": config(), "pytorch_model.bin": b"x"}, UnsupportedModelError, "only pickled weights"),
         ({"config.json": config(), "model.gguf": b"x"}, UnsupportedModelError, "GGUF"),
-        ({"README.md": b"see the branches", "measurement.json": b"{}"}, DownloadError, "holds no weights"),
+        ({"README.md": b"see the branches", "measurement.json": b"{}"}, DownloadError, "has no weights"),
         (
             {**model_files(), "config.json": config(quantization_config={"quant_method": "awq"})},
             UnsupportedModelError,
@@ -108,7 +108,7 @@ def test_two_quantizations_live_side_by_side(hub: FakeHub, fetch: Fetcher) -> No
         (
             {**model_files(), "quantize_config.json": b'{"bits": 3, "group_size": 128}'},
             UnsupportedModelError,
-            "GPTQ at 3 bits",
+            "is 3-bit GPTQ",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_what_names_no_repository_is_refused(text: str) -> None:
     [
         ("acme/tiny:a", "b", "names revision a, revision says b"),
         *(("acme/tiny", odd, "is not a revision") for odd in ("../x", "a/../b", "a?b", "a#b", "a b", "-x", "a\n")),
-        ("acme/tiny", "x" * 97, "no revision has a name of 97 characters"),
+        ("acme/tiny", "x" * 97, "a revision cannot have 97 characters"),
     ],
 )
 def test_a_revision_that_cannot_be_is_refused(text: str, revision: str, message: str) -> None:
@@ -172,7 +172,7 @@ def test_the_command_prints_the_folder_and_json(hub: FakeHub, tmp_path: Path) ->
     lines = first.stderr.splitlines()
     here = f"{plan['total_bytes'] / 1e3:.0f} kB"
     assert lines[0] == f"Downloading acme/tiny (commit {commit[:8]}) to {folder}: 4 files, {here}"
-    assert lines[-1].startswith(f"acme/tiny is in {folder}: ")
+    assert lines[-1].startswith(f"downloaded acme/tiny to {folder}: ")
 
     hub.seen.clear()
     again = download_command(hub, tmp_path, "acme/tiny", "--json", "--quiet")

@@ -69,9 +69,9 @@ def test_each_branch_tells_its_quantization(branches: dict[str, Branch], reposit
     assert (branches["fp16"].format_name, branches["fp16"].bits) == ("float16", 16.0)
     assert exl2.context_length == 32768
     assert exl2.commit == repository.branches["4.0bpw"]
-    assert (branches["main"].problem, branches["main"].vram_bytes) == ("holds no weights", None)
-    assert branches["awq"].problem == "holds AWQ weights, which exl does not run"
-    assert branches["gptq-8bit"].problem.startswith("is GPTQ at 8 bits")
+    assert (branches["main"].problem, branches["main"].vram_bytes) == ("has no weights", None)
+    assert branches["awq"].problem == "has AWQ weights, which exl does not support"
+    assert branches["gptq-8bit"].problem.startswith("is 8-bit GPTQ")
 
 
 def test_download_bytes_count_the_files_to_fetch(branches: dict[str, Branch]) -> None:
@@ -100,7 +100,7 @@ def test_memory_grows_with_the_weights_and_decides_what_fits(branches: dict[str,
         (b"{", "config.json is not a JSON object"),
         (b"[]", "config.json is not a JSON object"),
         (config(**{**MISTRAL, "quantization_config": {"quant_method": "gptq", "bits": {}}}), ""),
-        (None, "holds no config.json, without which its weights cannot be run"),
+        (None, "has no config.json, which is needed to run its weights"),
     ],
 )
 def test_a_bad_branch_does_not_hide_the_others(
@@ -173,7 +173,7 @@ def test_the_table_names_the_local_gpus(hub: FakeHub, repository: Repository, tm
     assert rows["4.0bpw"].startswith("EXL2 4.0 bpw 4.1 GB ")
     assert rows["4.0bpw"].endswith("yes")
     assert rows["fp16"].endswith("no")
-    assert rows["awq"].startswith("holds AWQ weights, which exl does not run")
+    assert rows["awq"].startswith("has AWQ weights, which exl does not support")
 
     both = ask("--json", CUDA_VISIBLE_DEVICES="0,1")
     assert {branch["name"]: branch["fits"] for branch in json.loads(both.stdout)}["fp16"] is True
@@ -201,4 +201,4 @@ def test_a_download_that_will_not_fit_is_reported_first(
     fetch("acme/wide")
     (line,) = fetch.notes
     assert line.startswith("acme/wide will need about ")
-    assert line.endswith(" and here are 6 GiB; exl download acme/wide --branches shows what fits")
+    assert line.endswith(" but this machine has 6 GiB; exl download acme/wide --branches shows what fits")

@@ -23,7 +23,7 @@ from exl_cli.models.hub.files import Choice
 from exl_cli.models.hub.transfer import run_all
 
 SIZE = len(model_files()[WEIGHTS])
-NO_HASH = f"the Hub gives no hash of {WEIGHTS}: only the size is checked"
+NO_HASH = f"the Hub has no hash for {WEIGHTS}; checking only the size"
 
 
 def fails(fetch: Fetcher, model: str = "acme/tiny", **options: object) -> ExlError:
@@ -39,7 +39,7 @@ def arrived(fetch: Fetcher) -> bool:
 
 def is_no_hub(fetch: Fetcher) -> bool:
     """Whether a download fails at once, with a line that says why this is not the Hub."""
-    message, start = fails(fetch).message, f"{fetch.fake.url} does not answer like the Hub: "
+    message, start = fails(fetch).message, f"{fetch.fake.url} does not behave like the Hub: "
     return message.startswith(start) and len(message) > len(start) + 5 and fetch.waits == []
 
 
@@ -47,16 +47,21 @@ def is_no_hub(fetch: Fetcher) -> bool:
 
 
 def again(reason: str, seconds: int = 1, what: str = WEIGHTS) -> str:
-    return f"{what}: {reason}; trying again in {seconds} s"
+    return f"{what}: {reason}; retrying in {seconds} s"
 
 
 @pytest.mark.parametrize(
     ("fault", "notes", "ranges", "sent"),
     [
-        ({"drop_at": 70_001}, [again("the connection broke off")], ["", "bytes=70001-"], SIZE),
-        ({"hold_at": 50_000}, [again("no answer in time")], ["", "bytes=50000-"], SIZE),
+        ({"drop_at": 70_001}, [again("connection lost")], ["", "bytes=70001-"], SIZE),
+        ({"hold_at": 50_000}, [again("timed out")], ["", "bytes=50000-"], SIZE),
         ({"trickle": 500}, [], [""], SIZE),
-        ({"corrupt": True}, [f"{WEIGHTS} arrived damaged (wrong hash): fetching it again"], ["", ""], 2 * SIZE),
+        (
+            {"corrupt": True},
+            [f"{WEIGHTS} was corrupted in transit (wrong hash); downloading it again"],
+            ["", ""],
+            2 * SIZE,
+        ),
     ],
 )
 def test_a_bad_line_is_gone_on_with_at_the_very_byte(
@@ -84,7 +89,7 @@ def test_a_server_that_ignores_ranges_is_skipped_forward(hub: FakeHub, fetch: Fe
     fetch("acme/tiny")
     assert arrived(fetch)
     assert hub.sent("/cdn/*") == 2 * 70_000 + SIZE
-    assert fetch.notes.count(f"{WEIGHTS}: the server cannot go on in the middle: starting over") == 2
+    assert fetch.notes.count(f"{WEIGHTS}: the server cannot resume; starting over") == 2
     assert fetch.bytes[WEIGHTS] == SIZE
 
 
@@ -109,7 +114,7 @@ def test_a_500_is_retried_with_a_note(hub: FakeHub, fetch: Fetcher, where: str, 
     fetch("acme/tiny")
     assert arrived(fetch)
     assert fetch.waits == [1.0, 2.0]
-    assert fetch.notes == [again("the Hub failed (500)", seconds, what) for seconds in (1, 2)]
+    assert fetch.notes == [again("the Hub returned an error (500)", seconds, what) for seconds in (1, 2)]
 
 
 # RFC 9110, 10.2.3: a number of ASCII digits, or a date; other forms are passed over.
@@ -121,7 +126,7 @@ def test_a_429_waits_for_retry_after(hub: FakeHub, fetch: Fetcher) -> None:
         hub.fault("/cdn/*", times=1, status=429, headers={"Retry-After": asked.encode().decode("latin-1")})
         fetch("acme/tiny", force=True)
         assert fetch.waits.pop() == seconds, asked
-        assert fetch.notes.pop() == again("the Hub limits requests (429)", int(seconds))
+        assert fetch.notes.pop() == again("the Hub is rate-limiting requests (429)", int(seconds))
     date = email.utils.formatdate(time.time() + 90, usegmt=True)
     hub.fault("/cdn/*", times=1, status=503, headers={"Retry-After": date})
     fetch("acme/tiny", force=True)
@@ -158,7 +163,9 @@ def test_hashes_that_the_listing_lacks_come_from_the_files_own_headers(hub: Fake
     fetch("acme/tiny")
     assert arrived(fetch)
     assert [fault.times for fault in damaged] == [0, 0]
-    again = {f"{name} arrived damaged (wrong hash): fetching it again" for name in (WEIGHTS, "tokenizer.json")}
+    again = {
+        f"{name} was corrupted in transit (wrong hash); downloading it again" for name in (WEIGHTS, "tokenizer.json")
+    }
     assert set(fetch.notes) <= again
     weights = fetch.models / "acme_tiny" / WEIGHTS
     weights.write_bytes(b"\0" * SIZE)
@@ -205,22 +212,32 @@ DOUBLING = [1.0, 2.0, 4.0, 8.0, 16.0]
 @pytest.mark.parametrize(
     ("fault", "message", "hint", "waits"),
     [
-        ({"status": 503}, "the Hub fails (503)", "try again later: the same command goes on where it st", DOUBLING),
+        (
+            {"status": 503},
+            "the Hub returned an error (503)",
+            "try again later; run the same command to resume",
+            DOUBLING,
+        ),
         (
             {"status": 429, "headers": {"Retry-After": "3600"}},
-            "the Hub limits requests (429)",
+            "the Hub is rate-limiting requests (429)",
             "try again in 3600 s",
             [],
         ),
         (
             {"status": 429, "headers": {"Retry-After": "9" * 400}},
-            "the Hub limits req",
+            "the Hub is rate-limiting req",
             "try again later; logging in",
             [],
         ),
-        ({"corrupt": True}, f"{WEIGHTS} arrived damaged twice: its hash is ", "try again later", []),
-        ({"extra": 10}, f"acme/tiny could not be downloaded: more than the {SIZE:,} bytes", "the same", DOUBLING),
-        ({"extra": -10}, "acme/tiny could not be downloaded: the server refuses to go on in", "the same", DOUBLING),
+        ({"corrupt": True}, f"{WEIGHTS} was corrupted twice: its hash is ", "try again later", []),
+        (
+            {"extra": 10},
+            f"downloading acme/tiny failed: received more than the {SIZE:,} bytes",
+            "run the same",
+            DOUBLING,
+        ),
+        ({"extra": -10}, "downloading acme/tiny failed: the server refuses to resume", "run the same", DOUBLING),
         (
             {"status": 403, "headers": {"X-Error-Message": "not there"}},
             "the Hub denies access to acme/tiny: not",
@@ -229,7 +246,7 @@ DOUBLING = [1.0, 2.0, 4.0, 8.0, 16.0]
         ),
         (
             {"status": 200, "body": gzip.compress(bytes(10**6)), "headers": {"Content-Encoding": "gzip"}},
-            "acme",
+            "downloading acme/tiny failed",
             "",
             None,
         ),
@@ -258,15 +275,15 @@ def test_unknown_repositories_and_users_get_a_next_step(hub: FakeHub, fetch: Fet
     for branch in ("10.0bpw", "4.0bpw", "3.5bpw"):
         exl2.commit(model_files(), branch)
     accept = f"do so at {hub.url}/meta/llama, then wait for its owner's approval"
-    invalid = "the Hub does not accept the token: Invalid credentials in Authorization header"
+    invalid = "the Hub rejects the token: Invalid credentials in Authorization header"
     for model, token, message, hint in (
-        ("meta/llama", "hf_new", "meta/llama is gated: accept its licence first", accept),
-        ("acme/tiny", "hf_bad", invalid, "log in with hf auth login, or give token"),
+        ("meta/llama", "hf_new", "meta/llama is gated; accept its licence first", accept),
+        ("acme/tiny", "hf_bad", invalid, "log in with hf auth login, or pass token"),
         (
             "acme/Mistral-7b-exl3",
             "hf",
             "the Hub has no model acme/Mistral-7b-exl3, or it is private",
-            f"near names: {exl2.id}",
+            f"similar names: {exl2.id}",
         ),
         (f"{exl2.id}:4bpw", "", "no branch, tag or commit named '4bpw'", "its branches: main, 3.5bpw, 4.0bpw, 10.0bpw"),
     ):
@@ -368,7 +385,7 @@ def test_an_impossible_listing_is_refused(hub: FakeHub, fetch: Fetcher, tmp_path
 def test_branches_at_no_commit_are_not_the_hubs(hub: FakeHub, fetch: Fetcher) -> None:
     refs = {"branches": [{"name": "main", "ref": "x", "targetCommit": None}], "converts": [], "tags": []}
     hub.fault("*/refs", status=200, body=json.dumps(refs).encode())
-    with pytest.raises(ExlError, match="does not answer like the Hub: 'None' for a commit"):
+    with pytest.raises(ExlError, match="does not behave like the Hub: 'None' for a commit"):
         describe(fetch.hub(), fetch.wanted("acme/tiny").repository, 4096, "fp16", [])
 
 
@@ -381,7 +398,7 @@ def test_an_invalid_config_is_refused_at_once(hub: FakeHub, fetch: Fetcher, size
 
 def test_a_config_without_end_is_read_as_far_as_it_was_listed(hub: FakeHub, fetch: Fetcher) -> None:
     endless = hub.fault("*/config.json", status=200, body=bytes(2**25))
-    assert fails(fetch).message == "acme/tiny could not be downloaded: config.json arrived damaged"
+    assert fails(fetch).message == "downloading acme/tiny failed: config.json was corrupted in transit"
     assert endless.times < 10**9
     assert hub.sent("*/config.json") < 6 * 2**24
 
@@ -390,7 +407,7 @@ def test_weights_without_a_config_are_refused_before_the_download(hub: FakeHub, 
     files = {name: content for name, content in model_files().items() if name != "config.json"}
     hub.repository("acme/bare", files)
     error = fails(fetch, "acme/bare")
-    assert error.message == "acme/bare holds no config.json, without which its weights cannot be run"
+    assert error.message == "acme/bare has no config.json, which is needed to run its weights"
     assert hub.requests("/cdn/*") == []
     fetch("acme/bare", choice=Choice(("*",)))
     assert contents(fetch.models / "acme_bare") == files
@@ -401,7 +418,7 @@ def test_no_route_is_one_line_at_once(tmp_path: Path) -> None:
         elsewhere = Fetcher(gone, tmp_path / "other")
     error = fails(elsewhere)
     assert error.message == f"cannot reach {gone.url}: [Errno {errno.ECONNREFUSED}] Connection refused"
-    assert error.hint == "check the network; exl list shows the models that are here"
+    assert error.hint == "check the network; exl list shows the downloaded models"
     assert elsewhere.waits == []
 
 
@@ -425,7 +442,7 @@ def test_links_in_the_folder_are_not_followed_out_of_it(hub: FakeHub, fetch: Fet
     outside, folder = tmp_path / "outside", fetch.models / "acme_tiny"
     outside.mkdir()
     folder.mkdir(parents=True)
-    for link, message in (("additional_chat_templates", "leads out of it"), (store.STAGING, "is a link")):
+    for link, message in (("additional_chat_templates", "leads outside it"), (store.STAGING, "is a link")):
         (folder / link).symlink_to(outside)
         assert message in fails(fetch).message
         assert list(outside.iterdir()) == []
@@ -436,7 +453,7 @@ def test_a_disk_too_small_is_reported_before_the_first_byte(hub: FakeHub, fetch:
     hub.repository("acme/huge", {}).commit(model_files(), model=10**18)
     error = fails(fetch, "acme/huge")
     assert isinstance(error, DiskError)
-    assert error.message.startswith("acme/huge needs 1,000,000,000.00 GB more, and ")
+    assert error.message.startswith("acme/huge needs 1,000,000,000.00 GB more, but ")
     assert hub.requests("/cdn/*") == []
     assert not (fetch.models / "acme_huge").exists()
 

@@ -99,7 +99,7 @@ def test_a_missing_or_cut_file_is_fetched_again_from_the_same_commit(hub: FakeHu
 
     assert contents(folder) == model_files(seed=1)
     assert outcome.fetched_bytes == len(model_files()[WEIGHTS]) + len(model_files()["tokenizer.json"])
-    assert f"{folder / WEIGHTS} is not as it was downloaded: fetching it again" in fetch.notes
+    assert f"{folder / WEIGHTS} has changed since it was downloaded; downloading it again" in fetch.notes
 
 
 def test_verify_finds_and_mends_a_changed_byte_and_is_silent_otherwise(hub: FakeHub, fetch: Fetcher) -> None:
@@ -129,9 +129,9 @@ def test_a_folder_put_there_by_hand_is_used_and_never_overwritten_unasked(hub: F
 
     assert fetch("acme/tiny").commit == ""
     assert hub.seen == []
-    with pytest.raises(DownloadError, match=r"put there by hand, and its config.json differs") as caught:
+    with pytest.raises(DownloadError, match=r"was not downloaded by exl, and its config.json differs") as caught:
         fetch("acme/tiny", verify=True)
-    assert spell(caught.value.hint) == "force replaces them"
+    assert spell(caught.value.hint) == "replace them with force"
     assert (folder / "config.json").read_bytes() == config(my="own")
     fetch("acme/tiny", force=True)
     assert contents(folder) == files
@@ -155,7 +155,7 @@ def test_repositories_with_the_same_folder_name_are_distinguished(hub: FakeHub, 
     hub.repository("a/b_c", model_files(seed=2))
     fetch("a_b/c")
 
-    with pytest.raises(DownloadError, match=r"holds a_b/c, not a/b_c"):
+    with pytest.raises(DownloadError, match=r"contains a_b/c, not a/b_c"):
         fetch("a/b_c")
     with pytest.raises(ModelNotFoundError):
         loader.resolve("a/b_c", fetch.models)

@@ -67,7 +67,7 @@ def test_a_killed_download_resumes_with_the_missing_bytes(hub: FakeHub, folder: 
     result = download_command(hub, folder.parent, "acme/tiny")
 
     assert (result.exit_code, result.stdout) == (0, f"{folder}\n")
-    assert "of it are here" in result.stderr.splitlines()[0]
+    assert "already downloaded" in result.stderr.splitlines()[0]
     assert [seen.range for seen in hub.requests("/cdn/*")] == ["bytes=1000000-"]
     assert hub.sent("/cdn/*") == SIZE - 1_000_000
     assert contents(folder) == FILES
@@ -83,7 +83,7 @@ def test_ctrl_c_at_a_terminal_keeps_progress_and_says_so(hub: FakeHub, folder: P
             terminal.expect(line.format(re.escape(name), *[_COLOURS] * 4))
         until(lambda: weights_here(folder) == 1_500_000)
         terminal.sendintr()
-        terminal.expect(r"stopped: 1\.5 MB of 3 MB are kept; the same command resumes there")
+        terminal.expect(r"stopped: 1\.5 MB of 3 MB kept; run the same command to resume")
         terminal.expect(pexpect.EOF)
     assert terminal.exitstatus == 130
     assert weights_here(folder) == 1_500_000
@@ -97,7 +97,7 @@ def test_a_full_disk_is_reported_and_the_download_resumes_later(hub: FakeHub, fo
     assert full.returncode == 10
     assert full.stderr.splitlines()[-1] == (
         f"error: the disk is full: {WEIGHTS} stopped at 1,200,000 of {SIZE:,} bytes; "
-        "make room; the same command goes on where it stopped"
+        "free some space, then run the same command to resume"
     )
     hub.seen.clear()
     Fetcher(hub, folder.parent)("acme/tiny")
@@ -112,7 +112,7 @@ def test_concurrent_downloads_of_a_model_run_once(hub: FakeHub, folder: Path, tm
         second = Fetcher(hub, folder.parent)
         second.noted = fault.release.set
         assert second("acme/tiny", verify=True).fetched_bytes == 0
-        assert second.notes == ["another exl is downloading acme/tiny: waiting for it to finish"]
+        assert second.notes == ["another exl process is downloading acme/tiny; waiting for it to finish"]
         assert first.wait(60) == 0
     assert hub.sent("/cdn/*") == SIZE
     assert contents(folder) == FILES
@@ -120,9 +120,9 @@ def test_concurrent_downloads_of_a_model_run_once(hub: FakeHub, folder: Path, tm
 
 def test_offline_is_one_line(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set: nothing is downloaded") as caught:
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set, so nothing can be downloaded") as caught:
         Fetcher(hub, tmp_path)("acme/tiny")
-    assert caught.value.hint == "unset it; exl list shows the models that are here"
+    assert caught.value.hint == "unset it; exl list shows the downloaded models"
     assert caught.value.exit_code == ExitCode.DOWNLOAD
     assert hub.seen == []
 
@@ -134,9 +134,9 @@ def test_without_a_login_the_error_explains_how_to_log_in(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     hub.repository("meta/llama", FILES, gated=True)
-    log_in = "log in with hf auth login, or give token"
+    log_in = "log in with hf auth login, or pass token"
     for model, message, hint in (
-        ("meta/llama", "is gated: accept its licence first", f"do so at {hub.url}/meta/llama, then {log_in}"),
+        ("meta/llama", "is gated; accept its licence first", f"do so at {hub.url}/meta/llama, then {log_in}"),
         ("nobody/nothing", "or it is private", f"check the name; if it is private, {log_in}"),
     ):
         with pytest.raises(DownloadError, match=message) as caught:

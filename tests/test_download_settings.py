@@ -34,7 +34,7 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, v
 
 @pytest.mark.parametrize("endpoint", ["x", "ftp://host", "https://"])
 def test_a_wrong_address_is_refused(endpoint: str) -> None:
-    with pytest.raises(UsageError, match="not an address"):
+    with pytest.raises(UsageError, match="not a URL"):
         Hub(endpoint=endpoint)
 
 
@@ -45,7 +45,7 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", kept)
-    with pytest.raises(UsageError, match="token holds characters" if given else "HF_TOKEN holds") as caught:
+    with pytest.raises(UsageError, match="token contains characters" if given else "HF_TOKEN contains") as caught:
         Hub(given, endpoint=hub.url)
     assert (given or kept) not in str(caught.value)
 

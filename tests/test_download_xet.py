@@ -46,7 +46,7 @@ def test_where_xet_storage_cannot_be_reached_plain_http_takes_over(hub: FakeHub,
     hub.xet_endpoint = "http://127.0.0.1:9"
     fetch("acme/tiny")
     assert contents(fetch.models / "acme_tiny") == FILES
-    assert "hf-xet keeps failing: going on over plain HTTP" in fetch.notes
+    assert "hf-xet keeps failing; continuing over plain HTTP" in fetch.notes
     assert hub.sent("/cdn/*") == SIZE
 
 

@@ -66,7 +66,7 @@ EXL2_DAMAGE: list[tuple[str, Damage, str]] = [
     ("q_groups", put("q_groups", 5, 11), "are not ascending"),
     ("q_groups", put("q_groups", 5, 31), "are not ascending"),
     ("q_groups", put("q_groups", 3, -1), "are not ascending"),
-    ("q_groups", put("q_groups", 3, 11), "does not hold a whole number of rows"),
+    ("q_groups", put("q_groups", 3, 11), "does not have a whole number of rows"),
     ("q_groups", replace("q_weight", lambda t: t[:-1]), "fill 30 rows of q_weight, but not 200 rows"),
     ("q_groups", replace("q_weight", lambda t: torch.cat([t, t])), "fill 62 rows of q_weight, but not 200 rows"),
     ("q_groups", replace("q_invperm", lambda t: torch.arange(128).int()), "but not 128 rows"),
@@ -88,8 +88,8 @@ GPTQ_DAMAGE: list[tuple[str, Damage, str]] = [
     ("qzeros", replace("qzeros", lambda t: t[:, 1:]), "expected shape [4, 8], found [4, 7]"),
     ("scales", replace("qweight", lambda t: t[:, :60]), "expected shape [4, 60], found [4, 64]"),
     ("g_idx", replace("g_idx", lambda t: t[1:]), "expected shape [200], found [199]"),
-    ("g_idx", put("g_idx", 7, 4), "names groups 0 to 4, scales has 0 to 3"),
-    ("g_idx", put("g_idx", 7, -1), "names groups -1 to 3"),
+    ("g_idx", put("g_idx", 7, 4), "refers to groups 0 to 4, but scales has 0 to 3"),
+    ("g_idx", put("g_idx", 7, -1), "refers to groups -1 to 3"),
     ("g_idx", replace("g_idx", lambda t: t.float()), "expected I32 or I64, found F32"),
 ]
 
@@ -124,9 +124,9 @@ def test_damaged_gptq_layers(key: str, damage: Damage, message: str) -> None:
 @pytest.mark.parametrize(
     ("groups", "group_size", "message"),
     [
-        (4, 128, "has 4 groups, 200 rows in groups of 128 need another number"),
-        (4, -1, "has 4 groups, 200 rows in groups of 200 need another number"),
-        (150, None, "has 150 groups, which cannot divide 200 rows between them"),
+        (4, 128, "has 4 groups, but 200 rows in groups of 128 need a different number"),
+        (4, -1, "has 4 groups, but 200 rows in groups of 200 need a different number"),
+        (150, None, "has 150 groups, which cannot divide 200 rows"),
     ],
 )
 def test_gptq_groups_that_do_not_fit_the_rows(groups: int, group_size: int | None, message: str) -> None:

@@ -83,8 +83,8 @@ V2 = {"checkpoint_format": "gptq_v2"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "7 as gptq": ({}, SYMMETRIC, ""),
     "8 as gptq_v2": ({"zero_offset": 0}, SYMMETRIC | V2, ""),
-    "8 as gptq": ({"zero_offset": 0}, SYMMETRIC, "checkpoint_format gptq, the zero points are stored as gptq_v2"),
-    "7 as gptq_v2": ({}, SYMMETRIC | V2, "checkpoint_format gptq_v2, the zero points are stored as gptq"),
+    "8 as gptq": ({"zero_offset": 0}, SYMMETRIC, "checkpoint_format gptq, but the zero points are stored as gptq_v2"),
+    "7 as gptq_v2": ({}, SYMMETRIC | V2, "checkpoint_format gptq_v2, but the zero points are stored as gptq"),
     "8, not symmetric": ({"zero_offset": 0}, ASYMMETRIC, "the zero points are stored as gptq_v2"),
     "7, not symmetric": ({}, ASYMMETRIC | V2, "the zero points are stored as gptq"),
     "7, nothing declared": ({}, None, ""),
@@ -93,10 +93,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "varying as gptq_v2": ({"symmetric": False, "zero_offset": 0}, ASYMMETRIC | V2, ""),
     "varying as GPTQ_V2": ({"symmetric": False, "zero_offset": 0}, {"checkpoint_format": "GPTQ_V2"}, ""),
     "varying v2 as gptq": ({"symmetric": False, "zero_offset": 0}, ASYMMETRIC, "are stored as gptq_v2"),
-    "varying gptq as v2": ({"symmetric": False}, ASYMMETRIC | V2, "are stored as gptq: read"),
-    "varying as symmetric": ({"symmetric": False}, SYMMETRIC, "symmetric weights, their zero points vary"),
+    "varying gptq as v2": ({"symmetric": False}, ASYMMETRIC | V2, "are stored as gptq; using"),
+    "varying as symmetric": ({"symmetric": False}, SYMMETRIC, "symmetric weights, but their zero points vary"),
     "groups of 64 as 128": ({"g_idx": "absent"}, SYMMETRIC | {"group_size": 128}, "have groups of 64 rows"),
-    "groups of 64 as one": ({"g_idx": "zeros"}, SYMMETRIC | {"group_size": -1}, "group_size -1, the weights have"),
+    "groups of 64 as one": ({"g_idx": "zeros"}, SYMMETRIC | {"group_size": -1}, "group_size -1, but the weights have"),
     "groups of 64 as text": ({"g_idx": "absent"}, SYMMETRIC | {"group_size": "64"}, "have groups of 64 rows"),
     "groups of 64, unsaid": ({"g_idx": "absent"}, SYMMETRIC | {"group_size": None}, ""),
     "one group as 128": (
@@ -106,15 +106,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     ),
     "groups of 96": ({"size": 96, "g_idx": "absent"}, SYMMETRIC | {"group_size": 96}, ""),
     "act-order": ({"act_order": True}, SYMMETRIC | {"desc_act": True}, ""),
-    "act-order, not declared": ({"act_order": True}, SYMMETRIC, "no act-order, the weights have it"),
-    "in order, declared act-order": ({}, SYMMETRIC | {"desc_act": True}, "act-order, the weights' groups are in order"),
+    "act-order, not declared": ({"act_order": True}, SYMMETRIC, "no act-order, but the weights have it"),
+    "in order, declared act-order": (
+        {},
+        SYMMETRIC | {"desc_act": True},
+        "act-order, but the weights' groups are in order",
+    ),
     "static groups": ({}, SYMMETRIC | {"desc_act": True, "static_groups": True}, ""),
     "one group, act-order": ({"size": ROWS, "g_idx": "zeros"}, {"group_size": -1, "desc_act": True}, ""),
-    "4 bits as 8": ({}, SYMMETRIC | {"bits": 8}, "bits 8, the weights have 4"),
+    "4 bits as 8": ({}, SYMMETRIC | {"bits": 8}, "bits 8, but the weights have 4"),
     "wrong types": (
         {},
         {"bits": 4, "sym": "yes", "desc_act": "no", "group_size": [64]},
-        "group_size [64], the weights",
+        "group_size [64], but the weights",
     ),
 }
 
@@ -156,11 +160,11 @@ EIGHTS, SEVENS, THREES = (torch.full((4, 8), code * 0x11111111).to(torch.int32) 
     [
         ({}, {}, "qzeros", EIGHTS, DamagedModelError, "stores 7 for every zero point in some layers, and 8 for"),
         ({}, {}, "qzeros", THREES, DamagedModelError, "stores 3 for every zero point in some layers, and 7 for"),
-        ({}, {}, "qzeros", SEVENS.repeat(1, 2), UnsupportedModelError, "layers.1.mlp.up_proj is GPTQ at 8 bits"),
+        ({}, {}, "qzeros", SEVENS.repeat(1, 2), UnsupportedModelError, "layers.1.mlp.up_proj is 8-bit GPTQ"),
         ({}, {}, "qzeros", SEVENS[1:], DamagedModelError, "qzeros: expected shape [4, 8], found [3, 8]"),
         ({}, {}, "qzeros", None, DamagedModelError, "layers.1.mlp.up_proj.qzeros: the tensor is missing"),
-        ({}, {"desc_act": True}, "g_idx", None, DamagedModelError, "up_proj.g_idx, which holds the order of the rows"),
-        ({"g_idx": "zeros"}, {"desc_act": True}, "bias", None, DamagedModelError, "is zero throughout"),
+        ({}, {"desc_act": True}, "g_idx", None, DamagedModelError, "up_proj.g_idx, which has the order of the rows"),
+        ({"g_idx": "zeros"}, {"desc_act": True}, "bias", None, DamagedModelError, "is all zero"),
     ],
 )
 def test_what_cannot_be_known_is_refused(
@@ -198,5 +202,5 @@ def test_a_run_notes_contradictions_of_config_json(tmp_path: Path, gptq_dir: Pat
     save_file(tensors | zeros, folder / "model.safetensors")
     result = CliRunner().invoke(app, args)
     assert (result.exit_code, result.stdout) == (0, right.stdout)
-    assert result.stderr.count("checkpoint_format gptq, the zero points are stored as gptq_v2") == 1
+    assert result.stderr.count("checkpoint_format gptq, but the zero points are stored as gptq_v2") == 1
     assert "stored as gptq_v2" in CliRunner().invoke(app, ["show", str(folder)]).stderr

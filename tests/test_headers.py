@@ -40,16 +40,16 @@ def rewrite(folder: Path, change: Callable[[Header], object]) -> Path:
 LIES: dict[str, tuple[Callable[[Header], object], str]] = {
     "overlap": (lambda h: h[NORM].update(data_offsets=h[FIRST]["data_offsets"]), "its tensors overlap"),
     "gap": (lambda h: h.pop(NORM), "its tensors have a gap"),
-    "type of another size": (lambda h: h[NORM].update(dtype="F32"), "512 bytes for [256] of F32"),
-    "unknown type": (lambda h: h[NORM].update(dtype="Q7"), "in a way that cannot be read"),
-    "no type": (lambda h: h[NORM].update(dtype=["F16"]), "in a way that cannot be read"),
-    "other shape": (lambda h: h[NORM].update(shape=[255]), "512 bytes for [255] of BF16"),
-    "negative shape": (lambda h: h[NORM].update(shape=[-16, -16]), "in a way that cannot be read"),
-    "broken numbers": (lambda h: h[NORM].update(shape=[256.5]), "in a way that cannot be read"),
-    "endless dimensions": (lambda h: h[NORM].update(shape=[9] * 1_000_000), "in a way that cannot be read"),
-    "backwards": (lambda h: h[NORM].update(data_offsets=[512, 0]), "in a way that cannot be read"),
+    "type of another size": (lambda h: h[NORM].update(dtype="F32"), "512 bytes, which does not match [256] of F32"),
+    "unknown type": (lambda h: h[NORM].update(dtype="Q7"), "has an invalid entry for tensor"),
+    "no type": (lambda h: h[NORM].update(dtype=["F16"]), "has an invalid entry for tensor"),
+    "other shape": (lambda h: h[NORM].update(shape=[255]), "512 bytes, which does not match [255] of BF16"),
+    "negative shape": (lambda h: h[NORM].update(shape=[-16, -16]), "has an invalid entry for tensor"),
+    "broken numbers": (lambda h: h[NORM].update(shape=[256.5]), "has an invalid entry for tensor"),
+    "endless dimensions": (lambda h: h[NORM].update(shape=[9] * 1_000_000), "has an invalid entry for tensor"),
+    "backwards": (lambda h: h[NORM].update(data_offsets=[512, 0]), "has an invalid entry for tensor"),
     "far away": (lambda h: h[NORM].update(data_offsets=[2**60, 2**60 + 512]), "its tensors have a gap"),
-    "nothing": (lambda h: h.update({NORM: None}), "in a way that cannot be read"),
+    "nothing": (lambda h: h.update({NORM: None}), "has an invalid entry for tensor"),
 }
 
 
@@ -66,7 +66,7 @@ def test_a_header_that_lies_is_refused(folder: Path, change: Callable[[Header], 
 
 def test_weights_that_are_whole_numbers_are_refused(folder: Path) -> None:
     rewrite(folder, lambda h: h[NORM].update(dtype="I16"))
-    with pytest.raises(UnsupportedModelError, match="holds I16 weights"):
+    with pytest.raises(UnsupportedModelError, match="has I16 weights"):
         inspect(folder)
 
 

@@ -46,7 +46,7 @@ def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
 def test_a_config_without_an_architecture_says_what_to_add(folder: Path) -> None:
     change(folder / "config.json", lambda config: config.pop("architectures"))
     assert (
-        'add the name of its class in transformers, as "architectures": ["LlamaForCausalLM"]'
+        'add the name of its transformers class, e.g. "architectures": ["LlamaForCausalLM"]'
         in exl("show", str(folder)).stderr
     )
 

@@ -151,7 +151,7 @@ def test_the_refusal_of_many_sequences_says_how_many_would_fit() -> None:
     )
     hint = spell(caught.value.hint)
     most = int(hint.split()[1])
-    assert hint == f"sequences {most} is the most that fits; nvidia-smi shows what else uses the GPU"
+    assert hint == f"sequences {most} is the most that fits; see what else uses the GPU with nvidia-smi"
     assert placement.place(model, 4000, "fp16", free, sequences=most) is not None
     with pytest.raises(OutOfMemoryError):
         placement.place(model, 4000, "fp16", free, sequences=most + 1)

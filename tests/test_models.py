@@ -86,7 +86,7 @@ BAD_FOLDERS = {
     "config-device": (lambda path: _relink(path / "config.json", Path("/dev/zero")), "config.json is not a regular"),
     "deep": (lambda path: (path / "config.json").write_text("[" * 5000), "config.json is nested too deeply"),
     "deep-header": (lambda path: _write_header(path, "[" * 5000), "has an unreadable header"),
-    "endless": (lambda path: _write_header(path, ENDLESS), "describes tensor 'x' in a way that cannot be read"),
+    "endless": (lambda path: _write_header(path, ENDLESS), "has an invalid entry for tensor 'x'"),
     "deep-marker": (lambda path: (path / store.MARKER).write_text("[" * 100_000), "only partly downloaded"),
     "config-gone": (lambda path: _relink(path / "config.json", Path("../gone.json")), "points to ../gone.json, which"),
 }
@@ -132,7 +132,7 @@ def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_di
     tmp_path.chmod(0o700)
     (tmp_path / "private").chmod(0o700)
     listed = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
-    assert listed == {"fable-7m": None, "private": "cannot be read: Permission denied", "whole": None}
+    assert listed == {"fable-7m": None, "private": "unreadable: Permission denied", "whole": None}
     assert (refused.exit_code, refused.stdout) == (10, "")
     assert f"cannot read {tmp_path}: Permission denied" in refused.stderr
 
@@ -297,7 +297,7 @@ def test_rm_of_a_link_removes_the_link_alone(models: Path, tmp_path: Path) -> No
 
 
 def test_rm_waits_for_no_download(models: Path) -> None:
-    with store.lock(models / "mine", None), pytest.raises(DiskError, match="another exl is at work"):
+    with store.lock(models / "mine", None), pytest.raises(DiskError, match="another exl process is using"):
         folders.remove(models / "mine")
     assert (models / "mine" / "config.json").exists()
 

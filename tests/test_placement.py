@@ -94,14 +94,14 @@ def test_an_error_names_the_gpu_that_is_too_small_and_a_split_that_fits() -> Non
     message, hint = failure(OutOfMemoryError, [23.5, 18.7], sizes=(14, 40))
     needs = place([80, 80], sizes=(14, 40))[1]
     assert message == (
-        f"seventy does not fit gpu_split 14,40: GPU 1 has 18.7 GiB free and needs {needs.allocated / GIB:.1f} GiB "
+        f"seventy does not fit gpu_split 14,40: GPU 1 has 18.7 GiB free but needs {needs.allocated / GIB:.1f} GiB "
         f"({needs.weights / GIB:.1f} GiB of weights)"
     )
-    assert hint.endswith(" fits; nvidia-smi shows what else uses the GPU")
+    assert hint.endswith(" fits; see what else uses the GPU with nvidia-smi")
     offered = tuple(map(float, hint.split()[1].split(",")))
     assert len(place([23.5, 18.7], sizes=offered)) == 2
     _, hint = failure(OutOfMemoryError, [60, 10], sizes=(10, 40))
-    assert hint == "gpu_split auto fits; nvidia-smi shows what else uses the GPU"
+    assert hint == "gpu_split auto fits; see what else uses the GPU with nvidia-smi"
     _, hint = failure(OutOfMemoryError, [16, 16], sizes=(20, 20))
     assert hint == "no split fits: use cache q4, a smaller max_seq_len or a smaller quantization"
 
@@ -111,7 +111,7 @@ def test_sizes_that_are_too_small_or_too_many_are_refused() -> None:
     assert message.startswith("seventy does not fit gpu_split 10,10: its weights take 3")
     assert hint == "raise the numbers (GiB of weights per GPU), or use gpu_split auto"
     message, _ = failure(UsageError, [80], sizes=(20, 20))
-    assert message == "gpu_split 20,20 is for 2 GPUs, and there are 1"
+    assert message == "gpu_split 20,20 is for 2 GPUs, but this machine has 1"
 
 
 def test_without_room_the_memory_of_each_gpu_is_said() -> None:

@@ -33,7 +33,7 @@ class Lines:
     def begin(self, plan: Plan) -> None:
         self._plan = plan
         self._here = self._done = sum(item.bytes_here for item in plan.items)
-        resumed = f", {size(self._here)} of it are here" if self._here else ""
+        resumed = f", {size(self._here)} already downloaded" if self._here else ""
         self.note(
             f"Downloading {plan.wanted.repository} (commit {plan.listing.commit[:8]}) to {plan.wanted.folder}: "
             f"{len(plan.items)} files, {size(plan.total)}{resumed}"
@@ -60,11 +60,11 @@ class Lines:
         """Report how much is kept after Ctrl-C, from the files on disk: the counters may lag behind."""
         self.end()
         if self._plan is None:
-            self.note("stopped before anything was fetched")
+            self.note("stopped before anything was downloaded")
             return
         here = sum(item.file.size for item in self._plan.items if item.in_place)
         kept = here + staged_bytes(self._plan.wanted.folder)
-        self.note(f"stopped: {size(kept)} of {size(self._plan.total)} are kept; the same command resumes there")
+        self.note(f"stopped: {size(kept)} of {size(self._plan.total)} kept; run the same command to resume")
 
 
 def fetch(wanted: Wanted, shown: Lines, token: str | None = None, plan: Plan | None = None) -> Outcome:

@@ -161,20 +161,18 @@ def read(info: ModelInfo) -> Architecture:
     """
     reader = _READERS.get(info.architecture)
     if reader is None:
-        raise UnsupportedModelError(f"exllamav2 does not know {info.architecture}")
+        raise UnsupportedModelError(f"exllamav2 does not support {info.architecture}")
     keys = _Keys(info)
     try:
         architecture = reader(keys)
         _refuse_unread(keys)
         _refuse_unknown_tensors(info, architecture)
     except _NotComputedError as problem:
-        raise UnsupportedModelError(f"{info.architecture}: {problem} is not computed on the GPU") from problem
+        raise UnsupportedModelError(f"{info.architecture}: {problem} is not supported on the GPU") from problem
     except ValueError as problem:
         raise UnsupportedModelError(f"{info.architecture}: {problem}") from problem
     except (TypeError, ArithmeticError) as problem:
-        raise UnsupportedModelError(
-            f"{info.architecture}: config.json holds a value that makes no sense ({problem})"
-        ) from problem
+        raise UnsupportedModelError(f"{info.architecture}: config.json has an invalid value ({problem})") from problem
     return architecture
 
 

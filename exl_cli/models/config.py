@@ -196,7 +196,7 @@ def refuse_pointer(path: Path, data: bytes) -> None:
     if data.startswith(b"version https://git-lfs.github.com/spec/"):
         raise DamagedModelError(
             f"{path} is a Git LFS pointer, not the file itself",
-            "run git lfs pull in its folder, or get the model with exl download",
+            "run git lfs pull in its folder, or download the model with exl download",
         )
 
 
@@ -221,7 +221,7 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise DamagedModelError(
-                    f"{file}: {place}{key} must be a whole number, at least 1, got {_brief(value)}",
+                    f"{file}: {place}{key} must be a positive whole number, got {_brief(value)}",
                     "download the file again",
                 )
 
@@ -241,7 +241,7 @@ def check_layers(path: Path, config: Mapping[str, Any], names: Iterable[str]) ->
     extra = sum(v for s in sources for k, v in s.items() if ("nextn" in k or "mtp" in k) and isinstance(v, int))
     if there < wanted or there > wanted + max(0, extra):
         raise DamagedModelError(
-            f"{path}: the weights have {there:,} layers, config.json counts {wanted:,}",
+            f"{path}: the weights have {there:,} layers, but config.json says {wanted:,}",
             "download the model again, or take config.json from its repository",
         )
 

@@ -151,10 +151,10 @@ def describe(path: Path) -> Entry:
                 return Entry(path.name, path, size, problem=f"{link} points to {link.readlink()}, which does not exist")
         return _described(path, size)
     except OSError as error:
-        return Entry(path.name, path, size, problem=f"cannot be read: {error.strerror or error}")
+        return Entry(path.name, path, size, problem=f"unreadable: {error.strerror or error}")
     except Exception as error:
         # One broken folder must not hide the others.
-        return Entry(path.name, path, size, problem=f"cannot be read: {type(error).__name__} {error}")
+        return Entry(path.name, path, size, problem=f"unreadable: {type(error).__name__} {error}")
 
 
 def _described(path: Path, size: int) -> Entry:
@@ -243,12 +243,12 @@ def find_to_remove(model: str, models: Path | None = None) -> Path:
         path = given.absolute()
         if path.name in ("", ".", "..") or path.parent.resolve() != home.resolve():
             raise UsageError(
-                f"{brief(model)} is not directly in {home}, and exl rm deletes only from there", "delete it yourself"
+                f"{brief(model)} is not directly in {home}, and exl rm only deletes models there", "delete it yourself"
             )
     if not os.path.lexists(path):
         raise ModelNotFoundError(f"{brief(model)} is not in {home}", "exl list shows what is")
     if not path.is_symlink() and not _is_model(path):
-        raise ModelNotFoundError(f"{path} is not a model, and exl rm deletes only models", "delete it yourself")
+        raise ModelNotFoundError(f"{path} is not a model, and exl rm only deletes models", "delete it yourself")
     return path
 
 

@@ -125,8 +125,8 @@ def inspect(path: Path, name: str | None = None) -> ModelInfo:
     architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
     if not isinstance(architecture, str) or not architecture:
         raise DamagedModelError(
-            f"{path / 'config.json'} names no architecture",
-            'add the name of its class in transformers, as "architectures": ["LlamaForCausalLM"]',
+            f"{path / 'config.json'} does not name an architecture",
+            'add the name of its transformers class, e.g. "architectures": ["LlamaForCausalLM"]',
         )
     check_layers(path, config, tensors)
     extra: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def _read_headers(files: list[Path]) -> dict[str, TensorHeader]:
         for tensor in read_header(file):
             if tensors.setdefault(tensor.name, tensor) is not tensor:
                 raise DamagedModelError(
-                    f"{file.parent} holds the tensor {brief(tensor.name)} twice, in {tensors[tensor.name].file.name} "
+                    f"{file.parent} has the tensor {brief(tensor.name)} twice, in {tensors[tensor.name].file.name} "
                     f"and in {file.name}",
                     "remove the file that does not belong to the model",
                 )
@@ -203,9 +203,7 @@ def weight_files(path: Path) -> list[Path]:
     missing = sorted(name for name in wanted if not is_there(path / name))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DamagedModelError(
-            f"{path / brief(missing[0])}{more} missing", "run exl download again; it resumes where it stopped"
-        )
+        raise DamagedModelError(f"{path / brief(missing[0])}{more} missing", "run exl download again to resume")
     return files
 
 
@@ -232,7 +230,7 @@ _ADVICE = "look for an EXL2, GPTQ 4-bit or float16 version of the same model"
 
 
 def _unsupported(path: Path, what: str, hint: str = _ADVICE) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{path} holds {what} weights, which exl does not run", hint)
+    return UnsupportedModelError(f"{path} has {what} weights, which exl does not support", hint)
 
 
 def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
@@ -244,7 +242,7 @@ def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
     if method == "gptq":
         bits = quantization.get("bits")
         if isinstance(bits, (int, float)) and bits != 4:
-            raise UnsupportedModelError(f"{path} is GPTQ at {bits:g} bits; exllamav2 supports 4-bit GPTQ only", _ADVICE)
+            raise UnsupportedModelError(f"{path} is {bits:g}-bit GPTQ; exllamav2 only supports 4-bit GPTQ", _ADVICE)
         layout = str(quantization.get("checkpoint_format") or "gptq").lower()
         if layout not in ("gptq", "gptq_v2"):
             raise _unsupported(path, f"GPTQ repacked as {layout}")
@@ -252,14 +250,14 @@ def refuse_method(path: Path, quantization: dict[str, Any]) -> None:
 
 def _refuse_other_kinds(path: Path) -> None:
     if not path.is_dir():
-        raise DamagedModelError(f"{path} is not a folder", "give the folder that holds config.json")
+        raise DamagedModelError(f"{path} is not a folder", "give the folder with config.json")
     if any(path.glob("*.gguf")):
         raise _unsupported(path, "GGUF", "run GGUF models with llama.cpp or ollama, or " + _ADVICE)
     if (path / "adapter_config.json").exists():
         raise _unsupported(path, "LoRA adapter", "merge the adapter into its base model first")
     if any(file for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)):
         raise UnsupportedModelError(
-            f"{path} holds only pickled weights, which can run code when opened, so exl does not load them",
+            f"{path} has only pickled weights, which exl never loads because they can run code when opened",
             "look for a safetensors version, or convert it with transformers' save_pretrained",
         )
 
@@ -270,10 +268,10 @@ def _refuse_no_model(path: Path) -> None:
         return
     inside = sorted(file.parent.name for file in path.glob("*/config.json"))
     if not inside:
-        raise ModelNotFoundError(f"{path} holds no model", "give the folder that holds config.json and the weights")
+        raise ModelNotFoundError(f"{path} is not a model folder", "give the folder with config.json and the weights")
     more = f" or {len(inside) - 3} more" if len(inside) > 3 else ""
     raise ModelNotFoundError(
-        f"{path} is not a model, but contains models",
+        f"{path} is not a model folder, but contains model folders",
         f"give one of them: {', '.join(str(path / name) for name in inside[:3])}{more}",
     )
 

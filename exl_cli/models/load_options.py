@@ -70,7 +70,7 @@ class LoadOptions:
         if self.speculate != "off" or self.draft is not None:
             name = param("speculate" if self.draft is None else "draft")
             raise UsageError(
-                f"{name} is for the exllamav2 engine, the CPU engine does not speculate ({reason})",
+                f"{name} needs the exllamav2 engine; the CPU engine does not support speculation ({reason})",
                 f"drop {name}",
             )
 

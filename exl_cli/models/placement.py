@@ -17,7 +17,7 @@ from exl_cli.models.load_options import CacheType
 from exl_cli.models.memory import CUDA_CONTEXT, PAGE, Estimate, Parts, estimate, round_up
 from exl_cli.system.units import GIB, gib
 
-_OTHERS = "nvidia-smi shows what else uses the GPU"
+_OTHERS = "see what else uses the GPU with nvidia-smi"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ def _split_as_asked(needed: Estimate, sizes: Sequence[float], free: Sequence[int
     """
     given = f"{param('gpu_split')} {','.join(f'{size:g}' for size in sizes)}"
     if len(sizes) > len(free):
-        raise UsageError(f"{given} is for {len(sizes)} GPUs, and there are {len(free)}", "give one number for each GPU")
+        raise UsageError(
+            f"{given} is for {len(sizes)} GPUs, but this machine has {len(free)}", "give one number for each GPU"
+        )
     shares = _by_weights(needed.parts, sizes)
     if not shares:
         raise UsageError(
@@ -138,7 +140,7 @@ def _split_as_asked(needed: Estimate, sizes: Sequence[float], free: Sequence[int
             f"raise the numbers (GiB of weights per GPU), or use {param('gpu_split')} auto",
         )
     problems = [
-        f"GPU {share.gpu} has {gib(free[share.gpu])} free and needs {gib(share.allocated)} "
+        f"GPU {share.gpu} has {gib(free[share.gpu])} free but needs {gib(share.allocated)} "
         f"({gib(share.weights)} of weights)"
         for share in shares
         if share.allocated > free[share.gpu]

@@ -25,7 +25,7 @@ def show_files(console: Console, plan: Plan) -> None:
     """Print the files of a download plan."""
     words = {"here": "yes", "staged": "yes", "missing": "no"}
     rows = ((item.file.name, size(item.file.size), words.get(item.state, size(item.bytes_here))) for item in plan.items)
-    console.table(console.out, ("File", "Size", "Here"), rows, right=("Size", "Here"))
+    console.table(console.out, ("File", "Size", "Downloaded"), rows, right=("Size", "Downloaded"))
 
 
 def show_branches(console: Console, branches: Sequence[Branch], context: int, cache: str) -> None:
@@ -43,7 +43,7 @@ def show_branches(console: Console, branches: Sequence[Branch], context: int, ca
 
 def show_models(console: Console, entries: Sequence[Entry]) -> None:
     """Print the local models."""
-    titles = "Name", "Format", "bpw", "Params", "Size", "Context", "Where"
+    titles = "Name", "Format", "bpw", "Params", "Size", "Context", "Location"
     console.table(console.out, titles, map(_model_row, entries), right=titles[2:6])
 
 
@@ -64,8 +64,8 @@ def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, wh
 
     shape, source = shape_of(info), entry.marker
     dimensions = (
-        f"{shape.layers} layers, hidden {shape.hidden:,}, inner {shape.inner:,}, {shape.heads} heads, "
-        f"{shape.kv_heads} key/value heads of {shape.head_dim}, vocabulary {shape.vocabulary:,}"
+        f"{shape.layers} layers, hidden size {shape.hidden:,}, MLP size {shape.inner:,}, {shape.heads} heads, "
+        f"{shape.kv_heads} KV heads of size {shape.head_dim}, vocabulary {shape.vocabulary:,}"
         if shape
         else ""
     )
@@ -82,10 +82,10 @@ def show_facts(console: Console, info: ModelInfo, entry: Entry, licence: str, wh
         "Context": _context(info),
         "Weights": size(info.size_bytes),
         "On disk": size(entry.size_bytes),
-        "Licence": licence or "not stated",
+        "Licence": licence or "unknown",
         "Sampling": ", ".join(f"{key} {value}" for key, value in info.generation_config.items() if key in _SAMPLING),
         "Chat template": "yes" if info.has_chat_template else "no",
-        "Engine": f"CPU only: {why_not}" if why_not else "exllamav2 on NVIDIA GPUs, or CPU",
+        "Engine": f"CPU only: {why_not}" if why_not else "exllamav2 on NVIDIA GPUs, or the CPU",
     }
     rows = [(Text(name, "dim", no_wrap=True), value) for name, value in facts.items() if value]
     console.table(console.out, ("", ""), rows, box=None)
@@ -97,7 +97,7 @@ def show_estimates(console: Console, estimates: Mapping[int, Mapping[str, Estima
     rows = (
         (
             f"{context:,} tokens",
-            *(gib(n.total) + ("" if not gpus or fits(n, totals) else " (too much)") for n in row.values()),
+            *(gib(n.total) + ("" if not gpus or fits(n, totals) else " (too large)") for n in row.values()),
         )
         for context, row in estimates.items()
     )

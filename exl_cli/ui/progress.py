@@ -109,14 +109,16 @@ def finished(console: Console, outcome: Outcome) -> None:
     name, folder = outcome.wanted.repository, outcome.wanted.folder
     if not outcome.commit:
         console.note(
-            f"{name} is already in {folder}, put there by hand: exl does not know whether it is the Hub's (--verify)"
+            f"{name} is already in {folder}, but was not downloaded by exl; check it against the Hub with --verify"
         )
     elif not outcome.fetched_bytes and not outcome.seconds:
-        checked = "every hash agrees" if outcome.wanted.verify else f"{len(outcome.files)} files, {size(outcome.total)}"
+        checked = "all hashes match" if outcome.wanted.verify else f"{len(outcome.files)} files, {size(outcome.total)}"
         console.note(f"{name} is already in {folder}: {checked}")
     else:
         rate = outcome.fetched_bytes / max(outcome.seconds, 1e-9)
-        console.note(f"{name} is in {folder}: {size(outcome.fetched_bytes)} in {outcome.seconds:.1f} s, {size(rate)}/s")
+        console.note(
+            f"downloaded {name} to {folder}: {size(outcome.fetched_bytes)} in {outcome.seconds:.1f} s, {size(rate)}/s"
+        )
 
 
 class Build(Live):
@@ -137,7 +139,7 @@ class Build(Live):
         if self._console.is_live:
             left: object = "" if progress.left is None else _Countdown(time.monotonic() + progress.left)
             if progress.done >= progress.total:
-                left = "loading it once"
+                left = "testing it"
             self._count("Compiling", progress.done, progress.total, left, progress.name)
         elif progress.done and self._milestones.reached(progress.done, progress.total):
             known = progress.left is not None and progress.done < progress.total
@@ -150,8 +152,8 @@ class Build(Live):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end()
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            kept = f"{self._last.done} of {self._last.total} files are kept" if self._last else "nothing was compiled"
-            self.note(f"stopped: {kept}; exl build resumes there")
+            kept = f"{self._last.done} of {self._last.total} files kept" if self._last else "nothing was compiled"
+            self.note(f"stopped: {kept}; resume with exl build")
 
 
 class _Countdown:

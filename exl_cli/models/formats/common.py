@@ -38,7 +38,7 @@ class Layout:
 def require_finite(tensor: Tensor, key: str, name: str) -> None:
     """Raise DamagedModelError for infinities and NaNs."""
     if not bool(torch.isfinite(tensor).all()):
-        raise damaged(name, key, "holds values that are not finite")
+        raise damaged(name, key, "contains values that are not finite")
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ def _heights(bits: Tensor, start: Tensor, words: int, rows: int, name: str) -> T
     """Rows of each group, int64 [groups], after validating `q_groups`."""
     for group, width in enumerate(bits.tolist()):
         if width not in BIT_WIDTHS:
-            raise damaged(name, "q_groups", f"group {group} has {width} bits, the format allows 2, 3, 4, 5, 6 and 8")
+            raise damaged(name, "q_groups", f"group {group} has {width} bits; the format allows 2, 3, 4, 5, 6 and 8")
     size = torch.diff(start, append=torch.tensor([words]))
     if int(start[0]) or bool((size <= 0).any()):
         raise damaged(name, "q_groups", f"the groups' first rows are not ascending within {words} rows of q_weight")
     if bool((size * 32 % bits)[:-1].any()):
-        raise damaged(name, "q_groups", "a group other than the last does not hold a whole number of rows")
+        raise damaged(name, "q_groups", "a group other than the last does not have a whole number of rows")
     height = size * 32 // bits
     height[-1] = rows - int(height[:-1].sum())
     needed = -(-int(height[-1]) * int(bits[-1]) // 32)

@@ -72,15 +72,17 @@ def _groups(tensors: Mapping[str, Tensor], groups: int, rows: int, group_size: i
         index = tensors["g_idx"]
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups:
-            raise damaged(name, "g_idx", f"names groups {low} to {high}, scales has 0 to {groups - 1}")
+            raise damaged(name, "g_idx", f"refers to groups {low} to {high}, but scales has 0 to {groups - 1}")
         if high > 0:
             return index.to(torch.int64)
     if group_size is None:
         group_size = group_size_of(rows, groups)
         if not group_size:
-            raise damaged(name, "scales", f"has {groups} groups, which cannot divide {rows} rows between them")
+            raise damaged(name, "scales", f"has {groups} groups, which cannot divide {rows} rows")
     elif group_size <= 0:
         group_size = rows
     if -(-rows // group_size) != groups:
-        raise damaged(name, "scales", f"has {groups} groups, {rows} rows in groups of {group_size} need another number")
+        raise damaged(
+            name, "scales", f"has {groups} groups, but {rows} rows in groups of {group_size} need a different number"
+        )
     return torch.arange(rows) // group_size

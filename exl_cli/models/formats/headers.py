@@ -88,7 +88,7 @@ def read_header(file: Path) -> list[TensorHeader]:
             if length > _MAX_HEADER:
                 raise _damaged(file, "is not a safetensors file")
             if 8 + length > size:
-                raise _damaged(file, f"is truncated: {size:,} bytes, its header alone takes {8 + length:,}")
+                raise _damaged(file, f"is truncated: it has {size:,} bytes, but its header alone takes {8 + length:,}")
             header = json.loads(stream.read(length))
     except OSError as error:
         raise _unreadable(file, error) from error
@@ -97,7 +97,7 @@ def read_header(file: Path) -> list[TensorHeader]:
     if not isinstance(header, dict):
         raise _damaged(file, "has an unreadable header")
     if len(header) > _MAX_TENSORS:
-        raise _damaged(file, f"describes {len(header):,} tensors, far more than any model has in a file")
+        raise _damaged(file, f"describes {len(header):,} tensors, far more than any model has")
     header.pop("__metadata__", None)
     tensors = [_tensor(file, 8 + length, name, entry) for name, entry in header.items()]
     end = 8 + length
@@ -122,10 +122,10 @@ def _tensor(file: Path, start: int, name: str, entry: Any) -> TensorHeader:
             raise ValueError
         bits = _BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(file, f"describes tensor {brief(name)!r} in a way that cannot be read") from error
+        raise _damaged(file, f"has an invalid entry for tensor {brief(name)!r}") from error
     tensor = TensorHeader(name, dtype, shape, end - begin, file, start + begin)
     if bits * tensor.numel != 8 * tensor.nbytes:
-        size = f"{tensor.nbytes:,} bytes for {brief(str(list(shape)))} of {dtype}"
+        size = f"{tensor.nbytes:,} bytes, which does not match {brief(str(list(shape)))} of {dtype}"
         raise _damaged(file, f"gives tensor {brief(name)!r} {size}")
     return tensor
 

@@ -72,7 +72,7 @@ def _check_gptq(layer: str, parts: Parts) -> None:
     bits = 32 * _require(layer, parts, "qzeros", 2, ("I32",)).shape[1] / columns
     if bits in (2, 3, 8):
         raise UnsupportedModelError(
-            f"{layer} is GPTQ at {bits:g} bits; exllamav2 supports 4-bit GPTQ only",
+            f"{layer} is {bits:g}-bit GPTQ; exllamav2 only supports 4-bit GPTQ",
             "look for an EXL2, GPTQ 4-bit or float16 version of the same model",
         )
     _require_eights(layer, "qweight", columns)
@@ -132,11 +132,13 @@ def gptq_settings(file: Path, declared: Mapping[str, Any], layers: Mapping[str, 
     """
     differences: list[str] = []
     if declared.get("bits") not in (None, 4):
-        differences.append(f"bits {declared['bits']}, the weights have 4")
+        differences.append(f"bits {declared['bits']}, but the weights have 4")
     symmetric, zero_offset = _zero_points(file, declared, layers, differences)
     group_size = _group_size(declared.get("group_size"), layers, differences)
     desc_act = _act_order(file, declared, layers, differences)
-    notes = tuple(f"config.json declares {brief(difference)}: read as they are" for difference in differences)
+    notes = tuple(
+        f"config.json declares {brief(difference)}; using the weights as stored" for difference in differences
+    )
     return GptqSettings(group_size, desc_act, symmetric, zero_offset, notes)
 
 
@@ -177,7 +179,7 @@ def _group_size(declared: Any, layers: Mapping[str, Parts], differences: list[st
     sizes = sorted({group_size_of(*shape) for shape in shapes if shape[1] > 1} or {-1})
     if declared is not None:
         weights = "one group" if sizes == [-1] else f"groups of {' and '.join(map(str, sizes))} rows"
-        differences.append(f"group_size {declared}, the weights have {weights}")
+        differences.append(f"group_size {declared}, but the weights have {weights}")
     return sizes[0] if len(sizes) == 1 else None
 
 
@@ -188,16 +190,16 @@ def _act_order(file: Path, declared: Mapping[str, Any], layers: Mapping[str, Par
     silent = [name for name in silent if rows_and_groups(layers[name])[1] > 1]
     if said and silent:
         raise DamagedModelError(
-            f"{file} declares act-order (desc_act), but {silent[0]}.g_idx, which holds the order of the rows, "
-            f"is {'zero throughout' if 'g_idx' in layers[silent[0]] else 'missing'}",
+            f"{file} declares act-order (desc_act), but {silent[0]}.g_idx, which has the order of the rows, "
+            f"is {'all zero' if 'g_idx' in layers[silent[0]] else 'missing'}",
             "download the model again; if its rows are in order after all, set desc_act to false",
         )
     told = [groups for groups in stored.values() if groups is not None]
     mixed = any(groups != sorted(groups) for groups in told)
     if mixed and not said:
-        differences.append("no act-order, the weights have it (g_idx)")
+        differences.append("no act-order, but the weights have it (g_idx)")
     if said and told and not mixed and declared.get("static_groups") is not True:
-        differences.append("act-order, the weights' groups are in order (g_idx)")
+        differences.append("act-order, but the weights' groups are in order (g_idx)")
     return mixed or (said and not told)
 
 
@@ -221,9 +223,9 @@ def _zero_points(
     format_ = str(declared.get("checkpoint_format") or "gptq").lower()
     stored = _FORMATS.get(offsets.pop()) if len(offsets) == 1 else None
     if stored not in (None, format_):
-        differences.append(f"checkpoint_format {format_}, the zero points are stored as {stored}")
+        differences.append(f"checkpoint_format {format_}, but the zero points are stored as {stored}")
     if declared.get("sym") is True and not symmetric:
-        differences.append("symmetric weights, their zero points vary")
+        differences.append("symmetric weights, but their zero points vary")
     return symmetric, int((stored or format_) == "gptq")
 
 

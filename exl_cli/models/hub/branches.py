@@ -161,6 +161,6 @@ def fit_warning(plan: Plan, gpus: Sequence[memory.Gpu]) -> str:
         return ""
     have = " + ".join(f"{gpu.total / GIB:.0f}" for gpu in gpus)
     return (
-        f"{plan.wanted.repository} will need about {gib(needed.total)} of GPU memory, and here are {have} GiB; "
+        f"{plan.wanted.repository} will need about {gib(needed.total)} of GPU memory, but this machine has {have} GiB; "
         f"exl download {plan.wanted.repository.id} --branches shows what fits"
     )

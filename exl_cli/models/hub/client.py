@@ -150,7 +150,7 @@ class Hub:
                 while len(content) <= file.size and (chunk := next(chunks, b"")):
                     content += chunk
             if len(content) != file.size or not file.is_right(file.digest(content)):
-                raise BrokenTransferError(f"{name} arrived damaged")
+                raise BrokenTransferError(f"{name} was corrupted in transit")
             return content
 
         value, content = None, self._ask(name, ask) if file.size <= _LARGEST_SMALL_FILE else b""
@@ -178,14 +178,14 @@ class Hub:
         with get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
             hf_raise_for_status(response)
             if response.is_redirect or response.status_code not in (200, 206):
-                raise ValueError(f"{response.status_code} for {file.name}, without its content")
+                raise ValueError(f"HTTP {response.status_code} for {file.name}, without content")
             self._reached = True
             sent = response.headers.get("Content-Range") or "nothing"
             if response.status_code == 206 and not sent.startswith(f"bytes {offset}-"):
                 raise BrokenTransferError(f"the server sends {brief(sent)} instead of bytes {offset}-")
             skip = offset if response.status_code == 200 else 0
             if skip:
-                self.note(f"{file.name}: the server cannot go on in the middle: starting over")
+                self.note(f"{file.name}: the server cannot resume; starting over")
             for chunk in response.iter_bytes():
                 yield chunk[skip:]
                 skip = max(0, skip - len(chunk))
@@ -225,7 +225,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from None
+        raise ValueError(f"cannot read {name}: {error}") from None
 
 
 def _file(entry: Any) -> File:
@@ -264,7 +264,7 @@ def _check_variables() -> None:
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         path = os.environ.get(name)
         if path and not os.access(path, os.R_OK):
-            raise UsageError(f"{name} is {path!r}, which cannot be read", "correct or unset it")
+            raise UsageError(f"{name} names an unreadable file, {path!r}", "correct or unset it")
 
 
 def _check_endpoint(endpoint: str) -> str:
@@ -274,7 +274,7 @@ def _check_endpoint(endpoint: str) -> str:
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return endpoint.rstrip("/")
     hint = f"write it as {_DEFAULT_ENDPOINT}, or unset it"
-    raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not an address", hint)
+    raise UsageError(f"HF_ENDPOINT is {endpoint!r}, not a URL", hint)
 
 
 def _find_token(given: str | None) -> str | None:
@@ -290,8 +290,8 @@ def _find_token(given: str | None) -> str | None:
         token = given or get_token()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{stored} cannot be read: {reason}", "check HF_HOME and HF_TOKEN_PATH") from error
+        raise UsageError(f"cannot read {stored}: {reason}", "check HF_HOME and HF_TOKEN_PATH") from error
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         where = param("token") if given else next((name for name in _TOKENS if os.environ.get(name)), stored)
-        raise UsageError(f"{where} holds characters that no token has", "copy it again, without blanks and line breaks")
+        raise UsageError(f"{where} contains characters that no token has", "copy it again, without spaces or newlines")
     return token

@@ -79,7 +79,7 @@ class Plan:
     @property
     def left_out(self) -> str:
         """Why files that the user asked for are not fetched; empty where none is missing."""
-        return f"left out {', '.join(self.pickles)}: a pickle can run code when it is opened" if self.pickles else ""
+        return f"skipping {', '.join(self.pickles)}: pickles can run code when opened" if self.pickles else ""
 
     @property
     def total(self) -> int:
@@ -133,8 +133,8 @@ def _look_here(wanted: Wanted) -> tuple[set[File], Outcome | None]:
     folder, marker = wanted.folder, store.read_marker(wanted.folder)
     if other := store.holds_another(folder, wanted.repository):
         raise DownloadError(
-            f"{folder} holds {other}, not {wanted.repository}",
-            f"move it away, or use another {param('models_dir')}",
+            f"{folder} contains {other}, not {wanted.repository}",
+            f"move it, or use another {param('models_dir')}",
         )
     if wanted.force:
         return set(), None
@@ -179,7 +179,7 @@ def prepare(hub: Hub, wanted: Wanted, whole: Collection[File] | None = None) -> 
         chosen, config = select(listing.files, wanted.choice), hub.read_config(listing)
     check_runnable(listing, chosen, wanted.choice, config)
     if unknown := [file.name for file in chosen if not file.identity]:
-        hub.note(f"the Hub gives no hash of {', '.join(unknown)}: only the size is checked")
+        hub.note(f"the Hub has no hash for {', '.join(unknown)}; checking only the size")
     return Plan(wanted, listing, _survey(hub, wanted, chosen, whole), config)
 
 
@@ -197,12 +197,14 @@ def _survey(hub: Hub, wanted: Wanted, files: Sequence[File], whole: Collection[F
         part = store.size_of(store.part(folder, file))
         items.append(Item(file, part if 0 <= part <= file.size else 0))
         if state == "complete" and not wanted.force and path.exists():
-            hub.note(f"{path} is not as it was downloaded: fetching it again")
+            hub.note(f"{path} has changed since it was downloaded; downloading it again")
         elif state == "manual" and not wanted.force and path.exists():
             foreign.append(file.name)
     if foreign:
-        differ = f"{', '.join(foreign)} {'differ' if len(foreign) > 1 else 'differs'} from the Hub's"
-        raise DownloadError(f"{folder} was put there by hand, and its {differ}", f"{param('force')} replaces them")
+        differ = f"{', '.join(foreign)} {'differ' if len(foreign) > 1 else 'differs'} from the Hub"
+        raise DownloadError(
+            f"{folder} was not downloaded by exl, and its {differ}", f"replace them with {param('force')}"
+        )
     return tuple(items)
 
 
@@ -214,7 +216,7 @@ def download(hub: Hub, wanted: Wanted, observer: Observer, plan: Plan | None = N
         DiskError: the disk is full or cannot be written.
         KeyboardInterrupt: Ctrl-C; what has come stays, and the next call resumes there.
     """
-    waiting = f"another exl is downloading {wanted.repository}: waiting for it to finish"
+    waiting = f"another exl process is downloading {wanted.repository}; waiting for it to finish"
     with store.lock(wanted.folder, lambda: hub.note(waiting)):
         # The other one may have done all of it.
         whole, done = _look_here(wanted)
@@ -242,8 +244,8 @@ def _check_disk(plan: Plan) -> None:
     if plan.remaining > free:
         need, have = f"{plan.remaining / 1e9:,.2f} GB more", f"{free / 1e9:,.2f} GB free"
         raise DiskError(
-            f"{plan.wanted.repository} needs {need}, and {place} has {have}",
-            f"make room, or use another {param('models_dir')}",
+            f"{plan.wanted.repository} needs {need}, but {place} has {have}",
+            f"free some space, or use another {param('models_dir')}",
         )
 
 

@@ -25,10 +25,17 @@ if TYPE_CHECKING:
 # Retry-After than the last is not obeyed: give up and say so.
 _TRIES = 5
 _LONGEST_WAIT, _LONGEST_ASKED = 30.0, 600.0
-_PASSING = {408: "timed out", 429: "limits requests", 500: "failed", 502: "failed", 503: "is busy", 504: "timed out"}
+_PASSING = {
+    408: "timed out",
+    429: "is rate-limiting requests",
+    500: "returned an error",
+    502: "returned an error",
+    503: "is busy",
+    504: "timed out",
+}
 
-_GOES_ON = "the same command goes on where it stopped"
-_HERE = "exl list shows the models that are here"
+_GOES_ON = "run the same command to resume"
+_HERE = "exl list shows the downloaded models"
 
 
 class BrokenTransferError(Exception):
@@ -60,7 +67,7 @@ class Patience:
         if not reason or self._failures > _TRIES or asked > _LONGEST_ASKED:
             raise error
         seconds = max(min(2.0 ** (self._failures - 1), _LONGEST_WAIT), asked)
-        self._note(f"{self._task}: {reason}; trying again in {seconds:g} s")
+        self._note(f"{self._task}: {reason}; retrying in {seconds:g} s")
         self._wait(seconds)
 
 
@@ -72,11 +79,11 @@ def _passing(error: Exception, reconnect: bool) -> str:
     if (status := status_of(error)) in _PASSING:
         return f"the Hub {_PASSING[status]} ({status})"
     if isinstance(error, http.TimeoutException):
-        return "no answer in time"
+        return "timed out"
     if isinstance(error, (http.ConnectError, http.ProxyError)):
-        return f"no connection ({_reason(error)})" if reconnect else ""
+        return f"connection failed ({_reason(error)})" if reconnect else ""
     passes = isinstance(error, http.TransportError) and not _is_wrong_address(error)
-    return "the connection broke off" if passes else ""
+    return "connection lost" if passes else ""
 
 
 def _is_wrong_address(error: Exception) -> bool:
@@ -122,11 +129,11 @@ def explain(error: Exception, repository: Repository, hub: Hub) -> tuple[str, st
     from huggingface_hub import errors
 
     http = http_library()
-    page, log_in = f"{hub.endpoint}/{repository.id}", f"log in with hf auth login, or give {param('token')}"
+    page, log_in = f"{hub.endpoint}/{repository.id}", f"log in with hf auth login, or pass {param('token')}"
     names: list[str] = []
     if isinstance(error, errors.GatedRepoError):
         then = "then wait for its owner's approval" if hub.logged_in else f"then {log_in}"
-        return f"{repository.id} is gated: accept its licence first", f"do so at {page}, {then}"
+        return f"{repository.id} is gated; accept its licence first", f"do so at {page}, {then}"
     if isinstance(error, errors.RevisionNotFoundError):
         with contextlib.suppress(Exception):
             names = [name for name, _ in hub.branches(repository)]
@@ -135,38 +142,41 @@ def explain(error: Exception, repository: Repository, hub: Hub) -> tuple[str, st
     if isinstance(error, errors.RepositoryNotFoundError):
         with contextlib.suppress(Exception):
             names = hub.near(repository)
-        check = f"near names: {', '.join(names)}" if names else "check the name"
+        check = f"similar names: {', '.join(names)}" if names else "check the name"
         if not names and not hub.logged_in:
             check += f"; if it is private, {log_in}"
         return f"the Hub has no model {repository.id}, or it is private", check
     if isinstance(error, errors.EntryNotFoundError):
         return f"a file of {repository} is no longer on the Hub", "run the command again"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: nothing is downloaded", f"unset it; {_HERE}"
+        return "HF_HUB_OFFLINE is set, so nothing can be downloaded", f"unset it; {_HERE}"
     if isinstance(error, http.ConnectError | http.ProxyError | http.TimeoutException):
-        reason = "no answer in time" if isinstance(error, http.TimeoutException) else _reason(error)
+        reason = "timed out" if isinstance(error, http.TimeoutException) else _reason(error)
         return f"cannot reach {hub.endpoint}: {reason}", f"check the network; {_HERE}"
     if status := status_of(error):
         return _by_status(error, status, repository, page, log_in)
     if isinstance(error, (http.TransportError, BrokenTransferError)) and not _is_wrong_address(error):
-        return f"{repository} could not be downloaded: {_reason(error)}", _GOES_ON
+        return f"downloading {repository} failed: {_reason(error)}", _GOES_ON
     if isinstance(error, (ValueError, KeyError, TypeError, RecursionError, http.HTTPError, http.InvalidURL)):
-        return f"{hub.endpoint} does not answer like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
+        return f"{hub.endpoint} does not behave like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
     reason = _reason(error) or type(error).__name__
-    return f"{repository} could not be downloaded: {reason}", f"run again with {param('debug')} to see where"
+    return f"downloading {repository} failed: {reason}", f"run again with {param('debug')} to see details"
 
 
 def _by_status(error: Exception, status: int, repository: Repository, page: str, log_in: str) -> tuple[str, str]:
     said = brief(_header(error, "x-error-message"), 400)
     said = f": {said}" if said else ""
     if status == 401:
-        return f"the Hub does not accept the token{said}", log_in
+        return f"the Hub rejects the token{said}", log_in
     if status == 403:
         return f"the Hub denies access to {repository.id}{said}", f"see {page}; {log_in}"
     if status == 429:
         asked = asked_wait(error)
         when = f"in {asked:.0f} s" if 0 < asked < float("inf") else "later"
-        return "the Hub limits requests (429)", f"try again {when}; logging in raises the limit: hf auth login"
+        return (
+            "the Hub is rate-limiting requests (429)",
+            f"try again {when}; logging in with hf auth login raises the limit",
+        )
     if status >= 500:
-        return f"the Hub fails ({status})", f"try again later: {_GOES_ON}"
-    return f"the Hub refuses {repository} ({status}){said}", f"see {page}"
+        return f"the Hub returned an error ({status})", f"try again later; {_GOES_ON}"
+    return f"the Hub refused {repository} ({status}){said}", f"see {page}"

@@ -181,25 +181,25 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
     """
     where, include = str(listing.repository), param("include")
     if not chosen:
-        raise UsageError(f"no file of {where} matches", f"look at its files with {include} '*' {param('dry_run')}")
+        raise UsageError(f"no file of {where} matches", f"list its files with {include} '*' {param('dry_run')}")
     if choice.include:
         return
     refuse_method(Path(where), quantization_of(config))
     if weight_bytes(chosen):
         if not config:
             raise DownloadError(
-                f"{where} holds no config.json, without which its weights cannot be run",
-                f"{include} '*' downloads it anyway",
+                f"{where} has no config.json, which is needed to run its weights",
+                f"to download it anyway, use {include} '*'",
             )
         return
     names = [file.name.lower() for file in listing.files]
     if any(name.endswith(".gguf") for name in names):
-        raise UnsupportedModelError(f"{where} holds GGUF weights, which exl does not run", "use llama.cpp or ollama")
+        raise UnsupportedModelError(f"{where} has GGUF weights, which exl does not support", "use llama.cpp or ollama")
     if any(is_pickle(name) for name in names):
         raise UnsupportedModelError(
-            f"{where} holds pickled weights only; a pickle can run code when it is opened, so exl never fetches one",
+            f"{where} has only pickled weights, which exl never downloads because they can run code when opened",
             "look for a safetensors version of the model",
         )
     raise DownloadError(
-        f"{where} holds no weights", f"they may be in its branches: exl download {listing.repository.id} --branches"
+        f"{where} has no weights", f"they may be in a branch: exl download {listing.repository.id} --branches"
     )

@@ -51,10 +51,10 @@ def parse(text: str, revision: str | None = None) -> Repository | None:
         return None
     inside = match["revision"]
     if inside and revision and inside != revision:
-        raise UsageError(f"{text} names revision {inside}, {param('revision')} says {revision}", "give one of them")
+        raise UsageError(f"{text} names revision {inside}, {param('revision')} says {revision}", "give one revision")
     chosen = revision or inside or "main"
     if len(chosen) > _LONGEST:
-        raise UsageError(f"no revision has a name of {len(chosen):,} characters", "give a branch, a tag or a commit")
+        raise UsageError(f"a revision cannot have {len(chosen):,} characters", "give a branch, a tag or a commit")
     if not re.fullmatch(_REVISION, chosen, re.ASCII) or ".." in chosen:
         raise UsageError(f"{chosen!r} is not a revision", "give a branch, a tag or a commit of the repository")
     return Repository(match["owner"], match["name"], chosen)
@@ -64,4 +64,4 @@ def require(text: str, revision: str | None = None) -> Repository:
     """Like `parse`, but UsageError if the text names no repository."""
     if repository := parse(text, revision):
         return repository
-    raise UsageError(f"{text!r} is not the name of a repository", "write it as owner/name or owner/name:revision")
+    raise UsageError(f"{text!r} is not a repository name", "write it as owner/name or owner/name:revision")

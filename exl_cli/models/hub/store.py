@@ -125,11 +125,11 @@ def prepare_staging(folder: Path, marker: Marker, to_install: Collection[File] =
     """
     for file in to_install:
         if not _is_inside(folder, folder / file.name):
-            leads = f"a link inside {folder} leads out of it; {file.name} would be written there"
+            leads = f"a link in {folder} leads outside it; {file.name} would be written there"
             raise DownloadError(leads, "remove the link")
     place = folder / STAGING
     if place.is_symlink():
-        raise DiskError(f"{place} is a link; files written there could land anywhere", "remove it")
+        raise DiskError(f"{place} is a link, so files could be written anywhere", "remove it")
     by_hand = state(folder) == "manual"
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def lock(folder: Path, waiting: Callable[[], object] | None) -> Iterator[None]:
 
     def busy() -> None:
         if waiting is None:
-            raise DiskError(f"another exl is at work on {folder}", "let it finish, or stop it")
+            raise DiskError(f"another exl process is using {folder}", "wait for it to finish, or stop it")
         waiting()
 
     path = folder.parent / _LOCKS / f"{folder.name}.lock"

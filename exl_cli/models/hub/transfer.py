@@ -53,14 +53,14 @@ class Transfer:
                 self._read_part()
             self._receive()
             if not self.file.is_right(self._digest):
-                self._hub.note(f"{self.file.name} arrived damaged (wrong hash): fetching it again")
+                self._hub.note(f"{self.file.name} was corrupted in transit (wrong hash); downloading it again")
                 self._restart()
                 self._receive()
             if not self.file.is_right(self._digest):
                 got, listed = self._digest.hexdigest()[:16], self.file.identity[:16]
                 raise DownloadError(
-                    f"{self.file.name} arrived damaged twice: its hash is {got}…, the Hub lists {listed}…",
-                    "try again later, or look at the repository's discussions",
+                    f"{self.file.name} was corrupted twice: its hash is {got}…, but the Hub lists {listed}…",
+                    "try again later, or check the repository's discussions",
                 )
             with store.explained(self._part):
                 os.fsync(self._stream)
@@ -91,17 +91,17 @@ class Transfer:
                             raise SystemExit
                         if self.size + len(chunk) > wanted:
                             self._restart()
-                            raise BrokenTransferError(f"more than the {wanted:,} bytes that the Hub lists")
+                            raise BrokenTransferError(f"received more than the {wanted:,} bytes that the Hub lists")
                         self._write(chunk)
                         patience.reached(self.size)
                 if self.size < wanted:
-                    raise BrokenTransferError(f"only {self.size:,} of {wanted:,} bytes came")
+                    raise BrokenTransferError(f"received only {self.size:,} of {wanted:,} bytes")
             except Exception as error:
                 if self._stop.is_set():
                     raise
                 if status_of(error) == 416:
                     self._restart()
-                    error = BrokenTransferError("the server refuses to go on in the middle")
+                    error = BrokenTransferError("the server refuses to resume")
                 patience.failed(error)
 
     def _write(self, chunk: bytes) -> None:
@@ -116,7 +116,7 @@ class Transfer:
             if error.errno in _FULL:
                 raise DiskError(
                     f"the disk is full: {self.file.name} stopped at {self.size:,} of {self.file.size:,} bytes",
-                    "make room; the same command goes on where it stopped",
+                    "free some space, then run the same command to resume",
                 ) from error
             raise DiskError(f"cannot write {self._part}: {error.strerror or error}", "check the disk") from error
 

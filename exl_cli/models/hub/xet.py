@@ -62,7 +62,7 @@ class Xet:
             with self._lock:
                 self._tries -= 1
                 if self._tries == 0:
-                    self._note("hf-xet keeps failing: going on over plain HTTP")
+                    self._note("hf-xet keeps failing; continuing over plain HTTP")
             raise BrokenTransferError(f"hf-xet: {str(error).strip().partition(chr(10))[0]}") from error
 
     def close(self) -> None:
