@@ -174,18 +174,24 @@ def memory_needed(info: ModelInfo, options: LoadOptions, sequences: int) -> memo
 
 
 def fitting_sequences(info: ModelInfo, options: LoadOptions, counts: Iterable[int]) -> int:
-    """The first of `counts` full-length sequences whose KV cache fits the free GPU memory; 1 if none does."""
-    free = [gpu.free for gpu in gpus_for(info, options)]
+    """The first of `counts` full-length sequences whose KV cache fits the free GPU memory; 1 if none does.
+
+    It takes no more GPUs than the model needs for one.
+    """
+    free = [gpu.free - memory.CUDA_CONTEXT for gpu in gpus_for(info, options)]
     draft = resolve(options.draft) if options.draft is not None and free else None
-    for count in counts if free else ():
+    context = context_to_allocate(info, options)
+
+    def gpus(count: int) -> int:
         left = free
         if draft is not None:
-            context = context_to_allocate(info, options)
             taken = placement.beside(draft, context, options.cache, low_mem=options.low_mem, sequences=count)
             left = placement.less(free, taken)
-        if (needed := memory_needed(info, options, count)) is not None and placement.fits(needed, left):
-            return count
-    return 1
+        needed = memory_needed(info, options, count)
+        return 0 if needed is None else len(placement.split(needed, left, options.gpu_split) or ())
+
+    fewest = gpus(1) if free else 0
+    return next((count for count in counts if 0 < gpus(count) <= fewest), 1) if fewest else 1
 
 
 def load(

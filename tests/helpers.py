@@ -9,6 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.engines.response import Decoder, Response, Step
@@ -56,6 +59,20 @@ def respond(
 def request_for(ids: Sequence[int], preset: str, max_new_tokens: int, seed: int = 0) -> Request:
     """A request with a preset's settings and no stop ids."""
     return Request(ids, build({}, preset), max_new_tokens, seed)
+
+
+def nvidia_gpus(monkeypatch: pytest.MonkeyPatch, sizes: Sequence[int]) -> None:
+    """Have NVIDIA's library know GPUs of these sizes in bytes, all of it free: "Card 0", "Card 1" and so on."""
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(sizes),
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName="Card {}".format,
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(total=sizes[index], free=sizes[index]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def exl(*args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

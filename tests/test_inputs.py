@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.inputs import Embeddings, Inputs
+from exl_cli.engines.exllamav2.stages import stages_of
 
 VOCABULARY, HIDDEN, ROWS, TOKENS, WIDTH, SPARE, OFFSETS = 50, 8, 4, 8, 6, 99, [0, 300, 700]
 
@@ -52,11 +53,17 @@ ROW = st.builds(
 def test_a_pass_sees_only_its_own_rows(scaled: bool, with_states: bool, passes: list[list[ScheduledTokens]]) -> None:
     embedding = Embedding(scaled)
     inputs = make(embedding, scaled, with_states=with_states)
+    later = inputs.received(torch.device("cpu"))
     for rows in passes:
         batch, tokens = 1 << (len(rows) - 1).bit_length(), max(len(row.ids) for row in rows)
         inputs.fill(rows, batch, tokens)
         inputs.send(batch, tokens)
-        states = inputs.hidden[: batch * tokens].view(batch, tokens, HIDDEN)
+        # What a later stage gets is the same.
+        size = inputs.size(batch * tokens)
+        later.memory[:size].copy_(inputs.memory[:size])
+        for part in ("lengths", "rope_offsets", "block_table"):
+            assert torch.equal(getattr(later, part), getattr(inputs, part))
+        states = later.hidden[: batch * tokens].view(batch, tokens, HIDDEN)
         for index in range(batch):
             row = rows[index] if index < len(rows) else ScheduledTokens((), 0, [])
             assert inputs.lengths[index] == row.start
@@ -89,3 +96,19 @@ def test_the_embeddings_of_a_prompt_are_those_of_its_tokens(scaled: bool, count:
         ids = torch.randint(0, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
         expected = module.forward(ids) if scaled else module.embedding(ids)
         assert torch.equal(embeddings.of(ids.numpy()), expected[None])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cuts", "stages"),
+    [
+        ([0, 0, 0, 0], (), [(0, 4, 0)]),
+        ([1, 1, 1, 1], (), [(0, 4, 1)]),
+        ([0, 0, 0, 2], (), [(0, 3, 0), (3, 4, 2)]),
+        ([0, 1, 1, 2], (2,), [(0, 1, 0), (1, 2, 1), (2, 3, 1), (3, 4, 2)]),
+    ],
+)
+def test_each_gpu_has_a_stage(gpus: list[int], cuts: tuple[int, ...], stages: list[tuple[int, int, int]]) -> None:
+    # exllamav2's modules: embeddings on the CPU, attention and MLP of each layer, norm and head.
+    places = [-1, *(gpu for gpu in gpus for _ in range(2)), gpus[-1], gpus[-1]]
+    model = SimpleNamespace(modules=[SimpleNamespace(device_idx=place) for place in places])
+    assert [(layers.start, layers.stop, gpu) for layers, gpu in stages_of(model, cuts)] == stages

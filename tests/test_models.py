@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pexpect
 import pytest
 from fakehub import FakeHub
+from helpers import nvidia_gpus
 from hubtools import Fetcher, begin, config
 from typer.testing import CliRunner, Result
 
@@ -199,15 +199,7 @@ def test_show_tells_what_each_gpu_would_hold(stock: Path, monkeypatch: pytest.Mo
     needed = memory.estimate(loader.resolve("acme/fable", stock), 1024)
     assert needed is not None
     total = needed.total - 1  # one byte too few for a single GPU
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetName="Card {}".format,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=total, free=total),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    nvidia_gpus(monkeypatch, [total] * 2)
     first, second = json.loads(command(stock, "show", "acme/fable", "--json").stdout)["gpu_split"]
     assert (first["gpu"], second["gpu"]) == (0, 1)
     assert (first["layers"][0], first["layers"][1] + 1, second["layers"][1]) == (0, second["layers"][0], 7)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import nvidia_gpus
 
+from exl_cli import loader
 from exl_cli.errors import ExlError, OutOfMemoryError, UsageError, spell
 from exl_cli.models import memory, placement
 from exl_cli.models.info import ModelInfo, inspect
-from exl_cli.models.load_options import CacheType
+from exl_cli.models.load_options import CacheType, LoadOptions
 from exl_cli.models.placement import Share
 from exl_cli.system.units import GIB, MIB
 
@@ -126,6 +128,21 @@ def test_the_largest_context_on_two_gpus_fits_and_one_page_more_does_not() -> No
     assert len(place([20.5, 20.5], context=largest)) == 2
     with pytest.raises(OutOfMemoryError):
         place([20.5, 20.5], context=largest + memory.PAGE)
+
+
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [(None, 64), ((1.0,), 64), ((0.002, 1.0), 128)],  # GiB; the model has 4 MiB of weights
+)
+def test_many_sequences_take_no_gpu_that_one_does_not_need(
+    gptq_dir: Path, monkeypatch: pytest.MonkeyPatch, split: tuple[float, ...] | None, count: int
+) -> None:
+    model = inspect(gptq_dir)
+    needed = memory.estimate(model, 100 * 1024)
+    assert needed is not None
+    nvidia_gpus(monkeypatch, [needed.total] * 2)
+    options = LoadOptions(engine="exllamav2", max_seq_len=1024, gpu_split=split)
+    assert loader.fitting_sequences(model, options, (256, 128, 64, 1)) == count
 
 
 def test_tensors_count_in_their_layer_and_the_head_is_with_the_last(exl2_dir: Path) -> None:

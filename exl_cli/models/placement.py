@@ -72,14 +72,18 @@ def described(shares: Sequence[Share], room: Sequence[int]) -> str:
     )
 
 
-def split(needed: Estimate, free: Sequence[int]) -> list[Share] | None:
+def split(needed: Estimate, free: Sequence[int], sizes: Sequence[float] | None = None) -> list[Share] | None:
     """Place a model on as few GPUs as possible, filled alike; None if it does not fit.
 
     Args:
         needed: the model's estimate.
         free: free bytes on each GPU, after the CUDA context.
+        sizes: GiB of weights for each GPU, instead.
     """
     parts = needed.parts
+    if sizes is not None:
+        asked = _by_weights(parts, sizes) if len(sizes) <= len(free) else []
+        return asked if asked and all(share.allocated <= free[share.gpu] for share in asked) else None
     for gpu, room in enumerate(free):
         if needed.allocated <= room:
             return [Share(gpu, range(len(parts.layers)), needed.allocated, needed.weights)]
