@@ -17,6 +17,16 @@ from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.engines.response import Decoder, Response, Step
 from exl_cli.sampling import build
 
+# The dimensions of Mistral 7B, as its config.json has them.
+MISTRAL_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+
 
 class Recorder:
     """A `loader.Observer` that remembers."""

@@ -75,7 +75,7 @@ def test_an_extensions_facts_are_checked_against_the_installation(changes: dict[
     assert words in mismatch if words else mismatch == ""
 
 
-# Messages as glibc's linker, pybind11, torch and the CUDA runtime write them.
+# Messages as glibc's linker, pybind11, torch, the CUDA runtime and the compilers write them.
 @pytest.mark.parametrize(
     ("said", "words", "fix"),
     [
@@ -100,6 +100,12 @@ def test_an_extensions_facts_are_checked_against_the_installation(changes: dict[
         ("No module named 'PIL.Image'", "package PIL is missing", "pip install pillow"),
         ("Ninja is required to load C++ extensions", "ninja not found", "pip install ninja"),
         ("CUDA_HOME environment variable is not set. Please", "nvcc not found", "cuda-toolkit["),
+        # nvcc 13.0 and g++ 12
+        ("x.cu\n#error -- unsupported GNU version! gcc versions later than 15 are not supported!", "g++", "CXX=g++-12"),
+        ("nvcc fatal   : Unsupported gpu architecture 'compute_50'", "compute_50", "cuda-toolkit["),
+        ("x.h:9:10: fatal error: cusparse.h: No such file or directory\nterminated.", "cusparse.h", "cuda-toolkit["),
+        ("/usr/bin/ld: cannot find -lcudart: No such file or directory", "-lcudart", "cuda-toolkit["),
+        ("c++: fatal error: Killed signal terminated program cc1plus", "memory", "--jobs 1"),
     ],
 )
 def test_known_failures_become_a_line_and_a_fix(said: str, words: str, fix: str) -> None:
@@ -132,21 +138,6 @@ def test_real_linker_messages_are_explained(tmp_path: Path, content: bytes | Non
     assert failure is not None, done.stderr
     assert words in failure.what
     assert failure.rebuild
-
-
-# The real compilers' words, nvcc 13.0 and g++ 12.
-@pytest.mark.parametrize(
-    ("said", "words", "fix"),
-    [
-        ("x.cu\n#error -- unsupported GNU version! gcc versions later than 15 are not supported!", "g++", "CXX=g++-12"),
-        ("nvcc fatal   : Unsupported gpu architecture 'compute_50'", "compute_50", "cuda-toolkit["),
-        ("x.h:9:10: fatal error: cusparse.h: No such file or directory\nterminated.", "cusparse.h", "cuda-toolkit["),
-        ("/usr/bin/ld: cannot find -lcudart: No such file or directory", "-lcudart", "cuda-toolkit["),
-        ("c++: fatal error: Killed signal terminated program cc1plus", "memory", "--jobs 1"),
-    ],
-)
-def test_what_compilers_say(said: str, words: str, fix: str) -> None:
-    test_known_failures_become_a_line_and_a_fix(said, words, fix)
 
 
 def test_jobs_are_as_asked_then_as_torch_would_then_as_the_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:

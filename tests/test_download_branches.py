@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fakehub import FakeHub, Repository
 from fakehub_handler import Seen
+from helpers import MISTRAL_7B
 from hubtools import Fetcher, config, download_command
 
 from exl_cli.errors import ExitCode
@@ -21,15 +22,10 @@ from exl_cli.models.hub.branches import Branch, describe, fit_warning
 from exl_cli.models.memory import Gpu
 from exl_cli.system.units import GIB
 
-# Mistral 7B's dimensions, and the sizes of real quantizations of it.
+# Here with the sizes of real quantizations of it.
 MISTRAL: dict[str, Any] = {
+    **MISTRAL_7B,
     "architectures": ["MistralForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
     "max_position_embeddings": 32768,
 }
 SMALL = {"tokenizer.json": b'{"model": {}}', "README.md": b"# Mistral\n"}

@@ -19,6 +19,7 @@ from exl_cli.models.hub.client import Hub
         ("HF_ENDPOINT", "x"),
         ("HF_ENDPOINT", "http://"),
         ("HF_ENDPOINT", "file:///etc"),
+        ("HF_ENDPOINT", "ftp://host"),
         ("HF_ENDPOINT", "http://host:99999"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "x"),
         ("HF_HUB_ETAG_TIMEOUT", "1.5s"),
@@ -30,12 +31,6 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, v
     with pytest.raises(UsageError, match=name) as caught:
         Hub()
     assert value in caught.value.message
-
-
-@pytest.mark.parametrize("endpoint", ["x", "ftp://host", "https://"])
-def test_a_wrong_address_is_refused(endpoint: str) -> None:
-    with pytest.raises(UsageError, match="not a URL"):
-        Hub(endpoint=endpoint)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import MISTRAL_7B
 from safetensors import safe_open
 
 from exl_cli.errors import OutOfMemoryError, spell
@@ -15,14 +16,6 @@ from exl_cli.models.load_options import CacheType
 from exl_cli.models.memory import PAGE
 from exl_cli.system.units import GIB
 
-MISTRAL_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
 LLAMA_2_7B = {**MISTRAL_7B, "intermediate_size": 11008, "num_key_value_heads": 32}
 
 

@@ -398,7 +398,6 @@ def _chart(
     `name` begins the ids in it and is unique on the page; `height` is in inches; `draw` gets matplotlib's axes.
     """
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     description = "; ".join(
@@ -406,13 +405,11 @@ def _chart(
     )
     with matplotlib.rc_context({"svg.hashsalt": name}, Path(__file__).with_suffix(".mplstyle")):
         figure = Figure(figsize=(_WIDTH, height))
-        FigureCanvasSVG(figure)
         draw(figure.subplots())
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     # matplotlib starts its numbers again in every drawing; on one page names have to differ.
