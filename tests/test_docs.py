@@ -27,7 +27,7 @@ from exl_cli.errors import ExitCode
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-COMMANDS = typer.main.get_command(app).commands
+EXL = typer.main.get_command(app)
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="the pages are in the repository only")
 
@@ -155,4 +155,4 @@ def test_every_command_of_a_shell_block_exists() -> None:
     assert len(lines) > 20
     for line in lines:
         name, *words = shlex.split(line, comments=True)[1:]
-        COMMANDS[name].make_context(name, [word for word in words if word.strip("[]…")])
+        EXL.get_command(None, name).make_context(name, [word for word in words if word.strip("[]…")])

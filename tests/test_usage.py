@@ -95,7 +95,8 @@ def test_the_help_shows_the_range_of_every_setting() -> None:
 
 def test_every_command_ends_its_help_with_two_examples_that_can_be_read() -> None:
     group = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         title, *examples = command.epilog.split("\n\n")
         assert (title, len(examples)) == ("Examples:", 2)
         for example in examples:

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from exl_cli.cli import (
-    batch,
-    bench,
-    build,
-    chat,
-    doctor,
-    download,
-    list_models,
-    remove,
-    run,
-    serve,
-    show,
-    standard_streams,
-    usage,
-)
+from exl_cli.cli import standard_streams, usage
 from exl_cli.cli.options import State
 from exl_cli.errors import ExitCode, ExlError
 from exl_cli.system.version import installed_version
@@ -38,7 +24,15 @@ class _Command(typer.core.TyperCommand):
 
 
 class _Group(typer.core.TyperGroup):
-    """Turns exceptions into a line on stderr and an exit code."""
+    """Imports a command when it is asked for; turns exceptions into a line on stderr and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*_COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in _COMMANDS and cmd_name not in self.commands:
+            self.commands[cmd_name] = _import_command(cmd_name)
+        return self.commands.get(cmd_name)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain_switches(super().get_params(ctx))
@@ -139,67 +133,73 @@ def root(
         standard_streams.silence_libraries()
 
 
-# Commands in the order people meet them, each with two examples for the end of its help.
-_COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
+# Commands in the order people meet them: the module, whose function has its name, and two examples for its help.
+_COMMANDS = {
     "run": (
-        run.run,
+        "run",
         'exl run -p "Once upon a time"',
         'cat notes.txt | exl run MODEL -p "Summarize this." --temperature 0.3',
     ),
     "chat": (
-        chat.chat,
+        "chat",
         'exl chat MODEL --system "Answer in one sentence."',
         "exl chat --continue",
     ),
     "download": (
-        download.download,
+        "download",
         "exl download turboderp/Mistral-7B-instruct-exl2 --branches --vram 8",
         "exl download turboderp/Mistral-7B-instruct-exl2:4.0bpw",
     ),
     "list": (
-        list_models.list_models,
+        "list_models",
         "exl list",
         "exl list --models-dir ./models --json",
     ),
     "show": (
-        show.show,
+        "show",
         "exl show fable-7m",
         "exl show ./models/TheBloke_Mistral-7B-Instruct-v0.2-GPTQ",
     ),
     "rm": (
-        remove.remove,
+        "remove",
         "exl rm turboderp/Mistral-7B-instruct-exl2:4.0bpw",
         "exl rm TheBloke/Mistral-7B-Instruct-v0.2-GPTQ --yes",
     ),
     "serve": (
-        serve.serve,
+        "serve",
         "exl serve MODEL --max-seq-len 16384 --cache q8",
         "exl serve MODEL --host 0.0.0.0 --api-key-file keys.txt",
     ),
     "batch": (
-        batch.batch,
+        "batch",
         "exl batch prompts.jsonl -o responses.jsonl --model MODEL",
         'exl batch reviews.csv -o responses.jsonl --model MODEL --template "Translate: {text}"',
     ),
     "bench": (
-        bench.bench,
+        "bench",
         "exl bench MODEL --batch 1,8 --save before.json",
         "exl bench MODEL --batch 1,8 --compare before.json",
     ),
     "doctor": (
-        doctor.doctor,
+        "doctor",
         "exl doctor",
         "exl doctor fable-7m",
     ),
     "build": (
-        build.build,
+        "build",
         "exl build",
         "exl build --arch 8.6,9.0 --out wheels",
     ),
 }
 
-for _name, (_command, *_examples) in _COMMANDS.items():
-    app.command(_name, cls=_Command, epilog="\n\n".join(["Examples:", *_examples]))(_command)
+
+def _import_command(name: str) -> Any:
+    """Typer's object for a command. To build all of them would take half of the time of a short command."""
+    module, *examples = _COMMANDS[name]
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    function = getattr(importlib.import_module(f"exl_cli.cli.{module}"), module)
+    alone.command(name, cls=_Command, epilog="\n\n".join(["Examples:", *examples]))(function)
+    return typer.main.get_command(alone)
 
 
 def main() -> int:
