@@ -116,6 +116,7 @@ def load_modules(model: Any, cache: Any, devices: Sequence[int], progress: Calla
     del states, reserve
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.set_device(devices[0])  # exllamav2's reader leaves the last one current
     model.loaded = True
     cleanup_stfiles()
 

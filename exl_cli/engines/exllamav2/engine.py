@@ -348,5 +348,6 @@ def _build(
     with startup.nothing_drawn():
         cache = cache_class(model, max_seq_len=tokens, lazy=True)
         load_modules(model, cache, devices, progress)
-    torch.cuda.synchronize()
+    for gpu in dict.fromkeys(devices):
+        torch.cuda.synchronize(gpu)
     return model, cache

@@ -169,7 +169,7 @@ def _read(header: TensorHeader, device: Any) -> torch.Tensor:
 
     tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype], device=device)
     # The reader copies on its own streams, so pending work on this memory must finish first.
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(tensor.device if tensor.is_cuda else None)
     exllamav2_ext.stloader_read(str(header.file), header.offset, header.nbytes, tensor)
     return tensor
 
