@@ -112,7 +112,7 @@ def test_a_table_makes_prompts_of_its_columns(scripted: ScriptedLoader, tmp_path
     assert batch(scripted, tmp_path / "in.csv", *args).exit_code == FINISHED_WITH_FAILURES
     written = answers(tmp_path / "csv.jsonl")
     assert {id_: line["error"] is None for id_, line in written.items()} == {"a": True, "line-4": True, "line-5": False}
-    assert "it has 1 fields, and the first line names 3" in written["line-5"]["error"]["message"]
+    assert "it has 1 fields, but the first line names 3" in written["line-5"]["error"]["message"]
     assert batch(scripted, tmp_path / "in.jsonl", "-o", tmp_path / "jsonl.jsonl").exit_code == 0
     of_table, of_lines = (sorted(request.ids for request in engine.requests) for engine in scripted.engines)
     assert of_table == of_lines
@@ -235,7 +235,7 @@ def test_a_row_goes_to_the_model_that_it_names_where_that_is_here(
         result = batch(scripted, tmp_path / name, "-o", output, "--models-dir", shelf)
         assert len(scripted.engines) == loads, "one after the other, and only where there is something to compute"
     assert result.exit_code == FINISHED_WITH_FAILURES
-    assert "3 prompts name models that are not here (gpt-4" in result.stderr
+    assert "3 prompts name models that are not installed (gpt-4" in result.stderr
     written = answers(output)
     assert "broken" in written.pop("6")["error"]["message"]
     named = {id_: line["response"]["body"]["model"] for id_, line in written.items()}
@@ -247,7 +247,7 @@ def test_a_row_goes_to_the_model_that_it_names_where_that_is_here(
     jsonl(prompts, *naming(*"aaaaaaaaaa"))
     changed = batch(scripted, prompts, "-o", output, "--models-dir", shelf)
     assert changed.exit_code == 2
-    assert "another model called a" in changed.stderr
+    assert "a different model named a" in changed.stderr
 
 
 def test_where_one_model_has_to_answer_all_rows_the_others_have_an_error(
@@ -261,19 +261,19 @@ def test_where_one_model_has_to_answer_all_rows_the_others_have_an_error(
     assert batch(scripted, *args).exit_code == FINISHED_WITH_FAILURES
     for name in ("piped", "ordered"):
         written = answers(tmp_path / f"{name}.jsonl")
-        assert "it names a, and " in written["0"]["error"]["message"]
+        assert "it names a, but " in written["0"]["error"]["message"]
         assert written["1"]["error"] is written["2"]["error"] is None
 
 
 BAD: dict[str, tuple[str, str]] = {
-    "not JSON": ("{", "it is not JSON"),
-    "not an object": ("[1]", "it is not a JSON object"),
-    "nothing to answer": ('{"text": "Hi"}', "there is no prompt"),
-    "an empty prompt": ('{"prompt": ""}', "there is no prompt"),
-    "a setting out of range": ('{"prompt": "Hi", "temperature": -1}', "temperature must be at least 0"),
+    "not JSON": ("{", "invalid JSON"),
+    "not an object": ("[1]", "it must be a JSON object"),
+    "nothing to answer": ('{"text": "Hi"}', "no prompt: the line"),
+    "an empty prompt": ('{"prompt": ""}', "no prompt: the line"),
+    "a setting out of range": ('{"prompt": "Hi", "temperature": -1}', "temperature must be between 0 and 100"),
     "a setting of a wrong type": ('{"prompt": "Hi", "top_k": "many"}', "top_k"),
-    "another endpoint": ('{"url": "/v1/embeddings", "body": {}}', "url is none of"),
-    "a body that is none": ('{"url": "/v1/completions", "body": 3}', "body is not a JSON object"),
+    "another endpoint": ('{"url": "/v1/embeddings", "body": {}}', "url must be one of"),
+    "a body that is none": ('{"url": "/v1/completions", "body": 3}', "body must be a JSON object"),
     "an image": ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "images are not supported"),
     "too long": (json.dumps({"prompt": "word " * 3000}), "the context holds 1,024"),
     "a lone surrogate": ('{"prompt": "\\ud800"}', "a lone surrogate"),
@@ -386,7 +386,7 @@ def test_two_jobs_do_not_write_one_file(scripted: ScriptedLoader, tmp_path: Path
     with FileLock(tmp_path / "out.jsonl.exl.lock"):
         refused = batch(scripted, prompts, "-o", tmp_path / "out.jsonl")
     assert refused.exit_code == 2
-    assert "another job writes" in refused.stderr
+    assert "another job is writing" in refused.stderr
     assert batch(scripted, prompts, "-o", tmp_path / "out.jsonl").exit_code == 0
 
 
@@ -438,7 +438,7 @@ def test_out_of_memory_reduces_the_batch(tmp_path: Path) -> None:
     prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}", "n": 1 + i % 3} for i in range(30)))
     result = batch(loader, prompts, "-o", tmp_path / "out.jsonl")
     assert result.exit_code == 0, result.stderr
-    assert "out of memory: from " in result.stderr
+    assert "out of memory: reducing concurrent sequences from " in result.stderr
     assert len(answers(tmp_path / "out.jsonl")) == 30
     assert loader.engines[0].most <= 3  # type: ignore[attr-defined]
 

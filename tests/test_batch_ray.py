@@ -132,7 +132,7 @@ def test_a_prompt_that_kills_its_engine_has_an_error_and_the_rest_goes_on(cluste
     assert sorted(line["custom_id"] for line in lines) == [f"line-{i}" for i in range(1, 7)]
     (wrong,) = (line for line in lines if line["error"])
     assert wrong["custom_id"] == "line-5"
-    assert "engines were lost with it" in wrong["error"]["message"]
+    assert "engines were lost while processing it" in wrong["error"]["message"]
 
 
 def test_ctrl_c_keeps_the_answers_in_one_file(cluster: Any, tmp_path: Path) -> None:

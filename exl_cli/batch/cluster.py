@@ -123,7 +123,9 @@ class RayEngines:
         try:
             import ray
         except ImportError:
-            raise UsageError("several engines need Ray, which is not installed", "pip install 'exl-cli[ray]'") from None
+            raise UsageError(
+                "several engines need Ray, which is not installed", "run pip install 'exl-cli[ray]'"
+            ) from None
         self._ray: Any = ray
         self._where, self._settings, self._loading = where, settings, loading
         self._sequences, self._load = sequences, load
@@ -155,7 +157,7 @@ class RayEngines:
     ) -> None:
         """See `Engines.answer`."""
         if not isinstance(sink, AnswerFile):
-            raise UsageError("several engines do not write to standard output", f"name a file with {param('output')}")
+            raise UsageError("several engines cannot write to stdout", f"pass a file to {param('output')}")
         run = _Run(rows, sink, view, options, progress)
         is_complete = False
         try:
@@ -207,12 +209,12 @@ class RayEngines:
         except Exception as error:  # its kinds differ by what is wrong
             where = self._where.address or "local"
             reason = brief(str(error).strip().partition("\n")[0])
-            raise UsageError(f"{param('ray')} {where}: {reason}", "start a cluster: ray start --head") from error
+            raise UsageError(f"{param('ray')} {where}: {reason}", "start a cluster with ray start --head") from error
         self._owns_cluster = True
         gpus = int(ray.cluster_resources().get("GPU", 0))
         wanted = self._where.engines
         if self._where.address is None and self._loading.engine != "cpu" and wanted and 0 < gpus < wanted:
-            raise UsageError(f"{param('gpus')} {wanted}: there are {gpus} GPUs here", f"give {param('gpus')} all")
+            raise UsageError(f"{param('gpus')} {wanted}: this machine has {gpus} GPUs", f"use {param('gpus')} all")
 
     def _populate(self, run: _Run) -> None:
         """Start actors wherever there is room, including nodes that joined since."""
@@ -333,7 +335,7 @@ class RayEngines:
         nodes = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         if not self._members and nodes <= self._excluded:
             raise error
-        run.view.note(f"{member.name} is left out: {error}")
+        run.view.note(f"excluding {member.name}: {error}")
 
     def _lose(self, member: _Member, reason: str, run: _Run) -> None:
         """Handle the loss of an actor: merge its part, and give the rows that it did not answer to others."""
@@ -342,11 +344,11 @@ class RayEngines:
         if member.part is not None:
             run.take_in(member.part, member.report)
         left = sum(run.put_back(task) for task in member.tasks.values())
-        run.view.note(f"{member.name} was lost ({reason}): {left:,} rows go to others")
+        run.view.note(f"{member.name} was lost ({reason}); {left:,} lines go to other engines")
         self._losses += 1
         self._looked_at = 0.0
         if self._losses >= _MOST_LOSSES:
-            raise EngineError(f"{self._losses} engines in a row were lost, the last one: {reason}", "see Ray's logs")
+            raise EngineError(f"{self._losses} engines in a row were lost, the last with: {reason}", "see Ray's logs")
 
     def _finish(self, run: _Run, *, stop: bool) -> None:
         """Have the actors close their parts, and merge these into the output."""
@@ -445,7 +447,7 @@ class _Run:
         if len(keys) == 1 and losses > _ROW_LOSSES and len(batch.keys) == 1:
             row = RowReader(batch.input).read(int(indexes[0]))
             if row is not None:
-                self._fail(row, EngineError(f"{losses} engines were lost with it"))
+                self._fail(row, EngineError(f"{losses} engines were lost while processing it"))
             return 0
         half = (len(keys) + 1) // 2
         for some in (slice(0, half), slice(half, None)):

@@ -319,7 +319,7 @@ class Job:
                 if flight.number > self._last_wave:
                     self._last_wave = self._submitted
                     self._limit = max(at_once // 2, 1)
-                    self._view.note(f"out of memory: from {at_once} sequences at once to {self._limit}")
+                    self._view.note(f"out of memory: reducing concurrent sequences from {at_once} to {self._limit}")
                 self._again.append((work, flight.index))
                 return
             if flight.number <= self._last_wave:

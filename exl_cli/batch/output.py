@@ -35,7 +35,7 @@ _LINES_AT_ONCE = 256
 _HEAD = re.compile(rb'\{"id": "batch_req_([0-9a-f]{16})", "error": (null|\{)')
 # Field of a manifest: the hashes of further models, by name.
 _OTHERS = "other_models"
-_GO_ON = "the same command resumes there"
+_GO_ON = "run the same command to resume"
 
 
 class KeySet:
@@ -166,7 +166,9 @@ class AnswerFile:
             self._lock = FileLock(f"{path}.exl.lock", timeout=0, thread_local=False)
             self._lock.acquire()
         except Timeout:
-            raise UsageError(f"another job writes {brief(str(path))}", "wait for it, or give another output") from None
+            raise UsageError(
+                f"another job is writing {brief(str(path))}", "wait for it to finish, or choose another output"
+            ) from None
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -232,7 +234,9 @@ class AnswerFile:
             with contextlib.suppress(OSError):  # another part is there
                 part.parent.rmdir()
         except Timeout:
-            raise UsageError(f"another job writes {brief(str(part))}", "wait for it; then go on") from None
+            raise UsageError(
+                f"another job is writing {brief(str(part))}", "wait for it to finish, then resume"
+            ) from None
         except OSError as error:
             raise DiskError(f"cannot read {brief(str(part))}: {error.strerror or error}", _GO_ON) from error
         return counts[0], counts[1]
@@ -268,8 +272,8 @@ class AnswerFile:
         others = self._manifest.setdefault(_OTHERS, {})
         if others.get(name, model_hash) != model_hash and not self._mix:
             raise UsageError(
-                f"answers in {brief(str(self._path))} were made with another model called {name}",
-                f"give another output, or {param('mix')} to add to them anyway",
+                f"{brief(str(self._path))} has responses from a different model named {name}",
+                f"choose another output, or add {param('mix')} to append anyway",
             )
         if others.get(name) != model_hash:
             others[name] = model_hash
@@ -293,7 +297,7 @@ class AnswerFile:
 
     def _unwritable(self, error: OSError) -> DiskError:
         reason = error.strerror or str(error)
-        return DiskError(f"cannot write {brief(str(self._path))}: {reason}", f"answers so far are kept: {_GO_ON}")
+        return DiskError(f"cannot write {brief(str(self._path))}: {reason}", f"responses so far are kept; {_GO_ON}")
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -317,7 +321,7 @@ class AnswerFile:
                 before = None
             if not isinstance(before, dict):
                 raise UsageError(
-                    f"{brief(str(self._path))} has something in it that no batch job wrote", "give another output"
+                    f"{brief(str(self._path))} has content that exl batch did not write", "choose another output"
                 )
             if _OTHERS in before:
                 self._manifest[_OTHERS] = before[_OTHERS]
@@ -329,8 +333,9 @@ class AnswerFile:
                 name = names[0]
                 were, are = (json.dumps(side.get(name), ensure_ascii=False) for side in (before, now))
                 raise UsageError(
-                    f"the answers in {brief(str(self._path))} were made with {name} {brief(were)}, not {brief(are)}",
-                    f"give another output, or {param('mix')} to add to them anyway",
+                    f"the responses in {brief(str(self._path))} were generated with {name} {brief(were)}, "
+                    f"not {brief(are)}",
+                    f"choose another output, or add {param('mix')} to append anyway",
                 )
         self._write_manifest()
 

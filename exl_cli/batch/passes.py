@@ -180,7 +180,7 @@ def answer_input(
                 return row
             if not is_first:
                 return None
-            return dataclasses.replace(row, error=UsageError(f"it names {own.name}, and {why}")) if why else None
+            return dataclasses.replace(row, error=UsageError(f"it names {own.name}, but {why}")) if why else None
 
         engines.answer(Pending(source, sink.answered, options, select), model, sink, view, options, progress)
         if why or engines.is_stopped:
@@ -191,7 +191,7 @@ def answer_input(
 def _why_one_model(path: Path, options: Options) -> str | None:
     """Why only one model can answer this input; None if several can."""
     if options.ordered:
-        return f"{param('ordered')} is for one model"
+        return f"{param('ordered')} supports a single model only"
     if not path.is_file():
-        return "what is no file can be read for one model only"
+        return "an input that is not a file supports a single model only"
     return None

@@ -171,7 +171,7 @@ class Preparer:
         self._is_plain = settings.raw or isinstance(model.chat_format, PlainFormat)
         if settings.system and self._is_plain:
             why = param("raw") if settings.raw else f"{model.name} has no chat template"
-            raise UsageError(f"{param('system')} needs a chat template: {why}", "write it into the prompts")
+            raise UsageError(f"{param('system')} needs a chat template: {why}", "put it into the prompts")
         as_run = build(settings.sampling, settings.preset, model.info.generation_config).to_dict()
         preset = PRESETS[settings.preset] if settings.preset else {}
         common: dict[str, Any] = {"stop": list(settings.stop)} if settings.stop else {}
@@ -190,8 +190,8 @@ class Preparer:
         """
         needed = ["prompt"] if self._settings.template is None else self._placeholders
         if missing := next((name for name in needed if name not in columns), None):
-            has = f"there is no column {missing!r}, but {', '.join(map(repr, columns))}"
-            raise UsageError(brief(has, 400), f"name columns in {param('template')}, as 'Translate: {{text}}'")
+            has = f"there is no column {missing!r}, only {', '.join(map(repr, columns))}"
+            raise UsageError(brief(has, 400), f"name columns in {param('template')}, e.g. 'Translate: {{text}}'")
 
     def prepare(self, row: Row) -> Task:
         """Turn a row into a task.
@@ -213,7 +213,7 @@ class Preparer:
             return Task(row, ChatJob(self._body(ChatBody, row, record, self._as_run), self._model))
         prompt = record.get("prompt")
         if not isinstance(prompt, (str, list)) or not prompt:
-            raise BodyError('there is no prompt: neither "prompt" nor "messages" nor "body"')
+            raise BodyError('no prompt: the line has neither "prompt" nor "messages" nor "body"')
         if self._is_plain or not isinstance(prompt, str):
             return Task(row, CompletionJob(self._body(CompletionBody, row, record, self._as_run), self._model))
         del record["prompt"]
@@ -224,7 +224,7 @@ class Preparer:
 
     def _filled(self, template: str, record: Mapping[str, Any]) -> str:
         if missing := next((name for name in self._placeholders if name not in record), None):
-            raise BodyError(f"there is no field {missing!r}, which the template needs")
+            raise BodyError(f"the template needs a field {missing!r}, which is missing")
         values = {name: text_of(record[name]) for name in self._placeholders}
         if self._is_plain:  # elsewhere the chat's messages see to it
             values = {name: self._model.tokenizer.as_text(value) for name, value in values.items()}
@@ -233,11 +233,11 @@ class Preparer:
     def _served(self, row: Row, record: Mapping[str, Any]) -> Task:
         url, body = record.get("url"), record.get("body")
         if record.get("method", "POST") != "POST":
-            raise BodyError("method is not POST")
+            raise BodyError("method must be POST")
         if url not in _URLS:
-            raise BodyError(f"url is none of {', '.join(_URLS)}")
+            raise BodyError(f"url must be one of {', '.join(_URLS)}")
         if not isinstance(body, dict):
-            raise BodyError("body is not a JSON object")
+            raise BodyError("body must be a JSON object")
         if url == _URLS[0]:
             return Task(row, ChatJob(self._body(ChatBody, row, body, self._as_served), self._model))
         return Task(row, CompletionJob(self._body(CompletionBody, row, body, self._as_served), self._model))

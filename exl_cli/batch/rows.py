@@ -135,7 +135,7 @@ class _File:
             try:
                 mode = path.stat().st_mode
                 if stat.S_ISDIR(mode):
-                    raise UsageError(f"{brief(str(path))} is a folder", "give the files in it")
+                    raise UsageError(f"{brief(str(path))} is a folder", "pass the files in it")
                 self._raw = self._stack.enter_context(path.open("rb"))
                 self._size = path.stat().st_size if stat.S_ISREG(mode) else 0
             except (OSError, ValueError) as error:
@@ -221,8 +221,8 @@ class _LineFile(_File):
         except UnicodeDecodeError as error:
             return wrong(f"it is not UTF-8 text: byte {error.start} of the line is 0x{line[error.start]:02x}")
         except (ValueError, RecursionError) as error:
-            return wrong(f"it is not JSON: {error}")
-        return _identified(number, key, record) if isinstance(record, dict) else wrong("it is not a JSON object")
+            return wrong(f"invalid JSON: {error}")
+        return _identified(number, key, record) if isinstance(record, dict) else wrong("it must be a JSON object")
 
 
 class _TableFile(_File):
@@ -244,7 +244,7 @@ class _TableFile(_File):
         except (OSError, EOFError, csv.Error) as error:
             raise self._unreadable(error) from error
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"{brief(self.name)} has two columns {twice!r}", "rename one")
+            raise UsageError(f"{brief(self.name)} has two columns named {twice!r}", "rename one")
 
     def _read(self) -> Iterator[Row]:
         names = self.columns or ()
@@ -255,7 +255,7 @@ class _TableFile(_File):
                 continue
             key = hashed("row", str(number), *values)
             if len(values) != len(names):
-                wrong = PromptError(f"it has {len(values)} fields, and the first line names {len(names)}")
+                wrong = PromptError(f"it has {len(values)} fields, but the first line names {len(names)}")
                 yield Row(number, f"line-{number}", key, key, error=wrong)
             else:
                 yield _identified(number, key, dict(zip(names, values, strict=True)), is_table=True)
@@ -269,7 +269,7 @@ class _ParquetFile:
         try:
             from pyarrow import parquet
         except ImportError:
-            raise UsageError(f"{brief(self.name)}: reading Parquet needs pyarrow", "pip install pyarrow") from None
+            raise UsageError(f"{brief(self.name)}: reading Parquet needs pyarrow", "run pip install pyarrow") from None
         try:
             self._file = parquet.ParquetFile(path)
             self.columns: Sequence[str] | None = self._file.schema_arrow.names
@@ -303,7 +303,7 @@ def _identified(number: int, line_key: int, record: dict[str, Any], *, is_table:
     if own is None or (is_table and own == ""):
         return Row(number, f"line-{number}", line_key, line_key, record, is_table)
     if not isinstance(own, str):
-        wrong = PromptError("custom_id is not a text")
+        wrong = PromptError("custom_id must be a string")
         return Row(number, f"line-{number}", line_key, line_key, record, is_table, wrong)
     return Row(number, own, hashed("id", own), line_key, record, is_table)
 
@@ -315,5 +315,5 @@ def check_path(path: str) -> Path:
         UsageError: it is a URL.
     """
     if match := _SCHEME.match(path):
-        raise UsageError(f"{brief(path)}: {match[0]} is not supported", "copy it to a file here, or pipe it in as -")
+        raise UsageError(f"{brief(path)}: {match[0]} is not supported", "copy it to a local file, or pipe it in as -")
     return Path(path)

@@ -120,7 +120,9 @@ def score(source: Source, output: Path, field: str, metrics: Sequence[str]) -> S
         if value is not None and row.key not in expected:
             expected[row.key] = value
     if not expected:
-        raise UsageError(f"no line of {brief(source.name)} has a field {field!r}", f"give another to {param('eval')}")
+        raise UsageError(
+            f"no line of {brief(source.name)} has a field {field!r}", f"name another one with {param('eval')}"
+        )
     scores, failed, unscored = [Score(metric) for metric in metrics], 0, 0
     with output.open("rb") as file:
         for line in file:

@@ -130,7 +130,9 @@ class Pending:
 
 def repeated(row: Row) -> Row:
     """The row as an error, because an earlier row has its custom_id; its key becomes that of its line."""
-    error = BodyError(f"custom_id {brief(row.custom_id)!r} is that of an earlier line", code="duplicate_custom_id")
+    error = BodyError(
+        f"duplicate custom_id {brief(row.custom_id)!r}: an earlier line has it", code="duplicate_custom_id"
+    )
     return Row(row.number, f"line-{row.number}", row.line_key, row.line_key, row.record, error=error)
 
 

@@ -96,10 +96,15 @@ class Worker:
         """
         plan = self._plan
         if plan.version != installed_version():
-            raise UsageError(f"exl {plan.version} started the job, here is {installed_version()}", "install the same")
+            raise UsageError(
+                f"exl {plan.version} started the job, but this machine has {installed_version()}",
+                "install the same version",
+            )
         info = inspect(plan.model_path, plan.model)
         if model_hash(info) != plan.model_hash:
-            raise UsageError(f"{plan.model_path} is another model here", "put the same on all machines")
+            raise UsageError(
+                f"{plan.model_path} is a different model on this machine", "use the same model on all machines"
+            )
         self._preparer, tokenizer = prepare(info, plan.settings, plan.loading)
         self._engine = load_engine(info, tokenizer, plan.loading, plan.sequences, plan.load, self)
         return self._engine.max_batch
@@ -214,7 +219,7 @@ class _GivenRows:
             for index, key in zip(batch.indexes.tolist(), batch.keys.tolist(), strict=True):
                 row = self._reader.read(index)
                 if row is None or row.key != key:
-                    raise UsageError(f"{brief(self.name)} has changed since the job began", "start it again")
+                    raise UsageError(f"{brief(self.name)} has changed since the job began", "start the job again")
                 yield row
             yield None
 

@@ -226,7 +226,7 @@ def batch(
                 console.note(elsewhere(names.missing, info.name))
             if engines.is_stopped:
                 if path is not None:
-                    console.note("stopped: the same command resumes there")
+                    console.note("stopped: run the same command to resume")
                 raise typer.Exit(ExitCode.INTERRUPTED)
             if eval_field is not None and path is not None:
                 show_scores(console, score(open_source(name), path, eval_field, metrics))

@@ -47,21 +47,21 @@ def elsewhere(missing: Counter[str], model: str) -> str:
     """The line about models that rows name and that are not here."""
     shown = ", ".join(brief(name, 60) for name, _ in missing.most_common(3))
     more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
-    return f"{missing.total():,} prompts name models that are not here ({shown}{more}): {model} answers them"
+    return f"{missing.total():,} prompts name models that are not installed ({shown}{more}); using {model} for them"
 
 
 def show_scores(console: Console, scores: Scores) -> None:
     """The table of scores on stdout, and what has none."""
-    titles = ("Score", "Right", "Of", "Share", "95 % interval")
+    titles = ("Score", "Correct", "Of", "Share", "95 % interval")
     rows = []
     for score in scores.scores:
         low, high = score.interval
         interval = f"{low:.1%} to {high:.1%}"
         rows.append((score.metric, f"{score.right:,}", f"{score.count:,}", f"{score.share:.1%}", interval))
     console.table(console.out, titles, rows, right=titles[1:])
-    for count, what in ((scores.failed, "failed lines"), (scores.unscored, "answers without a usable value")):
+    for count, what in ((scores.failed, "failed lines"), (scores.unscored, "responses without a usable value")):
         if count:
-            console.note(f"not among them: {count:,} {what}")
+            console.note(f"not scored: {count:,} {what}")
 
 
 def _line(progress: Progress) -> str:
