@@ -167,6 +167,15 @@ def gpus_for(info: ModelInfo, options: LoadOptions) -> list[memory.Gpu]:
     return [] if on_cpu else memory.gpus()
 
 
+def gpus_per_engine(info: ModelInfo, options: LoadOptions) -> int:
+    """How many GPUs like this machine's an engine takes for a model: as many as `gpu_split` names, or as it needs."""
+    if options.gpu_split is not None:
+        return len(options.gpu_split)
+    room = [gpu.total - memory.CUDA_CONTEXT for gpu in gpus_for(info, options)]
+    needed = memory_needed(info, options, options.sequences) if len(room) > 1 else None
+    return max(1, len(placement.split(needed, room) or ())) if needed is not None else 1
+
+
 def memory_needed(info: ModelInfo, options: LoadOptions, sequences: int) -> memory.Estimate | None:
     """Estimate GPU memory for a model and a KV cache of `sequences` full contexts; None if it cannot be estimated."""
     tokens = memory.round_up(context_to_allocate(info, options)) * sequences

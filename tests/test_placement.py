@@ -145,6 +145,17 @@ def test_many_sequences_take_no_gpu_that_one_does_not_need(
     assert loader.fitting_sequences(model, options, (256, 128, 64, 1)) == count
 
 
+def test_an_engine_takes_as_many_gpus_as_its_model_needs(gptq_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = inspect(gptq_dir), LoadOptions(max_seq_len=1024)
+    needed = memory.estimate(model, 1024)
+    assert needed is not None
+    for total, count in ((needed.total, 1), (needed.total - 1, 2), (needed.total // 2, 1)):
+        nvidia_gpus(monkeypatch, [total] * 4)
+        assert loader.gpus_per_engine(model, options) == count
+    assert loader.gpus_per_engine(model, LoadOptions(gpu_split=(0.002, 1, 1))) == 3
+    assert loader.gpus_per_engine(model, LoadOptions(engine="cpu")) == 1
+
+
 def test_tensors_count_in_their_layer_and_the_head_is_with_the_last(exl2_dir: Path) -> None:
     model = inspect(exl2_dir)
     needed = memory.estimate(model, 256)

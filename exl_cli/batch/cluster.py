@@ -133,6 +133,7 @@ class RayEngines:
         self._plan: Plan | None = None
         self._excluded: set[str] = set()
         self._count = self._losses = 0
+        self._gpus_per_engine = 1
         self._looked_at = self._reported_at = 0.0
         self._noted: set[str] = set()
         self._owns_cluster = False
@@ -185,6 +186,7 @@ class RayEngines:
             self._kill(member)
         self._members.clear()
         self._excluded.clear()
+        self._gpus_per_engine = loader.gpus_per_engine(model, self._loading)
         self._plan = Plan(
             model.name,
             path,
@@ -232,7 +234,7 @@ class RayEngines:
 
     def _room(self, resources: dict[str, float], nodes: int) -> tuple[int, dict[str, float]]:
         """The number of engines for a node, and the resources of each."""
-        each = len(self._loading.gpu_split or (0,))
+        each = self._gpus_per_engine
         gpus = int(resources.get("GPU", 0))
         if gpus and self._loading.engine != "cpu":
             return gpus // each, {"num_gpus": each, "num_cpus": 1}

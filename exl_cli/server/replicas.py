@@ -177,7 +177,8 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
 
 def _resources(cluster: Mapping[str, float], plan: Plan, count: int) -> dict[str, float]:
     """What each replica takes of the machines."""
-    each = len(plan.loading.gpu_split or (0,))
+    models = (inspect(path, name) for name, path in plan.models.items())
+    each = max((loader.gpus_per_engine(model, plan.loading) for model in models), default=1)
     gpus = int(cluster.get("GPU", 0))
     if gpus and plan.loading.engine != "cpu":
         if gpus < count * each:
