@@ -54,9 +54,10 @@ class Machine(RuleBasedStateMachine):
                 "pends": st.booleans(),
                 "growth": st.sampled_from([0.01, 0.7]),
                 "rope_switches": st.sampled_from([(), (4,), (13,), (4, 6, 9, 13, 14)]),
+                "prefill_block": st.sampled_from([1, 3]),
             }
         ),
-        chunk=st.integers(1, 9),
+        chunk=st.integers(1, 30),
         greedy=st.booleans(),
         speculate=st.sampled_from(["off", "ngram", "draft"]),
         memory=st.sampled_from([0, 2]),
