@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 from fakes import ScriptedEngine
 from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner, Result
@@ -28,6 +27,9 @@ from exl_cli.loader import Observer
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import pytest
 
 PAUSE = "⏸"  # in an answer: call the script's `pause`, then wait here until the generation is cancelled
 FAIL = "💥"  # run out of memory here

@@ -75,7 +75,7 @@ def nvmlDeviceGetCudaComputeCapability(index): return _gpus[index]
 """
 
 _CPP_EXTENSION = """
-import importlib.util, os, shlex, subprocess
+import importlib.util, os, subprocess
 def _run_ninja_build(build_directory, verbose, error_prefix):
     try:
         subprocess.run(["ninja", "-v", "-j", os.environ.get("MAX_JOBS", "2")], cwd=build_directory, check=True)
@@ -92,14 +92,14 @@ def load(name, sources, extra_include_paths, verbose, extra_ldflags, extra_cuda_
         stems = [os.path.splitext(os.path.basename(source))[0] for source in sources]
         objects = [stem + (".cuda.o" if s.endswith(".cu") else ".o") for stem, s in zip(stems, sources)]
         lines = ["cxx = " + os.environ.get("CXX", "c++"), "nvcc = " + os.environ["CUDA_HOME"] + "/bin/nvcc"]
-        lines += ["cuda_cflags = " + codes, "rule compile", "  command = $cxx -fPIC -I INCLUDE -c $in -o $out"]
+        lines += ["cuda_cflags = " + codes, "rule compile", "  command = $cxx -fPIC -c $in -o $out"]
         lines += ["rule cuda_compile", "  command = $nvcc $cuda_cflags -fPIC -c $in -o $out"]
         lines += ["rule link", "  command = $cxx -shared $in -o $out"]
         for source, target in zip(sources, objects):
             lines += [f"build {target}: {'cuda_compile' if source.endswith('.cu') else 'compile'} {source}"]
         lines += [f"build {name}.so: link {' '.join(objects)}", f"default {name}.so", ""]
         with open(os.path.join(folder, "build.ninja"), "w") as file:
-            file.write(chr(10).join(lines).replace("INCLUDE", shlex.quote(INCLUDE)))
+            file.write(chr(10).join(lines))
         _run_ninja_build(folder, verbose, f"Error building extension {name!r}")
     finally:
         os.close(handle)
@@ -130,17 +130,30 @@ if build_jit:
 ext_c = exllamav2_ext
 """
 
+# Of Python.h, whose compilation would take longer than all else, only what it needs.
 MODULE = """
-#include <Python.h>
+extern "C" {{
+    struct PyObject;
+    struct PyMethodDef {{ const char* name; PyObject* (*call)(PyObject*, PyObject*); int flags; const char* doc; }};
+    struct PyModuleDef {{
+        long references; void *type, *init; long index; void* copy;
+        const char *name, *doc; long size; PyMethodDef* methods; void *slots, *traverse, *clear, *free;
+    }};
+    int PyArg_ParseTuple(PyObject*, const char*, ...);
+    PyObject* PyObject_CallMethod(PyObject*, const char*, const char*, ...);
+    void Py_IncRef(PyObject*);
+    PyObject* PyModule_Create2(PyModuleDef*, int);
+    PyObject* PyInit_exllamav2_ext();
+}}
 {declarations}
 static PyObject* softcap(PyObject* self, PyObject* args) {{
     PyObject* x; double scale;
     if (!PyArg_ParseTuple(args, "Od", &x, &scale)) return nullptr;
     {body}
 }}
-static PyMethodDef methods[] = {{{{"softcap_", softcap, METH_VARARGS, ""}}, {{nullptr, nullptr, 0, nullptr}}}};
-static PyModuleDef module = {{PyModuleDef_HEAD_INIT, "exllamav2_ext", "", -1, methods}};
-PyMODINIT_FUNC PyInit_exllamav2_ext() {{ {init} return PyModule_Create(&module); }}
+static PyMethodDef methods[] = {{{{"softcap_", softcap, 1, ""}}, {{nullptr, nullptr, 0, nullptr}}}};
+static PyModuleDef module = {{1, nullptr, nullptr, 0, nullptr, "exllamav2_ext", "", -1, methods}};
+PyObject* PyInit_exllamav2_ext() {{ {init} return PyModule_Create2(&module, 1013); }}
 """
 _COMPUTES = 'return PyObject_CallMethod(x, "softcap_", "d", scale);'
 
@@ -169,9 +182,7 @@ def compile_module(source: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_suffix(".cpp")
     file.write_text(source)
-    subprocess.run(
-        ["c++", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", str(file), "-o", str(target)], check=True
-    )
+    subprocess.run(["c++", "-shared", "-fPIC", str(file), "-o", str(target)], check=True)
     file.unlink()
     return target
 
@@ -189,7 +200,6 @@ class Machine:
 
     def __post_init__(self) -> None:
         self._name_paths()
-        include = repr(sysconfig.get_path("include"))
         self.write("torch/__init__.py", _TORCH)
         self.write(
             "torch/version.py", f"__version__ = '{self.torch}+cu{self.cuda.replace('.', '')}'\ncuda = {self.cuda!r}\n"
@@ -197,7 +207,7 @@ class Machine:
         self.write("torch/cuda.py", _CUDA)
         self.write("pynvml.py", _PYNVML)
         self.write("torch/utils/__init__.py", "")
-        self.write("torch/utils/cpp_extension.py", f"INCLUDE = {include}\n{_CPP_EXTENSION}")
+        self.write("torch/utils/cpp_extension.py", _CPP_EXTENSION)
         self.write("exllamav2/__init__.py", "from exllamav2.model import ext_c\n")
         self.write("exllamav2/model.py", "from exllamav2.ext import ext_c\nprint('exllamav2 says something')\n")
         self.write("exllamav2/ext.py", _EXT)

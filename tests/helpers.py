@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
+from typing import TYPE_CHECKING
 
 from exl_cli.engines.base import Chunk, Request, Summary
 from exl_cli.engines.response import Decoder, Response, Step
 from exl_cli.sampling import build
+
+if TYPE_CHECKING:
+    import pytest
 
 # The dimensions of Mistral 7B, as its config.json has them.
 MISTRAL_7B = {

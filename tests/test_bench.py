@@ -17,7 +17,6 @@ import pexpect
 import pytest
 import torch
 from benchfakes import FAILURE, SCHEMA, SHORT, BatchEngine, PacedEngine, PacedLoader, bench, stopping_after
-from helpers import exl
 from typer.testing import CliRunner
 
 from exl_cli.bench import outputs
@@ -287,8 +286,8 @@ def test_the_built_in_model_for_real(tmp_path: Path) -> None:
         *["-p", "32", "-n", "8", "-r", "1", "-o", "json", "--engine", "cpu", "--perplexity"],
         str(tmp_path / "story.txt"),
     ]
-    result = exl("bench", *args, env=ONE_THREAD)
-    assert result.returncode == 0, result.stderr
+    result = CliRunner().invoke(app, ["bench", *args])
+    assert result.exit_code == 0, result.stderr
     value = checked(result.stdout)
     tests = {entry["test"]: entry for entry in value["tests"]}
     assert list(tests) == ["pp32", "tg8", "pp32+tg8"]

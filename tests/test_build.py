@@ -167,7 +167,7 @@ def test_a_torch_without_cuda_is_named(machine: Machine) -> None:
             "#include <signal.h>\nint two() { return raise(SIGSEGV); }\n",
             "crashes on loading (SIGSEGV)",
         ),
-        ("bindings.cpp", module_source(body="Py_RETURN_NONE;"), "has no code for this GPU"),
+        ("bindings.cpp", module_source(body="Py_IncRef(x); return x;"), "has no code for this GPU"),
     ],
 )
 def test_what_does_not_compile_load_or_compute_is_not_kept(machine: Machine, file: str, text: str, words: str) -> None:
