@@ -132,11 +132,7 @@ def test_nvcc_must_be_of_torchs_cuda_and_whole(
             "TORCH_CUDA_ARCH_LIST=7.5 does not cover this machine's GPU (sm_90); unset TORCH_CUDA_ARCH_LIST",
         ),
         # nvcc is tried before anything else is compiled.
-        (
-            "--arch 9.0",
-            {"FAKE_REFUSAL": "#error -- unsupported GNU version!"},
-            "does not support this",
-        ),
+        ("--arch 9.0", {"FAKE_REFUSAL": "#error -- unsupported GNU version!"}, "does not support this"),
     ],
 )
 def test_missing_or_mismatched_tools_are_one_line(
@@ -162,11 +158,7 @@ def test_a_torch_without_cuda_is_named(machine: Machine) -> None:
     ("file", "text", "words"),
     [
         ("two.cpp", "#error something is wrong here\n", "something is wrong here"),
-        (
-            "two.cpp",
-            "#include <signal.h>\nint two() { return raise(SIGSEGV); }\n",
-            "crashes on loading (SIGSEGV)",
-        ),
+        ("two.cpp", "#include <signal.h>\nint two() { return raise(SIGSEGV); }\n", "crashes on loading (SIGSEGV)"),
         ("bindings.cpp", module_source(body="Py_IncRef(x); return x;"), "has no code for this GPU"),
     ],
 )

@@ -23,11 +23,7 @@ from exl_cli.models.memory import Gpu
 from exl_cli.system.units import GIB
 
 # Here with the sizes of real quantizations of it.
-MISTRAL: dict[str, Any] = {
-    **MISTRAL_7B,
-    "architectures": ["MistralForCausalLM"],
-    "max_position_embeddings": 32768,
-}
+MISTRAL: dict[str, Any] = {**MISTRAL_7B, "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
 SMALL = {"tokenizer.json": b'{"model": {}}', "README.md": b"# Mistral\n"}
 
 

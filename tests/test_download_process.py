@@ -157,10 +157,7 @@ def test_plain_lines_appear_at_each_tenth_at_most(
         shown.advance(WEIGHTS, count)
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"Downloading acme/tiny \(commit [0-9a-f]{8}\) to .*: 4 files, 3 MB", lines[0])
-    assert lines[1:] == [
-        "33 %: 1 MB of 3 MB, 400 kB/s, 5 s left",
-        "33 %: 1.02 MB of 3 MB, 10.5 kB/s, 189 s left",
-    ]
+    assert lines[1:] == ["33 %: 1 MB of 3 MB, 400 kB/s, 5 s left", "33 %: 1.02 MB of 3 MB, 10.5 kB/s, 189 s left"]
 
 
 @pytest.mark.smoke
