@@ -217,14 +217,14 @@ SOUND: dict[str, Any] = {
 }
 
 
-def about(generated: Answer, compared: Answer, free: int = 79 * GIB) -> dict[str, CheckResult]:
-    """What is found about fable-7m on a GPU that answers so."""
+def about(generated: Answer, compared: Answer, free: int = 79 * GIB, name: str = "fable-7m") -> dict[str, CheckResult]:
+    """What is found about a model on a GPU that answers so."""
 
-    def answer(name: str, arguments: dict[str, Any]) -> Answer:
-        assert arguments["model"] == "fable-7m"
-        return generated if name == "generate" and arguments["engine"] == "exllamav2" else compared
+    def answer(probe: str, arguments: dict[str, Any]) -> Answer:
+        assert arguments["model"] == name
+        return generated if probe == "generate" and arguments["engine"] == "exllamav2" else compared
 
-    return {result.check: result for result in model.check("fable-7m", None, [free], gpu=True, ask=answer)}
+    return {result.check: result for result in model.check(name, None, [free], gpu=True, ask=answer)}
 
 
 def agreement(*shortfalls: float, relative_l2: float = 0.0012) -> Answer:
