@@ -1,4 +1,4 @@
-"""A small stand-in for torch with CUDA, exllamav2 and NVIDIA's compiler, laid out as packages and programs in a folder.
+"""A small stand-in for torch with CUDA, exllamav2 and NVIDIA's compiler: the packages and programs of `data/fakecuda`.
 
 It behaves as they do where `exl build` and the import of exllamav2 meet them: torch's `load` takes its lock, writes a
 `build.ninja` and calls ninja; exllamav2's `ext` looks for an importable extension first and hands its sources to that;
@@ -21,160 +21,14 @@ from pathlib import Path
 
 HAS_COMPILERS = shutil.which("c++") is not None
 
-_TORCH = """
-import os
-from torch import cuda, version
-from torch.version import __version__
-half = "half"
-
-class Tensor:
-    def __init__(self, values): self.values = list(values)
-    def float(self): return self
-    def cpu(self): return self
-    def to(self, device):
-        if "FAKE_FULL" in os.environ: raise cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
-        return Tensor(self.values)
-    def __truediv__(self, by): return Tensor(v / by for v in self.values)
-    def __mul__(self, by): return Tensor(v * by for v in self.values)
-    def softcap_(self, scale): self.values = (tanh(self / scale) * scale).values
-
-def linspace(start, end, steps, dtype):
-    return Tensor(start + (end - start) * i / (steps - 1) for i in range(steps))
-def tanh(tensor):
-    import math
-    return Tensor(math.tanh(v) for v in tensor.values)
-def allclose(a, b, rtol, atol): return all(abs(x - y) <= atol + rtol * abs(y) for x, y in zip(a.values, b.values))
-"""
-
-_CUDA = """
-import os
-from types import SimpleNamespace
-class OutOfMemoryError(RuntimeError): pass
-_gpus = [tuple(map(int, text.split("."))) for text in os.environ.get("FAKE_GPUS", "").split(",") if text]
-def is_available(): return bool(_gpus)
-def device_count(): return len(_gpus)
-def get_device_capability(index=0): return _gpus[index]
-def get_device_name(index=0): return "Fake GPU"
-def get_arch_list(): return ["sm_75", "sm_80", "sm_90"]
-def synchronize(index=0): pass
-def init():
-    if not _gpus: raise RuntimeError("Found no NVIDIA driver on your system.")
-def get_device_properties(index):
-    return SimpleNamespace(name="Fake GPU", major=_gpus[index][0], minor=_gpus[index][1], total_memory=8 * 2**30)
-"""
-
-_PYNVML = """
-import os
-_gpus = [tuple(map(int, text.split("."))) for text in os.environ.get("FAKE_GPUS", "").split(",") if text]
-def nvmlInit():
-    if not _gpus: raise RuntimeError("Driver Not Loaded")
-def nvmlShutdown(): pass
-def nvmlDeviceGetCount(): return len(_gpus)
-def nvmlDeviceGetHandleByIndex(index): return index
-def nvmlDeviceGetCudaComputeCapability(index): return _gpus[index]
-"""
-
-_CPP_EXTENSION = """
-import importlib.util, os, subprocess
-def _run_ninja_build(build_directory, verbose, error_prefix):
-    try:
-        subprocess.run(["ninja", "-v", "-j", os.environ.get("MAX_JOBS", "2")], cwd=build_directory, check=True)
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(error_prefix) from error
-def load(name, sources, extra_include_paths, verbose, extra_ldflags, extra_cuda_cflags, extra_cflags):
-    folder = os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], name)
-    os.makedirs(folder, exist_ok=True)
-    lock = os.path.join(folder, "lock")
-    handle = os.open(lock, os.O_CREAT | os.O_EXCL)
-    try:
-        archs = os.environ["TORCH_CUDA_ARCH_LIST"].split(";")
-        codes = " ".join(f"-gencode=arch=compute_{a[0]}{a[2]},code=sm_{a[0]}{a[2]}" for a in archs)
-        stems = [os.path.splitext(os.path.basename(source))[0] for source in sources]
-        objects = [stem + (".cuda.o" if s.endswith(".cu") else ".o") for stem, s in zip(stems, sources)]
-        lines = ["cxx = " + os.environ.get("CXX", "c++"), "nvcc = " + os.environ["CUDA_HOME"] + "/bin/nvcc"]
-        lines += ["cuda_cflags = " + codes, "rule compile", "  command = $cxx -fPIC -c $in -o $out"]
-        lines += ["rule cuda_compile", "  command = $nvcc $cuda_cflags -fPIC -c $in -o $out"]
-        lines += ["rule link", "  command = $cxx -shared $in -o $out"]
-        for source, target in zip(sources, objects):
-            lines += [f"build {target}: {'cuda_compile' if source.endswith('.cu') else 'compile'} {source}"]
-        lines += [f"build {name}.so: link {' '.join(objects)}", f"default {name}.so", ""]
-        with open(os.path.join(folder, "build.ninja"), "w") as file:
-            file.write(chr(10).join(lines))
-        _run_ninja_build(folder, verbose, f"Error building extension {name!r}")
-    finally:
-        os.close(handle)
-        os.remove(lock)
-    return _import_module_from_library(name, folder, True)
-def _import_module_from_library(name, folder, is_python_module):
-    spec = importlib.util.spec_from_file_location(name, os.path.join(folder, name + ".so"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-"""
-
-_EXT = """
-import glob, os
-from torch.utils.cpp_extension import load
-import torch
-build_jit = False
-try:
-    import exllamav2_ext
-except ModuleNotFoundError:
-    build_jit = True
-if build_jit:
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in torch.cuda._gpus)
-    here = os.path.join(os.path.dirname(__file__), "exllamav2_ext")
-    exllamav2_ext = load(name="exllamav2_ext", sources=sorted(glob.glob(here + "/*.c*")), extra_include_paths=[here],
-                         verbose=False, extra_ldflags=[], extra_cuda_cflags=[], extra_cflags=[])
-ext_c = exllamav2_ext
-"""
-
-# Of Python.h, whose compilation would take longer than all else, only what it needs.
-MODULE = """
-extern "C" {{
-    struct PyObject;
-    struct PyMethodDef {{ const char* name; PyObject* (*call)(PyObject*, PyObject*); int flags; const char* doc; }};
-    struct PyModuleDef {{
-        long references; void *type, *init; long index; void* copy;
-        const char *name, *doc; long size; PyMethodDef* methods; void *slots, *traverse, *clear, *free;
-    }};
-    int PyArg_ParseTuple(PyObject*, const char*, ...);
-    PyObject* PyObject_CallMethod(PyObject*, const char*, const char*, ...);
-    void Py_IncRef(PyObject*);
-    PyObject* PyModule_Create2(PyModuleDef*, int);
-    PyObject* PyInit_exllamav2_ext();
-}}
-{declarations}
-static PyObject* softcap(PyObject* self, PyObject* args) {{
-    PyObject* x; double scale;
-    if (!PyArg_ParseTuple(args, "Od", &x, &scale)) return nullptr;
-    {body}
-}}
-static PyMethodDef methods[] = {{{{"softcap_", softcap, 1, ""}}, {{nullptr, nullptr, 0, nullptr}}}};
-static PyModuleDef module = {{1, nullptr, nullptr, 0, nullptr, "exllamav2_ext", "", -1, methods}};
-PyObject* PyInit_exllamav2_ext() {{ {init} return PyModule_Create2(&module, 1013); }}
-"""
+_FILES = Path(__file__).parent / "data" / "fakecuda"
 _COMPUTES = 'return PyObject_CallMethod(x, "softcap_", "d", scale);'
-
-_NVCC = """#!/bin/sh
-case "$*" in
-  *--version*) echo "Cuda compilation tools, release {version}, V{version}.1"; exit;;
-  *--dryrun*) echo "#\\$ _HERE_=$(dirname "$0")" >&2; exit;;
-esac
-if [ -n "$FAKE_HANG" ] && echo "$*" | grep -q "$FAKE_HANG"; then
-  trap 'kill $!' USR1; sleep 600 & echo $$ > "$FAKE_PID"; wait  # SIGUSR1 lets it go on
-fi
-if [ -n "$FAKE_REFUSAL" ]; then echo "$FAKE_REFUSAL" >&2; exit 1; fi
-for last; do :; done
-while [ "$1" != -c ]; do shift; done
-exec c++ -fPIC -x c++ -c "$2" -o "$last" -D__global__= -I "$(dirname "$0")/../include"
-"""
 
 
 def module_source(declarations: str = "", body: str = _COMPUTES, init: str = "") -> str:
     """A C++ file that is the extension."""
-    return MODULE.format(declarations=declarations, body=body, init=init)
+    source = (_FILES / "module.cpp").read_text()
+    return source.replace("@declarations@", declarations).replace("@body@", body).replace("@init@", init)
 
 
 def compile_module(source: str, target: Path) -> Path:
@@ -200,29 +54,14 @@ class Machine:
 
     def __post_init__(self) -> None:
         self._name_paths()
-        self.write("torch/__init__.py", _TORCH)
-        self.write(
-            "torch/version.py", f"__version__ = '{self.torch}+cu{self.cuda.replace('.', '')}'\ncuda = {self.cuda!r}\n"
-        )
-        self.write("torch/cuda.py", _CUDA)
-        self.write("pynvml.py", _PYNVML)
-        self.write("torch/utils/__init__.py", "")
-        self.write("torch/utils/cpp_extension.py", _CPP_EXTENSION)
-        self.write("exllamav2/__init__.py", "from exllamav2.model import ext_c\n")
-        self.write("exllamav2/model.py", "from exllamav2.ext import ext_c\nprint('exllamav2 says something')\n")
-        self.write("exllamav2/ext.py", _EXT)
+        shutil.copytree(_FILES / "site", self.site)
+        version = f"{self.torch}+cu{self.cuda.replace('.', '')}"
+        self.write("torch/version.py", f"__version__ = '{version}'\ncuda = {self.cuda!r}\n")
         self.write("exllamav2/exllamav2_ext/bindings.cpp", module_source("int one();", init="one();"))
-        self.write("exllamav2/exllamav2_ext/one.cu", "int two();\nint one() { return two(); }\n")
-        self.write("exllamav2/exllamav2_ext/two.cpp", "int two() { return 2; }\n")
-        self.write("exllamav2-0.3.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: exllamav2\nVersion: 0.3.2\n")
         if self.nvcc:
-            toolkit = self.root / "toolkit"
-            (toolkit / "bin").mkdir(parents=True)
-            (toolkit / "include").mkdir()
-            (toolkit / "bin" / "nvcc").write_text(_NVCC.format(version=self.nvcc))
-            (toolkit / "bin" / "nvcc").chmod(0o755)
-            for header in ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"):
-                (toolkit / "include" / header).write_text("")
+            nvcc = self.root / "toolkit" / "bin" / "nvcc"
+            shutil.copytree(_FILES / "toolkit", self.root / "toolkit")
+            nvcc.write_text(nvcc.read_text().replace("@version@", self.nvcc))
 
     def _name_paths(self) -> None:
         self.site = self.root / "site"

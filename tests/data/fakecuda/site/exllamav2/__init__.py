@@ -1,0 +1,1 @@
+from exllamav2.model import ext_c

@@ -1,0 +1,2 @@
+int two();
+int one() { return two(); }
