@@ -294,7 +294,7 @@ class MarkdownAnswer(Answer):
             self._live.start()
         self._render(finished)
         if finished or time.monotonic() >= self._next:
-            self._live.update(self._tail(), refresh=True)
+            self._live.update(self._unfinished(), refresh=True)
             self._next = time.monotonic() + _REFRESH
 
     def _render(self, blocks: list[str]) -> None:
@@ -306,25 +306,23 @@ class MarkdownAnswer(Answer):
             self._begun = True
             self._console.out.print(_Closed(Markdown(harmless_lines(block), hyperlinks=False)))
 
-    def _tail(self) -> Any:
+    def _unfinished(self) -> _Closed:
         """The last lines of the unfinished block, no more than fit on the screen, where Live can erase them."""
         from rich.text import Text
 
-        out = self._console.out
-        lines = Text(harmless_lines(self._blocks.pending)).wrap(out, out.width)
-        return Text("\n").join(Text(harmless_lines(line.plain)) for line in lines[-max(out.height - 2, 1) :])
+        return _Closed(Text(harmless_lines(self._blocks.pending)), max(self._console.out.height - 2, 1))
 
 
 class _Closed:
-    """A Rich renderable that closes open bidirectional controls at the end of each line."""
+    """A Rich renderable, or the last lines of it, that closes open bidirectional controls at the end of each line."""
 
-    def __init__(self, content: Any) -> None:
-        self._content = content
+    def __init__(self, content: Any, last: int = 0) -> None:
+        self._content, self._last = content, last
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Segment]:
         from rich.segment import Segment
 
-        for line in console.render_lines(self._content, options, pad=False):
+        for line in console.render_lines(self._content, options, pad=False)[-self._last :]:
             yield from [*line, Segment(closing("".join(part.text for part in line)) + "\n")]
 
 
