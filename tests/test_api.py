@@ -162,19 +162,19 @@ def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expe
         ({"sampling": {"temperature": "hot"}}, "temperature must be a number"),
         ({"top_k": 2.5}, "must be an integer"),
         ({"top_p": 2}, "top_p must be"),
-        ({"sampling": object()}, "object holds no sampler settings"),
+        ({"sampling": object()}, "object has no sampler settings"),
         ({"sampling": theirs(cfg_scale=1.5)}, "cfg_scale"),
         ({"sampling": theirs(token_bias=[0.0])}, "token_bias"),
         ({"temperature": 10**400}, "temperature is out of range"),
         ({"top_k": True}, "top_k must be a number"),
         ({"sampling": {1: 2}}, "no sampler setting named '1'"),
-        *(({"max_new_tokens": n}, "max_new_tokens must be an integer, at least 1") for n in (0, 1.0, True, None)),
-        *(({"seed": n}, "seed must be an integer, at least 0") for n in (-1, True, "3")),
+        *(({"max_new_tokens": n}, "max_new_tokens must be an integer of at least 1") for n in (0, 1.0, True, None)),
+        *(({"seed": n}, "seed must be an integer of at least 0") for n in (-1, True, "3")),
         *(({"stop": stop}, "stop must be a string or a list of strings") for stop in (5, None, [5], ["a", None], b"a")),
-        *(({"timeout": seconds}, "timeout must be a number") for seconds in (float("nan"), -1, "soon", True)),
-        ({"prompt": [{"role": "user", "content": {1, 2}}]}, "not set; give each message's content as text"),
+        *(({"timeout": seconds}, "timeout must be a non-negative number") for seconds in (float("nan"), -1, "soon", True)),
+        ({"prompt": [{"role": "user", "content": {1, 2}}]}, "not set; pass each message's content as text"),
         *(
-            ({"prompt": prompt}, "a prompt is text or a list of messages")
+            ({"prompt": prompt}, "a prompt must be text or a list of messages")
             for prompt in ([1], b"abc", 7, None, [["user", "Hello"]], [{"content": "Hello"}], {"role": "user"})
         ),
     ],
@@ -274,6 +274,8 @@ def test_download_follows_the_notebook(
 
 
 def test_too_little_time_is_an_error_of_exl_and_of_python(model: Model) -> None:
-    with pytest.raises(ExlError, match=r"no complete response within 0\.01 seconds; raise the timeout") as caught:
+    with pytest.raises(
+        ExlError, match=r"the response was not complete after 0\.01 seconds; raise the timeout"
+    ) as caught:
         model.generate(STORY, max_new_tokens=900, timeout=0.01)
     assert isinstance(caught.value, TimeoutError)

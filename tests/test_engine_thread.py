@@ -165,7 +165,7 @@ def test_failing_to_start_a_thread_leaves_the_engine_usable(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
-        with pytest.raises((EngineError, KeyboardInterrupt), match=r"no thread can be started: can't start|^$"):
+        with pytest.raises((EngineError, KeyboardInterrupt), match=r"cannot start a thread: can't start|^$"):
             model.generate(STORY, max_new_tokens=2, timeout=PATIENCE)
     assert model.generate(STORY, max_new_tokens=2, timeout=PATIENCE).text == " and and"
     model.close()
@@ -370,5 +370,5 @@ def test_a_forked_child_gets_an_error_and_the_parent_continues() -> None:
     status, out, err = run(FORK)
     assert (status, err) == (0, "")
     assert out == (
-        "EngineError: the model was loaded by another process; load it in this one, after the fork\n0  and\n"
+        "EngineError: the model was loaded in another process; load it in this process, after the fork\n0  and\n"
     )

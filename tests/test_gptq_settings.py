@@ -188,7 +188,7 @@ def test_groups_that_exllamav2_misreads_run_on_the_cpu(tmp_path: Path) -> None:
     change(tmp_path, name, tensors[name].clamp(max=2))
     assert (
         why_not(inspect(tmp_path))
-        == "exllamav2 supports GPTQ groups of equal size, and those of model.layers.1.mlp.up_proj differ"
+        == "exllamav2 only supports GPTQ groups of equal size, but those of model.layers.1.mlp.up_proj differ"
     )
 
 

@@ -196,11 +196,11 @@ def test_identifying_params_say_all_that_matters(llm: ExLlamaV2, exl2_dir: Path)
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"tokenizer": object()}, UsageError, "takes no tokenizer"),
-        ({"generator": object()}, UsageError, "takes no generator"),
+        ({"tokenizer": object()}, UsageError, "does not accept tokenizer"),
+        ({"generator": object()}, UsageError, "does not accept generator"),
         ({"config": object()}, UsageError, "max_seq_len"),
         ({"exllama_cache": object()}, UsageError, "kv_cache"),
-        ({"disallowed_tokens": [1]}, UsageError, "cannot forbid"),
+        ({"disallowed_tokens": [1]}, UsageError, "cannot ban"),
         ({"settings": {"temprature": 1}}, UsageError, "temprature"),
         ({"settings": object()}, UsageError, "no sampler settings"),
         ({"max_new_token": 5}, ValidationError, "max_new_token"),
@@ -221,7 +221,7 @@ def test_unsupported_arguments_are_refused(
 def test_unknown_options_of_a_call_are_refused(llm: ExLlamaV2, chat: ChatExLlamaV2) -> None:
     with pytest.raises(UsageError, match="max_length"):
         llm.invoke(QUESTION, max_length=5)
-    with pytest.raises(UsageError, match="takes no tools"):
+    with pytest.raises(UsageError, match="does not accept tools"):
         chat.invoke("Hello", tools=[{"type": "function"}])
     with pytest.raises(TimeoutError):
         llm.invoke(QUESTION, timeout=0.0)

@@ -107,7 +107,7 @@ def test_an_answer_is_continued(model: PlainModel) -> None:
     text = prompt(model, user("Hi"), begun, continue_final_message=True, add_generation_prompt=False)
     assert text.endswith("<|im_start|>assistant\nOnce upon")
     assert prompt(model, user("Hi"), begun, add_generation_prompt=False).endswith("Once upon<|im_end|>\n")
-    with pytest.raises(BodyError, match="no answer to continue"):
+    with pytest.raises(BodyError, match="no assistant message to continue"):
         prompt(model, user("Hi"), continue_final_message=True)
 
 

@@ -147,7 +147,7 @@ def test_a_request_waits_for_pages_in_order_of_arrival() -> None:
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     model = Model(pages=8)
     assert len(model.run(ask(range(20), 13))[0]) == 13
-    with pytest.raises(PromptError, match=r"33 tokens, the KV cache holds 32"):
+    with pytest.raises(PromptError, match=r"33 tokens, but the KV cache holds 32"):
         model.run(ask(range(20), 14))
     model.run(ask(range(3)))
 

@@ -91,7 +91,7 @@ def test_a_signal_finishes_running_requests_and_refuses_new_ones() -> None:
         in text
     )
     assert "fable-7m is ready: 1,024 tokens" in text
-    assert "stopping: 1 generations under way have 120 s" in text
+    assert "shutting down: waiting up to 120 s for 1 running generations" in text
     assert 'prompt: "user' in text
     assert "Traceback" not in text
 
@@ -117,7 +117,7 @@ def test_a_second_signal_exits_immediately() -> None:
         lines = answer.iter_lines()  # dropped, it would close the connection
         next(lines)
         server.process.send_signal(signal.SIGINT)
-        until(lambda: any("stopping: 100 generations" in line for line in server.log))
+        until(lambda: any("for 100 running generations" in line for line in server.log))
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == ExitCode.INTERRUPTED
 
@@ -176,11 +176,11 @@ def empty(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("--port {taken}", 2, "--host 127.0.0.1 --port {taken}: Address already in use; give another --port"),
+        ("--port {taken}", 2, "--host 127.0.0.1 --port {taken}: Address already in use; choose another --port"),
         ("--host 192.0.2.1", 2, "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
         ("--host no-such-host.invalid", 2, "--host no-such-host.invalid --port 8080: "),
-        ("--api-key-file {empty}", 2, "--api-key-file {empty} holds no key; write one"),
-        ("--api-key-file {empty}.none", 2, "--api-key-file {empty}.none cannot be read: No such file"),
+        ("--api-key-file {empty}", 2, "--api-key-file {empty} contains no key; create one"),
+        ("--api-key-file {empty}.none", 2, "cannot read --api-key-file {empty}.none: No such file"),
         ("no/such-model", 3, "download it with exl download no/such-model"),
         ("fable-7m no/such-model", 3, "no/such-model is not in"),
         ("fable-7m fable-7m", 2, "two models have the name fable-7m"),

@@ -121,5 +121,5 @@ def test_a_signal_lets_requests_end(process: ServeProcess, fable: Replicas) -> N
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert process.ended() == ExitCode.OK
     text = "".join(process.log)
-    assert "stopping: generations under way have 120 s" in text
+    assert "shutting down: waiting up to 120 s for running generations" in text
     assert "Traceback" not in text

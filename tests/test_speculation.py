@@ -118,7 +118,7 @@ def test_a_bad_draft_model_is_rarely_used_and_reported() -> None:
     assert summary.drafted_tokens < 60
     assert model.clock.now < 1.1 * plain.clock.now
     assert spell(summary.note).startswith("draft made this ")
-    assert f"slower: {summary.accepted_tokens} of {summary.drafted_tokens} proposed tokens were right" in summary.note
+    assert f"slower: {summary.accepted_tokens} of {summary.drafted_tokens} draft tokens were accepted" in summary.note
 
 
 def test_a_draft_model_as_slow_as_the_model_is_not_used() -> None:
@@ -249,5 +249,5 @@ def test_only_a_slowdown_is_reported() -> None:
     assert SpeculationStatistics(10, 2, seconds=1.02, plain_seconds=1.0).note(param("draft")) == ""
     assert SpeculationStatistics(0, 0, seconds=2.0, plain_seconds=1.0).note(param("draft")) == ""
     assert SpeculationStatistics(10, 0, seconds=2.0, plain_seconds=0.0).note(param("draft")) == ""
-    text = "draft made this 25% slower: 2 of 10 proposed tokens were right"
+    text = "draft made this 25% slower: 2 of 10 draft tokens were accepted"
     assert spell(SpeculationStatistics(10, 2, seconds=1.25, plain_seconds=1.0).note(param("draft"))) == text

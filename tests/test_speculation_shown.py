@@ -28,7 +28,7 @@ from exl_cli.models import memory, placement
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
-NOTE = "--draft made this 5% slower: 4 of 9 proposed tokens were right"
+NOTE = "--draft made this 5% slower: 4 of 9 draft tokens were accepted"
 
 
 class GuessingEngine(ScriptedEngine):
@@ -93,7 +93,7 @@ def test_a_missing_draft_model_is_reported_before_loading(command: tuple[str, ..
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UsageError, match="draft and speculate"):
+    with pytest.raises(UsageError, match="draft cannot be combined with speculate"):
         LoadOptions(speculate="ngram", draft="x")
     with pytest.raises(UsageError, match="no kind of speculation named 'beam'"):
         LoadOptions(speculate="beam")  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused() -> None:
 def test_the_cpu_engine_is_not_taken_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     info = loader.resolve(None)
-    with pytest.raises(UsageError, match="the CPU engine does not speculate"):
+    with pytest.raises(UsageError, match="the CPU engine does not support speculation"):
         loader.load(info, Tokenizer(info.path), LoadOptions(speculate="ngram"), Recorder())
 
 
@@ -163,7 +163,7 @@ def test_the_summary_adds_the_passes_up(exl2_dir: Path) -> None:
 
 def test_run_shows_how_it_did() -> None:
     result = run(GuessingLoader(""), "run", "-p", "x", "-n", "3")
-    assert re.search(r"^2 of 4 proposed tokens accepted \(50%\)$", result.stderr, re.M)
+    assert re.search(r"^2 of 4 draft tokens accepted \(50%\)$", result.stderr, re.M)
     assert f"note: {NOTE}\n" in result.stderr
     value = json.loads(run(GuessingLoader(""), "run", "-p", "x", "-n", "3", "--json").stdout)
     assert (value["drafted_tokens"], value["accepted_tokens"], value["note"]) == (4, 2, NOTE)
@@ -175,9 +175,9 @@ def test_run_shows_how_it_did() -> None:
 def test_chat_shows_how_it_did(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EXL_DATA_DIR", str(tmp_path))
     result = run(GuessingLoader(""), "chat", "-n", "3", stdin="Hello\nAnd?\n/stats\n")
-    assert len(re.findall(r"tokens/s · 2 of 4 proposed tokens accepted \(50%\) · context", result.stderr)) == 2
+    assert len(re.findall(r"tokens/s · 2 of 4 draft tokens accepted \(50%\) · context", result.stderr)) == 2
     assert result.stderr.count(f"note: {NOTE}\n") == 2
-    assert re.search(r"^speculation +4 of 8 proposed tokens accepted \(50%\)", result.stderr, re.M)
+    assert re.search(r"^speculation +4 of 8 draft tokens accepted \(50%\)", result.stderr, re.M)
     (file,) = (tmp_path / "sessions").glob("*.json")
     saved = json.loads(file.read_text("utf-8"))
     assert (saved["totals"]["drafted_tokens"], saved["totals"]["accepted_tokens"]) == (8, 4)

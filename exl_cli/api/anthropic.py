@@ -144,7 +144,7 @@ def _messages(turn: Turn) -> list[Message]:
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     """Convert a tool definition to OpenAI's format."""
     if "input_schema" not in tool:
-        raise BodyError("only tools with an input_schema are supported", "leave out the others", field="tools")
+        raise BodyError("only tools with an input_schema are supported", "remove the others", field="tools")
     function = {"name": tool.get("name"), "description": tool.get("description", "")}
     return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
 

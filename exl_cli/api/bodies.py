@@ -162,7 +162,7 @@ class Body(Strict):
         try:
             values = from_json(data, allow_inf_nan=False) if isinstance(data, bytes) else dict(data)
         except ValueError as error:
-            raise BodyError(f"the body is not JSON: {error}", code="invalid_json") from None
+            raise BodyError(f"the body is not valid JSON: {error}", code="invalid_json") from None
         if not isinstance(values, dict):
             raise BodyError("the body is not a JSON object", code="invalid_json")
         try:
@@ -214,11 +214,13 @@ def renamed(data: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, A
                 ignored.append(theirs)
             elif value not in _NOT_OFFERED[theirs]:
                 hint = "leave it out"
-                raise BodyError(f"exl does not offer {theirs}", hint, field=theirs, code="unsupported_parameter")
+                raise BodyError(f"exl does not support {theirs}", hint, field=theirs, code="unsupported_parameter")
             continue
         value = next((ours for other, ours in _VALUES.get(name, ()) if value == other), value)
         if values.setdefault(name, value) != value:
-            raise BodyError(f"{theirs} contradicts another name of the same setting", "give one", field=theirs)
+            raise BodyError(
+                f"{theirs} contradicts another name of the same setting", "send only one of them", field=theirs
+            )
     return {name: value for name, value in values.items() if value is not None}, tuple(ignored)
 
 
@@ -241,9 +243,9 @@ class GenerationBody(SamplingFields):
     stream: bool = False
     max_tokens: Count | None = Field(None, description="Maximum number of tokens to generate.")
     min_tokens: Count = Field(0, description="Minimum number of tokens before the response may end.")
-    n: int = Field(1, ge=1, le=128, description="Number of answers; answer i uses seed + i.")
+    n: int = Field(1, ge=1, le=128, description="Number of responses; response i uses seed + i.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same text; -1 for a random one.")
-    stop: str | list[str | int] = Field([], max_length=256, description="Strings or token ids that end the answer.")
+    stop: str | list[str | int] = Field([], max_length=256, description="Strings or token ids that end the response.")
     stop_token_ids: list[TokenId] = Field([], max_length=256)
     ignore_eos: bool = Field(False, description="Continue past the end-of-response token.")
     ban_eos_token: bool = Field(False, description="Never generate the end-of-response token.")
@@ -252,7 +254,7 @@ class GenerationBody(SamplingFields):
     banned_strings: Text | Texts = Field([], description="Strings never to generate.")
     dry_sequence_breakers: str | Texts | None = Field(None, description="DRY does not match across these strings.")
     cache_salt: str | None = Field(
-        None, max_length=256, description="Share the KV cache only with requests of the same salt."
+        None, max_length=256, description="Share the KV cache only with requests that have the same salt."
     )
 
     @property

@@ -203,7 +203,7 @@ class _Worker:
     def send(self, command: _Command) -> None:
         """Queue a command, starting the thread if needed."""
         if os.getpid() != self._process:
-            raise EngineError("the model was loaded by another process", "load it in this one, after the fork")
+            raise EngineError("the model was loaded in another process", "load it in this process, after the fork")
         with self._lock:
             if not self.closed and self._thread is None:
                 self._start()
@@ -250,7 +250,7 @@ class _Worker:
             # After an interrupt the thread may run all the same. It waits for this lock, then sees that it was dropped.
             self._thread = None
             if isinstance(error, RuntimeError):
-                raise EngineError(f"no thread can be started: {error}", "stop other work, then try again") from None
+                raise EngineError(f"cannot start a thread: {error}", "stop other programs, then try again") from None
             raise
         _started.add(self)
 

@@ -213,7 +213,9 @@ class Model:
     def _text(self, prompt: str | Messages) -> tuple[str, bool]:
         """The text to encode, and whether the tokenizer adds special tokens to it."""
         if not isinstance(prompt, str) and not _is_messages(prompt):
-            raise UsageError(f"a prompt is text or a list of messages with a role each, got {reprlib.repr(prompt)}")
+            raise UsageError(
+                f"a prompt must be text or a list of messages, each with a role, got {reprlib.repr(prompt)}"
+            )
         text = prompt if isinstance(prompt, str) else self._rendered(prompt)
         return text, isinstance(prompt, str) or self._chat_format().add_special_tokens
 
@@ -221,7 +223,7 @@ class Model:
         try:
             text = self._chat_format().render(self._tokenizer.as_text_messages(messages))
         except TypeError as error:
-            raise UsageError(str(error), "give each message's content as text") from None
+            raise UsageError(str(error), "pass each message's content as text") from None
         if typed := self._tokenizer.hidden(text):
             _log.info("%s in the messages is treated as text, not as a special token", ", ".join(typed))
         return text
@@ -269,7 +271,7 @@ class Model:
             if value is None and name == "seed":
                 continue
             if not is_number(value) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} must be an integer, at least {least}, got {value!r}")
+                raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
         stops = [stop] if isinstance(stop, str) else [*stop] if isinstance(stop, Iterable) else [stop]
         if not all(isinstance(text, str) for text in stops):
             raise UsageError(f"stop must be a string or a list of strings, got {stop!r}")
@@ -347,9 +349,9 @@ def _fields(layer: Any) -> dict[str, Any]:
         return layer.to_dict()
     # Recognise exllamav2's class by a field: importing it takes a GPU.
     if not hasattr(layer, "token_repetition_penalty"):
-        raise UsageError(f"{type(layer).__name__} holds no sampler settings", "give a Sampling or a dict")
+        raise UsageError(f"{type(layer).__name__} has no sampler settings", "pass a Sampling or a dict")
     for name in _FOREIGN:
         value = getattr(layer, name, None)
         if value is not None and not (isinstance(value, list) and not value):
-            raise UsageError(f"exl has no sampler setting named {name!r}", "leave it out of the settings object")
+            raise UsageError(f"exl has no sampler setting named {name!r}", "remove it from the settings object")
     return {name: getattr(layer, name) for name in FIELDS if hasattr(layer, name)}

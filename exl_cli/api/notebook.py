@@ -25,7 +25,7 @@ def timings(summary: Summary) -> list[str]:
 
 
 def accepted(right: int, proposed: int) -> str:
-    return f"{right:,} of {proposed:,} proposed tokens accepted ({right / proposed:.0%})"
+    return f"{right:,} of {proposed:,} draft tokens accepted ({right / proposed:.0%})"
 
 
 def _timed(what: str, seconds: float, tokens: int, rate: float) -> str:

@@ -53,7 +53,7 @@ class OpenAIBody(GenerationBody):
             BodyError: they are given without `stream`, or the response format is not text.
         """
         if self.stream_options is not None and not self.stream:
-            raise BodyError("stream_options needs stream", "set stream, or leave it out", field="stream_options")
+            raise BodyError("stream_options needs stream", "set stream, or remove it", field="stream_options")
         refuse_format(self.response_format, "response_format")
         return self.stream_options or StreamOptions()
 
@@ -86,7 +86,7 @@ class ConversationBody(GenerationBody):
 def wants_tools(choice: Any) -> bool:
     """Whether to show the tools to the model; BodyError if a tool call is required."""
     if choice not in ("auto", "none"):
-        raise BodyError("a tool cannot be required", "let tool_choice be auto or none", field="tool_choice")
+        raise BodyError("a tool call cannot be required", "set tool_choice to auto or none", field="tool_choice")
     return bool(choice == "auto")
 
 
@@ -212,7 +212,7 @@ class ChatJob(_Job):
         if body.top_logprobs and not body.logprobs:
             raise BodyError("top_logprobs needs logprobs", "set logprobs to true", field="top_logprobs")
         if body.continue_final_message and body.add_generation_prompt:
-            raise BodyError("add_generation_prompt and continue_final_message exclude each other", "give one")
+            raise BodyError("add_generation_prompt cannot be combined with continue_final_message", "give one")
         prompt = body.prompt(
             model,
             body.messages,
@@ -269,7 +269,9 @@ class CompletionJob(_Job):
 
     def __init__(self, body: CompletionBody, model: TextModel) -> None:
         if not 1 <= body.count <= _MAX_CHOICES:
-            raise BodyError(f"the prompts and n come to {body.count} completions", f"1 to {_MAX_CHOICES} are allowed")
+            raise BodyError(
+                f"the prompts and n amount to {body.count} completions", f"at most {_MAX_CHOICES} are allowed"
+            )
         if body.best_of not in (None, 1, body.n):
             raise BodyError("best_of is not supported", "leave it out", field="best_of", code="unsupported_parameter")
         tokenizer, context = model.tokenizer, model.context_length

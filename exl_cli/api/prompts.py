@@ -110,7 +110,7 @@ def content_text(content: str | Sequence[Part] | None) -> str:
 def not_text(kind: str) -> BodyError:
     """The error for content that is not text."""
     what = "images are" if "image" in kind else f"content of type {kind!r} is"
-    return BodyError(f"{what} not supported: models read text only", "send text", field="messages")
+    return BodyError(f"{what} not supported; models only accept text", "send text", field="messages")
 
 
 def turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ def chat_prompt(
     if tools:
         extra["tools"] = list(tools)
     if continue_final and final.get("role") != "assistant":
-        raise BodyError("there is no answer to continue", "end with an assistant message", field="messages")
+        raise BodyError("no assistant message to continue", "end with an assistant message", field="messages")
     extra = _as_text(model.tokenizer, extra)
 
     def render(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -197,7 +197,7 @@ def chat_prompt(
             raise
         text = render(merged)
     if not check and len(text) > MAX_CHARACTERS:
-        raise BodyError(f"the conversation has {len(text):,} characters, at most {MAX_CHARACTERS:,} are tokenized")
+        raise BodyError(f"the conversation has {len(text):,} characters; the limit is {MAX_CHARACTERS:,}")
     ids = encode(
         model.tokenizer,
         text,

@@ -67,8 +67,8 @@ class ResponsesBody(ConversationBody):
     include: list[str] = Field([], max_length=16)
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
-    previous_response_id: None = Field(None, description="Nothing is stored: send the whole conversation.")
-    conversation: None = Field(None, description="Nothing is stored: send the whole conversation.")
+    previous_response_id: None = Field(None, description="Responses are not stored; send the whole conversation.")
+    conversation: None = Field(None, description="Responses are not stored; send the whole conversation.")
     n: Literal[1] = 1
 
     @property
@@ -108,7 +108,7 @@ def _message(item: Item) -> Message:
     if item.type == "function_call_output":
         return Message(role="tool", content=item.output, tool_call_id=item.call_id)
     if item.type == "item_reference":
-        raise BodyError("nothing is stored here", "send the item itself", field="input")
+        raise BodyError("responses are not stored", "send the item itself", field="input")
     raise not_text(item.type)
 
 

@@ -51,7 +51,7 @@ class _Reader:
         self, thread: EngineThread, request: Request, deliver: Callable[[Item], None], timeout: float | None
     ) -> None:
         if timeout is not None and (not is_number(timeout) or not timeout >= 0):
-            raise UsageError(f"timeout must be a number of seconds, at least 0, got {timeout!r}")
+            raise UsageError(f"timeout must be a non-negative number of seconds, got {timeout!r}")
         if timeout is not None and timeout > threading.TIMEOUT_MAX:  # centuries
             timeout = None
         self._closed = False
@@ -90,7 +90,10 @@ class _Reader:
         if item.summary is not None and not self._closed:
             if item.summary.finish_reason == "cancelled":
                 # Cancelled by closing the model, not the stream: do not return a partial response as complete.
-                raise EngineError("the model was closed before the response was complete", "keep it open until then")
+                raise EngineError(
+                    "the model was closed before the response was complete",
+                    "keep it open until the response is complete",
+                )
             summary = dataclasses.replace(item.summary, note=spell(item.summary.note))
             self._generation = Generation("".join(self._text), tuple(self._ids), self._seed, summary)
         return item.text
@@ -100,11 +103,13 @@ class _Reader:
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def _too_late(self) -> ResponseTimeoutError:
-        return ResponseTimeoutError(f"no complete response within {self._timeout:g} seconds", "raise the timeout")
+        return ResponseTimeoutError(
+            f"the response was not complete after {self._timeout:g} seconds", "raise the timeout"
+        )
 
     def _complete(self) -> Generation:
         if self._generation is None:
-            raise EngineError("the stream was closed before the response was complete", "read it to its end")
+            raise EngineError("the stream was closed before the response was complete", "read it to the end")
         return self._generation
 
 

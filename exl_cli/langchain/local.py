@@ -31,9 +31,9 @@ from exl_cli.models.load_options import CacheType, EngineChoice, LoadOptions, Sp
 _REFUSED = {
     "client": "exl loads the model itself",
     "config": "exl reads the model's files itself; context, cache and GPUs are max_seq_len, kv_cache and gpu_split",
-    "disallowed_tokens": "exl cannot forbid single tokens",
-    "exllama_cache": "exl makes the cache itself, by kv_cache and max_seq_len",
-    "generator": "exl generates by itself",
+    "disallowed_tokens": "exl cannot ban single tokens",
+    "exllama_cache": "exl creates the cache itself, from kv_cache and max_seq_len",
+    "generator": "exl has its own generator",
     "logfunc": "verbose prints to stdout",
     "tokenizer": "exl reads the model's tokenizer itself",
 }
@@ -62,7 +62,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(blocks, str):
         blocks = [{"type": "text", "text": blocks}]
     if other := sorted({str(block["type"]) for block in blocks} - {"text"}):
-        raise PromptError(f"a message contains {', '.join(other)}, but exl's models read text only", "send text")
+        raise PromptError(f"a message contains {', '.join(other)}, but exl's models only accept text", "send text")
     turn = {**turn, "content": "".join(block["text"] for block in blocks)}
     if calls := turn.get("tool_calls"):
         functions = [{**call["function"], "arguments": json.loads(call["function"]["arguments"])} for call in calls]
@@ -232,7 +232,7 @@ class LocalModel(BaseModel):
             return values
         for name, reason in _REFUSED.items():
             if values.get(name):
-                raise UsageError(f"{cls.__name__} takes no {name}: {reason}", f"leave {name} out")
+                raise UsageError(f"{cls.__name__} does not accept {name}: {reason}", f"remove {name}")
         return {name: value for name, value in values.items() if name not in _REFUSED}
 
     @model_validator(mode="after")
@@ -381,7 +381,9 @@ class LocalModel(BaseModel):
         """The model's name, and the arguments of `Model.stream`: this object's, overridden by the call's."""
         given = {name: value for name, value in kwargs.items() if value is not None and name != "stream"}
         if tools := [name for name in _TOOLS if name in given]:
-            raise UsageError(f"{type(self).__name__} takes no {tools[0]}", "leave it out; exl does not support tools")
+            raise UsageError(
+                f"{type(self).__name__} does not accept {tools[0]}", "remove it; exl does not support tools"
+            )
         name = str(given.pop("model", self.model))
         settings = (*self._layers(), given.pop("settings", None), given.pop("sampling", None))
         limit = given.pop("max_tokens", self.max_new_tokens)

@@ -63,14 +63,14 @@ class Tokenizer:
                 )
             raise DamagedModelError(f"{file} is missing", "download the model again, tokenizer.json included")
         require_regular(file)
-        with os_errors(f"{file} cannot be read", "check its permissions", DamagedModelError):
+        with os_errors(f"cannot read {file}", "check its permissions", DamagedModelError):
             data = read_file(file).removeprefix(BOM_UTF8)
         refuse_pointer(file, data)
         _try(file, data)
         try:
             self._backend: tokenizers.Tokenizer = Backend.from_buffer(data)
         except Exception as error:  # the Rust side raises bare Exception
-            raise DamagedModelError(f"{file} cannot be read: {error}", "download the file again") from error
+            raise DamagedModelError(f"cannot read {file}: {error}", "download the file again") from error
         # Training-time settings that would cut or pad prompts.
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -95,4 +95,4 @@ def as_api_error(error: BaseException) -> ApiError:
             # What is wrong with a body says which field it is; see `api.bodies.BodyError`.
             code, field = code or getattr(error, "code", None), getattr(error, "field", None)
             return ApiError(status, str(error), code, field or None, headers=RETRY_AFTER if status == 503 else None)
-    return ApiError(500, "the server failed; its log says more", "internal_error")
+    return ApiError(500, "internal error; see the server's log", "internal_error")

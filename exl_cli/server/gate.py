@@ -77,7 +77,7 @@ class Gate:
                 if self._state.phase not in ("stopping", "failed"):  # by Ray Serve, as the client went away
                     raise
                 # By uvicorn, once the grace is over.
-                error = ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
+                error = ApiError(503, "the server is shutting down", "stopping", headers=RETRY_AFTER)
             answer = as_api_error(error)
             self._state.report(answer, error)
             if not exchange.status:
@@ -93,18 +93,22 @@ class Gate:
         """
         host = headers.get("host", "")
         if not self._is_own(host):
-            raise ApiError(403, f"the host {host!r} is not known here; allow_host names it", "unknown_host")
+            raise ApiError(403, f"host {host!r} is not allowed; the server's --allow-host allows it", "unknown_host")
         origin = headers.get("origin")
         allowed = self._policy.origins
         if origin is not None and not allowed & {"*", origin} and not _is_same_host(origin, host):
-            raise ApiError(403, f"web pages of {origin!r} are not allowed; cors_origin allows them", "unknown_origin")
+            raise ApiError(
+                403,
+                f"web pages of {origin!r} are not allowed; the server's --cors-origin allows them",
+                "unknown_origin",
+            )
         if self._policy.keys is None or scope["path"] in _OPEN:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         name = self._policy.keys.name_of(given)
         if name is None:
-            said = "this API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY, or X-Api-Key"
+            said = "invalid API key" if given else "missing API key; send Authorization: Bearer KEY or X-Api-Key: KEY"
             raise ApiError(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         caller.set(name)
 
@@ -130,7 +134,7 @@ class Gate:
         path = scope["raw_path"].decode("ascii", "replace")[:200]
         tokens = f", {used.prompt_tokens:,} + {used.new_tokens:,} tokens" if used.prompt_tokens else ""
         by = f", {caller.get()}" if caller.get() else ""
-        outcome = status or "client went away"
+        outcome = status or "client disconnected"
         self._state.note(f"{scope['method']} {path} {outcome}, {seconds:.2f} s{tokens}{by}")
 
 
@@ -162,7 +166,7 @@ class _Exchange:
             ApiError: 408, 413 or 415.
         """
         length = headers.get("content-length", "0")
-        too_large = ApiError(413, f"the body has more than {most:,} bytes", "body_too_large")
+        too_large = ApiError(413, f"the body is larger than {most:,} bytes", "body_too_large")
         if length.isdecimal() and int(length) > most:
             raise too_large
         parts: list[bytes] = []
@@ -171,9 +175,9 @@ class _Exchange:
             try:
                 message = await asyncio.wait_for(self._receive(), max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:  # not the built-in one yet in Python 3.10
-                raise ApiError(408, f"the body did not come within {_BODY_SECONDS:g} s", "body_too_slow") from None
+                raise ApiError(408, f"the body did not arrive within {_BODY_SECONDS:g} s", "body_too_slow") from None
             if message["type"] == "http.disconnect":
-                raise ApiError(400, "the client went away")
+                raise ApiError(400, "the client disconnected")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > most:
@@ -183,7 +187,7 @@ class _Exchange:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         # A web page can send other kinds anywhere without asking first.
         if size and kind != "application/json":
-            raise ApiError(415, "the body must be JSON: Content-Type: application/json", "not_json")
+            raise ApiError(415, "the body must be JSON, with Content-Type: application/json", "not_json")
         self._body = b"".join(parts)
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:

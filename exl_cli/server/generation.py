@@ -29,17 +29,17 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
 
     Raises:
         ApiError: 400 for more generations than the queue ever takes, 404 for an unknown model, 429 where the queue is
-            full, 503 where the model cannot be loaded or the server is stopping, 500 after a fault of the device.
+            full, 503 where the model cannot be loaded or the server is shutting down, 500 after a fault of the device.
     """
     if state.phase == "failed":
-        raise ApiError(500, "the GPU failed; the server is ending", "engine_failed")
+        raise ApiError(500, "the GPU failed; the server is shutting down", "engine_failed")
     if state.phase == "stopping":
-        raise ApiError(503, "the server is stopping", "stopping", headers=RETRY_AFTER)
+        raise ApiError(503, "the server is shutting down", "stopping", headers=RETRY_AFTER)
     room = state.settings.queue + (sum(model.engine.max_batch for model in state.pool.loaded) or 1)
     if count > room:
-        raise ApiError(400, f"one request comes to {count:,} generations, at most {room:,} are taken", "invalid_value")
+        raise ApiError(400, f"the request needs {count:,} generations; at most {room:,} are allowed", "invalid_value")
     if state.accepted + count > room:
-        said = f"{state.accepted:,} of {room:,} generations are under way or wait; try again later"
+        said = f"{state.accepted:,} of {room:,} generations are running or queued; try again later"
         raise ApiError(429, said, "queue_full", headers=RETRY_AFTER)
     state.accepted += count
     try:

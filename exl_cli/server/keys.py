@@ -50,9 +50,9 @@ class Keys:
         self._stamp = stamp
         try:
             self._keys = _read(self._path)
-            self._note(f"read {self._path} again: {len(self._keys)} keys")
+            self._note(f"reloaded {self._path}: {len(self._keys)} keys")
         except ExlError as error:
-            self._note(f"the keys stay as they were: {error.message}")
+            self._note(f"keeping the old keys: {error.message}")
 
 
 def _digest(key: str) -> bytes:
@@ -65,7 +65,7 @@ def _read(path: Path) -> list[tuple[bytes, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"{option} {path} cannot be read: {reason}", "give a file with a key in each line") from error
+        raise UsageError(f"cannot read {option} {path}: {reason}", "pass a file with one key per line") from error
     keys = []
     for number, line in enumerate(lines, 1):
         name, colon, key = (part.strip() for part in line.partition(":"))
@@ -75,5 +75,5 @@ def _read(path: Path) -> list[tuple[bytes, str]]:
             raise UsageError(f"{option} {path}, line {number} has no key", "write name: key, or the key alone")
         keys.append((_digest(key if colon else name), name if colon else f"key {number}"))
     if not keys:
-        raise UsageError(f"{option} {path} holds no key", "write one, for instance from: openssl rand -hex 24")
+        raise UsageError(f"{option} {path} contains no key", "create one, e.g. with openssl rand -hex 24")
     return keys

@@ -33,17 +33,17 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"exl_{name}_seconds", text, ["model"], registry=registry, buckets=buckets)
 
-        self.requests = counter("http_requests", "HTTP requests answered.", "route", "status")
-        self.generations = counter("generations", "Generations ended, by reason.", "model", "finish_reason")
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, those reused included.", "model")
-        self.reused_tokens = counter("reused_tokens", "Prompt tokens whose pages were in the KV cache.", "model")
-        self.new_tokens = counter("new_tokens", "Tokens generated.", "model")
-        self.drafted_tokens = counter("drafted_tokens", "Tokens that speculation proposed.", "model")
-        self.accepted_tokens = counter("accepted_tokens", "Proposed tokens that were accepted.", "model")
+        self.requests = counter("http_requests", "HTTP requests.", "route", "status")
+        self.generations = counter("generations", "Finished generations, by finish reason.", "model", "finish_reason")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, including reused ones.", "model")
+        self.reused_tokens = counter("reused_tokens", "Prompt tokens reused from the KV cache.", "model")
+        self.new_tokens = counter("new_tokens", "Generated tokens.", "model")
+        self.drafted_tokens = counter("drafted_tokens", "Draft tokens proposed by speculation.", "model")
+        self.accepted_tokens = counter("accepted_tokens", "Draft tokens accepted.", "model")
         self.first_token = histogram(
-            "time_to_first_token", "From submission, waiting for a turn included.", _FIRST_TOKEN
+            "time_to_first_token", "Time from submission to the first token, including time in the queue.", _FIRST_TOKEN
         )
-        self.inter_token = histogram("inter_token_latency", "Between two tokens of a response.", _INTER_TOKEN)
+        self.inter_token = histogram("inter_token_latency", "Time between two tokens of a response.", _INTER_TOKEN)
 
 
 class StateCollector:
@@ -56,13 +56,13 @@ class StateCollector:
         """The gauges."""
         state, models = self._state, self._state.pool.loaded
         running = sum(model.running for model in models)
-        yield GaugeMetricFamily("exl_ready", "1 where /health says ok.", state.phase == "ok")
-        yield GaugeMetricFamily("exl_requests_running", "Generations being computed.", running)
-        yield GaugeMetricFamily("exl_requests_waiting", "Generations in the queue.", max(0, state.accepted - running))
-        loaded = GaugeMetricFamily("exl_model_loaded", "1 for a model in memory.", labels=["model"])
-        in_use = GaugeMetricFamily("exl_pages_in_use", "Pages of the KV cache that requests hold.", labels=["model"])
-        pages = GaugeMetricFamily("exl_pages", "Pages of the KV cache.", labels=["model"])
-        memory = GaugeMetricFamily("exl_gpu_memory_bytes", "Memory reserved by this process.", labels=["device"])
+        yield GaugeMetricFamily("exl_ready", "1 while /health returns 200.", state.phase == "ok")
+        yield GaugeMetricFamily("exl_requests_running", "Running generations.", running)
+        yield GaugeMetricFamily("exl_requests_waiting", "Queued generations.", max(0, state.accepted - running))
+        loaded = GaugeMetricFamily("exl_model_loaded", "1 if the model is in memory.", labels=["model"])
+        in_use = GaugeMetricFamily("exl_pages_in_use", "KV cache pages in use.", labels=["model"])
+        pages = GaugeMetricFamily("exl_pages", "KV cache pages.", labels=["model"])
+        memory = GaugeMetricFamily("exl_gpu_memory_bytes", "GPU memory reserved by this process.", labels=["device"])
         devices: dict[str, int] = {}
         for model in models:
             loaded.add_metric([model.name], 1)

@@ -75,7 +75,7 @@ class Catalog:
             return own
         if self._any_name:
             return self.default
-        raise ModelNotFoundError(f"there is no model {brief(name)!r} here", "GET /v1/models lists them")
+        raise ModelNotFoundError(f"no model named {brief(name)!r}", "GET /v1/models lists them")
 
     def info(self, name: str) -> ModelInfo:
         """What the model of that own name is."""
@@ -262,7 +262,7 @@ class ModelPool:
         before = await self._in_thread(lambda: _used(gpus))
         await self._in_thread(model.engine.close)
         after = await self._in_thread(lambda: _used(gpus))
-        freed = f"; {gib(before - after)} of GPU memory are free again, {gib(after)} stay in use" if gpus else ""
+        freed = f"; {gib(before - after)} of GPU memory freed, {gib(after)} still in use" if gpus else ""
         self._observer.note(f"unloaded {model.name}{freed}")
 
     def _after_idling(self, model: ServedModel) -> None:
@@ -292,7 +292,7 @@ class ModelPool:
         if gpus and needed is not None and not placement.fits(needed, [gpu.total for gpu in gpus]):
             total = gib(sum(gpu.total for gpu in gpus))
             raise OutOfMemoryError(
-                f"{name} needs about {gib(needed.total)} of GPU memory, and there are {total}",
+                f"{name} needs about {gib(needed.total)} of GPU memory, but there is {total}",
                 f"use {param('cache')} q4, a smaller {param('max_seq_len')} or a smaller quantization",
             )
         return info

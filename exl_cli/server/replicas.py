@@ -137,7 +137,7 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
         from ray import serve as ray_serve
         from ray.serve.schema import LoggingConfig
     except ImportError:
-        raise UsageError("replicas need Ray, which is not installed", "pip install 'exl-cli[ray]'") from None
+        raise UsageError("replicas need Ray, which is not installed", "run pip install 'exl-cli[ray]'") from None
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     host, port = listener.getsockname()[:2]
     try:
@@ -166,7 +166,7 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
             ray_serve.run(deployment.bind(), name=_NAME, route_prefix="/", logging_config=quiet)
         except RuntimeError as error:
             reason = brief(str(error).strip().partition("\n")[0])
-            raise EngineError(f"the replicas did not start: {reason}", "their own lines are above") from None
+            raise EngineError(f"the replicas did not start: {reason}", "see their log lines above") from None
         note(f"{count} replicas are ready")
         stopping.wait()
         ray_serve.delete(_NAME)  # returns once the replicas have ended
@@ -182,7 +182,9 @@ def _resources(cluster: Mapping[str, float], plan: Plan, count: int) -> dict[str
     gpus = int(cluster.get("GPU", 0))
     if gpus and plan.loading.engine != "cpu":
         if gpus < count * each:
-            raise UsageError(f"{param('replicas')} {count} need {count * each} GPUs, here are {gpus}", "use fewer")
+            raise UsageError(
+                f"{param('replicas')} {count} needs {count * each} GPUs, but there are {gpus}", "use fewer replicas"
+            )
         return {"num_gpus": each}
     # torch gets as many threads.
     return {"num_cpus": max(1, int(cluster.get("CPU", 1)) // count), "num_gpus": 0}
@@ -210,4 +212,4 @@ class _Stopping:
         if self._came.is_set():
             os._exit(ExitCode.INTERRUPTED)
         self._came.set()
-        self._note(f"stopping: generations under way have {self._grace:g} s")
+        self._note(f"shutting down: waiting up to {self._grace:g} s for running generations")

@@ -72,7 +72,7 @@ async def models(state: State) -> dict[str, Any]:
 async def model(name: str, state: State) -> dict[str, Any]:
     """One of them."""
     if name not in await asyncio.to_thread(state.pool.catalog.names):
-        raise ApiError(404, f"there is no model {name!r} here", "model_not_found", "model")
+        raise ApiError(404, f"no model named {name!r}", "model_not_found", "model")
     return _card(state, name)
 
 
@@ -173,7 +173,7 @@ async def decode(body: DecodeRequest, state: State) -> dict[str, Any]:
         size = model.tokenizer.vocab_size
         wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < size), None)
         if wrong is not None:
-            raise ApiError(400, f"{wrong} is no token of {model.name}, whose ids are below {size:,}", param="tokens")
+            raise ApiError(400, f"{wrong} is not a token of {model.name}; its ids are below {size:,}", param="tokens")
         text = await asyncio.to_thread(model.tokenizer.decode, body.tokens)
     return {"text": text, "prompt": text, "content": text}
 
@@ -183,7 +183,7 @@ async def _encoded(
 ) -> dict[str, Any]:
     given = next((value for value in (body.text, body.prompt, body.content, body.messages) if value is not None), None)
     if given is None:
-        raise ApiError(400, "there is nothing to tokenize; give text, prompt, content or messages", param="text")
+        raise ApiError(400, "nothing to tokenize; send text, prompt, content or messages", param="text")
     for said in (body.add_special_tokens, body.add_special, body.add_bos_token):
         add_special = add_special if said is None else said
     if body.add_generation_prompt is not None:
@@ -203,10 +203,10 @@ def _encode(model: ServedModel, given: str | list[dict[str, Any]], add_special: 
         try:
             text = model.chat_format.render(messages, add_generation_prompt=header)
         except TypeError as error:
-            raise PromptError(str(error), "give each message's content as text") from None
+            raise PromptError(str(error), "send each message's content as text") from None
         add_special = model.chat_format.add_special_tokens
     if len(text) > MAX_CHARACTERS:
-        raise ApiError(413, f"the text has {len(text):,} characters, at most {MAX_CHARACTERS:,} are tokenized")
+        raise ApiError(413, f"the text has {len(text):,} characters; the limit is {MAX_CHARACTERS:,}")
     if half := half_character(text):
         raise PromptError(f"the text contains a lone surrogate, {half}", "remove it")
     return model.tokenizer.encode(text, add_special_tokens=add_special)

@@ -47,7 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{where}: {reason}", "give an address of this machine") from error
+        raise UsageError(f"{where}: {reason}", "use an address of this machine") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted connections inherit these: a client that vanished without a word is noticed within two minutes.
@@ -59,7 +59,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise UsageError(f"{where}: {error.strerror}", f"give another {param('port')}, or end what uses it") from error
+        raise UsageError(
+            f"{where}: {error.strerror}", f"choose another {param('port')}, or stop the program that uses it"
+        ) from error
     return listener
 
 
@@ -200,13 +202,13 @@ async def serve(
     )  # fmt: skip
     server = _Uvicorn(config)
     loop = asyncio.get_running_loop()
-    stopped = ApiError(503, "the server stopped before the response was complete", "stopping", headers=RETRY_AFTER)
+    stopped = ApiError(503, "the server shut down before the response was complete", "stopping", headers=RETRY_AFTER)
 
     def stop(number: int) -> None:
         if state.phase == "stopping":
             os._exit(ExitCode.INTERRUPTED)
         state.phase = "stopping"
-        state.note(f"stopping: {state.accepted} generations under way have {grace:g} s")
+        state.note(f"shutting down: waiting up to {grace:g} s for {state.accepted} running generations")
         loop.call_later(grace, state.end_all, stopped)
         server.should_exit = True
 

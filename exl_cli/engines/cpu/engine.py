@@ -220,7 +220,7 @@ def _choose_dtype(info: ModelInfo) -> torch.dtype:
         if info.parameters * size * 1.05 < free:
             return dtype
     raise OutOfMemoryError(
-        f"{info.name} unpacks to {gib(info.parameters * 2)} on the CPU, {gib(free)} are free",
+        f"{info.name} needs {gib(info.parameters * 2)} of memory on the CPU, but {gib(free)} is free",
         "run it on a GPU, or choose a smaller model",
     )
 

@@ -69,12 +69,12 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
     except KeyError:
         if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise UnsupportedModelError(
-                f"{info.architecture} is multimodal; on the CPU exl runs text-only models",
+                f"{info.architecture} is multimodal; on the CPU, exl only supports text models",
                 "choose a text model, or run its text part on a GPU with --engine exllamav2",
             ) from None
         raise UnsupportedModelError(
-            f"{info.architecture} is not a text-generation model, and exl runs no others",
-            "choose a model for text generation; its architecture usually ends in ForCausalLM",
+            f"{info.architecture} is not a text-generation model",
+            "choose a text-generation model; its architecture usually ends in ForCausalLM",
         ) from None
 
 
@@ -133,7 +133,7 @@ def _check_sizes(info: ModelInfo, config: Any, model_class: Any, state: dict[str
         there, asked = list(state[name].shape), list(wanted[name].shape)
         if math.prod(there) != math.prod(asked):
             raise DamagedModelError(
-                f"{info.path}: the weights do not match config.json: {name} is {there}, it asks for {asked}",
+                f"{info.path}: the weights do not match config.json: {name} is {there}, but should be {asked}",
                 "download the model again, or take config.json from its repository",
             )
 

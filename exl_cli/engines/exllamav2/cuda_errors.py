@@ -50,10 +50,10 @@ def explained(error: Exception, info: ModelInfo | None = None, context_length: i
     if not _is_foreign(error):
         return error
     if _is_lost():
-        return DeviceError(f"the GPU failed: {cause(error)}", "start exl again; nvidia-smi and dmesg may say more")
+        return DeviceError(f"the GPU failed: {cause(error)}", "start exl again; check nvidia-smi and dmesg for details")
     if info is not None and not isinstance(error, RuntimeError):
         return DamagedModelError(f"exllamav2 cannot load {info.path}: {text.splitlines()[0]}", f"see {param('debug')}")
-    return EngineError(f"exllamav2 failed: {text.splitlines()[0]}", f"run again with {param('debug')} to see where")
+    return EngineError(f"exllamav2 failed: {text.splitlines()[0]}", f"run again with {param('debug')} for details")
 
 
 def _is_foreign(error: Exception) -> bool:
@@ -86,7 +86,7 @@ def wait(event: torch.cuda.Event) -> None:
         if waited > HANGS_AFTER:
             raise DeviceError(
                 f"the GPU hangs: it has not finished a forward pass in {HANGS_AFTER:g} seconds",
-                "start exl again; nvidia-smi and dmesg may say more",
+                "start exl again; check nvidia-smi and dmesg for details",
             )
         time.sleep(0 if waited < _SOON else 1e-4)
 
@@ -106,13 +106,13 @@ def free_bytes() -> list[int]:
 
 def _out_of_memory(info: ModelInfo | None, context_length: int) -> OutOfMemoryError:
     free = [count + torch.cuda.memory_reserved(gpu) for gpu, count in enumerate(free_bytes())]
-    have = f"{gib(sum(free))} of GPU memory are free"
+    have = f"{gib(sum(free))} of GPU memory is free"
     if len(free) > 1:
         have += f" ({', '.join(f'GPU {gpu}: {gib(count)}' for gpu, count in enumerate(free))})"
     if info is None:
         return OutOfMemoryError(f"the GPU ran out of memory; {have}", _LESS)
-    need = f"{gib(info.size_bytes)} for its weights and more for a context of {context_length:,} tokens"
+    need = f"{gib(info.size_bytes)} for its weights, plus memory for a context of {context_length:,} tokens"
     return OutOfMemoryError(
-        f"{info.name} needs {need}; {have}",
-        f"{_LESS}, or free the GPU (nvidia-smi shows what uses it)",
+        f"{info.name} needs {need}, but {have}",
+        f"{_LESS}, or free GPU memory (see what uses it with nvidia-smi)",
     )

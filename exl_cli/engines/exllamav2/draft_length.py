@@ -182,5 +182,5 @@ class SpeculationStatistics:
             return ""
         return (
             f"{option} made this {self.seconds / self.plain_seconds - 1:.0%} slower: {self.accepted} of {self.drafted} "
-            "proposed tokens were right"
+            "draft tokens were accepted"
         )

@@ -140,7 +140,7 @@ class Scheduler:
         needed, capacity = len(request.ids) + max_new_tokens - 1, self._blocks.count * self._blocks.size
         if needed > capacity:
             raise PromptError(
-                f"prompt and response may come to {needed:,} tokens, the KV cache holds {capacity:,}",
+                f"prompt and response may need {needed:,} tokens, but the KV cache holds {capacity:,}",
                 f"shorten the prompt, lower {param('max_new_tokens')} or raise {param('max_seq_len')}",
             )
 

@@ -31,7 +31,7 @@ def why_not(info: ModelInfo, context: int = 0) -> str:
     inner = model.experts.inner if model.experts else model.inner
     if info.format != "float" and -(-inner // 32) % 2:
         # Its activation kernel skips the last 32 columns (q_mlp.cu halves the number of blocks and rounds down).
-        return f"exllamav2 supports MLP widths that are multiples of 64, not {inner:,}"
+        return f"exllamav2 only supports MLP widths that are multiples of 64, not {inner:,}"
     if model.learned_positions and context > model.learned_positions:
         return f"more than {model.learned_positions:,} tokens are not supported on the GPU"
     for tensor in info.tensors.values():
@@ -49,15 +49,15 @@ def _groups_not_computed(info: ModelInfo) -> str:
     sizes = {group_size_of(*rows_and_groups(parts)) for parts in layers.values() if rows_and_groups(parts)[1] > 1}
     for size in {info.group_size} if info.group_size is not None else sizes:
         if size & (size - 1) and size > 0:
-            return f"exllamav2 supports GPTQ group sizes that are powers of two, not {size}"
+            return f"exllamav2 only supports GPTQ group sizes that are powers of two, not {size}"
         if 0 <= size < 32:
             # Its kernels switch groups at every 32nd row only. With groups of 16, logits were off by 120 %.
-            return f"exllamav2 supports GPTQ group sizes of 32 and more, not {size}"
+            return f"exllamav2 only supports GPTQ group sizes of 32 and more, not {size}"
     for name, parts in sample(layers).items():
         # It sorts the rows by group and then assumes equal group sizes.
         size = group_size_of(*rows_and_groups(parts))
         if (groups := stored_groups(parts)) and sorted(groups) != [row // size for row in range(len(groups))]:
-            return f"exllamav2 supports GPTQ groups of equal size, and those of {name} differ"
+            return f"exllamav2 only supports GPTQ groups of equal size, but those of {name} differ"
     return ""
 
 
@@ -84,7 +84,7 @@ def why_not_here() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "no CUDA GPU is available" if torch.version.cuda else "this torch is built without CUDA"
+        return "no CUDA GPU found" if torch.version.cuda else "torch is a CPU-only build"
     if importlib.util.find_spec("exllamav2") is None:
         return "exllamav2 is not installed"
     return ""
@@ -100,4 +100,4 @@ def too_old(device: torch.device) -> str:
     if device.type != "cuda":
         return "needs a CUDA GPU"
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"needs compute capability 8.0 or more, this GPU has {major}.{minor}"
+    return "" if major >= 8 else f"needs compute capability 8.0 or higher; this GPU has {major}.{minor}"

@@ -313,7 +313,7 @@ def check_finite(scores: FloatArray) -> None:
         nans = int(np.isnan(scores).sum())
         what = f"NaN: {nans} of {len(scores)} logits are not numbers" if nans else "infinite logits"
         raise EngineError(
-            f"the model computed {what}",
+            f"the model produced {what}",
             "download it again if its files are damaged, or try another engine: activations may overflow float16",
         )
 
