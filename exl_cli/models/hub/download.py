@@ -131,9 +131,9 @@ def already(wanted: Wanted) -> Outcome | None:
 def _look_here(wanted: Wanted) -> tuple[set[File], Outcome | None]:
     """The files that need no fetching, as far as a marker tells, and the outcome if nothing does."""
     folder, marker = wanted.folder, store.read_marker(wanted.folder)
-    if other := store.holds_another(folder, wanted.repository):
+    if marker is not None and marker.repository != wanted.repository:
         raise DownloadError(
-            f"{folder} contains {other}, not {wanted.repository}",
+            f"{folder} contains {marker.repository}, not {wanted.repository}",
             f"move it, or use another {param('models_dir')}",
         )
     if wanted.force:
@@ -251,7 +251,8 @@ def _check_disk(plan: Plan) -> None:
 
 def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
     """Fetch the missing files and put them in place; the first failure, or Ctrl-C, stops all transfers."""
-    folder, old, marker = plan.wanted.folder, store.read_marker(plan.wanted.folder), _marker(plan)
+    folder, old = plan.wanted.folder, store.read_marker(plan.wanted.folder)
+    marker = _marker(plan, old)
     # The largest first: a small one at the end keeps no one waiting.
     rest = sorted((item for item in plan.items if not item.in_place), key=lambda item: -item.file.size)
     if old is not None and not rest:
@@ -282,11 +283,9 @@ def _carry_out(hub: Hub, plan: Plan, observer: Observer) -> None:
     store.install(folder, files, marker)
 
 
-def _marker(plan: Plan) -> Marker:
+def _marker(plan: Plan, old: Marker | None) -> Marker:
     """What to declare: the files of this order, and those of earlier ones that the commit still has."""
-    listing = plan.listing
-    old = store.read_marker(plan.wanted.folder)
-    before = old.files if old else {}
+    listing, before = plan.listing, old.files if old else {}
     same = old is not None and old.commit == listing.commit
     kept = [file for file in listing.files if file.name in before and (same or before[file.name] == file)]
     files = {file.name: before[file.name] for file in kept} | {item.file.name: item.file for item in plan.items}

@@ -96,10 +96,10 @@ def state(folder: Path) -> Literal["complete", "partial", "manual", "empty"]:
     return "manual" if any(folder.iterdir()) else "empty"
 
 
-def holds_another(folder: Path, repository: Repository) -> str:
-    """The name of another model that this folder belongs to (two names can share a folder); empty where none does."""
+def holds_another(folder: Path, repository: Repository) -> bool:
+    """Whether this folder belongs to another model: two names can share a folder."""
     marker = read_marker(folder)
-    return "" if marker is None or marker.repository == repository else str(marker.repository)
+    return marker is not None and marker.repository != repository
 
 
 def part(folder: Path, file: File) -> Path:
