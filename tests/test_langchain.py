@@ -20,6 +20,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.outputs import LLMResult
 from langchain_core.prompts import PromptTemplate
 from pydantic import ValidationError
+from shallow import shallow
 
 from exl_cli import Model, Sampling, load
 from exl_cli.errors import ExlError, ModelNotFoundError, PromptError, UsageError
@@ -29,14 +30,14 @@ TEMPLATE = """Question: {question}
 
 Answer: Let's think step by step."""
 QUESTION = TEMPLATE.format(question="Who are you?")
-ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu"}
+ENGINE: dict[str, Any] = {"model": str(shallow()), "engine": "cpu"}
 NOTEBOOK = {"temperature": 0.85, "top_k": 50, "top_p": 0.8, "token_repetition_penalty": 1.05}
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
     """The same model by the Python API, to compare with."""
-    with load("fable-7m", engine="cpu") as loaded:
+    with load(str(shallow()), engine="cpu") as loaded:
         yield loaded
 
 
@@ -68,9 +69,9 @@ class Witness(BaseCallbackHandler):
         self.results.append(response)
 
 
-def test_the_notebooks_lines_are_printed(model: Model, exl2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_notebooks_lines_are_printed(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     llm = ExLlamaV2(
-        model_path=str(exl2_dir),
+        model_path=str(shallow()),
         callbacks=[StreamingStdOutCallbackHandler()],
         verbose=True,
         settings=Sampling(**NOTEBOOK),
@@ -87,7 +88,7 @@ def test_the_notebooks_lines_are_printed(model: Model, exl2_dir: Path, capsys: p
     assert answer == expected.text
     out, err = capsys.readouterr()
     head, _, numbers = out.partition(answer)
-    assert head == f"{NOTEBOOK}\nLoading model: {exl2_dir}\nstop_sequences []\n"
+    assert head == f"{NOTEBOOK}\nLoading model: {shallow()}\nstop_sequences []\n"
     line = r"%s in \d+\.\d\d seconds, (\d+) tokens, \d+\.\d\d tokens/second\n"
     matched = re.fullmatch(r"\n\n" + line % "Prompt processed" + line % "Response generated", numbers)
     assert matched is not None, numbers
@@ -127,7 +128,7 @@ def test_callbacks_get_tokens_and_the_end(llm: ExLlamaV2, streaming: bool, capsy
 
 def test_the_models_end_of_sequence_is_respected(llm: ExLlamaV2) -> None:
     for seed in range(10):
-        result = llm.generate([QUESTION], max_new_tokens=120, seed=seed)
+        result = llm.generate([QUESTION], max_new_tokens=120, seed=seed, model="fable-7m")
         if result.generations[0][0].generation_info["finish_reason"] == "stop":
             break
     else:
@@ -173,7 +174,7 @@ def test_settings_in_each_of_their_forms(model: Model) -> None:
     for settings in (Sampling(temperature=1.5, top_k=20), {"temperature": 1.5, "top_k": 20}):
         # Parts of exllamav2 that are not given are fine.
         llm = ExLlamaV2(**ENGINE, seed=1, max_new_tokens=8, settings=settings, config=None, disallowed_tokens=None)
-        assert (llm.model_path, llm.invoke(QUESTION)) == ("fable-7m", expected)
+        assert (llm.model_path, llm.invoke(QUESTION)) == (str(shallow()), expected)
         llm.release()
 
 
@@ -183,10 +184,10 @@ def test_another_model_for_one_call(llm: ExLlamaV2, gptq_dir: Path) -> None:
     assert llm.invoke(QUESTION, model=str(gptq_dir)) == expected != llm.invoke(QUESTION)
 
 
-def test_identifying_params_say_all_that_matters(llm: ExLlamaV2, exl2_dir: Path) -> None:
+def test_identifying_params_say_all_that_matters(llm: ExLlamaV2) -> None:
     params = llm._identifying_params
     json.dumps(params)
-    assert (params["model_name"], params["model_path"]) == ("fable-7m", str(exl2_dir))
+    assert (params["model_name"], params["model_path"]) == (str(shallow()), str(shallow()))
     assert {**params["settings"], **NOTEBOOK} == params["settings"]
     changes = [{"seed": 2}, {"max_new_tokens": 13}, {"stop_sequences": ["a"]}, {"temperature": 1.0}]
     for change in [*changes, {"settings": {"min_p": 0.1}}]:
@@ -255,7 +256,7 @@ def test_messages_of_every_kind_go_through_the_template(chat: ChatExLlamaV2, mod
 def test_a_message_carries_metadata(chat: ChatExLlamaV2) -> None:
     answer = chat.invoke("Hello", max_tokens=7)
     meta = answer.response_metadata
-    assert (meta["model_name"], meta["finish_reason"], meta["seed"]) == ("fable-7m", "length", 1)
+    assert (meta["model_name"], meta["finish_reason"], meta["seed"]) == (str(shallow()), "length", 1)
     assert meta["prompt_seconds"] > 0 < meta["generation_tokens_per_second"]
     usage = answer.usage_metadata
     assert usage["output_tokens"] == 7

@@ -10,13 +10,13 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("langchain_core", reason="needs exl-cli[langchain]")
 
+from shallow import shallow
 from test_engine_thread import EndlessEngine, with_engine
 
 from exl_cli import load
@@ -24,8 +24,8 @@ from exl_cli.errors import PromptError
 from exl_cli.langchain import ChatExLlamaV2, ExLlamaV2, local
 from exl_cli.models.load_options import LoadOptions
 
-ENGINE: dict[str, Any] = {"model": "fable-7m", "engine": "cpu", "seed": 1, "max_new_tokens": 8}
-LOADED, CLOSED = "loaded fable-7m (EXL2 5.0 bpw) with engine cpu", "closing fable-7m"
+ENGINE: dict[str, Any] = {"model": str(shallow()), "engine": "cpu", "seed": 1, "max_new_tokens": 8}
+LOADED, CLOSED = f"loaded {shallow()} (EXL2 5.0 bpw) with engine cpu", f"closing {shallow()}"
 
 
 @pytest.fixture
@@ -55,8 +55,9 @@ def test_loaded_once_and_given_back_by_the_last(log) -> None:
     assert log() == [CLOSED]
 
 
-def test_what_makes_it_the_same_engine(log, exl2_dir: Path) -> None:
-    made = [ExLlamaV2(**{**ENGINE, **change}) for change in ({}, {"max_seq_len": 64}, {"model": str(exl2_dir)})]
+def test_what_makes_it_the_same_engine(log) -> None:
+    otherwise = str(shallow().parent / "." / ".." / shallow().parent.name / shallow().name)
+    made = [ExLlamaV2(**{**ENGINE, **change}) for change in ({}, {"max_seq_len": 64}, {"model": otherwise})]
     assert log() == [LOADED] * 2
     for llm in made:
         llm.release()
@@ -104,7 +105,7 @@ def test_a_copy_acquires_its_own_reference(log) -> None:
 
 def test_threads_load_once_and_their_streams_do_not_mix(log) -> None:
     messages = [{"role": "user", "content": "Hello"}]
-    with load("fable-7m", engine="cpu") as model:
+    with load(str(shallow()), engine="cpu") as model:
         alone = [
             model.generate(prompt, seed=seed, max_new_tokens=20).text
             for seed in range(3)

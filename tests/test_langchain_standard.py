@@ -15,6 +15,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from shallow import shallow
 
 from exl_cli.langchain import ChatExLlamaV2
 
@@ -23,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 # The suites' own asynchronous tests carry no mark; the synchronous ones beside them need none.
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("ignore:.*is marked with '@pytest.mark.asyncio'")]
 
-PARAMETERS: dict[str, Any] = {"model": "fable-7m", "engine": "cpu", "seed": 5}
+PARAMETERS: dict[str, Any] = {"model": str(shallow()), "engine": "cpu", "seed": 5}
 ANOTHER = str(DATA / "fable-7m-gptq")
 
 
