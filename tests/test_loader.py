@@ -80,7 +80,7 @@ def test_gptq_at_other_bits_is_refused_by_its_shapes_alone(tmp_path: Path) -> No
     file = info.path / "model.safetensors"
     tensors = {k: v.repeat(1, 2) if k.endswith("qzeros") else v for k, v in load_file(file).items()}
     save_file(tensors, file)
-    with pytest.raises(UnsupportedModelError, match="8 bits"):
+    with pytest.raises(UnsupportedModelError, match="8-bit"):
         inspect(info.path)
 
 

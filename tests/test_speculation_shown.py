@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused() -> None:
     for given, name in (({"speculate": "ngram"}, "speculate"), ({"draft": "x"}, "draft")):
         with pytest.raises(UsageError, match=f"^{name} is for the exllamav2 engine.*engine cpu.*drop {name}"):
             LoadOptions(engine="cpu", **given)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"^speculate is for the exllamav2 engine"):
+    with pytest.raises(UsageError, match=r"^speculate needs the exllamav2 engine"):
         exl_cli.load("fable-7m", engine="cpu", speculate="ngram")
     result = run(GuessingLoader(""), "run", "-p", "x", "--engine", "cpu", "--speculate", "ngram")
     assert result.exit_code == ExitCode.USAGE
