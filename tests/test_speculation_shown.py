@@ -98,7 +98,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UsageError, match="no kind of speculation named 'beam'"):
         LoadOptions(speculate="beam")  # type: ignore[arg-type]
     for given, name in (({"speculate": "ngram"}, "speculate"), ({"draft": "x"}, "draft")):
-        with pytest.raises(UsageError, match=f"^{name} is for the exllamav2 engine.*engine cpu.*drop {name}"):
+        with pytest.raises(UsageError, match=f"^{name} needs the exllamav2 engine.*engine cpu.*drop {name}"):
             LoadOptions(engine="cpu", **given)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"^speculate needs the exllamav2 engine"):
         exl_cli.load("fable-7m", engine="cpu", speculate="ngram")
