@@ -21,7 +21,8 @@ def fetch(hub: FakeHub, tmp_path: Path) -> Fetcher:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[FakeHub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.delenv("SSL_CERT_DIR")  # without the system's certificates hf-xet makes no client
     storage = tmp_path / "storage"
     storage.mkdir()
     with FakeHub() as fake:
