@@ -171,7 +171,10 @@ def test_settings_win_by_how_near_they_are(scripted, given: dict[str, Any], expe
         *(({"max_new_tokens": n}, "max_new_tokens must be an integer of at least 1") for n in (0, 1.0, True, None)),
         *(({"seed": n}, "seed must be an integer of at least 0") for n in (-1, True, "3")),
         *(({"stop": stop}, "stop must be a string or a list of strings") for stop in (5, None, [5], ["a", None], b"a")),
-        *(({"timeout": seconds}, "timeout must be a non-negative number") for seconds in (float("nan"), -1, "soon", True)),
+        *(
+            ({"timeout": seconds}, "timeout must be a non-negative number")
+            for seconds in (float("nan"), -1, "soon", True)
+        ),
         ({"prompt": [{"role": "user", "content": {1, 2}}]}, "not set; pass each message's content as text"),
         *(
             ({"prompt": prompt}, "a prompt must be text or a list of messages")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shallow import shallow
 from starlette.testclient import TestClient
 from wireformats import events, server
 
@@ -49,7 +50,7 @@ def test_answers_of_a_stream_come_by_their_index(client: TestClient) -> None:
 
 
 def test_the_log_probabilities_of_a_prompt_are_the_models(client: TestClient) -> None:
-    info = loader.resolve(None)
+    info = loader.resolve(str(shallow()))
     tokenizer = Tokenizer(info.path)
     ids = tokenizer.encode("Once upon a time, there was a little fox.", add_special_tokens=True)
     body = {"prompt": [ids, ids[:4]], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234}

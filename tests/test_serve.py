@@ -19,6 +19,7 @@ import pytest
 from fakeforward import FakeForward
 from helpers import Recorder, until
 from serving import CHAT, HeldLoader, Server, asking, serving
+from shallow import shallow
 from wireformats import events
 
 from exl_cli import loader
@@ -34,8 +35,8 @@ from exl_cli.system.readings import DeviceMemory
 
 @pytest.fixture(scope="module")
 def fable() -> Iterator[Server]:
-    """fable-7m on the CPU."""
-    with serving({"fable-7m": None}, aliases={"gpt-4": "fable-7m"}) as server:
+    """fable-7m, or a part of it, on the CPU."""
+    with serving({"fable-7m": shallow()}, aliases={"gpt-4": "fable-7m"}) as server:
         yield server
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
+from shallow import shallow
 from starlette.testclient import TestClient
 
 from exl_cli import loader
@@ -66,8 +67,8 @@ class _Silent:
 
 @contextmanager
 def application(**models: str | None) -> Iterator[FastAPI]:
-    """The application over models by name, fable-7m where none is given, on the CPU."""
-    served = {name: loader.resolve(path) for name, path in (models or {"fable-7m": None}).items()}
+    """The application over models by name, `shallow` as fable-7m where none is given, on the CPU."""
+    served = {name: loader.resolve(path) for name, path in (models or {"fable-7m": str(shallow())}).items()}
     state = ServerState(ModelPool(Catalog(served), LoadOptions(engine="cpu"), _Silent()))
     state.phase = "ok"
     yield create_app(state)
