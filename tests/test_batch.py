@@ -266,7 +266,7 @@ def test_where_one_model_has_to_answer_all_rows_the_others_have_an_error(
 
 
 BAD: dict[str, tuple[str, str]] = {
-    "not JSON": ("{", "invalid JSON"),
+    "not valid JSON": ("{", "invalid JSON"),
     "not an object": ("[1]", "it must be a JSON object"),
     "nothing to answer": ('{"text": "Hi"}', "no prompt: the line"),
     "an empty prompt": ('{"prompt": ""}', "no prompt: the line"),

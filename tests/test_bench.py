@@ -65,7 +65,7 @@ def test_the_json_of_a_run(loader: PacedLoader) -> None:
     value = measured(loader, "--seed", "5", "--depth", "0,30,4096")
     tests = {entry["test"]: entry for entry in value["tests"]}
     assert list(tests) == ["pp20", "tg4", "tg4 @ d30", "pp20+tg4"]
-    left_out = "tg4 @ d4096 left out for fable-7m: it needs 4,101 tokens of context, there are 1,024"
+    left_out = "skipping tg4 @ d4096 for fable-7m: it needs 4,101 tokens of context, but there are 1,024"
     assert value["skipped"] == [left_out]
     assert tests["pp20"]["samples_ns"] == [250_000_000] * 3
     assert tests["pp20"]["avg_ts"] == pytest.approx(80)
@@ -109,8 +109,8 @@ class OddEngine(PacedEngine):
 def test_engine_notes_and_gpu_memory_are_shown() -> None:
     value = measured(PacedLoader(OddEngine))
     warnings = "\n".join(value["warnings"])
-    assert "15 prompt tokens were not computed but reused" in warnings
-    assert "graphs was nothing at first, and then none (out of memory): the figures are of both" in warnings
+    assert "15 prompt tokens were reused instead of computed" in warnings
+    assert "graphs changed from nothing to none (out of memory) during the run; the figures cover both" in warnings
     tests = {entry["test"]: entry for entry in value["tests"]}
     assert (value["runs"][0]["memory"]["allocator"], value["environment"]["gpu"]) == (2**31, "Card 9000")
     assert value["runs"][0]["memory"]["by_gpu"] == {"cpu": 2**31}
@@ -124,7 +124,7 @@ def test_batches(loader: PacedLoader) -> None:
     value = measured(PacedLoader(lambda: BatchEngine(3)), "--batch", "3", "-p", "0")
     assert [(entry["test"], entry["n_parallel"]) for entry in value["tests"]] == [("tg4 x3", 3)]
     value = measured(loader, "--batch", "1,4,16")
-    assert value["skipped"] == ["--batch 4,16 left out: the paced engine computes one request at a time"]
+    assert value["skipped"] == ["skipping --batch 4,16: the paced engine computes one request at a time"]
     assert all(entry["n_parallel"] == 1 for entry in value["tests"])
     # 16 requests take a page of 256 tokens each, and the model has a context of 1,024.
     assert loader.options[-1].sequences == 4
@@ -143,7 +143,7 @@ def test_cache_types_make_a_grid_where_the_engine_has_them(gptq_dir: Path, loade
     assert len(value["tests"]) == 12
     value = measured(loader, "--caches", "fp16,q4")
     assert len(loader.engines) == 1
-    assert value["skipped"] == ["cache q4 left out for fable-7m: the paced engine keeps its KV cache in float32"]
+    assert value["skipped"] == ["skipping cache q4 for fable-7m: the paced engine keeps its KV cache in float32"]
 
 
 class Uniform(PacedEngine):
@@ -164,13 +164,13 @@ def test_perplexity_stands_beside_the_speed(tmp_path: Path) -> None:
     ("args", "code", "words", "loads"),
     [
         (("-p", "many"), ExitCode.USAGE, "--prompt-tokens", 0),
-        (("-p", "0", "-n", "0"), ExitCode.USAGE, "nothing is left", 0),
+        (("-p", "0", "-n", "0"), ExitCode.USAGE, "nothing to measure", 0),
         (("no-such-model",), ExitCode.MODEL_NOT_FOUND, "no-such-model", 0),
         (("--perplexity", "no-such-file"), ExitCode.PROMPT, "no-such-file", 0),
         (("no-such-result.json",), ExitCode.USAGE, "cannot read", 0),
         (("--top-p", "7"), ExitCode.USAGE, "--top-p", 0),
         (("--caches", "fp8"), ExitCode.USAGE, "fp8", 0),
-        (("-p", "5000", "-n", "0"), ExitCode.USAGE, "pp5000 needs 5,002 tokens, there are 1,024", 0),
+        (("-p", "5000", "-n", "0"), ExitCode.USAGE, "pp5000 needs 5,002 tokens, but there are 1,024", 0),
         (("--batch", "4"), ExitCode.USAGE, "computes one request at a time, so it cannot run --batch 4", 1),
     ],
 )

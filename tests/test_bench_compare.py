@@ -69,7 +69,7 @@ def test_the_cache_types_of_two_results_are_compared() -> None:
     assert (rows["tg128"].cache, rows["tg128"].ratio) == ("fp16 → q4", pytest.approx(0.8, rel=0.01))
     quality = next(figure for figure in compared.figures if figure.name == "perplexity")
     assert (quality.before, quality.after) == (pytest.approx(5.61), pytest.approx(5.7))
-    assert quality.note == "computes something else"
+    assert quality.note == "different output"
     # The GPU computes 3.5 ms of a step: at 180 tokens/s and slower it is idle for more than a quarter of it.
     assert "tg128 @ d16384" in compared.doubtful
     assert "pp512" not in compared.doubtful
@@ -92,7 +92,7 @@ def test_a_different_machine_or_prompt_is_noted() -> None:
     compared = compare(old, new)
     assert compared.changed == [("driver", "580.1", "590.0")]
     notes = [figure.note for figure in compared.figures if figure.name == "perplexity"]
-    assert notes == ["not comparable: another text, tokenizer or window"]
+    assert notes == ["not comparable: different text, tokenizer or window"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_falling_below_the_bound_has_its_own_exit_code(saved: dict[str, str]) ->
 def test_a_single_repetition_cannot_hide_behind_chance(saved: dict[str, str]) -> None:
     result = bench("--compare", saved["a once"], saved["q4 once"], "--fail-under", "0.95")
     assert result.exit_code == 11
-    assert "too few repetitions to tell" in result.stdout
+    assert "too few repetitions for a verdict" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_single_repetition_cannot_hide_behind_chance(saved: dict[str, str]) ->
     [
         (("--fail-under", "0.9"), "--compare"),
         (("--compare", "{folder}/no.json"), "cannot read"),
-        (("--compare", "{a}", "{b}", "{q4}"), "stands alone"),
+        (("--compare", "{a}", "{b}", "{q4}"), "is a saved result"),
     ],
 )
 def test_what_cannot_be_compared(saved: dict[str, str], tmp_path: Path, args: tuple[str, ...], words: str) -> None:

@@ -108,7 +108,7 @@ def test_the_share_of_the_limit() -> None:
     ("kernel_ns", "bandwidth", "begins"),
     [
         (4e6, 1.3e12, "memory-bound: reading its 3.82 GiB"),
-        (2e6, 3.03e12, "launch-bound: the GPU computes 2.00 ms of a step's 4.17 ms (48%) for 480 kernels"),
+        (2e6, 3.03e12, "launch-bound: the GPU computes for 2.00 ms of a step's 4.17 ms (48%), in 480 kernels"),
         (4e6, 3.03e12, "kernel-bound: the GPU is busy 96% of the time"),
         (None, 3.03e12, "not memory-bound"),
     ],
@@ -124,7 +124,7 @@ def test_what_holds_a_gpu_back(kernel_ns: float | None, bandwidth: float, begins
 
 @pytest.mark.parametrize(
     ("share", "begins"),
-    [(1.0, "CPU-bound: 1.0 of 2 threads busy"), (0.6, "held up: it got 0.6 cores of processor time")],
+    [(1.0, "CPU-bound: 1.0 of 2 threads busy"), (0.6, "CPU-starved: 0.6 cores of CPU time")],
 )
 def test_what_holds_a_cpu_back(share: float, begins: str) -> None:
     run = benchdata.gpu_run(deviation=0.0)
@@ -132,7 +132,7 @@ def test_what_holds_a_cpu_back(share: float, begins: str) -> None:
     run.engine, run.others_cpu = {"name": "cpu", "threads": "2"}, 1.2
     entry = generation(run)
     entry.samples = [replace(sample, cpu_share=share) for sample in entry.samples]
-    busy = ", while other programs kept 1.2 busy; reading its 3.82 GiB"
+    busy = ", while other programs used 1.2; reading its 3.82 GiB"
     assert limits.verdict(run, entry).startswith(begins + busy)
 
 
@@ -159,8 +159,8 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
     assert watch.most_used is None  # this card withholds it
     processes.add(7)  # ours, under whatever number
     assert watch.warnings() == [
-        "the GPU's clock was held back at the end of some of 4 repetitions: power cap 2, heat 1",
-        "1 other process held memory of the GPU (nvidia-smi shows which)",
+        "the GPU's clock was throttled at the end of some of 4 repetitions: power cap 2, heat 1",
+        "1 other process used GPU memory (see which with nvidia-smi)",
     ]
     processes.remove(100)
     watch.slowed.clear()

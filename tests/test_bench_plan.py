@@ -138,7 +138,7 @@ class Stream(Iterator[Chunk]):
     [
         (PacedEngine(tokens=6), Case(0, 10), "after 6 of 11 tokens"),
         (PacedEngine(prompt_seconds=0.0), Case(10, 0), "no time for pp10"),
-        (TurnsEngine(), Case(0, 20, 4, 2), "one after the other"),
+        (TurnsEngine(), Case(0, 20, 4, 2), "one after another"),
         (PacedEngine(), Case(0, 5, 2000, 2), "2,000 tokens"),
     ],
 )

@@ -119,9 +119,9 @@ def changed(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Calla
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (lambda _: "{", "not JSON"),
-        (lambda _: '{"a":' * 20_000, "not JSON: nested too deeply"),
-        (lambda _: "[]", "not a result"),
+        (lambda _: "{", "not valid JSON"),
+        (lambda _: '{"a":' * 20_000, "not valid JSON: nested too deeply"),
+        (lambda _: "[]", "not an exl bench result"),
         (lambda _: '{"schema": 99, "tests": []}', "schema 99"),
         (lambda _: '{"schema": 1, "tests": [], "runs": [{}]}', "damaged"),
         (changed(lambda run, test: run["memory"].update(host="x")), r"damaged: runs\.0\.memory\.host: Input should be"),
@@ -214,7 +214,7 @@ def test_the_report_is_self_contained(page: str) -> None:
     assert "script" not in parsed.tags
     assert "@import" not in page
     assert not re.findall(r"url\((?!#)", page)
-    for text in ("hot &amp; &lt;slow&gt;", "Not complete: interrupted", "prefers-color-scheme: dark", "@media print"):
+    for text in ("hot &amp; &lt;slow&gt;", "Incomplete: interrupted", "prefers-color-scheme: dark", "@media print"):
         assert text in page
 
 

@@ -24,7 +24,7 @@ _EXACT_UP_TO = 50_000
 _RANDOM_DEALS = 20_000
 _QUALITY = 0.01
 
-# "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions to tell.
+# "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions for a verdict.
 Mark = Literal["faster", "slower", "same", "noise", "unclear"]
 
 
@@ -185,7 +185,7 @@ def _figures(old: Run, run: Run) -> Iterator[tuple[str, str, float, float, str]]
             yield f"{name} peak", "MiB", peaks[0] / 2**20, peaks[1] / 2**20, ""
     if old.perplexity and run.perplexity:
         a, b = old.perplexity, run.perplexity
-        note = "computes something else" if abs(b.value / a.value - 1) > _QUALITY else "same quality"
+        note = "different output" if abs(b.value / a.value - 1) > _QUALITY else "same quality"
         if (a.sha256, a.tokens, a.window, a.stride) != (b.sha256, b.tokens, b.window, b.stride):
-            note = "not comparable: another text, tokenizer or window"
+            note = "not comparable: different text, tokenizer or window"
         yield "perplexity", "", a.value, b.value, note

@@ -132,13 +132,13 @@ def verdict(run: Run, entry: Measured) -> str:
 
 def _gpu_verdict(entry: Measured, reads: str) -> str:
     if entry.kernel_ns is None:
-        return f"not memory-bound: {reads}; what the GPU does meanwhile could not be traced here"
+        return f"not memory-bound: {reads}; the GPU could not be traced"
     busy = entry.kernel_ns / entry.step_ns
     if waits_for_cpu(entry):
-        sent = f" for {entry.kernels:,.0f} kernels" if entry.kernels else ""
+        sent = f", in {entry.kernels:,.0f} kernels," if entry.kernels else ""
         return (
-            f"launch-bound: the GPU computes {_ms(entry.kernel_ns)} of a step's {_ms(entry.step_ns)} ({busy:.0%})"
-            f"{sent} and waits for the CPU the rest of it"
+            f"launch-bound: the GPU computes for {_ms(entry.kernel_ns)} of a step's {_ms(entry.step_ns)} ({busy:.0%})"
+            f"{sent} and waits for the CPU the rest of the time"
         )
     return f"kernel-bound: the GPU is busy {min(busy, 1):.0%} of the time; {reads}"
 
@@ -151,9 +151,9 @@ def waits_for_cpu(entry: Measured) -> bool:
 def _cpu_verdict(run: Run, entry: Measured, reads: str) -> str:
     threads = int(run.engine.get("threads", 1))
     share = sum(sample.cpu_share for sample in entry.samples) / len(entry.samples)
-    others = f", while other programs kept {run.others_cpu:.1f} busy" if disturbed(run) else ""
+    others = f", while other programs used {run.others_cpu:.1f}" if disturbed(run) else ""
     if share < _ONE_CORE:
-        return f"held up: it got {share:.1f} cores of processor time{others}; {reads}"
+        return f"CPU-starved: {share:.1f} cores of CPU time{others}; {reads}"
     return f"CPU-bound: {share:.1f} of {threads} {'thread' if threads == 1 else 'threads'} busy{others}; {reads}"
 
 

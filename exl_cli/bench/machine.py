@@ -87,10 +87,10 @@ class Watch:
         lines = []
         if self.slowed:
             reasons = ", ".join(f"{name} {count}" for name, count in self.slowed.most_common())
-            lines.append(f"the GPU's clock was held back at the end of some of {self.looks} repetitions: {reasons}")
+            lines.append(f"the GPU's clock was throttled at the end of some of {self.looks} repetitions: {reasons}")
         if others := self.others():
             processes = "process" if others == 1 else "processes"
-            lines.append(f"{others} other {processes} held memory of the GPU (nvidia-smi shows which)")
+            lines.append(f"{others} other {processes} used GPU memory (see which with nvidia-smi)")
         return lines
 
     def close(self) -> None:

@@ -78,7 +78,9 @@ def measure(
         ns = round(test.tokens / _pace(arrivals, begin.at, end.at))
         scale = ns / (end.at - begin.at)
     if ns <= 0:
-        raise EngineError(f"the engine gave no time for {test.name}", "report it: its numbers cannot be trusted")
+        raise EngineError(
+            f"the engine reported no time for {test.name}", "please report this; its numbers cannot be trusted"
+        )
     steps = (after - before for times in arrivals for before, after in itertools.pairwise(times))
     return Sample(
         ns=ns,
@@ -127,8 +129,8 @@ def _run(
             if chunk.summary is not None:
                 summaries.append(chunk.summary)
                 if len(times) < most:
-                    problem = f"the engine ended after {len(times)} of {most} tokens"
-                    raise EngineError(problem, "report it: nothing should end a benchmark's generation early")
+                    problem = f"the engine stopped after {len(times)} of {most} tokens"
+                    raise EngineError(problem, "please report this; nothing should end a benchmark's generation early")
     except BaseException:
         for id_ in ids:
             engine.cancel(id_)
@@ -146,7 +148,7 @@ def _pace(arrivals: Sequence[Sequence[int]], begin: int, end: int) -> float:
     for times in arrivals:
         first, last = (min(times, key=lambda time: abs(time - moment)) for moment in (begin, end))
         if last <= first:
-            problem = "the engine computed the requests one after the other, not at the same time"
+            problem = "the engine ran the requests one after another, not concurrently"
             raise EngineError(problem, f"use {param('batch')} 1")
         pace += (bisect.bisect_right(times, last) - bisect.bisect_right(times, first)) / (last - first)
     return pace
@@ -210,7 +212,7 @@ def perplexity(
     text, digest = read_text(file)
     ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=True)
     if len(ids) < 2:
-        raise PromptError(f"{file} has {len(ids)} tokens", "perplexity needs two at least")
+        raise PromptError(f"{file} has only {len(ids)} tokens", "perplexity needs at least two")
     window = min(WINDOW, engine.context_length)
     stride = max(window // 2, 1)
     step = STEP if engine.has_cached_scoring else 0

@@ -31,28 +31,28 @@ OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
 SCHEMA = 1
 # A column of a test for each, `samples_ns` and so on.
 _SAMPLE_FIELDS = [field.name for field in dataclasses.fields(Sample)]
-_DISK_HINT = "check folder and disk space"
+_DISK_HINT = "check the folder and the disk space"
 
 # What a reader of the figures must know; part of every report.
 METHOD = (
-    "Prompts are random tokens from the stated seed, no two with the same first token, so that nothing can be reused "
+    "Prompts are random tokens from the given seed, each with a different first token, so nothing can be reused "
     "from the KV cache. The end-of-sequence token does not end a generation.",
-    "ppN is the evaluation of N prompt tokens, up to the moment the device has finished. tgN is N new tokens, one "
-    "forward pass each, from the arrival of the first token (not counted) to the last; sampling and decoding to text "
-    "are in it. '@ dN' is tgN after N tokens of context, which are not timed; 'xN' is N requests at a time, all their "
-    "tokens counted. ppN+tgM is a whole answer, from the call to its last token. Loading, tokenizing and rendering a "
-    "prompt are in none of them.",
-    f"Where tokens were guessed and verified ({param('speculate')}, {param('draft')}), a forward pass gives one and "
-    "those guessed right. After random prompts there is little to guess, so such figures say nothing of real texts.",
-    "Time to first token is from the call to the arrival of the first new token, decoded.",
-    "Each test is run once before it is timed. A repetition goes through all tests in a new random order.",
-    "Cold is the first generation of a fresh process. Its import time runs from the start of the process to the "
-    "first weight that is read, its load time from there until the model can answer. The files are as the operating "
-    "system had them in its cache.",
-    "The limit of a generation is the time to read its weights and its KV cache once for each step, at the bandwidth "
-    "measured in the same run with a buffer of the same size (1 GiB at most). That of a prompt is its multiplications "
+    "ppN processes N prompt tokens, until the device has finished. tgN generates N tokens, one "
+    "forward pass each, timed from the first token (not counted) to the last, with sampling and decoding to text. "
+    "'@ dN' is tgN after N tokens of context, which are not timed; 'xN' is N concurrent requests, all their "
+    "tokens counted. ppN+tgM is a whole response, from the call to its last token. Loading, tokenizing and chat "
+    "templates are not timed.",
+    f"With speculative decoding ({param('speculate')}, {param('draft')}), a forward pass yields one token plus the "
+    "accepted draft tokens. Random prompts are hard to predict, so these figures say nothing about real texts.",
+    "Time to first token is from the call until the first new token has been decoded.",
+    "Each test is run once as a warm-up. Each repetition runs all tests, in a new random order.",
+    "Cold is the first generation of a new process. Import time is from the start of the process until the "
+    "first weight is read, load time from there until the model is ready. Files may be in the operating "
+    "system's cache.",
+    "The limit of a generation is the time to read the weights and the KV cache once per step, at the bandwidth "
+    "measured in the same run with a buffer of the same size (at most 1 GiB). That of a prompt is its multiplications "
     "and additions at the rate of a large matrix product.",
-    "Energy is the whole GPU's, idle power included, as its own counter tells; left out below one second.",
+    "Energy is that of the whole GPU, including idle power, from its own counter; omitted for tests under one second.",
 )
 
 
@@ -148,18 +148,18 @@ def load(path: Path) -> Result:
     Raises:
         UsageError: it cannot be read, is something else, or of a schema that this version does not know.
     """
-    again, written = "run the benchmark again", "give a file written by exl bench -o json"
+    again, written = "run the benchmark again", "use a file written by exl bench -o json"
     try:
         value = json.loads(read_file(expanded(path), pipes=True).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {brief(str(path))}: {error.strerror or error}", "check the path") from error
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UsageError(f"{path} is not JSON: {problem}", written) from error
+        raise UsageError(f"{path} is not valid JSON: {problem}", written) from error
     if not isinstance(value, dict) or "schema" not in value or "tests" not in value:
-        raise UsageError(f"{path} is not a result of exl bench", written)
+        raise UsageError(f"{path} is not an exl bench result", written)
     if value["schema"] != SCHEMA:
-        raise UsageError(f"{path} is written in schema {value['schema']}, this exl reads schema {SCHEMA}", again)
+        raise UsageError(f"{path} has schema {value['schema']}, but this version of exl reads schema {SCHEMA}", again)
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -192,8 +192,8 @@ def saved_result(names: Sequence[str]) -> Path | None:
     """The saved result among names that may be models'; None where there is none. UsageError if it is not alone."""
     saved = [name for name in names if name.endswith(".json") and not is_folder(expanded(Path(name)))]
     if saved and len(names) > 1:
-        hint = f"compare two with {param('compare')} OLD.json NEW.json"
-        raise UsageError(f"{saved[0]} is a saved result and stands alone", hint)
+        hint = f"compare two results with {param('compare')} OLD.json NEW.json"
+        raise UsageError(f"{saved[0]} is a saved result and cannot be combined with other arguments", hint)
     return Path(saved[0]) if saved else None
 
 
@@ -212,7 +212,7 @@ def require_writable(path: Path, name: str) -> None:
             kind = stat.S_IFREG
         if not stat.S_ISREG(kind):
             wrong, hint = ("a folder", "name a file in it") if stat.S_ISDIR(kind) else ("none", "name another")
-            raise UsageError(f"{param(name)} needs the name of a file, and {path} is {wrong}", hint)
+            raise UsageError(f"{param(name)} must be a file, but {path} is {wrong}", hint)
         # Permissions do not say whether a file can be made, least of all to root: only making one does.
         nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         with tempfile.TemporaryFile(dir=nearest):

@@ -108,7 +108,7 @@ def parse_counts(text: str, name: str, least: int) -> tuple[int, ...]:
     except ValueError:
         values = (-1,)
     if not all(least <= value <= 10_000_000 for value in values):
-        problem = f"{param(name)} {text!r} is not a list of whole numbers, {least} or more"
+        problem = f"{param(name)} {text!r} is not a list of whole numbers of at least {least}"
         raise UsageError(problem, f"write it as {param(name)} 1,2")
     return values
 
@@ -134,23 +134,23 @@ def grid(settings: Settings) -> list[Case]:
     if prompts and news:
         tests.append(Case(prompts[0], news[0]))
     if not tests:
-        hint = f"give {param('prompt_tokens')} or {param('new_tokens')} a number above 0"
-        raise UsageError("nothing is left to measure", hint)
+        hint = f"set {param('prompt_tokens')} or {param('new_tokens')} to a number above 0"
+        raise UsageError("nothing to measure", hint)
     return tests
 
 
 def fitting(tests: Sequence[Case], context: int, name: str) -> tuple[list[Case], list[str]]:
     """The tests that fit into a model's context, and a sentence for each that does not; UsageError if none fits."""
     skipped = [
-        f"{test.name} left out for {name}: it needs {test.context:,} tokens of context, there are {context:,}"
+        f"skipping {test.name} for {name}: it needs {test.context:,} tokens of context, but there are {context:,}"
         for test in tests
         if test.context > context
     ]
     if len(skipped) == len(tests):
         least = min(tests, key=lambda test: test.context)
         problem = f"no test fits the context of {name}: {least.name} needs {least.context:,} tokens"
-        hint = f"ask for fewer {param('prompt_tokens')} and {param('new_tokens')}"
-        raise UsageError(f"{problem}, there are {context:,}", hint)
+        hint = f"lower {param('prompt_tokens')} and {param('new_tokens')}"
+        raise UsageError(f"{problem}, but there are {context:,}", hint)
     return [test for test in tests if test.context <= context], skipped
 
 
@@ -168,7 +168,7 @@ def batchable(tests: Sequence[Case], max_batch: int, engine: str) -> tuple[list[
     if not any(test.kind == "generation" for test in kept):
         problem = f"the {engine} engine computes {most}, so it cannot run {batches}"
         raise UsageError(problem, f"use {param('batch')} {max_batch}")
-    return kept, [f"{batches} left out: the {engine} engine computes {most}"]
+    return kept, [f"skipping {batches}: the {engine} engine computes {most}"]
 
 
 def schedule(tests: Sequence[T], settings: Settings) -> Iterator[tuple[int, T]]:

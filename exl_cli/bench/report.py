@@ -50,29 +50,29 @@ def require_matplotlib() -> None:
     """UsageError if matplotlib, which draws the charts, is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         problem = f"{param('report')} needs matplotlib, which is not installed"
-        raise UsageError(problem, "pip install 'exl-cli[report]'")
+        raise UsageError(problem, "run pip install 'exl-cli[report]'")
 
 
 def page(result: Result) -> str:
     """The whole file."""
     report = _Report(result)
     key = "".join(f'<span class="key s{place}">{name}</span> ' for place, name in enumerate(_FIRST_USE, 1))
-    every = "Each new token attends to all before it, so a longer context costs time at every step."
-    shared = "Requests that are computed together share one reading of the weights."
-    often = "How often each time occurs, over all repetitions; the line is the median."
-    fresh = f"<span>What a fresh process does before its first token:</span> {key}"
-    bounds = "Generation against reading weights and KV cache once a step at the measured bandwidth, a prompt against "
+    every = "Each new token attends to all earlier ones, so a longer context makes every step slower."
+    shared = "Requests computed together share one read of the weights."
+    often = "Distribution over all repetitions; the line is the median."
+    fresh = f"<span>What a new process does before its first token:</span> {key}"
+    bounds = "For generation, reading weights and KV cache once per step at the measured bandwidth; for a prompt, "
     bounds += "the measured rate of a large matrix product."
-    lower = "Lower is better. The same text through each setting: a faster one that computes something else shows here."
+    lower = "Lower is better. Same text for each setting: a faster one with different output shows here."
     sections = [
         report.warnings(),
         *(report.run(run) for run in result.runs),
-        _section("Generation against depth", every, report.depths()),
-        _section("Throughput against batch", shared, report.batches()),
+        _section("Generation by context depth", every, report.depths()),
+        _section("Throughput by batch size", shared, report.batches()),
         _section("Time between tokens", often, report.latencies()),
-        _section("Cold against warm", fresh, report.first_use()),
+        _section("Cold and warm start", fresh, report.first_use()),
         _section("Share of the limit", bounds, report.shares()),
-        _section("Memory", "Peaks, beside the weight files on disk.", report.memory()),
+        _section("Memory", "Peaks, next to the weight files on disk.", report.memory()),
         _section("Perplexity", lower, report.perplexities()),
         report.method(),
         report.environment(),
@@ -115,26 +115,26 @@ class _Report:
         return _SERIES[self.runs.index(run) % len(_SERIES)]
 
     def warnings(self) -> str:
-        notes = [f"Not complete: {self.result.partial}."] if self.result.partial else []
+        notes = [f"Incomplete: {self.result.partial}."] if self.result.partial else []
         notes += [*self.result.warnings, *self.result.skipped]
-        return f'<aside aria-label="What to know first">{_list(map(escape, notes))}</aside>' if notes else ""
+        return f'<aside aria-label="Notes">{_list(map(escape, notes))}</aside>' if notes else ""
 
     def run(self, run: Run) -> str:
         """The few numbers that most readers come for, all tests, and what holds them back."""
         if not run.tests:
             return ""
         verdicts = [f"<b>{escape(name)}</b> is {escape(text)}" for name, text in limits.verdicts(run)]
-        holds = f"<h3>What holds it back</h3>{_list(verdicts)}" if verdicts else ""
+        holds = f"<h3>Bottleneck</h3>{_list(verdicts)}" if verdicts else ""
         title = self.label(run) if self.several else "Results"
         tests = _table(*outputs.test_table(run))
         return f"<section><h2>{escape(title)}</h2>{_key_figures(run)}{tests}{holds}</section>"
 
     def depths(self) -> str:
-        words = ("depth", "Generation against depth", "tokens of context before", "depth")
+        words = ("depth", "Generation by context depth", "tokens of context before", "depth")
         return self._lines(words, "n_depth", lambda test, first: (test.n_parallel, test.n_gen) == (1, first.n_gen))
 
     def batches(self) -> str:
-        words = ("batch", "Throughput against batch", "requests at a time", "requests")
+        words = ("batch", "Throughput by batch size", "requests at a time", "requests")
         return self._lines(words, "n_parallel", lambda *tests: len({(t.n_gen, t.n_depth) for t in tests}) == 1)
 
     def _lines(self, words: tuple[str, str, str, str], field: str, belongs: Callable[[Case, Case], bool]) -> str:
@@ -219,7 +219,7 @@ class _Report:
             cold, warm = run.cold, run.find("answer")[:1]
             parts = (cold.import_seconds, cold.load_seconds, cold.first_token_seconds)
             pieces = list(zip(parts, _SERIES, strict=False))
-            bars.append((self.name(run, "fresh process"), pieces, f"{cold.start_to_token_seconds:.2f} s"))
+            bars.append((self.name(run, "new process"), pieces, f"{cold.start_to_token_seconds:.2f} s"))
             first, then = "–", "–"
             if warm:
                 seconds = mean(warm[0].ttft_ns) / 1e9
@@ -240,7 +240,7 @@ class _Report:
             for name, count, paint in (
                 ("weight files", run.model["size_bytes"], _MUTED),
                 ("GPU, allocated by this process", run.memory.allocator, colour),
-                ("GPU, in use by everything", run.memory.device, colour),
+                ("GPU, in use by all programs", run.memory.device, colour),
                 ("host, resident", run.memory.host, colour),
             ):
                 if count is not None:
@@ -304,7 +304,7 @@ def _key_figures(run: Run) -> str:
     if entries := run.find("answer"):
         figures.append(("first token", f"{mean(entries[0].ttft_ns) / 1e6:,.0f}", "ms", "warm"))
     if run.cold is not None:
-        figures.append(("from nothing", f"{run.cold.start_to_token_seconds:,.1f}", "s", "to the first token"))
+        figures.append(("from a cold start", f"{run.cold.start_to_token_seconds:,.1f}", "s", "to the first token"))
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{value}</b> {unit}</dd><dd class=quiet>{escape(note)}</dd></div>"
         for name, value, unit, note in figures

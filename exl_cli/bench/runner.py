@@ -147,9 +147,9 @@ def _crashed(job: Job, code: int, noise: str) -> EngineError:
     name, debug = job.model or folders.BUILTIN, param("debug")
     if code < 0:
         hint = "the system may have run out of memory" if -code == signal.SIGKILL else f"see {debug}"
-        return EngineError(f"the process that measured {name} was ended by {processes.signal_name(-code)}", hint)
+        return EngineError(f"the benchmark process of {name} was killed by {processes.signal_name(-code)}", hint)
     last = f": {lines[-1]}" if lines else ""
-    return EngineError(f"the process that measured {name} failed{last}", f"run again with {debug} to see where")
+    return EngineError(f"the benchmark process of {name} failed{last}", f"run again with {debug} for details")
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Collector:
         if last is None or last.model != job.model or "cache" in self.result.runs[-1].engine:
             return True
         engine, cache = self.result.runs[-1].engine["name"], self.result.runs[-1].cache
-        left_out = f"cache {job.loading.cache} left out for {self._label}"
+        left_out = f"skipping cache {job.loading.cache} for {self._label}"
         self._skip(f"{left_out}: the {engine} engine keeps its KV cache in {cache}")
         return False
 
@@ -241,12 +241,12 @@ def _doubts(run: Run) -> Iterator[str]:
     """Signs in the samples that the figures cannot be right."""
     for entry in run.tests:
         if reused := sum(sample.reused_tokens for sample in entry.samples):
-            yield f"{entry.test.name} is too fast: {reused} prompt tokens were not computed but reused"
+            yield f"{entry.test.name} is too fast: {reused} prompt tokens were reused instead of computed"
         limit = limits.limit(run, entry)
         if limit is not None and limit.share > _IMPOSSIBLE:
-            yield f"{entry.test.name} beats its limit, which was measured too low: do not trust its share"
+            yield f"{entry.test.name} exceeds its limit, which was measured too low; ignore its share"
     if limits.disturbed(run):
-        yield f"other programs kept {run.others_cpu:.1f} cores busy meanwhile"
+        yield f"other programs used {run.others_cpu:.1f} CPU cores during the run"
 
 
 @dataclass
@@ -393,7 +393,7 @@ class _Bench:
         """What is measured after the timed repetitions, in order not to disturb them."""
         run.memory, run.others_cpu = self._memory(), others.cores()
         warnings = [
-            f"{name} was {self._facts.get(name, 'nothing')} at first, and then {now}: the figures are of both"
+            f"{name} changed from {self._facts.get(name, 'nothing')} to {now} during the run; the figures cover both"
             for name, now in self.engine.facts.items()
             if self._facts.get(name) != now
         ]
@@ -413,7 +413,7 @@ class _Bench:
         try:
             run.probe = self._probe(size)
         except (RuntimeError, AttributeError) as error:
-            warnings.append(f"the device's own limits could not be measured: {first_line(error)}")
+            warnings.append(f"could not measure the device's limits: {first_line(error)}")
         self.out.finished(run, warnings)
 
     def _probe(self, size: int) -> Probe:

@@ -19,8 +19,8 @@ _MARKS = {
     "faster": "faster",
     "slower": "SLOWER",
     "same": "no difference",
-    "noise": "in the noise",
-    "unclear": "too few -r",
+    "noise": "within noise",
+    "unclear": "raise -r",
 }
 _STYLES = {"faster": "green", "slower": "bold red", "same": "dim", "noise": "dim", "unclear": "yellow"}
 
@@ -90,7 +90,7 @@ def _lines(run: Run) -> list[tuple[str, str]]:
             lines.append(("warm", f"first token {milliseconds(mean(warm[0].ttft_ns))}, then {rate:,.1f} tokens/s"))
     lines.append(("memory", _memory(run)))
     if value := run.perplexity:
-        passes = f", {value.step} tokens a pass" if value.step else ""
+        passes = f", {value.step} tokens per pass" if value.step else ""
         lines.append(("perplexity", f"{outputs.perplexity_text(value)}{passes}"))
     if probe := run.probe:
         product = f"{probe.dtype} matrix product {probe.flops / 1e12:,.3g} TFLOP/s"
@@ -127,17 +127,17 @@ def comparison(console: Console, result: Comparison, *, on_stdout: bool) -> None
     for name, before, after in result.changed:
         _fact(console, "changed", f"{name}: {before} → {after}")
     for name in result.missing:
-        console.note(f"only in one of the two: {name}")
+        console.note(f"only in one result: {name}")
     if not result.rows:
-        console.note("the two have no test in common")
+        console.note("the results have no test in common")
         return
     _fact(console, "verdict", _verdict(result))
     if result.disturbed:
-        console.note("other programs used the processor during one of the two: a difference may be theirs")
+        console.note("other programs used the CPU during one of the runs, which may explain a difference")
     if result.doubtful:
         tests = ", ".join(dict.fromkeys(result.doubtful))
         console.note(
-            f"{tests}: the GPU waits for the CPU there, whose pace differs from one process to the next; repeat both"
+            f"{tests}: the GPU waits for the CPU, whose speed varies from process to process; repeat both runs"
         )
 
 
@@ -145,9 +145,9 @@ def fails(console: Console, result: Comparison, bound: float) -> bool:
     """Whether a test fell under a share of its old rate, said on stderr test by test."""
     for row in result.rows:
         if row.fails(bound):
-            console.note(f"{row.test} is at {row.ratio:.3f} of the saved result, under {bound:g}")
+            console.note(f"{row.test} is at {row.ratio:.3f} of the saved result, below {bound:g}")
         elif row.ratio < bound:
-            console.note(f"{row.test} is at {row.ratio:.3f}, which its repetitions cannot tell from chance; raise -r")
+            console.note(f"{row.test} is at {row.ratio:.3f}, but not significantly; raise -r")
     return any(row.fails(bound) for row in result.rows)
 
 
@@ -155,9 +155,9 @@ def _verdict(result: Comparison) -> str:
     rule = f"p < {LEVEL:g} in a permutation test and at least {LEAST:.0%}"
     if not result.differs:
         if any(row.mark == "unclear" for row in result.rows):
-            return "too few repetitions to tell; use -r 5 or more"
+            return "too few repetitions for a verdict; use -r 5 or more"
         noise = any(row.mark == "noise" for row in result.rows)
-        return f"no difference{' that stands out from the noise' if noise else ''} ({rule})"
+        return f"no {'significant ' if noise else ''}difference ({rule})"
     counts = {mark: sum(row.mark == mark for row in result.rows) for mark in ("faster", "slower")}
     parts = [f"{count} {mark}" for mark, count in counts.items() if count]
     return f"{' and '.join(parts)} of {len(result.rows)} tests ({rule})"
