@@ -68,6 +68,14 @@ def golden_path() -> Path:
     return DATA / "golden-fable-7m.npz"
 
 
+@pytest.fixture(scope="session")
+def kernels_folder(request: pytest.FixtureRequest) -> Path:
+    """Where kernels compiled for the CPU are, from one run of the tests to the next."""
+    from kernels.emulated import keep
+
+    return keep(request.config.cache.mkdir("kernels"))
+
+
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
     """A Hub on loopback, empty."""

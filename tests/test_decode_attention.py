@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile t
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("attention")
+def folder(kernels_folder: Path) -> Path:
+    return kernels_folder
 
 
 def attend(folder: Path, step: Step, *, warps: int = 4, shares: int = 1, least: int = 1, order: int = 0) -> Memory:

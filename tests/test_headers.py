@@ -94,10 +94,10 @@ def test_an_index_that_names_no_weights_is_refused(folder: Path, file: object) -
 
 
 def test_a_header_of_more_tensors_than_any_model_has(folder: Path) -> None:
-    header = json.dumps({f"t{i}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)})
+    header = json.dumps({f"t{i}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(150_001)})
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
     began = time.process_time()
-    with pytest.raises(DamagedModelError, match="describes 200,000 tensors"):
+    with pytest.raises(DamagedModelError, match="describes 150,001 tensors"):
         inspect(folder)
     assert time.process_time() - began < 10
 

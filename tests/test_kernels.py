@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile t
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
+def folder(kernels_folder: Path) -> Path:
+    return kernels_folder
 
 
 def exl2(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ MEETING = np.zeros(sample.MEETING_BYTES, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(tmp_path_factory.mktemp("kernels"), sample.FILE, sample.NAME, "Sample", {})
+def kernel(kernels_folder: Path) -> Emulated:
+    return Emulated(kernels_folder, sample.FILE, sample.NAME, "Sample", {})
 
 
 def bits(ids: Collection[int], size: int) -> np.ndarray:
