@@ -12,14 +12,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from exl_cli.errors import UsageError, param
 from exl_cli.models.load_options import CacheType, LoadOptions
 from exl_cli.models.memory import CACHE_TYPES
 from exl_cli.sampling import Sampling
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def batchable(tests: Sequence[Case], max_batch: int, engine: str) -> tuple[list[
     return kept, [f"skipping {batches}: the {engine} engine computes {most}"]
 
 
-def schedule(tests: Sequence[T], settings: Settings) -> Iterator[tuple[int, T]]:
+def schedule(tests: Sequence[Case], settings: Settings) -> Iterator[tuple[int, Case]]:
     """Which test comes when, with the number of its repetition, from 0.
 
     Each repetition goes through all tests in another random order: whatever changes during a run (heat, other

@@ -215,17 +215,26 @@ class Collector:
         for reason in skipped:
             self._skip(reason)
 
-    def ran(self, run: Run, test: Case, seconds: float, timed: bool) -> None:
-        """Count a test that was run; the run has its sample where it was timed."""
-        self.result.runs[-1] = run
-        if timed:
-            self.result.order.append(test.name)
+    def ran(self, test: Case, seconds: float, timed: tuple[Sample, Memory] | None) -> None:
+        """Count a test that was run, and keep its sample where it was timed."""
         self._done += 1
         self._seconds[test] = seconds
+        if timed is None:
+            return
+        sample, memory = timed
+        run = self.result.runs[-1]
+        entry = next(entry for entry in run.tests if entry.test == test)
+        entry.samples.append(sample)
+        entry.time = entry.time or _now()
+        run.memory = memory
+        self.result.order.append(test.name)
 
     def finished(self, run: Run, warnings: list[str]) -> None:
-        """End a run, which has all its figures now."""
-        self.result.runs[-1] = run
+        """End a run: this one has all other figures, but no samples, which came one by one."""
+        before = self.result.runs.pop()
+        for entry, measured in zip(run.tests, before.tests, strict=True):
+            entry.samples, entry.time = measured.samples, measured.time
+        self.result.runs.append(run)
         self.result.warnings += [f"{run.where}: {warning}" for warning in [*warnings, *_doubts(run)]]
 
     def fail(self, error: ExlError) -> None:
@@ -305,7 +314,7 @@ def work(job: Job, load: Callable[..., Engine], out: Collector) -> None:
             cold = Cold(reading - job.spawned, ready - reading, *sizes, bench.sample(first))
         run = bench.describe(ready - begin, cold)
         out.loaded(run, [*skipped, *single], machine.describe(engine, watch))
-        bench.repetitions(run, warm=first)
+        bench.repetitions(warm=first)
         bench.finish(run, others)
     finally:
         engine.close()
@@ -370,24 +379,20 @@ class _Bench:
         by_gpu = {card.device: card.peak_bytes for card in cards}
         return Memory(readings.read_host().peak_bytes, allocator, self.watch.most_used, by_gpu)
 
-    def repetitions(self, run: Run, warm: Case | None) -> None:
+    def repetitions(self, warm: Case | None) -> None:
         """Each test once untimed, but the one that has been run; then the repetitions."""
-        for entry in run.tests:
-            if entry.test != warm:
-                self._run(run, entry, "warming up", timed=False)
-        for repetition, entry in plan.schedule(run.tests, self.job.settings):
-            self._run(run, entry, f"{repetition + 1} of {self.job.settings.repetitions}", timed=True)
+        for test in self.tests:
+            if test != warm:
+                self._run(test, "warming up", timed=False)
+        for repetition, test in plan.schedule(self.tests, self.job.settings):
+            self._run(test, f"{repetition + 1} of {self.job.settings.repetitions}", timed=True)
 
-    def _run(self, run: Run, entry: Measured, which: str, *, timed: bool) -> None:
-        self.out.stage(f"{entry.test.name}, {which}")
+    def _run(self, test: Case, which: str, *, timed: bool) -> None:
+        self.out.stage(f"{test.name}, {which}")
         start = time.monotonic()
-        sample = self.sample(entry.test)
+        sample = self.sample(test)
         seconds = time.monotonic() - start
-        if timed:
-            entry.samples.append(sample)
-            entry.time = entry.time or _now()
-            run.memory = self._memory()
-        self.out.ran(run, entry.test, seconds, timed)
+        self.out.ran(test, seconds, (sample, self._memory()) if timed else None)
 
     def finish(self, run: Run, others: machine.OthersClock) -> None:
         """What is measured after the timed repetitions, in order not to disturb them."""
