@@ -24,7 +24,7 @@ _EXACT_UP_TO = 50_000
 _RANDOM_DEALS = 20_000
 _QUALITY = 0.01
 
-# "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions to tell.
+# "same" is a difference too small to count, "noise" one that chance explains, "unclear" too few repetitions to judge.
 Mark = Literal["faster", "slower", "same", "noise", "unclear"]
 
 
