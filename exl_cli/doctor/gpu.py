@@ -81,8 +81,9 @@ def _driver_fix(version: str) -> str:
 
 def has_nvidia_card() -> bool:
     """Whether there is an NVIDIA display controller on the PCI bus, or a driver (WSL has only the latter)."""
-    if Path("/dev/nvidiactl").exists() or open_driver():
-        return True
+    with open_driver() as opened:
+        if opened or Path("/dev/nvidiactl").exists():
+            return True
     for device in Path("/sys/bus/pci/devices").glob("*"):
         try:
             vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
