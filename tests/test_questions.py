@@ -81,5 +81,23 @@ def test_a_question_that_hangs_is_ended() -> None:
     assert (answer.kind, answer.problem) == ("hang", "timed out after 0.2 s")
 
 
+def imported() -> dict[str, object]:
+    first = "colorsys" not in sys.modules
+    __import__("colorsys")
+    sys.stderr.write("imported\n")
+    return {"first": first}
+
+
+def test_a_process_answers_again_until_it_ends_badly() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        with questions.Respondent("test_questions") as respondent:
+            said = [respondent.ask(name, 60.0) for name in ("imported", "imported", "crash", "imported")]
+    finally:
+        sys.path.pop(0)
+    assert [answer.value for answer in said] == [{"first": True}, {"first": False}, None, {"first": True}]
+    assert [answer.output for answer in said] == ["imported\n", "imported\n", "", "imported\n"]
+
+
 if __name__ == "__main__":
     questions.answer(globals())

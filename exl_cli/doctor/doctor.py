@@ -14,7 +14,7 @@ from exl_cli.engines.exllamav2.extension import compiled, smoke_test
 from exl_cli.errors import ExitCode, param
 from exl_cli.system import questions
 from exl_cli.system.machine import usable_cores
-from exl_cli.system.questions import Answer
+from exl_cli.system.questions import Answer, Respondent
 from exl_cli.system.units import GIB
 
 # Time limit for loading a model, in multiples of the usual one.
@@ -43,6 +43,8 @@ class Doctor:
     seconds: float
     terminal: machine.Terminal
     on_wait: Callable[[str], None]
+    # Imports torch and transformers once, for the checks of both and for a model on the CPU.
+    _cpu: Respondent = field(default_factory=lambda: Respondent(probes.__name__))
     _results: list[CheckResult] = field(default_factory=list)
     _ready: bool = False
 
@@ -51,20 +53,21 @@ class Doctor:
         pool = ThreadPoolExecutor(min(_MAX_PARALLEL, usable_cores() + 1))
         # Every probe needs half a GiB for its CUDA context, so on a nearly full GPU they run one at a time.
         lane = ThreadPoolExecutor(1)
+        imports = ThreadPoolExecutor(1)
         try:
-            for result in self._run(pool, lane):
+            for result in self._run(pool, lane, imports):
                 self._results.append(result)
                 yield result
         finally:
-            for threads in (pool, lane):
+            for threads in (pool, lane, imports):
                 threads.shutdown(wait=False, cancel_futures=True)
             questions.stop()
 
-    def _run(self, pool: Executor, lane: Executor) -> Iterator[CheckResult]:
+    def _run(self, pool: Executor, lane: Executor, imports: Executor) -> Iterator[CheckResult]:
         torch = compiled.torch_here()
         asked: dict[str, Future[Answer]] = {
-            "torch": self._ask(pool, "torch"),
-            "cpu": self._ask(pool, "cpu"),
+            "torch": imports.submit(self._ask_torch),
+            "cpu": imports.submit(self._cpu.ask, "cpu", self.seconds),
             "hub": self._ask(pool, "hub", {"timeout": min(10.0, self.seconds)}),
         }
         yield machine.python()
@@ -105,12 +108,21 @@ class Doctor:
     def _check_model(self, name: str, free: list[int]) -> Iterator[CheckResult]:
         def ask(probe: str, arguments: dict[str, Any]) -> Answer:
             self.on_wait(f"{name} ({arguments.get('engine', 'cpu')})")
-            return questions.ask(probes.__name__, probe, self.seconds * _MODEL_TIMES, arguments)
+            seconds = self.seconds * _MODEL_TIMES
+            if works:
+                return questions.ask(probes.__name__, probe, seconds, arguments)
+            return self._cpu.ask(probe, seconds, arguments)
 
         works = self.verdict == "gpu"
         if works and not self._ready:
             yield CheckResult("On the GPU", "skip", "skipped: the extension is not compiled yet", "exl build")
         yield from model.check(name, self.models_dir, free, gpu=works and self._ready, ask=ask)
+
+    def _ask_torch(self) -> Answer:
+        answer = self._cpu.ask("torch", self.seconds)
+        if answer.value and answer.value["gpus"]:  # give their memory back
+            self._cpu.close()
+        return answer
 
     def _ask(
         self, pool: Executor, probe: str, arguments: Mapping[str, Any] | None = None, module: str = probes.__name__

@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from io import FileIO
+from typing import Any, cast
 
 from exl_cli.errors import ExlError
 from exl_cli.system import processes
 
-_asked: set[subprocess.Popen[str]] = set()
+_asked: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -50,35 +53,112 @@ class Answer:
         return f"fails: {self.said}" if self.kind == "error" else self.problem
 
 
+class Respondent:
+    """A child process, in its own session, that answers questions one after the other.
+
+    It starts with the first question, and anew with the next one after it crashed, hung or failed. What it has imported
+    for one question is there for the next.
+
+    Args:
+        module: whose functions it calls.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Respondent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, question: str, seconds: float, arguments: Mapping[str, Any] | None = None) -> Answer:
+        """Call the function `question`, and kill the process after `seconds`."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        process = self._process = self._process or self._start()
+        request = json.dumps([question, dict(arguments or {})]).encode() + b"\n"
+        try:
+            answer, err = _exchange(process, request, seconds)
+        except TimeoutError:
+            return self._failed(f"timed out after {seconds:g} s", "hang")
+        except BaseException:  # KeyboardInterrupt
+            self.close()
+            raise
+        code = process.returncode or 0
+        if code < 0:
+            return self._failed(f"crashed ({processes.signal_name(-code)})", "crash", err)
+        if code:
+            return self._failed(_last_line(err) or f"exited with code {code}", "error", err)
+        try:
+            return Answer(dict(json.loads(answer.splitlines()[-1])), output=err)
+        except (ValueError, IndexError):
+            return self._failed("exited without a result", "error", err)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            _asked.discard(self._process)
+            with self._process as process:
+                if process.poll() is None:
+                    _kill(process)
+        self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        command = processes.command(self._module)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True)  # noqa: S603
+        _asked.add(process)
+        return process
+
+    def _failed(self, problem: str, kind: str, output: str = "") -> Answer:
+        self.close()
+        return Answer(None, problem, kind, output)
+
+
 def ask(module: str, question: str, seconds: float, arguments: Mapping[str, Any] | None = None) -> Answer:
     """Call `module`'s function `question` in a child process, in its own session, and kill it after `seconds`."""
-    process = subprocess.Popen(  # noqa: S603
-        processes.command(module, question, json.dumps(dict(arguments or {}))),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
-    _asked.add(process)
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return Answer(None, f"timed out after {seconds:g} s", "hang")
-    finally:
-        _asked.discard(process)
-        if process.poll() is None:
-            _kill(process)
-            process.communicate()
-    if process.returncode < 0:
-        return Answer(None, f"crashed ({processes.signal_name(-process.returncode)})", "crash", err)
-    if process.returncode:
-        return Answer(None, _last_line(err) or f"exited with code {process.returncode}", "error", err)
-    try:
-        return Answer(dict(json.loads(_last_line(out))), output=err)
-    except ValueError:
-        return Answer(None, "exited without a result", "error", err)
+    with Respondent(module) as respondent:
+        return respondent.ask(question, seconds, arguments)
+
+
+def _exchange(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> tuple[bytes, str]:
+    """Send a request; returns the line of the answer, empty if the process ended instead, and its stderr until then.
+
+    Raises:
+        TimeoutError: neither came in time.
+    """
+    end = time.monotonic() + seconds
+    stdin, stdout, stderr = cast("tuple[FileIO, FileIO, FileIO]", (process.stdin, process.stdout, process.stderr))
+    read = {stdout: bytearray(), stderr: bytearray()}
+    with contextlib.suppress(BrokenPipeError):
+        stdin.write(request)
+    with selectors.DefaultSelector() as selector:
+        for stream in read:
+            selector.register(stream, selectors.EVENT_READ)
+
+        def take(timeout: float) -> bool:
+            ready = selector.select(timeout)
+            for key, _ in ready:
+                stream = cast("FileIO", key.fileobj)
+                if piece := stream.read(1 << 16):
+                    read[stream] += piece
+                else:
+                    selector.unregister(stream)
+            return bool(ready)
+
+        while stdout in (key.fileobj for key in selector.get_map().values()) and not read[stdout].endswith(b"\n"):
+            if not take(max(0.0, end - time.monotonic())):
+                raise TimeoutError
+        if not read[stdout].endswith(b"\n"):
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise TimeoutError from None
+        while take(0):  # what was said before; others that hold stderr open are not waited for
+            pass
+    return bytes(read[stdout]), read[stderr].decode("utf-8", "replace")
 
 
 def stop() -> None:
@@ -87,7 +167,7 @@ def stop() -> None:
         _kill(process)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -97,17 +177,20 @@ def _last_line(text: str) -> str:
 
 
 def answer(functions: Mapping[str, Any]) -> None:
-    """Entry point of the child; its arguments are the function's name and a JSON object of keyword arguments."""
+    """Entry point of the child: a JSON array with a function's name and its keyword arguments per line of stdin."""
     out = processes.own_stdout()
-    try:
-        facts = functions[sys.argv[1]](**json.loads(sys.argv[2]))
-    except ExlError as error:
-        # str(error), as in a traceback, would replace `param` marks by bare names; the CLI needs the marks.
-        said = "; ".join(filter(None, (error.message, error.hint)))
-        sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
-        sys.exit(1)
-    out.write(json.dumps(facts).encode() + b"\n")
-    out.flush()
-    # Skip exit handlers: one that crashes would turn this result into a failure.
-    sys.stderr.flush()
+    for line in sys.stdin.buffer:
+        name, arguments = json.loads(line)
+        try:
+            facts = functions[name](**arguments)
+        except ExlError as error:
+            # str(error), as in a traceback, would replace `param` marks by bare names; the CLI needs the marks.
+            said = "; ".join(filter(None, (error.message, error.hint)))
+            sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
+            sys.exit(1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out.write(json.dumps(facts).encode() + b"\n")
+        out.flush()
+    # Skip exit handlers, which may crash or wait.
     os._exit(0)
