@@ -105,7 +105,7 @@ class Sampling:
     token_repetition_penalty: float = _setting(
         1.05,
         "--repetition-penalty",
-        "Divide the logits of tokens already seen.",
+        "Divide the logits of tokens already seen by this.",
         # A smaller divisor overflows float32, which would make all seen tokens equal.
         low=0.01,
         high=100.0,

@@ -60,7 +60,7 @@ def test_without_langchain_core_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['langchain_core'] = None; import exl_cli.langchain"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: exl_cli.langchain needs langchain-core: pip install 'exl-cli[langchain]'"
+        "ImportError: exl_cli.langchain needs langchain-core; run pip install 'exl-cli[langchain]'"
     )
 
 

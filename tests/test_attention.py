@@ -191,7 +191,7 @@ def test_what_is_in_use_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wish_that_cannot_be_granted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(paged.VARIABLE, "flash")
-    with pytest.raises(EngineError, match="EXL_ATTENTION=flash is not known; choose one of triton, torch"):
+    with pytest.raises(EngineError, match="unknown value EXL_ATTENTION=flash; choose one of triton, torch"):
         paged.try_ahead()  # at once
     monkeypatch.setenv(paged.VARIABLE, "triton")
     reason = "needs a CUDA GPU" if importlib.util.find_spec("triton") else "not installed"

@@ -462,7 +462,7 @@ def test_an_engine_that_only_fails_ends_the_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("in.jsonl -o out.jsonl --gpus 0", "--gpus must be all or a number from 1, got '0'"),
+        ("in.jsonl -o out.jsonl --gpus 0", "--gpus must be all or a positive number, got '0'"),
         ("in.jsonl -o out.jsonl --gpus all --ordered", "--gpus cannot be combined with --ordered"),
         ("- -o out.jsonl --gpus all", "--gpus needs files, and - is a pipe"),
         ("in.jsonl -o - --ray auto", "--ray needs files, and - is a pipe"),

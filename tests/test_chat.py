@@ -147,7 +147,7 @@ def test_a_session_whose_model_is_gone_says_how_to_go_on(gptq_dir: Path, data: P
         (b"{", "is damaged: invalid JSON"),
         (
             b'{"format": "exl-session", "version": 2}',
-            "was written by a newer exl: its format is 2, this one reads up to 1",
+            "was written by a newer exl: its format is 2, but this version reads up to 1",
         ),
         (b"\xff", "cannot read the session file"),
         (b"[]", "is not an exl session"),

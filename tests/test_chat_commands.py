@@ -102,7 +102,7 @@ def test_show_prints_model_settings_and_session() -> None:
     assert (
         "sampling: {'temperature': 0.85, 'top_k': 50, 'top_p': 0.8, 'token_repetition_penalty': 1.05}" in result.stderr
     )
-    assert "/show cannot show 'me'" in result.stderr
+    assert "unknown topic 'me'" in result.stderr
 
 
 def test_stats_are_totals_of_the_session_with_the_memory_table() -> None:

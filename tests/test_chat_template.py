@@ -175,7 +175,7 @@ def test_a_refusal_quotes_the_template(name, conversation, message, hint):
         ("{% for m in messages %}", "is broken: Unexpected end of template."),
         ("\n{{ messages[0].x.y }}", "failed: 'dict object' has no attribute 'x' (chat_template.jinja, line 2)"),
         ("{{ 'a' + 1 }}", 'failed: can only concatenate str (not "int") to str (chat_template.jinja, line 1)'),
-        ("\n{{ ''.__class__ }}", "was stopped: it looks up '__class__' of a str (chat_template.jinja, line 2)"),
+        ("\n{{ ''.__class__ }}", "was stopped: it accesses '__class__' of a str (chat_template.jinja, line 2)"),
         ("{{ raise_exception('\x1b[2J\r\nnasty' + 'x' * 999) }}", "rejects this conversation: [2J nastyxxxxx"),
     ],
 )

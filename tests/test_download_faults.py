@@ -274,10 +274,10 @@ def test_unknown_repositories_and_users_get_a_next_step(hub: FakeHub, fetch: Fet
     exl2 = hub.repository("acme/Mistral-7B-exl2", model_files())
     for branch in ("10.0bpw", "4.0bpw", "3.5bpw"):
         exl2.commit(model_files(), branch)
-    accept = f"do so at {hub.url}/meta/llama, then wait for its owner's approval"
+    accept = f"accept its licence at {hub.url}/meta/llama, then wait for its owner's approval"
     invalid = "the Hub rejects the token: Invalid credentials in Authorization header"
     for model, token, message, hint in (
-        ("meta/llama", "hf_new", "meta/llama is gated; accept its licence first", accept),
+        ("meta/llama", "hf_new", "meta/llama is gated", accept),
         ("acme/tiny", "hf_bad", invalid, "log in with hf auth login, or pass token"),
         (
             "acme/Mistral-7b-exl3",

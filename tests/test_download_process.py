@@ -136,7 +136,7 @@ def test_without_a_login_the_error_explains_how_to_log_in(
     hub.repository("meta/llama", FILES, gated=True)
     log_in = "log in with hf auth login, or pass token"
     for model, message, hint in (
-        ("meta/llama", "is gated; accept its licence first", f"do so at {hub.url}/meta/llama, then {log_in}"),
+        ("meta/llama", "is gated", f"accept its licence at {hub.url}/meta/llama, then {log_in}"),
         ("nobody/nothing", "or it is private", f"check the name; if it is private, {log_in}"),
     ):
         with pytest.raises(DownloadError, match=message) as caught:

@@ -123,12 +123,12 @@ def test_the_error_states_needed_and_free_memory_and_what_fits() -> None:
     needed = estimate(model, 32768).allocated / GIB
     assert caught.value.message == (
         f"seven needs about {needed:.1f} GiB of GPU memory for a context of 32,768 tokens with fp16 cache, "
-        "and 6.0 GiB are free"
+        "but 6.0 GiB is free"
     )
     assert spell(caught.value.hint).startswith(
         f"max_seq_len {placement.largest_context(model, free)} is the largest context that fits; cache q4 fits "
     )
-    with pytest.raises(OutOfMemoryError, match=r"3\.0 GiB are free") as caught:
+    with pytest.raises(OutOfMemoryError, match=r"3\.0 GiB is free") as caught:
         placement.place(model, 4096, "fp16", [3 * GIB])
     assert caught.value.hint.startswith("no context fits: use a smaller quantization")
 
@@ -140,7 +140,7 @@ def test_the_refusal_of_many_sequences_says_how_many_would_fit() -> None:
     needed = estimate(model, 16 * 4096).allocated / GIB
     assert caught.value.message == (
         f"seven needs about {needed:.1f} GiB of GPU memory for 16 contexts of 4,000 tokens with fp16 cache, "
-        "and 8.0 GiB are free"
+        "but 8.0 GiB is free"
     )
     hint = spell(caught.value.hint)
     most = int(hint.split()[1])

@@ -81,8 +81,8 @@ def test_bias_forces_and_forbids(fable) -> None:
     [
         ({"logit_bias": {4096: 1.0}}, "logit_bias names the token 4,096"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias names the token -1"),
-        ({"logit_bias": {1: 101.0}}, "must be -100 to 100, got 101"),
-        ({"logit_bias": {1: float("nan")}}, "must be -100 to 100, got nan"),
+        ({"logit_bias": {1: 101.0}}, "must be between -100 and 100, got 101"),
+        ({"logit_bias": {1: float("nan")}}, "must be between -100 and 100, got nan"),
         ({"logprobs": -1}, "logprobs must be at least 0"),
         ({"prompt_logprobs": -1}, "prompt_logprobs must be at least 0"),
         ({"min_new_tokens": 13}, "min_new_tokens is 13, max_new_tokens 12"),

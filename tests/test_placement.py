@@ -118,7 +118,7 @@ def test_sizes_that_are_too_small_or_too_many_are_refused() -> None:
 
 def test_without_room_the_memory_of_each_gpu_is_said() -> None:
     message, _ = failure(OutOfMemoryError, [12, 16])
-    assert message.endswith("and 28.0 GiB on 2 GPUs are free (12.0 GiB + 16.0 GiB)")
+    assert message.endswith("but 28.0 GiB is free on 2 GPUs (12.0 GiB + 16.0 GiB)")
 
 
 def test_the_largest_context_on_two_gpus_fits_and_one_page_more_does_not() -> None:

@@ -38,9 +38,9 @@ def test_variables_are_read(items, variables):
     ("items", "message"),
     [
         (["a"], "--var 'a' has no '='"),
-        (["=x"], "--var '=x': there is no name before '='"),
-        (["a b=x"], "--var 'a b=x': 'a b' is not a name"),
-        (["1=x"], "--var '1=x': '1' is not a name"),
+        (["=x"], "--var '=x': no name before '='"),
+        (["a b=x"], "--var 'a b=x': 'a b' is not a valid name"),
+        (["1=x"], "--var '1=x': '1' is not a valid name"),
         (["a=1", "b=2", "a=3"], "--var a is given twice"),
     ],
 )
@@ -71,14 +71,14 @@ def test_a_template_is_filled(template, variables, text):
 @pytest.mark.parametrize(
     ("template", "variables", "message", "hint"),
     [
-        ("{a}", {}, "the template needs {a}, and no --var gives it", "add --var a=…"),
+        ("{a}", {}, "the template needs {a}, but no --var sets it", "add --var a=…"),
         (
             "{question}",
             {"qestion": ""},
-            "the template needs {question}, and no",
+            "the template needs {question}, but no",
             "did you mean qestion in the template?",
         ),
-        ("{a}", {"a": "", "b": ""}, "--var b is not in the template", "drop it, or write {b} in the template"),
+        ("{a}", {"a": "", "b": ""}, "--var b is not in the template", "drop it, or use {b} in the template"),
         ("{name}", {"name": "", "nam": ""}, "--var nam is not in the template", "did you mean --var name?"),
         ("{}", {}, "a placeholder without a name: {}", "name it"),
         ("{0}", {}, "a placeholder without a name: {0}", "name it"),
@@ -90,9 +90,9 @@ def test_a_template_is_filled(template, variables, text):
         ("{a:{b}}", {"a": "", "b": ""}, "more than a name: {a:{b}}", "plain {name}"),
         ('{"json": 1}', {}, 'invalid placeholder: {"json"}', "write {{ and }}"),
         ("{a b}", {}, "invalid placeholder: {a b}", "write {{ and }}"),
-        ("{", {}, "a brace that does not match", "write {{ and }}"),
-        ("a } b", {}, "a brace that does not match", "write {{ and }}"),
-        ("{a", {"a": ""}, "a brace that does not match", "write {{ and }}"),
+        ("{", {}, "unmatched brace", "write {{ and }}"),
+        ("a } b", {}, "unmatched brace", "write {{ and }}"),
+        ("{a", {"a": ""}, "unmatched brace", "write {{ and }}"),
     ],
 )
 def test_a_template_that_cannot_be_filled(template, variables, message, hint):
@@ -161,15 +161,15 @@ def test_a_prompt_fills_the_place_that_a_template_names():
         (
             {"text": "x", "template": "{a}", "variables": {"a": "1"}},
             UsageError,
-            "both a prompt and a complete --template",
+            "the --template has no place for the prompt",
         ),
-        ({"text": "x", "template": "{prompt}", "variables": {"prompt": "1"}}, UsageError, "both a prompt and"),
+        ({"text": "x", "template": "{prompt}", "variables": {"prompt": "1"}}, UsageError, "no place for the prompt"),
         ({"text": None, "template": "{prompt}"}, PromptError, "the template needs {prompt}"),
-        ({"text": "x", "raw": True, "template": "y"}, UsageError, "--raw and --template exclude each other"),
+        ({"text": "x", "raw": True, "template": "y"}, UsageError, "--raw cannot be combined with --template"),
         ({"text": "x", "variables": {"a": "1"}}, UsageError, "--var needs a --template"),
         ({"text": "x", "system": "s"}, UsageError, "--system needs a model with a chat template"),
-        ({"text": "x", "system": "s", "raw": True, "chat": CHAT}, UsageError, "--system and --raw"),
-        ({"text": None, "system": "s", "template": "y"}, UsageError, "--system and --template"),
+        ({"text": "x", "system": "s", "raw": True, "chat": CHAT}, UsageError, "--system cannot be combined with --raw"),
+        ({"text": None, "system": "s", "template": "y"}, UsageError, "--system cannot be combined with --template"),
     ],
 )
 def test_exclusive_options_are_refused(options, kind, message):

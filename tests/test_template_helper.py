@@ -62,9 +62,9 @@ def test_an_attack_ends_in_one_line(name):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (ENDLESS, "was stopped: it takes more than 0.5 seconds (chat_template.jinja)"),
-        ("\n{{ 'a' * 10**10 }}", "was stopped: it needs too much memory"),
-        ("{{ 'x' * 2000000 }}", "was stopped: it writes too much text"),
+        (ENDLESS, "was stopped: it took more than 0.5 seconds (chat_template.jinja)"),
+        ("\n{{ 'a' * 10**10 }}", "was stopped: it uses too much memory"),
+        ("{{ 'x' * 2000000 }}", "was stopped: its output is too long"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed: it nests too deep"),
     ],
 )
@@ -201,8 +201,8 @@ def test_it_ends_with_its_parent(end):
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ("/nonexistent/python", "failed: the helper process cannot be started"),
-        ("/bin/false", "failed: the helper process ends while starting"),
+        ("/nonexistent/python", "failed: cannot start the helper process"),
+        ("/bin/false", "failed: the helper process exited during startup"),
     ],
 )
 def test_a_python_that_does_not_start_is_reported(monkeypatch, python, said):

@@ -130,11 +130,11 @@ class _Report:
         return f"<section><h2>{escape(title)}</h2>{_key_figures(run)}{tests}{holds}</section>"
 
     def depths(self) -> str:
-        words = ("depth", "Generation by context depth", "tokens of context before", "depth")
+        words = ("depth", "Generation by context depth", "tokens of context", "depth")
         return self._lines(words, "n_depth", lambda test, first: (test.n_parallel, test.n_gen) == (1, first.n_gen))
 
     def batches(self) -> str:
-        words = ("batch", "Throughput by batch size", "requests at a time", "requests")
+        words = ("batch", "Throughput by batch size", "concurrent requests", "requests")
         return self._lines(words, "n_parallel", lambda *tests: len({(t.n_gen, t.n_depth) for t in tests}) == 1)
 
     def _lines(self, words: tuple[str, str, str, str], field: str, belongs: Callable[[Case, Case], bool]) -> str:

@@ -218,7 +218,7 @@ def _preset(chat: Conversation, text: str) -> None:
 def _show(chat: Conversation, text: str) -> None:
     model = chat.model
     if text not in ("", *_TOPICS):
-        raise UsageError(f"/show cannot show {text!r}", f"choose {', '.join(_TOPICS[:-1])} or {_TOPICS[-1]}")
+        raise UsageError(f"unknown topic {text!r}", f"choose {', '.join(_TOPICS[:-1])} or {_TOPICS[-1]}")
     if text in ("", "model"):
         chat.view.model(model)
     if text == "settings":

@@ -188,7 +188,7 @@ def loads(text: str, name: str, source: str) -> Session:
     version = value.get("version")
     if isinstance(version, int) and version > VERSION:
         raise DiskError(
-            f"{source} was written by a newer exl: its format is {version}, this one reads up to {VERSION}",
+            f"{source} was written by a newer exl: its format is {version}, but this version reads up to {VERSION}",
             "update exl",
         )
     try:

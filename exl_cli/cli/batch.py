@@ -258,7 +258,7 @@ def _engine_count(text: str | None) -> int | None:
     if text is None or text == "all":
         return None
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise UsageError(f"{param('gpus')} must be all or a number from 1, got {text!r}", "write it as all")
+        raise UsageError(f"{param('gpus')} must be all or a positive number, got {text!r}", "write it as all")
     return int(text)
 
 
@@ -282,7 +282,7 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is not a folder", f"with several inputs, {param('output')} must be a folder")
         if any(str(path) == "-" for path in prompts):
-            raise UsageError("standard input has no file name to use in a folder", "give a file")
+            raise UsageError("standard input has no file name to use in a folder", f"pass a file to {param('output')}")
         paths = {path: output / _output_name(path) for path in prompts}
     else:
         paths = {prompts[0]: output}

@@ -150,7 +150,7 @@ def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
         if name is not None:
             raise
         hint = f"to use another model, run exl chat MODEL --session {session.name}"
-        raise ModelNotFoundError(f"{error.message}(used by session {session.name})", hint) from error
+        raise ModelNotFoundError(f"{error.message} (used by session {session.name})", hint) from error
 
 
 def _settings(session: Session, flags: SamplingFlags, given: dict[str, Any]) -> Settings:

@@ -146,11 +146,9 @@ def check_settings(request: Request, rows: int) -> None:
     """
     for id_, bias in request.logit_bias.items():
         if not 0 <= id_ < rows:
-            raise UsageError(
-                f"{param('logit_bias')} names the token {id_:,}, the model has those from 0 to {rows - 1:,}"
-            )
+            raise UsageError(f"{param('logit_bias')} names the token {id_:,}, but the model only has 0 to {rows - 1:,}")
         if not (abs(bias) <= 100 or bias == -math.inf):
-            raise UsageError(f"{param('logit_bias')} of token {id_:,} must be -100 to 100, got {bias:g}")
+            raise UsageError(f"{param('logit_bias')} of token {id_:,} must be between -100 and 100, got {bias:g}")
     counts = {"min_new_tokens": request.min_new_tokens, "logprobs": request.logprobs or 0}
     for name, count in {**counts, "prompt_logprobs": request.prompt_logprobs or 0}.items():
         if count < 0:

@@ -9,7 +9,7 @@ released (`release()`) or garbage-collected.
 try:
     import langchain_core as _  # noqa: F401
 except ImportError as error:
-    raise ImportError("exl_cli.langchain needs langchain-core: pip install 'exl-cli[langchain]'") from error
+    raise ImportError("exl_cli.langchain needs langchain-core; run pip install 'exl-cli[langchain]'") from error
 
 from exl_cli.langchain.chat import ChatExLlamaV2
 from exl_cli.langchain.llm import ExLlamaV2

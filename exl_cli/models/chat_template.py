@@ -194,7 +194,7 @@ class PlainFormat:
     "\\nAssistant:" are stop strings.
     """
 
-    name = "plain turns, as the model has no chat template"
+    name = "plain turns (the model has no chat template)"
     source = _PLAIN
     stops: tuple[str, ...] = ("\nUser:", "\nAssistant:")
     add_special_tokens = True

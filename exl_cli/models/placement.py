@@ -237,9 +237,9 @@ def place(
         UsageError: the sizes are not for this model or these GPUs.
     """
     needed = estimate(info, round_up(context) * sequences, cache, low_mem=low_mem)
-    have = f"{gib(sum(free))} {'are' if len(free) < 2 else f'on {len(free)} GPUs are'} free"
+    have = f"{gib(sum(free))} is free"
     if len(free) > 1:
-        have += f" ({' + '.join(map(gib, free))})"
+        have += f" on {len(free)} GPUs ({' + '.join(map(gib, free))})"
     if draft is not None and free:
         taken = beside(draft, context, cache, low_mem=low_mem, sequences=sequences)
         free = less(free, taken)
@@ -252,7 +252,7 @@ def place(
         return shares
     whole = f"a context of {context:,} tokens" if sequences == 1 else f"{sequences} contexts of {context:,} tokens"
     message = (
-        f"{info.name} needs about {gib(needed.allocated)} of GPU memory for {whole} with {cache} cache, and {have}"
+        f"{info.name} needs about {gib(needed.allocated)} of GPU memory for {whole} with {cache} cache, but {have}"
     )
     free = tuple(free)
 

@@ -46,7 +46,7 @@ def parse_variables(items: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise UsageError(f"{_VAR} {item!r} has no '='", _AS_NAME_VALUE)
         if not name.isidentifier():
-            what = f"{name!r} is not a name" if name else "there is no name before '='"
+            what = f"{name!r} is not a valid name" if name else "no name before '='"
             raise UsageError(f"{_VAR} {item!r}: {what}", _AS_NAME_VALUE)
         if name in variables:
             raise UsageError(f"{_VAR} {name} is given twice", "give each variable once")
@@ -65,14 +65,14 @@ def fill(template: str, variables: Mapping[str, str]) -> str:
     unused = [name for name in variables if name not in names]
     if missing:
         raise PromptError(
-            f"the template needs {{{missing[0]}}}, and no {_VAR} gives it",
+            f"the template needs {{{missing[0]}}}, but no {_VAR} sets it",
             did_you_mean(missing[0], unused, "did you mean {} in the template?") or f"add {_VAR} {missing[0]}=…",
         )
     if unused:
         raise PromptError(
             f"{_VAR} {unused[0]} is not in the template",
             did_you_mean(unused[0], names, f"did you mean {_VAR} {{}}?")
-            or f"drop it, or write {{{unused[0]}}} in the template",
+            or f"drop it, or use {{{unused[0]}}} in the template",
         )
     return "".join(literal + ("" if name is None else variables[name]) for literal, name in parts)
 
@@ -92,12 +92,12 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
     try:
         fields = list(Formatter().parse(template))
     except ValueError as error:
-        raise PromptError(f"the template has a brace that does not match: {error}", braces) from None
+        raise PromptError(f"unmatched brace in the template: {error}", braces) from None
     for _, name, spec, conversion in fields:
         if name is None:
             continue
         if name == "" or name.isdecimal():
-            raise PromptError(f"the template has a placeholder without a name: {{{name}}}", "name it, as in {question}")
+            raise PromptError(f"the template has a placeholder without a name: {{{name}}}", "name it, e.g. {question}")
         if not name.split(".")[0].split("[")[0].isidentifier():
             raise PromptError(f"the template has an invalid placeholder: {{{name}}}", braces)
         if not name.isidentifier() or spec or conversion:
@@ -206,18 +206,18 @@ def _check_options(
     chat: ChatTemplate | None,
 ) -> None:
     if raw and template is not None:
-        raise UsageError(f"{_RAW} and {_TEMPLATE} exclude each other", f"drop {_RAW}; a template is sent as it is")
+        raise UsageError(f"{_RAW} cannot be combined with {_TEMPLATE}", f"drop {_RAW}; templates are sent as they are")
     if variables and template is None:
         raise UsageError(f"{_VAR} needs a {_TEMPLATE} to fill", f"add {_TEMPLATE} 'text with {{name}}'")
     if system is None:
         return
     if template is not None:
-        raise UsageError(f"{_SYSTEM} and {_TEMPLATE} exclude each other", "write the system message into the template")
+        raise UsageError(f"{_SYSTEM} cannot be combined with {_TEMPLATE}", "put the system message into the template")
     if raw:
-        raise UsageError(f"{_SYSTEM} and {_RAW} exclude each other", "drop one of them")
+        raise UsageError(f"{_SYSTEM} cannot be combined with {_RAW}", "drop one of them")
     if chat is None:
         raise UsageError(
-            f"{_SYSTEM} needs a model with a chat template, and this one has none", "write it into the prompt"
+            f"{_SYSTEM} needs a model with a chat template, but this one has none", "put it into the prompt"
         )
 
 
@@ -226,13 +226,13 @@ def _template_variables(text: str | None, template: str, variables: dict[str, st
         return variables
     if "prompt" in variables or all(name != "prompt" for _, name in _parse(template)):
         raise UsageError(
-            f"both a prompt and a complete {_TEMPLATE} are given",
-            "drop one, or write {prompt} in the template where the prompt belongs",
+            f"the {_TEMPLATE} has no place for the prompt",
+            "drop the prompt, or add {prompt} to the template",
         )
     return {**variables, "prompt": text}
 
 
 def _not_empty(text: str | None) -> str:
     if text is None or not text.strip():
-        raise PromptError("the prompt is empty", "give it with -p, as a file, or on standard input")
+        raise PromptError("the prompt is empty", "pass it with --prompt, --file or standard input")
     return text

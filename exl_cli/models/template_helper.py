@@ -85,13 +85,13 @@ class Helper:
                 # Startup counts against the deadline, but leave at least half of it for the request.
                 reply = _exchange(process, line, max(end - time.monotonic(), self._deadline / 2))
             except TimeoutError:
-                reply = Reply(SPENT, 0, f"it takes more than {self._deadline:g} seconds")
+                reply = Reply(SPENT, 0, f"it took more than {self._deadline:g} seconds")
             except EOFError:
                 reply = Reply(SPENT, 0, f"it crashed the process that {_VERBS[self._program]} it")
                 if not self._ready:  # it had not read any untrusted input yet
-                    reply = Reply(FAILED, 0, "the helper process ends while starting")
+                    reply = Reply(FAILED, 0, "the helper process exited during startup")
             except OSError as error:
-                reply = Reply(FAILED, 0, f"the helper process cannot be started: {error.strerror}")
+                reply = Reply(FAILED, 0, f"cannot start the helper process: {error.strerror}")
             except BaseException:  # KeyboardInterrupt: a late reply would be taken for that of the next request
                 self._end()
                 raise

@@ -108,10 +108,10 @@ def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
 
     class Environment(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-            raise SecurityError(f"it looks up {attribute!r} of a {type(obj).__name__}")
+            raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}")
 
     def refuse(message: object = "") -> None:
-        raise RefusedError(str(message).strip() or "it does not say why")
+        raise RefusedError(str(message).strip() or "no reason given")
 
     def tojson(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
@@ -132,7 +132,9 @@ def renderer() -> Callable[[str, str, dict[str, Any]], Answer]:
             raise
         except Exception as error:
             kind = next(kind for type_, kind in kinds.items() if isinstance(error, type_))
-            reason = "it nests too deep" if isinstance(error, RecursionError) else getattr(error, "message", str(error))
+            reason = (
+                "it nests too deeply" if isinstance(error, RecursionError) else getattr(error, "message", str(error))
+            )
             line = error.lineno if isinstance(error, TemplateSyntaxError) else _line_of(error)
             return kind, line, (reason or type(error).__name__)[:_MAX_REASON]
 
@@ -168,7 +170,7 @@ def trier() -> Callable[[str], Answer]:
             size = next((size for size in sizes(tokenizer, text) if size > _MAX_GROWTH * len(text)), 0)
         except Exception:
             return TEXT, 0, ""
-        said = f"it makes {size:,} characters or tokens of a text of {len(text):,} characters"
+        said = f"it turns a text of {len(text):,} characters into {size:,} characters or tokens"
         return (STOPPED, 0, said) if size else (TEXT, 0, "")
 
     return attempt
@@ -206,11 +208,11 @@ def main(program: str, cpu_seconds: str, memory: str, *folders: str) -> None:
         try:
             kind, line, text = answer(*json.loads(request))
             if len(text) > max_text(len(request)):
-                kind, line, text = SPENT, 0, "it writes too much text"
+                kind, line, text = SPENT, 0, "its output is too long"
             _reply(kind, line, text)
         except MemoryError as error:
             # The heap may stay full, so the parent replaces this process after a SPENT reply.
-            _reply(SPENT, _line_of(error), "it needs too much memory")
+            _reply(SPENT, _line_of(error), "it uses too much memory")
         except Exception as error:  # for example text that cannot be encoded
             _reply(FAILED, 0, type(error).__name__)
     return None

@@ -322,7 +322,7 @@ def _try(file: Path, data: bytes) -> None:
     reply = template_helper.try_tokenizer(data)
     if reply.kind == STOPPED:
         raise DamagedModelError(
-            f"{file} was refused: on a short text, {reply.text}", "copy it from the original model's repository"
+            f"{file} was rejected: on a short text, {reply.text}", "copy it from the original model's repository"
         )
     if reply.kind == TEXT:  # not if the helper process failed to start
         with contextlib.suppress(OSError):

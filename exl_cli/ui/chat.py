@@ -130,7 +130,7 @@ class ChatConsole(Console):
         facts = {
             "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} weights)",
             "engine": f"{engine.name} ({', '.join(f'{name} {value}' for name, value in engine.facts.items())})",
-            "context": f"{engine.context_length:,} tokens of the model's {info.context_length:,}",
+            "context": f"{engine.context_length:,} of the model's {info.context_length:,} tokens",
             "format": model.format.name,
         }
         self.settings(facts)

@@ -34,7 +34,7 @@ def why_not(model: Any) -> str:
     modules = model.modules
     chosen = os.environ.get(VARIABLE, "exl")
     if chosen not in ("exl", "exllamav2"):
-        raise EngineError(f"{VARIABLE}={chosen} is not known", "choose exl or exllamav2")
+        raise EngineError(f"unknown value {VARIABLE}={chosen}", "choose exl or exllamav2")
     if chosen == "exllamav2":
         return f"{VARIABLE}={chosen}"
     for device in dict.fromkeys(module.device_idx for module in modules[1:]):
@@ -59,7 +59,7 @@ def why_not(model: Any) -> str:
         if reason or not isinstance(module.pre_layernorm, ExLlamaV2RMSNorm):
             return reason or "its norm is not RMS norm"
         if module.post_layernorm is not None or not module.has_residual:
-            return "it has norms behind its layers"
+            return "it has norms after its layers"
     return ""
 
 
@@ -81,7 +81,7 @@ def _linears_why_not(linears: Sequence[Any]) -> str:
     if any(not linear.q_tensors for linear in linears):
         return "its layers are not quantized"
     if any(linear.in_features % 32 or linear.out_features % 32 for linear in linears):
-        return "its layers have odd sizes"
+        return "its layers have unsupported sizes"
     return ""
 
 

@@ -133,7 +133,7 @@ def explain(error: Exception, repository: Repository, hub: Hub) -> tuple[str, st
     names: list[str] = []
     if isinstance(error, errors.GatedRepoError):
         then = "then wait for its owner's approval" if hub.logged_in else f"then {log_in}"
-        return f"{repository.id} is gated; accept its licence first", f"do so at {page}, {then}"
+        return f"{repository.id} is gated", f"accept its licence at {page}, {then}"
     if isinstance(error, errors.RevisionNotFoundError):
         with contextlib.suppress(Exception):
             names = [name for name, _ in hub.branches(repository)]
@@ -160,7 +160,7 @@ def explain(error: Exception, repository: Repository, hub: Hub) -> tuple[str, st
     if isinstance(error, (ValueError, KeyError, TypeError, RecursionError, http.HTTPError, http.InvalidURL)):
         return f"{hub.endpoint} does not behave like the Hub: {_reason(error)}", "check HF_ENDPOINT and proxies"
     reason = _reason(error) or type(error).__name__
-    return f"downloading {repository} failed: {reason}", f"run again with {param('debug')} to see details"
+    return f"downloading {repository} failed: {reason}", f"run again with {param('debug')} for details"
 
 
 def _by_status(error: Exception, status: int, repository: Repository, page: str, log_in: str) -> tuple[str, str]:

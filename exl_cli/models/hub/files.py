@@ -181,7 +181,7 @@ def check_runnable(listing: Listing, chosen: Sequence[File], choice: Choice, con
     """
     where, include = str(listing.repository), param("include")
     if not chosen:
-        raise UsageError(f"no file of {where} matches", f"list its files with {include} '*' {param('dry_run')}")
+        raise UsageError(f"no file in {where} matches", f"list its files with {include} '*' {param('dry_run')}")
     if choice.include:
         return
     refuse_method(Path(where), quantization_of(config))

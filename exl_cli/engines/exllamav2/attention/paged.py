@@ -119,7 +119,7 @@ def backend(device: torch.device | None = None, heads: Heads = _USUAL) -> Backen
 
 def _choose(device: torch.device, wanted: str, heads: Heads) -> Backend:
     if wanted and wanted not in NAMES:
-        raise EngineError(f"{VARIABLE}={wanted} is not known", f"choose one of {', '.join(NAMES)}")
+        raise EngineError(f"unknown value {VARIABLE}={wanted}", f"choose one of {', '.join(NAMES)}")
     if wanted == "torch":
         return Backend("torch")
     if not (reason := _why_not_triton(device) or failure(_triton, device, heads)):

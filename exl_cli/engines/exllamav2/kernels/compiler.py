@@ -123,7 +123,7 @@ def _library() -> Any:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise EngineError(f"torch's run-time compiler cannot be loaded: {error}") from error
+        raise EngineError(f"cannot load torch's run-time compiler: {error}") from error
 
 
 def _check(code: int, what: str) -> None:
@@ -314,7 +314,7 @@ def compiled(library: Any, build: Build) -> bytes:
             library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
-            raise EngineError(f"{file} cannot be compiled for this GPU: {log.value.decode(errors='replace')[:500]}")
+            raise EngineError(f"cannot compile {file} for this GPU: {log.value.decode(errors='replace')[:500]}")
         _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)), f"compiling {file}")
         binary = ctypes.create_string_buffer(size.value)
         _check(library.nvrtcGetCUBIN(program, binary), f"compiling {file}")
