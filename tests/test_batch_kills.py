@@ -67,7 +67,7 @@ def test_ctrl_c_keeps_whole_answers_and_says_how_to_go_on(
     process.send_signal(signal.SIGINT)
     _, told = process.communicate()
     assert process.returncode == 130
-    assert "the same command resumes" in told
+    assert "run the same command to resume" in told
     assert read_texts(output).items() < undisturbed.items()
     subprocess.run(command(prompts, output), check=True)
     assert read_texts(output) == undisturbed
