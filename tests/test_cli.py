@@ -57,24 +57,8 @@ def check_error(result: Result, code: ExitCode, *words: str) -> None:
     assert result.exit_code == code
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "words"),
-    [
-        (["fabel-7m", "-p", "x"], ExitCode.MODEL_NOT_FOUND, ["fabel-7m", "did you mean fable-7m?"]),
-        (["nobody/nothing", "-p", "x", "--models-dir", "/no/such"], ExitCode.MODEL_NOT_FOUND, ["nothing", "/no/such"]),
-        (["Once upon a time"], ExitCode.MODEL_NOT_FOUND, ["Once upon a time", "with -p"]),
-        ([], ExitCode.PROMPT, ["prompt"]),
-        (["fable-7m", "one", "-p", "two"], ExitCode.USAGE, ["--prompt and PROMPT"]),
-        (["-f", "/no/such.txt"], ExitCode.PROMPT, ["/no/such.txt", "No such file"]),
-        (["-p", "x", "--top-p", "1.5"], ExitCode.USAGE, ["--top-p must be between 0 and 1, got 1.5"]),
-        (["-p", "x", "--preset", "wild"], ExitCode.USAGE, ["wild", "greedy"]),
-        (["--template", "{question}?"], ExitCode.PROMPT, ["question", "--var"]),
-        (["--template", "{a}?", "--var", "a=a", "--var", "qestion=b"], ExitCode.PROMPT, ["qestion"]),
-        (["-p", "story " * 3000], ExitCode.PROMPT, ["3,0", "1,024"]),
-    ],
-)
-def test_what_is_refused_before_a_model_loads(args: list[str], code: ExitCode, words: list[str]) -> None:
-    check_error(run(*args), code, *words)
+def test_a_prompt_that_does_not_fit() -> None:
+    check_error(run("-p", "story " * 3000), ExitCode.PROMPT, "3,0", "1,024")
 
 
 def test_a_prompt_that_is_not_text() -> None:
