@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import os
@@ -28,8 +29,9 @@ os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent / "data")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Nothing that is imported is garbage.
+# Nothing that is imported is garbage, until the interpreter ends.
 gc.disable()
+atexit.register(gc.unfreeze)
 
 # Typer would build all of the commands for each call of one.
 typer.testing._get_command = functools.cache(typer.main.get_command)
@@ -40,17 +42,16 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_for_the_collector() -> None:
-    """Keep the garbage collector from looking through torch and transformers for each engine that is closed."""
+    """Keep the garbage collector from looking through torch and transformers for each engine that is closed.
+
+    At the end, too, when pytest collects five times: what earlier modules left is collected here.
+    """
     gc.collect()
     gc.freeze()
 
 
 def pytest_collection_finish() -> None:
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
 
     fake: FakeHub
     protocol_version = "HTTP/1.1"
+    # Or the body waits for the client to acknowledge the head, which takes 40 ms.
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
