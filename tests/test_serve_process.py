@@ -174,28 +174,18 @@ def empty(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "said"),
     [
-        ("--port {taken}", 2, "--host 127.0.0.1 --port {taken}: Address already in use; choose another --port"),
-        ("--host 192.0.2.1", 2, "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
-        ("--host no-such-host.invalid", 2, "--host no-such-host.invalid --port 8080: "),
-        ("--api-key-file {empty}", 2, "--api-key-file {empty} contains no key; create one"),
-        ("--api-key-file {empty}.none", 2, "cannot read --api-key-file {empty}.none: No such file"),
-        ("no/such-model", 3, "download it with exl download no/such-model"),
-        ("fable-7m no/such-model", 3, "no/such-model is not in"),
-        ("fable-7m fable-7m", 2, "two models have the name fable-7m"),
-        ("--idle-unload soon", 2, "--idle-unload must be a duration, got 'soon'; write it as 90s, 15m or 2h"),
-        ("--grace -1", 2, "--grace must be a duration, got '-1'"),
-        ("--served-name x=y", 2, "--served-name x=y: 'y' is not being served"),
-        ("--served-name fable-7m", 2, "--served-name fable-7m: the name is empty or already taken"),
-        ("--cache-per-key", 2, "--cache-per-key needs API keys; add --api-key-file"),
-        ("--port 70000", 2, "--port must be between 0 and 65535"),
-        ("--queue -1", 2, "--queue must be at least 0"),
+        ("--port {taken}", "--host 127.0.0.1 --port {taken}: Address already in use; choose another --port"),
+        ("--host 192.0.2.1", "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
+        ("--host no-such-host.invalid", "--host no-such-host.invalid --port 8080: "),
+        ("--api-key-file {empty}", "--api-key-file {empty} contains no key; create one"),
+        ("--api-key-file {empty}.none", "cannot read --api-key-file {empty}.none: No such file"),
     ],
 )
-def test_a_command_line_that_is_refused(line: str, code: int, said: str, taken: str, empty: str) -> None:
+def test_an_address_or_a_file_that_cannot_be_used(line: str, said: str, taken: str, empty: str) -> None:
     result = serve(*(word.format(taken=taken, empty=empty) for word in line.split()))
-    assert result.exit_code == code, result.stderr
+    assert result.exit_code == ExitCode.USAGE, result.stderr
     assert said.format(taken=taken, empty=empty) in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
