@@ -259,17 +259,6 @@ def test_arguments_that_are_not_utf8_are_refused_as_a_file_is(
     assert (result.exit_code, result.stdout, result.stderr) == (6, "", expected)
 
 
-def test_a_sentence_in_the_models_place_is_meant_as_a_prompt(scripted: ScriptedLoader) -> None:
-    result = run(scripted, "Hello there")
-    assert result.exit_code == 3
-    assert result.stderr == "error: no model named 'Hello there'; if that is a prompt, pass it with -p\n"
-    for command in ("bench", "show"):
-        result = CliRunner().invoke(app, [command, "Hello there"])
-        assert result.exit_code == 3
-        assert "no model named 'Hello there'; give the folder of a model" in result.stderr
-        assert "-p" not in result.stderr
-
-
 @pytest.mark.smoke
 def test_the_first_command_of_readme_on_the_real_model() -> None:
     command = ["run", "--prompt", "Once upon a time", "--max-new-tokens", "64", "--seed", "1", "--json"]
