@@ -17,7 +17,6 @@ Not to be generated, since transformers has no class of them nor one that comput
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import fnmatch
 import functools
@@ -27,7 +26,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -1004,18 +1003,13 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-@contextlib.contextmanager
-def imported() -> Iterator[None]:
+def imported() -> None:
     """Have transformers imported and quiet, and keep the garbage collector from looking through it for each model."""
     import transformers.modeling_utils  # noqa: F401
 
     quiet()
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def main() -> None:

@@ -17,13 +17,13 @@ from exl_cli.models.tokenizer import Tokenizer
 
 
 class SeededEngine(ScriptedEngine):
-    """Random tokens, one every five milliseconds."""
+    """Random tokens, one every three milliseconds."""
 
     def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
         yield Step(prompt_seconds=0.5)
         rng = random.Random(f"{request.seed} {list(request.ids)}")
         while not is_cancelled():
-            time.sleep(0.005)
+            time.sleep(0.003)
             yield Step((rng.randrange(1000, 2000),))
 
 

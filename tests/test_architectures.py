@@ -46,9 +46,8 @@ def _cases() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _transformers() -> Iterator[None]:
-    with architectures.imported():
-        yield
+def _transformers() -> None:
+    architectures.imported()
 
 
 def load(info: ModelInfo) -> EngineThread:

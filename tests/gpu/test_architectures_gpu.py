@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
 from pathlib import Path
 
 import architecture_table
@@ -22,9 +21,8 @@ NEVER_REFUSED = ("phi3*", "qwen3*", "gemma3*", "mistral*", "*yarn*", "starcoder2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _transformers() -> Iterator[None]:
-    with architectures.imported():
-        yield
+def _transformers() -> None:
+    architectures.imported()
 
 
 @pytest.mark.parametrize("fmt", architectures.FORMATS)
