@@ -350,7 +350,7 @@ def test_a_missing_model() -> None:
 def test_a_model_that_does_not_fit_is_not_loaded() -> None:
     results = about(Answer(None, "must not be asked", "error"), Answer(SOUND), free=GIB // 2)
     assert (results["Fits"].status, results["Fits"].blocks) == ("fail", "gpu")
-    assert "GiB are free" in results["Fits"].message
+    assert "GiB is free" in results["Fits"].message
     assert "On the GPU" not in results
 
 
