@@ -143,5 +143,5 @@ def test_ctrl_c_keeps_the_answers_in_one_file(cluster: Any, tmp_path: Path) -> N
     job.process.send_signal(signal.SIGINT)
     _, told = job.process.communicate(timeout=300)
     assert job.process.returncode == 130, told
-    assert "the same command resumes" in told
+    assert "run the same command to resume" in told
     assert 10 <= len(read_texts(output)) < ROWS

@@ -174,7 +174,7 @@ def test_the_gpu_is_asked_for_energy_clocks_and_other_processes() -> None:
 
 @pytest.mark.parametrize(
     ("granted", "link"),
-    [({0, 2}, "NVLink"), ({0}, "PCIe"), (set(), "PCIe, through the host")],  # nvml.h: reading is 0, NVLink is 2
+    [({0, 2}, "NVLink"), ({0}, "PCIe"), (set(), "PCIe, through host memory")],  # nvml.h: reading is 0, NVLink is 2
 )
 def test_the_link_between_gpus(granted: set[int], link: str) -> None:
     nvml = SimpleNamespace(

@@ -42,11 +42,11 @@ class Driver:
         return sum(readings) / 1000 if readings and None not in readings else None
 
     def link(self, first: Any, second: Any) -> str | None:
-        """How memory is copied between two GPUs: "NVLink", "PCIe", or "PCIe, through the host"; None if unknown."""
+        """How memory is copied between two GPUs: "NVLink", "PCIe", or "PCIe, through host memory"; None if unknown."""
         nvlink, read = (self.ask("DeviceGetP2PStatus", first, second, kind) for kind in (_NVLINK, _READ))
         if nvlink is None and read is None:
             return None
-        return "NVLink" if nvlink == _OK else "PCIe" if read == _OK else "PCIe, through the host"
+        return "NVLink" if nvlink == _OK else "PCIe" if read == _OK else "PCIe, through host memory"
 
     def close(self) -> None:
         """Shut NVML down; later queries are None."""

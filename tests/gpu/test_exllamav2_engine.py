@@ -61,7 +61,7 @@ def test_logits_of_small_passes_are_the_golden_ones(golden, key: str, prompt: in
     """Twice, so that some passes run as a graph; the same bits each time."""
     folder, ids, expected, _ = golden(key, prompt)
     engine = load(folder)
-    assert engine.facts["kernels"] == "kernels of exl's own"
+    assert engine.facts["kernels"] == "exl's kernels"
     first, second = (engine.cached_logits(ids, step) for _ in range(2))
     error = relative_error(first[-len(expected) :], expected)
     print(f"\n{key} prompt {prompt} step {step}: relative error {error:.6f}")

@@ -159,6 +159,6 @@ def test_perplexity_is_that_of_exllamav2s_own_kernels(
     assert "exllamav2's modules" in kernels
     del os.environ["EXL_KERNELS"]
     ours, kernels = perplexity(folder, ids, 8)
-    assert kernels == "kernels of exl's own"
+    assert kernels == "exl's kernels"
     print(f"\n{format_}: {ours:.5f} and {theirs:.5f}, {100 * abs(ours / theirs - 1):.4f} % apart")
     assert abs(ours / theirs - 1) < 1e-3

@@ -61,7 +61,7 @@ def test_hidden_states_past_the_range(format_: str, step: int, tmp_path: Path) -
         hidden = tinymodels.reference_model(state, variant)(torch.tensor([IDS]), output_hidden_states=True)
     assert max(float(states.abs().max()) for states in hidden.hidden_states[:-1]) > LIMIT + 16
     (ours, kernels), (theirs, others) = (logits(tmp_path / "model", IDS, step, name) for name in (OURS, THEIRS))
-    assert kernels == "kernels of exl's own"
+    assert kernels == "exl's kernels"
     assert "exllamav2's modules" in others
     assert ours.isfinite().all()
     same = agreement(ours, theirs), agreement(ours, hidden.logits[0])
@@ -89,7 +89,7 @@ def test_gated_activations_past_the_range(format_: str, step: int, tmp_path: Pat
         expected = model(torch.tensor([IDS])).logits[0]
     assert min(peaks) > 2 * LIMIT
     ours, kernels = logits(tmp_path / "model", IDS, step, OURS)
-    assert kernels == "kernels of exl's own"
+    assert kernels == "exl's kernels"
     assert ours.isfinite().all()
     same = agreement(ours, expected)
     print(f"\n{format_}, {step} at once: the same token as transformers in {100 * same:.1f} %")

@@ -101,9 +101,9 @@ class ExLlamaV2Engine:
     def facts(self) -> dict[str, str]:
         """See `engines.base.Engine.facts`. They change if a capture fails."""
         forward = self._forward
-        graphs = "one for each pass" if forward.captures else "none"
+        graphs = "one per pass" if forward.captures else "none"
         if forward.why_not_captured:
-            graphs = f"no more since one failed ({forward.why_not_captured})"
+            graphs = f"off since a capture failed ({forward.why_not_captured})"
         return {**self._facts, "graphs": graphs}
 
     def check(self, request: Request) -> None:
@@ -252,7 +252,7 @@ def load(
             raise
         drafter = DraftModel(others[0].forward, loaded.forward.vocab_size, context)
     small = loaded.forward.small
-    own = "exl's own from few tokens, else " if small.attends else ""
+    own = "exl's own for few tokens, else " if small.attends else ""
     facts = {
         "device": ", ".join(torch.cuda.get_device_name(gpu) for gpu in dict.fromkeys(devices)),
         "dtype": "float16",
@@ -272,7 +272,7 @@ def _layers(devices: Sequence[int]) -> str:
     gpus = [*dict.fromkeys(devices)]
     places = [f"{devices.index(gpu)} to {devices.index(gpu) + devices.count(gpu) - 1} on GPU {gpu}" for gpu in gpus]
     direct = all(torch.cuda.can_device_access_peer(after, before) for before, after in pairwise(gpus))
-    return f"{', '.join(places)}, {'peer access' if direct else 'through the host'}"
+    return f"{', '.join(places)}, {'peer access' if direct else 'through host memory'}"
 
 
 def _devices(info: ModelInfo, context_length: int, options: LoadOptions, draft: ModelInfo | None = None) -> list[int]:

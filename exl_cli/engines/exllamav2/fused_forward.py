@@ -75,7 +75,7 @@ class FusedForward:
         EngineError: the kernels cannot be compiled here.
     """
 
-    name = "kernels of exl's own"
+    name = "exl's kernels"
 
     def __init__(
         self,
