@@ -171,7 +171,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 BOS = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
 TEXT_A = {"Sequence": {"id": "A", "type_id": 0}}
 HOSTILE = {
-    "doubles forty times": {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa")] * 40}},
+    "grows a thousandfold twice": {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "a" * 1000)] * 2}},
     "grows one rare letter": {"normalizer": replace("\u16a0", "a" * 1_000_000)},
     "splits into bytes twelve times": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 12}},
     "adds many special tokens": {
