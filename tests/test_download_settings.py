@@ -24,6 +24,7 @@ from exl_cli.models.hub.client import Hub
         ("HF_HUB_DOWNLOAD_TIMEOUT", "x"),
         ("HF_HUB_ETAG_TIMEOUT", "1.5s"),
         ("SSL_CERT_FILE", "/nonexistent"),
+        ("SSL_CERT_FILE", "/"),
     ],
 )
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

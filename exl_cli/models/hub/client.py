@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -261,10 +262,13 @@ def _check_variables() -> None:
         except ValueError:
             wrong = f"{name} is {os.environ[name]!r}, not a whole number of seconds"
             raise UsageError(wrong, "correct or unset it") from None
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+    for name, is_kind in (("SSL_CERT_FILE", Path.is_file), ("SSL_CERT_DIR", Path.is_dir)):
         path = os.environ.get(name)
-        if path and not os.access(path, os.R_OK):
+        if path and not (is_kind(Path(path)) and os.access(path, os.R_OK)):
             raise UsageError(f"{name} names an unreadable file, {path!r}", "correct or unset it")
+    # huggingface_hub keeps the one that it was imported with.
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        _check_endpoint(endpoint)
 
 
 def _check_endpoint(endpoint: str) -> str:
