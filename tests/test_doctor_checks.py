@@ -94,7 +94,7 @@ def test_one_good_gpu_of_two_is_enough() -> None:
     ("links", "message"),
     [
         ([(0, 1, True, "NVLink")], "NVLink"),
-        ([(0, 1, False, "PCIe, through host memory")], "no peer access; copies go through host memory"),
+        ([(0, 1, False, "PCIe, through host memory")], "no peer access, copies go through host memory"),
         ([(0, 1, True, None)], "peer access"),
         (
             [(0, 1, True, "NVLink"), (0, 2, True, "PCIe"), (1, 2, True, "PCIe")],

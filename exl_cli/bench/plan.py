@@ -106,7 +106,7 @@ def parse_counts(text: str, name: str, least: int) -> tuple[int, ...]:
     except ValueError:
         values = (-1,)
     if not all(least <= value <= 10_000_000 for value in values):
-        problem = f"{param(name)} {text!r} is not a list of whole numbers of at least {least}"
+        problem = f"{param(name)} must be a list of whole numbers, {least} or more, got {text!r}"
         raise UsageError(problem, f"write it as {param(name)} 1,2")
     return values
 

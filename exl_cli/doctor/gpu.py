@@ -121,7 +121,7 @@ def links(answer: Answer) -> list[CheckResult]:
         return []
     kinds: dict[str, list[str]] = {}
     for pair in pairs:
-        link = (pair["link"] or "peer access") if pair["peer"] else "no peer access; copies go through host memory"
+        link = (pair["link"] or "peer access") if pair["peer"] else "no peer access, copies go through host memory"
         kinds.setdefault(link, []).append("-".join(map(str, pair["gpus"])))
     message = "; ".join(f"{link} ({', '.join(names)})" if len(kinds) > 1 else link for link, names in kinds.items())
     return [CheckResult("GPU links", "ok", message, details={"links": pairs})]

@@ -128,7 +128,7 @@ class ChatConsole(Console):
     def model(self, model: ChatModel) -> None:
         info, engine = model.info, model.engine
         facts = {
-            "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} weights)",
+            "model": f"{info.name} ({info.format_name}, {info.architecture}, {_weights(info.parameters)} parameters)",
             "engine": f"{engine.name} ({', '.join(f'{name} {value}' for name, value in engine.facts.items())})",
             "context": f"{engine.context_length:,} of the model's {info.context_length:,} tokens",
             "format": model.format.name,
@@ -159,7 +159,7 @@ class ChatConsole(Console):
                 rows.append((shown, when, "-", "-", session))
             else:
                 rows.append((shown, when, str(len(session.turns)), session.model, session.title))
-        self._list(rows, ("session", "last change", "turns", "model", "begins"))
+        self._list(rows, ("session", "last changed", "turns", "model", "first message"))
 
     def _list(self, rows: Iterable[Iterable[object]], titles: Sequence[str] = ("", "")) -> None:
         self.table(self.err, titles, rows, box=None, padding=(0, 2, 0, 0), pad_edge=True, header_style="dim")
