@@ -148,7 +148,7 @@ def test_what_names_no_repository_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "revision", "message"),
     [
-        ("acme/tiny:a", "b", "names revision a, revision says b"),
+        ("acme/tiny:a", "b", "names revision a, but revision is b"),
         *(("acme/tiny", odd, "is not a revision") for odd in ("../x", "a/../b", "a?b", "a#b", "a b", "-x", "a\n")),
         ("acme/tiny", "x" * 97, "a revision cannot have 97 characters"),
     ],

@@ -130,7 +130,7 @@ def _session(store: SessionStore, name: str | None, *, go_on: bool) -> Session:
     if go_on:
         names = store.names()
         if not names:
-            raise UsageError(f"no saved sessions in {store.folder}", "start one by leaving out --continue")
+            raise UsageError(f"no saved sessions in {store.folder}", "start one without --continue")
         return store.load(names[0])
     if name is None:
         return Session()

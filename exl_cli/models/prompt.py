@@ -97,14 +97,14 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
         if name is None:
             continue
         if name == "" or name.isdecimal():
-            raise PromptError(f"the template has a placeholder without a name: {{{name}}}", "name it, e.g. {question}")
+            raise PromptError(f"placeholder without a name in the template: {{{name}}}", "name it, e.g. {question}")
         if not name.split(".")[0].split("[")[0].isidentifier():
-            raise PromptError(f"the template has an invalid placeholder: {{{name}}}", braces)
+            raise PromptError(f"invalid placeholder in the template: {{{name}}}", braces)
         if not name.isidentifier() or spec or conversion:
             shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise PromptError(
-                f"the template has a placeholder with more than a name: {{{shown}}}",
-                "use plain {name} placeholders; attributes, indices, conversions and formats are not supported",
+                f"unsupported placeholder in the template: {{{shown}}}",
+                "only plain {name} placeholders are supported",
             )
     return [(literal, name) for literal, name, _, _ in fields]
 
@@ -206,7 +206,9 @@ def _check_options(
     chat: ChatTemplate | None,
 ) -> None:
     if raw and template is not None:
-        raise UsageError(f"{_RAW} cannot be combined with {_TEMPLATE}", f"drop {_RAW}; templates are sent as they are")
+        raise UsageError(
+            f"{_RAW} cannot be combined with {_TEMPLATE}", f"drop {_RAW}, since templates are sent as they are"
+        )
     if variables and template is None:
         raise UsageError(f"{_VAR} needs a {_TEMPLATE} to fill", f"add {_TEMPLATE} 'text with {{name}}'")
     if system is None:

@@ -51,7 +51,7 @@ def parse(text: str, revision: str | None = None) -> Repository | None:
         return None
     inside = match["revision"]
     if inside and revision and inside != revision:
-        raise UsageError(f"{text} names revision {inside}, {param('revision')} says {revision}", "give one revision")
+        raise UsageError(f"{text} names revision {inside}, but {param('revision')} is {revision}", "give one revision")
     chosen = revision or inside or "main"
     if len(chosen) > _LONGEST:
         raise UsageError(f"a revision cannot have {len(chosen):,} characters", "give a branch, a tag or a commit")
