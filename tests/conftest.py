@@ -52,6 +52,7 @@ def _little_for_the_collector() -> None:
 
 def pytest_collection_finish() -> None:
     gc.enable()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

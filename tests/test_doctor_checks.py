@@ -282,8 +282,9 @@ def in_this_process(gpu: Path, cpu: Path) -> dict[str, CheckResult]:
 
 def test_a_window_that_an_engine_ignores_shows_in_logits_past_it(gptq_dir: Path, tmp_path: Path) -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    without = with_config(gptq_dir, tmp_path / "without", **mistral, sliding_window=None)
-    windowed = with_config(gptq_dir, tmp_path / "windowed", **mistral, sliding_window=130)
+    short = {**mistral, "max_position_embeddings": 160}
+    without = with_config(gptq_dir, tmp_path / "without", **short, sliding_window=None)
+    windowed = with_config(gptq_dir, tmp_path / "windowed", **short, sliding_window=64)
     same = in_this_process(windowed, windowed)["Engines agree"]
     assert same.status == "ok", same.message
     assert "over 260 tokens, beyond the sliding window of 130" in same.message
