@@ -76,11 +76,11 @@ def chat(
     models_dir: ModelsDir = None,
     quiet: Quiet = False,
 ) -> None:
-    """Chat with a model; /help lists the commands.
+    """Chat with a model; /help lists commands.
 
-    Input is read from the terminal or a pipe: each line is a message or a command, and \"\"\" starts and ends a message
-    of several lines. Responses go to stdout, everything else to stderr. Sessions are saved in EXL_DATA_DIR, or in your
-    user data folder.
+    Each line of input is a message or a command; \"\"\" starts and ends a message of several lines.
+
+    Responses go to stdout, everything else to stderr. Sessions are saved in EXL_DATA_DIR or your user data folder.
     """
     state: State = ctx.obj
     check_text(("--system", system), ("--stop", stop))
