@@ -174,7 +174,8 @@ def batch(
     metrics = [*dict.fromkeys(eval_by or ["exact"])]
     if unknown := next((metric for metric in metrics if metric not in METRICS), None):
         raise UsageError(f"{param('eval_by')} {unknown!r} is not a metric", f"metrics: {', '.join(METRICS)}")
-    outputs = _outputs([check_path(name) for name in prompts], check_path(output), index, shards)
+    inputs = [check_path(name) for name in prompts]
+    outputs = _outputs(inputs, check_path(output), index, shards, is_folder=output.endswith("/"))
     settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
 
     def load(model: ModelInfo, tokenizer: Tokenizer) -> EngineThread:
@@ -270,7 +271,7 @@ def _check_ray(option: str, paths: list[str], *, ordered: bool) -> None:
         raise UsageError(f"{option} needs files, and {wrong} is a pipe", "use files, not stdin or stdout")
 
 
-def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict[Path, Path | None]:
+def _outputs(prompts: list[Path], output: Path, shard: int, shards: int, *, is_folder: bool) -> dict[Path, Path | None]:
     """Where the answers to each input go: None for standard output."""
     if str(output) == "-":
         if len(prompts) > 1:
@@ -278,9 +279,9 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict
                 "several inputs need a folder for the output", f"pass an existing folder to {param('output')}"
             )
         return {prompts[0]: None}
-    if output.is_dir() or len(prompts) > 1:
+    if is_folder or output.is_dir() or len(prompts) > 1:
         if output.exists() and not output.is_dir():
-            raise UsageError(f"{output} is not a folder", f"with several inputs, {param('output')} must be a folder")
+            raise UsageError(f"{output} is not a folder", f"choose another {param('output')}")
         if any(str(path) == "-" for path in prompts):
             raise UsageError("standard input has no file name to use in a folder", f"pass a file to {param('output')}")
         paths = {path: output / _output_name(path) for path in prompts}
@@ -291,7 +292,11 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int) -> dict
     if len(set(paths.values())) < len(prompts):
         raise UsageError("two inputs have the same name", "rename one, or run them separately")
     for path in paths.values():
-        if path.exists() and any(str(given) != "-" and path.samefile(given) for given in prompts if given.exists()):
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"{path} is not a regular file", f"choose another {param('output')}, or - for standard output"
+            )
+        if path.exists() and any(str(input_) != "-" and path.samefile(input_) for input_ in prompts if input_.exists()):
             raise UsageError(f"{path} is an input", f"choose another {param('output')}")
     return dict(paths)
 
