@@ -22,6 +22,12 @@ def spell(text: str, spelling: Callable[[str], str] = str) -> str:
     return _MARK.sub(lambda match: spelling(match[1]), text)
 
 
+def first_param(text: str) -> str:
+    """The name in a text's first `param` mark, or an empty string."""
+    match = _MARK.search(text)
+    return match[1] if match else ""
+
+
 def brief(text: str, length: int = 160) -> str:
     """Shorten user input or file contents for a message by cutting out the middle."""
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
@@ -269,7 +270,9 @@ BAD: dict[str, tuple[str, str]] = {
     "not valid JSON": ("{", "invalid JSON"),
     "not an object": ("[1]", "it must be a JSON object"),
     "nothing to answer": ('{"text": "Hi"}', "no prompt: the line"),
-    "an empty prompt": ('{"prompt": ""}', "no prompt: the line"),
+    "an empty prompt": ('{"prompt": ""}', "the prompt is empty"),
+    "a number for a prompt": ('{"prompt": 5}', "prompt must be text or token ids, got 5"),
+    "a setting that is not a number": ('{"prompt": "Hi", "temperature": NaN}', "temperature: input should be a finite"),
     "a setting out of range": ('{"prompt": "Hi", "temperature": -1}', "temperature must be between 0 and 100"),
     "a setting of a wrong type": ('{"prompt": "Hi", "top_k": "many"}', "top_k"),
     "another endpoint": ('{"url": "/v1/embeddings", "body": {}}', "url must be one of"),
@@ -507,6 +510,23 @@ def test_several_inputs_go_to_a_folder(scripted: ScriptedLoader, tmp_path: Path)
     for output in (tmp_path, "-", tmp_path / "b.txt"):
         assert batch(scripted, *inputs, "-o", output).exit_code == 2
     assert inputs[1].read_text() == "Three\n"
+
+
+def test_an_output_with_a_slash_at_the_end_is_a_folder(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "One"})
+    assert batch(scripted, prompts, "-o", f"{tmp_path}/out/").exit_code == 0
+    assert len(answers(tmp_path / "out" / "in.jsonl")) == 1
+
+
+@pytest.mark.timeout(10)
+def test_an_output_that_is_a_device_or_a_pipe_is_refused(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts, pipe = jsonl(tmp_path / "in.jsonl", {"prompt": "One"}), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for output in (pipe, "/dev/null"):
+        refused = batch(scripted, prompts, "-o", output)
+        assert refused.exit_code == 2
+        assert f"error: {output} is not a regular file; choose another --output" in refused.stderr
+    assert not Path("/dev/null.exl.json").exists()
 
 
 @pytest.mark.parametrize(

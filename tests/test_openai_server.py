@@ -114,7 +114,10 @@ def test_a_prompt_beyond_the_context_is_refused_before_the_stream(client: TestCl
         ({}, "messages", "missing"),
         ({"messages": MESSAGES, "guidance_scale": 2}, "guidance_scale", "unsupported_parameter"),
         ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
-        ({"messages": MESSAGES, "top_k": -5}, None, "invalid_value"),
+        ({"messages": MESSAGES, "top_k": -5}, "top_k", "invalid_value"),
+        ({"messages": MESSAGES, "temperature": -1}, "temperature", "invalid_value"),
+        ({"messages": MESSAGES, "logit_bias": {"9999": 1}}, "logit_bias", "invalid_value"),
+        ({"messages": MESSAGES, "banned_tokens": [9999]}, "banned_tokens", "invalid_value"),
     ],
     ids=str,
 )

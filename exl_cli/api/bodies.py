@@ -27,7 +27,7 @@ from pydantic_core import from_json
 
 from exl_cli.api.model import choose
 from exl_cli.engines.base import Request
-from exl_cli.errors import UsageError, brief
+from exl_cli.errors import UsageError, brief, first_param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import FIELDS, Sampling, from_generation_config
@@ -217,7 +217,8 @@ def renamed(data: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, A
                 raise BodyError(f"exl does not support {theirs}", hint, field=theirs, code="unsupported_parameter")
             continue
         value = next((ours for other, ours in _VALUES.get(name, ()) if value == other), value)
-        if values.setdefault(name, value) != value:
+        first = values.setdefault(name, value)
+        if first is not value and first != value:  # NaN differs from itself
             raise BodyError(
                 f"{theirs} contradicts another name of the same setting", "send only one of them", field=theirs
             )
@@ -314,7 +315,8 @@ class GenerationBody(SamplingFields):
         try:
             return choose({}, {**NEUTRAL, **from_generation_config(info.generation_config)}, given)
         except UsageError as error:
-            raise BodyError(error.message) from None  # the hint names CLI flags
+            # The hint names CLI flags.
+            raise BodyError(error.message, field=first_param(error.message)) from None
 
     def _bias(self, tokenizer: Tokenizer) -> dict[int, float]:
         banned = self.banned_tokens
@@ -324,7 +326,11 @@ class GenerationBody(SamplingFields):
         bias |= dict.fromkeys([*banned, *(tokenizer.eos_ids if self.ban_eos_token else ())], _BAN)
         bias = {id_: value if value > _BAN else -math.inf for id_, value in bias.items()}
         if strange := [id_ for id_ in bias if id_ >= tokenizer.vocab_size]:
-            raise BodyError(f"the model has no token {strange[0]}", f"use ids up to {tokenizer.vocab_size - 1}")
+            raise BodyError(
+                f"the model has no token {strange[0]}",
+                f"use ids up to {tokenizer.vocab_size - 1}",
+                field="logit_bias" if str(strange[0]) in self.logit_bias else "banned_tokens",
+            )
         return bias
 
 

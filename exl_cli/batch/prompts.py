@@ -212,7 +212,11 @@ class Preparer:
         if "messages" in record:
             return Task(row, ChatJob(self._body(ChatBody, row, record, self._as_run), self._model))
         prompt = record.get("prompt")
-        if not isinstance(prompt, (str, list)) or not prompt:
+        if prompt in ("", []):
+            raise BodyError("the prompt is empty", field="prompt")
+        if prompt is not None and not isinstance(prompt, (str, list)):
+            raise BodyError(f"prompt must be text or token ids, got {brief(json.dumps(prompt))}", field="prompt")
+        if prompt is None:
             raise BodyError('no prompt: the line has neither "prompt" nor "messages" nor "body"')
         if self._is_plain or not isinstance(prompt, str):
             return Task(row, CompletionJob(self._body(CompletionBody, row, record, self._as_run), self._model))
