@@ -155,6 +155,10 @@ def no_load(*args: object) -> None:
     raise AssertionError("nothing should be loaded")
 
 
+def failing(*args: object) -> None:
+    raise DeviceError("the GPU fell off the bus")
+
+
 def serve(*flags: str, load: object = no_load) -> Result:
     return CliRunner().invoke(app, ["serve", *flags], obj=State(load=load))
 
@@ -189,6 +193,13 @@ def test_an_address_or_a_file_that_cannot_be_used(line: str, said: str, taken: s
     assert said.format(taken=taken, empty=empty) in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_served_name_may_point_to_a_folder_as_given(exl2_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(exl2_dir)
+    given = f"{tmp_path}/model"
+    for alias, exit_code in ((given, ExitCode.ENGINE), (exl2_dir.name, ExitCode.ENGINE), ("other", ExitCode.USAGE)):
+        assert serve(given, "--served-name", f"mine={alias}", "--port", "0", load=failing).exit_code == exit_code
 
 
 @pytest.mark.parametrize(

@@ -244,25 +244,30 @@ def _named(models: list[str] | None, models_dir: Path | None) -> dict[str, Model
     named: dict[str, ModelInfo] = {}
     for model in models or [folders.BUILTIN]:
         info = loader.resolve(model, models_dir)
-        name = info.path.resolve().name if Path(model).expanduser().is_dir() else model
+        name = _name(model)
         if name in named:
             raise UsageError(f"two models have the name {name}", "give each model once")
         named[name] = info
     return named
 
 
+def _name(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
 def _aliases(served_names: list[str], named: dict[str, ModelInfo]) -> dict[str, str]:
     aliases = {}
     for text in served_names:
         name, equals, model = text.partition("=")
-        if equals and model not in named:
+        if equals and _name(model) not in named:
             raise UsageError(
                 f"{param('served_name')} {text}: {model!r} is not being served",
                 "name one of the models on the command line",
             )
         if not name.strip() or name in named or name in aliases:
             raise UsageError(f"{param('served_name')} {text}: the name is empty or already taken", "choose another")
-        aliases[name] = model if equals else next(iter(named))
+        aliases[name] = _name(model) if equals else next(iter(named))
     return aliases
 
 
