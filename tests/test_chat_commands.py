@@ -36,6 +36,11 @@ def test_settings_reach_the_engine() -> None:
     assert (request.max_new_tokens, request.stop_strings) == (12, ("\n\n",))
 
 
+def test_a_setting_out_of_range_is_named_as_in_set() -> None:
+    result = chat(Script([]), "/set top_k -1\n")
+    assert "error: top_k must be at least 0, got -1\n" in result.stderr
+
+
 def test_settings_after_a_preset_win() -> None:
     script = Script(["ok"])
     chat(script, "/set temperature 0.5\n/preset greedy\n/set top_k 3\n/preset nope\nHi\n")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from exl_cli.chat import settings
 from exl_cli.chat.session import Session, excerpt, export
-from exl_cli.errors import PromptError, UsageError, did_you_mean, os_errors, param
+from exl_cli.errors import PromptError, UsageError, did_you_mean, os_errors, param, spell
 from exl_cli.models.prompt import decode, read_input
 from exl_cli.sampling import PRESETS
 from exl_cli.system import readings
@@ -186,7 +186,11 @@ def _system(chat: Conversation, text: str) -> None:
 
 
 def _change(chat: Conversation, name: str, value: str) -> None:
-    changed = chat.change(chat.settings.with_value(name, value))
+    try:
+        changed = chat.change(chat.settings.with_value(name, value))
+    except UsageError as error:
+        # In a chat, settings have no flags.
+        raise UsageError(spell(error.message), spell(error.hint)) from error
     chat.view.changes(changed, unchanged=settings.resolve(name))
 
 
