@@ -10,6 +10,7 @@ import httpx
 import pytest
 from helpers import until
 from serving import CHAT, Server, asking
+from shallow import shallow
 from test_openai_server import *  # noqa: F403
 from test_serve import (
     test_a_wrong_field_is_a_400,  # noqa: F401
@@ -52,7 +53,7 @@ class Replicas(Server):
 @pytest.fixture(scope="module")
 def process() -> Iterator[ServeProcess]:
     flags = ("--replicas", "2", "--engine", "cpu", "--queue", "20", "--grace", "2m", "--served-name", "gpt-4")
-    process = ServeProcess(*flags)
+    process = ServeProcess(str(shallow()), *flags)
     until(lambda: any("replicas are ready" in line for line in process.log) or process.process.poll() is not None, 300)
     yield process
     process.process.kill()
