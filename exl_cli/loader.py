@@ -13,12 +13,14 @@ from exl_cli.engines.base import Engine
 from exl_cli.engines.exllamav2 import startup
 from exl_cli.engines.exllamav2.extension import build
 from exl_cli.errors import (
+    DamagedModelError,
     EngineError,
     ModelNotFoundError,
     UnsupportedModelError,
     UsageError,
     brief,
     did_you_mean,
+    os_errors,
     param,
 )
 from exl_cli.models import memory, placement
@@ -96,7 +98,9 @@ def resolve_name(model: str, models: Path | None = None) -> ModelInfo:
 
 
 def _open(path: Path, name: str) -> ModelInfo:
-    if store.state(path) == "partial":
+    with os_errors(f"cannot read {path}", "check its permissions", DamagedModelError):
+        state = store.state(path)
+    if state == "partial":
         unfinished = store.read_marker(path / store.STAGING)
         whole = f"exl download {unfinished.repository}" if unfinished else "downloading it again"
         raise ModelNotFoundError(f"{name} is only partly downloaded", f"resume with {whole}")

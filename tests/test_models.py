@@ -137,6 +137,23 @@ def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_di
     assert f"cannot read {tmp_path}: Permission denied" in refused.stderr
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
+def test_a_folder_that_may_not_be_looked_into_is_an_error_of_its_own_model_only(tmp_path: Path, gptq_dir: Path) -> None:
+    for name in ("private", "whole"):
+        shutil.copytree(gptq_dir, tmp_path / name)
+    (tmp_path / "private").chmod(0)
+    refused = command(tmp_path, "show", "private")
+    near = command(tmp_path, "show", "whoel")
+    tmp_path.chmod(0)
+    hidden = command(tmp_path, "show", "whole")
+    tmp_path.chmod(0o700)
+    (tmp_path / "private").chmod(0o700)
+    assert (refused.exit_code, near.exit_code, hidden.exit_code) == (5, 3, 10)
+    assert f"cannot read {tmp_path / 'private'}: Permission denied" in refused.stderr
+    assert "did you mean whole?" in near.stderr
+    assert f"cannot read {tmp_path}: Permission denied" in hidden.stderr
+
+
 @pytest.mark.parametrize("name", ["weights-pipe", "config-device", "config-gone"])
 def test_rm_removes_what_list_shows_as_broken(tmp_path: Path, gptq_dir: Path, name: str) -> None:
     shutil.copytree(gptq_dir, tmp_path / name)

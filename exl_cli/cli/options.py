@@ -32,7 +32,9 @@ Model = Annotated[
 ]
 ModelsDir = Annotated[
     Path | None,
-    loading_option("--models-dir", metavar="FOLDER", envvar="EXL_MODELS_DIR", help="Folder of downloaded models."),
+    loading_option(
+        "--models-dir", metavar="FOLDER", readable=False, envvar="EXL_MODELS_DIR", help="Folder of downloaded models."
+    ),
 ]
 Download = Annotated[bool, loading_option("--download", help="Download the model if it is missing, without asking.")]
 Quiet = Annotated[bool, output_option("--quiet", "-q", help="Print only errors on stderr.")]

@@ -34,12 +34,17 @@ def known_models(models: Path | None = None) -> list[str]:
 
 
 def model_folders(models: Path | None = None) -> list[Path]:
-    """Sorted model folders, including partial downloads."""
+    """Sorted model folders, including partial downloads; without those that cannot be read.
+
+    Raises:
+        DiskError: the models folder cannot be read.
+    """
     folder = models_dir(models)
     if not is_folder(folder):
         return []
-    entries = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in entries if (path / "config.json").exists() or (path / store.STAGING).exists())
+    with os_errors(f"cannot read {folder}", "check its permissions"):
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted(path for path in entries if is_there(path / "config.json") or is_there(path / store.STAGING))
 
 
 def complete_model(incomplete: str) -> list[str]:
