@@ -179,6 +179,13 @@ def test_a_session_that_cannot_be_saved_fails_the_run(data: Path, tmp_path: Path
     assert json.loads((tmp_path / "out.json").read_text())["turns"][0]["content"] == "Hi"
 
 
+def test_a_session_that_cannot_be_saved_is_an_error_once_and_once_more_at_the_end(data: Path) -> None:
+    data.mkdir()
+    (data / "sessions").write_text("a file in the folder's place")
+    result = chat(Script(["ok", "ok"]), "Hi\nHo\n")
+    assert result.stderr.count("error: cannot save the session") == 2
+
+
 def test_concurrent_chats_do_not_overwrite_each_other(data: Path) -> None:
     script = Script(["a", "b"])
 

@@ -72,6 +72,7 @@ class Conversation:
         self._warned = self._warned_before = ""
         self._redoing = False
         self._generated_name = ""  # the session's name if the user did not choose it
+        self._save_error = ""  # of the last attempt to save
         self._withdraw()
 
     # --- lines --------------------------------------------------------------------------------------------------------
@@ -118,6 +119,7 @@ class Conversation:
 
     def leave(self) -> None:
         """Save and end the conversation. If saving fails, an interactive user has to ask a second time."""
+        self._save_error = ""
         saved, session = self.save(), self.session
         if not saved and self.interactive and self._warned_before != "unsaved":
             self._warned = "unsaved"
@@ -327,12 +329,15 @@ class Conversation:
     # --- saving, and switching session, model and settings ------------------------------------------------------------
 
     def save(self) -> bool:
-        """Save the session if saving is on, showing errors. Returns False if that failed."""
+        """Save the session if saving is on. Returns False if that failed; shows the same error in a row once."""
         try:
             self.save_or_fail()
         except DiskError as error:
-            self.view.error(error)
+            if str(error) != self._save_error:
+                self.view.error(error)
+            self._save_error = str(error)
             return False
+        self._save_error = ""
         return True
 
     def save_or_fail(self) -> None:
