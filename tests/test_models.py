@@ -75,6 +75,14 @@ def test_list_shows_local_models_and_their_state(stock: Path) -> None:
     assert "500 kB of 2 MB" in rows["acme/half:4.0bpw"]
 
 
+def test_list_shows_the_path_of_a_broken_folder_once(tmp_path: Path, gptq_dir: Path) -> None:
+    shutil.copytree(gptq_dir, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    table = command(tmp_path, "list").stdout
+    assert " model.safetensors is truncated" in table
+    assert table.count(str(tmp_path)) == 1
+
+
 def _fifo(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)

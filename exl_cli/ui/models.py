@@ -52,7 +52,7 @@ def _model_row(entry: Entry) -> tuple[object, ...]:
     if info is None:
         if not entry.complete and entry.marker and entry.marker.total:
             here = f"{here} of {size(entry.marker.total)}"
-        return entry.name, entry.problem, "", "", here, "", entry.path
+        return entry.name, entry.problem.removeprefix(f"{entry.path}/"), "", "", here, "", entry.path
     where = "built in" if entry.name == BUILTIN else entry.path
     bits, count, context = f"{info.bits_per_weight:.2f}", parameters(info.parameters), f"{info.context_length:,}"
     return entry.name, info.format_name, bits, count, here, context, where
