@@ -57,6 +57,12 @@ def held(load: HeldLoader) -> Iterator[Server]:
 # --- what it says of itself -------------------------------------------------------------------------------------------
 
 
+def test_a_health_check_in_http_1_0_needs_no_host(fable: Server) -> None:
+    with socket.create_connection(("127.0.0.1", int(fable.url.rpartition(":")[2]))) as checker:
+        checker.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert checker.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 def test_models_are_listed_and_described(fable: Server) -> None:
     listed = fable.get("/v1/models").json()
     assert [card["id"] for card in listed["data"]] == ["fable-7m", "gpt-4"]
