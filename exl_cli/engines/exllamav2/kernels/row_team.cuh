@@ -1,6 +1,17 @@
 // Several blocks at work on a row of logits: each has a share of the columns, and they meet to exchange maxima, sums and
 // histograms. The grid is (blocks per row, rows), and no larger than what the GPU holds at once, so that blocks can wait
 // for each other.
+//
+// One sequence of a 7B GPTQ model on an H200, its rate over that of greedy sampling, which is a single pass over the row:
+//
+// | logits  | settings                          | one block | up to 16 |
+// |---------|-----------------------------------|-----------|----------|
+// | 32,000  | top-p                             | 0.958     | 0.973    |
+// |         | penalty, top-k, top-p (12 passes) | 0.965     | 0.965    |
+// | 128,256 | top-p                             | 0.897     | 0.968    |
+// |         | penalty, top-k, top-p             | 0.935     | 0.956    |
+//
+// A pass of one block over 32,000 logits takes 7 us, meeting takes 2 to 4. The block was bound by instructions.
 
 #ifndef INFINITY
 #define INFINITY bits_float(0x7f800000u)
