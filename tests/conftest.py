@@ -40,14 +40,29 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _little_for_the_collector() -> None:
+# Modules that the garbage collector passes over.
+_passed_over = 0
+
+
+def _pass_over_modules() -> None:
     """Keep the garbage collector from looking through torch and transformers for each engine that is closed.
 
     At the end, too, when pytest collects five times: what earlier modules left is collected here.
     """
+    global _passed_over
     gc.collect()
     gc.freeze()
+    _passed_over = len(sys.modules)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_for_the_collector() -> None:
+    _pass_over_modules()
+
+
+def pytest_runtest_teardown() -> None:
+    if len(sys.modules) > _passed_over + 200:
+        _pass_over_modules()
 
 
 def pytest_collection_finish() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from helpers import python
+from fakecuda import Machine
 
 from exl_cli.engines.exllamav2.kernels.compiler import Ahead
 
@@ -107,8 +108,9 @@ def test_what_failed_is_done_again_for_who_asks(work: Doubling) -> None:
     assert other.get(7) == 14
 
 
-def test_interpreter_exit_waits_for_running_work_only() -> None:
-    done = python(
+def test_interpreter_exit_waits_for_running_work_only(tmp_path: Path) -> None:
+    done = Machine(tmp_path).python(  # its torch is imported at once
+        "-c",
         """
 import threading
 from exl_cli.engines.exllamav2.kernels.compiler import Ahead
@@ -121,6 +123,6 @@ ahead = Ahead(work, threads=1)
 ahead.begin([1, 2, 3, 4, 5])
 begun.wait()
 print("over")
-"""
+""",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "over\ndone 1\n", "")

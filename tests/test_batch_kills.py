@@ -30,6 +30,7 @@ def undisturbed(prompts: Path) -> dict[str, str]:
     return read_texts(output)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_ends_with_the_texts_of_an_undisturbed_one(
     prompts: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
@@ -39,6 +40,7 @@ def test_a_job_that_is_killed_ends_with_the_texts_of_an_undisturbed_one(
     assert len(undisturbed) == len(set(undisturbed.values())) == 40
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(prompts: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import pickle
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,7 @@ class EndlessEngine(ScriptedEngine):
         try:
             while True:
                 self.between()
+                time.sleep(0)  # others run meanwhile, as while an engine computes: an event loop has to keep up
                 yield Step((word,))
         finally:
             self._now -= 1

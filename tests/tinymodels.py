@@ -202,9 +202,11 @@ def _save(folder: Path, stored: dict[str, Tensor], variant: Variant) -> None:
 def reference_model(state: dict[str, Tensor], variant: Variant) -> Any:
     """Transformers' own model with those weights, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     raw = {key: value for key, value in config_of(variant).items() if key != "quantization_config"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=torch.float32).eval()
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=torch.float32).eval()
     report = model.load_state_dict(state, strict=False)
     assert not report.unexpected_keys
     assert set(report.missing_keys) <= {"lm_head.weight"}
