@@ -518,6 +518,14 @@ def test_an_output_with_a_slash_at_the_end_is_a_folder(scripted: ScriptedLoader,
     assert len(answers(tmp_path / "out" / "in.jsonl")) == 1
 
 
+def test_an_empty_path_is_refused(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "in.jsonl", {"prompt": "One"})
+    for input_, output in ((prompts, ""), ("", tmp_path / "out.jsonl")):
+        refused = batch(scripted, input_, "-o", output)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert "a path is empty" in refused.stderr
+
+
 @pytest.mark.timeout(10)
 def test_an_output_that_is_a_device_or_a_pipe_is_refused(scripted: ScriptedLoader, tmp_path: Path) -> None:
     prompts, pipe = jsonl(tmp_path / "in.jsonl", {"prompt": "One"}), tmp_path / "pipe"

@@ -312,8 +312,10 @@ def check_path(path: str) -> Path:
     """The path of a local file.
 
     Raises:
-        UsageError: it is a URL.
+        UsageError: it is empty, for example from an unset variable, or a URL.
     """
+    if not path:
+        raise UsageError("a path is empty", "pass a file, or - for standard input or output")
     if match := _SCHEME.match(path):
         raise UsageError(f"{brief(path)}: {match[0]} is not supported", "copy it to a local file, or pipe it in as -")
     return Path(path)
