@@ -1,3 +1,8 @@
+"""Batch jobs that are killed, or run into a full disk, resume with the texts of undisturbed ones.
+
+In one process, `test_batch` has what a killed job leaves behind, and its repair.
+"""
+
 from __future__ import annotations
 
 import random
