@@ -37,7 +37,10 @@ def accessed(node: ast.AST) -> list[ast.expr]:
 
 def variables(file: Path) -> Iterator[str]:
     """Those that a module accesses; where it does so in a loop, every string of it that looks like a name counts."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    source = file.read_text(encoding="utf-8")
+    if "environ" not in source and "envvar" not in source:
+        return
+    tree = ast.parse(source)
     for name in (name for node in ast.walk(tree) for name in accessed(node)):
         if isinstance(name, ast.Name) and name.id.isupper():
             # A constant, counted in the module that assigns it.
