@@ -36,7 +36,8 @@ print(sorted(set({HEAVY!r}) & set(sys.modules)))
 
 @pytest.mark.smoke
 def test_the_command_itself() -> None:
-    assert exl("--version").stdout.startswith("exl ")
+    assert CliRunner().invoke(app, ["--version"]).stdout.startswith("exl ")
+    assert " Usage: exl [OPTIONS] COMMAND" in exl("--help").stdout
     failed = exl("--debug", "run", "fabel-7m", "-p", "x")
     assert failed.returncode == ExitCode.MODEL_NOT_FOUND
     assert "Traceback" in failed.stderr

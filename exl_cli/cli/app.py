@@ -206,6 +206,7 @@ def main() -> int:
     """Run the `exl` command in a process that does nothing else, and return its exit code."""
     standard_streams.prepare()
     try:
-        return app(obj=State(owns_process=True), standalone_mode=False) or 0
+        # Under `python -m` too, help, errors and completion are for `exl`.
+        return app(prog_name="exl", obj=State(owns_process=True), standalone_mode=False) or 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else bool(stop.code)
