@@ -43,7 +43,7 @@ def exl2_groups(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     return bits, rows
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(groups=exl2_groups(), columns=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
 def test_exl2_any_mixture_of_bits(groups: tuple[list[int], list[int]], columns: int, seed: int) -> None:
     tensors, expected = quantize.random_exl2(np.random.default_rng(seed), 8 * columns, *groups)
@@ -88,7 +88,7 @@ def test_exl2_permutation_and_row_starts_are_unsigned() -> None:
 # --- GPTQ: layouts ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     words=st.integers(1, 24),
     groups=st.integers(1, 9),

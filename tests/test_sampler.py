@@ -119,7 +119,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(SETTINGS, st.integers(0, 2**32), st.sampled_from([1, 2, 3, 64]), st.sampled_from([0.0, 1e-3, 2.0, 60.0]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_settings_draw_from_a_distribution_and_again_the_same(
     changes: dict[str, Any], seed: int, size: int, spread: float
 ) -> None:

@@ -69,7 +69,7 @@ def by_heap(logits: np.ndarray, k: int) -> list[int]:
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 99), st.sampled_from(SIZES), st.sampled_from([2, 3, 50, 400, 513, 1500]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_top_k_is_that_of_a_heap(kind: str, seed: int, size: int, k: int) -> None:
     logits = logits_of(kind, seed, size)
     assert make(size, top_k=k).distribution(logits, ())[0].tolist() == by_heap(logits, k)
@@ -81,7 +81,7 @@ def test_top_k_is_that_of_a_heap(kind: str, seed: int, size: int, k: int) -> Non
     st.sampled_from([0, 20, 50]),
     st.floats(0.5, 0.999),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_top_p_keeps_the_likeliest_and_of_equals_the_highest_ids(kind: str, seed: int, k: int, mass: float) -> None:
     """Whether the candidates come in that order, as after top-k, or not."""
     logits = logits_of(kind, seed, 60)
@@ -106,7 +106,7 @@ def test_top_p_keeps_the_likeliest_and_of_equals_the_highest_ids(kind: str, seed
     st.floats(0.1, 6.0),
     st.sampled_from([0.05, 0.5, 0.9, 0.999, 0.999999]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 def test_top_p_of_a_large_vocabulary_is_the_beginning_of_all_in_order(
     kind: str, seed: int, size: int, k: int, temperature: float, mass: float
 ) -> None:
@@ -155,7 +155,7 @@ CHANGES = st.one_of(
         },
     ),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_range_beyond_the_history_equals_no_range(
     kind: str, seed: int, size: int, changes: list[Any], options: dict[str, Any]
 ) -> None:
