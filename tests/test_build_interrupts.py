@@ -116,6 +116,7 @@ def test_the_good_library_stays_while_its_replacement_is_tried(machine: Machine)
     assert "already compiled" in machine.run("build", "--arch", "9.0", FAKE_HANG="").stderr
 
 
+@pytest.mark.slow  # several builds at the same time
 def test_concurrent_builds_take_turns_and_compile_once(machine: Machine) -> None:
     first = start(machine, "--jobs", "1")
     compiler = hanging(machine)
@@ -131,6 +132,7 @@ def test_concurrent_builds_take_turns_and_compile_once(machine: Machine) -> None
     assert "already compiled for sm_90" in second.stderr.read()
 
 
+@pytest.mark.slow  # several builds at the same time
 def test_a_killed_build_ends_its_compilers_and_the_next_begins_beside_its_locks(machine: Machine) -> None:
     first = start(machine)
     compiler = hanging(machine)
