@@ -184,6 +184,7 @@ def empty(tmp_path: Path) -> str:
         ("--host 192.0.2.1", "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
         ("--host no-such-host.invalid", "--host no-such-host.invalid --port 8080: "),
         ("--api-key-file {empty}", "--api-key-file {empty} contains no key; create one"),
+        ("--api-key-file /dev/zero", "cannot read --api-key-file /dev/zero: it is a device; "),
         ("--api-key-file {empty}.none", "cannot read --api-key-file {empty}.none: No such file"),
     ],
 )

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exl_cli.errors import ExlError, UsageError, param
+from exl_cli.system.files import read_file
+
+_LARGEST = 16 << 20
 
 
 class Keys:
@@ -62,7 +65,7 @@ def _digest(key: str) -> bytes:
 def _read(path: Path) -> list[tuple[bytes, str]]:
     option = param("api_key_file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path, limit=_LARGEST, pipes=True).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read {option} {path}: {reason}", "pass a file with one key per line") from error
