@@ -123,11 +123,11 @@ def test_a_second_signal_exits_immediately() -> None:
 
 
 def test_what_is_under_way_when_the_grace_is_over_ends_with_an_error() -> None:
-    with scripted("--grace", "0.2s") as server, ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(httpx.post, server.url + CHAT, json=asking(max_tokens=900, n=9), timeout=60)
+    with scripted("--grace", "0.2s") as server, ThreadPoolExecutor(1) as pool:
         with httpx.stream("POST", server.url + CHAT, json=asking(True, max_tokens=900, n=9), timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
+            whole = pool.submit(httpx.post, server.url + CHAT, json=asking(max_tokens=900, n=9), timeout=60)
             until(lambda: "exl_requests_waiting 17.0" in httpx.get(f"{server.url}/metrics", timeout=60).text)
             server.process.send_signal(signal.SIGTERM)
             assert '"code":"stopping"' in [line for line in lines if line][-1]
