@@ -56,8 +56,8 @@ class Answer:
 class Respondent:
     """A child process, in its own session, that answers questions one after the other.
 
-    It starts with the first question, and anew with the next one after it crashed, hung or failed. What it has imported
-    for one question is there for the next.
+    It starts with the first question, and restarts with the next one after a crash, timeout or error. Imports are kept
+    from one question to the next.
 
     Args:
         module: whose functions it calls.

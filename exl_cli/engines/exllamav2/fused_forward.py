@@ -37,7 +37,7 @@ Work = Callable[[int, int], None]
 
 
 class Scratch:
-    """Allocates temporary buffers of a pass: from exllamav2's scratch memory while there is room, then anew.
+    """Allocates temporary buffers of a pass: from exllamav2's scratch memory while it lasts.
 
     Of exllamav2's modules only experts run during a pass of exl's kernels, when nothing in the buffers is needed.
 

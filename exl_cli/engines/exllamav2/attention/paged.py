@@ -188,7 +188,7 @@ def attend_paged(
             flash-attn, which sees one key more.
         softcap: scores s become softcap * tanh(s / softcap); 0 for none.
         max_len: no sequence has more keys than this, new ones included. Known to the host, to size the launch.
-        out: where the result goes; None for memory of its own.
+        out: where the result goes; None to allocate it.
 
     Returns:
         Shape (batch, q_len, heads, head_dim), contiguous, the dtype of q. A query that sees no key gets zeros.
