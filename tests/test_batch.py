@@ -236,7 +236,7 @@ def test_a_row_goes_to_the_model_that_it_names_where_that_is_here(
         result = batch(scripted, tmp_path / name, "-o", output, "--models-dir", shelf)
         assert len(scripted.engines) == loads, "one after the other, and only where there is something to compute"
     assert result.exit_code == FINISHED_WITH_FAILURES
-    assert "3 prompts name models that are not installed (gpt-4" in result.stderr
+    assert "for 3 prompts whose model is not installed (gpt-4" in result.stderr
     written = answers(output)
     assert "broken" in written.pop("6")["error"]["message"]
     named = {id_: line["response"]["body"]["model"] for id_, line in written.items()}

@@ -91,7 +91,7 @@ def test_a_signal_finishes_running_requests_and_refuses_new_ones() -> None:
         in text
     )
     assert "fable-7m is ready: 1,024 tokens" in text
-    assert "shutting down: waiting up to 120 s for 1 running generations" in text
+    assert "shutting down: waiting up to 120 s for 1 running generation" in text
     assert 'prompt: "user' in text
     assert "Traceback" not in text
 

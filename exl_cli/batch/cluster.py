@@ -31,6 +31,7 @@ from exl_cli.engines.base import Engine
 from exl_cli.errors import DeviceError, EngineError, ExlError, UsageError, brief, param
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
+from exl_cli.system.units import counted
 
 # Batches in flight per actor: while the engine computes one, the next is read and turned into requests.
 _IN_FLIGHT = 2
@@ -346,7 +347,7 @@ class RayEngines:
         if member.part is not None:
             run.take_in(member.part, member.report)
         left = sum(run.put_back(task) for task in member.tasks.values())
-        run.view.note(f"{member.name} was lost ({reason}); {left:,} lines go to other engines")
+        run.view.note(f"{member.name} was lost ({reason}); other engines take over {counted(left, 'line')}")
         self._losses += 1
         self._looked_at = 0.0
         if self._losses >= _MOST_LOSSES:

@@ -31,6 +31,7 @@ from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
 from exl_cli.system.interrupts import cancel_on_interrupt
+from exl_cli.system.units import counted
 from exl_cli.ui.console import Console
 
 _prompts = partial(typer.Option, rich_help_panel="Prompts")
@@ -241,7 +242,7 @@ def batch(
         console.note(f"ignored fields: {', '.join(sorted(ignored)[:20])}")
     if failed:
         again = "" if output == "-" else f"; {param('retry_errors')} retries them"
-        console.note(f"{failed:,} lines failed; the output has their errors{again}")
+        console.note(f"{counted(failed, 'line')} failed; the output has their errors{again}")
         raise typer.Exit(ExitCode.LINES_FAILED)
 
 

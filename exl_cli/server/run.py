@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from exl_cli.errors import ExitCode, UsageError, param
 from exl_cli.server.errors import RETRY_AFTER, ApiError
 from exl_cli.server.state import ServerState
+from exl_cli.system.units import counted
 
 # After a fault of the device, or when no grace is left: for responses to be sent.
 _LAST_SECONDS = 2
@@ -208,7 +209,7 @@ async def serve(
         if state.phase == "stopping":
             os._exit(ExitCode.INTERRUPTED)
         state.phase = "stopping"
-        state.note(f"shutting down: waiting up to {grace:g} s for {state.accepted} running generations")
+        state.note(f"shutting down: waiting up to {grace:g} s for {counted(state.accepted, 'running generation')}")
         loop.call_later(grace, state.end_all, stopped)
         server.should_exit = True
 

@@ -34,6 +34,11 @@ def parameters(count: int) -> str:
     return str(count)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 line", "2,000 lines"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def clock_time(seconds: float) -> str:
     """Minutes and seconds: "1:35"."""
     whole = round(max(0.0, seconds))

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from exl_cli.errors import brief
-from exl_cli.system.units import Milestones, clock_time
+from exl_cli.system.units import Milestones, clock_time, counted
 from exl_cli.ui.console import Console
 from exl_cli.ui.progress import Live, bar_column, text_column
 
@@ -47,7 +47,8 @@ def elsewhere(missing: Counter[str], model: str) -> str:
     """The line about models that rows name and that are not here."""
     shown = ", ".join(brief(name, 60) for name, _ in missing.most_common(3))
     more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
-    return f"{missing.total():,} prompts name models that are not installed ({shown}{more}); using {model} for them"
+    prompts = counted(missing.total(), "prompt")
+    return f"using {model} for {prompts} whose model is not installed ({shown}{more})"
 
 
 def show_scores(console: Console, scores: Scores) -> None:
