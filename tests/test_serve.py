@@ -119,6 +119,16 @@ def test_the_log_has_a_line_a_request_without_the_prompt(fable: Server) -> None:
     assert not any("hidden" in line for line in fable.log)
 
 
+def test_the_log_says_why_a_request_was_refused(fable: Server) -> None:
+    assert fable.post(CHAT, asking(top_p=-3)).status_code == 400
+    until(lambda: any(line.startswith(f"POST {CHAT} 400, ") for line in fable.log))
+    assert any(line.startswith(f"POST {CHAT} 400, ") and "top_p must be between 0 and 1" in line for line in fable.log)
+    assert fable.get("/nowhere?x=%0aforged").status_code == 404
+    until(
+        lambda: any("GET /nowhere 404, 0.0" in line and line.endswith("GET /nowhere: Not Found") for line in fable.log)
+    )
+
+
 def test_prompts_are_in_the_log_when_asked_for(load: HeldLoader) -> None:
     with serving({"fable-7m": None}, load, settings=Settings(log_prompts=True)) as server:
         server.post("/v1/completions", {"prompt": "Some words"})

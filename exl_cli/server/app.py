@@ -15,7 +15,7 @@ from exl_cli.errors import ExlError
 from exl_cli.server import anthropic, openai, routes
 from exl_cli.server.errors import ApiError, ErrorBody, as_api_error, openai_body
 from exl_cli.server.gate import Gate, Policy
-from exl_cli.server.state import ServerState
+from exl_cli.server.state import ServerState, Usage, usage
 from exl_cli.system.version import installed_version
 
 # By the beginning of the path; OpenAI's elsewhere.
@@ -48,6 +48,7 @@ def create_app(state: ServerState, policy: Policy | None = None) -> FastAPI:
 
 def error_response(path: str, error: ApiError) -> Response:
     """An error in the shape of the surface that the path belongs to."""
+    usage.get(Usage()).error = error.message
     body = next((body for prefix, body in _ERROR_BODIES.items() if path.startswith(prefix)), openai_body)
     return JSONResponse(body(error), error.status, error.headers)
 

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from exl_cli.errors import brief
 from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
 from exl_cli.server.keys import Keys
 from exl_cli.server.state import ServerState, Usage, caller, usage
@@ -136,7 +137,9 @@ class Gate:
         tokens = f", {used.prompt_tokens:,} + {used.new_tokens:,} tokens" if used.prompt_tokens else ""
         by = f", {caller.get()}" if caller.get() else ""
         outcome = status or "client disconnected"
-        self._state.note(f"{scope['method']} {path} {outcome}, {seconds:.2f} s{tokens}{by}")
+        # Errors of the server are in the log already.
+        error = f": {brief(' '.join(used.error.split()))}" if 400 <= status < 500 and used.error else ""
+        self._state.note(f"{scope['method']} {path} {outcome}, {seconds:.2f} s{tokens}{by}{error}")
 
 
 def _is_same_host(origin: str, host: str) -> bool:

@@ -30,10 +30,11 @@ caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="
 
 @dataclass
 class Usage:
-    """Tokens of one HTTP request so far, for the log."""
+    """What the log says of one HTTP request: its tokens so far, and the error that it is answered with."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
+    error: str = ""
 
 
 usage: contextvars.ContextVar[Usage] = contextvars.ContextVar("usage")
