@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from itertools import pairwise
 
 import pytest
 import regex
@@ -84,10 +85,15 @@ def test_no_character_is_lost_or_cut_and_no_line_is_too_wide(parts: list[str], w
     for line in shown.split("\n"):
         pieces = regex.findall(r"\X", line)
         assert all(piece in GRAPHEMES for piece in pieces)
-        # A run that has no place to break at is the terminal's to break.
-        if wcswidth(line) > width:
-            assert " " not in line.strip()
-            assert not regex.search(r"\p{Han}{2}", line)
+        # A run that has no place to break at is the terminal's to break, and so is one behind a line's indentation.
+        column = wcswidth(line) - wcswidth(line.lstrip())
+        pieces = regex.findall(r"\X", line.lstrip())
+        for before, piece in pairwise(["", *pieces]):
+            column += wcswidth(piece)
+            if column > width:
+                column = wcswidth(piece)
+                assert " " not in (before, piece)
+                assert not regex.fullmatch(r"\p{Han}{2}", before + piece)
 
 
 @pytest.mark.parametrize(

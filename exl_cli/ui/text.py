@@ -74,6 +74,7 @@ class Wrapper:
         self.column = 0
         self._held = ""  # blanks and the word after them
         self._last = ""  # last character
+        self._shown = ""  # last character shown
         self._flowing = False  # the beginning of the word is already shown
         self._openers: list[str] = []
 
@@ -112,7 +113,7 @@ class Wrapper:
         held, self._held = self._held, ""
         self._openers = _unclosed(self._openers, held)
         for char in held:
-            after = self._advance(char)
+            after, self._shown = self._advance(char), char
             if char == "\t":  # expand it: Rich would compute tab stops from the start of this string
                 after = max(min(after, width), self.column)
                 char = " " * (after - self.column)
@@ -124,16 +125,19 @@ class Wrapper:
 
     def _advance(self, text: str) -> int:
         """The column after a text, on an infinitely long line."""
-        column = self.column
+        column, before = self.column, self._shown
         for char in text:
-            column += 8 - column % 8 if char == "\t" else _cells(char)
+            column += 8 - column % 8 if char == "\t" else _cells(char, before)
+            before = char
         return column
 
 
-def _cells(char: str) -> int:
-    """Columns of a character. Joined emoji count separately, so the total is never too small."""
+def _cells(char: str, before: str = "") -> int:
+    """Columns that a character adds; none if it joins the emoji before it."""
     from rich.cells import get_character_cell_size
 
+    if before == _JOINER or (before and "\U0001f3fb" <= char <= "\U0001f3ff"):
+        return 0
     return 1 if char == "\ufe0f" else get_character_cell_size(char)
 
 
