@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import os
@@ -35,6 +36,13 @@ atexit.register(gc.unfreeze)
 
 # Typer would build all of the commands for each call of one.
 typer.testing._get_command = functools.cache(typer.main.get_command)
+
+# The same examples each time, however slow the machine is; `--hypothesis-profile default` tries new ones.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
