@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pexpect
@@ -129,37 +130,40 @@ def test_list_shows_each_bad_folder_with_its_problem_and_all_the_others(tmp_path
         assert problem in listed[name]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
-def test_list_shows_a_folder_that_may_not_be_looked_into(tmp_path: Path, gptq_dir: Path) -> None:
+@pytest.fixture
+def with_a_private_one(tmp_path: Path, gptq_dir: Path) -> Iterator[Path]:
+    """A folder with two models, of which one, "private", may not be looked into."""
+    if os.geteuid() == 0:
+        pytest.skip("root may look into everything")
     for name in ("private", "whole"):
         shutil.copytree(gptq_dir, tmp_path / name)
     (tmp_path / "private").chmod(0)
-    result = command(tmp_path, "list", "--json")
-    tmp_path.chmod(0)
-    refused = command(tmp_path, "list")
+    yield tmp_path
     tmp_path.chmod(0o700)
     (tmp_path / "private").chmod(0o700)
+
+
+def test_list_shows_a_folder_that_may_not_be_looked_into(with_a_private_one: Path) -> None:
+    folder = with_a_private_one
+    result = command(folder, "list", "--json")
+    folder.chmod(0)
+    refused = command(folder, "list")
     listed = {entry["name"]: entry["problem"] for entry in json.loads(result.stdout)}
     assert listed == {"fable-7m": None, "private": "unreadable: Permission denied", "whole": None}
     assert (refused.exit_code, refused.stdout) == (10, "")
-    assert f"cannot read {tmp_path}: Permission denied" in refused.stderr
+    assert f"cannot read {folder}: Permission denied" in refused.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
-def test_a_folder_that_may_not_be_looked_into_is_an_error_of_its_own_model_only(tmp_path: Path, gptq_dir: Path) -> None:
-    for name in ("private", "whole"):
-        shutil.copytree(gptq_dir, tmp_path / name)
-    (tmp_path / "private").chmod(0)
-    refused = command(tmp_path, "show", "private")
-    near = command(tmp_path, "show", "whoel")
-    tmp_path.chmod(0)
-    hidden = command(tmp_path, "show", "whole")
-    tmp_path.chmod(0o700)
-    (tmp_path / "private").chmod(0o700)
+def test_a_folder_that_may_not_be_looked_into_is_an_error_of_its_own_model_only(with_a_private_one: Path) -> None:
+    folder = with_a_private_one
+    refused = command(folder, "show", "private")
+    near = command(folder, "show", "whoel")
+    folder.chmod(0)
+    hidden = command(folder, "show", "whole")
     assert (refused.exit_code, near.exit_code, hidden.exit_code) == (5, 3, 10)
-    assert f"cannot read {tmp_path / 'private'}: Permission denied" in refused.stderr
+    assert f"cannot read {folder / 'private'}: Permission denied" in refused.stderr
     assert "did you mean whole?" in near.stderr
-    assert f"cannot read {tmp_path}: Permission denied" in hidden.stderr
+    assert f"cannot read {folder}: Permission denied" in hidden.stderr
 
 
 @pytest.mark.parametrize("name", ["weights-pipe", "config-device", "config-gone"])
