@@ -85,6 +85,7 @@ def nvidia_gpus(monkeypatch: pytest.MonkeyPatch, sizes: Sequence[int]) -> None:
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order of these
 
 
 def exl(*args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

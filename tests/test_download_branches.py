@@ -153,6 +153,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=memory[handle], free=memory[handle] - GIB),
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order of these
 
 
 @pytest.mark.usefixtures("cards")

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fakecuda import HAS_COMPILERS
 
+from exl_cli.models import memory
 from exl_cli.system.nvml import Driver
 from exl_cli.system.readings import DeviceMemory, EnergyMeter
+from exl_cli.system.units import GIB
 
 
 @pytest.mark.parametrize(
@@ -23,3 +29,65 @@ def test_energy_is_counted_from_the_beginning_over_all_gpus(uuids: list[str], ta
     counters["GPU-2"] += 2_000
     assert meter.joules() == taken
     meter.close()
+
+
+# The CUDA driver of a machine with two cards, of which it puts the second on the bus first. CUDA_VISIBLE_DEVICES
+# chooses one of them.
+_LIBCUDA = r"""
+#include <stdlib.h>
+#include <string.h>
+
+static const char *visible(void) { return getenv("CUDA_VISIBLE_DEVICES"); }
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = visible() ? 1 : 2; return 0; }
+int cuDeviceGet(int *device, int index) { *device = visible() ? atoi(visible()) : index; return 0; }
+int cuDeviceGetUuid(unsigned char *uuid, int device) { memset(uuid, device ? 0xaa : 0xbb, 16); return 0; }
+"""
+_ON_THE_BUS = {f"GPU-{digit * 8}-{digit * 4}-{digit * 4}-{digit * 4}-{digit * 12}": digit for digit in "ab"}
+
+
+@pytest.fixture
+def unequal_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small card in the first slot, and a fast one with 80 GiB in the second, as NVML reports them."""
+    sizes = {"a": 6 * GIB, "b": 80 * GIB}
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(_ON_THE_BUS),
+        nvmlDeviceGetHandleByIndex=list(_ON_THE_BUS.values()).__getitem__,
+        nvmlDeviceGetHandleByUUID=_ON_THE_BUS.__getitem__,
+        nvmlDeviceGetUUID={handle: uuid for uuid, handle in _ON_THE_BUS.items()}.__getitem__,
+        nvmlDeviceGetName="card {}".format,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=sizes[handle], free=sizes[handle]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+
+@pytest.mark.skipif(not HAS_COMPILERS, reason="there is no C compiler here")
+@pytest.mark.usefixtures("unequal_cards")
+def test_gpus_are_in_the_order_of_cuda_not_of_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cuda.c").write_text(_LIBCUDA)
+    subprocess.run(["cc", "-shared", "-fPIC", "cuda.c", "-o", "libcuda.so.1"], cwd=tmp_path, check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+
+    def names(visible: str | None, order: str = "FASTEST_FIRST") -> str:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return ", ".join(gpu.name for gpu in memory.gpus())
+
+    assert names(None) == "card b, card a"
+    assert names("1") == "card a"
+    assert names(None, "PCI_BUS_ID") == "card a, card b"
+    assert names("1", "PCI_BUS_ID") == "card b"
+
+
+@pytest.mark.usefixtures("unequal_cards")
+def test_gpus_are_listed_where_cuda_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libcuda.so.1").write_bytes(b"")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-aaaa")
+    assert [gpu.name for gpu in memory.gpus()] == ["card b", "card a"]

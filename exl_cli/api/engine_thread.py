@@ -1,8 +1,8 @@
 """The engine thread: runs one engine, takes commands from a queue, delivers chunks.
 
 All computation happens in this thread, so engines need no locks. Python delivers signals to the main thread only, so
-engines never see a KeyboardInterrupt either. Chunks go into one unbounded queue per request: a slow or vanished
-consumer does not block the others.
+engines never see a KeyboardInterrupt either. Chunks go into one queue per request, which is bounded by the request's
+`max_new_tokens` alone: a slow or vanished consumer does not block the others.
 
 Requests are started first come, first served, with up to `max_batch` in flight.
 """

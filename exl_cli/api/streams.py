@@ -116,8 +116,8 @@ class _Reader:
 class Stream(_Reader, Iterator[str]):
     """Iterates over the text of one response, in non-empty pieces.
 
-    Generation starts at once, in the background. Closing the stream, leaving its `with` block, or dropping it cancels
-    the rest.
+    Generation starts at once, in the background, and does not wait for the reader: unread pieces stay in memory, at
+    most `max_new_tokens` of them. Closing the stream, leaving its `with` block, or dropping it cancels the rest.
 
     Iterating raises:
         EngineError: the model was closed meanwhile, or the engine failed.

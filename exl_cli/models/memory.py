@@ -24,16 +24,15 @@ reserve; the last one has the head and the logits as well. `placement` decides w
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import CacheType
 from exl_cli.models.rope import Rope
-from exl_cli.system.nvml import Driver, open_driver
+from exl_cli.system.nvml import open_driver
 from exl_cli.system.units import MIB
+from exl_cli.system.visible_gpus import visible_gpus
 
 PAGE = 256
 # Sequences of one forward pass; the kernels may take fewer.
@@ -288,24 +287,8 @@ def _rotary(info: ModelInfo, shape: Shape, context: int) -> int:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that a new process would see; empty without GPUs or a driver."""
+    """The NVIDIA GPUs that a new process would see, in CUDA's order; empty without GPUs or a driver."""
     with open_driver() as driver:
-        handles = _visible(driver)
+        handles = visible_gpus(driver)
         asked = [(driver.ask("DeviceGetName", handle), driver.ask("DeviceGetMemoryInfo", handle)) for handle in handles]
     return [Gpu(str(name), int(memory.total), int(memory.free)) for name, memory in asked if memory is not None]
-
-
-def _visible(driver: Driver) -> list[Any]:
-    """Handles of the GPUs in CUDA_VISIBLE_DEVICES, which lists indices or prefixes of UUIDs."""
-    handles = driver.gpus()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return handles
-    visible = []
-    for entry in chosen.split(","):
-        entry = entry.strip()
-        if entry.isdigit() and int(entry) < len(handles):
-            visible.append(handles[int(entry)])
-        else:
-            visible += [h for h in handles if entry and str(driver.ask("DeviceGetUUID", h)).startswith(entry)][:1]
-    return visible
