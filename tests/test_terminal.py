@@ -143,6 +143,25 @@ def test_names_and_prompts_show_their_invisible_characters(
     assert shown in on_terminal("", *(arg.format(models=tmp_path) for arg in args))
 
 
+@pytest.mark.parametrize(
+    ("width", "name", "titles"),
+    [
+        (400, "TheBloke_Mistral-7B-Instruct-v0.2-GPTQ", "Name Format bpw Params Size Context Location"),
+        (80, "TheBloke_Mistral-7B-Instruct-v0.2-GPTQ", "Name Format bpw Size Context"),
+        (80, "TheBloke_Mistral-7B-Instruct-v0.2-GPTQ_gptq-4bit-32g-actorder_True", "Name Format"),
+        (40, "fable", "Name Format Size Context"),
+    ],
+)
+def test_names_in_tables_stay_whole_and_columns_are_left_out_instead(
+    on_terminal: Callable[..., str], tmp_path: Path, gptq_dir: Path, width: int, name: str, titles: str
+) -> None:
+    (tmp_path / name).symlink_to(gptq_dir)
+    lines = on_terminal("", "list", "--models-dir", str(tmp_path), width=width).splitlines()
+    assert " ".join(lines[1].split()) == titles
+    assert {line.split()[0] for line in lines if line.strip()} >= {name, "fable-7m"}
+    assert all(len(line) <= width for line in lines)
+
+
 def test_json_on_a_terminal_is_of_the_same_value(on_terminal: Callable[..., str]) -> None:
     prompt = "\u202e\u200b\x7f\x9b\u2028"
     screen = on_terminal("", "run", "-p", prompt, "--raw", "--show-prompt", "--json")

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,6 +23,7 @@ from exl_cli.ui.text import Wrapper, harmless, harmless_json
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
+    from rich.table import Table
     from rich.text import Text
 
     from exl_cli.ui.progress import Loading
@@ -35,6 +37,8 @@ def flags(text: str) -> str:
 _GPU_TITLES = ("GPU", "Temp", "Power", "Memory MiB\nused / total", "Util", "Process\nMiB", "Peak\nMiB")
 # Table width in a pipe, where lines must not wrap.
 _WIDEST = 100_000
+# Width of a column beside another that would be broken otherwise.
+_NARROW = 8
 
 
 class Console:
@@ -128,6 +132,8 @@ class Console:
         rows: Iterable[Iterable[object]],
         *,
         right: Sequence[str] = (),
+        whole: Sequence[str] = (),
+        optional: Sequence[str] = (),
         **layout: Any,
     ) -> None:
         """Print a table, fitted to the terminal's width; in a pipe, lines are as long as needed.
@@ -135,26 +141,32 @@ class Console:
         Cells are sanitized, unless they are Rich's `Text`. There is no header if all titles are empty.
 
         Args:
-            right: titles of right-aligned columns.
+            right: titles of right-aligned columns, whose cells are not broken, unless the terminal is too narrow.
+            whole: titles of further columns that are not broken.
+            optional: titles of columns to leave out, one after the other, until the rest fits.
             layout: overrides options of Rich's `Table`.
         """
-        from rich import box
-        from rich.table import Table
+        from rich.measure import Measurement
         from rich.text import Text
 
-        usual = {"box": box.SIMPLE_HEAD, "pad_edge": False, "header_style": "bold", "show_header": any(titles)}
-        made = Table(**{**usual, **layout})
-        for title in titles:
-            made.add_column(title, justify="right" if title in right else "left", overflow="fold")
-        for row in rows:
-            cells = (c if isinstance(c, Text) else Text(harmless(str(c), terminal=to.is_terminal)) for c in row)
-            made.add_row(*cells)
-        if to is self.err or to.is_terminal:
-            to.print(made)
+        cells = [
+            [c if isinstance(c, Text) else Text(harmless(str(c), terminal=to.is_terminal)) for c in row] for row in rows
+        ]
+        columns = [
+            _Column(title, list(of), title in right, title in whole) for title, *of in zip(titles, *cells, strict=True)
+        ]
+        made = _table(columns, layout)
+        if to is not self.err and not to.is_terminal:
+            text = io.StringIO()
+            _rich(text, _WIDEST).print(made)
+            self.text("\n".join(line.rstrip(" ") for line in text.getvalue().split("\n")))
             return
-        text = io.StringIO()
-        _rich(text, _WIDEST).print(made)
-        self.text("\n".join(line.rstrip(" ") for line in text.getvalue().split("\n")))
+        for title in (*optional, None):
+            if Measurement.get(to, to.options.update(width=_WIDEST), made).minimum <= to.width:
+                break
+            columns = [column for column in columns if column.title != title]
+            made = _table(columns, layout, broken=title is None)
+        to.print(made)
 
     # --- stderr ---------------------------------------------------------------------------------------------------
 
@@ -196,7 +208,7 @@ class Console:
         if gpus:
             from rich import box
 
-            styles = {"box": box.SQUARE, "style": "dim", "header_style": "dim"}
+            styles: dict[str, Any] = {"box": box.SQUARE, "style": "dim", "header_style": "dim"}
             self.table(self.err, _GPU_TITLES, map(_gpu_row, gpus), right=_GPU_TITLES[1:], **styles)
         else:
             self.note(f"Memory: {mib(host.resident_bytes)} resident, {mib(host.peak_bytes)} peak")
@@ -224,6 +236,43 @@ class Console:
         import traceback
 
         self.line("".join(traceback.format_exception(error)).rstrip("\n"))
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cells: Sequence[Text]
+    right: bool
+    whole: bool
+
+    def width(self) -> int:
+        from rich.cells import cell_len
+
+        lines = [line for text in (self.title, *(cell.plain for cell in self.cells)) for line in text.splitlines()]
+        return max(map(cell_len, lines), default=0)
+
+
+def _table(columns: Sequence[_Column], layout: Mapping[str, Any], *, broken: bool = False) -> Table:
+    """A table; where whole columns must be `broken`, they get the room that the others leave."""
+    from rich import box
+    from rich.table import Table
+
+    titled, any_whole = any(column.title for column in columns), any(column.whole for column in columns)
+    usual = {"box": box.SIMPLE_HEAD, "pad_edge": False, "header_style": "bold", "show_header": titled}
+    made = Table(**{**usual, **layout})
+    for column in columns:
+        unbroken = (column.right or column.whole) and not broken
+        narrow = broken and any_whole and not column.whole
+        made.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            overflow="fold",
+            width=column.width() if unbroken else None,
+            max_width=_NARROW if narrow else None,
+        )
+    for row in zip(*(column.cells for column in columns), strict=True):
+        made.add_row(*row)
+    return made
 
 
 def dim(text: str) -> Text:

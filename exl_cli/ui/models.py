@@ -25,7 +25,7 @@ def show_files(console: Console, plan: Plan) -> None:
     """Print the files of a download plan."""
     words = {"here": "yes", "staged": "yes", "missing": "no"}
     rows = ((item.file.name, size(item.file.size), words.get(item.state, size(item.bytes_here))) for item in plan.items)
-    console.table(console.out, ("File", "Size", "Downloaded"), rows, right=("Size", "Downloaded"))
+    console.table(console.out, ("File", "Size", "Downloaded"), rows, right=("Size", "Downloaded"), whole=("File",))
 
 
 def show_branches(console: Console, branches: Sequence[Branch], context: int, cache: str) -> None:
@@ -38,13 +38,14 @@ def show_branches(console: Console, branches: Sequence[Branch], context: int, ca
             vram, fits = gib(branch.vram_bytes), {True: "yes", False: "no", None: "?"}[branch.fits]
         download = size(branch.download_bytes) if branch.download_bytes else "-"
         rows.append((branch.name, branch.problem or branch.format_name, download, vram, fits))
-    console.table(console.out, titles, rows, right=titles[2:3])
+    console.table(console.out, titles, rows, right=titles[2:3], whole=titles[:1])
 
 
 def show_models(console: Console, entries: Sequence[Entry]) -> None:
     """Print the local models."""
     titles = "Name", "Format", "bpw", "Params", "Size", "Context", "Location"
-    console.table(console.out, titles, map(_model_row, entries), right=titles[2:6])
+    optional = "Location", "Params", "bpw", "Context", "Size"
+    console.table(console.out, titles, map(_model_row, entries), right=titles[2:6], whole=titles[:1], optional=optional)
 
 
 def _model_row(entry: Entry) -> tuple[object, ...]:
