@@ -145,14 +145,16 @@ def test_a_single_repetition_cannot_hide_behind_chance(saved: dict[str, str]) ->
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "code", "words"),
     [
-        (("--fail-under", "0.9"), "--compare"),
-        (("--compare", "{folder}/no.json"), "cannot read"),
-        (("--compare", "{a}", "{b}", "{q4}"), "is a saved result"),
+        (("--fail-under", "0.9"), ExitCode.USAGE, "--compare"),
+        (("--compare", "{folder}/no.json"), ExitCode.DISK, "cannot read"),
+        (("--compare", "{a}", "{b}", "{q4}"), ExitCode.USAGE, "is a saved result"),
     ],
 )
-def test_what_cannot_be_compared(saved: dict[str, str], tmp_path: Path, args: tuple[str, ...], words: str) -> None:
+def test_what_cannot_be_compared(
+    saved: dict[str, str], tmp_path: Path, args: tuple[str, ...], code: ExitCode, words: str
+) -> None:
     result = bench(*(arg.format(folder=tmp_path, **saved) for arg in args))
-    assert result.exit_code == ExitCode.USAGE, result.output
+    assert result.exit_code == code, result.output
     assert words in result.stderr

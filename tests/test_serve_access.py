@@ -14,7 +14,7 @@ from serving import CHAT, asking
 from starlette.testclient import TestClient
 
 from exl_cli import loader
-from exl_cli.errors import UsageError
+from exl_cli.errors import DiskError, UsageError
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.server.app import create_app
 from exl_cli.server.gate import Policy
@@ -124,7 +124,7 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, text: str, said: str) ->
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=said):
         Keys(path, print)
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(DiskError, match="cannot read"):
         Keys(tmp_path / "none.txt", print)
 
 

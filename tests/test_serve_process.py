@@ -178,19 +178,23 @@ def empty(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "code", "said"),
     [
-        ("--port {taken}", "--host 127.0.0.1 --port {taken}: Address already in use; choose another --port"),
-        ("--host 192.0.2.1", "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
-        ("--host no-such-host.invalid", "--host no-such-host.invalid --port 8080: "),
-        ("--api-key-file {empty}", "--api-key-file {empty} contains no key; create one"),
-        ("--api-key-file /dev/zero", "cannot read --api-key-file /dev/zero: it is a device; "),
-        ("--api-key-file {empty}.none", "cannot read --api-key-file {empty}.none: No such file"),
+        (
+            "--port {taken}",
+            ExitCode.USAGE,
+            "--port {taken}: Address already in use; choose another --port",
+        ),
+        ("--host 192.0.2.1", ExitCode.USAGE, "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
+        ("--host no-such-host.invalid", ExitCode.USAGE, "--host no-such-host.invalid --port 8080: "),
+        ("--api-key-file {empty}", ExitCode.USAGE, "--api-key-file {empty} contains no key; create one"),
+        ("--api-key-file /dev/zero", ExitCode.DISK, "cannot read --api-key-file /dev/zero: it is a device; "),
+        ("--api-key-file {empty}.none", ExitCode.DISK, "cannot read --api-key-file {empty}.none: No such file"),
     ],
 )
-def test_an_address_or_a_file_that_cannot_be_used(line: str, said: str, taken: str, empty: str) -> None:
+def test_an_address_or_a_file_that_cannot_be_used(line: str, code: ExitCode, said: str, taken: str, empty: str) -> None:
     result = serve(*(word.format(taken=taken, empty=empty) for word in line.split()))
-    assert result.exit_code == ExitCode.USAGE, result.stderr
+    assert result.exit_code == code, result.stderr
     assert said.format(taken=taken, empty=empty) in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1

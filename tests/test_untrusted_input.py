@@ -35,9 +35,9 @@ def invoke(*args: str) -> tuple[int, str]:
         (["rm", LONG], ExitCode.MODEL_NOT_FOUND),
         (["show", f"owner/name:{LONG}"], ExitCode.USAGE),
         (["download", f"owner/name:{LONG}"], ExitCode.USAGE),
-        (["bench", f"{LONG}.json"], ExitCode.USAGE),
-        (["run", "--file", LONG], ExitCode.PROMPT),
-        (["run", "--file", "~nosuchuser/prompt"], ExitCode.PROMPT),
+        (["bench", f"{LONG}.json"], ExitCode.DISK),
+        (["run", "--file", LONG], ExitCode.DISK),
+        (["run", "--file", "~nosuchuser/prompt"], ExitCode.DISK),
     ],
 )
 def test_an_impossible_file_name_is_one_line(args: list[str], code: ExitCode) -> None:
@@ -49,7 +49,7 @@ def test_an_impossible_file_name_is_one_line(args: list[str], code: ExitCode) ->
 @pytest.mark.parametrize("args", [["run", "--file", "/dev/zero"], ["bench", "--perplexity", "/dev/zero"]])
 def test_a_device_is_no_text(args: list[str]) -> None:
     exit_code, line = invoke(*args)
-    assert exit_code == ExitCode.PROMPT
+    assert exit_code == ExitCode.DISK
     assert "cannot read /dev/zero: it is a device" in line
 
 
@@ -57,7 +57,7 @@ def test_standard_input_is_read_up_to_a_bound() -> None:
     with Path("/dev/zero").open("rb") as zeros:
         command = [sys.executable, "-m", "exl_cli", "run"]
         run = subprocess.run(command, stdin=zeros, capture_output=True, text=True, timeout=60)
-    assert run.returncode == ExitCode.PROMPT
+    assert run.returncode == ExitCode.DISK
     assert "cannot read standard input: it is larger than 256 MiB" in run.stderr
 
 

@@ -86,7 +86,7 @@ def open_source(path: Path) -> Source:
         path: the file; "-" is standard input.
 
     Raises:
-        UsageError: it is a folder, a table with duplicate columns, or needs a library that is not installed.
+        UsageError: a table has duplicate columns, or needs a library that is not installed.
         DiskError: it cannot be read.
     """
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
@@ -135,7 +135,7 @@ class _File:
             try:
                 mode = path.stat().st_mode
                 if stat.S_ISDIR(mode):
-                    raise UsageError(f"{brief(str(path))} is a folder", "pass the files in it")
+                    raise DiskError(f"{brief(str(path))} is a folder", "pass the files in it")
                 self._raw = self._stack.enter_context(path.open("rb"))
                 self._size = path.stat().st_size if stat.S_ISREG(mode) else 0
             except (OSError, ValueError) as error:

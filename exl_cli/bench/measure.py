@@ -178,7 +178,7 @@ def trace_kernels(engine: EngineThread, request: Request) -> tuple[float, float]
 
 
 def read_text(file: Path) -> tuple[str, str]:
-    """A text and the SHA-256 of its file; PromptError if it cannot be read, or is not UTF-8."""
+    """A text and the SHA-256 of its file; DiskError if it cannot be read, PromptError if it is not UTF-8."""
     data = read_input(file, f"check {param('perplexity')}")
     return decode(data, str(file)), hashlib.sha256(data).hexdigest()
 

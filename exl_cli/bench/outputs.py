@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 from exl_cli.bench import limits
 from exl_cli.bench.result import Measured, Perplexity, Result, Run, Sample, deviation, mean, percentile
-from exl_cli.errors import DiskError, ExlError, UsageError, brief, os_errors, param, spell
-from exl_cli.system.files import expanded, is_folder, read_file, write_atomically
+from exl_cli.errors import DiskError, ExlError, UsageError, os_errors, param, spell
+from exl_cli.models.prompt import read_input
+from exl_cli.system.files import expanded, is_folder, write_atomically
 
 OutputFormat = Literal["md", "csv", "json", "jsonl", "html"]
 
@@ -146,13 +147,13 @@ def load(path: Path) -> Result:
     """A result from a file that holds what `to_json` gives.
 
     Raises:
-        UsageError: it cannot be read, is something else, or of a schema that this version does not know.
+        DiskError: it cannot be read.
+        UsageError: it is something else, or of a schema that this version does not know.
     """
     again, written = "run the benchmark again", "use a file written by exl bench -o json"
+    data = read_input(path, "check the path")
     try:
-        value = json.loads(read_file(expanded(path), pipes=True).decode("utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"cannot read {brief(str(path))}: {error.strerror or error}", "check the path") from error
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"{path} is not valid JSON: {problem}", written) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exl_cli import loader
 from exl_cli.api.download import fetch
-from exl_cli.errors import ModelNotFoundError, PromptError, UsageError, os_errors
+from exl_cli.errors import ModelNotFoundError, UsageError, os_errors
 from exl_cli.models import folders
 from exl_cli.models.hub import names
 from exl_cli.models.hub.download import Wanted, prepare
@@ -45,7 +45,8 @@ def gather(
 
     Raises:
         UsageError: two sources at once.
-        PromptError: a file that cannot be read, or text that is not UTF-8, arguments included.
+        DiskError: a file that cannot be read.
+        PromptError: text that is not UTF-8, arguments included.
     """
     check_text(("--prompt", prompt), ("PROMPT", positional))
     given = [
@@ -81,7 +82,7 @@ def _read_stdin(exact: bool) -> str:
     buffer = getattr(sys.stdin, "buffer", None)
     if buffer is None:
         return sys.stdin.read()
-    with os_errors("cannot read standard input", "give a shorter prompt", PromptError):
+    with os_errors("cannot read standard input", "give a shorter prompt"):
         data = read_stream(buffer)
     return _text(data, "standard input", exact)
 

@@ -137,8 +137,8 @@ def half_character(text: str) -> str:
 
 
 def read_input(file: Path, hint: str) -> bytes:
-    """Read a file or pipe that the user names, or raise a PromptError with this hint."""
-    with os_errors(f"cannot read {brief(str(file))}", hint, PromptError):
+    """Read a file or pipe that the user names, or raise a DiskError with this hint."""
+    with os_errors(f"cannot read {brief(str(file))}", hint):
         return read_file(expanded(file), pipes=True)
 
 

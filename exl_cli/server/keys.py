@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Callable
 from pathlib import Path
 
-from exl_cli.errors import ExlError, UsageError, param
+from exl_cli.errors import ExlError, UsageError, os_errors, param
 from exl_cli.system.files import read_file
 
 _LARGEST = 16 << 20
@@ -21,7 +21,8 @@ class Keys:
         note: takes a line when a changed file cannot be used, and the keys stay as they were.
 
     Raises:
-        UsageError: the file cannot be read, or holds no key.
+        DiskError: the file cannot be read.
+        UsageError: it has no key, or is not text.
     """
 
     def __init__(self, path: Path, note: Callable[[str], None]) -> None:
@@ -64,11 +65,13 @@ def _digest(key: str) -> bytes:
 
 def _read(path: Path) -> list[tuple[bytes, str]]:
     option = param("api_key_file")
+    problem, hint = f"cannot read {option} {path}", "pass a file with one key per line"
+    with os_errors(problem, hint):
+        data = read_file(path, limit=_LARGEST, pipes=True)
     try:
-        lines = read_file(path, limit=_LARGEST, pipes=True).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read {option} {path}: {reason}", "pass a file with one key per line") from error
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{problem}: it is not UTF-8 text", hint) from error
     keys = []
     for number, line in enumerate(lines, 1):
         name, colon, key = (part.strip() for part in line.partition(":"))
