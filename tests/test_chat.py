@@ -261,6 +261,7 @@ def test_a_base_model_gets_plain_turns(exl2_dir: Path, data: Path, tmp_path: Pat
     assert script.requests[0].stop_strings == ("\nUser:", "\nAssistant:")
     assert result.stdout == "Hello.\nBye.\n"
     assert "User: {message}\nAssistant: {answer}\n" in result.stderr
+    assert "the model has no chat template; messages are sent as User: and Assistant: lines\n" in result.stderr
     reused = int(re.findall(r"\((\d+) reused\)", result.stderr)[1])
     assert reused >= len(script.requests[0].ids)
 

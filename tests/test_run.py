@@ -172,6 +172,19 @@ def test_a_model_may_have_several_chat_templates(scripted: ScriptedLoader, gptq_
     assert "terse" in wrong.stderr
 
 
+def test_a_prompt_that_gets_no_chat_template_is_noted(scripted: ScriptedLoader, exl2_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(exl2_dir, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    note = "the model has no chat template; the prompt is sent as it is\n"
+    for flags in ((), ("--json",)):
+        result = run(scripted, str(model), "-p", "hi", "--show-prompt", *flags)
+        assert note in result.stderr
+        assert note not in result.stdout
+    assert json.loads(result.stdout)["prompt"] == "hi"
+    for flags in (("-q",), ("--raw",)):
+        assert note not in run(scripted, str(model), "-p", "hi", "--show-prompt", *flags).stderr
+
+
 def test_show_prompt_prints_it_and_stops(scripted: ScriptedLoader, exl2_dir: Path) -> None:
     result = run(scripted, "-p", "hi", "--show-prompt")
     assert result.stdout == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

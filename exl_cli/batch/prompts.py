@@ -163,12 +163,14 @@ class Preparer:
         UsageError, PromptError: the settings are invalid for this model.
 
     Attributes:
+        has_chat_template: the model has one.
         ignored: names of fields in rows that were ignored as unknown.
     """
 
     def __init__(self, model: BatchModel, settings: Settings) -> None:
         self._model, self._settings = model, settings
-        self._is_plain = settings.raw or isinstance(model.chat_format, PlainFormat)
+        self.has_chat_template = not isinstance(model.chat_format, PlainFormat)
+        self._is_plain = settings.raw or not self.has_chat_template
         if settings.system and self._is_plain:
             why = param("raw") if settings.raw else f"{model.name} has no chat template"
             raise UsageError(f"{param('system')} needs a chat template: {why}", "put it into the prompts")

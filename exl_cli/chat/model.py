@@ -13,7 +13,7 @@ from exl_cli.chat.session import Session
 from exl_cli.chat.view import ChatView
 from exl_cli.engines.base import Engine
 from exl_cli.models import folders
-from exl_cli.models.chat_template import Format, load_format
+from exl_cli.models.chat_template import Format, PlainFormat, load_format
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
@@ -79,6 +79,8 @@ class ModelLoader:
         """Load a model into an engine with an empty cache; see `loader.load`."""
         info = model.info
         with self._view.loading(f"{info.name} ({info.format_name})") as progress:
+            if isinstance(model.format, PlainFormat):
+                progress.note(model.format.note)
             engine = self._load(info, model.tokenizer, self._options, progress, needed=_DEFAULT_CONTEXT)
         model.engine = EngineThread(engine)
         model.encoder = PromptEncoder(model.tokenizer, add_special_tokens=model.format.add_special_tokens)

@@ -193,6 +193,8 @@ def batch(
     else:
         engines = OneEngine(load, settings, loading)
         preparer = engines.preparer(info)
+    if not (preparer.has_chat_template or raw):
+        console.note(f"{info.name} has no chat template; prompts are sent as they are")
     opened: dict[Path, Source] = {}
     for name in outputs:  # what is wrong with any of them shows before the first is begun
         source = open_source(name)

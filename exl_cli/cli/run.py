@@ -130,6 +130,8 @@ def run(
     if typed := tokenizer.hidden(rendered.text):
         console.note(f"{', '.join(typed)} in the prompt is treated as text, not as a special token")
         rendered = dataclasses.replace(rendered, text=tokenizer.shown(rendered.text))
+    if rendered.kind == "raw" and not raw:
+        console.note("the model has no chat template; the prompt is sent as it is")
     if show_prompt and as_json:
         console.data(records.prompt(rendered, ids))
         return

@@ -195,6 +195,7 @@ class PlainFormat:
     """
 
     name = "plain turns (the model has no chat template)"
+    note = "the model has no chat template; messages are sent as User: and Assistant: lines"
     source = _PLAIN
     stops: tuple[str, ...] = ("\nUser:", "\nAssistant:")
     add_special_tokens = True

@@ -16,7 +16,7 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.base import Engine, Request
 from exl_cli.errors import ModelNotFoundError, OutOfMemoryError, brief, param
 from exl_cli.models import folders, placement
-from exl_cli.models.chat_template import Format, load_format
+from exl_cli.models.chat_template import Format, PlainFormat, load_format
 from exl_cli.models.hub import store
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
@@ -306,6 +306,8 @@ class ModelPool:
     def _load_now(self, name: str, info: ModelInfo) -> ServedModel:
         tokenizer = Tokenizer(info.path)
         chat_format = load_format(info.path)
+        if isinstance(chat_format, PlainFormat):
+            self._observer.note(f"{name}: {chat_format.note}")
         options = dataclasses.replace(self._options, sequences=self._fitting(info))
         engine = EngineThread(self._load(info, tokenizer, options, self._observer))
         try:
