@@ -83,8 +83,13 @@ class ExlError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def marked(self) -> str:
+        """Message and hint, with their `param` marks."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
     def __str__(self) -> str:
-        return spell(f"{self.message}; {self.hint}" if self.hint else self.message)
+        return spell(self.marked)
 
 
 class UsageError(ExlError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,18 @@ from exl_cli.server.gate import Policy
 from exl_cli.server.keys import Keys
 from exl_cli.server.pool import Catalog, ModelPool
 from exl_cli.server.state import ServerState, Settings
+from exl_cli.ui.console import flags
 
 JSON = {"Content-Type": "application/json"}
 
 
 @contextmanager
-def client(policy: Policy, load: ScriptedLoader | None = None, **settings: Any) -> Iterator[TestClient]:
+def client(
+    policy: Policy, load: ScriptedLoader | None = None, note: Callable[[str], None] = print, **settings: Any
+) -> Iterator[TestClient]:
     load = load or ScriptedLoader("Yes.")
     pool = ModelPool(Catalog({"fable-7m": loader.resolve(None)}), LoadOptions(), Recorder(), load)
-    state = ServerState(pool, Settings(**settings))
+    state = ServerState(pool, Settings(**settings), note=note)
     with TestClient(create_app(state, policy), "http://localhost:8080", raise_server_exceptions=False) as asker:
         yield asker
         asker.portal.call(pool.close)
@@ -190,6 +193,20 @@ def test_web_pages_of_other_sites_are_refused(origin: str, status: int) -> None:
             assert answer.status_code == status
             allowed = answer.headers.get("access-control-allow-origin")
             assert allowed == (origin if origin == "https://good.example" else None)
+
+
+def test_a_refusal_names_the_option_of_the_server_that_would_allow_it() -> None:
+    log: list[str] = []
+    with client(Policy(), note=log.append) as asker:
+        answers = [asker.get("/v1/models", headers={name: "https://x.example"}) for name in ("Host", "Origin")]
+    said = [
+        "host 'https://x.example' is not allowed; the server's {} option allows it",
+        "web pages of 'https://x.example' are not allowed; the server's {} option allows them",
+    ]
+    bare = [text.format(name) for text, name in zip(said, ("allow_host", "cors_origin"), strict=True)]
+    assert [answer.json()["error"]["message"] for answer in answers] == bare
+    spelled = [text.format(name) for text, name in zip(said, ("--allow-host", "--cors-origin"), strict=True)]
+    assert [flags(line).partition(" s: ")[2] for line in log] == spelled
 
 
 def test_a_preflight_needs_no_key_and_is_answered_only_where_pages_may_ask(keys: Path) -> None:

@@ -236,5 +236,5 @@ def _template_variables(text: str | None, template: str, variables: dict[str, st
 
 def _not_empty(text: str | None) -> str:
     if text is None or not text.strip():
-        raise PromptError("the prompt is empty", "pass it with --prompt, --file or standard input")
+        raise PromptError("the prompt is empty", f"pass it with {param('prompt')}, {param('file')} or standard input")
     return text

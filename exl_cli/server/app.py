@@ -48,7 +48,7 @@ def create_app(state: ServerState, policy: Policy | None = None) -> FastAPI:
 
 def error_response(path: str, error: ApiError) -> Response:
     """An error in the shape of the surface that the path belongs to."""
-    usage.get(Usage()).error = error.message
+    usage.get(Usage()).error = error.marked
     body = next((body for prefix, body in _ERROR_BODIES.items() if path.startswith(prefix)), openai_body)
     return JSONResponse(body(error), error.status, error.headers)
 

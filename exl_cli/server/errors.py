@@ -18,6 +18,7 @@ from exl_cli.errors import (
     PromptError,
     UnsupportedModelError,
     UsageError,
+    spell,
 )
 
 _TYPES = {
@@ -48,7 +49,8 @@ class ApiError(Exception):
 
     Args:
         status: 400 or more.
-        message: what is wrong and the next step.
+        message: what is wrong and the next step. `param` marks are options of the server: its log writes them as flags,
+            clients read the bare names.
         code: a word for programs, such as "context_length_exceeded".
         param: the field of the request that is wrong.
         headers: further headers of the response.
@@ -64,7 +66,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.marked = message
+        self.message = spell(message)
         self.code = code
         self.param = param
         self.headers = dict(headers or {})

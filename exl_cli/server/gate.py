@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exl_cli.errors import brief
+from exl_cli.errors import brief, param, spell
 from exl_cli.server.errors import RETRY_AFTER, ApiError, as_api_error
 from exl_cli.server.keys import Keys
 from exl_cli.server.state import ServerState, Usage, caller, usage
@@ -25,6 +25,7 @@ from exl_cli.server.state import ServerState, Usage, caller, usage
 _OPEN = ("/", "/health")
 _UNLOGGED = (*_OPEN, "/metrics")
 _BODY_SECONDS = 60.0
+_LONGEST_ERROR = 160
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,14 @@ class Gate:
         # HTTP/1.0 has no Host; load balancers check the health that way. Browsers always send one.
         host = headers.get("host", "")
         if "host" in headers and not self._is_own(host):
-            raise ApiError(403, f"host {host!r} is not allowed; the server's --allow-host allows it", "unknown_host")
+            said = f"host {brief(host)!r} is not allowed; the server's {param('allow_host')} option allows it"
+            raise ApiError(403, said, "unknown_host")
         origin = headers.get("origin")
         allowed = self._policy.origins
         if origin is not None and not allowed & {"*", origin} and not _is_same_host(origin, host):
-            raise ApiError(
-                403,
-                f"web pages of {origin!r} are not allowed; the server's --cors-origin allows them",
-                "unknown_origin",
-            )
+            option = param("cors_origin")
+            said = f"web pages of {brief(origin)!r} are not allowed; the server's {option} option allows them"
+            raise ApiError(403, said, "unknown_origin")
         if self._policy.keys is None or scope["path"] in _OPEN:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -138,8 +138,14 @@ class Gate:
         by = f", {caller.get()}" if caller.get() else ""
         outcome = status or "client disconnected"
         # Errors of the server are in the log already.
-        error = f": {brief(' '.join(used.error.split()))}" if 400 <= status < 500 and used.error else ""
+        error = f": {_on_a_line(used.error)}" if 400 <= status < 500 and used.error else ""
         self._state.note(f"{scope['method']} {path} {outcome}, {seconds:.2f} s{tokens}{by}{error}")
+
+
+def _on_a_line(error: str) -> str:
+    line = " ".join(error.split())
+    # What is shortened may not have a mark that is cut in two.
+    return line if len(line) <= _LONGEST_ERROR else brief(spell(line), _LONGEST_ERROR)
 
 
 def _is_same_host(origin: str, host: str) -> bool:

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 
 from exl_cli import loader
 from exl_cli.engines.base import Engine
-from exl_cli.errors import EngineError, ExitCode, UsageError, brief, param
+from exl_cli.errors import EngineError, ExitCode, ExlError, UsageError, brief, param
 from exl_cli.models.info import inspect
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.server import run
@@ -89,7 +89,7 @@ def replica_app(plan: Plan) -> FastAPI:
         try:
             await run.load_models(state, [*plan.models][: plan.max_loaded])
         except BaseException as error:
-            log.warn(f"error: {error}")
+            log.warn(f"error: {error.marked if isinstance(error, ExlError) else error}")
             raise
         yield
         await pool.close()

@@ -14,7 +14,7 @@ from typing import Literal
 from starlette.requests import HTTPConnection
 
 from exl_cli.engines.base import Chunk
-from exl_cli.errors import DeviceError
+from exl_cli.errors import DeviceError, ExlError
 from exl_cli.server.errors import ApiError
 from exl_cli.server.metrics import Metrics, StateCollector
 from exl_cli.server.pool import ModelPool, ServedModel
@@ -124,7 +124,8 @@ class ServerState:
         if answer.code == "internal_error" and error.__traceback__ is not None:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f" ({type(error).__name__}, {frame.filename}:{frame.lineno})"
-        self.warn(f"{answer.status}: {' '.join(str(error).split())}{where}")
+        said = error.marked if isinstance(error, ExlError) else str(error)
+        self.warn(f"{answer.status}: {' '.join(said.split())}{where}")
         if self.settings.debug:
             self.warn("".join(traceback.format_exception(error)))
 

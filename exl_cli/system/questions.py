@@ -185,8 +185,7 @@ def answer(functions: Mapping[str, Any]) -> None:
             facts = functions[name](**arguments)
         except ExlError as error:
             # str(error), as in a traceback, would replace `param` marks by bare names; the CLI needs the marks.
-            said = "; ".join(filter(None, (error.message, error.hint)))
-            sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {said}\n".encode())
+            sys.stderr.buffer.write(f"exl_cli.errors.{type(error).__name__}: {error.marked}\n".encode())
             sys.exit(1)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exl_cli.errors import DamagedModelError, ExlError, UnsupportedModelError
+from exl_cli.errors import DamagedModelError, ExlError, UnsupportedModelError, param
 from exl_cli.models.config import unknown_rope
 from exl_cli.models.info import ModelInfo
 
@@ -48,7 +48,7 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
     kind = info.config.get("model_type")
     unknown = UnsupportedModelError(
         f"transformers {transformers.__version__} has no class for {info.architecture} (model_type {kind!r})",
-        "update transformers, or run it on a GPU with --engine exllamav2",
+        f"update transformers, or run it on a GPU with {param('engine')} exllamav2",
     )
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise unknown
@@ -70,7 +70,7 @@ def choose_class(info: ModelInfo) -> tuple[Any, Any]:
         if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise UnsupportedModelError(
                 f"{info.architecture} is multimodal; on the CPU, exl only supports text models",
-                "choose a text model, or run its text part on a GPU with --engine exllamav2",
+                f"choose a text model, or run its text part on a GPU with {param('engine')} exllamav2",
             ) from None
         raise UnsupportedModelError(
             f"{info.architecture} is not a text-generation model",
