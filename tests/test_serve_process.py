@@ -111,6 +111,14 @@ def drain(server: ServeProcess) -> None:
         assert server.ended() == ExitCode.OK  # long before the end of its two minutes
 
 
+def is_refused(server: ServeProcess) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", server.port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_a_second_signal_exits_immediately() -> None:
     body = asking(stream=True, n=100, max_tokens=900)
     with scripted() as server, httpx.stream("POST", server.url + CHAT, json=body, timeout=60) as answer:
@@ -118,6 +126,7 @@ def test_a_second_signal_exits_immediately() -> None:
         next(lines)
         server.process.send_signal(signal.SIGINT)
         until(lambda: any("for 100 running generations" in line for line in server.log))
+        until(lambda: is_refused(server))
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == ExitCode.INTERRUPTED
 
