@@ -272,7 +272,7 @@ BAD: dict[str, tuple[str, str]] = {
     "nothing to answer": ('{"text": "Hi"}', "no prompt: the line"),
     "an empty prompt": ('{"prompt": ""}', "the prompt is empty"),
     "a number for a prompt": ('{"prompt": 5}', "prompt must be text or token ids, got 5"),
-    "a setting that is not a number": ('{"prompt": "Hi", "temperature": NaN}', "temperature: input should be a finite"),
+    "a setting that is not a number": ('{"prompt": "Hi", "temperature": NaN}', "temperature must be a finite number"),
     "a setting out of range": ('{"prompt": "Hi", "temperature": -1}', "temperature must be between 0 and 100"),
     "a setting of a wrong type": ('{"prompt": "Hi", "top_k": "many"}', "top_k"),
     "another endpoint": ('{"url": "/v1/embeddings", "body": {}}', "url must be one of"),

@@ -223,21 +223,35 @@ def test_values_that_make_no_sense_are_refused(model: PlainModel, fields: dict[s
 
 
 @pytest.mark.parametrize(
-    ("fields", "field"),
+    ("fields", "said"),
     [
-        ({"prompt": 5}, "prompt"),
-        ({"prompt": "a", "banned_strings": ["b", 5]}, "banned_strings.1"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0.type"),
-        ({"messages": [{"role": "king", "content": "a"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}] * 10_001}]}, "messages.0.content"),
+        ({"prompt": 5}, "prompt must be a string or a list, got 5"),
+        ({"prompt": [-1]}, "prompt.0 must be at least 0, got -1"),
+        ({"prompt": "a", "banned_strings": ["b", 5]}, "banned_strings.1 must be a string, got 5"),
+        ({"prompt": "a", "max_completion_tokens": 1.5}, "max_completion_tokens must be an integer, got 1.5"),
+        ({"prompt": "a", "rep_pen": "x"}, 'rep_pen must be a number, got "x"'),
+        ({"prompt": "a", "echo": "yes"}, 'echo must be true or false, got "yes"'),
+        ({"prompt": "a", "logit_bias": {"5": 1000}}, "logit_bias.5 must be at most 100, got 1000"),
+        ({"prompt": "a", "stream_options": []}, "stream_options must be an object, got a list"),
+        ({"messages": []}, "messages must have at least 1 item"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content must be a string or a list, got 5"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content.0.type is missing"),
+        (
+            {"messages": [{"role": "king", "content": "a"}]},
+            'messages.0.role must be "system", "developer", "user", "assistant", "tool" or "function", got "king"',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}] * 10_001}]},
+            "messages.0.content must have at most 10,000 items",
+        ),
     ],
     ids=str,
 )
-def test_the_field_that_is_wrong_is_named_as_the_client_wrote_it(fields: dict[str, object], field: str) -> None:
+def test_the_field_that_is_wrong_is_named_as_the_client_wrote_it(fields: dict[str, object], said: str) -> None:
     with pytest.raises(BodyError) as error:
         (ChatBody if "messages" in fields else CompletionBody).parse(fields)
-    assert error.value.field == field
+    assert str(error.value) == said
+    assert error.value.field == said.partition(" ")[0]
 
 
 @pytest.mark.parametrize(

@@ -159,22 +159,28 @@ def test_the_tokens_of_messages_are_those_of_the_prompt(fable: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "body", "said"),
     [
-        ("/v1/token/encode", {}),
-        ("/v1/token/encode", {"text": 5}),
-        ("/v1/token/encode", {"text": [{"role": "user"}]}),
-        ("/v1/token/decode", {"tokens": [1 << 40]}),
-        ("/v1/token/decode", {"tokens": [-1]}),
-        ("/v1/token/decode", {"tokens": ["a"]}),
-        ("/v1/model/load", {"name": "fable-7m", "max_seq_len": 4096}),
+        ("/v1/token/encode", {}, "nothing to tokenize; send text, prompt, content or messages"),
+        ("/v1/token/encode", {"text": 5}, "text must be a string or a list, got 5"),
+        ("/v1/token/encode", {"text": [{"role": "user"}]}, "each message needs a role and content"),
+        (
+            "/v1/token/decode",
+            {"tokens": [1 << 40]},
+            "1099511627776 is not a token of fable-7m; its ids are below 4,096",
+        ),
+        ("/v1/token/decode", {"tokens": [-1]}, "-1 is not a token of fable-7m; its ids are below 4,096"),
+        ("/v1/token/decode", {"tokens": ["a"]}, 'tokens.0 must be an integer, got "a"'),
+        ("/v1/token/decode", {}, "tokens is missing"),
+        ("/v1/token/decode", [], "the body must be an object, got a list"),
+        ("/v1/model/load", {"name": "fable-7m", "max_seq_len": 4096}, "max_seq_len is not supported; leave it out"),
     ],
     ids=str,
 )
-def test_a_wrong_field_is_a_400(fable: Server, path: str, body: object) -> None:
+def test_a_wrong_field_is_a_400(fable: Server, path: str, body: object, said: str) -> None:
     answer = fable.post(path, body)
     assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["message"]
+    assert answer.json()["error"]["message"] == said
 
 
 # --- the queue, and clients that go away ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from exl_cli.api.model import choose
+from exl_cli.api.validation import first_fault
 from exl_cli.engines.base import Request
 from exl_cli.errors import UsageError, brief, first_param
 from exl_cli.models.info import ModelInfo
@@ -106,9 +107,6 @@ _HARMLESS = frozenset({
     "speculative_ngram", "priority", "request_id",
 })  # fmt: skip
 
-# Names of union branches in pydantic's error locations, besides list[...] and the like.
-_BRANCHES = {"str", "int", "float", "bool", "Part", "Block", "Item"}
-
 # In OpenAI's API a bias of -100 bans a token.
 _BAN = -100.0
 _MOST = 2**31 - 1
@@ -168,18 +166,10 @@ class Body(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            errors = error.errors(include_url=False, include_context=False, include_input=False)
-            # For a union, report the branch that got furthest: probably the one the client meant.
-            first = max(
-                (e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]),
-                key=lambda e: (len(e["loc"]), e["type"] == "too_long"),
-            )
-            # Remove the names of union branches from the location.
-            parts = [str(part) for part in first["loc"]]
-            place = ".".join(part for part in parts if not {"[", "-"} & set(part) and part not in _BRANCHES)
-            missing = first["type"] == "missing"
-            message = f"{brief(place)} is missing" if missing else f"{brief(place)}: {_lower(first['msg'])}"
-            raise BodyError(message, field=brief(place), code="missing" if missing else "invalid_value") from None
+            fault = first_fault(error.errors(include_url=False))
+            code = "missing" if fault.is_missing else "invalid_value"
+            field = _as_sent(fault.field, values)
+            raise BodyError(f"{field} {fault.problem}", field=field, code=code) from None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -190,8 +180,11 @@ class Body(Strict):
         return body
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _as_sent(field: str, values: Mapping[str, Any]) -> str:
+    """A field under the name by which the client sent it."""
+    name, dot, rest = field.partition(".")
+    sent = name if name in values else next((theirs for theirs in values if ALIASES.get(theirs) == name), name)
+    return sent + dot + rest
 
 
 def renamed(data: Mapping[str, Any], fields: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:

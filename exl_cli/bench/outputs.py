@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from exl_cli.api.validation import first_fault
 from exl_cli.bench import limits
 from exl_cli.bench.result import Measured, Perplexity, Result, Run, Sample, deviation, mean, percentile
 from exl_cli.errors import DiskError, ExlError, UsageError, os_errors, param, spell
@@ -173,9 +174,8 @@ def load(path: Path) -> Result:
         for output in (tests_json, markdown):
             output(result)  # what cannot be computed and shown is damaged as well
     except ValidationError as error:
-        first = error.errors()[0]  # of a paragraph
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UsageError(f"{path} is damaged: {problem}", again) from error
+        fault = first_fault(error.errors())  # of a paragraph
+        raise UsageError(f"{path} is damaged: {fault.field} {fault.problem}", again) from error
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is damaged: {type(error).__name__} {error}", again) from error
     return result

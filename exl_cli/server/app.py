@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from exl_cli.api.validation import first_fault
 from exl_cli.errors import ExlError
 from exl_cli.server import anthropic, openai, routes
 from exl_cli.server.errors import ApiError, ErrorBody, as_api_error, openai_body
@@ -68,10 +69,9 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 def _invalid(request: Request, error: Exception) -> Response:
     """A body that is no JSON, or has fields of wrong types: 400, as OpenAI's clients expect, with the first fault."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    place = ".".join(str(part) for part in first.get("loc", ())[1:])
-    message = first.get("msg", "invalid request")
-    if first.get("type") == "json_invalid":
-        place, message = "", "the body is not JSON"
-    said = f"{place}: {message}" if place else message
-    return error_response(request.url.path, ApiError(400, said, param=place or None))
+    errors = error.errors() if isinstance(error, RequestValidationError) else []
+    if not errors or errors[0]["type"] == "json_invalid":
+        return error_response(request.url.path, ApiError(400, "the body is not valid JSON", "invalid_json"))
+    fault = first_fault([{**each, "loc": each["loc"][1:]} for each in errors])  # without "body"
+    said, code = f"{fault.field or 'the body'} {fault.problem}", "missing" if fault.is_missing else "invalid_value"
+    return error_response(request.url.path, ApiError(400, said, code, param=fault.field or None))
