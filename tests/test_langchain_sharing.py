@@ -8,8 +8,10 @@ import gc
 import logging
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from logging.handlers import QueueHandler
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -29,15 +31,15 @@ LOADED, CLOSED = f"loaded {shallow()} (EXL2 5.0 bpw) with engine cpu", f"closing
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    caplog.set_level(logging.INFO, "exl_cli")
-
-    def read() -> list[str]:
-        said = [record.getMessage() for record in caplog.records if record.name == "exl_cli"]
-        caplog.clear()
-        return said
-
-    return read
+def log() -> Iterator[Callable[[], list[str]]]:
+    """The messages since the last call."""
+    records: Queue[logging.LogRecord] = Queue()
+    logger, handler = logging.getLogger("exl_cli"), QueueHandler(records)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lambda: [records.get().getMessage() for _ in range(records.qsize())]
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
 
 
 def test_loaded_once_and_given_back_by_the_last(log) -> None:
