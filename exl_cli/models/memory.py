@@ -12,7 +12,7 @@ The estimate follows exllamav2 0.3.2 (whose files are named below) at its peak:
   (`engines/exllamav2/build_model.py`). Inference takes less, unless the context is short and the vocabulary large:
   activations of a chunk, and buffers to decode `MOST_SEQUENCES` at once, whatever `sequences` is. Attention memory does
   not grow with the context, CUDA graphs take a few megabytes. The spare page of the KV cache
-  (`engines/exllamav2/forward.py`) is counted here.
+  (`engines/exllamav2/inputs.py`) is counted here.
 - the CUDA context with the kernels of torch and exllamav2, and the rounding of torch's allocator.
 
 Over several GPUs, each holds whole layers with their part of the KV cache, and its own scratch, activations, graphs and

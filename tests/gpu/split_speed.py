@@ -57,7 +57,7 @@ def generate(engine: ExLlamaV2Engine, requests: list[Request]) -> tuple[float, f
 
 def await_kernels(engine: ExLlamaV2Engine) -> None:
     until = time.perf_counter() + KERNELS_WAIT
-    for stage in engine._forward._stages:
+    for stage in engine._forward._pipeline.stages:
         for tokens in (64, 128, 256, 512, 1024, 2048) if isinstance(stage.forward, FusedForward) else ():
             while not stage.forward.prefills(tokens) and time.perf_counter() < until:
                 time.sleep(0.02)

@@ -51,7 +51,7 @@ def test_prompts_together_leave_what_exllamav2_leaves(format_: str, exl2_dir: Pa
             else:
                 with torch.inference_mode():
                     for row in rows:
-                        forward._enter()
+                        forward._pipeline.enter()
                         forward._prefill_modules(row)
             forward.submit(last)
             logits.append(forward.collect().clone())

@@ -78,7 +78,7 @@ def answers(engine: ExLlamaV2Engine, asked: Sequence[Request]) -> list[list[int]
 
 def await_kernels(engine: ExLlamaV2Engine) -> None:
     """Wait until prompts of all lengths run through exl's kernels, where they do at all."""
-    for stage in engine._forward._stages:
+    for stage in engine._forward._pipeline.stages:
         if isinstance(stage.forward, FusedForward):
             for count in (64, 128, 256, 512, 1024):
                 while not stage.forward.prefills(count):
@@ -99,7 +99,7 @@ def test_stages_on_one_gpu_give_the_same_bits(model: tuple[Path, list[torch.Tens
     folder, expected = model
     engine = load(folder, cuts, sequences=3)
     forward = engine._forward
-    assert (forward.why_not_fused, len(forward._stages)) == ("", len(cuts) + 1)
+    assert (forward.why_not_fused, len(forward._pipeline.stages)) == ("", len(cuts) + 1)
     for got, wanted in zip(passes(engine), expected, strict=True):
         assert torch.equal(got, wanted)
     assert (forward.captures, forward.why_not_captured) == (True, "")
@@ -113,7 +113,7 @@ def test_several_gpus_give_the_same_bits(model: tuple[Path, list[torch.Tensor]],
     folder, expected = model
     engine = load(folder, sequences=3, gpu_split=SPLITS[count])
     forward = engine._forward
-    assert [stage.stream.device.index for stage in forward._stages] == [*range(count)]
+    assert [stage.stream.device.index for stage in forward._pipeline.stages] == [*range(count)]
     assert len(engine.memory()) == count
     for got, wanted in zip(passes(engine), expected, strict=True):
         assert torch.equal(got, wanted)
@@ -133,7 +133,7 @@ def test_answers_are_the_same_near_ties_aside(exl2_dir: Path, options: dict[str,
     several = torch.cuda.device_count() >= count and count in SPLITS
     cuts, split = ((), {"gpu_split": SPLITS[count]}) if several else ((3, 6)[: count - 1], {})
     whole, staged = load(exl2_dir, sequences=6, **options), load(exl2_dir, cuts, sequences=6, **options, **split)
-    assert len(staged._forward._stages) == count
+    assert len(staged._forward._pipeline.stages) == count
     for engine in (whole, staged):
         await_kernels(engine)
     # The second time they find a part of the prompt in the cache. The sixth ends early, amid passes in flight.

@@ -27,6 +27,7 @@ from exl_cli.engines.exllamav2.build_model import build_model, load_modules, rop
 from exl_cli.engines.exllamav2.cuda_errors import explained, free_bytes, translated
 from exl_cli.engines.exllamav2.draft_model import DraftModel
 from exl_cli.engines.exllamav2.forward import GpuForward
+from exl_cli.engines.exllamav2.forward_choice import choose_forward
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.prompt_lookup import PromptLookup
 from exl_cli.engines.exllamav2.scheduler import Scheduler
@@ -322,7 +323,7 @@ def _load(
         pages = _pages(context_length, options)
         # With speculation the CPU samples, for the draft model as well.
         samples = options.draft is None and options.speculate == "off"
-        forward = GpuForward(model, cache, pages, memory.PAGE, backend, samples=samples, cuts=cuts)
+        forward = choose_forward(model, cache, pages, memory.PAGE, backend, samples=samples, cuts=cuts)
         return _Loaded(model, forward)
 
 

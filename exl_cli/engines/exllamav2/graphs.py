@@ -3,7 +3,7 @@
 A shape of pass is run normally twice and replayed from its third use on. The first run compiles kernels; a short answer
 never pays for a capture. The capture follows the second run while the GPU is still busy with it, so it costs no time,
 and per-thread setup that cannot be captured, such as cuBLAS allocating its workspace, has been done by then. All graphs
-share one memory pool, as only one runs at a time.
+share one memory pool, as only one runs at a time. Shapes are rounded up, so few graphs are needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.cuda_errors import cause
+from exl_cli.engines.exllamav2.kernels import quantized_linear
 from exl_cli.errors import EngineError
 
+# A graph is for at most this many keys per sequence, or twice as many and so on.
+_LEAST_KEYS = 1024
 _log = logging.getLogger(__name__)
 
 
@@ -86,6 +89,31 @@ class Graphs:
         """Free the graphs and their memory."""
         self._graphs.clear()
         self._pool = self._due = None
+
+
+def padded_shape(rows: int, tokens: int) -> tuple[int, int]:
+    """Round rows of a pass and tokens per row up where that takes no longer."""
+    batch, count = (1 << (n - 1).bit_length() for n in (rows, tokens))
+    if rows <= batch * 3 // 4 and batch > quantized_linear.MOST_ROWS:
+        batch = batch * 3 // 4
+    most = max(quantized_linear.MOST_ROWS, quantized_linear.most_rows(rows * tokens))
+    if batch * count <= most:
+        return batch, count
+    return (batch, tokens) if batch * tokens <= most else (rows, tokens)
+
+
+def padded_blocks(blocks: int) -> int:
+    """Round up the number of blocks in a pass over prompts, by at most a quarter."""
+    step = 1 << max(blocks.bit_length() - 3, 0)
+    return -(-blocks // step) * step
+
+
+def key_bound(keys: int, most: int) -> int:
+    """Round up the number of keys of the longest sequence of a pass, to `most` at most."""
+    bound = _LEAST_KEYS
+    while bound < keys:
+        bound *= 2
+    return min(bound, most)
 
 
 def captured(work: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:

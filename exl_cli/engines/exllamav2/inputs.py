@@ -9,11 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from exl_cli.engines.exllamav2.build_model import rope_offsets
 from exl_cli.engines.exllamav2.cuda_errors import wait
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
-from exl_cli.engines.exllamav2.kernels import norm_rope
+from exl_cli.engines.exllamav2.kernels import norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 
+# A pass over prompts treats each block of this many tokens like a sequence, so it can take prompts of any number and
+# length. All keys and values are stored before any block attends.
+PROMPT_BLOCK = 64
 # Embeddings looked up per copy; few enough to stay in the CPU's cache.
 _LOOKED_UP = 256
 # Bytes; the strictest alignment any kernel needs.
@@ -251,6 +255,58 @@ class Received:
     ) -> None:
         self.memory, self.size = memory, size
         _, self.lengths, self.rope_offsets, self.block_table, self.hidden = parts(memory)
+
+
+class InputBuffers:
+    """The inputs of passes of any size, in three sets of buffers: for few tokens, for many, and for prompts.
+
+    Small passes do not use those of large ones, as copying the block tables of 256 sequences takes a while.
+
+    Args:
+        model: exllamav2's.
+        pages: pages that the scheduler may use; the next is the spare page.
+        page_size: positions per page.
+        device: of the first layer.
+
+    Attributes:
+        device: see above.
+        embeddings: the model's.
+        rope_offsets: see `build_model.rope_offsets`.
+        most_keys: the longest sequence that the RoPE tables cover, in whole pages.
+        table_keys: positions that a block table has room for: those, and a page for padding tokens.
+        most_prompt_tokens: most tokens in a pass over prompts.
+    """
+
+    def __init__(self, model: Any, pages: int, page_size: int, device: torch.device) -> None:
+        config, self.device = model.config, device
+        self.embeddings = Embeddings(model.modules[0], device)
+        self.rope_offsets = rope_offsets(model)
+        self.most_keys: int = -(-config.max_seq_len // page_size) * page_size
+        self.table_keys = self.most_keys + page_size
+        most = max(quantized_linear.MOST_SEQUENCES, config.max_input_len // PROMPT_BLOCK * PROMPT_BLOCK)
+        self.most_prompt_tokens: int = min(quantized_linear.MOST_TOKENS, most)
+        dtype = torch.float if config.arch.lm.residual_stream_fp32 else torch.half
+
+        def inputs(most_rows: int, most_tokens: int, *, with_states: bool = True) -> Inputs:
+            return Inputs(
+                self.embeddings, config.hidden_size, dtype, most_rows, most_tokens, self.table_keys // page_size,
+                pages, self.rope_offsets, device, with_states=with_states,
+            )  # fmt: skip
+
+        self._few = inputs(quantized_linear.MOST_ROWS, quantized_linear.MOST_ROWS)
+        self._many = inputs(quantized_linear.MOST_SEQUENCES, quantized_linear.MOST_SEQUENCES)
+        self._prompts = inputs(self.most_prompt_tokens // PROMPT_BLOCK, self.most_prompt_tokens, with_states=False)
+
+    def of(self, tokens: int) -> Inputs:
+        """The inputs of a pass of this many tokens."""
+        if tokens <= quantized_linear.MOST_ROWS:
+            return self._few
+        return self._many if tokens <= quantized_linear.MOST_SEQUENCES else self._prompts
+
+    def received(self, device: torch.device) -> Callable[[int], Received]:
+        """Allocate what a later stage receives of them; returns what `of` is on its device."""
+        received = {id(inputs): inputs.received(device) for inputs in (self._few, self._many, self._prompts)}
+        return lambda tokens: received[id(self.of(tokens))]
 
 
 class _HostBuffer:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from exl_cli.engines.exllamav2.attention.paged import at_most
+from exl_cli.engines.exllamav2.build_model import rope_switches
+from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
+from exl_cli.engines.exllamav2.inputs import InputBuffers
 
 # exllamav2 0.3.2 (q_gemm_autotune.cuh) times this many calls of each shape with events, which a graph cannot capture.
 _TIMED_CALLS = 200
@@ -67,24 +71,23 @@ class ModulesForward:
         self._page_size = page_size
         self._timed: set[tuple[int, int, int, str]] = set()
 
-    def prefill(
-        self,
-        states: torch.Tensor,
-        lengths: torch.Tensor,
-        block_table: torch.Tensor,
-        most_keys: int,
-        rope_offsets: torch.Tensor | None = None,
-    ) -> None:
-        """Compute the keys and values of one sequence's next tokens.
+    def prefill(self, row: ScheduledTokens, inputs: InputBuffers) -> None:
+        """Compute the keys and values of any number of tokens of one sequence, in chunks.
 
         Args:
-            states: embeddings on the first device, [1, tokens, hidden]; overwritten.
-            lengths: int32 on the device, [1]: positions already cached.
-            block_table: int32 on the device, [1, pages].
-            most_keys: positions including the new tokens.
-            rope_offsets: see `Inputs`.
+            row: the tokens.
+            inputs: has the embeddings.
         """
-        self._through(self._model.last_kv_layer_idx + 1, states, lengths, block_table, most_keys, rope_offsets)
+        device, offsets = inputs.device, None
+        block_table = torch.tensor([row.block_table[:]], dtype=torch.int32, device=device)
+        if rope_switches(self._model):
+            offsets = torch.tensor([inputs.rope_offsets[row.rope_table]], dtype=torch.int32, device=device)
+        tokens, most = np.array(row.ids, dtype=np.int64), self._model.config.max_input_len
+        for first in range(0, len(tokens), most):
+            states, start = inputs.embeddings.of(tokens[first : first + most]), row.start + first
+            lengths = torch.tensor([start], dtype=torch.int32, device=device)
+            end, most_keys = self._model.last_kv_layer_idx + 1, start + states.shape[1]
+            self._through(end, states, lengths, block_table, most_keys, offsets)
 
     def run(
         self,

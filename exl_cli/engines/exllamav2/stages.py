@@ -7,7 +7,7 @@ while one stage computes, the one before it can begin the next pass: the next ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,97 @@ class Stage:
         target.memory[:size].copy_(source.memory[:size], non_blocking=True)
         if not apart:
             before.stream.wait_stream(self.stream)
+
+
+class Pipeline:
+    """The stages of a model, in the order in which a pass runs them.
+
+    Args:
+        model: exllamav2's, loaded.
+        stages: of all its layers.
+        why_not_fused: why exl's own kernels do not compute them; empty if they do. Otherwise exllamav2's modules do, in
+            a single stage for all GPUs.
+
+    Attributes:
+        stages, why_not_fused: see above.
+        first_device, last_device: the GPUs of the first layer and of the head.
+        end_stream: the stream on which passes end.
+        is_capturable: whether passes may be captured, and followed by a sampler. Passes of exllamav2's modules over
+            several GPUs are not.
+    """
+
+    def __init__(self, model: Any, stages: Sequence[Stage], why_not_fused: str) -> None:
+        from exllamav2.device import set_device_streams
+
+        self._set_streams = set_device_streams
+        self.stages, self.why_not_fused = stages, why_not_fused
+        first, last = model.modules[1].device_idx, model.modules[-1].device_idx
+        self.first_device, self.last_device = torch.device("cuda", first), torch.device("cuda", last)
+        # exllamav2's.
+        self._first_stream, self._last_stream = stream_of(model, first), stream_of(model, last)
+        self.end_stream = self._last_stream if why_not_fused else stages[-1].stream
+        self.is_capturable = not why_not_fused or self.first_device == self.last_device
+        # Whether the stream of some stage is not exllamav2's.
+        self._has_own_streams = len({stage.stream.device for stage in stages}) < len(stages)
+
+    @property
+    def captures(self) -> bool:
+        """Whether passes are captured in CUDA graphs; no longer once a capture has failed."""
+        return all(stage.graphs.usable for stage in self.stages)
+
+    @property
+    def why_not_captured(self) -> str:
+        """Why a capture failed; empty if none did."""
+        return next((stage.graphs.why_not for stage in self.stages if stage.graphs.why_not), "")
+
+    @property
+    def streams(self) -> set[torch.cuda.Stream]:
+        """All streams that passes run on."""
+        return {self._first_stream, self._last_stream, *(stage.stream for stage in self.stages)}
+
+    def prepare(self, *, captures: bool) -> None:
+        """Start compiling kernels in the background, and decide whether to capture passes."""
+        for stage in self.stages:
+            stage.forward.compile_ahead()
+            stage.graphs = Graphs(captures)
+
+    def enter(self) -> None:
+        """Make exllamav2's streams the current ones of this thread, and its first GPU the current one."""
+        # The current stream is per thread, so this is for every thread that gets here.
+        self._set_streams()
+        torch.cuda.set_stream(self._first_stream)
+
+    def join(self) -> None:
+        """Have the stages wait for one another, where exllamav2's modules run on other streams than theirs."""
+        streams = [self._first_stream, *(stage.stream for stage in self.stages)]
+        for stream in streams if self._has_own_streams else ():
+            for other in streams:
+                stream.wait_stream(other)
+
+    def through(self, tokens: int) -> Iterator[Stage]:
+        """The stages of a pass of this many tokens, each once it has received its input."""
+        yield self.stages[0]
+        for before, stage in pairwise(self.stages):
+            stage.receive(before, tokens)
+            yield stage
+
+    def capture(self) -> None:
+        """Capture the pass just started, if it is time."""
+        for stage in self.stages:
+            if stage.graphs.is_due:
+                stage.enter()
+                stage.graphs.capture()
+
+    def close(self) -> None:
+        """Free the graphs, and compile no further."""
+        for stage in self.stages:
+            stage.close()
+
+
+def stream_of(model: Any, device: int) -> torch.cuda.Stream:
+    """The stream of exllamav2's on a GPU."""
+    stream: torch.cuda.Stream = model.get_device_context(device, scratch=False).stream
+    return stream
 
 
 def stages_of(model: Any, cuts: Sequence[int] = ()) -> list[tuple[range, int]]:

@@ -1,0 +1,169 @@
+"""Choose what computes a model's forward passes: exl's own kernels, in stages, or exllamav2's modules.
+
+exl's kernels do for models built like Llama (`layers.why_not`), where they are the faster ones (`kernel_choice`). A
+model in several stages is tried first, while it is loaded, and goes back to exllamav2's modules if it fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from exl_cli.engines.exllamav2 import fused_forward, layers
+from exl_cli.engines.exllamav2.attention.paged import Backend
+from exl_cli.engines.exllamav2.build_model import rope_switches
+from exl_cli.engines.exllamav2.cuda_errors import cause
+from exl_cli.engines.exllamav2.forward import GpuForward
+from exl_cli.engines.exllamav2.forward_pass import PENDING, ScheduledTokens
+from exl_cli.engines.exllamav2.graphs import key_bound
+from exl_cli.engines.exllamav2.inputs import InputBuffers
+from exl_cli.engines.exllamav2.logits import soft_cap
+from exl_cli.engines.exllamav2.modules_forward import ModulesForward
+from exl_cli.engines.exllamav2.stages import Pipeline, Stage, stages_of, stream_of
+from exl_cli.errors import EngineError
+
+# Largest relative difference between exl's kernels and exllamav2's modules; lost data differ by as much as there is.
+_MOST_DIFFERENCE = 0.1
+_log = logging.getLogger(__name__)
+
+
+def choose_forward(
+    model: Any,
+    cache: Any,
+    pages: int,
+    page_size: int,
+    backend: Callable[[], Backend],
+    *,
+    samples: bool = True,
+    cuts: Sequence[int] = (),
+) -> GpuForward:
+    """Prepare forward passes of a loaded model.
+
+    Args:
+        model, cache: exllamav2's; the cache has one spare page more than `pages`, for padding tokens.
+        pages: pages that the scheduler may use.
+        page_size: positions per page.
+        backend: chooses the attention backend; called once the other kernels are ready.
+        samples: whether tokens may be sampled on the device.
+        cuts: layers that begin a stage although the one before them is on the same GPU.
+    """
+    inputs = InputBuffers(model, pages, page_size, torch.device("cuda", model.modules[1].device_idx))
+    modules = ModulesForward(model, cache, page_size)
+    pipeline = _choose(model, cache, page_size, inputs, modules, cuts)
+    attention = backend()
+
+    def forward_through(pipeline: Pipeline) -> GpuForward:
+        return GpuForward(model, cache, pages, page_size, inputs, modules, pipeline, attention, samples=samples)
+
+    forward = forward_through(pipeline)
+    if len(pipeline.stages) == 1:
+        return forward
+    reason = _why_not_trusted(forward, lambda row: _logits_of_modules(row, model, inputs, modules, pipeline))
+    if not reason:
+        return forward
+    _log.info("the model does not run in stages: %s", reason)
+    failed = forward.failed
+    pipeline.close()
+    del forward  # frees its memory
+    pipeline = _whole(model, inputs, modules, reason)
+    forward = forward_through(pipeline)
+    forward.failed = failed
+    return forward
+
+
+def _choose(
+    model: Any, cache: Any, page_size: int, inputs: InputBuffers, modules: ModulesForward, cuts: Sequence[int]
+) -> Pipeline:
+    reason = layers.why_not(model)
+    if not reason:
+        try:
+            stages, reason = _fused_stages(model, cache, page_size, inputs, modules, cuts)
+            if not reason:
+                return Pipeline(model, stages, "")
+        except EngineError as error:
+            reason = error.message
+        finally:
+            torch.cuda.set_stream(stream_of(model, model.modules[1].device_idx))
+    _log.info("small passes through exllamav2's modules: %s", reason)
+    return _whole(model, inputs, modules, reason)
+
+
+def _whole(model: Any, inputs: InputBuffers, modules: ModulesForward, why_not_fused: str) -> Pipeline:
+    """All layers by exllamav2's modules, on whatever GPUs they are."""
+    stream = stream_of(model, model.modules[1].device_idx)
+    stage = Stage(stream, range(model.config.num_hidden_layers), inputs.of, modules)
+    return Pipeline(model, [stage], why_not_fused)
+
+
+def _fused_stages(
+    model: Any, cache: Any, page_size: int, inputs: InputBuffers, modules: ModulesForward, cuts: Sequence[int]
+) -> tuple[list[Stage], str]:
+    """Stages of exl's kernels, and why exllamav2's are the better choice for one of them; empty if they are not."""
+    stages, reason = list[Stage](), ""
+    # Of what a quantized cache and exllamav2's modules need to compute with, there is one on each GPU.
+    shared = cache.has_scales or model.config.num_experts
+    for layers_, device in stages_of(model, cuts):
+        stream = stream_of(model, device)
+        alone = all(stage.stream.device != stream.device for stage in stages)
+        if not alone and not shared:
+            stream = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
+        its_inputs = inputs.received(stream.device) if stages else inputs.of
+        torch.cuda.set_stream(stream)
+        forward = fused_forward.FusedForward(
+            model, cache, page_size, its_inputs, modules, layers_, scratch=alone
+        )  # fmt: skip
+        reason = reason or forward.why_not()
+        stages.append(Stage(stream, layers_, its_inputs, forward))
+    return stages, reason
+
+
+def _why_not_trusted(forward: GpuForward, expect: Callable[[ScheduledTokens], torch.Tensor]) -> str:
+    """Why the stages do not compute what exllamav2's modules do; empty if they do.
+
+    Computes one token by an ordinary pass, the pass that is captured, its graph, and with the token where the last GPU
+    would leave it: so a link or a driver that loses or reorders data shows before any text does.
+
+    Args:
+        forward: passes through the stages.
+        expect: computes the logits of a row of one token by exllamav2's modules.
+    """
+    row, token = ScheduledTokens((0,), 0, [0]), torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    try:
+        results = []
+        for _ in range(3):
+            forward.submit([row])
+            results.append(forward.collect()[0, 0].clone())
+        if forward.pends:
+            forward.submit_pending(ScheduledTokens((PENDING,), 0, [0]), token.data_ptr())
+            results.append(forward.collect()[0, 0].clone())
+        expected = expect(row)
+    except Exception as error:  # of torch, the driver or the kernels
+        return f"trying them failed: {cause(error)}"
+    if not bool(expected.isfinite().all()):
+        return ""  # nothing to compare with
+    for result in results:
+        if not float((result - expected).norm()) <= _MOST_DIFFERENCE * float(expected.norm()):
+            return "they do not compute what exllamav2's modules do"
+    return ""
+
+
+@torch.inference_mode()
+def _logits_of_modules(
+    row: ScheduledTokens, model: Any, buffers: InputBuffers, modules: ModulesForward, pipeline: Pipeline
+) -> torch.Tensor:
+    """The logits of a row of one token by exllamav2's modules, where the stages of `pipeline` run as well."""
+    pipeline.enter()
+    pipeline.join()
+    inputs = buffers.of(1)
+    inputs.fill([row], 1, 1)
+    inputs.send(1, 1)
+    offsets = inputs.rope_offsets[:1] if rope_switches(model) else None
+    bound = key_bound(1, buffers.table_keys)
+    out = modules.run(inputs.hidden[:1], inputs.lengths[:1], inputs.block_table[:1], 1, bound, offsets)
+    logits = out[0, : model.config.vocab_size].float()
+    soft_cap(logits, model.config.final_logit_softcapping)
+    pipeline.join()
+    return logits.cpu()
