@@ -242,6 +242,7 @@ def test_a_message_that_is_too_large_is_refused_with_both_numbers(exl2_dir: Path
         r"error: the message makes a prompt of ([\d,]+) tokens, but the context holds 1,024", result.stderr
     )
     assert match
+    assert "including the response; shorten it\n" in result.stderr
     text = f"<|im_start|>user\n{('word ' * 2000).rstrip()}<|im_end|>\n<|im_start|>assistant\n"
     assert int(match[1].replace(",", "")) == len(Tokenizer(exl2_dir).encode(text, add_special_tokens=False))
     assert result.stdout == "ok\nok\n"

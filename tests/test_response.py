@@ -82,10 +82,18 @@ def test_closing_the_stream_closes_the_job() -> None:
     assert closed == [True]
 
 
-@pytest.mark.parametrize(("tokens", "words"), [(0, "empty"), (100, "100 tokens, but the context holds 100")])
-def test_prompts_that_do_not_fit(tokens: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "most", "words"),
+    [
+        (0, 100, "empty"),
+        (100, 100, "100 tokens, but the context holds 100, including the response; shorten the prompt$"),
+        (100, 4096, "; shorten the prompt, or raise max_seq_len, up to 4,096$"),
+        (100, None, "; shorten the prompt$"),
+    ],
+)
+def test_prompts_that_do_not_fit(tokens: int, most: int | None, words: str) -> None:
     with pytest.raises(PromptError, match=words):
-        check_fits(tokens, 100)
+        check_fits(tokens, 100, most)
 
 
 @pytest.mark.parametrize("group", [1, 4, 26])

@@ -278,8 +278,9 @@ class Model:
         if not isinstance(prompt, str):
             stops += self._chat_format().stops
         text, add_special_tokens = self._text(prompt)
+        limits = self.context_length, self.info.extended_length
         return Request(
-            ids=encode(self._tokenizer, text, self.context_length, add_special_tokens=add_special_tokens),
+            ids=encode(self._tokenizer, text, *limits, add_special_tokens=add_special_tokens),
             sampling=choose(self.info.generation_config, sampling, settings),
             max_new_tokens=max_new_tokens,
             seed=secrets.randbits(31) if seed is None else seed,
@@ -297,9 +298,14 @@ def _is_messages(prompt: object) -> bool:
 
 
 def encode(
-    tokenizer: Tokenizer, text: str, context_length: int | None = None, *, add_special_tokens: bool
+    tokenizer: Tokenizer,
+    text: str,
+    context_length: int | None = None,
+    most: int | None = None,
+    *,
+    add_special_tokens: bool,
 ) -> list[int]:
-    """Encode a prompt and check that it fits the context, if given.
+    """Encode a prompt and check that it fits the context, if given; see `check_can_fit`.
 
     Raises:
         PromptError: it contains a lone surrogate, or does not fit.
@@ -308,9 +314,9 @@ def encode(
         raise PromptError(f"the prompt contains a lone surrogate, {half}", "remove it")
     if context_length is None:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    check_can_fit(tokenizer.least_tokens(text), context_length)
+    check_can_fit(tokenizer.least_tokens(text), context_length, most)
     ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    check_fits(len(ids), context_length)
+    check_fits(len(ids), context_length, most)
     return ids
 
 

@@ -274,9 +274,9 @@ class CompletionJob(_Job):
             )
         if body.best_of not in (None, 1, body.n):
             raise BodyError("best_of is not supported", "leave it out", field="best_of", code="unsupported_parameter")
-        tokenizer, context = model.tokenizer, model.context_length
+        tokenizer, limits = model.tokenizer, (model.context_length, model.info.extended_length)
         prompts = [
-            encode(tokenizer, prompt, context, add_special_tokens=body.add_bos_token)
+            encode(tokenizer, prompt, *limits, add_special_tokens=body.add_bos_token)
             if isinstance(prompt, str)
             else _known(prompt, model)
             for prompt in body.prompts
@@ -311,7 +311,7 @@ class CompletionJob(_Job):
 
 
 def _known(ids: list[int], model: TextModel) -> list[int]:
-    check_fits(len(ids), model.context_length)
+    check_fits(len(ids), model.context_length, model.info.extended_length)
     if strange := next((id_ for id_ in ids if id_ >= model.tokenizer.vocab_size), None):
         raise BodyError(
             f"the model has no token {strange}", f"use ids up to {model.tokenizer.vocab_size - 1}", field="prompt"

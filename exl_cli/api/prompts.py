@@ -202,6 +202,7 @@ def chat_prompt(
         model.tokenizer,
         text,
         model.context_length if check else None,
+        model.info.extended_length,
         add_special_tokens=model.chat_format.add_special_tokens,
     )
     prefill = final["content"] if continue_final else ""

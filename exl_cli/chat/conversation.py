@@ -191,7 +191,7 @@ class Conversation:
         if size > context - LEAST_ROOM:
             raise PromptError(
                 f"{name} has {size:,} tokens, but the context holds {context:,}, including the response",
-                f"attach part of it, or restart with a larger {param('max_seq_len')} if the model supports it",
+                f"attach part of it{_or_restart(self.model)}",
             )
         self.attachments.append((name, text))
         return size
@@ -313,7 +313,7 @@ class Conversation:
         before, last = size(session.dropped), session.last_user()
         if before > context - LEAST_ROOM:
             if size(last) > context - LEAST_ROOM:
-                raise _too_large(size(last), context, unfinished)
+                raise _too_large(size(last), self.model, unfinished)
             if settings.on_overflow == "stop":
                 raise PromptError(
                     f"with this message, the conversation has {before:,} tokens, but the context holds {context:,}, "
@@ -407,7 +407,15 @@ class Conversation:
         return {name: (old[name], new[name]) for name in new if old[name] != new[name]}
 
 
-def _too_large(size: int, context: int, unfinished: Turn | None) -> PromptError:
+def _or_restart(model: ChatModel) -> str:
+    """The end of a hint: how to get a longer context, if the model supports one."""
+    most = model.info.extended_length
+    longer = f", or restart with a larger {param('max_seq_len')}, up to {most:,}"
+    return longer if model.engine.context_length < most else ""
+
+
+def _too_large(size: int, model: ChatModel, unfinished: Turn | None) -> PromptError:
+    context = model.engine.context_length
     if unfinished is not None:
         return PromptError(
             f"the message and its response so far have {size:,} tokens, but the context holds {context:,}",
@@ -415,5 +423,5 @@ def _too_large(size: int, context: int, unfinished: Turn | None) -> PromptError:
         )
     return PromptError(
         f"the message makes a prompt of {size:,} tokens, but the context holds {context:,}, including the response",
-        f"shorten it, or restart with a larger {param('max_seq_len')} if the model supports it",
+        f"shorten it{_or_restart(model)}",
     )

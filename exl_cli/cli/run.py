@@ -125,7 +125,7 @@ def run(
     )
     context = loading.max_seq_len or info.extended_length
     if not show_prompt:
-        check_can_fit(tokenizer.least_tokens(rendered.text), context)
+        check_can_fit(tokenizer.least_tokens(rendered.text), context, info.extended_length)
     ids = tokenizer.encode(rendered.text, add_special_tokens=rendered.add_special_tokens)
     if typed := tokenizer.hidden(rendered.text):
         console.note(f"{', '.join(typed)} in the prompt is treated as text, not as a special token")
@@ -140,7 +140,7 @@ def run(
         console.end_text()
         console.note(f"{len(ids):,} tokens")
         return
-    check_fits(len(ids), context)
+    check_fits(len(ids), context, info.extended_length)
     request = Request(
         ids=ids,
         sampling=settings,

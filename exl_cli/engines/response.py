@@ -97,25 +97,33 @@ class StopScanner:
         return 0
 
 
-def check_can_fit(least_tokens: int, context_length: int, *, counted: str = " or more") -> None:
+def check_can_fit(
+    least_tokens: int, context_length: int, most: int | None = None, *, counted: str = " or more"
+) -> None:
     """Refuse a text that cannot fit, before tokenizing it; see `Tokenizer.least_tokens`.
+
+    Args:
+        least_tokens: the text's.
+        context_length: the allocated context, in tokens.
+        most: the longest context that the model supports; None if unknown.
 
     Raises:
         ContextLengthError: with both numbers.
     """
     if least_tokens >= context_length:
+        raised = f", or raise {param('max_seq_len')}, up to {most:,}" if context_length < (most or 0) else ""
         raise ContextLengthError(
             f"the prompt has {least_tokens:,} tokens{counted}, but the context holds {context_length:,}, "
             "including the response",
-            f"shorten the prompt, or raise {param('max_seq_len')} if the model supports it",
+            f"shorten the prompt{raised}",
         )
 
 
-def check_fits(prompt_tokens: int, context_length: int) -> None:
-    """Raise PromptError for a prompt without tokens, or one that leaves no room for a new token."""
+def check_fits(prompt_tokens: int, context_length: int, most: int | None = None) -> None:
+    """Refuse a prompt without tokens, or one that leaves no room for a new token; see `check_can_fit`."""
     if prompt_tokens == 0:
         raise PromptError("the prompt is empty", f"pass some text with {param('prompt')}")
-    check_can_fit(prompt_tokens, context_length, counted="")
+    check_can_fit(prompt_tokens, context_length, most, counted="")
 
 
 def check_known(ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
