@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def test_the_command_itself() -> None:
     assert failed.returncode == ExitCode.MODEL_NOT_FOUND
     assert "Traceback" in failed.stderr
     assert failed.stderr.splitlines()[-1].startswith("error: no model named 'fabel-7m'; did you mean fable-7m?")
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "rm"])
+def test_help_shows_what_an_argument_is_not_its_python_type(command: str) -> None:
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    assert " MODEL " in text
+    assert "str" not in re.findall(r"[\w.]+", text)
 
 
 def run(*args: str, stdin: bytes = b"", **env: str) -> Result:

@@ -249,7 +249,7 @@ def test_engines_that_agree() -> None:
     ("compared", "status", "blocks", "words"),
     [
         (agreement(0.0, 0.03, 0.01), "ok", "", "on 30 of 32 tokens, the rest are near ties (at most 0.03 apart)"),
-        (agreement(0.0, 0.1, 7.25), "fail", "gpu", "token 3 is 7.2 below that of the CPU engine's choice"),
+        (agreement(0.0, 0.1, 7.25), "fail", "gpu", "no: on the CPU, the logit of token 3 is 7.2 below the highest; "),
         (agreement(relative_l2=0.07), "warn", "", "but logits differ by 0.07"),
         (Answer(None, "crashed (SIGSEGV)", "crash"), None, "", "comparison failed: crashed (SIGSEGV)"),
     ],
@@ -320,7 +320,7 @@ def test_passes_of_one_engine_that_disagree() -> None:
     result = about(Answer({**SOUND, "perplexity": None}), bad)["Engines agree"]
     assert result.status == "warn"
     assert (
-        "its prefill and decoding disagree: the logit of token 2 is 3.0 below that of its own choice" in result.message
+        "its prefill and decoding disagree: in prefill, the logit of token 2 is 3.0 below the highest" in result.message
     )
 
 

@@ -17,10 +17,10 @@ from exl_cli.ui.console import Console, abandon_stdout
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose help shows switches without a type."""
+    """A command whose help shows arguments and switches without a type."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _plain_switches(super().get_params(ctx))
+        return _plain(super().get_params(ctx))
 
 
 class _Group(typer.core.TyperGroup):
@@ -35,7 +35,7 @@ class _Group(typer.core.TyperGroup):
         return self.commands.get(cmd_name)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _plain_switches(super().get_params(ctx))
+        return _plain(super().get_params(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
@@ -92,11 +92,17 @@ def _say(error: ExlError) -> int:
     return error.exit_code
 
 
-def _plain_switches(params: list[Any]) -> list[Any]:
+def _plain(params: list[Any]) -> list[Any]:
     for param in params:
         if getattr(param, "is_flag", False) and param.metavar is None:
             param.metavar = ""
+        if param.param_type_name == "argument" and hasattr(param, "display_type_rich"):
+            param.display_type_rich = _no_type  # Typer 0.29 adds "<str>" to the metavar
     return params
+
+
+def _no_type(ctx: Any) -> None:
+    """The type of an argument, in its help."""
 
 
 app = typer.Typer(

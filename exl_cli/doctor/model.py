@@ -157,11 +157,16 @@ def _sense(check: str, answer: Answer, blocks: Any) -> CheckResult:
     return CheckResult(check, "ok", f"{rate}, perplexity {perplexity:,.1f} on plain English", details=details)
 
 
-def _parted(below: Sequence[float], whose: str) -> tuple[str, bool]:
-    """Describe how many tokens agree with the reference's choice, and whether all others are near ties."""
+def _parted(below: Sequence[float], where: str) -> tuple[str, bool]:
+    """Describe how many tokens agree with the reference's choice, and whether all others are near ties.
+
+    Args:
+        below: see `scoring.shortfalls`.
+        where: the reference, as "on the CPU".
+    """
     if below and max(below) > _TIE:
         at = next(index for index, gap in enumerate(below) if gap > _TIE)
-        return f"the logit of token {at + 1} is {below[at]:.1f} below that of {whose} choice", False
+        return f"{where}, the logit of token {at + 1} is {below[at]:.1f} below the highest", False
     parted = sum(gap > 0 for gap in below)
     if not parted:
         return f"on all {len(below)} tokens", True
@@ -173,7 +178,7 @@ def _parted(below: Sequence[float], whose: str) -> tuple[str, bool]:
 
 def _alone(facts: dict[str, Any], where: str) -> CheckResult:
     """With one engine, compare its decoding with a single pass over prompt and response."""
-    said, same = _parted(facts["shortfalls"], "its own")
+    said, same = _parted(facts["shortfalls"], "in prefill")
     details = {"shortfalls": facts["shortfalls"]}
     message = f"skipped: only the {where} can run it; its prefill and decoding "
     if same:
@@ -189,7 +194,7 @@ def _agreement(answer: Answer, perplexity: float, extent: str) -> CheckResult:
     details = {key: facts[key] for key in ("shortfalls", "perplexity", "distances")}
     if facts["perplexity"] is None:
         return CheckResult(check, "warn", "the CPU engine produces NaN, the GPU does not", "", "", details)
-    said, same = _parted(facts["shortfalls"], "the CPU engine's")
+    said, same = _parted(facts["shortfalls"], "on the CPU")
     way, worst = max(facts["distances"].items(), key=lambda item: _l2(item[1]))
     logits = f"logits differ by {_l2(worst):.2g} (relative L2, KL {worst['kl'] or 0.0:.2g}) {extent}"
     both = f"perplexity {perplexity:,.1f} on the GPU, {facts['perplexity']:,.1f} on the CPU"
