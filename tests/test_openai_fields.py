@@ -254,6 +254,13 @@ def test_the_field_that_is_wrong_is_named_as_the_client_wrote_it(fields: dict[st
     assert error.value.field == said.partition(" ")[0]
 
 
+def test_a_value_out_of_range_is_reported_under_the_name_that_the_client_sent(model: PlainModel) -> None:
+    for name in ("repetition_penalty", "token_repetition_penalty"):
+        with pytest.raises(BodyError) as error:
+            request(model, **{name: 500})
+        assert (str(error.value), error.value.field) == (f"{name} must be between 0.01 and 100, got 500", name)
+
+
 @pytest.mark.parametrize(
     "text",
     [

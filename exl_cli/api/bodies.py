@@ -28,7 +28,7 @@ from pydantic_core import from_json
 from exl_cli.api.model import choose
 from exl_cli.api.validation import first_fault
 from exl_cli.engines.base import Request
-from exl_cli.errors import UsageError, brief, first_param
+from exl_cli.errors import UsageError, brief, first_param, spell
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import FIELDS, Sampling, from_generation_config
@@ -144,6 +144,7 @@ class Body(Strict):
 
     model_config = ConfigDict(extra="forbid")
     _ignored: tuple[str, ...] = PrivateAttr(())
+    _sent: dict[str, str] = PrivateAttr({})  # fields to the names that the client sent
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -177,6 +178,7 @@ class Body(Strict):
         values, ignored = renamed(data, cls.model_fields) if isinstance(data, dict) else (data, ())
         body = validate(values)
         body._ignored = ignored
+        body._sent = {ALIASES[name]: name for name in data if name in ALIASES} if isinstance(data, dict) else {}
         return body
 
 
@@ -308,8 +310,10 @@ class GenerationBody(SamplingFields):
         try:
             return choose({}, {**NEUTRAL, **from_generation_config(info.generation_config)}, given)
         except UsageError as error:
-            # The hint names CLI flags.
-            raise BodyError(error.message, field=first_param(error.message)) from None
+            # Without the hint, which names options of the CLI.
+            field = first_param(error.message)
+            message = spell(error.message, lambda name: self._sent.get(name, name))
+            raise BodyError(message, field=self._sent.get(field, field)) from None
 
     def _bias(self, tokenizer: Tokenizer) -> dict[int, float]:
         banned = self.banned_tokens
