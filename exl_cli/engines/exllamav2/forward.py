@@ -30,19 +30,19 @@ from exl_cli.models import memory
 
 # Up to this many small passes through exl's kernels are faster than a large pass, which dequantizes all weights first.
 _FEW_PASSES = 3
-# Tokens that a pass through prompts over several stages has at least; with fewer, products take longer for each.
+# Fewest tokens in a pass over prompts through several stages; with fewer, products take longer per token.
 _LEAST_PROMPT_TOKENS = 256
 _log = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
-    """Sequences that go through the stages together: of a pass all, or a share so that all stages are busy.
+    """Sequences that go through the stages together: all of a pass, or a share of them, to keep all stages busy.
 
     Attributes:
         first: number of the part's first row.
         rows: number of its rows.
-        drawn: rows that the device samples for, from the part's first one on.
-        end: recorded after the part and what follows it.
+        drawn: rows that the device samples for, counted from the part's first.
+        end: recorded after the part, its sampling and the copies of its logits.
     """
 
     first: int
@@ -75,8 +75,8 @@ class GpuForward:
         pages: pages that the scheduler may use.
         page_size: positions per page.
         inputs: the inputs of passes.
-        modules: computes prompts that exl's kernels do not.
-        pipeline: computes the rest.
+        modules: computes large passes over prompts, where exl's kernels do not.
+        pipeline: computes all other passes.
         backend: computes attention.
         samples: whether tokens may be sampled on the device.
 
@@ -86,7 +86,7 @@ class GpuForward:
         small: computes small passes, or their first stage.
         why_not_fused: why exl's own kernels do not compute small passes; empty if they do.
         backend: computes attention.
-        failed: the error after the GPU hung. It cannot be used any more; even freeing memory would wait for it.
+        failed: the error if the GPU hangs; otherwise None. Nothing runs on it any more, and freeing memory would wait.
     """
 
     max_tokens = quantized_linear.MOST_ROWS
@@ -178,14 +178,15 @@ class GpuForward:
             self._prefill_modules(row)
 
     def _prompt_tokens(self, tokens: int) -> int:
-        """Most tokens of a pass through prompts of so many in all, whole blocks of each."""
+        """Most tokens per pass over prompts with `tokens` tokens together, each in whole blocks."""
         count = len(self._pipeline.stages)
         if count > 1:
-            # So many passes that most of the time all stages are busy.
+            # Twice as many passes as stages keep all stages busy most of the time.
             tokens = max(_LEAST_PROMPT_TOKENS, -(-tokens // (2 * count * PROMPT_BLOCK)) * PROMPT_BLOCK)
         return min(tokens, self._most_prompt_tokens)
 
     def _prefill_fused(self, rows: Sequence[ScheduledTokens]) -> None:
+        """Prefill by exl's kernels, all sequences together."""
         blocks = [
             ScheduledTokens(row.ids[at : at + PROMPT_BLOCK], row.start + at, row.block_table, row.rope_table)
             for row in rows
@@ -193,7 +194,7 @@ class GpuForward:
         ]
         most = self._prompt_tokens(len(blocks) * PROMPT_BLOCK) // PROMPT_BLOCK
         for first in range(0, len(blocks), most):
-            # Blocks that attend to the most keys come first, so that none of those runs alone at the end.
+            # Blocks that attend to the most keys come first, lest the last of them run alone at the end.
             some = blocks[first : first + most][::-1]
             batch = padded_blocks(len(some)) if len(some) < most else most
             bound = key_bound(max(block.start for block in some) + PROMPT_BLOCK, self._inputs.table_keys)
@@ -219,6 +220,7 @@ class GpuForward:
             stage.graphs.run(("prompts", batch, bound), work, lambda: None)
 
     def _prefill_modules(self, row: ScheduledTokens) -> None:
+        """Prefill a sequence in small passes, or in large ones by exllamav2's modules."""
         most = self.max_tokens
         if len(row.ids) <= (most if self.why_not_fused else _FEW_PASSES * most):
             for first in range(0, len(row.ids), most):
@@ -266,9 +268,9 @@ class GpuForward:
         self._passes.append(_Pass(1, longest, tokens, [part]))
 
     def _shares(self, rows: Sequence[ScheduledTokens]) -> list[int]:
-        """The first rows of the parts of a pass, and the number of all.
+        """Divide the rows of a pass into parts: the first row of each, then the number of rows.
 
-        With several stages, a pass that does not wait for the host has a part for each: so they work at the same time.
+        With several stages, a pass that does not wait for the host has as many parts, which they compute concurrently.
         """
         count = len(rows)
         parts = min(count, len(self._pipeline.stages)) if rows[0].ids[0] == PENDING else 1
@@ -306,7 +308,7 @@ class GpuForward:
 
     def close(self) -> None:
         """Free the memory. The model cannot be used afterwards; closing it again does nothing."""
-        if "_pipeline" not in self.__dict__:
+        if not hasattr(self, "_pipeline"):
             return
         self._pipeline.close()
         self._inputs.embeddings.close()
@@ -324,14 +326,17 @@ class GpuForward:
             raise
 
     def _pass(self, rows: Sequence[ScheduledTokens], seats: Sequence[Seat] = ()) -> tuple[int, int]:
-        """Start one small pass; returns the tokens of the longest row, and the tokens computed per row with padding.
+        """Start one small pass. The caller calls `Pipeline.capture` afterwards.
 
         The GPU may be idle until the pass starts, so the common path, replaying a graph, makes as few calls of torch as
-        possible. The caller calls `Pipeline.capture` afterwards.
+        possible.
 
         Args:
-            rows: the rows.
-            seats: the seats of all of them, which `PENDING` tokens are taken from.
+            rows: one per sequence.
+            seats: if their tokens are `PENDING`, the seats of all of them, where the tokens are.
+
+        Returns:
+            The tokens of the longest row, and the tokens computed per row, padding included.
         """
         longest, last = max(len(row.ids) for row in rows), max(row.start for row in rows)
         batch, tokens = padded_shape(len(rows), longest)
@@ -357,7 +362,7 @@ class GpuForward:
         return longest, tokens
 
     def _end(self) -> torch.cuda.Event:
-        """The event of the end of the part of a pass just started."""
+        """Capture the part of a pass just started, if it is time; returns the event of its end."""
         self._pipeline.capture()
         self._ends.rotate()
         self._ends[0].record(self._pipeline.end_stream)
@@ -365,7 +370,7 @@ class GpuForward:
 
     @torch.inference_mode()
     def _run(self, stage: Stage, batch: int, tokens: int, bound: int) -> None:
-        """Run a stage of a small pass on what is in its inputs, for which there is no graph yet."""
+        """Run a stage of a small pass on the contents of its inputs, for which there is no graph yet."""
         self._pipeline.enter()
         stage.enter()
         count = batch * tokens

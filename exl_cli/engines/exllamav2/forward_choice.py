@@ -1,7 +1,7 @@
-"""Choose what computes a model's forward passes: exl's own kernels, in stages, or exllamav2's modules.
+"""Choose between exl's own kernels, in stages, and exllamav2's modules for a model's forward passes.
 
-exl's kernels do for models built like Llama (`layers.why_not`), where they are the faster ones (`kernel_choice`). A
-model in several stages is tried first, while it is loaded, and goes back to exllamav2's modules if it fails.
+exl's kernels support models built like Llama (`layers.why_not`), and are used if they are faster (`kernel_choice`).
+Several stages also have to agree with exllamav2's modules in a trial while the model is loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def choose_forward(
     samples: bool = True,
     cuts: Sequence[int] = (),
 ) -> GpuForward:
-    """Prepare forward passes of a loaded model.
+    """Build the `ModelRunner` of a loaded model.
 
     Args:
         model, cache: exllamav2's; the cache has one spare page more than `pages`, for padding tokens.
@@ -86,14 +86,14 @@ def _choose(
         except EngineError as error:
             reason = error.message
         finally:
-            torch.cuda.set_stream(stream_of(model, model.modules[1].device_idx))
+            torch.cuda.set_stream(stream_of(model, inputs.device.index))
     _log.info("small passes through exllamav2's modules: %s", reason)
     return _whole(model, inputs, modules, reason)
 
 
 def _whole(model: Any, inputs: InputBuffers, modules: ModulesForward, why_not_fused: str) -> Pipeline:
     """All layers by exllamav2's modules, on whatever GPUs they are."""
-    stream = stream_of(model, model.modules[1].device_idx)
+    stream = stream_of(model, inputs.device.index)
     stage = Stage(stream, range(model.config.num_hidden_layers), inputs.of, modules)
     return Pipeline(model, [stage], why_not_fused)
 
@@ -103,20 +103,21 @@ def _fused_stages(
 ) -> tuple[list[Stage], str]:
     """Stages of exl's kernels, and why exllamav2's are the better choice for one of them; empty if they are not."""
     stages, reason = list[Stage](), ""
-    # Of what a quantized cache and exllamav2's modules need to compute with, there is one on each GPU.
+    # A quantized cache and exllamav2's modules compute in buffers that exist once per GPU, so stages on the same GPU
+    # run on the same stream.
     shared = cache.has_scales or model.config.num_experts
-    for layers_, device in stages_of(model, cuts):
+    for span, device in stages_of(model, cuts):
         stream = stream_of(model, device)
         alone = all(stage.stream.device != stream.device for stage in stages)
         if not alone and not shared:
             stream = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
-        its_inputs = inputs.received(stream.device) if stages else inputs.of
+        stage_inputs = inputs.received(stream.device) if stages else inputs.of
         torch.cuda.set_stream(stream)
         forward = fused_forward.FusedForward(
-            model, cache, page_size, its_inputs, modules, layers_, scratch=alone
+            model, cache, page_size, stage_inputs, modules, span, scratch=alone
         )  # fmt: skip
         reason = reason or forward.why_not()
-        stages.append(Stage(stream, layers_, its_inputs, forward))
+        stages.append(Stage(stream, span, stage_inputs, forward))
     return stages, reason
 
 
@@ -154,7 +155,7 @@ def _why_not_trusted(forward: GpuForward, expect: Callable[[ScheduledTokens], to
 def _logits_of_modules(
     row: ScheduledTokens, model: Any, buffers: InputBuffers, modules: ModulesForward, pipeline: Pipeline
 ) -> torch.Tensor:
-    """The logits of a row of one token by exllamav2's modules, where the stages of `pipeline` run as well."""
+    """The logits of a row of one token by exllamav2's modules, in turn with the stages of `pipeline`."""
     pipeline.enter()
     pipeline.join()
     inputs = buffers.of(1)

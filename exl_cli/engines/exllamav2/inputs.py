@@ -260,7 +260,7 @@ class Received:
 class InputBuffers:
     """The inputs of passes of any size, in three sets of buffers: for few tokens, for many, and for prompts.
 
-    Small passes do not use those of large ones, as copying the block tables of 256 sequences takes a while.
+    Small passes have their own, as copying the block tables of 256 sequences takes a while.
 
     Args:
         model: exllamav2's.
@@ -304,7 +304,7 @@ class InputBuffers:
         return self._many if tokens <= quantized_linear.MOST_SEQUENCES else self._prompts
 
     def received(self, device: torch.device) -> Callable[[int], Received]:
-        """Allocate what a later stage receives of them; returns what `of` is on its device."""
+        """Allocate a later stage's buffers for them on its device; the result returns these as `of` does its own."""
         received = {id(inputs): inputs.received(device) for inputs in (self._few, self._many, self._prompts)}
         return lambda tokens: received[id(self.of(tokens))]
 

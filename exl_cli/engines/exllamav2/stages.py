@@ -31,7 +31,7 @@ class Stage:
         forward: computes the layers.
 
     Attributes:
-        graphs: CUDA graphs of passes; none before this is set.
+        graphs: CUDA graphs of its part of passes; `Pipeline.prepare` says whether to capture any.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Pipeline:
     Args:
         model: exllamav2's, loaded.
         stages: of all its layers.
-        why_not_fused: why exl's own kernels do not compute them; empty if they do. Otherwise exllamav2's modules do, in
-            a single stage for all GPUs.
+        why_not_fused: why exllamav2's modules compute them, in a single stage for all GPUs; empty if exl's own kernels
+            do.
 
     Attributes:
         stages, why_not_fused: see above.
-        first_device, last_device: the GPUs of the first layer and of the head.
+        last_device: the GPU of the head.
         end_stream: the stream on which passes end.
         is_capturable: whether passes may be captured, and followed by a sampler. Passes of exllamav2's modules over
             several GPUs are not.
@@ -91,12 +91,12 @@ class Pipeline:
         self._set_streams = set_device_streams
         self.stages, self.why_not_fused = stages, why_not_fused
         first, last = model.modules[1].device_idx, model.modules[-1].device_idx
-        self.first_device, self.last_device = torch.device("cuda", first), torch.device("cuda", last)
-        # exllamav2's.
+        self.last_device = torch.device("cuda", last)
+        # exllamav2's own streams, on which its modules run.
         self._first_stream, self._last_stream = stream_of(model, first), stream_of(model, last)
         self.end_stream = self._last_stream if why_not_fused else stages[-1].stream
-        self.is_capturable = not why_not_fused or self.first_device == self.last_device
-        # Whether the stream of some stage is not exllamav2's.
+        self.is_capturable = not why_not_fused or first == last
+        # Whether a stage has another stream than exllamav2's.
         self._has_own_streams = len({stage.stream.device for stage in stages}) < len(stages)
 
     @property
@@ -115,14 +115,16 @@ class Pipeline:
         return {self._first_stream, self._last_stream, *(stage.stream for stage in self.stages)}
 
     def prepare(self, *, captures: bool) -> None:
-        """Start compiling kernels in the background, and decide whether to capture passes."""
+        """Start compiling kernels in the background, and set whether passes are captured."""
         for stage in self.stages:
             stage.forward.compile_ahead()
             stage.graphs = Graphs(captures)
 
     def enter(self) -> None:
-        """Make exllamav2's streams the current ones of this thread, and its first GPU the current one."""
-        # The current stream is per thread, so this is for every thread that gets here.
+        """Make exllamav2's streams the current ones of this thread, and the first GPU the current one.
+
+        The current stream is per thread, so every thread that runs passes has to do this.
+        """
         self._set_streams()
         torch.cuda.set_stream(self._first_stream)
 
@@ -154,7 +156,7 @@ class Pipeline:
 
 
 def stream_of(model: Any, device: int) -> torch.cuda.Stream:
-    """The stream of exllamav2's on a GPU."""
+    """exllamav2's own stream on a GPU, given its index."""
     stream: torch.cuda.Stream = model.get_device_context(device, scratch=False).stream
     return stream
 
