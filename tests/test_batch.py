@@ -542,6 +542,7 @@ def test_an_output_that_is_a_device_or_a_pipe_is_refused(scripted: ScriptedLoade
     [
         ("s3://bucket/in.jsonl", 2, "s3:// is not supported"),
         ("missing.jsonl", 10, "No such file"),
+        ("missing.parquet", 10, "No such file"),
         (".", 10, "is a folder"),
     ],
 )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from exl_cli.errors import DiskError, ExlError, PromptError, UsageError, brief
+from exl_cli.errors import DiskError, ExlError, PromptError, UsageError, brief, os_errors
 
 # A longer line becomes an error, and is not kept in memory.
 _LONGEST = 64 << 20
@@ -266,6 +266,8 @@ class _ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
+        with os_errors(f"cannot read {brief(self.name)}", "check the path"):
+            path.open("rb").close()
         try:
             from pyarrow import parquet
         except ImportError:
