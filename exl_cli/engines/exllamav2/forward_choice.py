@@ -113,9 +113,7 @@ def _fused_stages(
             stream = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
         stage_inputs = inputs.received(stream.device) if stages else inputs.of
         torch.cuda.set_stream(stream)
-        forward = fused_forward.FusedForward(
-            model, cache, page_size, stage_inputs, modules, span, scratch=alone
-        )  # fmt: skip
+        forward = fused_forward.FusedForward(model, cache, page_size, stage_inputs, modules, span, scratch=alone)
         reason = reason or forward.why_not()
         stages.append(Stage(stream, span, stage_inputs, forward))
     return stages, reason

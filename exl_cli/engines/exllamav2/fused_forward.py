@@ -59,7 +59,7 @@ class Scratch:
 
 
 class FusedForward:
-    """Runs a stage of forward passes of up to `quantized_linear.MOST_SEQUENCES` tokens, and of more through prompts.
+    """Runs a stage of forward passes of up to `quantized_linear.MOST_SEQUENCES` tokens, and of more over prompts.
 
     To be built and run with the stage's GPU and stream as the current ones.
 
