@@ -44,6 +44,14 @@ with contextlib.suppress(ImportError):
     settings.register_profile("repeatable", derandomize=True, deadline=None)
     settings.load_profile("repeatable")
 
+# Files whose tests import transformers, which takes longer than most of them.
+NEED_TRANSFORMERS = frozenset(
+    f"test_{name}.py"
+    for name in """anthropic api architecture_forward architecture_reading architectures chat_reuse chat_template
+    chat_template_files configs cpu_engine cpu_flags docs doctor_checks filters formats gptq_settings hints langchain
+    langchain_sharing langchain_standard loader openai_server output_tokens serve template_helper tokenizer""".split()
+)
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 
@@ -71,6 +79,11 @@ def _little_for_the_collector() -> None:
 def pytest_runtest_teardown() -> None:
     if len(sys.modules) > _passed_over + 200:
         _pass_over_modules()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that need transformers: of several workers, the first has them then, and alone imports it."""
+    items.sort(key=lambda item: item.path.name not in NEED_TRANSFORMERS)
 
 
 def pytest_collection_finish() -> None:

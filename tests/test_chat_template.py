@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl_cli.errors import PromptError
 from exl_cli.models.chat_template import ChatTemplate, load_chat_template
@@ -71,6 +70,8 @@ def source(name):
 
 def judged(text, conversation, *, tools=None, add_generation_prompt=False, continue_final_message=False, **extra):
     """What transformers makes of it; an exception where it raises one."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     conversation = [{key: value for key, value in turn.items() if value is not None} for turn in conversation]
     try:
         (rendered,), _ = render_jinja_template(

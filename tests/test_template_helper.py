@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from helper_parent import ENDLESS
 from hostile_templates import HOSTILE, LARGE
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from exl_cli.errors import ExitCode, PromptError
 from exl_cli.models import template_worker
@@ -46,11 +45,12 @@ def has_ended(process):
     return bool(poll.poll(30_000))
 
 
-# The system's limits end these, each with its process: a third of them shows that.
+# The system's limits end these, each with its process: a sixth of them shows that, `pytest -m slow` tries the others.
 BOUNDED = [name for name in HOSTILE if name.startswith(("size", "time", "shared", "deep"))]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(BOUNDED) if index % 6]
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in BOUNDED] + BOUNDED[::3])
+@pytest.mark.parametrize("name", [*[name for name in HOSTILE if name not in BOUNDED], *BOUNDED[::6], *SLOW])
 def test_an_attack_ends_in_one_line(name):
     error = refusal(HOSTILE[name], HURRIED, **LARGE)
     assert error.exit_code == ExitCode.PROMPT
@@ -92,6 +92,8 @@ def test_the_next_rendering_is_right(template, message):
     ],
 )
 def test_a_template_renders_as_in_transformers(template):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     given = {"z": "<é世\ud800>", "none": None, "list": [True, {"n": [-1, 10**30]}, []], "float": 0.1, "a": {}}
     (want,), _ = render_jinja_template([MESSAGES], chat_template=template, given=given)
     assert render(template, given=given) == want
