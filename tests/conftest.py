@@ -41,16 +41,16 @@ typer.testing._get_command = functools.cache(typer.main.get_command)
 with contextlib.suppress(ImportError):
     from hypothesis import settings
 
-    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
     settings.load_profile("repeatable")
 
 # Files whose tests import transformers, which takes longer than most of them.
-NEED_TRANSFORMERS = frozenset(
-    f"test_{name}.py"
-    for name in """anthropic api architecture_forward architecture_reading architectures chat_reuse chat_template
-    chat_template_files configs cpu_engine cpu_flags docs doctor_checks filters formats gptq_settings hints langchain
-    langchain_sharing langchain_standard loader openai_server output_tokens serve template_helper tokenizer""".split()
-)
+NEED_TRANSFORMERS = frozenset([
+    "anthropic", "api", "architecture_forward", "architecture_reading", "architectures", "chat_reuse",
+    "chat_template", "chat_template_files", "configs", "cpu_engine", "cpu_flags", "docs", "doctor_checks", "filters",
+    "formats", "gptq_settings", "hints", "langchain", "langchain_sharing", "langchain_standard", "loader",
+    "openai_server", "output_tokens", "serve", "template_helper", "tokenizer",
+])  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -82,8 +82,8 @@ def pytest_runtest_teardown() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that need transformers: of several workers, the first has them then, and alone imports it."""
-    items.sort(key=lambda item: item.path.name not in NEED_TRANSFORMERS)
+    """Files that need transformers come first: of several workers, the first has them all and alone imports it."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in NEED_TRANSFORMERS)
 
 
 def pytest_collection_finish() -> None:

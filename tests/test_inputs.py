@@ -49,7 +49,7 @@ ROW = st.builds(
 @pytest.mark.parametrize("with_states", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @given(passes=st.lists(st.lists(ROW, min_size=1, max_size=ROWS), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_pass_sees_only_its_own_rows(scaled: bool, with_states: bool, passes: list[list[ScheduledTokens]]) -> None:
     embedding = Embedding(scaled)
     inputs = make(embedding, scaled, with_states=with_states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def folder(request: pytest.FixtureRequest, exl2_dir: Path, tmp_path_factory: pyt
     return sentencepiece(place / "metaspace", SPACES, METASPACE) if request.param == "metaspace" else exl2_dir
 
 
+@functools.cache
+def read(folder: Path) -> tuple[Tokenizer, tokenizers.Tokenizer]:
+    return Tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text one character at a time, as no tokenizer writes it but a model may."""
     # Behind something that joins with no character, so that no space is put before it.
@@ -78,13 +84,12 @@ def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
 _words = st.text(st.sampled_from("abz .:\nUé🦊"), max_size=12)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(talk=st.lists(st.tuples(_words, _words), min_size=1, max_size=4), system=_words, chat=st.booleans())
 def test_ids_decode_to_the_text_and_start_with_the_computed_ones(
     folder: Path, talk: list[tuple[str, str]], system: str, chat: bool
 ) -> None:
-    tokenizer = Tokenizer(folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer, backend = read(folder)
     encoder = PromptEncoder(tokenizer, add_special_tokens=not chat)
     end = "<|im_end|>" if "fable" in folder.name else "</s>"
     text = f"{system}{end}\n" if chat else ""
