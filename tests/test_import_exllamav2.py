@@ -163,7 +163,8 @@ def test_a_full_gpu_is_no_broken_extension(built: Machine) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("exllamav2") is None, reason="exllamav2 is not installed")
-def test_the_real_import_brings_in_no_compiler_and_later_imports_get_it() -> None:
+def test_neither_the_real_import_nor_modules_on_the_meta_device_bring_in_a_compiler() -> None:
+    """Later imports get it; modules elsewhere than on the meta device are initialized as ever."""
     code = """
 import json, os, sys
 import fakeextension, torch
@@ -172,20 +173,28 @@ torch_alone = set(sys.modules)
 from exl_cli.engines.exllamav2 import engine
 from exl_cli.engines.exllamav2.attention import causal, paged
 from exl_cli.engines.exllamav2.import_exllamav2 import import_exllamav2
+from exl_cli.engines.exllamav2.startup import nothing_drawn
 import_exllamav2()
 causal.install()
 paged.install_paged()
+with nothing_drawn():
+    torch.nn.Embedding(8, 8, device="meta")
+    torch.nn.Linear(8, 8, bias=True, device="meta")
+    real = torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8)
 heavy = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed", "setuptools", "torch.utils.cpp_extension")
 new = set(sys.modules) - torch_alone
 from exllamav2 import attn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.cpp_extension import BuildExtension
+random = [(torch.manual_seed(0), torch.nn.Linear(8, 8).weight.tolist())[1] for _ in range(2)]
 print(json.dumps({"heavy": sorted(set(heavy) & new), "new": len(new), "sdpa": attn.has_lower_right_sdpa,
     "left": "EXLLAMA_NO_SDPA" in os.environ, "mask": causal_lower_right(2, 3).variant.name,
-    "class": isinstance(BuildExtension, type)}))
+    "class": isinstance(BuildExtension, type), "drawn": all(module.weight.std() > 0.01 for module in real),
+    "again": random[0] == random[1]}))
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.pop("new") < 300  # 1,122 with all of it
-    assert result == {"heavy": [], "sdpa": False, "left": False, "mask": "LOWER_RIGHT", "class": True}
+    assert (result.pop("heavy"), result.pop("mask")) == ([], "LOWER_RIGHT")
+    assert result == {"sdpa": False, "left": False, "class": True, "drawn": True, "again": True}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from fakecuda import HAS_COMPILERS, Machine
-from helpers import python
 
 from exl_cli.engines.exllamav2 import startup
 
@@ -71,24 +70,3 @@ def test_the_collector_rests_and_is_as_it_was() -> None:
             pass
         assert not gc.isenabled()
     assert gc.isenabled()
-
-
-def test_modules_on_the_meta_device_skip_initialization() -> None:
-    """Or torch's compiler is imported for it."""
-    code = """
-import sys
-import torch
-from exl_cli.engines.exllamav2.startup import nothing_drawn
-with nothing_drawn():
-    torch.nn.Embedding(8, 8, device="meta")
-    torch.nn.Linear(8, 8, bias=True, device="meta")
-    real = torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8)
-assert all(module.weight.std() > 0.01 for module in real)
-assert "torch._dynamo" not in sys.modules
-torch.manual_seed(0)
-linear = torch.nn.Linear(8, 8)
-torch.manual_seed(0)
-assert torch.equal(linear.weight, torch.nn.Linear(8, 8).weight)
-"""
-    done = python(code)
-    assert (done.returncode, done.stderr) == (0, "")
