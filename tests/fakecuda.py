@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import preloaded
+
 HAS_COMPILERS = shutil.which("c++") is not None
 
 _FILES = Path(__file__).parent / "data" / "fakecuda"
@@ -125,7 +127,7 @@ class Machine:
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`exl` with these arguments."""
-        return self.python("-m", "exl_cli", *arguments, **variables)
+        return preloaded.exl(*arguments, environment={**self.environment, **variables})
 
     def python(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Python with these arguments."""
