@@ -24,7 +24,7 @@ from exl_cli.bench.machine import Watch
 from exl_cli.bench.plan import Case
 from exl_cli.bench.result import Measured, Probe, Run
 from exl_cli.engines import probe
-from exl_cli.errors import PromptError
+from exl_cli.errors import DiskError, PromptError
 from exl_cli.system.nvml import Driver
 
 
@@ -250,6 +250,10 @@ def test_perplexity_of_a_known_distribution(tmp_path: Path) -> None:
 def test_texts_that_have_no_perplexity(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("1")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    for name, words in (("one", "1 tokens"), ("bytes", "not UTF-8"), ("none", "No such file")):
-        with pytest.raises(PromptError, match=words):
+    for name, error, words in (
+        ("one", PromptError, "1 tokens"),
+        ("bytes", PromptError, "not UTF-8"),
+        ("none", DiskError, "No such file"),
+    ):
+        with pytest.raises(error, match=words):
             measure.perplexity(EngineThread(PacedEngine()), Numbers(), tmp_path / name, lambda *_: None)  # type: ignore[arg-type]
