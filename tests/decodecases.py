@@ -28,6 +28,7 @@ class Step:
         tokens: new ones of each.
         turned: how much of a head turns; 0 for all.
         normed: whether heads are normed.
+        scattered: whether what comes out goes to places in another order.
         rounds_up: whether averages that are 65,504 exceed it by the rounding of their weights.
     """
 
@@ -41,6 +42,7 @@ class Step:
     window: int = 0
     softcap: float = 0.0
     page_size: int = 256
+    scattered: bool = False
     rounds_up: bool = False
     seed: int = 0
 
@@ -77,6 +79,7 @@ def random_step(rng: random.Random, head_dim: int, tiles: int, page_size: int, l
         window=rng.choice([0, 0, 0, 1, 3, 16, 40, 300]),
         softcap=rng.choice([0.0, 0.0, 20.0]),
         page_size=page_size,
+        scattered=rng.random() < 0.5,
         seed=rng.randint(0, 1 << 30),
     )
 
@@ -128,6 +131,8 @@ class Memory:
         self.table, self.lengths = table, torch.tensor(step.lengths, dtype=torch.int32)
         # A row more than there are, to show that it is left alone.
         self.out = poison(batch * tokens + 1, heads * dim)
+        order = torch.randperm(heads * dim, generator=generator)
+        self.places = order.to(torch.int16) if step.scattered else None
         self._expect()
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -192,7 +197,7 @@ class Memory:
         argument = decode_attention.AttentionArgument(
             rope=self.rope(), out=self.out.data_ptr(), parts=self._workspace[0].data_ptr(),
             marks=self._workspace[1].data_ptr(), arrived=self.arrived.data_ptr(), groups=step.heads // step.kv_heads,
-            window=step.window, least=least,
+            window=step.window, least=least, places=None if self.places is None else self.places.data_ptr(),
         )  # fmt: skip
         argument.scale, argument.softcap = decode_attention.factors(step.head_dim**-0.5, step.softcap)
         return argument
@@ -207,6 +212,7 @@ class Memory:
         torch.testing.assert_close(cache[0][written[0]], expected[0][written[0]], rtol=2e-3, atol=2e-3)
         assert torch.equal(cache[1][written[1]], expected[1][written[1]])
         assert bool(self.out[-1].isnan().all())
-        got = self.out[:-1].view(self.expected.shape).double()
+        out = self.out[:-1] if self.places is None else self.out[:-1, self.places.long()]
+        got = out.view(self.expected.shape).double()
         error = (got - self.expected).flatten(1).norm(dim=1) / self.expected.flatten(1).norm(dim=1)
         return float(error.nan_to_num(torch.inf).max())

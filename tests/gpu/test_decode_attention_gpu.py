@@ -33,6 +33,7 @@ def bound(memory: Memory) -> Callable[[], None]:
         scale=step.head_dim**-0.5,
         window=step.window,
         softcap=step.softcap,
+        places=memory.places,
     )
     most_keys = max(step.lengths) + step.tokens
 

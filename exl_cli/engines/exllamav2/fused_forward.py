@@ -20,7 +20,6 @@ from exl_cli.engines.exllamav2.attention.paged import attend_paged
 from exl_cli.engines.exllamav2.build_model import rope_switches
 from exl_cli.engines.exllamav2.inputs import Inputs, Received
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
-from exl_cli.engines.exllamav2.kernels.compiler import Launch
 from exl_cli.engines.exllamav2.kernels.operation import Operation, Run
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer, Mlp
@@ -311,27 +310,24 @@ class FusedForward:
             stride=self._qkv.stride(0), table_stride=block_table.stride(0), page_size=page_size,
         )  # fmt: skip
         attended = self._attended[:rows]
-        reorder: Launch | None = None
         # A single row is put into the order of the output's matrix by its product.
-        perm = None if rows == 1 or stores_only else self._tuner.order(layer.o.product, rows)[0]
-        if perm is not None:
-            width = heads * head_dim
-            gather = norm_rope.norm_kernel(self._device, width)
-            reorder = norm_rope.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
+        in_order = rows == 1 or stores_only
+        perm, places = (None, None) if in_order else self._tuner.order(layer.o.product, rows)
         softcap = self._model.config.attn_logit_softcapping or 0.0
         if self._decode_attention is not None and self._attends(tokens) and not stores_only:
-            attend = self._decode_attention.bind(
-                argument, attended, batch, scale=module.scaling, window=module.sliding_window or 0, softcap=softcap
-            )
-        else:
-            attend = self._attend_paged(inputs, layer, batch, tokens, argument, softcap, stores_only=stores_only)
-        if reorder is None:
+            return self._decode_attention.bind(
+                argument, attended, batch, scale=module.scaling, window=module.sliding_window or 0, softcap=softcap,
+                places=places,
+            )  # fmt: skip
+        attend = self._attend_paged(inputs, layer, batch, tokens, argument, softcap, stores_only=stores_only)
+        if perm is None:
             return attend
-        reordering = reorder
+        gather = norm_rope.norm_kernel(self._device, heads * head_dim)
+        reorder = norm_rope.norm(gather, rows, attended, None, 0.0, [(attended, perm)])
 
         def work(stream: int, most_keys: int) -> None:
             attend(stream, most_keys)
-            reordering(stream)
+            reorder(stream)
 
         return work
 

@@ -27,6 +27,8 @@ _MOST_SHARES = 64
 # With so many multiprocessors for each sequence and KV head, blocks are small, and find room beside the product before
 # them; with fewer, one large block on each has as many keys under way.
 _MANY = 4
+# With so many sequences and KV heads for each multiprocessor, blocks are small again, and fill it.
+_VERY_MANY = 3
 # Where blocks of other sequences fill the GPU, a share of a long one has this many keys at least.
 _LONG_SHARE = 1024
 _MOST_SPREAD = 8
@@ -42,7 +44,7 @@ class AttentionArgument(ctypes.Structure):
 
     _fields_ = (
         ("rope", RopeArgument),
-        *((name, ctypes.c_void_p) for name in ("out", "parts", "marks", "arrived")),
+        *((name, ctypes.c_void_p) for name in ("out", "places", "parts", "marks", "arrived")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_uint32) for name in ("groups", "window", "least")),
     )
@@ -77,7 +79,8 @@ class Plan(NamedTuple):
         """Dynamic shared memory of a block: `Shared` of attention.cu."""
         rows = _TILE * self.tiles
         heads = 2 * 3 * rows * (head_dim if head_dim % 64 else head_dim + 32)
-        own = max(2 * 2 * _PIECE * head_dim, 4 * rows * (head_dim + 8))
+        piece = _PIECE * (2 * 2 * head_dim + (16 if head_dim % 64 else 80))
+        own = max(piece, 4 * rows * (head_dim + 8))
         return heads + self.warps * (own + 8 * rows) + 16
 
 
@@ -92,7 +95,8 @@ def plan(batch: int, tokens: int, heads: int, kv_heads: int, most_keys: int, pro
         processors: multiprocessors of the GPU.
     """
     tiles = 1 if tokens * (heads // kv_heads) <= _TILE else 2
-    warps = 4 if tiles > 1 or processors >= _MANY * batch * kv_heads else 8
+    few = processors >= _MANY * batch * kv_heads
+    warps = 4 if tiles > 1 or few or batch * kv_heads >= _VERY_MANY * processors else 8
     even = processors * (8 // warps) // (batch * kv_heads)
     least = warps if even > 1 else _LONG_SHARE // _PIECE
     # With many sequences there is work for all, unless one of them is much longer than the others.
@@ -149,7 +153,15 @@ class DecodeAttention:
         return tokens * (heads // kv_heads) <= MOST_QUERIES
 
     def bind(
-        self, rope: RopeArgument, out: torch.Tensor, batch: int, *, scale: float, window: int, softcap: float
+        self,
+        rope: RopeArgument,
+        out: torch.Tensor,
+        batch: int,
+        *,
+        scale: float,
+        window: int,
+        softcap: float,
+        places: torch.Tensor | None = None,
     ) -> Callable[[int, int], None]:
         """Bind a layer's launch: norm and rotate new queries and keys, store keys and values, and attend.
 
@@ -158,6 +170,8 @@ class DecodeAttention:
             out: float16, shape (batch * tokens or more, heads * head_dim), contiguous.
             batch: sequences.
             scale, window, softcap: as of `paged.attend_paged`.
+            places: for each number of a row of `out`, where in the row it goes (uint16 values in an int16 tensor); None
+                for in order.
 
         Returns:
             A function of a stream, by its handle, and of a bound of the keys of any sequence, new ones included.
@@ -166,6 +180,7 @@ class DecodeAttention:
         argument = AttentionArgument(
             rope=rope, out=out.data_ptr(), parts=self._parts.data_ptr(), marks=self._marks.data_ptr(),
             arrived=self._arrived.data_ptr(), groups=heads // kv_heads, window=window,
+            places=None if places is None else places.data_ptr(),
         )  # fmt: skip
         argument.scale, argument.softcap = factors(scale, softcap)
         launches: dict[Plan, Launch] = {}

@@ -7,6 +7,7 @@ struct Attention
 {
     Rope rope;
     u16* out;               // rows of all heads, one for each token
+    const u16* places;      // where each number of a row goes; or null: in order
     float* parts;           // of each sequence, KV head, share and row: HEAD_DIM sums
     Mark* marks;            // and what they are sums of
     u32* arrived;           // of each sequence and KV head, shares that are done: zero before and after

@@ -8,6 +8,8 @@ const u32 VALUE_UNITS = HEAD_DIM / (16 * VALUE_WORDS);
 // Of rows of halves and of sums in shared memory: neighbours begin in other banks.
 const u32 HEAD_PITCH = HEAD_DIM % 64 ? HEAD_DIM : HEAD_DIM + 32;
 const u32 SUM_PITCH = HEAD_DIM + 8;
+// Bytes between a piece's keys, and between its values: lanes that read at once meet in no bank.
+const u32 KEY_PITCH = 2 * HEAD_DIM + (HEAD_DIM % 64 ? 0 : 64), VALUE_PITCH = 2 * HEAD_DIM + 16;
 
 struct alignas(16) Four { float v[4]; };
 struct alignas(4 * VALUE_WORDS) ValueUnit { u32 words[VALUE_WORDS]; };
@@ -15,14 +17,10 @@ struct alignas(4 * VALUE_WORDS) ValueUnit { u32 words[VALUE_WORDS]; };
 // The highest score seen, and the sum of all scores' exponentials over that of the highest.
 struct alignas(8) Mark { float peak, mass; };
 
-// A warp's own: a piece, as each lane has copied its part for itself, and in its place, at the end, the sums.
+// A warp's own: a piece, and in its place, at the end, the sums.
 union alignas(16) Own
 {
-    struct
-    {
-        Words keys[2][KEY_UNITS][32];                   // keys g and g + 8
-        ValueUnit values[4][VALUE_UNITS][32];           // values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
-    };
+    struct { char keys[PIECE][KEY_PITCH], values[PIECE][VALUE_PITCH]; };
     float sums[ROWS][SUM_PITCH];
 };
 
@@ -44,25 +42,24 @@ DEVICE u32 value_of(const Lane& l, u32 i) { return 2 * l.t + (i & 1) + 8 * (i >>
 DEVICE u32 key_dim(const Lane& l, u32 unit) { return 32 * unit + 8 * l.t; }
 DEVICE u32 value_dim(const Lane& l, u32 unit) { return 2 * VALUE_WORDS * (8 * unit + l.g); }
 
-DEVICE void copy_keys(const Lane& l, Own& own, const u16* from, u32 stride)
+// Where the i-th of a lane's keys, and of its values, lies.
+DEVICE Words& key_at(const Lane& l, Own& own, u32 i, u32 unit) { return *(Words*) (own.keys[key_of(l, i)] + 2 * key_dim(l, unit)); }
+DEVICE ValueUnit& value_at(const Lane& l, Own& own, u32 i, u32 unit)
 {
-    #pragma unroll
-    for (u32 i = 0; i < 2; i++)
-        #pragma unroll
-        for (u32 u = 0; u < KEY_UNITS; u++) copy16(&own.keys[i][u][l.lane], from + key_of(l, i) * stride + key_dim(l, u));
+    return *(ValueUnit*) (own.values[value_of(l, i)] + 2 * value_dim(l, unit));
 }
 
-DEVICE void copy_values(const Lane& l, Own& own, const u16* from, u32 stride)
+// Copy a piece's keys or values. Neighbouring lanes copy neighbouring units: the cache is asked for whole lines.
+template <u32 PITCH>
+DEVICE void copy_rows(const Lane& l, char (&to)[PIECE][PITCH], const u16* from, u32 stride)
 {
+    const u32 units = HEAD_DIM / 8;
     #pragma unroll
-    for (u32 i = 0; i < 4; i++)
-        #pragma unroll
-        for (u32 u = 0; u < VALUE_UNITS; u++)
-        {
-            const u16* at = from + value_of(l, i) * stride + value_dim(l, u);
-            if (VALUE_WORDS == 4) copy16(&own.values[i][u][l.lane], at);
-            else copy8(&own.values[i][u][l.lane], at);
-        }
+    for (u32 i = 0; i < PIECE * units / 32; i++)
+    {
+        const u32 row = (32 * i + l.lane) / units, unit = (32 * i + l.lane) % units;
+        copy16(to[row] + 16 * unit, from + row * stride + 8 * unit);
+    }
 }
 
 // Put the new tokens' keys where a piece holds what was in the cache before. Those behind the end are hidden, whatever
@@ -76,7 +73,7 @@ DEVICE void renew_keys(const Lane& l, Shared& shared, Own& own, u32 piece, u32 l
         if (at < length || at - length >= tokens) continue;
         const u16* from = shared.heads[ROWS + at - length];
         #pragma unroll
-        for (u32 u = 0; u < KEY_UNITS; u++) own.keys[i][u][l.lane] = *(const Words*) (from + key_dim(l, u));
+        for (u32 u = 0; u < KEY_UNITS; u++) key_at(l, own, i, u) = *(const Words*) (from + key_dim(l, u));
     }
 }
 
@@ -93,14 +90,14 @@ DEVICE void renew_values(const Lane& l, Shared& shared, Own& own, u32 piece, u32
         {
             ValueUnit unit = {};
             if (at - length < tokens) unit = *(const ValueUnit*) (shared.heads[2 * ROWS + at - length] + value_dim(l, u));
-            own.values[i][u][l.lane] = unit;
+            value_at(l, own, i, u) = unit;
         }
     }
 }
 
 // Dot products: s[n][2 tile + e] of key 8 n + 2 t + e and query 8 tile + g. Even and odd steps are summed apart, so that
 // fewer wait for each other.
-DEVICE void multiply(const Lane& l, const Shared& shared, const Own& own, float (&s)[2][4])
+DEVICE void multiply(const Lane& l, const Shared& shared, Own& own, float (&s)[2][4])
 {
     float odd[2][4];
     #pragma unroll
@@ -113,7 +110,7 @@ DEVICE void multiply(const Lane& l, const Shared& shared, const Own& own, float 
         #pragma unroll
         for (u32 n = 0; n < 2; n++)
         {
-            const Words k = own.keys[n][u][l.lane];
+            const Words k = key_at(l, own, n, u);
             mma(s[n], low.x, high.x, low.y, high.y, k.x, k.y);
             mma(odd[n], low.z, high.z, low.w, high.w, k.z, k.w);
         }
@@ -138,7 +135,7 @@ DEVICE float soften(float& a, float& b, float& c, float& d, Mark& mark, float no
 }
 
 // sums[tile][u][j]: of dims value_dim(u) + 2 j (the first two) and the next one, of queries 2 t and 2 t + 1.
-DEVICE void accumulate(const Lane& l, const Own& own, const u32 (&weights)[TILES][2], const float (&decay)[TILES],
+DEVICE void accumulate(const Lane& l, Own& own, const u32 (&weights)[TILES][2], const float (&decay)[TILES],
                        Sums& sums)
 {
     #pragma unroll
@@ -159,7 +156,7 @@ DEVICE void accumulate(const Lane& l, const Own& own, const u32 (&weights)[TILES
     {
         ValueUnit v[4];
         #pragma unroll
-        for (u32 i = 0; i < 4; i++) v[i] = own.values[i][u][l.lane];
+        for (u32 i = 0; i < 4; i++) v[i] = value_at(l, own, i, u);
         #pragma unroll
         for (u32 j = 0; j < VALUE_WORDS; j++)
         {
