@@ -278,24 +278,24 @@ def test_one_row_is_normed_and_put_in_order_on_the_way(folder: Path, paired: boo
         assert error(out, wanted) < 2e-3
 
 
-def rms_norm(folder: Path, x: Tensor, weight: Tensor, *orders: Tensor) -> list[Tensor]:
-    """In the order of x, and in others."""
+def rms_norm(folder: Path, x: Tensor, weight: Tensor, *orders: Tensor, among: int = 1) -> list[Tensor]:
+    """In the order of x, and in others, by as many threads as for so many rows."""
     rows, dim = x.shape
     outs = [torch.full_like(x, float("nan")) for _ in range(1 + len(orders))]
     argument = norm_rope.NormArgument(x=x.data_ptr(), weight=weight.data_ptr(), epsilon=1e-5, dim=dim, outs=len(outs))
     for index, (out, order) in enumerate(zip(outs, (None, *orders), strict=True)):
         argument.out[index] = out.data_ptr()
         argument.perm[index] = None if order is None else order.data_ptr()
-    Emulated(folder, norm_rope.FILE, "rms_norm", "Norm", {})(argument, (rows, 1), norm_rope.norm_threads(dim))
+    Emulated(folder, norm_rope.FILE, "rms_norm", "Norm", {})(argument, (rows, 1), norm_rope.norm_threads(dim, among))
     return outs
 
 
-@pytest.mark.parametrize("dim", [64, 288, 4096])
-def test_rms_norm_in_several_orders(folder: Path, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "among"), [(64, 1), (288, 1), (4096, 1), (4096, 2048), (4352, 2048)])
+def test_rms_norm_in_several_orders(folder: Path, dim: int, among: int) -> None:
     rng = np.random.default_rng(dim)
     x, weight = inputs(rng, 3, dim), inputs(rng, 1, dim)[0]
     perm = torch.from_numpy(rng.permutation(dim)).to(torch.int16)
-    outs = rms_norm(folder, x, weight, perm)
+    outs = rms_norm(folder, x, weight, perm, among=among)
     wide = x.double()
     expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
     assert error(outs[0].double(), expected) < 5e-4

@@ -13,6 +13,8 @@ FILE = "step.cu"
 _SCRATCH = 64  # bytes that a block's sum takes
 # Up to this many rows, `rotate` with its block per head is faster than `rotate_many`.
 _FEW_ROWS = 32
+# With more rows than this, blocks of `rms_norm` and `gate` have fewer threads.
+_MANY_ROWS = 256
 _LINE_WARPS, _MOST_LINE_DIM = 8, 512  # of `rotate_many`
 
 
@@ -85,9 +87,13 @@ def norm_kernel(device: torch.device, dim: int) -> Kernel:
     return Kernel(FILE, "rms_norm", {}, device, _SCRATCH + 2 * dim)
 
 
-def norm_threads(dim: int) -> int:
-    """Threads of a block: one for eight numbers, in whole warps, at most 512."""
-    return min(512, -(-dim // 256) * 32)
+def norm_threads(dim: int, rows: int = 1) -> int:
+    """Threads of a block: one for eight numbers, in whole warps, at most 512.
+
+    Many rows fill the GPU with a quarter of them, which wait less for each other.
+    """
+    threads = min(512, -(-dim // 256) * 32)
+    return threads if rows <= _MANY_ROWS else max(32, threads // 128 * 32)
 
 
 def norm(
@@ -120,12 +126,17 @@ def norm(
     for index, (out, perm) in enumerate(outs):
         argument.out[index] = out.data_ptr()
         argument.perm[index] = None if perm is None else perm.data_ptr()
-    return kernel.bind((rows,), norm_threads(dim), argument)
+    return kernel.bind((rows,), norm_threads(dim, rows), argument)
 
 
 def gate_kernel(device: torch.device, dim: int) -> Kernel:
     """The kernel that applies a gate, for rows of `dim` values, a multiple of 8."""
     return Kernel(FILE, "gate", {}, device, 2 * dim)
+
+
+def gate_threads(dim: int, rows: int) -> int:
+    """Threads of a block: one for eight numbers, in whole warps; fewer at most where many rows fill the GPU."""
+    return min(1024 if rows <= _MANY_ROWS else 512, -(-dim // 256) * 32)
 
 
 def rotate(device: torch.device, rows: int, argument: RopeArgument) -> Launch:

@@ -5,13 +5,15 @@
 #include "matrix.cuh"
 
 const u32 MOST_WARPS = 16;
+const u32 MOST_OUTS = 3;    // of a norm
+const u32 AT_ONCE = 4;      // words that a thread asks for together
 
 struct Norm
 {
     u16* x;                 // infinities in it become the largest finite halves
     const u16* weight;      // or null: no norm, the numbers as they are
-    u16* out[3];
-    const u16* perm[3];     // out[i][j] comes from place perm[i][j]; or null: from j
+    u16* out[MOST_OUTS];
+    const u16* perm[MOST_OUTS]; // out[i][j] comes from place perm[i][j]; or null: from j
     float epsilon;
     u32 dim, outs;          // dim a multiple of 8
 };
@@ -22,16 +24,34 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rms_norm(const Nor
     float* scratch = (float*) shared_memory;
     u16* y = (u16*) shared_memory + MOST_WARPS * 2;
     let_next_start();
+    const u32 stride = blockDim.x * 8;
+    for (u32 i = threadIdx.x * 8; i < p.dim; i += stride)
+    {
+        if (p.weight) prefetch(p.weight + i);
+        #pragma unroll
+        for (u32 n = 0; n < MOST_OUTS; n++)
+            if (n < p.outs && p.perm[n]) prefetch(p.perm[n] + i);
+    }
     wait_for_inputs();
     u16* x = p.x + (u64) blockIdx.x * p.dim;
     float squares = 0.0f;
-    for (u32 i = threadIdx.x * 8; i < p.dim; i += blockDim.x * 8)
+    for (u32 from = threadIdx.x * 8; from < p.dim; from += AT_ONCE * stride)
     {
-        const Words before = *(const Words*) (x + i), w = saturate(before);
-        // Only torch's products leave infinities.
-        if ((before.x ^ w.x) | (before.y ^ w.y) | (before.z ^ w.z) | (before.w ^ w.w)) *(Words*) (x + i) = w;
-        *(Words*) (y + i) = w;
-        squares += square(w.x) + square(w.y) + square(w.z) + square(w.w);
+        Words before[AT_ONCE];
+        #pragma unroll
+        for (u32 n = 0; n < AT_ONCE; n++)
+            if (from + n * stride < p.dim) before[n] = *(const Words*) (x + from + n * stride);
+        #pragma unroll
+        for (u32 n = 0; n < AT_ONCE; n++)
+        {
+            const u32 i = from + n * stride;
+            if (i >= p.dim) continue;
+            const Words b = before[n], w = saturate(b);
+            // Only torch's products leave infinities.
+            if ((b.x ^ w.x) | (b.y ^ w.y) | (b.z ^ w.z) | (b.w ^ w.w)) *(Words*) (x + i) = w;
+            *(Words*) (y + i) = w;
+            squares += square(w.x) + square(w.y) + square(w.z) + square(w.w);
+        }
     }
     if (p.weight)
     {
@@ -44,8 +64,10 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) rms_norm(const Nor
         }
     }
     __syncthreads();
-    for (u32 n = 0; n < p.outs; n++)
+    #pragma unroll
+    for (u32 n = 0; n < MOST_OUTS; n++)
     {
+        if (n >= p.outs) continue;
         u16* out = p.out[n] + (u64) blockIdx.x * p.dim;
         const u16* perm = p.perm[n];
         for (u32 i = threadIdx.x * 8; i < p.dim; i += blockDim.x * 8)
@@ -79,19 +101,36 @@ DEVICE u32 gated(u32 gate, u32 up, u32 activation)
 }
 
 // A gate's activation times what it gates, where two products left them. A block a row.
-extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32) gate(const Gate p)
+extern "C" __global__ void __launch_bounds__(1024) gate(const Gate p)
 {
     u16* y = (u16*) shared_memory;
     let_next_start();
+    const u32 stride = blockDim.x * 8;
+    if (p.perm)
+        for (u32 i = threadIdx.x * 8; i < p.dim; i += stride) prefetch(p.perm + i);
     wait_for_inputs();
     const u16 *gate = p.gate + (u64) blockIdx.x * p.stride, *up = p.up + (u64) blockIdx.x * p.dim;
     u16* out = p.out + (u64) blockIdx.x * p.stride;
-    for (u32 i = threadIdx.x * 8; i < p.dim; i += blockDim.x * 8)
+    for (u32 from = threadIdx.x * 8; from < p.dim; from += AT_ONCE * stride)
     {
-        const Words g = *(const Words*) (gate + i), u = *(const Words*) (up + i);
-        const Words w = {gated(g.x, u.x, p.activation), gated(g.y, u.y, p.activation), gated(g.z, u.z, p.activation),
-                         gated(g.w, u.w, p.activation)};
-        *(Words*) ((p.perm ? y : out) + i) = w;
+        Words g[AT_ONCE], u[AT_ONCE];
+        #pragma unroll
+        for (u32 n = 0; n < AT_ONCE; n++)
+        {
+            const u32 i = from + n * stride;
+            if (i >= p.dim) continue;
+            g[n] = *(const Words*) (gate + i);
+            u[n] = *(const Words*) (up + i);
+        }
+        #pragma unroll
+        for (u32 n = 0; n < AT_ONCE; n++)
+        {
+            const u32 i = from + n * stride;
+            if (i >= p.dim) continue;
+            const Words w = {gated(g[n].x, u[n].x, p.activation), gated(g[n].y, u[n].y, p.activation),
+                             gated(g[n].z, u[n].z, p.activation), gated(g[n].w, u[n].w, p.activation)};
+            *(Words*) ((p.perm ? y : out) + i) = w;
+        }
     }
     if (!p.perm) return;
     __syncthreads();
