@@ -41,7 +41,7 @@ def massive_activations(folder: Path, variant: tinymodels.Variant) -> dict[str, 
     """A model whose hidden states are at the end of the range in two channels, and pass it as layers add to them."""
     norms = torch.full((tinymodels.HIDDEN,), 32.0)
     norms[CHANNELS] = 2.0**-7
-    factors: dict[str, float | Tensor] = {"o_proj": 256.0, "down_proj": 64.0, "embed_tokens": 128.0, "norm": norms}
+    factors: dict[str, float | Tensor] = {"o_proj": 512.0, "down_proj": 128.0, "embed_tokens": 128.0, "norm": norms}
     state = planted(folder, variant, factors)
     stored = load_file(folder / "model.safetensors")
     ends = torch.tensor([LIMIT - 32, 32 - LIMIT])

@@ -42,7 +42,7 @@ def test_decoding(name: str, dim: int) -> None:
         lengths = tuple(rng.randint(q_len, longest) for _ in range(rng.choice([1, 1, 2, 4, 16])))
         window = rng.choice([0, 0, 0, 1, 33, 600]) if dim == 128 else rng.choice([0, 70])
         softcap = rng.choice([0.0, 0.0, 0.0, 30.0]) if dim in (128, 256) else 0.0
-        case = Case(lengths, q_len, heads, kv_heads, dim, window, softcap, rng.random() < 0.7, seed)
+        case = Case(lengths, q_len, heads, kv_heads, dim, window, softcap, rng.random() < 0.7, seed=seed)
         check(case, rng.choice([None, max(lengths)]))
 
 
