@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,17 @@ def multiply(
     partial = torch.full((many_rows.partial_floats(config, blocks),), float("nan"))
     arrived = torch.zeros(units, dtype=torch.int32)
     argument.partial, argument.arrived = partial.data_ptr(), arrived.data_ptr()
-    kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "Products", variant.defines)
-    kernel(argument, (min(blocks, units),), 32 * config.warps, seed)
+    argument.parts = config.parts(product, rows, blocks)
+    grid = (config.blocks(product, rows, blocks),)
+    if config.wgmma:
+        mapped = many_rows.together(argument)
+        for target, own in zip(mapped.x, xs, strict=False):
+            target[:4] = own.data_ptr(), 2 * own.stride(0), rows, config.rows
+        kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "Together", variant.defines)
+        kernel(mapped, grid, config.threads, seed)
+    else:
+        kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "Products", variant.defines)
+        kernel(argument, grid, config.threads, seed)
     assert not arrived.any()
     for out, matrix in zip(outs, matrices, strict=True):
         assert out[rows:].isnan().all()
@@ -76,6 +86,7 @@ def multiply(
 SMALL = GemmConfig(warps=4, row_warps=1, tiles=2, strips=1, stages=2, resident=1)
 HIGH = GemmConfig(warps=4, row_warps=2, tiles=2, strips=2, stages=3, resident=1)
 TOGETHER = GemmConfig(warps=4, row_warps=1, tiles=4, strips=1, stages=2, resident=1, wgmma=True)
+EVEN = replace(TOGETHER, even=True)
 TOGETHER_HIGH = GemmConfig(warps=8, row_warps=2, tiles=8, strips=2, stages=2, resident=1, wgmma=True)
 
 
@@ -88,6 +99,8 @@ TOGETHER_HIGH = GemmConfig(warps=8, row_warps=2, tiles=8, strips=2, stages=2, re
         (37, 704, 64, 64, True, HIGH, 2),
         (45, 384, 160, 64, True, TOGETHER, 5),
         (130, 256, 288, 128, False, TOGETHER_HIGH, 3),
+        (45, 384, 160, 64, False, EVEN, 3),
+        (20, 384, 160, 128, True, EVEN, 7),
     ],
 )
 def test_gptq(
@@ -187,7 +200,7 @@ def test_a_gate_whose_products_are_there(folder: Path, dim: int, permuted: bool)
         gate=gate.data_ptr(), up=up.data_ptr(), out=out.data_ptr(), perm=places.data_ptr() if permuted else None,
         dim=dim, stride=dim, activation=0,
     )  # fmt: skip
-    Emulated(folder, norm_rope.FILE, "gate", "Gate", {})(argument, (3,), norm_rope.norm_threads(dim))
+    Emulated(folder, norm_rope.FILE, "gate", "Gate", {})(argument, (3,), norm_rope.gate_threads(dim, 3))
     expected = torch.nn.functional.silu(gate.double()) * up.double().clamp(-65504, 65504)
     assert error(out[:3].double(), expected.clamp(-65504, 65504)[:, perm]) < 1e-3
     assert out[3:].isnan().all()

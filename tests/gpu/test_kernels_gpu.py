@@ -84,11 +84,12 @@ def test_products_of_random_matrices(kind: str, rows: int) -> None:
 
 def many_rows_product(matrix: QuantizedMatrix, x: torch.Tensor, config: GemmConfig) -> torch.Tensor:
     """Into poisoned memory, by way of a poisoned workspace; what lies around the result stays as it was."""
-    rows, product, threads = len(x), quantized_linear.Product((matrix,)), 32 * config.warps
+    rows, product = len(x), quantized_linear.Product((matrix,))
     variant = many_rows.variant(product, config)
     kernel = Kernel(variant.file, variant.name, variant.defines, x.device, variant.shared_bytes)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    blocks = config.blocks(product, rows, min(config.resident, kernel.resident(threads)) * processors)
+    at_once = min(config.resident, kernel.resident(config.threads)) * processors
+    blocks = config.blocks(product, rows, at_once)
     partial = torch.full((many_rows.partial_floats(config, blocks),), float("nan"), device=x.device)
     arrived = torch.zeros(config.units(product, rows), dtype=torch.int32, device=x.device)
     order = many_rows.places(matrix.perm, matrix.k) if config.wgmma else matrix.perm
@@ -96,8 +97,15 @@ def many_rows_product(matrix: QuantizedMatrix, x: torch.Tensor, config: GemmConf
     out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
     argument = quantized_linear.argument(product, rows)
     quantized_linear.connect(argument, [ordered], [out])
+    argument.parts = config.parts(product, rows, at_once)
     argument.partial, argument.arrived = partial.data_ptr(), arrived.data_ptr()
-    kernel.bind((blocks,), threads, argument)(torch.cuda.current_stream().cuda_stream)
+    if config.wgmma:
+        mapped = many_rows.together(argument)
+        many_rows.write_maps(mapped, [ordered], config)
+        launch = kernel.bind((blocks,), config.threads, mapped)
+    else:
+        launch = kernel.bind((blocks,), config.threads, argument)
+    launch(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     assert not arrived.any()
     assert out[rows:].isnan().all()

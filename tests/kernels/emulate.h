@@ -15,6 +15,7 @@ template <class T> static T max(T a, T b) { return a < b ? b : a; }
 #define DEVICE inline
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 struct alignas(16) Words;
@@ -31,6 +32,9 @@ struct Fiber
     unsigned copies, groups;                // still to be made; closed so far
     Copy copy[MOST_COPIES];
 };
+// What the copy engine was asked for: rows of so many bytes, for a barrier in shared memory.
+struct Bulk { char* to; const char* from; unsigned bytes, rows, valid; uint64_t stride; bool swizzled; void* barrier; };
+const unsigned MOST_BULKS = 2048;
 struct Warp { float f[2][32][4]; unsigned u[2][32][6]; unsigned count, phase, turn[32]; };
 struct RunningBlock
 {
@@ -39,7 +43,10 @@ struct RunningBlock
     Warp* warps;
     char *shared, *stacks;
     unsigned left, count, phase;            // threads that are not done, and that are at a barrier
+    unsigned met, meeting;                  // the same of the first threads
     bool waits;                             // for another block
+    unsigned bulks;
+    Bulk bulk[MOST_BULKS];
 };
 static RunningBlock* running_block;
 static jmp_buf scheduler;
@@ -64,6 +71,7 @@ static void meet(unsigned& count, unsigned& phase, unsigned all)
     while (phase == mine) give_way();
 }
 static void __syncthreads() { meet(running_block->count, running_block->phase, blockDim.x); }
+template <unsigned COUNT> static void meet() { meet(running_block->met, running_block->meeting, COUNT); }
 static void __syncwarp() { Warp& w = running_block->warps[current / 32]; meet(w.count, w.phase, 32); }
 
 static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
@@ -204,7 +212,6 @@ DEVICE void await(const unsigned* counter, unsigned count)
 }
 template <unsigned long N> DEVICE void from_others(float (&to)[N], const void* from) { memcpy(to, from, sizeof to); }
 DEVICE void to_others(void* to, const float (&from)[4]) { memcpy(to, from, sizeof from); }
-DEVICE void seen_by_tensor_cores() {}
 DEVICE float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 static void later(void* to, const void* from, unsigned bytes)
 {
@@ -221,11 +228,6 @@ DEVICE void copy16(void* to, const void* from)
     if ((uintptr_t) to % 16 || (uintptr_t) from % 16) abort();
     later(to, from, 16);
 }
-DEVICE void copy8(void* to, const void* from)
-{
-    if ((uintptr_t) to % 8 || (uintptr_t) from % 8) abort();
-    later(to, from, 8);
-}
 DEVICE void copies_commit() { running_block->fibers[current].groups++; }
 template <int PENDING> DEVICE void copies_wait()
 {
@@ -239,6 +241,73 @@ template <int PENDING> DEVICE void copies_wait()
     }
     f.copies = kept;
 }
+// Barriers in shared memory: threads still to arrive, all of them, bytes still to come, parity of the phase.
+struct Barrier { uint16_t left, all; int32_t bytes : 31; uint32_t parity : 1; };
+static void settle(void* barrier)
+{
+    Barrier& b = *(Barrier*) barrier;
+    if (!b.left && !b.bytes) b.left = b.all, b.parity ^= 1;
+}
+DEVICE void barrier_init(unsigned long long* barrier, unsigned count)
+{
+    Barrier b = {(uint16_t) count, (uint16_t) count, 0, 0};
+    memcpy(barrier, &b, sizeof b);
+}
+DEVICE void barriers_ready() {}
+DEVICE void barrier_expect(unsigned long long* barrier, unsigned bytes)
+{
+    Barrier& b = *(Barrier*) barrier;
+    if (!b.left) abort();
+    b.left--;
+    b.bytes += bytes;
+    settle(barrier);
+}
+DEVICE void barrier_arrive(unsigned long long* barrier) { barrier_expect(barrier, 0); }
+static void perform(const Bulk& c)
+{
+    for (unsigned row = 0; row < c.rows; row++)
+        for (unsigned at = 0; at < c.bytes; at += 16)
+        {
+            char* to = c.to + row * c.bytes + (c.swizzled ? at ^ (row & 7) * 16 : at);
+            if (row < c.valid) memcpy(to, c.from + row * c.stride + at, 16);
+            else memset(to, 0, 16);
+        }
+    ((Barrier*) c.barrier)->bytes -= c.rows * c.bytes;
+    settle(c.barrier);
+}
+static void ask_for(const Bulk& c)
+{
+    if ((uintptr_t) c.to % 16 || (uintptr_t) c.from % 16 || c.bytes % 16) abort();
+    if (at_once) perform(c);
+    else if (running_block->bulks == MOST_BULKS) abort();
+    else running_block->bulk[running_block->bulks++] = c;
+}
+DEVICE void bulk_copy(void* to, const void* from, unsigned bytes, unsigned long long* barrier)
+{
+    ask_for({(char*) to, (const char*) from, bytes, 1, 1, 0, false, barrier});
+}
+// A map is four numbers here: where the matrix is, bytes between its rows, its rows, and those of a box.
+template <class Map> DEVICE void tile_copy(void* to, const Map* map, unsigned number, unsigned row, unsigned long long* barrier)
+{
+    const unsigned long long *m = map->words, left = m[2] > row ? m[2] - row : 0;
+    if ((uintptr_t) to % 1024) abort();
+    ask_for({(char*) to, (const char*) m[0] + row * m[1] + number * 2, 128, (unsigned) m[3], (unsigned) left, m[1], true, barrier});
+}
+DEVICE void barrier_wait(unsigned long long* barrier, unsigned parity)
+{
+    for (;; give_way())
+    {
+        RunningBlock& block = *running_block;
+        unsigned kept = 0;
+        for (unsigned i = 0; i < block.bulks; i++)
+            if (block.bulk[i].barrier == barrier) perform(block.bulk[i]);
+            else block.bulk[kept++] = block.bulk[i];
+        block.bulks = kept;
+        if (((Barrier*) barrier)->parity != parity) return;
+    }
+}
+template <int COUNT> static void fewer_registers() {}
+template <int COUNT> static void more_registers() {}
 DEVICE void wait_for_inputs() {}
 DEVICE void let_next_start() {}
 

@@ -33,6 +33,9 @@ _HERE = Path(__file__).parent
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+# Of cuTensorMapEncodeTiled: CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_SWIZZLE_128B and
+# CU_TENSOR_MAP_L2_PROMOTION_L2_128B.
+_FLOAT16, _SWIZZLE_128B, _PROMOTE_128B = 6, 3, 2
 _MOST_THREADS = 8
 _LEFT_FREE = 2  # cores, for the answer that is being generated meanwhile
 
@@ -149,6 +152,26 @@ def why_not(device: torch.device) -> str:
     except EngineError as error:
         return error.message
     return ""
+
+
+def write_tensor_map(address: int, matrix: torch.Tensor, box: tuple[int, int]) -> None:
+    """Write a CUtensorMap, from which the copy engine learns how to copy boxes of a matrix, swizzled over 128 bytes.
+
+    Args:
+        address: of 128 bytes, a multiple of 64.
+        matrix: float16, shape (rows, columns), rows at any stride that is a multiple of 16 bytes.
+        box: columns and rows of a box, at most 64 and 256; what lies outside the matrix is copied as zeros.
+
+    Raises:
+        EngineError: the driver refuses.
+    """
+    rows, columns = matrix.shape
+    code = _library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address), _FLOAT16, 2, ctypes.c_void_p(matrix.data_ptr()),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(2 * matrix.stride(0)),
+        (ctypes.c_uint32 * 2)(*box), (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128B, _PROMOTE_128B, 0,
+    )  # fmt: skip
+    _check(code, "describing a matrix")
 
 
 def begin(file: str, builds: Iterable[Mapping[str, int]], device: torch.device) -> list[Build]:

@@ -57,9 +57,6 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Shared memory that this thread wrote can be read by products of four warps, once all such threads have met.
-DEVICE void seen_by_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 DEVICE u32 shared_address(const void* p) { return (u32) __cvta_generic_to_shared(p); }
 
 // Asynchronous copies into shared memory, past the first-level cache: weights are read once.
@@ -67,12 +64,11 @@ DEVICE void copy16(void* to, const void* from)
 {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
 }
-DEVICE void copy8(void* to, const void* from)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from));
-}
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Have the first COUNT threads of the block meet.
+template <u32 COUNT> DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
 // A number that all lanes have, in a way that the compiler knows it.
 DEVICE u32 same_in_warp(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }

@@ -6,69 +6,74 @@
 // columns and TILES times 8 rows; who unpacks which weight, and the order of k, is as in `gemv.cu`: a lane reads 16 bytes
 // of a packed row, which are four columns of its 32 rows of the chunk, and what comes out is its share of the operand.
 //
-// All chunks of all tiles stand in one line, which is cut into as many equal parts as there are blocks (stream-K: Osama,
-// Merrill, Cecka, Garland and Owens 2023, arXiv 2301.03598). So every multiprocessor has as much to do, whatever the shape.
-// A tile that was cut is put together at the end by the blocks that have parts of it, each some of it, from sums in global
-// memory, always in the same order: the same input always gives the same bits.
+// With WGMMA (compute capability 9.0) four warps multiply together. They read x from shared memory themselves, in the
+// order of `places` of many_rows.py, and four more warps have the copy engine fill the ring (gemm_producer.cuh), so that
+// nobody waits for a whole block: a warp's next weights are unpacked while the tensor cores are at the last ones.
 //
-// H200, a 7B's layer (qkv, o, gate and up, down), GPTQ, best config of each; times those of reconstruction and cuBLAS
-// (up to 50 rows exllamav2's own kernel), taken in the same call:
+// Where there are fewer tiles than blocks that the GPU holds, k is divided, too: each tile into as many equal parts as
+// there is room for (`parts`), or all chunks of all tiles, in one line, into as many equal parts as there are blocks
+// (stream-K: Osama, Merrill, Cecka, Garland and Owens 2023, arXiv 2301.03598). A tile that was cut is put together at the
+// end by the blocks that have parts of it, each some of it, from sums in global memory, always in the same order: the same
+// input always gives the same bits.
 //
-// | version                                     | predicted at 64    | 16   | 32   | 64   | 128  | 256  | 512  |
-// |---------------------------------------------|--------------------|------|------|------|------|------|------|
-// | 1: the last block puts a cut tile together  |                    | 0.32 | 0.22 | 0.37 | 0.56 | 0.89 | 1.13 |
-// | 2: all its blocks do; less copying, spills  | 0.27 (8 us a tile) | 0.28 | 0.20 | 0.33 | 0.48 | 0.74 | 0.94 |
+// A 7B's layer in GPTQ (qkv, o, gate and up, down), H200, microseconds, beside humming-kernels 0.1.20 of another call on the
+// same kind of machine. Version 1 had the last block put a cut tile together, which took a fifth longer. From version 3 on
+// best configs, without putting gate and up together:
 //
-// EXL2 of 4.0 bits, version 2: 0.20, 0.13, 0.33, 0.51, 0.82, 1.05. Without the proxy fence: the same. What limits it: per
-// launch some 9 us at 32 and 64 rows and 19 at 512 (o against down) that do not grow with k, which shared sums may be (not
-// measured by themselves); what grows reaches 0.8 of cuBLAS's rate at 512, but for the pair 0.55 (eight tiles a strip, not
-// sixteen).
+// | version                                          | predicted         | 32  | 64  | 128 | 256 | 512 |
+// |--------------------------------------------------|-------------------|-----|-----|-----|-----|-----|
+// | 2: all blocks put it together, as tuned          |                   | 84  | 110 | 168 | 271 | 460 |
+// | 3: another warp copies, by the copy engine       | 64: 80, 128: 125  | 86  | 104 | 152 | 247 | 427 |
+// | 4: tiles cut into equal parts, or not at all     | 64: 96, 128: 132  | 80  | 98  | 129 | 222 | 402 |
+// | 5: four warps copy, each lane a packed row       | 64: 90, 128: 124  | 74  | 88  | 120 | 207 | 382 |
+// | humming                                          |                   | 83  | 90  | 121 | 198 | 340 |
 //
-// Gate and up as two outputs that `step.cu` puts together (`GemmConfig.apart`), which gives a warp sixteen tiles of each:
-// predicted 200 us at 512 rows for what took 285, measured 246 with the kernel that puts them together.
+// What told: before version 3 a warp had 530 instructions a chunk to issue, 340 since, and two warps of a scheduler could
+// not hide each other's latency. In version 3 warps waited for data a quarter of their time, while one warp asked for
+// sixteen rows one after the other. Of o's 13.8 us at 64 rows in version 3, 5.5 went by with sums of cut tiles (written
+// 2.5, awaited 0.6, read 2.4), 3.5 with its four chunks; at 128 rows 9 of 20.6. A pair's warps with sixteen tiles of each
+// side ("apart") are so much better than eight that another kernel may put them together.
 //
-// A GPTQ 7B's layer on an H200 as the tuner chooses kernels (v: `gemv.cu`, d: unpacked for cuBLAS), microseconds, beside
-// every weight byte once at 4.3 TB/s, or every multiplication at 758 TFLOP/s if that is longer, and humming-kernels 0.1.20
-// (of another call, same kind of machine):
+// As the tuner chooses (v: `gemv.cu`), with that kernel, beside every weight byte once at 4.3 TB/s, or every multiplication
+// at 758 TFLOP/s if that is longer:
 //
 // | rows | qkv  | o    | gate, up | down  | sum   | floor | humming | EXL2 4.0, sum |
 // |------|------|------|----------|-------|-------|-------|---------|---------------|
-// | 8    | 7v   | 5v   | 26v      | 12v   | 51    | 26    | 58      | 54            |
-// | 16   | 11v  | 6v   | 31       | 15v   | 62    | 26    | 64      | 69            |
-// | 32   | 13   | 11v  | 38       | 22    | 84    | 26    | 82      | 91            |
-// | 64   | 19   | 13   | 51       | 26    | 110   | 37    | 89      | 121           |
-// | 128  | 26   | 19   | 84       | 39    | 168   | 74    | 122     | 186           |
-// | 256  | 39   | 26d  | 140      | 66    | 271   | 147   | 205     | 288           |
-// | 512  | 65d  | 36d  | 244      | 115   | 460   | 295   | 369     | 487           |
+// | 8    | 7v   | 5v   | 27v      | 12v   | 51    | 26    | 59      | 55            |
+// | 16   | 11v  | 6v   | 31       | 15v   | 63    | 26    | 66      | 75            |
+// | 32   | 12   | 10   | 36       | 19    | 77    | 26    | 83      | 81            |
+// | 64   | 16   | 12   | 45       | 23    | 96    | 37    | 90      | 104           |
+// | 128  | 21   | 16   | 64       | 32    | 133   | 74    | 121     | 137           |
+// | 256  | 34   | 22   | 114      | 51    | 221   | 147   | 198     | 226           |
+// | 512  | 50   | 35   | 218      | 93    | 395   | 295   | 340     | 405           |
 //
-// Up to 32 rows humming is no faster. From 64 rows on, a tile's unpacking, copies and sums are not hidden behind the tensor
-// cores. Two blocks of four warps on a multiprocessor instead of one of eight: predicted to hide them, the same within 3 %.
-// Without WGMMA, EXL2's gate and up at 32 rows took 45 us; a block of eight warps with WGMMA, predicted 40, takes 44, two of
-// four warps 55. Copies by the copy engine (TMA), a warp that does nothing else, and tiles of 256 rows have not been tried.
+// What limits it now: up to 128 rows the exchange of cut tiles through memory (blocks of a cluster could read each other's
+// shared memory, not tried) and the kernel that puts gate and up together (12 us at 128 rows before it had 1,024 threads);
+// above, tiles of 128 rows that do not fill the last wave. Tried and no better: six stages, blocks of twelve warps.
 //
-// A decode step of 64 sequences with 384 tokens each takes 5.1 ms: 3.5 are these products (humming 2.8), and attention, with
-// the waits that the next launch hides, has at most 1.4 (the cache once: 0.75); of 128, 8.6 ms: 5.4 (3.9) and 2.6 (1.5).
+// Without WGMMA, EXL2's gate and up at 32 rows took 45 us.
 //
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), MAX_BITS of a weight (4, 6 or 8), PAIRED (a warp's two strips are a
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block
 // (a multiple of 4), ROW_WARPS of them for different rows, TILES of 8 rows and STRIPS of 32 columns a warp, STAGES of the
-// ring, RESIDENT blocks on a multiprocessor, WGMMA (compute capability 9.0: products of four warps together, which read x
-// from shared memory themselves and want it in the order of `places` of many_rows.py).
+// ring, RESIDENT blocks on a multiprocessor, WGMMA (compute capability 9.0).
 
 #include "device.cuh"
 #include "unpack.cuh"
 #include "matrix.cuh"
 #include "wgmma.cuh"
+#include "bulk.cuh"
 #include "gemm_ring.cuh"
+#include "gemm_producer.cuh"
 #include "gemm_tile.cuh"
 
 // A block's sums of a tile that several share: out to memory, and counted.
-DEVICE void share(const Products& p, const Line& line, u32 tile, Sums& sums)
+DEVICE void share(const Products& p, const Line& line, u32 tile, const Sums& sums)
 {
     float* to = p.partial + line.slot(blockIdx.x, line.first_worker(tile), tile) * (u64) SLOT + threadIdx.x * 4;
     #pragma unroll
     for (u32 i = 0; i < QUADS; i++) to_others(to + i * (THREADS * 4), sums[i / (2 * TILES)][i / TILES % 2][i % TILES]);
-    __syncthreads();
+    meet<THREADS>();
     if (threadIdx.x == 0) arrive(p.arrived + tile);
 }
 
@@ -79,7 +84,7 @@ DEVICE void gather(const Products& p, const Line& line, const Lane& l, u32 tile)
     const u32 first = line.first_worker(tile), last = line.last_worker(tile), parts = last - first + 1;
     if (parts == 1) return;
     if (threadIdx.x == 0) await(p.arrived + tile, parts);
-    __syncthreads();
+    meet<THREADS>();
     const u32 pieces = TILES * (PAIRED ? 1 : STRIPS), mine = blockIdx.x - first, batch = 4;
     const Tile at = line.tile(p, tile);
     #pragma unroll 1
@@ -112,9 +117,8 @@ DEVICE void gather(const Products& p, const Line& line, const Lane& l, u32 tile)
     if (threadIdx.x == 0 && arrive(p.arrived + tile) == 2 * parts - 1) p.arrived[tile] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Products p)
+DEVICE Lane lane_of(void* scratch)
 {
-    const Line line(p);
     Lane l;
     l.warp = same_in_warp(threadIdx.x / 32);
     l.lane = threadIdx.x % 32;
@@ -122,9 +126,96 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Produ
     l.t = l.lane % 4;
     l.rows = l.warp / COLUMN_WARPS * (TILES * 8);
     l.strip = l.warp % COLUMN_WARPS * (PAIRED ? 1 : STRIPS);
+    l.lift = in_register(0x64006400u, (char*) scratch + l.lane * 4);
+    return l;
+}
+
+// The sums of a tile, or of a part of it, are there.
+DEVICE void leave(const Products& p, const Line& line, const Lane& l, u32 tile, const Sums& sums)
+{
+    if (line.first_worker(tile) != line.last_worker(tile)) share(p, line, tile, sums);
+    else write_all(p, l, line.tile(p, tile), sums);
+}
+
+// Put together the first and the last tile of those from `begin` to `end`: only they may be cut.
+DEVICE void gather_ends(const Products& p, const Line& line, const Lane& l, u32 begin, u32 end)
+{
+    const u32 first = begin / line.chunks, last = (end - 1) / line.chunks;
+    gather(p, line, l, first);
+    if (last != first) gather(p, line, l, last);
+}
+
+#if WGMMA
+
+// What the warps do that multiply.
+DEVICE void consume(const Products& p, const Line& line, u32 begin, u32 end, Barriers& barriers, const char* ring)
+{
+    const Lane l = lane_of(&barriers + 1);
+    // Sums go where the kernel before may still be reading.
+    wait_for_inputs();
+    u32 stage = 0, parity = 0;
+    Meanwhile meanwhile{barriers.empty, false};
+    #pragma unroll 1
+    for (u32 unit = begin; unit < end;)
+    {
+        const u32 tile = unit / line.chunks, until = min((tile + 1) * line.chunks, end);
+        Sums sums;
+        clear(sums);
+        #pragma unroll 1
+        for (; unit < until; unit++)
+        {
+            barrier_wait(barriers.full + stage, parity);
+            compute(l, ring + stage * STAGE, sums, meanwhile);
+            meanwhile = Meanwhile{barriers.empty + stage, true};
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            parity ^= stage == 0;
+        }
+        products_wait<0>();
+        #pragma unroll
+        for (u32 i = 0; i < STRIPS * 2 * TILES * 4; i++) arrived_here((&sums[0][0][0][0])[i]);
+        leave(p, line, l, tile, sums);
+    }
+    gather_ends(p, line, l, begin, end);
+}
+
+extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(const __grid_constant__ Together a)
+{
+    const Products& p = a.products;
+    const Line line(p);
+    Barriers& barriers = *(Barriers*) shared_memory;
     char* ring = (char*) shared_memory + SCRATCH;
-    l.lift = in_register(0x64006400u, ring + threadIdx.x * 4);
+    const u32 begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
+    if (threadIdx.x == 0)
+    {
+        #pragma unroll
+        for (u32 s = 0; s < STAGES; s++)
+        {
+            barrier_init(barriers.full + s, 4);
+            barrier_init(barriers.empty + s, WARPS);
+        }
+        barriers_ready();
+    }
     __syncthreads();
+    let_next_start();
+    if (threadIdx.x >= THREADS)
+    {
+        fewer_registers<PRODUCER_REGISTERS>();
+        produce(a, line, begin, end, barriers, ring);
+    }
+    else
+    {
+        more_registers<REGISTERS>();
+        consume(p, line, begin, end, barriers, ring);
+    }
+}
+
+#else
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Products p)
+{
+    const Line line(p);
+    char* ring = (char*) shared_memory + SCRATCH;
+    const Lane l = lane_of(shared_memory);
 
     const u32 begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
     Source ahead(p, line, begin);
@@ -156,23 +247,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Produ
     for (u32 unit = begin; unit < end; unit++)
     {
         copies_wait<STAGES - 2>();
-        if (WGMMA) seen_by_tensor_cores();
         __syncthreads();
-        Refill refill{p, line, ahead, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
-        compute(l, ring + stage * STAGE, sums, refill);
+        Meanwhile meanwhile{p, line, ahead, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
+        compute(l, ring + stage * STAGE, sums, meanwhile);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         if (++chunk == line.chunks || unit + 1 == end)
         {
-            if (line.first_worker(tile) != line.last_worker(tile)) share(p, line, tile, sums);
-            else write_all(p, l, line.tile(p, tile), sums);
+            leave(p, line, l, tile, sums);
             clear(sums);
             chunk = 0;
             tile++;
         }
     }
     copies_wait<0>();
-    // Only its first and last tile may be cut.
-    const u32 first = begin / line.chunks, last = (end - 1) / line.chunks;
-    gather(p, line, l, first);
-    if (last != first) gather(p, line, l, last);
+    gather_ends(p, line, l, begin, end);
 }
+
+#endif

@@ -5,7 +5,10 @@ const u32 COLUMNS = COLUMN_WARPS * STRIPS * 32, SIDE_COLUMNS = COLUMNS / SIDES, 
 const u32 PARTS = FINE ? 4 : 1;                                     // of a chunk, that may be of different groups
 // Bytes, and where they begin, in a stage: x, weights, GPTQ's scales, four bits a column, EXL2's blocks.
 const u32 X_BYTES = ROWS * 256, XS = TWO_X ? 2 : 1;
-const u32 WEIGHTS = X_BYTES * XS, WEIGHT_ROW = SIDE_COLUMNS * 4, SIDE_WEIGHTS = 4 * MAX_BITS * WEIGHT_ROW;
+const u32 WEIGHTS = X_BYTES * XS, WEIGHT_ROW = SIDE_COLUMNS * 4;
+// Packed weights of each 32 rows of the chunk, and so much room behind them that the eight lanes that read at once, two
+// places of four parts, meet different banks.
+const u32 PART_WEIGHTS = MAX_BITS * WEIGHT_ROW + 32, SIDE_WEIGHTS = 4 * PART_WEIGHTS;
 const u32 SCALES = WEIGHTS + SIDES * SIDE_WEIGHTS, SIDE_SCALES = FORMAT == 0 ? PARTS * SIDE_COLUMNS * 2 : 0;
 const u32 FOURS = SCALES + SIDES * SIDE_SCALES, SIDE_FOURS = PARTS * SIDE_COLUMNS / 2;
 const u32 BLOCKS = FOURS + SIDES * SIDE_FOURS;
@@ -17,31 +20,39 @@ struct Tile { u32 which, column0, row0; };
 // All chunks of all tiles, one behind the other; rows are the innermost, so that neighbours read the same weights.
 struct Line
 {
-    u32 chunks, row_tiles, units, share, longer;   // the first `longer` workers have a unit more than `share`
+    u32 chunks, row_tiles, parts;
+    u32 units, share, longer;   // the first `longer` workers have a unit more than `share`: a chunk, or with one part a tile
 
     DEVICE Line(const Products& p)
     {
         chunks = (p.matrix[0].k + 127) / 128;
         row_tiles = (p.rows + ROWS - 1) / ROWS;
-        u32 columns = 0;
-        for (u32 m = 0; m < (PAIRED ? 1 : p.count); m++) columns += (p.matrix[m].n + SIDE_COLUMNS - 1) / SIDE_COLUMNS;
-        units = columns * row_tiles * chunks;
+        parts = p.parts;
+        u32 tiles = 0;
+        for (u32 m = 0; m < (PAIRED ? 1 : p.count); m++) tiles += (p.matrix[m].n + SIDE_COLUMNS - 1) / SIDE_COLUMNS;
+        tiles *= row_tiles;
+        units = parts ? tiles : tiles * chunks;
         share = units / gridDim.x;
         longer = units - share * gridDim.x;
     }
-    // A worker's first unit, and a unit's worker.
-    DEVICE u32 begin(u32 worker) const { return worker * share + min(worker, longer); }
+    // A worker's first chunk, and a chunk's worker.
+    DEVICE u32 begin(u32 worker) const
+    {
+        if (parts > 1) return worker / parts * chunks + worker % parts * chunks / parts;
+        const u32 unit = worker * share + min(worker, longer);
+        return parts ? unit * chunks : unit;
+    }
     DEVICE u32 worker(u32 unit) const
     {
         const u32 of_longer = longer * (share + 1);
         return unit < of_longer ? unit / (share + 1) : longer + (unit - of_longer) / share;
     }
-    DEVICE u32 first_worker(u32 tile) const { return worker(tile * chunks); }
-    DEVICE u32 last_worker(u32 tile) const { return worker(tile * chunks + chunks - 1); }
+    DEVICE u32 first_worker(u32 tile) const { return parts ? tile * parts : worker(tile * chunks); }
+    DEVICE u32 last_worker(u32 tile) const { return parts ? tile * parts + parts - 1 : worker(tile * chunks + chunks - 1); }
     // Where a worker's sums of a tile go that begins with `first`: only a worker's first and last tile are cut.
     DEVICE u32 slot(u32 worker, u32 first, u32 tile) const
     {
-        return 2 * worker + (worker == first && begin(first) < tile * chunks ? 1 : 0);
+        return 2 * worker + (!parts && worker == first && begin(first) < tile * chunks ? 1 : 0);
     }
     DEVICE Tile tile(const Products& p, u32 index) const
     {
@@ -58,15 +69,17 @@ struct Line
     }
 };
 
-// Where 16 bytes of a packed row lie behind its first ones, so that the eight lanes that read at once, two places of four
-// parts, meet different banks.
-DEVICE u32 swizzled(u32 part, u32 unit) { return (unit ^ part * 2) * 16; }
+DEVICE u32 weights_at(u32 side, u32 part, u32 row)
+{
+    return WEIGHTS + side * SIDE_WEIGHTS + part * PART_WEIGHTS + row * WEIGHT_ROW;
+}
 
-// Where 16 bytes of a row of x lie: for lanes, so that the eight that read at once, two rows and four places 64 bytes
-// apart, meet different banks; for the tensor cores in the order of their descriptor, swizzled over 128 bytes.
+#if !WGMMA
+
+// Where 16 bytes of a row of x lie, so that the eight lanes that read at once, two rows and four places 64 bytes apart,
+// meet different banks.
 DEVICE u32 place(u32 row, u32 unit)
 {
-    if (WGMMA) return unit / 8 * (ROWS * 128) + row * 128 + ((unit ^ row) & 7) * 16;
     return row * 256 + ((unit & 8) | ((unit & 7) ^ (unit >> 3) * 2 ^ (row & 1))) * 16;
 }
 
@@ -173,8 +186,7 @@ struct Source
             const u32 bits = FORMAT == 0 ? 4 : (u32) entry[side] >> 24 & 15, first_row = copier() / UNITS;
             const u32 packed = FORMAT == 0 ? chunk * 16 + part() * 4 : (u32) entry[side] & 0xffffff;
             const char* from = weight[side] + (u64) packed * row_bytes;
-            char* to = stage + WEIGHTS + side * SIDE_WEIGHTS + (part() * MAX_BITS + first_row) * WEIGHT_ROW
-                       + swizzled(part(), copier() % UNITS);
+            char* to = stage + weights_at(side, part(), first_row) + copier() % UNITS * 16;
             #pragma unroll
             for (u32 i = 0; i < WEIGHT_COPIES; i++)
             {
@@ -209,16 +221,16 @@ struct Source
             const char* from = x[side];
             #pragma unroll
             for (u32 i = 0; i < X_COPIES; i++, from += x_step)
-                if (i < x_valid && (WGMMA || !beyond)) copy16(to + i * (X_ROWS * (WGMMA ? 128 : 256)), from);
-            // With WGMMA x has zeros there, as the order of k goes across the end.
-            if (!WGMMA && beyond)
+                if (i < x_valid && !beyond) copy16(to + i * (X_ROWS * 256), from);
+            if (beyond)
                 for (u32 i = 0; i < X_COPIES; i++) *(Words*) (to + i * (X_ROWS * 256)) = Words{0, 0, 0, 0};
         }
     }
 };
 
-// The copies of a later chunk into the place of the one before, asked for once.
-struct Refill
+// What a thread does once while the tensor cores are busy: ask for the copies of a later chunk, into the place of the one
+// before.
+struct Meanwhile
 {
     const Products& p;
     const Line& line;
@@ -242,3 +254,5 @@ struct Refill
         copies_commit();
     }
 };
+
+#endif

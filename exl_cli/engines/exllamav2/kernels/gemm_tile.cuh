@@ -48,10 +48,10 @@ DEVICE void read_columns(const Lane& l, const char* stage, u64 block, u32 s, Col
         c.factor[i] = LATE ? 0 : FORMAT == 0 ? both((u32) (c.scales >> (16 * i)) & 0xffff) : both(nearest_half(scale_of(c, i)));
 }
 
-// The lane's 32 rows of the chunk, all of BITS bits, for the COUNT strips from FIRST on. Copies are asked for while the
-// tensor cores are busy.
+// The lane's 32 rows of the chunk, all of BITS bits, for the COUNT strips from FIRST on. With WGMMA the last of these
+// products are still at work at the end.
 template <int BITS, int FIRST, int COUNT>
-DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Refill& refill)
+DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Meanwhile& meanwhile)
 {
     typedef Unit<BITS> U;
     u32 minus[COUNT][4][7];
@@ -79,9 +79,8 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                 #pragma unroll
                 for (int i = 0; i < U::WORDS; i++)
                 {
-                    const u32 side = side_of(FIRST + s), row = l.t * MAX_BITS + q * 8 / U::K * U::WORDS + i;
-                    Words w = *(const Words*) (stage + WEIGHTS + side * SIDE_WEIGHTS + row * WEIGHT_ROW
-                                               + swizzled(l.t, strip_of(l, FIRST + s) * 8 + l.g));
+                    const u32 row = q * 8 / U::K * U::WORDS + i, unit = strip_of(l, FIRST + s) * 8 + l.g;
+                    Words w = *(const Words*) (stage + weights_at(side_of(FIRST + s), l.t, row) + unit * 16);
                     words[s][0][i] = w.x; words[s][1][i] = w.y; words[s][2][i] = w.z; words[s][3][i] = w.w;
                 }
         }
@@ -119,9 +118,9 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                 }
         }
         products_commit();
-        if (q == 0) refill();
-        if (q < 3) products_wait<1>();
-        else products_wait<0>();
+        // The products of the chunk before are over then, too.
+        products_wait<1>();
+        if (q == 0) meanwhile();
 #else
         #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
@@ -139,39 +138,35 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                             step ? x.w : x.y);
                     }
         }
-        if (q == 0) refill();
+        if (q == 0) meanwhile();
 #endif
     }
-#if WGMMA
-    #pragma unroll
-    for (int i = 0; i < COUNT * 2 * TILES * 4; i++) arrived_here((&sums[FIRST][0][0][0])[i]);
-#endif
 }
 
 template <int FIRST, int COUNT>
-DEVICE void multiply_any(u32 bits, const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Refill& refill)
+DEVICE void multiply_any(u32 bits, const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Meanwhile& meanwhile)
 {
 #if FORMAT == 0
-    multiply<4, FIRST, COUNT>(l, stage, columns, sums, refill);
+    multiply<4, FIRST, COUNT>(l, stage, columns, sums, meanwhile);
 #else
     switch (bits)
     {
-    case 2: multiply<2, FIRST, COUNT>(l, stage, columns, sums, refill); break;
-    case 3: multiply<3, FIRST, COUNT>(l, stage, columns, sums, refill); break;
-    case 4: multiply<4, FIRST, COUNT>(l, stage, columns, sums, refill); break;
+    case 2: multiply<2, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
+    case 3: multiply<3, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
+    case 4: multiply<4, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
     #if MAX_BITS > 4
-    case 5: multiply<5, FIRST, COUNT>(l, stage, columns, sums, refill); break;
-    case 6: multiply<6, FIRST, COUNT>(l, stage, columns, sums, refill); break;
+    case 5: multiply<5, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
+    case 6: multiply<6, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
     #endif
     #if MAX_BITS > 6
-    case 8: multiply<8, FIRST, COUNT>(l, stage, columns, sums, refill); break;
+    case 8: multiply<8, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
     #endif
     }
 #endif
 }
 
 // The strips from FIRST on, which are of one side.
-template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums, Refill& refill)
+template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums, Meanwhile& meanwhile)
 {
     const u64* blocks = (const u64*) (stage + BLOCKS + side_of(FIRST) * 32);
     const u64 block = FORMAT == 0 ? 4u << 24 : blocks[FINE ? l.t : 0];
@@ -198,18 +193,18 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
                 #pragma unroll
                 for (int c = 0; c < 4; c++) own[s].factor[c] = bits == width ? columns[s].factor[c] : 0;
             }
-            multiply_any<FIRST, COUNT>(width, l, stage, own, sums, refill);
+            multiply_any<FIRST, COUNT>(width, l, stage, own, sums, meanwhile);
         }
         return;
     }
     if (!LATE)
     {
-        multiply_any<FIRST, COUNT>(bits, l, stage, columns, sums, refill);
+        multiply_any<FIRST, COUNT>(bits, l, stage, columns, sums, meanwhile);
         return;
     }
     Sums part;
     clear(part);
-    multiply_any<FIRST, COUNT>(bits, l, stage, columns, part, refill);
+    multiply_any<FIRST, COUNT>(bits, l, stage, columns, part, meanwhile);
     #pragma unroll
     for (int s = FIRST; s < FIRST + COUNT; s++)
         #pragma unroll
@@ -225,14 +220,14 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
         }
 }
 
-DEVICE void compute(const Lane& l, const char* stage, Sums& sums, Refill& refill)
+DEVICE void compute(const Lane& l, const char* stage, Sums& sums, Meanwhile& meanwhile)
 {
 #if PAIRED && (FORMAT == 1 || TWO_X || WGMMA)
     // Widths, or x, may differ.
-    compute_strips<0, 1>(l, stage, sums, refill);
-    compute_strips<1, 1>(l, stage, sums, refill);
+    compute_strips<0, 1>(l, stage, sums, meanwhile);
+    compute_strips<1, 1>(l, stage, sums, meanwhile);
 #else
-    compute_strips<0, STRIPS>(l, stage, sums, refill);
+    compute_strips<0, STRIPS>(l, stage, sums, meanwhile);
 #endif
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import dense, quantized_linear
+from exl_cli.engines.exllamav2.kernels import compiler, dense, quantized_linear
 from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
 from exl_cli.engines.exllamav2.kernels.quantized_linear import (
     Product,
@@ -23,6 +25,8 @@ _CHUNK = 128
 _GEMV_ROWS = quantized_linear.MOST_ROWS
 _MOST_ROWS = 512
 _SCRATCH = 1024
+# Bytes behind the weights of each 32 rows.
+_GAP = 32
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,11 @@ class GemmConfig:
         strips: of 32 columns, of a warp.
         stages: of the ring.
         resident: blocks on a multiprocessor.
-        wgmma: whether four warps multiply together; needs compute capability 9.0.
+        wgmma: whether four warps multiply together, and others copy for them; needs compute capability 9.0.
         apart: whether to compute a pair as two outputs, combined by another kernel. A warp then has registers for more
             rows of each.
+        even: whether each tile is cut into the same number of parts, the most for which all blocks are resident at
+            once; otherwise all work is cut into equal shares, which may begin and end anywhere in a tile.
     """
 
     warps: int
@@ -49,10 +55,16 @@ class GemmConfig:
     resident: int
     wgmma: bool = False
     apart: bool = False
+    even: bool = False
 
     def product(self, product: Product) -> Product:
         """What its launch computes of a product."""
         return replace(product, paired=False) if self.apart else product
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block, with those that only copy."""
+        return 32 * (self.warps + (4 if self.wgmma else 0))
 
     @property
     def rows(self) -> int:
@@ -75,9 +87,21 @@ class GemmConfig:
         """Pieces of work, tiles times chunks of k."""
         return self.tiles_of(product, rows) * -(-product.matrices[0].k // _CHUNK)
 
+    def parts(self, product: Product, rows: int, at_once: int) -> int:
+        """Parts of each tile in a launch on a GPU that holds so many blocks at once; 0 where all shares are equal."""
+        if not self.even:
+            return 0
+        tiles = self.tiles_of(product, rows)
+        return max(1, min(at_once // tiles, self.units(product, rows) // tiles))
+
     def blocks(self, product: Product, rows: int, at_once: int) -> int:
         """Blocks of a launch on a GPU that holds so many at once: a launch of more would never end."""
-        return min(at_once, self.units(product, rows))
+        most = (
+            self.tiles_of(product, rows) * self.parts(product, rows, at_once)
+            if self.even
+            else self.units(product, rows)
+        )
+        return min(at_once, most)
 
 
 Config = TileConfig | GemmConfig | DenseConfig
@@ -96,9 +120,34 @@ def variant(product: Product, config: GemmConfig) -> Variant:
         "STRIPS": config.strips, "STAGES": config.stages, "RESIDENT": config.resident, "WGMMA": int(config.wgmma),
     }  # fmt: skip
     parts, columns = 4 if fine else 1, config.columns // sides
-    of_a_side = 4 * max_bits * columns * 4 + parts * columns // 2 + (32 if exl2 else parts * columns * 2)
+    of_a_side = 4 * (max_bits * columns * 4 + _GAP) + parts * columns // 2 + (32 if exl2 else parts * columns * 2)
     stage = (2 if two_x else 1) * config.rows * 2 * _CHUNK + sides * of_a_side
     return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024), FILE, NAME)
+
+
+class TogetherArgument(ctypes.Structure):
+    """`Together` of gemm_producer.cuh: its size and its place are multiples of 64 bytes."""
+
+    _fields_ = (
+        ("x", (ctypes.c_uint64 * 16) * 3),
+        ("products", Products),
+        ("padding", ctypes.c_ubyte * (-ctypes.sizeof(Products) % 64)),
+    )
+
+
+def together(products: Products) -> TogetherArgument:
+    """The argument of a build with WGMMA, but for its maps."""
+    buffer = bytearray(ctypes.sizeof(TogetherArgument) + 63)
+    place = -ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer)) % 64
+    argument = TogetherArgument.from_buffer(buffer, place)
+    argument.products = products
+    return argument
+
+
+def write_maps(argument: TogetherArgument, xs: Sequence[torch.Tensor], config: GemmConfig) -> None:
+    """Describe the inputs, of which each has as many rows as there are, to the copy engine."""
+    for target, x in zip(argument.x, xs, strict=False):
+        compiler.write_tensor_map(ctypes.addressof(target), x, (_CHUNK // 2, config.rows))
 
 
 def dense_variant(product: Product) -> Variant:
@@ -144,17 +193,18 @@ def _candidates(product: Product, rows: int, *, together: bool) -> list[GemmConf
     # The order of k in which four warps want x goes across the end of a chunk that is not whole.
     if together and all(matrix.k % _CHUNK == 0 for matrix in product.matrices):
         if rows <= 32:
-            shapes = [(4, 1, 4, 2, 4, 2), (8, 1, 4, 2, 4, 1)] if paired else [(4, 1, 4, 1, 4, 3), (8, 1, 4, 1, 6, 1)]
+            shapes = [(4, 1, 4, 1, 5, 2), (4, 1, 4, 1, 4, 3), (8, 1, 4, 1, 6, 1)]
+            pairs = [(4, 1, 4, 2, 4, 2), (8, 1, 4, 2, 4, 1)]
         elif rows <= 64:
-            shapes = [(4, 1, 8, 2, 3, 2), (8, 1, 8, 2, 4, 1)] if paired else [(4, 1, 8, 1, 4, 2), (8, 1, 8, 1, 4, 1)]
+            shapes, pairs = [(4, 1, 8, 1, 4, 2), (8, 1, 8, 1, 4, 1)], [(4, 1, 8, 2, 3, 2)]
         elif rows <= 128:
-            shapes = [(8, 2, 8, 2, 4, 1)] if paired else [(8, 1, 16, 1, 4, 1), (4, 1, 8, 1, 4, 2)]
+            shapes, pairs = [(8, 1, 16, 1, 4, 1), (4, 1, 16, 1, 2, 2), (4, 1, 8, 1, 4, 2)], []
         else:
-            shapes = [(8, 2, 8, 2, 4, 1)] if paired else [(8, 1, 16, 1, 4, 1), (4, 1, 16, 1, 2, 2)]
-        together_configs = [GemmConfig(*shape, wgmma=True) for shape in shapes]
-        if paired and rows > 128:
-            together_configs += [GemmConfig(8, 1, 16, 1, 4, 1, wgmma=True, apart=True)]
-        return together_configs
+            shapes, pairs = [(8, 1, 16, 1, 4, 1), (8, 2, 16, 1, 3, 1), (4, 1, 16, 1, 2, 2)], []
+        apart = [GemmConfig(*shape, wgmma=True, apart=paired, even=True) for shape in shapes]
+        # Equal shares are for shapes whose parts would leave much of the GPU idle.
+        apart.append(replace(apart[0], even=False))
+        return apart + [GemmConfig(*shape, wgmma=True, even=True) for shape in pairs if paired]
     # The last of each is for GPUs on which a block has 99 KB of shared memory.
     if rows <= 32:
         shapes = [(8, 1, 4, 2, 4, 1), (4, 1, 4, 2, 4, 2)] if paired else [(8, 1, 4, 1, 4, 2), (4, 1, 4, 1, 4, 3)]

@@ -23,12 +23,13 @@ struct Products
     u32 count;              // of matrices, one beside the other; with PAIRED always two, of the same n and, with ONE_ROW, x
     u32 rows;
     u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
+    u32 parts;              // of `gemm.cu`: into which each tile is cut; 0: all tiles together are cut into equal shares
     float* partial;         // of `gemm.cu`: sums of tiles that several blocks share, two tiles a block
     u32* arrived;           // of `gemm.cu`: for each tile zero, before and after
 };
 
 DEVICE float activate(float gate, u32 activation)
 {
-    if (activation == 0) return gate / (1.0f + expf(-gate));
+    if (activation == 0) return gate * reciprocal(1.0f + power_of_two(-1.4426950408889634f * gate));
     return 0.5f * gate * (1.0f + tanhf(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate)));
 }

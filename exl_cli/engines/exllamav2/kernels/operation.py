@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,6 +68,15 @@ def variant(product: Product, rows: int, config: Config) -> Variant:
     return many_rows.variant(product, config)
 
 
+def _side_by_side(outs: Sequence[torch.Tensor], product: Product) -> bool:
+    """Whether the outputs of all matrices are neighbouring columns of the first."""
+    begins = itertools.accumulate((matrix.n for matrix in product.matrices), initial=0)
+    return outs[0].shape[1] >= sum(matrix.n for matrix in product.matrices) and all(
+        out.stride() == outs[0].stride() and out.data_ptr() == outs[0][:, begin:].data_ptr()
+        for out, begin in zip(outs, begins, strict=False)
+    )
+
+
 class Launcher:
     """Makes launches of one model's products on one GPU.
 
@@ -106,15 +116,21 @@ class Launcher:
         product, rows = operation.product, operation.rows
         if isinstance(config, DenseConfig):
             return self._dense(operation)
-        kernel, threads = self.kernel(variant(product, rows, config)), 32 * config.warps
+        kernel = self.kernel(variant(product, rows, config))
         if isinstance(config, TileConfig):
-            return kernel.bind((product.blocks(config),), threads, operation.argument())
+            return kernel.bind((product.blocks(config),), 32 * config.warps, operation.argument())
         if config.apart:
             return self._apart(operation, config)
-        at_once = min(config.resident, kernel.resident(threads)) * self._processors
+        at_once = min(config.resident, kernel.resident(config.threads)) * self._processors
+        grid = (config.blocks(product, rows, at_once),)
         argument = operation.argument()
+        argument.parts = config.parts(product, rows, at_once)
         self._workspace(rows).connect(argument)
-        return kernel.bind((config.blocks(product, rows, at_once),), threads, argument)
+        if not config.wgmma:
+            return kernel.bind(grid, config.threads, argument)
+        mapped = many_rows.together(argument)
+        many_rows.write_maps(mapped, [x[:rows] for x in operation.xs], config)
+        return kernel.bind(grid, config.threads, mapped)
 
     def _apart(self, operation: Operation, config: GemmConfig) -> Run:
         """Compute both products of a pair in one launch, and combine them in a second one."""
@@ -131,9 +147,17 @@ class Launcher:
     def _dense(self, operation: Operation) -> Run:
         product, rows = operation.product, operation.rows
         outs = [operation.outs[0], self._up(operation)] if product.paired else operation.outs
+        if not product.paired and _side_by_side(outs, product):
+            # The order in which matrices want their input is undone as they are unpacked, so one input is like another.
+            width = sum(matrix.n for matrix in product.matrices)
+            parts = [(product.matrices, operation.xs[0], outs[0][:, :width])]
+        else:
+            parts = [
+                ((matrix,), x, out[:, : matrix.n])
+                for matrix, x, out in zip(product.matrices, operation.xs, outs, strict=False)
+            ]
         steps = [
-            self._dense_matrix(matrix, x[:rows], out[:rows, : matrix.n], residual=operation.residual)
-            for matrix, x, out in zip(product.matrices, operation.xs, outs, strict=False)
+            self._dense_part(matrices, x[:rows], out[:rows], residual=operation.residual) for matrices, x, out in parts
         ]
         if product.paired:
             steps.append(self._gate(operation, outs[0], outs[1]))
@@ -144,15 +168,27 @@ class Launcher:
 
         return run
 
-    def _dense_matrix(self, matrix: QuantizedMatrix, x: torch.Tensor, out: torch.Tensor, *, residual: bool) -> Run:
-        size, bias = matrix.k * matrix.n, matrix.bias
-        if size > len(self._weights):
-            self._weights = torch.empty(size, dtype=torch.half, device=self._device)
-        weights = self._weights[:size].view(matrix.k, matrix.n)
-        unpack = dense.dequantize(matrix, weights, self._device)
+    def _dense_part(
+        self, matrices: Sequence[QuantizedMatrix], x: torch.Tensor, out: torch.Tensor, *, residual: bool
+    ) -> Run:
+        """Unpack matrices side by side and multiply once."""
+        k, width = matrices[0].k, out.shape[1]
+        if k * width > len(self._weights):
+            self._weights = torch.empty(k * width, dtype=torch.half, device=self._device)
+        weights = self._weights[: k * width].view(k, width)
+        begins = itertools.accumulate((matrix.n for matrix in matrices), initial=0)
+        unpacks = [
+            dense.dequantize(matrix, weights[:, begin:], self._device)
+            for matrix, begin in zip(matrices, begins, strict=False)
+        ]
+        bias: torch.Tensor | None = None
+        if any(matrix.bias is not None for matrix in matrices):
+            biases = [out.new_zeros(matrix.n) if matrix.bias is None else matrix.bias for matrix in matrices]
+            bias = biases[0] if len(biases) == 1 else torch.cat(biases)
 
         def run(stream: int) -> None:
-            unpack(stream)
+            for unpack in unpacks:
+                unpack(stream)
             if residual:
                 torch.addmm(out, x, weights, out=out)
                 if bias is not None:
@@ -177,7 +213,7 @@ class Launcher:
             activation=quantized_linear.ACTIVATIONS[operation.activation],
         )  # fmt: skip
         kernel = norm_rope.gate_kernel(self._device, dim)
-        return kernel.bind((operation.rows,), norm_rope.norm_threads(dim), argument)
+        return kernel.bind((operation.rows,), norm_rope.gate_threads(dim, operation.rows), argument)
 
     def _workspace(self, rows: int) -> Workspace:
         """The workspace of all products with as many rows as `gemv.cu` takes, or of all with more."""

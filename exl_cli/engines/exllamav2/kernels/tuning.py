@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
@@ -179,7 +180,10 @@ class Tuner:
             self._launcher.kernel(build)
         matrices = alike[0].matrices
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
-        outs = [torch.empty((rows, m.n), dtype=torch.half, device=self._device) for m in matrices]
+        # Side by side, as the outputs of queries, keys and values are.
+        out = torch.empty((rows, sum(m.n for m in matrices)), dtype=torch.half, device=self._device)
+        begins = itertools.accumulate((m.n for m in matrices), initial=0)
+        outs = [out[:, begin:] for _, begin in zip(matrices, begins, strict=False)]
         count = -(-_MORE_THAN_CACHED // alike[0].bytes)
         used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}

@@ -52,7 +52,7 @@ template <int PENDING> DEVICE void products_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// After `products_wait`: what was asked for before is in these registers now.
+// After `products_wait`: the results are in these registers now.
 DEVICE void arrived_here(float& f) { asm volatile("" : "+f"(f)::"memory"); }
 
 #endif

@@ -1,0 +1,168 @@
+// With WGMMA four warps more than those that multiply have the copy engine fill the ring for them. Barriers say which stages
+// are full, and which are empty again: a warp that multiplies waits for no other one.
+
+#if WGMMA
+
+// The argument: behind each matrix' map of x the products.
+struct Together
+{
+    TensorMap x[3];         // boxes of 64 numbers of ROWS rows, swizzled over 128 bytes
+    Products products;
+};
+
+// Registers are given to groups of four warps: those that only copy need few.
+const u32 ALL_WARPS = WARPS + 4, PRODUCER_REGISTERS = 40, MOST_REGISTERS = 240;
+const u32 EVEN_SHARE = 65536 / (RESIDENT * ALL_WARPS * 32) / 8 * 8, LAUNCHED_WITH = EVEN_SHARE < 248 ? EVEN_SHARE : 248;
+const u32 LEFT_REGISTERS = (LAUNCHED_WITH * ALL_WARPS - PRODUCER_REGISTERS * 4) / WARPS / 8 * 8;
+const u32 REGISTERS = LEFT_REGISTERS < MOST_REGISTERS ? LEFT_REGISTERS : MOST_REGISTERS;
+
+// Of the ring's stages, in front of it: which are full, and which are empty.
+struct Barriers { u64 full[STAGES], empty[STAGES]; };
+
+// A warp that has 32 rows of each chunk ("part") copied, each packed row by another lane, and the scales; the first two of
+// these warps, or with inputs of two orders all four, also halves of x.
+struct Producer
+{
+    const Together& a;
+    const Line& line;
+    u32 part, lane, tile_index, chunk, width, row_bytes, group_shift;
+    Tile tile;
+    const char *weight[SIDES], *four[SIDES], *scale[SIDES];
+    const u64* block[SIDES];
+    u64 entry[SIDES];       // of the part, EXL2: packed row | bits << 24 | half scale << 32 | group << 48
+
+    DEVICE Producer(const Together& a, const Line& line, u32 unit) : a(a), line(line)
+    {
+        part = same_in_warp(threadIdx.x / 32) - WARPS;
+        lane = threadIdx.x % 32;
+        tile_index = unit / line.chunks;
+        chunk = unit - tile_index * line.chunks;
+        enter();
+        look_up();
+    }
+
+    DEVICE void enter()
+    {
+        tile = line.tile(a.products, tile_index);
+        #pragma unroll
+        for (u32 side = 0; side < SIDES; side++)
+        {
+            const Matrix& m = a.products.matrix[tile.which + side];
+            weight[side] = (const char*) (m.weight + tile.column0);
+            four[side] = (const char*) (m.four + tile.column0 / 8);
+            scale[side] = (const char*) (m.scale + tile.column0);
+            block[side] = m.block;
+        }
+        // Both sides are alike.
+        const Matrix& m = a.products.matrix[tile.which];
+        width = min(m.n - tile.column0, SIDE_COLUMNS);
+        row_bytes = m.n * 4;
+        group_shift = m.group_shift;
+    }
+
+    DEVICE void look_up()
+    {
+        #pragma unroll
+        for (u32 side = 0; side < SIDES; side++)
+            if (FORMAT == 1) entry[side] = block[side][chunk * 4 + part];
+    }
+
+    DEVICE void next(bool there_is)
+    {
+        if (!there_is) return;
+        if (++chunk == line.chunks)
+        {
+            chunk = 0;
+            tile_index++;
+            enter();
+        }
+        look_up();
+    }
+
+    DEVICE bool has_scales() const { return part < PARTS; }
+    DEVICE bool has_x() const { return part < 2 * XS; }
+    DEVICE u32 bits(u32 side) const { return FORMAT == 0 ? 4 : (u32) entry[side] >> 24 & 15; }
+
+    // The part's packed weights and scales. The barrier also learns how much `copy_x` will copy.
+    DEVICE void copy_weights(char* stage, u64* full) const
+    {
+        if (lane == 0)
+        {
+            u32 bytes = has_x() ? X_BYTES / 2 : 0;
+            #pragma unroll
+            for (u32 side = 0; side < SIDES; side++)
+            {
+                bytes += bits(side) * width * 4 + (has_scales() ? width / 2 + (FORMAT == 0 ? width * 2 : 0) : 0);
+                if (FORMAT == 1) *(u64*) (stage + BLOCKS + side * 32 + part * 8) = entry[side];
+            }
+            barrier_expect(full, bytes);
+        }
+        #pragma unroll
+        for (u32 side = 0; side < SIDES; side++)
+        {
+            const u32 packed = FORMAT == 0 ? chunk * 16 + part * 4 : (u32) entry[side] & 0xffffff;
+            if (lane < bits(side))
+                bulk_copy(stage + weights_at(side, part, lane), weight[side] + (u64) (packed + lane) * row_bytes, width * 4, full);
+            if (lane != 0 || !has_scales()) continue;
+            const u32 group = FORMAT == 1 ? (u32) (entry[side] >> 48) : (chunk * 128 + part * 32) >> group_shift;
+            bulk_copy(stage + FOURS + side * SIDE_FOURS + part * (SIDE_COLUMNS / 2),
+                      four[side] + (u64) group * (row_bytes / 8), width / 2, full);
+            if (FORMAT == 0)
+                bulk_copy(stage + SCALES + side * SIDE_SCALES + part * (SIDE_COLUMNS * 2),
+                          scale[side] + (u64) group * (row_bytes / 2), width * 2, full);
+        }
+    }
+
+    // Half of x, 64 numbers of each row.
+    DEVICE void copy_x(char* stage, u64* full) const
+    {
+        if (lane == 0 && has_x())
+            tile_copy(stage + part * (X_BYTES / 2), &a.x[tile.which + part / 2], chunk * 128 + part % 2 * 64, tile.row0, full);
+    }
+};
+
+DEVICE void produce(const Together& a, const Line& line, u32 begin, u32 end, Barriers& barriers, char* ring)
+{
+    const u32 ahead = min((u32) STAGES, end - begin);
+    Producer weights(a, line, begin);
+    #pragma unroll 1
+    for (u32 s = 0; s < ahead; s++)
+    {
+        weights.copy_weights(ring + s * STAGE, barriers.full + s);
+        weights.next(begin + s + 1 < end);
+    }
+    wait_for_inputs();
+    Producer x(a, line, begin);
+    #pragma unroll 1
+    for (u32 s = 0; s < ahead; s++)
+    {
+        x.copy_x(ring + s * STAGE, barriers.full + s);
+        x.next(begin + s + 1 < end);
+    }
+    u32 stage = 0, parity = 0;
+    #pragma unroll 1
+    for (u32 unit = begin + ahead; unit < end; unit++)
+    {
+        barrier_wait(barriers.empty + stage, parity);
+        weights.copy_x(ring + stage * STAGE, barriers.full + stage);
+        weights.copy_weights(ring + stage * STAGE, barriers.full + stage);
+        weights.next(unit + 1 < end);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        parity ^= stage == 0;
+    }
+}
+
+// What a warp does once while the tensor cores are busy with a chunk: say that the stage of the one before is empty.
+struct Meanwhile
+{
+    u64* empty;
+    bool due;
+
+    DEVICE void operator()()
+    {
+        if (due && threadIdx.x % 32 == 0) barrier_arrive(empty);
+        due = false;
+    }
+};
+
+#endif
