@@ -30,9 +30,13 @@ os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent / "data")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Nothing that is imported is garbage, until the interpreter ends.
+# Nothing that is imported is garbage, until the interpreter ends. A worker, whose exit code nobody reads, ends without
+# taking torch and transformers apart, which takes seconds.
 gc.disable()
-atexit.register(gc.unfreeze)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)
+else:
+    atexit.register(gc.unfreeze)
 
 # Typer would build all of the commands for each call of one.
 typer.testing._get_command = functools.cache(typer.main.get_command)
