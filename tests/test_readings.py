@@ -10,7 +10,7 @@ from fakecuda import HAS_COMPILERS
 
 from exl_cli.models import memory
 from exl_cli.system.nvml import Driver
-from exl_cli.system.readings import DeviceMemory, EnergyMeter
+from exl_cli.system.readings import DeviceMemory, EnergyMeter, read_gpus
 from exl_cli.system.units import GIB
 
 
@@ -91,3 +91,78 @@ def test_gpus_are_listed_where_cuda_does_not_answer(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-aaaa")
     assert [gpu.name for gpu in memory.gpus()] == ["card b", "card a"]
+
+
+# A card in two MIG instances: CUDA gives the process the second, by the newer of the two functions for its UUID.
+_LIBCUDA_MIG = r"""
+#include <string.h>
+
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDeviceGetUuid(unsigned char *uuid, int device) { memset(uuid, 0xaa, 16); return 0; }
+int cuDeviceGetUuid_v2(unsigned char *uuid, int device) { memset(uuid, 0x22, 16); return 0; }
+"""
+_INSTANCES = {"MIG-11111111-1111-1111-1111-111111111111": 1, "MIG-22222222-2222-2222-2222-222222222222": 2}
+
+
+@pytest.fixture
+def partitioned_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """NVML with a card in two MIG instances, of 10 and 20 GiB; returns where the loader looks for libcuda."""
+    uuids = {"GPU-aaaaaaaa-aaaa-aaaa-aaaa-aaaaaaaaaaaa": 0, **_INSTANCES}
+    of_cards_only = {0: 61}.__getitem__  # KeyError, as NVML raises its own errors
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=[0].__getitem__,
+        nvmlDeviceGetHandleByUUID=uuids.__getitem__,
+        nvmlDeviceGetUUID={handle: uuid for uuid, handle in uuids.items()}.__getitem__,
+        nvmlDeviceGetMaxMigDeviceCount=[7].__getitem__,
+        nvmlDeviceGetMigDeviceHandleByIndex=lambda card, index: [1, 2][index],
+        nvmlDeviceGetDeviceHandleFromMigDeviceHandle={1: 0, 2: 0}.__getitem__,
+        nvmlDeviceGetName="part {}".format,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=handle * 10 * GIB, free=0, used=handle * GIB),
+        nvmlDeviceGetTemperature=lambda handle, sensor: of_cards_only(handle),
+        nvmlDeviceGetPowerUsage=of_cards_only,
+        nvmlDeviceGetTotalEnergyConsumption=of_cards_only,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    (tmp_path / "libcuda.so.1").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("visible", "part"),
+    [
+        (None, ["part 1"]), ("0", ["part 1"]), ("GPU-aaaa", ["part 1"]), ("MIG-2222", ["part 2"]),
+        (", ".join(_INSTANCES), ["part 1"]), ("MIG-3", []), ("", []),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("partitioned_card")
+def test_a_process_sees_one_mig_instance(visible: str | None, part: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # NVIDIA, "MIG User Guide", CUDA Device Enumeration. Here CUDA does not answer, and NVML alone must do.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.name for gpu in memory.gpus()] == part
+
+
+@pytest.mark.skipif(not HAS_COMPILERS, reason="there is no C compiler here")
+def test_cuda_tells_which_mig_instance_a_process_gets(partitioned_card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (partitioned_card / "cuda.c").write_text(_LIBCUDA_MIG)
+    subprocess.run(["cc", "-shared", "-fPIC", "cuda.c", "-o", "libcuda.so.1"], cwd=partitioned_card, check=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,MIG-2222")
+    assert [gpu.name for gpu in memory.gpus()] == ["part 2"]
+
+
+@pytest.mark.usefixtures("partitioned_card")
+def test_readings_of_a_mig_instance_leave_out_what_only_cards_measure() -> None:
+    used = DeviceMemory("cuda:0", "a card", "22222222-2222-2222-2222-222222222222", 0, 0)
+    (reading,) = read_gpus([used])
+    assert (reading.used_bytes, reading.total_bytes, reading.temperature) == (2 * GIB, 20 * GIB, 61)
+    assert reading.power is reading.utilisation is None
+    meter = EnergyMeter([used])
+    assert meter.joules() is None
+    meter.close()

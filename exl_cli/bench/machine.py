@@ -40,7 +40,7 @@ class Watch:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._handles: dict[str, Any] = {}
-        self._before = {str(driver.ask("DeviceGetUUID", gpu)): self._processes(gpu) for gpu in driver.gpus()}
+        self._before = {str(driver.ask("DeviceGetUUID", gpu)): self._processes(gpu) for gpu in driver.devices()}
         self.driver: str | None = driver.ask("SystemGetDriverVersion")
         self.slowed: Counter[str] = Counter()
         self.looks = 0
@@ -67,7 +67,7 @@ class Watch:
         reasons = 0
         for handle in self._handles.values():
             # "EventReasons" since driver 535, which knows the older name too.
-            reasons |= int(self._driver.ask("DeviceGetCurrentClocksThrottleReasons", handle) or 0)
+            reasons |= int(self._driver.ask("DeviceGetCurrentClocksThrottleReasons", self._driver.card(handle)) or 0)
         self.looks += 1
         self.slowed.update(name for constant, name in _REASONS if reasons & getattr(self._driver.nvml, constant, 0))
 

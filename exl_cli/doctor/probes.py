@@ -17,6 +17,7 @@ from exl_cli.errors import first_line
 from exl_cli.models.load_options import EngineChoice, LoadOptions
 from exl_cli.system import questions
 from exl_cli.system.nvml import Driver, open_driver
+from exl_cli.system.visible_gpus import own_uuids
 
 
 def torch() -> dict[str, Any]:
@@ -33,10 +34,11 @@ def torch() -> dict[str, Any]:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
         return {**facts, "why_not": first_line(error)}
-    gpus = []
+    gpus, uuids = [], own_uuids()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        uuid = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else ""
+        own = uuids[index] if index < len(uuids) else ""
+        uuid = next((known for known in readings if own and known.endswith(own)), own)
         capability, total = [properties.major, properties.minor], properties.total_memory
         gpu = {"index": index, "name": properties.name, "uuid": uuid, "capability": capability, "total": total}
         gpus.append({**gpu, "free": None, "processes": [], **readings.get(uuid, {})})
@@ -60,10 +62,10 @@ def _links(uuids: list[str]) -> list[dict[str, Any]]:
 
 
 def _readings() -> dict[str, dict[str, Any]]:
-    """Memory and processes of each GPU, by UUID, from NVML."""
+    """Memory and processes of each GPU and MIG instance, by UUID, from NVML."""
     readings: dict[str, dict[str, Any]] = {}
     with open_driver() as driver:
-        for handle in driver.gpus():
+        for handle in driver.devices():
             if memory := driver.ask("DeviceGetMemoryInfo", handle):
                 running = driver.ask("DeviceGetComputeRunningProcesses", handle) or []
                 readings[str(driver.ask("DeviceGetUUID", handle))] = {

@@ -31,13 +31,36 @@ class Driver:
         handles = [self.ask("DeviceGetHandleByIndex", index) for index in range(self.ask("DeviceGetCount") or 0)]
         return [handle for handle in handles if handle is not None]
 
+    def instances(self, gpu: Any) -> list[Any]:
+        """Handles of a GPU's MIG instances; empty if MIG is off."""
+        most = self.ask("DeviceGetMaxMigDeviceCount", gpu) or 0
+        handles = [self.ask("DeviceGetMigDeviceHandleByIndex", gpu, index) for index in range(most)]
+        return [handle for handle in handles if handle is not None]
+
+    def devices(self) -> list[Any]:
+        """Handles of all GPUs and MIG instances."""
+        return [handle for gpu in self.gpus() for handle in (gpu, *self.instances(gpu))]
+
+    def card(self, handle: Any) -> Any:
+        """The GPU that a MIG instance is part of; GPUs are returned as they are."""
+        gpu = self.ask("DeviceGetDeviceHandleFromMigDeviceHandle", handle)
+        return handle if gpu is None else gpu
+
+    def handle(self, uuid: str) -> Any:
+        """Handle of the GPU or MIG instance with this UUID, as NVML writes it or, without the prefix, as CUDA does."""
+        names = (uuid, f"GPU-{uuid}", f"MIG-{uuid}") if uuid else ()
+        return next((handle for name in names if (handle := self.ask("DeviceGetHandleByUUID", name)) is not None), None)
+
     def handles(self, uuids: Iterable[str]) -> dict[str, Any]:
         """UUID to handle, without UUIDs that the driver does not know."""
-        handles = {uuid: self.ask("DeviceGetHandleByUUID", uuid) for uuid in uuids if uuid}
+        handles = {uuid: self.handle(uuid) for uuid in uuids}
         return {uuid: handle for uuid, handle in handles.items() if handle is not None}
 
     def joules(self, handles: Iterable[Any]) -> float | None:
-        """Total energy of these GPUs in joules since their driver was loaded; None if one does not report it."""
+        """Total energy of these GPUs in joules since their driver was loaded; None if one does not report it.
+
+        MIG instances never do: only the whole card's energy is measured.
+        """
         readings = [self.ask("DeviceGetTotalEnergyConsumption", handle) for handle in handles]
         return sum(readings) / 1000 if readings and None not in readings else None
 

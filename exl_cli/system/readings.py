@@ -18,7 +18,7 @@ class DeviceMemory:
     Attributes:
         device: torch's device name, such as "cuda:0".
         name: the card's name.
-        uuid: NVML's identifier of the card; empty if unknown.
+        uuid: of the card or MIG instance, as NVML writes it or without its prefix; empty if unknown.
         current_bytes, peak_bytes: reserved now, and the most since the process started.
     """
 
@@ -33,12 +33,15 @@ class DeviceMemory:
 class GpuReading:
     """NVML's readings of one GPU, None where unavailable, and the memory that the engine's allocator has reserved.
 
+    For a MIG instance, memory is its own, the temperature is the card's, and power and utilisation are None: NVML
+    measures them for whole cards only.
+
     Attributes:
         device: torch's device name, such as "cuda:0".
         name: the card's name.
         temperature: degrees Celsius.
         power, power_limit: watts.
-        used_bytes, total_bytes: memory of the card, across all processes.
+        used_bytes, total_bytes: memory of the GPU, across all processes.
         utilisation: percent of NVML's last sample period in which a kernel ran.
         process_bytes, process_peak_bytes: reserved by this process, now and at its peak.
     """
@@ -83,7 +86,7 @@ def read_gpus(memory: Sequence[DeviceMemory]) -> list[GpuReading]:
 
 
 def _reading(memory: DeviceMemory, driver: Driver) -> GpuReading:
-    handle = driver.ask("DeviceGetHandleByUUID", memory.uuid) if memory.uuid else None
+    handle = driver.handle(memory.uuid)
     if handle is None:
         driver = Driver(None)
     whole = driver.ask("DeviceGetMemoryInfo", handle)
@@ -92,7 +95,7 @@ def _reading(memory: DeviceMemory, driver: Driver) -> GpuReading:
     return GpuReading(
         device=memory.device,
         name=memory.name,
-        temperature=driver.ask("DeviceGetTemperature", handle, 0),  # 0: NVML_TEMPERATURE_GPU
+        temperature=driver.ask("DeviceGetTemperature", driver.card(handle), 0),  # 0: NVML_TEMPERATURE_GPU
         power=None if power is None else power / 1000,  # NVML reports milliwatts
         power_limit=None if limit is None else limit / 1000,
         used_bytes=whole and int(whole.used),

@@ -39,6 +39,7 @@ from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.system.readings import DeviceMemory
+from exl_cli.system.visible_gpus import own_uuids
 
 Progress = Callable[[int, int], None]
 
@@ -201,11 +202,11 @@ def _caused(error: Exception) -> Exception:
 
 
 def _memory(device: str) -> DeviceMemory:
-    properties = torch.cuda.get_device_properties(device)
+    index, uuids = torch.device(device).index or 0, own_uuids()
     return DeviceMemory(
         device=device,
-        name=properties.name,
-        uuid=f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "",
+        name=torch.cuda.get_device_name(device),
+        uuid=uuids[index] if index < len(uuids) else "",
         current_bytes=torch.cuda.memory_reserved(device),
         peak_bytes=torch.cuda.max_memory_reserved(device),
     )

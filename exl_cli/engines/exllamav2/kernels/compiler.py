@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from exl_cli.engines.exllamav2.support import too_old
-from exl_cli.errors import EngineError
+from exl_cli.errors import EngineError, param
 from exl_cli.system.files import user_cache, write_atomically
 from exl_cli.system.machine import usable_cores
 
@@ -131,7 +131,7 @@ def _library() -> Any:
 
 def _check(code: int, what: str) -> None:
     if code:
-        raise EngineError(f"{what} failed with CUDA error {code}", "run again with --debug to see where")
+        raise EngineError(f"{what} failed with CUDA error {code}", f"run again with {param('debug')} to see where")
 
 
 @cache
