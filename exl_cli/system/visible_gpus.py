@@ -9,6 +9,7 @@ card is partitioned: which of its MIG instances a process gets depends on the dr
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from typing import Any
 
@@ -33,7 +34,7 @@ def visible_gpus(driver: Driver) -> list[Any]:
     visible = handles if chosen is None else _chosen(driver, handles, instances, chosen)
     # CUDA gives a process one MIG instance, and no other GPU with it (NVIDIA, "MIG User Guide").
     partitioned = [[gpu] if gpu in instances else driver.instances(gpu) for gpu in visible]
-    return sum(partitioned, [])[:1] or visible
+    return list(itertools.chain.from_iterable(partitioned))[:1] or visible
 
 
 def _chosen(driver: Driver, handles: list[Any], instances: list[Any], chosen: str) -> list[Any]:
