@@ -274,6 +274,7 @@ BAD: dict[str, tuple[str, str]] = {
     "a number for a prompt": ('{"prompt": 5}', "prompt must be text or token ids, got 5"),
     "a setting that is not a number": ('{"prompt": "Hi", "temperature": NaN}', "temperature must be a finite number"),
     "a setting out of range": ('{"prompt": "Hi", "temperature": -1}', "temperature must be between 0 and 100"),
+    "another name of a setting": ('{"prompt": "Hi", "rep_pen": 500}', " rep_pen must be between 0.01 and 100, got 500"),
     "a setting of a wrong type": ('{"prompt": "Hi", "top_k": "many"}', "top_k"),
     "another endpoint": ('{"url": "/v1/embeddings", "body": {}}', "url must be one of"),
     "a body that is none": ('{"url": "/v1/completions", "body": 3}', "body must be a JSON object"),

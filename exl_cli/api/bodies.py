@@ -152,8 +152,12 @@ class Body(Strict):
         return self._ignored
 
     @classmethod
-    def parse(cls: type[B], data: bytes | Mapping[str, Any]) -> B:
+    def parse(cls: type[B], data: bytes | Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> B:
         """Parse and validate a body.
+
+        Args:
+            data: what the client sent.
+            defaults: values, under exl's names, of fields that it left out.
 
         Raises:
             BodyError: not a JSON object, or an invalid field.
@@ -164,6 +168,9 @@ class Body(Strict):
             raise BodyError(f"the body is not valid JSON: {error}", code="invalid_json") from None
         if not isinstance(values, dict):
             raise BodyError("the body is not a JSON object", code="invalid_json")
+        if defaults:
+            sent, _ = renamed(values, cls.model_fields)
+            values |= {name: value for name, value in defaults.items() if name not in sent}
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exl_cli.api.bodies import Body, BodyError, renamed
+from exl_cli.api.bodies import ALIASES, Body, BodyError
 from exl_cli.api.openai import ChatBody, ChatJob, CompletionBody, CompletionJob
 from exl_cli.batch.output import line_of
 from exl_cli.batch.rows import Row, hashed
@@ -249,13 +249,10 @@ class Preparer:
         return Task(row, CompletionJob(self._body(CompletionBody, row, body, self._as_served), self._model))
 
     def _body(self, kind: type[Any], row: Row, record: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
-        values, ignored = renamed(record, kind.model_fields)
-        self.ignored.update(ignored)
-        for name in ("stream", "stream_options", "model"):
-            values.pop(name, None)
-        values = {**defaults, **values}
-        if values.get("seed") in (None, -1):
-            # Readers of JSON that use doubles represent integers of up to 53 bits exactly.
-            values["seed"] = hashed("seed", str(self._settings.seed), f"{row.key:016x}") >> 11
-        body: Body = kind.parse(values)
+        sent = {name: value for name, value in record.items() if name not in ("stream", "stream_options", "model")}
+        sent = {name: value for name, value in sent.items() if ALIASES.get(name, name) != "seed" or value != -1}
+        # Readers of JSON that use doubles represent integers of up to 53 bits exactly.
+        seed = hashed("seed", str(self._settings.seed), f"{row.key:016x}") >> 11
+        body: Body = kind.parse(sent, {**defaults, "seed": seed})
+        self.ignored.update(body.ignored)
         return body

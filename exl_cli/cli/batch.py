@@ -244,7 +244,7 @@ def batch(
         console.note(f"ignored fields: {', '.join(sorted(ignored)[:20])}")
     if failed:
         again = "" if output == "-" else f"; {param('retry_errors')} retries them"
-        console.note(f"{counted(failed, 'line')} failed; the output has their errors{again}")
+        console.note(f"{counted(failed, 'line')} failed; the output has the errors{again}")
         raise typer.Exit(ExitCode.LINES_FAILED)
 
 
