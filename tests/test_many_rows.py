@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,11 @@ def folder(kernels_folder: Path) -> Path:
 
 
 def arranged(matrix: QuantizedMatrix, x: Tensor, config: GemmConfig) -> Tensor:
-    """The input in the order that a build wants."""
-    if not config.wgmma:
-        return ordered(matrix, x)
-    return x[:, many_rows.places(matrix.perm, matrix.k).long() & 0xFFFF].contiguous()
+    """The input in the order that a build wants, a part of a wider tensor that is NaN around it."""
+    rows, k = x.shape
+    wide = torch.full((rows + 1, k + 8), float("nan"), dtype=torch.float16)
+    wide[:rows, :k] = x[:, many_rows.places(matrix.perm, k).long() & 0xFFFF] if config.wgmma else ordered(matrix, x)
+    return wide[:rows, :k]
 
 
 def multiply(
@@ -83,11 +85,18 @@ def multiply(
     return [out[:rows, : matrix.n].double() for out, matrix in zip(outs, matrices, strict=True)]
 
 
+def biased(rng: np.random.Generator, matrix: QuantizedMatrix, weight: Tensor) -> tuple[QuantizedMatrix, Tensor, Tensor]:
+    """The matrix with a bias, its values, and the bias."""
+    bias = inputs(rng, 1, matrix.n)[0]
+    return replace(matrix, bias=bias), weight, bias
+
+
 SMALL = GemmConfig(warps=4, row_warps=1, tiles=2, strips=1, stages=2, resident=1)
 HIGH = GemmConfig(warps=4, row_warps=2, tiles=2, strips=2, stages=3, resident=1)
 TOGETHER = GemmConfig(warps=4, row_warps=1, tiles=4, strips=1, stages=2, resident=1, wgmma=True)
 EVEN = replace(TOGETHER, even=True)
 TOGETHER_HIGH = GemmConfig(warps=8, row_warps=2, tiles=8, strips=2, stages=2, resident=1, wgmma=True)
+TOGETHER_PAIR = GemmConfig(warps=4, row_warps=1, tiles=4, strips=2, stages=3, resident=1, wgmma=True)
 
 
 @pytest.mark.parametrize(
@@ -136,35 +145,83 @@ def test_exl2(
     assert error(got, x.double() @ weight.T) < 2e-3
 
 
-@pytest.mark.parametrize("act_order", [(False, False), (True, False)])
-def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize(
+    ("act_order", "config", "blocks"),
+    [
+        ((False, False), HIGH, 3),
+        ((True, False), HIGH, 3),
+        ((False, False), replace(TOGETHER_PAIR, even=True), 2),
+        ((True, False), TOGETHER_PAIR, 2),
+    ],
+)
+def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...], config: GemmConfig, blocks: int) -> None:
     rng = np.random.default_rng(4)
-    made = [gptq(rng, 96, 384, 128, order) for order in act_order]
+    made = [biased(rng, *gptq(rng, 96, 384, 128, order)) for order in act_order]
     x = inputs(rng, 19, 384) / 8
     scatter = torch.from_numpy(rng.permutation(96)).to(torch.int16)
-    got, _ = multiply(folder, [m for m, _ in made], x, HIGH, 3, paired=True, scatter=scatter)
-    gate, up = (x.double() @ weight.T for _, weight in made)
+    got, _ = multiply(folder, [m for m, *_ in made], x, config, blocks, paired=True, scatter=scatter)
+    gate, up = (x.double() @ weight.T + bias for _, weight, bias in made)
     expected = torch.empty_like(gate)
     expected[:, scatter.long()] = torch.nn.functional.silu(gate) * up
     assert error(got, expected) < 2e-3
 
 
-def test_a_gate_with_other_bit_widths_than_up(folder: Path) -> None:
+@pytest.mark.parametrize("config", [HIGH, TOGETHER_PAIR])
+def test_a_gate_with_other_bit_widths_than_up(folder: Path, config: GemmConfig) -> None:
     rng = np.random.default_rng(6)
     made = [exl2(rng, 64, bits, heights) for bits, heights in [((5, 4), (128, 256)), ((3, 2), (160, 224))]]
     x = inputs(rng, 10, 384) / 8
-    got, _ = multiply(folder, [m for m, _ in made], x, HIGH, 2, paired=True, activation="gelu")
+    got, _ = multiply(folder, [m for m, _ in made], x, config, 2, paired=True, activation="gelu")
     gate, up = (x.double() @ weight.T for _, weight in made)
     assert error(got, torch.nn.functional.gelu(gate, approximate="tanh") * up) < 2e-3
 
 
-def test_several_matrices_in_one_launch_and_a_residual(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "config", "blocks"),
+    [
+        (18, SMALL, 5),
+        (45, TOGETHER, 7),  # cuts are at other places in each tile
+        (45, EVEN, 19),  # two blocks a tile, for two and three chunks
+        (45, EVEN, 5),  # no tile is cut, and blocks have one or two
+    ],
+)
+def test_several_matrices_in_one_launch_and_a_residual(
+    folder: Path, rows: int, config: GemmConfig, blocks: int
+) -> None:
     rng = np.random.default_rng(3)
-    made = [gptq(rng, columns, 256, 128, False) for columns in (160, 32, 96)]
-    x, residual = inputs(rng, 18, 256), inputs(rng, 18, 1) * 10
-    got = multiply(folder, [matrix for matrix, _ in made], x, SMALL, 5, add=residual)
-    for out, (_, weight) in zip(got, made, strict=True):
-        assert error(out, x.double() @ weight.T + residual) < 1e-3
+    made = [biased(rng, *gptq(rng, columns, 640, 128, columns > 100)) for columns in (160, 32, 96)]
+    x, residual = inputs(rng, rows, 640), inputs(rng, rows, 1) * 10
+    got = multiply(folder, [matrix for matrix, *_ in made], x, config, blocks, add=residual)
+    for out, (_, weight, bias) in zip(got, made, strict=True):
+        assert error(out, x.double() @ weight.T + bias + residual) < 1e-3
+
+
+@pytest.mark.parametrize("act_order", [(False, False), (True, False)])
+def test_a_pair_computed_as_two_outputs(folder: Path, act_order: tuple[bool, ...]) -> None:
+    rng = np.random.default_rng(11)
+    made = [biased(rng, *gptq(rng, 96, 384, 128, order)) for order in act_order]
+    x = inputs(rng, 40, 384)
+    got = multiply(folder, [matrix for matrix, *_ in made], x, replace(EVEN, apart=True), 8, paired=True)
+    for out, (_, weight, bias) in zip(got, made, strict=True):
+        assert error(out, x.double() @ weight.T + bias) < 1e-3
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("processors", [8, 132])
+def test_blocks_share_all_work_and_fit_the_workspace(processors: int, paired: bool) -> None:
+    """A launch must have no more blocks than a GPU holds; the workspace is that of the most rows with these configs."""
+    matrix, _ = gptq(np.random.default_rng(0), 32, 256, 128, False)
+    for n, k in itertools.product((32, 1024, 14336), (128, 4096)):
+        product = quantized_linear.Product((replace(matrix, n=n, k=k),) * 2, paired)
+        for most, rows in ((16, 9), (32, 17), (64, 33), (128, 65), (256, 129), (512, 257), (512, 512)):
+            for config in many_rows.configs(product, most, 227 << 10, together=True):
+                at_once = config.resident * processors
+                tiles, blocks = config.tiles_of(product, rows), config.blocks(product, rows, at_once)
+                parts = config.parts(product, rows, at_once)
+                assert 0 < blocks <= min(at_once, config.units(product, rows))
+                assert parts <= k // 128
+                assert not config.even or (blocks == tiles * parts if parts > 1 else blocks == min(tiles, at_once))
+                assert tiles <= config.tiles_of(product, most)
 
 
 def dequantized(folder: Path, matrix: QuantizedMatrix) -> Tensor:
@@ -188,8 +245,11 @@ def test_a_matrix_of_exl2_unpacked(folder: Path) -> None:
     assert error(dequantized(folder, matrix), weight.T) < 1e-3
 
 
-@pytest.mark.parametrize(("dim", "permuted"), [(96, False), (416, True)])
-def test_a_gate_whose_products_are_there(folder: Path, dim: int, permuted: bool) -> None:
+@pytest.mark.parametrize(
+    ("dim", "permuted", "threads"),
+    [(96, False, 32), (416, True, 64), (1288, False, 32), (1288, True, 32), (5024, True, 256)],
+)
+def test_a_gate_whose_products_are_there(folder: Path, dim: int, permuted: bool, threads: int) -> None:
     rng = np.random.default_rng(dim)
     gate, up = (torch.from_numpy(rng.standard_normal((3, dim)) * 3).half() for _ in range(2))
     up[1, 5] = float("inf")
@@ -200,7 +260,7 @@ def test_a_gate_whose_products_are_there(folder: Path, dim: int, permuted: bool)
         gate=gate.data_ptr(), up=up.data_ptr(), out=out.data_ptr(), perm=places.data_ptr() if permuted else None,
         dim=dim, stride=dim, activation=0,
     )  # fmt: skip
-    Emulated(folder, norm_rope.FILE, "gate", "Gate", {})(argument, (3,), norm_rope.gate_threads(dim, 3))
+    Emulated(folder, norm_rope.FILE, "gate", "Gate", {})(argument, (3,), threads)
     expected = torch.nn.functional.silu(gate.double()) * up.double().clamp(-65504, 65504)
     assert error(out[:3].double(), expected.clamp(-65504, 65504)[:, perm]) < 1e-3
     assert out[3:].isnan().all()

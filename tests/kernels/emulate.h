@@ -290,7 +290,7 @@ DEVICE void bulk_copy(void* to, const void* from, unsigned bytes, unsigned long 
 template <class Map> DEVICE void tile_copy(void* to, const Map* map, unsigned number, unsigned row, unsigned long long* barrier)
 {
     const unsigned long long *m = map->words, left = m[2] > row ? m[2] - row : 0;
-    if ((uintptr_t) to % 1024) abort();
+    if ((uintptr_t) to % 1024 || m[1] % 16 || m[3] > 256) abort();
     ask_for({(char*) to, (const char*) m[0] + row * m[1] + number * 2, 128, (unsigned) m[3], (unsigned) left, m[1], true, barrier});
 }
 DEVICE void barrier_wait(unsigned long long* barrier, unsigned parity)
