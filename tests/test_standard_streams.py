@@ -33,6 +33,14 @@ def test_a_full_disk_under_stdout(arguments: str) -> None:
     assert done.returncode == ExitCode.DISK
 
 
+def test_help_whose_reader_has_left_ends_like_any_output() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "exl_cli", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (ExitCode.BROKEN_PIPE, "")
+
+
 @pytest.mark.parametrize("arguments", ["--version", f"{RUN} --show-prompt -q"])
 def test_a_closed_stdout_is_an_output_that_cannot_be_written(arguments: str) -> None:
     done = shell(arguments, ">&-")

@@ -55,7 +55,10 @@ class _Group(typer.core.TyperGroup):
             code = _say(usage.explain(error, None))
         except ExlError as error:
             code = _say(error)
-        except BrokenPipeError:
+        except (BrokenPipeError, SystemExit) as error:
+            # Typer ends with 1 when the reader of its help went away.
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+                raise
             abandon_stdout()
             code = ExitCode.BROKEN_PIPE
         except typer.Abort:
