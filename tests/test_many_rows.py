@@ -224,6 +224,18 @@ def test_blocks_share_all_work_and_fit_the_workspace(processors: int, paired: bo
                 assert tiles <= config.tiles_of(product, most)
 
 
+@pytest.mark.parametrize(("k", "wgmma"), [(4096, True), (4128, False), (1 << 16, True), ((1 << 16) + 128, False)])
+def test_inputs_that_four_warps_cannot_have_in_their_order(k: int, wgmma: bool) -> None:
+    matrix, _ = gptq(np.random.default_rng(0), 32, 256, 128, False)
+    product = quantized_linear.Product((replace(matrix, k=k),))
+    assert {config.wgmma for config in many_rows.configs(product, 64, 227 << 10, together=True)} == {wgmma}
+    if wgmma:
+        order, inverse = many_rows.order(product.matrices[0], TOGETHER)
+        assert order is not None
+        assert inverse is not None
+        assert torch.equal((order.long() & 0xFFFF)[inverse.long() & 0xFFFF], torch.arange(k))
+
+
 def dequantized(folder: Path, matrix: QuantizedMatrix) -> Tensor:
     """The matrix by `dequantize.cu`, into poisoned memory; what lies around it stays as it was."""
     out = torch.full((matrix.k + 1, matrix.n + 32), float("nan"), dtype=torch.float16)

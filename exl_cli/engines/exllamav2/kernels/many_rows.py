@@ -190,8 +190,8 @@ def _candidates(product: Product, rows: int, *, together: bool) -> list[GemmConf
         return (
             [GemmConfig(8, 1, 2, 2, 4, 1)] if paired else [GemmConfig(4, 1, 2, 1, 4, 4), GemmConfig(8, 1, 2, 1, 4, 1)]
         )
-    # The order of k in which four warps want x goes across the end of a chunk that is not whole.
-    if together and all(matrix.k % _CHUNK == 0 for matrix in product.matrices):
+    # The order of k in which four warps want x goes across the end of a chunk that is not whole, and is 16 bits wide.
+    if together and all(matrix.k % _CHUNK == 0 and matrix.k <= 1 << 16 for matrix in product.matrices):
         if rows <= 32:
             shapes = [(4, 1, 4, 1, 5, 2), (4, 1, 4, 1, 4, 3), (8, 1, 4, 1, 6, 1)]
             pairs = [(4, 1, 4, 2, 4, 2), (8, 1, 4, 2, 4, 1)]

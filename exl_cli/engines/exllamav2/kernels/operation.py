@@ -77,6 +77,12 @@ def _side_by_side(outs: Sequence[torch.Tensor], product: Product) -> bool:
     )
 
 
+def _dequantized_at_once(product: Product) -> int:
+    """Most values that one dense product of it has: a pair's matrices are unpacked one after the other."""
+    widths = [matrix.n for matrix in product.matrices]
+    return product.matrices[0].k * (max(widths) if product.paired else sum(widths))
+
+
 class Launcher:
     """Makes launches of one model's products on one GPU.
 
@@ -101,8 +107,8 @@ class Launcher:
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         # The key is whether there are more rows than `gemv.cu` takes.
         self._workspaces: dict[bool, Workspace] = {}
-        # For a dequantized matrix, and for the output of a pair's second one.
-        sizes = (matrix.k * matrix.n for product in self._products for matrix in product.matrices)
+        # For dequantized matrices, and for the output of a pair's second one.
+        sizes = map(_dequantized_at_once, self._products)
         self._weights = scratch(max((size for size in sizes if size <= many_rows.DENSE_NUMBERS), default=0))
         widest = max((product.matrices[1].n for product in self._products if product.paired), default=0)
         self._ups = scratch(quantized_linear.MOST_TOKENS * widest)
