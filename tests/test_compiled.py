@@ -55,12 +55,12 @@ def gemms(capability: tuple[int, int]) -> list[tuple[Product, GemmConfig]]:
     rng = np.random.default_rng(1)
     matrix, _ = gptq(rng, 128, 256, 128, False)
     fine, _ = exl2(rng, 128, (5, 4), (96, 160))
-    together = capability == (9, 0)
+    wgmma = capability == (9, 0)
     return [
-        (Product((matrix, matrix), paired=True), GemmConfig(4, 1, 4, 2, 3, 2, wgmma=together)),
-        (Product((matrix,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=together)),
+        (Product((matrix, matrix), paired=True), GemmConfig(4, 1, 4, 2, 3, 2, wgmma=wgmma)),
+        (Product((matrix,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=wgmma)),
         (Product((matrix,)), GemmConfig(4, 1, 2, 1, 4, 4)),
-        (Product((fine,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=together)),
+        (Product((fine,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=wgmma)),
     ]
 
 

@@ -67,13 +67,13 @@ def multiply(
     partial = torch.full((many_rows.partial_floats(config, blocks),), float("nan"))
     arrived = torch.zeros(units, dtype=torch.int32)
     argument.partial, argument.arrived = partial.data_ptr(), arrived.data_ptr()
-    argument.parts = config.parts(product, rows, blocks)
+    argument.splits = config.splits(product, rows, blocks)
     grid = (config.blocks(product, rows, blocks),)
     if config.wgmma:
-        mapped = many_rows.together(argument)
+        mapped = many_rows.with_maps(argument)
         for target, own in zip(mapped.x, xs, strict=False):
             target[:4] = own.data_ptr(), 2 * own.stride(0), rows, config.rows
-        kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "Together", variant.defines)
+        kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "MappedProducts", variant.defines)
         kernel(mapped, grid, config.threads, seed)
     else:
         kernel = Emulated(folder, many_rows.FILE, many_rows.NAME, "Products", variant.defines)
@@ -93,10 +93,10 @@ def biased(rng: np.random.Generator, matrix: QuantizedMatrix, weight: Tensor) ->
 
 SMALL = GemmConfig(warps=4, row_warps=1, tiles=2, strips=1, stages=2, resident=1)
 HIGH = GemmConfig(warps=4, row_warps=2, tiles=2, strips=2, stages=3, resident=1)
-TOGETHER = GemmConfig(warps=4, row_warps=1, tiles=4, strips=1, stages=2, resident=1, wgmma=True)
-EVEN = replace(TOGETHER, even=True)
-TOGETHER_HIGH = GemmConfig(warps=8, row_warps=2, tiles=8, strips=2, stages=2, resident=1, wgmma=True)
-TOGETHER_PAIR = GemmConfig(warps=4, row_warps=1, tiles=4, strips=2, stages=3, resident=1, wgmma=True)
+WGMMA = GemmConfig(warps=4, row_warps=1, tiles=4, strips=1, stages=2, resident=1, wgmma=True)
+SPLIT_K = replace(WGMMA, split_k=True)
+WGMMA_HIGH = GemmConfig(warps=8, row_warps=2, tiles=8, strips=2, stages=2, resident=1, wgmma=True)
+WGMMA_PAIR = GemmConfig(warps=4, row_warps=1, tiles=4, strips=2, stages=3, resident=1, wgmma=True)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ TOGETHER_PAIR = GemmConfig(warps=4, row_warps=1, tiles=4, strips=2, stages=3, re
         (16, 640, 160, 128, True, SMALL, 7),
         (33, 256, 224, 128, False, HIGH, 5),
         (37, 704, 64, 64, True, HIGH, 2),
-        (45, 384, 160, 64, True, TOGETHER, 5),
-        (130, 256, 288, 128, False, TOGETHER_HIGH, 3),
-        (45, 384, 160, 64, False, EVEN, 3),
-        (20, 384, 160, 128, True, EVEN, 7),
+        (45, 384, 160, 64, True, WGMMA, 5),
+        (130, 256, 288, 128, False, WGMMA_HIGH, 3),
+        (45, 384, 160, 64, False, SPLIT_K, 3),
+        (20, 384, 160, 128, True, SPLIT_K, 7),
     ],
 )
 def test_gptq(
@@ -132,7 +132,7 @@ def test_gptq(
         (10, (3, 2), (96, 224), SMALL, 3),
         (12, (6, 5, 4), (128, 128, 256), SMALL, 4),
         (20, (5, 3), (128, 160), HIGH, 1),
-        (33, (8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 192, 96), TOGETHER, 4),
+        (33, (8, 6, 5, 4, 3, 2), (32, 64, 32, 96, 192, 96), WGMMA, 4),
     ],
 )
 def test_exl2(
@@ -150,8 +150,8 @@ def test_exl2(
     [
         ((False, False), HIGH, 3),
         ((True, False), HIGH, 3),
-        ((False, False), replace(TOGETHER_PAIR, even=True), 2),
-        ((True, False), TOGETHER_PAIR, 2),
+        ((False, False), replace(WGMMA_PAIR, split_k=True), 2),
+        ((True, False), WGMMA_PAIR, 2),
     ],
 )
 def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...], config: GemmConfig, blocks: int) -> None:
@@ -166,7 +166,7 @@ def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...], con
     assert error(got, expected) < 2e-3
 
 
-@pytest.mark.parametrize("config", [HIGH, TOGETHER_PAIR])
+@pytest.mark.parametrize("config", [HIGH, WGMMA_PAIR])
 def test_a_gate_with_other_bit_widths_than_up(folder: Path, config: GemmConfig) -> None:
     rng = np.random.default_rng(6)
     made = [exl2(rng, 64, bits, heights) for bits, heights in [((5, 4), (128, 256)), ((3, 2), (160, 224))]]
@@ -180,9 +180,9 @@ def test_a_gate_with_other_bit_widths_than_up(folder: Path, config: GemmConfig) 
     ("rows", "config", "blocks"),
     [
         (18, SMALL, 5),
-        (45, TOGETHER, 7),  # cuts are at other places in each tile
-        (45, EVEN, 19),  # two blocks a tile, for two and three chunks
-        (45, EVEN, 5),  # no tile is cut, and blocks have one or two
+        (45, WGMMA, 7),  # tiles are split at different places
+        (45, SPLIT_K, 19),  # two blocks a tile, for two and three chunks
+        (45, SPLIT_K, 5),  # no tile is split, and blocks have one or two
     ],
 )
 def test_several_matrices_in_one_launch_and_a_residual(
@@ -201,7 +201,7 @@ def test_a_pair_computed_as_two_outputs(folder: Path, act_order: tuple[bool, ...
     rng = np.random.default_rng(11)
     made = [biased(rng, *gptq(rng, 96, 384, 128, order)) for order in act_order]
     x = inputs(rng, 40, 384)
-    got = multiply(folder, [matrix for matrix, *_ in made], x, replace(EVEN, apart=True), 8, paired=True)
+    got = multiply(folder, [matrix for matrix, *_ in made], x, replace(SPLIT_K, unfused=True), 8, paired=True)
     for out, (_, weight, bias) in zip(got, made, strict=True):
         assert error(out, x.double() @ weight.T + bias) < 1e-3
 
@@ -214,13 +214,13 @@ def test_blocks_share_all_work_and_fit_the_workspace(processors: int, paired: bo
     for n, k in itertools.product((32, 1024, 14336), (128, 4096)):
         product = quantized_linear.Product((replace(matrix, n=n, k=k),) * 2, paired)
         for most, rows in ((16, 9), (32, 17), (64, 33), (128, 65), (256, 129), (512, 257), (512, 512)):
-            for config in many_rows.configs(product, most, 227 << 10, together=True):
+            for config in many_rows.configs(product, most, 227 << 10, wgmma=True):
                 at_once = config.resident * processors
                 tiles, blocks = config.tiles_of(product, rows), config.blocks(product, rows, at_once)
-                parts = config.parts(product, rows, at_once)
+                splits = config.splits(product, rows, at_once)
                 assert 0 < blocks <= min(at_once, config.units(product, rows))
-                assert parts <= k // 128
-                assert not config.even or (blocks == tiles * parts if parts > 1 else blocks == min(tiles, at_once))
+                assert splits <= k // 128
+                assert not config.split_k or (blocks == tiles * splits if splits > 1 else blocks == min(tiles, at_once))
                 assert tiles <= config.tiles_of(product, most)
 
 
@@ -228,9 +228,9 @@ def test_blocks_share_all_work_and_fit_the_workspace(processors: int, paired: bo
 def test_inputs_that_four_warps_cannot_have_in_their_order(k: int, wgmma: bool) -> None:
     matrix, _ = gptq(np.random.default_rng(0), 32, 256, 128, False)
     product = quantized_linear.Product((replace(matrix, k=k),))
-    assert {config.wgmma for config in many_rows.configs(product, 64, 227 << 10, together=True)} == {wgmma}
+    assert {config.wgmma for config in many_rows.configs(product, 64, 227 << 10, wgmma=True)} == {wgmma}
     if wgmma:
-        order, inverse = many_rows.order(product.matrices[0], TOGETHER)
+        order, inverse = many_rows.order(product.matrices[0], WGMMA)
         assert order is not None
         assert inverse is not None
         assert torch.equal((order.long() & 0xFFFF)[inverse.long() & 0xFFFF], torch.arange(k))

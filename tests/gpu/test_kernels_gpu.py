@@ -97,10 +97,10 @@ def many_rows_product(matrix: QuantizedMatrix, x: torch.Tensor, config: GemmConf
     out = torch.full((rows + 1, matrix.n + 8), float("nan"), dtype=torch.half, device=x.device)
     argument = quantized_linear.argument(product, rows)
     quantized_linear.connect(argument, [ordered], [out])
-    argument.parts = config.parts(product, rows, at_once)
+    argument.splits = config.splits(product, rows, at_once)
     argument.partial, argument.arrived = partial.data_ptr(), arrived.data_ptr()
     if config.wgmma:
-        mapped = many_rows.together(argument)
+        mapped = many_rows.with_maps(argument)
         many_rows.write_maps(mapped, [ordered], config)
         launch = kernel.bind((blocks,), config.threads, mapped)
     else:
@@ -117,7 +117,7 @@ def many_rows_product(matrix: QuantizedMatrix, x: torch.Tensor, config: GemmConf
 @pytest.mark.parametrize("rows", [9, 16, 31, 32, 64, 100, 200])
 def test_products_of_many_rows_with_random_matrices(kind: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
-    together = torch.cuda.get_device_capability() == (9, 0)
+    wgmma = torch.cuda.get_device_capability() == (9, 0)
     shared_bytes = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     for _ in range(3):
         matrix, weight = random_matrix(rng, kind, 32 * int(rng.choice([1, 3, 4, 8, 12, 40])))
@@ -126,10 +126,10 @@ def test_products_of_many_rows_with_random_matrices(kind: str, rows: int) -> Non
         one = quantized_linear.Product((matrix,))
         configs = [
             config
-            for four, limit in [(False, 99 << 10), (False, shared_bytes), (together, shared_bytes)]
-            for config in many_rows.configs(one, rows, limit, together=four)
+            for four, limit in [(False, 99 << 10), (False, shared_bytes), (wgmma, shared_bytes)]
+            for config in many_rows.configs(one, rows, limit, wgmma=four)
         ]
-        if together and matrix.k % 128 == 0:
+        if wgmma and matrix.k % 128 == 0:
             configs += [GemmConfig(8, 1, 8, 1, 2, 1, wgmma=True), GemmConfig(8, 2, 16, 1, 2, 1, wgmma=True)]
         for config in configs:
             if many_rows.variant(one, config).shared_bytes > shared_bytes:

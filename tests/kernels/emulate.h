@@ -114,9 +114,9 @@ DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
     }
 }
 // Each warp for itself: the others' rows are theirs.
-DEVICE unsigned long long operand(const char* x) { return (unsigned long long) x; }
+DEVICE unsigned long long x_descriptor(const char* x) { return (unsigned long long) x; }
 template <unsigned long TILES_>
-DEVICE void multiply_together(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
+DEVICE void wgmma(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
 {
     Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
@@ -139,10 +139,10 @@ DEVICE void multiply_together(float (&d)[TILES_][4], unsigned a0, unsigned a1, u
             d[tile][i] = (float) sum;
         }
 }
-DEVICE void products_begin() {}
-DEVICE void products_commit() {}
-template <int PENDING> DEVICE void products_wait() { __syncwarp(); }
-DEVICE void arrived_here(float&) {}
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit() {}
+template <int PENDING> DEVICE void wgmma_wait() { __syncwarp(); }
+DEVICE void fence_register(float&) {}
 DEVICE unsigned warp_or(unsigned v)
 {
     Warp& w = running_block->warps[current / 32];
@@ -253,7 +253,7 @@ DEVICE void barrier_init(unsigned long long* barrier, unsigned count)
     Barrier b = {(uint16_t) count, (uint16_t) count, 0, 0};
     memcpy(barrier, &b, sizeof b);
 }
-DEVICE void barriers_ready() {}
+DEVICE void barrier_init_fence() {}
 DEVICE void barrier_expect(unsigned long long* barrier, unsigned bytes)
 {
     Barrier& b = *(Barrier*) barrier;

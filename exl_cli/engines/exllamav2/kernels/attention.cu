@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) atten
     }
 
     __syncwarp();
-    leave(l, b.rows, marks, sums, own, shared.marks[warp]);
+    store_sums(l, b.rows, marks, sums, own, shared.marks[warp]);
     __syncthreads();
 
     const u32 head = b.sequence * r.kv_heads + b.kv_head;

@@ -1,7 +1,7 @@
-// Copies by the copy engine into shared memory, and barriers that count threads and bytes (compute capability 9.0, PTX ISA:
+// Copies into shared memory by the copy engine, and barriers that count threads and bytes (compute capability 9.0, PTX ISA:
 // cp.async.bulk and mbarrier).
 
-// Of a matrix, made by `cuTensorMapEncodeTiled`.
+// A CUtensorMap, which describes a matrix to the copy engine.
 struct alignas(64) TensorMap { u64 words[16]; };
 
 #ifndef EMULATED
@@ -10,19 +10,19 @@ DEVICE void barrier_init(u64* barrier, u32 count)
 {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
-// The copy engine, and threads that meet the one that calls this, see what `barrier_init` did.
-DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Make initialized barriers visible to the copy engine, and to threads after the next `__syncthreads`.
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DEVICE void barrier_arrive(u64* barrier)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrive, and have the barrier wait for so many bytes of copies, too.
+// Arrive, and have the barrier's phase wait for so many bytes of copies, too.
 DEVICE void barrier_expect(u64* barrier, u32 bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Wait until the phase with this parity is over: a barrier begins in phase 0, and before that was a phase of parity 1.
+// Wait until the phase of this parity is complete. A barrier begins in phase 0, as if one of parity 1 had been before.
 DEVICE void barrier_wait(u64* barrier, u32 parity)
 {
     u32 over;
@@ -33,21 +33,21 @@ DEVICE void barrier_wait(u64* barrier, u32 parity)
     while (!over);
 }
 
-// Multiples of 16 bytes, both addresses too.
+// Size and both addresses are multiples of 16 bytes.
 DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* barrier)
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
-// The map's box, from this number of this row on; zeros behind the last row.
+// A box of the map's matrix, whose first value is this number of this row; zeros behind the last row.
 DEVICE void tile_copy(void* to, const TensorMap* map, u32 number, u32 row, u64* barrier)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(shared_address(to)), "l"(map), "r"(number), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
 
-
-// Have all warps of a group of four give registers back, or wait for such: so many for each thread, a multiple of 8.
+// Lower or raise the registers of each thread to COUNT, a multiple of 8; all warps of a warpgroup call it. Raising waits until
+// others have given theirs back.
 template <u32 COUNT> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <u32 COUNT> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 

@@ -97,12 +97,12 @@ def plan(batch: int, tokens: int, heads: int, kv_heads: int, most_keys: int, pro
     tiles = 1 if tokens * (heads // kv_heads) <= _TILE else 2
     few = processors >= _MANY * batch * kv_heads
     warps = 4 if tiles > 1 or few or batch * kv_heads >= _VERY_MANY * processors else 8
-    even = processors * (8 // warps) // (batch * kv_heads)
-    least = warps if even > 1 else _LONG_SHARE // _PIECE
+    to_fill = processors * (8 // warps) // (batch * kv_heads)
+    least = warps if to_fill > 1 else _LONG_SHARE // _PIECE
     # With many sequences there is work for all, unless one of them is much longer than the others.
     spread = min(most_keys // (2 * _LONG_SHARE), _MOST_SPREAD, _MOST_SPREAD_TOKENS // (batch * tokens))
-    fill = -(-(most_keys // _PIECE + 1) // least)
-    return Plan(tiles, warps, max(1, min(max(even, spread), fill, _MOST_SHARES)), least)
+    worth = -(-(most_keys // _PIECE + 1) // least)
+    return Plan(tiles, warps, max(1, min(max(to_fill, spread), worth, _MOST_SHARES)), least)
 
 
 def why_not(heads: int, kv_heads: int, head_dim: int, page_size: int, *, quantized_cache: bool) -> str:

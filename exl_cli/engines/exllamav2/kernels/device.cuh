@@ -11,7 +11,8 @@ struct alignas(16) Words { u32 x, y, z, w; };
 #ifndef EMULATED
 
 #define DEVICE __device__ __forceinline__
-extern __shared__ Words shared_memory[];
+// Aligned as `bulk.cuh` wants boxes that are swizzled over 128 bytes.
+extern __shared__ __align__(1024) Words shared_memory[];
 
 DEVICE u32 h2_add(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 h2_mul(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }

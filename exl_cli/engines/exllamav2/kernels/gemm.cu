@@ -1,38 +1,40 @@
 // Many rows times quantized matrices: out[r][n] = sum over k of x[r][k] weight[k][n], the weights unpacked on their way
 // into the tensor cores.
 //
-// A block computes tiles of ROWS rows and COLUMNS columns, a piece of 128 of k ("chunk") at a time. Packed weights, x and
-// scales of the next chunks are copied asynchronously into a ring in shared memory. A warp owns one or two strips of 32
-// columns and TILES times 8 rows; who unpacks which weight, and the order of k, is as in `gemv.cu`: a lane reads 16 bytes
-// of a packed row, which are four columns of its 32 rows of the chunk, and what comes out is its share of the operand.
+// Blocks are persistent: each computes tiles of ROWS rows and COLUMNS columns, 128 of k (a "chunk") at a time. Packed
+// weights, x and scales of the next chunks are copied asynchronously into a ring of stages in shared memory. A warp owns
+// one or two strips of 32 columns and TILES times 8 rows; which lane unpacks which weight, and the order of k, are those of
+// `gemv.cu`: a lane reads 16 bytes of a packed row, four columns of its 32 rows of the chunk, and unpacks its part of the
+// operand.
 //
-// With WGMMA (compute capability 9.0) four warps multiply together. They read x from shared memory themselves, in the
-// order of `places` of many_rows.py, and four more warps have the copy engine fill the ring (gemm_producer.cuh), so that
-// nobody waits for a whole block: a warp's next weights are unpacked while the tensor cores are at the last ones.
+// With WGMMA (compute capability 9.0) warps are specialized. Four consumer warps multiply together; the tensor cores read x
+// from shared memory, in the order of `places` of many_rows.py. Four producer warps have the copy engine fill the ring
+// (gemm_producer.cuh). No warp waits for a whole block, and a warp unpacks its next weights while the tensor cores work on
+// the last ones.
 //
-// Where there are fewer tiles than blocks that the GPU holds, k is divided, too: each tile into as many equal parts as
-// there is room for (`parts`), or all chunks of all tiles, in one line, into as many equal parts as there are blocks
-// (stream-K: Osama, Merrill, Cecka, Garland and Owens 2023, arXiv 2301.03598). A tile that was cut is put together at the
-// end by the blocks that have parts of it, each some of it, from sums in global memory, always in the same order: the same
-// input always gives the same bits.
+// Where the GPU holds more blocks than there are tiles, k is divided, too: each tile into as many equal parts as there is
+// room for (split-K), or the chunks of all tiles, in one line, into as many equal parts as there are blocks (stream-K:
+// Osama, Merrill, Cecka, Garland and Owens 2023, arXiv 2301.03598). The blocks that computed parts of a tile then reduce it,
+// each a share of it, from partial sums in global memory, always in the same order: the same input always gives the same
+// bits.
 //
 // A 7B's layer in GPTQ (qkv, o, gate and up, down), H200, microseconds, beside humming-kernels 0.1.20 of another call on the
-// same kind of machine. Version 1 had the last block put a cut tile together, which took a fifth longer. From version 3 on
-// best configs, without putting gate and up together:
+// same kind of machine. In version 1 the last block reduced a tile alone, which took a fifth longer. From version 3 on
+// best configs, without the kernel that applies the gate:
 //
 // | version                                          | predicted         | 32  | 64  | 128 | 256 | 512 |
 // |--------------------------------------------------|-------------------|-----|-----|-----|-----|-----|
-// | 2: all blocks put it together, as tuned          |                   | 84  | 110 | 168 | 271 | 460 |
-// | 3: another warp copies, by the copy engine       | 64: 80, 128: 125  | 86  | 104 | 152 | 247 | 427 |
-// | 4: tiles cut into equal parts, or not at all     | 64: 96, 128: 132  | 80  | 98  | 129 | 222 | 402 |
-// | 5: four warps copy, each lane a packed row       | 64: 90, 128: 124  | 74  | 88  | 120 | 207 | 382 |
+// | 2: all its blocks reduce a tile, as tuned        |                   | 84  | 110 | 168 | 271 | 460 |
+// | 3: a producer warp, which uses the copy engine   | 64: 80, 128: 125  | 86  | 104 | 152 | 247 | 427 |
+// | 4: split-K, or whole tiles                       | 64: 96, 128: 132  | 80  | 98  | 129 | 222 | 402 |
+// | 5: four producer warps, each lane a packed row   | 64: 90, 128: 124  | 74  | 88  | 120 | 207 | 382 |
 // | humming                                          |                   | 83  | 90  | 121 | 198 | 340 |
 //
-// What told: before version 3 a warp had 530 instructions a chunk to issue, 340 since, and two warps of a scheduler could
-// not hide each other's latency. In version 3 warps waited for data a quarter of their time, while one warp asked for
-// sixteen rows one after the other. Of o's 13.8 us at 64 rows in version 3, 5.5 went by with sums of cut tiles (written
-// 2.5, awaited 0.6, read 2.4), 3.5 with its four chunks; at 128 rows 9 of 20.6. A pair's warps with sixteen tiles of each
-// side ("apart") are so much better than eight that another kernel may put them together.
+// What the measurements showed: a warp issued 530 instructions a chunk before version 3, 340 since, and two warps of a
+// scheduler could not hide each other's latency. In version 3 consumers waited for data a quarter of their time, while the
+// one producer requested sixteen rows one after the other. Of o's 13.8 us at 64 rows in version 3, partial sums took 5.5
+// (writing 2.5, waiting 0.6, reading 2.4), its four chunks 3.5; at 128 rows they took 9 of 20.6. Warps with sixteen tiles of
+// each side of a pair are so much faster than with eight that computing both sides unfused pays for the gate's kernel.
 //
 // As the tuner chooses (v: `gemv.cu`), with that kernel, beside every weight byte once at 4.3 TB/s, or every multiplication
 // at 758 TFLOP/s if that is longer:
@@ -47,8 +49,8 @@
 // | 256  | 34   | 22   | 114      | 51    | 221   | 147   | 198     | 226           |
 // | 512  | 50   | 35   | 218      | 93    | 395   | 295   | 340     | 405           |
 //
-// What limits it now: up to 128 rows the exchange of cut tiles through memory (blocks of a cluster could read each other's
-// shared memory, not tried) and the kernel that puts gate and up together (12 us at 128 rows before it had 1,024 threads);
+// What limits it now: up to 128 rows the exchange of partial sums through memory (blocks of a cluster could read each
+// other's shared memory, not tried) and the kernel that applies the gate (12 us at 128 rows before it had 1,024 threads);
 // above, tiles of 128 rows that do not fill the last wave. Tried and no better: six stages, blocks of twelve warps.
 //
 // Without WGMMA, EXL2's gate and up at 32 rows took 45 us.
@@ -67,54 +69,54 @@
 #include "gemm_producer.cuh"
 #include "gemm_tile.cuh"
 
-// A block's sums of a tile that several share: out to memory, and counted.
-DEVICE void share(const Products& p, const Line& line, u32 tile, const Sums& sums)
+// Write a block's partial sums of a tile that several compute, and count them.
+DEVICE void store_partial(const Products& p, const Schedule& schedule, u32 tile, const Sums& sums)
 {
-    float* to = p.partial + line.slot(blockIdx.x, line.first_worker(tile), tile) * (u64) SLOT + threadIdx.x * 4;
+    float* to = p.partial + schedule.slot(blockIdx.x, schedule.first_worker(tile), tile) * (u64) SLOT + threadIdx.x * 4;
     #pragma unroll
     for (u32 i = 0; i < QUADS; i++) to_others(to + i * (THREADS * 4), sums[i / (2 * TILES)][i / TILES % 2][i % TILES]);
     meet<THREADS>();
     if (threadIdx.x == 0) arrive(p.arrived + tile);
 }
 
-// A block's share of putting such a tile together, always in the same order. The other blocks are there, as a launch has
-// no more blocks than the GPU holds at once, and none waits before its last sums are in memory.
-DEVICE void gather(const Products& p, const Line& line, const Lane& l, u32 tile)
+// A block's share of reducing such a tile, always in the same order. The other blocks are resident, as a launch has no more
+// blocks than the GPU holds at once, and none waits before its last partial sums are in memory.
+DEVICE void reduce(const Products& p, const Schedule& schedule, const Lane& l, u32 tile)
 {
-    const u32 first = line.first_worker(tile), last = line.last_worker(tile), parts = last - first + 1;
-    if (parts == 1) return;
-    if (threadIdx.x == 0) await(p.arrived + tile, parts);
+    const u32 first = schedule.first_worker(tile), last = schedule.last_worker(tile), workers = last - first + 1;
+    if (workers == 1) return;
+    if (threadIdx.x == 0) await(p.arrived + tile, workers);
     meet<THREADS>();
     const u32 pieces = TILES * (PAIRED ? 1 : STRIPS), mine = blockIdx.x - first, batch = 4;
-    const Tile at = line.tile(p, tile);
+    const Tile at = schedule.tile(p, tile);
     #pragma unroll 1
-    for (u32 piece = pieces * mine / parts; piece < pieces * (mine + 1) / parts; piece++)
+    for (u32 piece = pieces * mine / workers; piece < pieces * (mine + 1) / workers; piece++)
     {
         const u32 s = piece / TILES, t = piece % TILES;
         float sum[SIDES][2][4] = {};
         #pragma unroll 1
         for (u32 worker = first; worker <= last; worker += batch)
         {
-            // Several at a time, or each would wait for the one before.
-            float more[batch][SIDES][2][4] = {};
+            // Several loads are in flight at a time.
+            float partial[batch][SIDES][2][4] = {};
             #pragma unroll
             for (u32 b = 0; b < batch; b++)
             {
                 if (worker + b > last) continue;
-                const float* from = p.partial + line.slot(worker + b, first, tile) * (u64) SLOT + threadIdx.x * 4;
+                const float* from = p.partial + schedule.slot(worker + b, first, tile) * (u64) SLOT + threadIdx.x * 4;
                 #pragma unroll
                 for (u32 i = 0; i < SIDES * 2; i++)
-                    from_others(more[b][i / 2][i % 2], from + ((s * 2 + i) * TILES + t) * (THREADS * 4));
+                    from_others(partial[b][i / 2][i % 2], from + ((s * 2 + i) * TILES + t) * (THREADS * 4));
             }
             #pragma unroll
             for (u32 b = 0; b < batch; b++)
                 #pragma unroll
-                for (u32 i = 0; i < SIDES * 8; i++) (&sum[0][0][0])[i] += (&more[b][0][0][0])[i];
+                for (u32 i = 0; i < SIDES * 8; i++) (&sum[0][0][0])[i] += (&partial[b][0][0][0])[i];
         }
         write(p, l, at, s, t, sum);
     }
-    // The last block to leave resets the counter.
-    if (threadIdx.x == 0 && arrive(p.arrived + tile) == 2 * parts - 1) p.arrived[tile] = 0;
+    // The last block that is done resets the counter.
+    if (threadIdx.x == 0 && arrive(p.arrived + tile) == 2 * workers - 1) p.arrived[tile] = 0;
 }
 
 DEVICE Lane lane_of(void* scratch)
@@ -130,61 +132,61 @@ DEVICE Lane lane_of(void* scratch)
     return l;
 }
 
-// The sums of a tile, or of a part of it, are there.
-DEVICE void leave(const Products& p, const Line& line, const Lane& l, u32 tile, const Sums& sums)
+// Write the sums of a whole tile to the output, those of a part of one to the workspace.
+DEVICE void finish_tile(const Products& p, const Schedule& schedule, const Lane& l, u32 tile, const Sums& sums)
 {
-    if (line.first_worker(tile) != line.last_worker(tile)) share(p, line, tile, sums);
-    else write_all(p, l, line.tile(p, tile), sums);
+    if (schedule.first_worker(tile) != schedule.last_worker(tile)) store_partial(p, schedule, tile, sums);
+    else write_all(p, l, schedule.tile(p, tile), sums);
 }
 
-// Put together the first and the last tile of those from `begin` to `end`: only they may be cut.
-DEVICE void gather_ends(const Products& p, const Line& line, const Lane& l, u32 begin, u32 end)
+// Reduce the first and the last tile of the chunks from `begin` to `end`: only they may be split.
+DEVICE void reduce_split_tiles(const Products& p, const Schedule& schedule, const Lane& l, u32 begin, u32 end)
 {
-    const u32 first = begin / line.chunks, last = (end - 1) / line.chunks;
-    gather(p, line, l, first);
-    if (last != first) gather(p, line, l, last);
+    const u32 first = begin / schedule.chunks, last = (end - 1) / schedule.chunks;
+    reduce(p, schedule, l, first);
+    if (last != first) reduce(p, schedule, l, last);
 }
 
 #if WGMMA
 
-// What the warps do that multiply.
-DEVICE void consume(const Products& p, const Line& line, u32 begin, u32 end, Barriers& barriers, const char* ring)
+// The work of consumer warps.
+DEVICE void consume(const Products& p, const Schedule& schedule, u32 begin, u32 end, Barriers& barriers, const char* ring)
 {
     const Lane l = lane_of(&barriers + 1);
-    // Sums go where the kernel before may still be reading.
+    // The kernel before may still be using what sums are written to.
     wait_for_inputs();
     u32 stage = 0, parity = 0;
-    Meanwhile meanwhile{barriers.empty, false};
+    OverlappedWork overlapped{barriers.empty, false};
     #pragma unroll 1
     for (u32 unit = begin; unit < end;)
     {
-        const u32 tile = unit / line.chunks, until = min((tile + 1) * line.chunks, end);
+        const u32 tile = unit / schedule.chunks, until = min((tile + 1) * schedule.chunks, end);
         Sums sums;
         clear(sums);
         #pragma unroll 1
         for (; unit < until; unit++)
         {
             barrier_wait(barriers.full + stage, parity);
-            compute(l, ring + stage * STAGE, sums, meanwhile);
-            meanwhile = Meanwhile{barriers.empty + stage, true};
+            compute(l, ring + stage * STAGE, sums, overlapped);
+            overlapped = OverlappedWork{barriers.empty + stage, true};
             stage = stage + 1 == STAGES ? 0 : stage + 1;
             parity ^= stage == 0;
         }
-        products_wait<0>();
+        wgmma_wait<0>();
         #pragma unroll
-        for (u32 i = 0; i < STRIPS * 2 * TILES * 4; i++) arrived_here((&sums[0][0][0][0])[i]);
-        leave(p, line, l, tile, sums);
+        for (u32 i = 0; i < STRIPS * 2 * TILES * 4; i++) fence_register((&sums[0][0][0][0])[i]);
+        finish_tile(p, schedule, l, tile, sums);
     }
-    gather_ends(p, line, l, begin, end);
+    reduce_split_tiles(p, schedule, l, begin, end);
 }
 
-extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(const __grid_constant__ Together a)
+extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(const __grid_constant__ MappedProducts a)
 {
     const Products& p = a.products;
-    const Line line(p);
+    const Schedule schedule(p);
     Barriers& barriers = *(Barriers*) shared_memory;
     char* ring = (char*) shared_memory + SCRATCH;
-    const u32 begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
+    const u32 begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
     if (threadIdx.x == 0)
     {
         #pragma unroll
@@ -193,19 +195,19 @@ extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(cons
             barrier_init(barriers.full + s, 4);
             barrier_init(barriers.empty + s, WARPS);
         }
-        barriers_ready();
+        barrier_init_fence();
     }
     __syncthreads();
     let_next_start();
     if (threadIdx.x >= THREADS)
     {
         fewer_registers<PRODUCER_REGISTERS>();
-        produce(a, line, begin, end, barriers, ring);
+        produce(a, schedule, begin, end, barriers, ring);
     }
     else
     {
         more_registers<REGISTERS>();
-        consume(p, line, begin, end, barriers, ring);
+        consume(p, schedule, begin, end, barriers, ring);
     }
 }
 
@@ -213,54 +215,54 @@ extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(cons
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Products p)
 {
-    const Line line(p);
+    const Schedule schedule(p);
     char* ring = (char*) shared_memory + SCRATCH;
     const Lane l = lane_of(shared_memory);
 
-    const u32 begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
-    Source ahead(p, line, begin);
+    const u32 begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
+    Source ahead(p, schedule, begin);
     u32 copied = begin;
     #pragma unroll 1
     for (u32 s = 0; s < STAGES - 1 && copied < end; s++, copied++)
     {
         ahead.copy_weights(ring + s * STAGE);
-        ahead.next(p, line, copied + 1 < end);
+        ahead.advance(p, schedule, copied + 1 < end);
     }
     let_next_start();
     wait_for_inputs();
-    Source again(p, line, begin);
+    Source again(p, schedule, begin);
     #pragma unroll 1
     for (u32 s = 0; s < STAGES - 1; s++)
     {
         if (begin + s < end)
         {
             again.copy_x(ring + s * STAGE);
-            again.next(p, line, begin + s + 1 < end);
+            again.advance(p, schedule, begin + s + 1 < end);
         }
         copies_commit();
     }
 
     Sums sums;
     clear(sums);
-    u32 tile = begin / line.chunks, chunk = begin - tile * line.chunks, stage = 0;
+    u32 tile = begin / schedule.chunks, chunk = begin - tile * schedule.chunks, stage = 0;
     #pragma unroll 1
     for (u32 unit = begin; unit < end; unit++)
     {
         copies_wait<STAGES - 2>();
         __syncthreads();
-        Meanwhile meanwhile{p, line, ahead, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
-        compute(l, ring + stage * STAGE, sums, meanwhile);
+        OverlappedWork overlapped{p, schedule, ahead, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
+        compute(l, ring + stage * STAGE, sums, overlapped);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
-        if (++chunk == line.chunks || unit + 1 == end)
+        if (++chunk == schedule.chunks || unit + 1 == end)
         {
-            leave(p, line, l, tile, sums);
+            finish_tile(p, schedule, l, tile, sums);
             clear(sums);
             chunk = 0;
             tile++;
         }
     }
     copies_wait<0>();
-    gather_ends(p, line, l, begin, end);
+    reduce_split_tiles(p, schedule, l, begin, end);
 }
 
 #endif

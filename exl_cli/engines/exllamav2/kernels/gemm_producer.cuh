@@ -1,49 +1,49 @@
-// With WGMMA four warps more than those that multiply have the copy engine fill the ring for them. Barriers say which stages
-// are full, and which are empty again: a warp that multiplies waits for no other one.
+// With WGMMA four producer warps have the copy engine fill the ring for the consumer warps, which multiply. Barriers say which
+// stages are full, and which are empty again: no consumer waits for another.
 
 #if WGMMA
 
-// The argument: behind each matrix' map of x the products.
-struct Together
+// The argument of builds with WGMMA.
+struct MappedProducts
 {
-    TensorMap x[3];         // boxes of 64 numbers of ROWS rows, swizzled over 128 bytes
+    TensorMap x[3];         // of each matrix's input: boxes of 64 numbers of ROWS rows, swizzled over 128 bytes
     Products products;
 };
 
-// Registers are given to groups of four warps: those that only copy need few.
+// Registers are divided among groups of four warps: producers need few.
 const u32 ALL_WARPS = WARPS + 4, PRODUCER_REGISTERS = 40, MOST_REGISTERS = 240;
 const u32 EVEN_SHARE = 65536 / (RESIDENT * ALL_WARPS * 32) / 8 * 8, LAUNCHED_WITH = EVEN_SHARE < 248 ? EVEN_SHARE : 248;
 const u32 LEFT_REGISTERS = (LAUNCHED_WITH * ALL_WARPS - PRODUCER_REGISTERS * 4) / WARPS / 8 * 8;
 const u32 REGISTERS = LEFT_REGISTERS < MOST_REGISTERS ? LEFT_REGISTERS : MOST_REGISTERS;
 
-// Of the ring's stages, in front of it: which are full, and which are empty.
+// Of the ring's stages, in front of it.
 struct Barriers { u64 full[STAGES], empty[STAGES]; };
 
-// A warp that has 32 rows of each chunk ("part") copied, each packed row by another lane, and the scales; the first two of
-// these warps, or with inputs of two orders all four, also halves of x.
+// A warp that has a part of each chunk copied: 32 rows, each lane one packed row of them, and their scales; the first two
+// producers, or with inputs of two orders all four, also halves of x.
 struct Producer
 {
-    const Together& a;
-    const Line& line;
+    const MappedProducts& a;
+    const Schedule& schedule;
     u32 part, lane, tile_index, chunk, width, row_bytes, group_shift;
     Tile tile;
     const char *weight[SIDES], *four[SIDES], *scale[SIDES];
     const u64* block[SIDES];
     u64 entry[SIDES];       // of the part, EXL2: packed row | bits << 24 | half scale << 32 | group << 48
 
-    DEVICE Producer(const Together& a, const Line& line, u32 unit) : a(a), line(line)
+    DEVICE Producer(const MappedProducts& a, const Schedule& schedule, u32 unit) : a(a), schedule(schedule)
     {
         part = same_in_warp(threadIdx.x / 32) - WARPS;
         lane = threadIdx.x % 32;
-        tile_index = unit / line.chunks;
-        chunk = unit - tile_index * line.chunks;
-        enter();
+        tile_index = unit / schedule.chunks;
+        chunk = unit - tile_index * schedule.chunks;
+        enter_tile();
         look_up();
     }
 
-    DEVICE void enter()
+    DEVICE void enter_tile()
     {
-        tile = line.tile(a.products, tile_index);
+        tile = schedule.tile(a.products, tile_index);
         #pragma unroll
         for (u32 side = 0; side < SIDES; side++)
         {
@@ -67,14 +67,14 @@ struct Producer
             if (FORMAT == 1) entry[side] = block[side][chunk * 4 + part];
     }
 
-    DEVICE void next(bool there_is)
+    DEVICE void advance(bool more)
     {
-        if (!there_is) return;
-        if (++chunk == line.chunks)
+        if (!more) return;
+        if (++chunk == schedule.chunks)
         {
             chunk = 0;
             tile_index++;
-            enter();
+            enter_tile();
         }
         look_up();
     }
@@ -83,7 +83,7 @@ struct Producer
     DEVICE bool has_x() const { return part < 2 * XS; }
     DEVICE u32 bits(u32 side) const { return FORMAT == 0 ? 4 : (u32) entry[side] >> 24 & 15; }
 
-    // The part's packed weights and scales. The barrier also learns how much `copy_x` will copy.
+    // The part's packed weights and scales. The barrier is to expect the bytes of `copy_x`, too.
     DEVICE void copy_weights(char* stage, u64* full) const
     {
         if (lane == 0)
@@ -121,23 +121,23 @@ struct Producer
     }
 };
 
-DEVICE void produce(const Together& a, const Line& line, u32 begin, u32 end, Barriers& barriers, char* ring)
+DEVICE void produce(const MappedProducts& a, const Schedule& schedule, u32 begin, u32 end, Barriers& barriers, char* ring)
 {
     const u32 ahead = min((u32) STAGES, end - begin);
-    Producer weights(a, line, begin);
+    Producer weights(a, schedule, begin);
     #pragma unroll 1
     for (u32 s = 0; s < ahead; s++)
     {
         weights.copy_weights(ring + s * STAGE, barriers.full + s);
-        weights.next(begin + s + 1 < end);
+        weights.advance(begin + s + 1 < end);
     }
     wait_for_inputs();
-    Producer x(a, line, begin);
+    Producer x(a, schedule, begin);
     #pragma unroll 1
     for (u32 s = 0; s < ahead; s++)
     {
         x.copy_x(ring + s * STAGE, barriers.full + s);
-        x.next(begin + s + 1 < end);
+        x.advance(begin + s + 1 < end);
     }
     u32 stage = 0, parity = 0;
     #pragma unroll 1
@@ -146,14 +146,14 @@ DEVICE void produce(const Together& a, const Line& line, u32 begin, u32 end, Bar
         barrier_wait(barriers.empty + stage, parity);
         weights.copy_x(ring + stage * STAGE, barriers.full + stage);
         weights.copy_weights(ring + stage * STAGE, barriers.full + stage);
-        weights.next(unit + 1 < end);
+        weights.advance(unit + 1 < end);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         parity ^= stage == 0;
     }
 }
 
-// What a warp does once while the tensor cores are busy with a chunk: say that the stage of the one before is empty.
-struct Meanwhile
+// What a warp does once a chunk while the tensor cores are busy: release the stage of the chunk before.
+struct OverlappedWork
 {
     u64* empty;
     bool due;

@@ -1,58 +1,59 @@
-// What `gemm.cu` copies into shared memory, where it lies there, and which chunk is whose.
+// What `gemm.cu` copies into shared memory and where it lies there, and which block computes which chunks.
 
 const u32 THREADS = WARPS * 32, COLUMN_WARPS = WARPS / ROW_WARPS, SIDES = PAIRED ? 2 : 1;
 const u32 COLUMNS = COLUMN_WARPS * STRIPS * 32, SIDE_COLUMNS = COLUMNS / SIDES, ROWS = ROW_WARPS * TILES * 8;
-const u32 PARTS = FINE ? 4 : 1;                                     // of a chunk, that may be of different groups
-// Bytes, and where they begin, in a stage: x, weights, GPTQ's scales, four bits a column, EXL2's blocks.
+const u32 PARTS = FINE ? 4 : 1;                                     // of a chunk, which may be of different groups
+// Bytes and offsets in a stage: x, weights, GPTQ's scales, four bits a column, EXL2's blocks.
 const u32 X_BYTES = ROWS * 256, XS = TWO_X ? 2 : 1;
 const u32 WEIGHTS = X_BYTES * XS, WEIGHT_ROW = SIDE_COLUMNS * 4;
-// Packed weights of each 32 rows of the chunk, and so much room behind them that the eight lanes that read at once, two
-// places of four parts, meet different banks.
+// Packed weights of each 32 rows of the chunk, padded: the eight lanes that read at once, two places of four parts, meet
+// different banks.
 const u32 PART_WEIGHTS = MAX_BITS * WEIGHT_ROW + 32, SIDE_WEIGHTS = 4 * PART_WEIGHTS;
 const u32 SCALES = WEIGHTS + SIDES * SIDE_WEIGHTS, SIDE_SCALES = FORMAT == 0 ? PARTS * SIDE_COLUMNS * 2 : 0;
 const u32 FOURS = SCALES + SIDES * SIDE_SCALES, SIDE_FOURS = PARTS * SIDE_COLUMNS / 2;
 const u32 BLOCKS = FOURS + SIDES * SIDE_FOURS;
 const u32 STAGE = (BLOCKS + (FORMAT == 1 ? SIDES * 32 : 0) + 1023) / 1024 * 1024;
-const u32 SCRATCH = 1024;                                           // before the ring, which begins at a multiple of it
+const u32 SCRATCH = 1024;                                           // before the ring, whose stages are aligned to it
 
 struct Tile { u32 which, column0, row0; };
 
-// All chunks of all tiles, one behind the other; rows are the innermost, so that neighbours read the same weights.
-struct Line
+// All chunks of all tiles in one line, and their division among blocks ("workers"). Rows are innermost: neighbours read the
+// same weights.
+struct Schedule
 {
-    u32 chunks, row_tiles, parts;
-    u32 units, share, longer;   // the first `longer` workers have a unit more than `share`: a chunk, or with one part a tile
+    u32 chunks, row_tiles, splits;
+    u32 units, quota, longer;   // the first `longer` workers have a unit more than `quota`: a chunk, or with one split a tile
 
-    DEVICE Line(const Products& p)
+    DEVICE Schedule(const Products& p)
     {
         chunks = (p.matrix[0].k + 127) / 128;
         row_tiles = (p.rows + ROWS - 1) / ROWS;
-        parts = p.parts;
+        splits = p.splits;
         u32 tiles = 0;
         for (u32 m = 0; m < (PAIRED ? 1 : p.count); m++) tiles += (p.matrix[m].n + SIDE_COLUMNS - 1) / SIDE_COLUMNS;
         tiles *= row_tiles;
-        units = parts ? tiles : tiles * chunks;
-        share = units / gridDim.x;
-        longer = units - share * gridDim.x;
+        units = splits ? tiles : tiles * chunks;
+        quota = units / gridDim.x;
+        longer = units - quota * gridDim.x;
     }
     // A worker's first chunk, and a chunk's worker.
     DEVICE u32 begin(u32 worker) const
     {
-        if (parts > 1) return worker / parts * chunks + worker % parts * chunks / parts;
-        const u32 unit = worker * share + min(worker, longer);
-        return parts ? unit * chunks : unit;
+        if (splits > 1) return worker / splits * chunks + worker % splits * chunks / splits;
+        const u32 unit = worker * quota + min(worker, longer);
+        return splits ? unit * chunks : unit;
     }
     DEVICE u32 worker(u32 unit) const
     {
-        const u32 of_longer = longer * (share + 1);
-        return unit < of_longer ? unit / (share + 1) : longer + (unit - of_longer) / share;
+        const u32 of_longer = longer * (quota + 1);
+        return unit < of_longer ? unit / (quota + 1) : longer + (unit - of_longer) / quota;
     }
-    DEVICE u32 first_worker(u32 tile) const { return parts ? tile * parts : worker(tile * chunks); }
-    DEVICE u32 last_worker(u32 tile) const { return parts ? tile * parts + parts - 1 : worker(tile * chunks + chunks - 1); }
-    // Where a worker's sums of a tile go that begins with `first`: only a worker's first and last tile are cut.
+    DEVICE u32 first_worker(u32 tile) const { return splits ? tile * splits : worker(tile * chunks); }
+    DEVICE u32 last_worker(u32 tile) const { return splits ? tile * splits + splits - 1 : worker(tile * chunks + chunks - 1); }
+    // Where a worker's partial sums of a tile go, whose first worker is `first`: only its first and last tile are split.
     DEVICE u32 slot(u32 worker, u32 first, u32 tile) const
     {
-        return 2 * worker + (!parts && worker == first && begin(first) < tile * chunks ? 1 : 0);
+        return 2 * worker + (!splits && worker == first && begin(first) < tile * chunks ? 1 : 0);
     }
     DEVICE Tile tile(const Products& p, u32 index) const
     {
@@ -76,8 +77,8 @@ DEVICE u32 weights_at(u32 side, u32 part, u32 row)
 
 #if !WGMMA
 
-// Where 16 bytes of a row of x lie, so that the eight lanes that read at once, two rows and four places 64 bytes apart,
-// meet different banks.
+// Where 16 bytes of a row of x lie: the eight lanes that read at once, two rows and four places 64 bytes apart, meet
+// different banks.
 DEVICE u32 place(u32 row, u32 unit)
 {
     return row * 256 + ((unit & 8) | ((unit & 7) ^ (unit >> 3) * 2 ^ (row & 1))) * 16;
@@ -101,19 +102,19 @@ struct Source
     static DEVICE u32 part() { return threadIdx.x / COPIERS; }
     static DEVICE u32 copier() { return threadIdx.x % COPIERS; }
 
-    DEVICE Source(const Products& p, const Line& line, u32 unit)
+    DEVICE Source(const Products& p, const Schedule& schedule, u32 unit)
     {
-        chunks = line.chunks;
+        chunks = schedule.chunks;
         k = p.matrix[0].k;
         tile_index = unit / chunks;
         chunk = unit - tile_index * chunks;
-        enter(p, line);
+        enter_tile(p, schedule);
         look_up();
     }
 
-    DEVICE void enter(const Products& p, const Line& line)
+    DEVICE void enter_tile(const Products& p, const Schedule& schedule)
     {
-        const Tile tile = line.tile(p, tile_index);
+        const Tile tile = schedule.tile(p, tile_index);
         const u32 n = p.matrix[tile.which].n;
         const u32 unit = copier() % UNITS, first_row = copier() / UNITS;
         row_bytes = n * 4;
@@ -162,9 +163,9 @@ struct Source
             if (FORMAT == 1) entry[side] = block[side][chunk * 4 + (inside() ? part() : 0)];
     }
 
-    DEVICE void next(const Products& p, const Line& line, bool there_is)
+    DEVICE void advance(const Products& p, const Schedule& schedule, bool more)
     {
-        if (!there_is) return;
+        if (!more) return;
         chunk++;
         #pragma unroll
         for (u32 side = 0; side < XS; side++) x[side] += 256;
@@ -172,7 +173,7 @@ struct Source
         {
             chunk = 0;
             tile_index++;
-            enter(p, line);
+            enter_tile(p, schedule);
         }
         look_up();
     }
@@ -228,12 +229,12 @@ struct Source
     }
 };
 
-// What a thread does once while the tensor cores are busy: ask for the copies of a later chunk, into the place of the one
-// before.
-struct Meanwhile
+// What a thread does once a chunk while the tensor cores are busy: request the copies of a later chunk, into the stage of the
+// chunk before.
+struct OverlappedWork
 {
     const Products& p;
-    const Line& line;
+    const Schedule& schedule;
     Source& source;
     char* to;
     u32& copied;
@@ -249,7 +250,7 @@ struct Meanwhile
             source.copy_weights(to);
             source.copy_x(to);
             copied++;
-            source.next(p, line, copied < end);
+            source.advance(p, schedule, copied < end);
         }
         copies_commit();
     }

@@ -19,7 +19,7 @@ DEVICE void clear(Sums& sums)
     for (u32 i = 0; i < STRIPS * 2 * TILES * 4; i++) (&sums[0][0][0][0])[i] = 0.0f;
 }
 
-// A lane's four columns of a strip: what is too much of each number, and its scale, both twice in a word.
+// A lane's four columns of a strip: four bits of each (see `Matrix`), their scales, and these as factors, twice in a word.
 struct Columns
 {
     u32 four;
@@ -49,9 +49,9 @@ DEVICE void read_columns(const Lane& l, const char* stage, u64 block, u32 s, Col
 }
 
 // The lane's 32 rows of the chunk, all of BITS bits, for the COUNT strips from FIRST on. With WGMMA the last of these
-// products are still at work at the end.
+// products are still in flight at the end.
 template <int BITS, int FIRST, int COUNT>
-DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Meanwhile& meanwhile)
+DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, OverlappedWork& overlapped)
 {
     typedef Unit<BITS> U;
     u32 minus[COUNT][4][7];
@@ -103,24 +103,24 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
             }
         const char* xs = stage + (TWO_X ? FIRST * X_BYTES : 0);
 #if WGMMA
-        products_begin();
+        wgmma_fence();
         #pragma unroll
         for (int step = 0; step < 2; step++)
         {
-            const u64 x = operand(xs + q / 2 * (ROWS * 128) + l.rows * 128 + q % 2 * 64 + step * 32);
+            const u64 x = x_descriptor(xs + q / 2 * (ROWS * 128) + l.rows * 128 + q % 2 * 64 + step * 32);
             #pragma unroll
             for (int s = 0; s < COUNT; s++)
                 #pragma unroll
                 for (int half = 0; half < 2; half++)
                 {
                     const u32 *low = a[s][half * 2] + step * 2, *high = a[s][half * 2 + 1] + step * 2;
-                    multiply_together(sums[FIRST + s][half], low[0], high[0], low[1], high[1], x);
+                    wgmma(sums[FIRST + s][half], low[0], high[0], low[1], high[1], x);
                 }
         }
-        products_commit();
-        // The products of the chunk before are over then, too.
-        products_wait<1>();
-        if (q == 0) meanwhile();
+        wgmma_commit();
+        // The products of the chunk before are complete then, too.
+        wgmma_wait<1>();
+        if (q == 0) overlapped();
 #else
         #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
@@ -138,35 +138,37 @@ DEVICE void multiply(const Lane& l, const char* stage, const Columns (&columns)[
                             step ? x.w : x.y);
                     }
         }
-        if (q == 0) meanwhile();
+        if (q == 0) overlapped();
 #endif
     }
 }
 
 template <int FIRST, int COUNT>
-DEVICE void multiply_any(u32 bits, const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums, Meanwhile& meanwhile)
+DEVICE void multiply_any(u32 bits, const Lane& l, const char* stage, const Columns (&columns)[STRIPS], Sums& sums,
+                         OverlappedWork& overlapped)
 {
 #if FORMAT == 0
-    multiply<4, FIRST, COUNT>(l, stage, columns, sums, meanwhile);
+    multiply<4, FIRST, COUNT>(l, stage, columns, sums, overlapped);
 #else
     switch (bits)
     {
-    case 2: multiply<2, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
-    case 3: multiply<3, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
-    case 4: multiply<4, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
+    case 2: multiply<2, FIRST, COUNT>(l, stage, columns, sums, overlapped); break;
+    case 3: multiply<3, FIRST, COUNT>(l, stage, columns, sums, overlapped); break;
+    case 4: multiply<4, FIRST, COUNT>(l, stage, columns, sums, overlapped); break;
     #if MAX_BITS > 4
-    case 5: multiply<5, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
-    case 6: multiply<6, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
+    case 5: multiply<5, FIRST, COUNT>(l, stage, columns, sums, overlapped); break;
+    case 6: multiply<6, FIRST, COUNT>(l, stage, columns, sums, overlapped); break;
     #endif
     #if MAX_BITS > 6
-    case 8: multiply<8, FIRST, COUNT>(l, stage, columns, sums, meanwhile); break;
+    case 8: multiply<8, FIRST, COUNT>(l, stage, columns, sums, overlapped); break;
     #endif
     }
 #endif
 }
 
 // The strips from FIRST on, which are of one side.
-template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums, Meanwhile& meanwhile)
+template <int FIRST, int COUNT>
+DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums, OverlappedWork& overlapped)
 {
     const u64* blocks = (const u64*) (stage + BLOCKS + side_of(FIRST) * 32);
     const u64 block = FORMAT == 0 ? 4u << 24 : blocks[FINE ? l.t : 0];
@@ -193,18 +195,18 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
                 #pragma unroll
                 for (int c = 0; c < 4; c++) own[s].factor[c] = bits == width ? columns[s].factor[c] : 0;
             }
-            multiply_any<FIRST, COUNT>(width, l, stage, own, sums, meanwhile);
+            multiply_any<FIRST, COUNT>(width, l, stage, own, sums, overlapped);
         }
         return;
     }
     if (!LATE)
     {
-        multiply_any<FIRST, COUNT>(bits, l, stage, columns, sums, meanwhile);
+        multiply_any<FIRST, COUNT>(bits, l, stage, columns, sums, overlapped);
         return;
     }
     Sums part;
     clear(part);
-    multiply_any<FIRST, COUNT>(bits, l, stage, columns, part, meanwhile);
+    multiply_any<FIRST, COUNT>(bits, l, stage, columns, part, overlapped);
     #pragma unroll
     for (int s = FIRST; s < FIRST + COUNT; s++)
         #pragma unroll
@@ -220,14 +222,14 @@ template <int FIRST, int COUNT> DEVICE void compute_strips(const Lane& l, const 
         }
 }
 
-DEVICE void compute(const Lane& l, const char* stage, Sums& sums, Meanwhile& meanwhile)
+DEVICE void compute(const Lane& l, const char* stage, Sums& sums, OverlappedWork& overlapped)
 {
 #if PAIRED && (FORMAT == 1 || TWO_X || WGMMA)
     // Widths, or x, may differ.
-    compute_strips<0, 1>(l, stage, sums, meanwhile);
-    compute_strips<1, 1>(l, stage, sums, meanwhile);
+    compute_strips<0, 1>(l, stage, sums, overlapped);
+    compute_strips<1, 1>(l, stage, sums, overlapped);
 #else
-    compute_strips<0, STRIPS>(l, stage, sums, meanwhile);
+    compute_strips<0, STRIPS>(l, stage, sums, overlapped);
 #endif
 }
 

@@ -169,8 +169,8 @@ DEVICE void accumulate(const Lane& l, Own& own, const u32 (&weights)[TILES][2], 
     }
 }
 
-// Put a warp's sums where the block adds them up.
-DEVICE void leave(const Lane& l, u32 rows, const Mark (&marks)[TILES], const Sums& sums, Own& own, Mark (&left)[ROWS])
+// Store a warp's sums where the block adds them up.
+DEVICE void store_sums(const Lane& l, u32 rows, const Mark (&marks)[TILES], const Sums& sums, Own& own, Mark (&left)[ROWS])
 {
     #pragma unroll
     for (u32 tile = 0; tile < TILES; tile++)

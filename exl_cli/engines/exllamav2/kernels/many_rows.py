@@ -40,11 +40,11 @@ class GemmConfig:
         strips: of 32 columns, of a warp.
         stages: of the ring.
         resident: blocks on a multiprocessor.
-        wgmma: whether four warps multiply together, and others copy for them; needs compute capability 9.0.
-        apart: whether to compute a pair as two outputs, combined by another kernel. A warp then has registers for more
-            rows of each.
-        even: whether each tile is cut into the same number of parts, the most for which all blocks are resident at
-            once; otherwise all work is cut into equal shares, which may begin and end anywhere in a tile.
+        wgmma: whether four warps multiply together, and producer warps copy for them; needs compute capability 9.0.
+        unfused: whether to compute a pair as two outputs, combined by another kernel. A warp then has registers for
+            more rows of each.
+        split_k: whether each tile is split into the same number of parts, the most for which all blocks are resident
+            at once; otherwise work is divided into equal shares, which may begin and end anywhere in a tile (stream-K).
     """
 
     warps: int
@@ -54,16 +54,16 @@ class GemmConfig:
     stages: int
     resident: int
     wgmma: bool = False
-    apart: bool = False
-    even: bool = False
+    unfused: bool = False
+    split_k: bool = False
 
     def product(self, product: Product) -> Product:
         """What its launch computes of a product."""
-        return replace(product, paired=False) if self.apart else product
+        return replace(product, paired=False) if self.unfused else product
 
     @property
     def threads(self) -> int:
-        """Threads of a block, with those that only copy."""
+        """Threads of a block, producers included."""
         return 32 * (self.warps + (4 if self.wgmma else 0))
 
     @property
@@ -87,9 +87,9 @@ class GemmConfig:
         """Pieces of work, tiles times chunks of k."""
         return self.tiles_of(product, rows) * -(-product.matrices[0].k // _CHUNK)
 
-    def parts(self, product: Product, rows: int, at_once: int) -> int:
-        """Parts of each tile in a launch on a GPU that holds so many blocks at once; 0 where all shares are equal."""
-        if not self.even:
+    def splits(self, product: Product, rows: int, at_once: int) -> int:
+        """Parts of each tile in a launch on a GPU that holds so many blocks at once; 0 for stream-K."""
+        if not self.split_k:
             return 0
         tiles = self.tiles_of(product, rows)
         return max(1, min(at_once // tiles, self.units(product, rows) // tiles))
@@ -97,8 +97,8 @@ class GemmConfig:
     def blocks(self, product: Product, rows: int, at_once: int) -> int:
         """Blocks of a launch on a GPU that holds so many at once: a launch of more would never end."""
         most = (
-            self.tiles_of(product, rows) * self.parts(product, rows, at_once)
-            if self.even
+            self.tiles_of(product, rows) * self.splits(product, rows, at_once)
+            if self.split_k
             else self.units(product, rows)
         )
         return min(at_once, most)
@@ -125,8 +125,8 @@ def variant(product: Product, config: GemmConfig) -> Variant:
     return Variant(defines, _SCRATCH + config.stages * (-(-stage // 1024) * 1024), FILE, NAME)
 
 
-class TogetherArgument(ctypes.Structure):
-    """`Together` of gemm_producer.cuh: its size and its place are multiples of 64 bytes."""
+class MappedProducts(ctypes.Structure):
+    """`MappedProducts` of gemm_producer.cuh: its size and its place are multiples of 64 bytes."""
 
     _fields_ = (
         ("x", (ctypes.c_uint64 * 16) * 3),
@@ -135,16 +135,16 @@ class TogetherArgument(ctypes.Structure):
     )
 
 
-def together(products: Products) -> TogetherArgument:
+def with_maps(products: Products) -> MappedProducts:
     """The argument of a build with WGMMA, but for its maps."""
-    buffer = bytearray(ctypes.sizeof(TogetherArgument) + 63)
+    buffer = bytearray(ctypes.sizeof(MappedProducts) + 63)
     place = -ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer)) % 64
-    argument = TogetherArgument.from_buffer(buffer, place)
+    argument = MappedProducts.from_buffer(buffer, place)
     argument.products = products
     return argument
 
 
-def write_maps(argument: TogetherArgument, xs: Sequence[torch.Tensor], config: GemmConfig) -> None:
+def write_maps(argument: MappedProducts, xs: Sequence[torch.Tensor], config: GemmConfig) -> None:
     """Describe the inputs, of which each has as many rows as there are, to the copy engine."""
     for target, x in zip(argument.x, xs, strict=False):
         compiler.write_tensor_map(ctypes.addressof(target), x, (_CHUNK // 2, config.rows))
@@ -155,20 +155,20 @@ def dense_variant(product: Product) -> Variant:
     return Variant(dense.defines(product.matrices[0]), 0, dense.FILE, dense.NAME)
 
 
-def configs(product: Product, rows: int, shared_bytes: int, *, together: bool) -> list[GemmConfig]:
+def configs(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> list[GemmConfig]:
     """Those worth trying for that many rows, the likeliest first: those that measure well on an H200.
 
     Args:
         product: what to compute.
         rows: of the input.
         shared_bytes: that a block can have on the GPU.
-        together: whether four warps can multiply together.
+        wgmma: whether the GPU has the instructions by which four warps multiply together.
     """
     fitting: list[GemmConfig] = []
     # If nothing else fits, as for wide weights with two inputs.
     smallest = GemmConfig(4, 1, 4, 2 if product.paired else 1, 2, 1)
     for candidates in (
-        _candidates(product, rows, together=together),
+        _candidates(product, rows, wgmma=wgmma),
         [smallest] if _GEMV_ROWS < rows <= _MOST_ROWS else [],
     ):
         for config in candidates:
@@ -182,7 +182,7 @@ def configs(product: Product, rows: int, shared_bytes: int, *, together: bool) -
     return fitting
 
 
-def _candidates(product: Product, rows: int, *, together: bool) -> list[GemmConfig]:
+def _candidates(product: Product, rows: int, *, wgmma: bool) -> list[GemmConfig]:
     if rows <= 8 or rows > _MOST_ROWS:
         return []
     paired = product.paired
@@ -191,7 +191,7 @@ def _candidates(product: Product, rows: int, *, together: bool) -> list[GemmConf
             [GemmConfig(8, 1, 2, 2, 4, 1)] if paired else [GemmConfig(4, 1, 2, 1, 4, 4), GemmConfig(8, 1, 2, 1, 4, 1)]
         )
     # The order of k in which four warps want x goes across the end of a chunk that is not whole, and is 16 bits wide.
-    if together and all(matrix.k % _CHUNK == 0 and matrix.k <= 1 << 16 for matrix in product.matrices):
+    if wgmma and all(matrix.k % _CHUNK == 0 and matrix.k <= 1 << 16 for matrix in product.matrices):
         if rows <= 32:
             shapes = [(4, 1, 4, 1, 5, 2), (4, 1, 4, 1, 4, 3), (8, 1, 4, 1, 6, 1)]
             pairs = [(4, 1, 4, 2, 4, 2), (8, 1, 4, 2, 4, 1)]
@@ -201,10 +201,10 @@ def _candidates(product: Product, rows: int, *, together: bool) -> list[GemmConf
             shapes, pairs = [(8, 1, 16, 1, 4, 1), (4, 1, 16, 1, 2, 2), (4, 1, 8, 1, 4, 2)], []
         else:
             shapes, pairs = [(8, 1, 16, 1, 4, 1), (8, 2, 16, 1, 3, 1), (4, 1, 16, 1, 2, 2)], []
-        apart = [GemmConfig(*shape, wgmma=True, apart=paired, even=True) for shape in shapes]
-        # Equal shares are for shapes whose parts would leave much of the GPU idle.
-        apart.append(replace(apart[0], even=False))
-        return apart + [GemmConfig(*shape, wgmma=True, even=True) for shape in pairs if paired]
+        unfused = [GemmConfig(*shape, wgmma=True, unfused=paired, split_k=True) for shape in shapes]
+        # Stream-K is for shapes for which split-K would leave much of the GPU idle.
+        unfused.append(replace(unfused[0], split_k=False))
+        return unfused + [GemmConfig(*shape, wgmma=True, split_k=True) for shape in pairs if paired]
     # The last of each is for GPUs on which a block has 99 KB of shared memory.
     if rows <= 32:
         shapes = [(8, 1, 4, 2, 4, 1), (4, 1, 4, 2, 4, 2)] if paired else [(8, 1, 4, 1, 4, 2), (4, 1, 4, 1, 4, 3)]
@@ -229,17 +229,17 @@ def order(matrix: QuantizedMatrix, config: Config) -> tuple[torch.Tensor | None,
     return wanted, torch.argsort(wanted.long() & 0xFFFF).to(torch.int16)
 
 
-def builds(product: Product, rows: int, shared_bytes: int, *, together: bool) -> dict[Config, Variant]:
+def builds(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> dict[Config, Variant]:
     """What to choose from for a product, those of `gemv.cu` first; empty where nothing fits.
 
     Args:
-        product, rows, together: as of `configs`.
+        product, rows, wgmma: as of `configs`.
         shared_bytes: that a block can have on the GPU.
     """
     all_builds: dict[Config, Variant] = {}
     for tile, build in quantized_linear.builds(product, rows, shared_bytes).items():
         all_builds[tile] = build
-    for config in configs(product, rows, shared_bytes, together=together):
+    for config in configs(product, rows, shared_bytes, wgmma=wgmma):
         all_builds[config] = variant(product, config)
     # Unpacking the weights once, for cuBLAS, may be faster: on an H200 from about 512 rows on.
     small = all(matrix.k * matrix.n <= DENSE_NUMBERS for matrix in product.matrices)
@@ -265,12 +265,12 @@ def places(perm: torch.Tensor | None, k: int) -> torch.Tensor:
 
 
 class Workspace:
-    """Where blocks leave the sums of tiles that they share. Launches one after the other may use the same.
+    """The partial sums of tiles that several blocks compute. Launches one after the other may use the same.
 
     Args:
         device: the GPU.
-        floats: of all launches the most that one needs, see `partial_floats`.
-        tiles: of all launches the most that one has.
+        floats: the most that any launch needs, see `partial_floats`.
+        tiles: the most that any launch has.
     """
 
     def __init__(self, device: torch.device, floats: int, tiles: int) -> None:
@@ -283,5 +283,5 @@ class Workspace:
 
 
 def partial_floats(config: GemmConfig, blocks: int) -> int:
-    """Numbers that a launch of so many blocks may leave in its workspace."""
+    """Most partial sums of a launch of so many blocks."""
     return 2 * blocks * config.rows * config.columns

@@ -20,11 +20,11 @@ struct Matrix
 struct Products
 {
     Matrix matrix[3];
-    u32 count;              // of matrices, one beside the other; with PAIRED always two, of the same n and, with ONE_ROW, x
+    u32 count;              // of matrices, side by side; with PAIRED always two, of the same n and, with ONE_ROW, x
     u32 rows;
     u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
-    u32 parts;              // of `gemm.cu`: into which each tile is cut; 0: all tiles together are cut into equal shares
-    float* partial;         // of `gemm.cu`: sums of tiles that several blocks share, two tiles a block
+    u32 splits;             // of `gemm.cu`: parts of each tile, along k (split-K); 0: stream-K
+    float* partial;         // of `gemm.cu`: partial sums of tiles that several blocks compute, two tiles a block
     u32* arrived;           // of `gemm.cu`: for each tile zero, before and after
 };
 

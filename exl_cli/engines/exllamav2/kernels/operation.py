@@ -89,7 +89,7 @@ class Launcher:
     Args:
         device: the GPU.
         products: one of each kind.
-        shared_bytes, together: see `many_rows.configs`.
+        shared_bytes, wgmma: see `many_rows.configs`.
         scratch: allocates float16 values that nothing else uses while a product runs.
     """
 
@@ -99,11 +99,11 @@ class Launcher:
         products: Iterable[Product],
         shared_bytes: int,
         *,
-        together: bool,
+        wgmma: bool,
         scratch: Callable[[int], torch.Tensor],
     ) -> None:
         self._device, self._products = device, [*products]
-        self._shared_bytes, self._together = shared_bytes, together
+        self._shared_bytes, self._wgmma = shared_bytes, wgmma
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         # The key is whether there are more rows than `gemv.cu` takes.
         self._workspaces: dict[bool, Workspace] = {}
@@ -125,28 +125,28 @@ class Launcher:
         kernel = self.kernel(variant(product, rows, config))
         if isinstance(config, TileConfig):
             return kernel.bind((product.blocks(config),), 32 * config.warps, operation.argument())
-        if config.apart:
-            return self._apart(operation, config)
+        if config.unfused:
+            return self._unfused(operation, config)
         at_once = min(config.resident, kernel.resident(config.threads)) * self._processors
         grid = (config.blocks(product, rows, at_once),)
         argument = operation.argument()
-        argument.parts = config.parts(product, rows, at_once)
+        argument.splits = config.splits(product, rows, at_once)
         self._workspace(rows).connect(argument)
         if not config.wgmma:
             return kernel.bind(grid, config.threads, argument)
-        mapped = many_rows.together(argument)
+        mapped = many_rows.with_maps(argument)
         many_rows.write_maps(mapped, [x[:rows] for x in operation.xs], config)
         return kernel.bind(grid, config.threads, mapped)
 
-    def _apart(self, operation: Operation, config: GemmConfig) -> Run:
+    def _unfused(self, operation: Operation, config: GemmConfig) -> Run:
         """Compute both products of a pair in one launch, and combine them in a second one."""
         both = replace(operation, product=config.product(operation.product))
         both.outs = gate, up = [operation.outs[0], self._up(operation)]
-        multiply, put_together = self.bind(both, replace(config, apart=False)), self._gate(operation, gate, up)
+        multiply, combine = self.bind(both, replace(config, unfused=False)), self._gate(operation, gate, up)
 
         def run(stream: int) -> None:
             multiply(stream)
-            put_together(stream)
+            combine(stream)
 
         return run
 
@@ -230,7 +230,7 @@ class Launcher:
                 for most in quantized_linear.ROWS:
                     if many != (most > quantized_linear.MOST_ROWS):
                         continue
-                    for config in many_rows.configs(product, most, self._shared_bytes, together=self._together):
+                    for config in many_rows.configs(product, most, self._shared_bytes, wgmma=self._wgmma):
                         floats = max(floats, many_rows.partial_floats(config, config.resident * self._processors))
                         tiles = max(tiles, config.tiles_of(product, most))
             self._workspaces[many] = Workspace(self._device, floats, tiles)

@@ -42,7 +42,7 @@ class Products(ctypes.Structure):
         ("count", ctypes.c_uint32),
         ("rows", ctypes.c_uint32),
         ("activation", ctypes.c_uint32),
-        ("parts", ctypes.c_uint32),
+        ("splits", ctypes.c_uint32),
         ("partial", ctypes.c_void_p),
         ("arrived", ctypes.c_void_p),
     )

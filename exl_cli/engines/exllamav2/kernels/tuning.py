@@ -57,12 +57,12 @@ class Tuner:
         self._ready: set[int] = set()
         # By kind and most rows.
         self._chosen: dict[tuple[tuple[object, ...], int], Config] = {}
-        self._together = (properties.major, properties.minor) == (9, 0)
+        self._wgmma = (properties.major, properties.minor) == (9, 0)
         self._launcher = Launcher(
             device,
             [product for product, *_ in self._alike.values()],
             self._shared_bytes,
-            together=self._together,
+            wgmma=self._wgmma,
             scratch=scratch,
         )
         self._orders: dict[tuple[int | None, int, bool, bool], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
@@ -144,7 +144,7 @@ class Tuner:
         return self._orders[key]
 
     def _builds(self, product: Product, rows: int) -> dict[Config, Variant]:
-        return many_rows.builds(product, rows, self._shared_bytes, together=self._together)
+        return many_rows.builds(product, rows, self._shared_bytes, wgmma=self._wgmma)
 
     def _choose(self, alike: Sequence[Product], rows: int) -> Config:
         builds = self._builds(alike[0], rows)

@@ -1,12 +1,12 @@
-// Products of four warps together (compute capability 9.0a, PTX ISA: wgmma): each unpacks its own operand into registers,
-// x is read from shared memory by the tensor cores themselves.
+// Asynchronous products of a warpgroup (compute capability 9.0a, PTX ISA: wgmma): each of its four warps unpacks its own
+// operand into registers, and the tensor cores read x from shared memory.
 
 #if WGMMA
 #ifndef EMULATED
 
-// d += a b of four warps: a 64x16, of which each warp has 16x16 as for `mma`, b 16 x 8 TILES at x.
+// d += a b: a 64x16, of which each warp has 16x16 as for `mma`, b 16 x 8 TILES at x.
 #define FOUR_SUMS(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-DEVICE void multiply_together(float (&d)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 x)
+DEVICE void wgmma(float (&d)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 x)
 {
 #if TILES == 4
     asm volatile(
@@ -40,20 +40,20 @@ DEVICE void multiply_together(float (&d)[TILES][4], u32 a0, u32 a1, u32 a2, u32 
 }
 #undef FOUR_SUMS
 
-// Rows of x in shared memory, 128 bytes of each, swizzled over these 128 bytes; 8 rows are 1024 bytes.
-DEVICE u64 operand(const char* x)
+// The matrix descriptor of rows of x in shared memory: 128 bytes of each, swizzled over 128 bytes, 8 rows in 1024 bytes.
+DEVICE u64 x_descriptor(const char* x)
 {
     return (u64) (shared_address(x) >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> DEVICE void products_wait()
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> DEVICE void wgmma_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// After `products_wait`: the results are in these registers now.
-DEVICE void arrived_here(float& f) { asm volatile("" : "+f"(f)::"memory"); }
+// Keep the compiler from reading a sum before `wgmma_wait`.
+DEVICE void fence_register(float& f) { asm volatile("" : "+f"(f)::"memory"); }
 
 #endif
 #endif
