@@ -1,5 +1,6 @@
 // Runs a kernel's source on the CPU, one block at a time until it waits for others: every thread is a fiber, switched at
-// barriers and at the operations of a whole warp. Asynchronous copies really are late: they take place when they are waited for.
+// barriers and at the operations of a whole warp. Asynchronous copies and products really are late: they take place when they
+// are waited for.
 // No containers of the standard library: compiling those takes longer than compiling a kernel.
 #pragma once
 #define EMULATED
@@ -24,6 +25,8 @@ const size_t SHARED_BYTES = 256 * 1024, STACK_BYTES = 64 * 1024;
 
 const unsigned MOST_COPIES = 512;          // of a thread, asked for and not yet waited for
 struct Copy { void* to; const void* from; unsigned bytes, group; };
+const unsigned MOST_PRODUCTS = 32;         // the same of products of four warps
+struct Product { float (*sums)[4]; unsigned tiles, a[4], group; unsigned long long x; };
 struct Fiber
 {
     ucontext_t context;
@@ -31,6 +34,8 @@ struct Fiber
     bool begun, done;
     unsigned copies, groups;                // still to be made; closed so far
     Copy copy[MOST_COPIES];
+    unsigned products, product_groups;
+    Product product[MOST_PRODUCTS];
 };
 // What the copy engine was asked for: rows of so many bytes, for a barrier in shared memory.
 struct Bulk { char* to; const char* from; unsigned bytes, rows, valid; uint64_t stride; bool swizzled; void* barrier; };
@@ -115,33 +120,46 @@ DEVICE void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 // Each warp for itself: the others' rows are theirs.
 DEVICE unsigned long long x_descriptor(const char* x) { return (unsigned long long) x; }
-template <unsigned long TILES_>
-DEVICE void wgmma(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
+static void perform(const Product& p)
 {
     Warp& w = running_block->warps[current / 32];
     unsigned lane = current % 32, turn = w.turn[lane]++ & 1;
-    unsigned given[4] = {a0, a1, a2, a3};
-    memcpy(w.u[turn][lane], given, sizeof given);
+    memcpy(w.u[turn][lane], p.a, sizeof p.a);
     __syncwarp();
-    for (unsigned tile = 0; tile < TILES_; tile++)
+    for (unsigned tile = 0; tile < p.tiles; tile++)
         for (int i = 0; i < 4; i++)
         {
             unsigned row = lane / 4 + (i / 2) * 8, column = tile * 8 + lane % 4 * 2 + (i & 1);
-            double sum = d[tile][i];
+            double sum = p.sums[tile][i];
             for (unsigned k = 0; k < 16; k++)
             {
                 unsigned a = w.u[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-                unsigned long long at = x + column * 128 + k * 2;
+                unsigned long long at = p.x + column * 128 + k * 2;
                 unsigned short b;
                 memcpy(&b, (const void*) (at ^ (at >> 7 & 7) << 4), 2);
                 sum += (double) part(a, k & 1 ? 16 : 0) * half_to_float(b);
             }
-            d[tile][i] = (float) sum;
+            p.sums[tile][i] = (float) sum;
         }
 }
+template <unsigned long TILES_>
+DEVICE void wgmma(float (&d)[TILES_][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long x)
+{
+    Fiber& f = running_block->fibers[current];
+    if (f.products == MOST_PRODUCTS) abort();
+    f.product[f.products++] = {d, (unsigned) TILES_, {a0, a1, a2, a3}, f.product_groups, x};
+}
 DEVICE void wgmma_fence() {}
-DEVICE void wgmma_commit() {}
-template <int PENDING> DEVICE void wgmma_wait() { __syncwarp(); }
+DEVICE void wgmma_commit() { running_block->fibers[current].product_groups++; }
+template <int PENDING> DEVICE void wgmma_wait()
+{
+    __syncwarp();
+    Fiber& f = running_block->fibers[current];
+    unsigned done = 0;
+    while (done < f.products && f.product[done].group + PENDING < f.product_groups) perform(f.product[done++]);
+    f.products -= done;
+    memmove(f.product, f.product + done, f.products * sizeof(Product));
+}
 DEVICE void fence_register(float&) {}
 DEVICE unsigned warp_or(unsigned v)
 {

@@ -23,7 +23,7 @@
 // | 3: whole rows, as they are but for a gap behind each                   |           | 56          |
 // | 4: the same by the copy engine (cp.async.bulk)                         | 50        | 53 to 59    |
 //
-// With few sequences the fourth is slower than the third, by up to 15 %.
+// With few sequences the fourth is slower than the third, by up to 15 %, so this is the third.
 //
 // Compiled with: HEAD_DIM 64, 96 or 128, TILES of 8 queries (1 or 2), WARPS a block, PAGE_SIZE a multiple of 16.
 

@@ -121,14 +121,13 @@ DEVICE void reduce(const Products& p, const Schedule& schedule, const Lane& l, u
 
 DEVICE Lane lane_of(void* scratch)
 {
+    const u32 warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
     Lane l;
-    l.warp = same_in_warp(threadIdx.x / 32);
-    l.lane = threadIdx.x % 32;
-    l.g = l.lane / 4;
-    l.t = l.lane % 4;
-    l.rows = l.warp / COLUMN_WARPS * (TILES * 8);
-    l.strip = l.warp % COLUMN_WARPS * (PAIRED ? 1 : STRIPS);
-    l.lift = in_register(0x64006400u, (char*) scratch + l.lane * 4);
+    l.g = lane / 4;
+    l.t = lane % 4;
+    l.rows = warp / COLUMN_WARPS * (TILES * 8);
+    l.strip = warp % COLUMN_WARPS * (PAIRED ? 1 : STRIPS);
+    l.lift = in_register(0x64006400u, (char*) scratch + lane * 4);
     return l;
 }
 

@@ -22,7 +22,7 @@ struct Tile { u32 which, column0, row0; };
 struct Schedule
 {
     u32 chunks, row_tiles, splits;
-    u32 units, quota, longer;   // the first `longer` workers have a unit more than `quota`: a chunk, or with one split a tile
+    u32 quota, longer;          // the first `longer` workers have a unit more than `quota`: a chunk, or with one split a tile
 
     DEVICE Schedule(const Products& p)
     {
@@ -32,7 +32,7 @@ struct Schedule
         u32 tiles = 0;
         for (u32 m = 0; m < (PAIRED ? 1 : p.count); m++) tiles += (p.matrix[m].n + SIDE_COLUMNS - 1) / SIDE_COLUMNS;
         tiles *= row_tiles;
-        units = splits ? tiles : tiles * chunks;
+        const u32 units = splits ? tiles : tiles * chunks;
         quota = units / gridDim.x;
         longer = units - quota * gridDim.x;
     }

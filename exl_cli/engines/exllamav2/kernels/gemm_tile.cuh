@@ -2,7 +2,7 @@
 
 struct Lane
 {
-    u32 warp, lane, g, t, lift;
+    u32 g, t, lift;
     u32 rows, strip;        // the warp's first row of the tile, and its first strip of a side
 };
 

@@ -36,6 +36,8 @@ DEVICE void wgmma(float (&d)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 x)
           FOUR_SUMS(6), FOUR_SUMS(7), FOUR_SUMS(8), FOUR_SUMS(9), FOUR_SUMS(10), FOUR_SUMS(11),
           FOUR_SUMS(12), FOUR_SUMS(13), FOUR_SUMS(14), FOUR_SUMS(15)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));
+#else
+#error "with WGMMA a warp has 4, 8 or 16 tiles"
 #endif
 }
 #undef FOUR_SUMS
