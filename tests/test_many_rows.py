@@ -156,7 +156,7 @@ def test_exl2(
 )
 def test_a_gate_and_what_it_gates(folder: Path, act_order: tuple[bool, ...], config: GemmConfig, blocks: int) -> None:
     rng = np.random.default_rng(4)
-    made = [biased(rng, *gptq(rng, 96, 384, 128, order)) for order in act_order]
+    made = [biased(rng, *gptq(rng, 96, 384, *details)) for details in zip((128, 256), act_order, strict=True)]
     x = inputs(rng, 19, 384) / 8
     scatter = torch.from_numpy(rng.permutation(96)).to(torch.int16)
     got, _ = multiply(folder, [m for m, *_ in made], x, config, blocks, paired=True, scatter=scatter)

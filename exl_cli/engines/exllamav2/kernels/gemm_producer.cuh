@@ -25,7 +25,7 @@ struct Producer
 {
     const MappedProducts& a;
     const Schedule& schedule;
-    u32 part, lane, tile_index, chunk, width, row_bytes, group_shift;
+    u32 part, lane, tile_index, chunk, width, row_bytes, group_shift[SIDES];
     Tile tile;
     const char *weight[SIDES], *four[SIDES], *scale[SIDES];
     const u64* block[SIDES];
@@ -52,12 +52,12 @@ struct Producer
             four[side] = (const char*) (m.four + tile.column0 / 8);
             scale[side] = (const char*) (m.scale + tile.column0);
             block[side] = m.block;
+            group_shift[side] = m.group_shift;
         }
-        // Both sides are alike.
-        const Matrix& m = a.products.matrix[tile.which];
-        width = min(m.n - tile.column0, SIDE_COLUMNS);
-        row_bytes = m.n * 4;
-        group_shift = m.group_shift;
+        // Both sides are as wide.
+        const u32 n = a.products.matrix[tile.which].n;
+        width = min(n - tile.column0, SIDE_COLUMNS);
+        row_bytes = n * 4;
     }
 
     DEVICE void look_up()
@@ -102,9 +102,10 @@ struct Producer
         {
             const u32 packed = FORMAT == 0 ? chunk * 16 + part * 4 : (u32) entry[side] & 0xffffff;
             if (lane < bits(side))
-                bulk_copy(stage + weights_at(side, part, lane), weight[side] + (u64) (packed + lane) * row_bytes, width * 4, full);
+                bulk_copy(stage + weights_at(side, part, lane), weight[side] + (u64) (packed + lane) * row_bytes, width * 4,
+                          full);
             if (lane != 0 || !has_scales()) continue;
-            const u32 group = FORMAT == 1 ? (u32) (entry[side] >> 48) : (chunk * 128 + part * 32) >> group_shift;
+            const u32 group = FORMAT == 1 ? (u32) (entry[side] >> 48) : (chunk * 128 + part * 32) >> group_shift[side];
             bulk_copy(stage + FOURS + side * SIDE_FOURS + part * (SIDE_COLUMNS / 2),
                       four[side] + (u64) group * (row_bytes / 8), width / 2, full);
             if (FORMAT == 0)

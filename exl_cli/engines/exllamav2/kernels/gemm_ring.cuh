@@ -94,7 +94,7 @@ const u32 GROUP_COPIERS = FINE ? COPIERS : THREADS, ROLES = (SIDES * GROUP_UNITS
 
 struct Source
 {
-    u32 tile_index, chunk, chunks, k, row_bytes, x_valid, x_step, group_shift, weight_valid;
+    u32 tile_index, chunk, chunks, k, row_bytes, x_valid, x_step, weight_valid, group_shift[SIDES];
     const char *x[XS], *weight[SIDES], *group[ROLES];
     const u64* block[SIDES];
     u64 entry[SIDES];       // of its 32 rows: packed row | bits << 24 | half scale << 32 | group << 48
@@ -118,7 +118,6 @@ struct Source
         const u32 n = p.matrix[tile.which].n;
         const u32 unit = copier() % UNITS, first_row = copier() / UNITS;
         row_bytes = n * 4;
-        group_shift = p.matrix[tile.which].group_shift;
         // Of the turns in which the columns differ, so many are inside.
         const u32 left = n - tile.column0;
         weight_valid = left > unit * 4 ? (left - unit * 4 + COPIERS * 4 - 1) / (COPIERS * 4) : 0;
@@ -128,6 +127,7 @@ struct Source
             const Matrix& m = p.matrix[tile.which + side];
             weight[side] = (const char*) (m.weight + tile.column0 + unit * 4) + (u64) first_row * row_bytes;
             block[side] = m.block;
+            group_shift[side] = m.group_shift;
             if (side < XS)
                 x[side] = (const char*) (m.x + (u64) (tile.row0 + threadIdx.x / 16) * m.x_stride + threadIdx.x % 16 * 8)
                           + chunk * 256;
@@ -205,7 +205,10 @@ struct Source
             if (!group[i]) continue;
             const bool scales = at < SCALE_UNITS;
             const u32 row = chunk * 128 + (FINE && inside() ? part() * 32 : 0);
-            const u32 which = FORMAT == 1 ? (u32) ((SIDES == 2 && side ? entry[SIDES - 1] : entry[0]) >> 48) : row >> group_shift;
+            // A variable index would put these arrays into local memory.
+            const bool second = SIDES == 2 && side;
+            const u32 which = FORMAT == 1 ? (u32) ((second ? entry[SIDES - 1] : entry[0]) >> 48)
+                                          : row >> (second ? group_shift[SIDES - 1] : group_shift[0]);
             const u32 to = scales ? SCALES + side * SIDE_SCALES + fine * (SIDE_COLUMNS * 2) + at * 16
                                   : FOURS + side * SIDE_FOURS + fine * (SIDE_COLUMNS / 2) + (at - SCALE_UNITS) * 16;
             copy16(stage + to, group[i] + (u64) which * (scales ? row_bytes / 2 : row_bytes / 8));
