@@ -36,8 +36,8 @@
 // (writing 2.5, waiting 0.6, reading 2.4), its four chunks 3.5; at 128 rows they took 9 of 20.6. Warps with sixteen tiles of
 // each side of a pair are so much faster than with eight that computing both sides unfused pays for the gate's kernel.
 //
-// As the tuner chooses (v: `gemv.cu`), with that kernel, beside every weight byte once at 4.3 TB/s, or every multiplication
-// at 758 TFLOP/s if that is longer:
+// As the tuner chooses (v: `gemv.cu`), the kernel of the gate included, beside every weight byte once at 4.3 TB/s, or every
+// multiplication at 758 TFLOP/s if that is longer:
 //
 // | rows | qkv  | o    | gate, up | down  | sum   | floor | humming | EXL2 4.0, sum |
 // |------|------|------|----------|-------|-------|-------|---------|---------------|
@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(cons
     }
     else
     {
-        more_registers<REGISTERS>();
+        more_registers<CONSUMER_REGISTERS>();
         consume(p, schedule, begin, end, barriers, ring);
     }
 }
@@ -219,24 +219,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Produ
     const Lane l = lane_of(shared_memory);
 
     const u32 begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
-    Source ahead(p, schedule, begin);
+    Source source(p, schedule, begin);
     u32 copied = begin;
     #pragma unroll 1
     for (u32 s = 0; s < STAGES - 1 && copied < end; s++, copied++)
     {
-        ahead.copy_weights(ring + s * STAGE);
-        ahead.advance(p, schedule, copied + 1 < end);
+        source.copy_weights(ring + s * STAGE);
+        source.advance(p, schedule, copied + 1 < end);
     }
     let_next_start();
     wait_for_inputs();
-    Source again(p, schedule, begin);
+    Source x_source(p, schedule, begin);
     #pragma unroll 1
     for (u32 s = 0; s < STAGES - 1; s++)
     {
         if (begin + s < end)
         {
-            again.copy_x(ring + s * STAGE);
-            again.advance(p, schedule, begin + s + 1 < end);
+            x_source.copy_x(ring + s * STAGE);
+            x_source.advance(p, schedule, begin + s + 1 < end);
         }
         copies_commit();
     }
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Produ
     {
         copies_wait<STAGES - 2>();
         __syncthreads();
-        OverlappedWork overlapped{p, schedule, ahead, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
+        OverlappedWork overlapped{p, schedule, source, ring + (stage ? stage - 1 : STAGES - 1) * STAGE, copied, end, true};
         compute(l, ring + stage * STAGE, sums, overlapped);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         if (++chunk == schedule.chunks || unit + 1 == end)

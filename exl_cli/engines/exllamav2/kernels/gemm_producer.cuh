@@ -12,9 +12,10 @@ struct MappedProducts
 
 // Registers are divided among groups of four warps: producers need few.
 const u32 ALL_WARPS = WARPS + 4, PRODUCER_REGISTERS = 40, MOST_REGISTERS = 240;
-const u32 EVEN_SHARE = 65536 / (RESIDENT * ALL_WARPS * 32) / 8 * 8, LAUNCHED_WITH = EVEN_SHARE < 248 ? EVEN_SHARE : 248;
-const u32 LEFT_REGISTERS = (LAUNCHED_WITH * ALL_WARPS - PRODUCER_REGISTERS * 4) / WARPS / 8 * 8;
-const u32 REGISTERS = LEFT_REGISTERS < MOST_REGISTERS ? LEFT_REGISTERS : MOST_REGISTERS;
+const u32 EQUAL_REGISTERS = 65536 / (RESIDENT * ALL_WARPS * 32) / 8 * 8;
+const u32 LAUNCH_REGISTERS = EQUAL_REGISTERS < 248 ? EQUAL_REGISTERS : 248;
+const u32 FREE_REGISTERS = (LAUNCH_REGISTERS * ALL_WARPS - PRODUCER_REGISTERS * 4) / WARPS / 8 * 8;
+const u32 CONSUMER_REGISTERS = FREE_REGISTERS < MOST_REGISTERS ? FREE_REGISTERS : MOST_REGISTERS;
 
 // Of the ring's stages, in front of it.
 struct Barriers { u64 full[STAGES], empty[STAGES]; };
@@ -125,29 +126,29 @@ struct Producer
 DEVICE void produce(const MappedProducts& a, const Schedule& schedule, u32 begin, u32 end, Barriers& barriers, char* ring)
 {
     const u32 ahead = min((u32) STAGES, end - begin);
-    Producer weights(a, schedule, begin);
+    Producer producer(a, schedule, begin);
     #pragma unroll 1
     for (u32 s = 0; s < ahead; s++)
     {
-        weights.copy_weights(ring + s * STAGE, barriers.full + s);
-        weights.advance(begin + s + 1 < end);
+        producer.copy_weights(ring + s * STAGE, barriers.full + s);
+        producer.advance(begin + s + 1 < end);
     }
     wait_for_inputs();
-    Producer x(a, schedule, begin);
+    Producer x_producer(a, schedule, begin);
     #pragma unroll 1
     for (u32 s = 0; s < ahead; s++)
     {
-        x.copy_x(ring + s * STAGE, barriers.full + s);
-        x.advance(begin + s + 1 < end);
+        x_producer.copy_x(ring + s * STAGE, barriers.full + s);
+        x_producer.advance(begin + s + 1 < end);
     }
     u32 stage = 0, parity = 0;
     #pragma unroll 1
     for (u32 unit = begin + ahead; unit < end; unit++)
     {
         barrier_wait(barriers.empty + stage, parity);
-        weights.copy_x(ring + stage * STAGE, barriers.full + stage);
-        weights.copy_weights(ring + stage * STAGE, barriers.full + stage);
-        weights.advance(unit + 1 < end);
+        producer.copy_x(ring + stage * STAGE, barriers.full + stage);
+        producer.copy_weights(ring + stage * STAGE, barriers.full + stage);
+        producer.advance(unit + 1 < end);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         parity ^= stage == 0;
     }

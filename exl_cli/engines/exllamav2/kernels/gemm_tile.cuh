@@ -178,8 +178,8 @@ DEVICE void compute_strips(const Lane& l, const char* stage, Sums& sums, Overlap
     for (int s = FIRST; s < FIRST + COUNT; s++) read_columns(l, stage, block, s, columns[s]);
     if (FINE && FORMAT == 1)
     {
-        // A product needs all lanes. Where the width changes inside a chunk each width takes a turn, and lanes of
-        // another one take part with a factor of zero on the finite numbers that their bits make.
+        // A product needs all lanes. Where the width changes inside a chunk, each width takes a turn, and lanes of other
+        // widths take part with a factor of zero: whatever their bits unpack to is finite.
         u32 widths = 0;
         #pragma unroll
         for (int part = 0; part < 4; part++) widths |= 1u << ((u32) blocks[part] >> 24);
