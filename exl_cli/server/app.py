@@ -64,6 +64,10 @@ def _http_error(request: Request, error: Exception) -> Response:
     """Of the framework: no such route or method, a body that cannot be read."""
     status, detail = getattr(error, "status_code", 500), getattr(error, "detail", "")
     said = f"{request.method} {request.url.path}: {detail}"
+    if status == 404:
+        said = f"there is no route {request.url.path}; see / for the APIs of this server"
+    elif status == 405 and (allowed := (getattr(error, "headers", None) or {}).get("Allow")):
+        said = f"{request.url.path} does not accept {request.method}; use {allowed.replace(', ', ' or ')}"
     return error_response(request.url.path, ApiError(status, said, headers=getattr(error, "headers", None)))
 
 

@@ -209,7 +209,8 @@ async def serve(
         if state.phase == "stopping":
             os._exit(ExitCode.INTERRUPTED)
         state.phase = "stopping"
-        state.note(f"shutting down: waiting up to {grace:g} s for {counted(state.accepted, 'running generation')}")
+        running = counted(state.accepted, "running generation")
+        state.note(f"shutting down: waiting up to {grace:g} s for {running}" if state.accepted else "shutting down")
         loop.call_later(grace, state.end_all, stopped)
         server.should_exit = True
 
