@@ -194,7 +194,7 @@ def empty(tmp_path: Path) -> str:
             ExitCode.USAGE,
             "--port {taken}: Address already in use; choose another --port",
         ),
-        ("--host 192.0.2.1", ExitCode.USAGE, "--host 192.0.2.1 --port 8080: Cannot assign requested address"),
+        ("--host 192.0.2.1", ExitCode.USAGE, "8080: Cannot assign requested address; use an address of this"),
         ("--host no-such-host.invalid", ExitCode.USAGE, "--host no-such-host.invalid --port 8080: "),
         ("--api-key-file {empty}", ExitCode.USAGE, "--api-key-file {empty} contains no key; create one"),
         ("--api-key-file /dev/zero", ExitCode.DISK, "cannot read --api-key-file /dev/zero: it is a device; "),

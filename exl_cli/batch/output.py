@@ -166,11 +166,13 @@ class AnswerFile:
             self._lock = FileLock(f"{path}.exl.lock", timeout=0, thread_local=False)
             self._lock.acquire()
         except Timeout:
+            if not Path(self._lock.lock_file).exists():  # filelock waits, too, where it cannot make its file
+                raise self._uncreatable("its lock file cannot be created") from None
             raise UsageError(
                 f"another job is writing {brief(str(path))}", "wait for it to finish, or choose another output"
             ) from None
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._uncreatable(error.strerror or str(error)) from error
         try:
             self._check()
             if parts := self.parts():
@@ -294,6 +296,9 @@ class AnswerFile:
         except OSError as error:
             raise self._unwritable(error) from error
         self._synced, self._is_dirty = time.monotonic(), False
+
+    def _uncreatable(self, reason: str) -> DiskError:
+        return DiskError(f"cannot write {brief(str(self._path))}: {reason}", f"choose another {param('output')}")
 
     def _unwritable(self, error: OSError) -> DiskError:
         reason = error.strerror or str(error)

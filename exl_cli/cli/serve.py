@@ -184,6 +184,10 @@ def serve(
             if not cli.owns_process:
                 await pool.close()
 
+    if replicas is not None:
+        from exl_cli.server.replicas import Plan, import_ray, serve_replicas
+
+        import_ray()  # before the log says that the server listens
     address = listener.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     if keys is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
@@ -196,8 +200,6 @@ def serve(
     if replicas is None:
         asyncio.run(main())
         return
-
-    from exl_cli.server.replicas import Plan, serve_replicas
 
     settings = dataclasses.replace(settings, queue=-(-queue // replicas))
     plan = Plan(

@@ -114,6 +114,25 @@ class Replica:
             raise state.fault
 
 
+def import_ray() -> tuple[Any, Any, Any]:
+    """The modules `ray` and `ray.serve`, and the class `LoggingConfig`.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
+    # Read when Ray is imported: whether to tell its makers, and how to pass on what replicas log.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    try:
+        import ray
+        from ray import serve as ray_serve
+        from ray.serve.schema import LoggingConfig
+    except ImportError:
+        raise UsageError("replicas need Ray, which is not installed", "run pip install 'exl-cli[ray]'") from None
+    return ray, ray_serve, LoggingConfig
+
+
 def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float, note: Callable[[str], None]) -> None:
     """Serve from replicas until SIGTERM or SIGINT, a second one of which ends it at once. Main thread only.
 
@@ -128,16 +147,7 @@ def serve_replicas(plan: Plan, count: int, listener: socket.socket, grace: float
         UsageError: Ray is not installed, or there are fewer GPUs than replicas.
         EngineError: the replicas do not start.
     """
-    # Read when Ray is imported: whether to tell its makers, and how to pass on what replicas log.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    try:
-        import ray
-        from ray import serve as ray_serve
-        from ray.serve.schema import LoggingConfig
-    except ImportError:
-        raise UsageError("replicas need Ray, which is not installed", "run pip install 'exl-cli[ray]'") from None
+    ray, ray_serve, LoggingConfig = import_ray()  # noqa: N806 - a class
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     host, port = listener.getsockname()[:2]
     try:

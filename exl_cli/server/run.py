@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -60,9 +61,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise UsageError(
-            f"{where}: {error.strerror}", f"choose another {param('port')}, or stop the program that uses it"
-        ) from error
+        hint = {
+            errno.EADDRNOTAVAIL: "use an address of this machine",
+            errno.EACCES: f"choose a {param('port')} from 1024 up; lower ones need privileges",
+        }.get(error.errno or 0, f"choose another {param('port')}, or stop the program that uses it")
+        raise UsageError(f"{where}: {error.strerror}", hint) from error
     return listener
 
 
