@@ -225,7 +225,7 @@ def test_blocks_share_all_work_and_fit_the_workspace(processors: int, paired: bo
 
 
 @pytest.mark.parametrize(("k", "wgmma"), [(4096, True), (4128, False), (1 << 16, True), ((1 << 16) + 128, False)])
-def test_inputs_that_four_warps_cannot_have_in_their_order(k: int, wgmma: bool) -> None:
+def test_inputs_in_the_order_of_four_warps(k: int, wgmma: bool) -> None:
     matrix, _ = gptq(np.random.default_rng(0), 32, 256, 128, False)
     product = quantized_linear.Product((replace(matrix, k=k),))
     assert {config.wgmma for config in many_rows.configs(product, 64, 227 << 10, wgmma=True)} == {wgmma}

@@ -68,10 +68,10 @@ DEVICE void copy16(void* to, const void* from)
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// Have the first COUNT threads of the block meet.
+// A barrier of the first COUNT threads of the block.
 template <u32 COUNT> DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory"); }
 
-// A number that all lanes have, in a way that the compiler knows it.
+// A number that all lanes have, known to the compiler as such.
 DEVICE u32 same_in_warp(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
 
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

@@ -135,7 +135,7 @@ def gate_kernel(device: torch.device, dim: int) -> Kernel:
 
 
 def gate_threads(dim: int, rows: int) -> int:
-    """Threads of a block: one for eight numbers, in whole warps; fewer at most where many rows fill the GPU."""
+    """Threads of a block: one for eight numbers, in whole warps, at most 1,024, or 512 where many rows fill the GPU."""
     return min(1024 if rows <= _MANY_ROWS else 512, -(-dim // 256) * 32)
 
 

@@ -6,7 +6,7 @@
 DEVICE constexpr u32 both(u32 half) { return half | half << 16; }
 
 // The exponents of those halves: 0x6400 for a shift of 0, a power of two less for each one more. `lift` is 0x64006400,
-// from `in_register`: an instruction holds one constant, and of two in an expression the compiler loads one anew each time.
+// from `in_register`: an instruction holds one constant, and of two in an expression the compiler loads one each time.
 template <int SHIFT> DEVICE u32 pair(u32 q, u32 mask, u32 lift)
 {
     return (q & mask << SHIFT) | (lift - both(SHIFT * 0x400));
