@@ -96,7 +96,7 @@ def with_sampling(command: Callable[..., Any]) -> Callable[..., Any]:
         option = _sampling_option(
             *filter(None, (info.flag, info.alias)),
             metavar=None if kind is bool else f"<{info.range}>",
-            help=f"{info.help} [dim]\\[default: {field.default}][/dim]",
+            help=info.help if kind is bool else f"{info.help} [dim]\\[default: {field.default}][/dim]",
             show_default=False,
         )
         parameters.append(_parameter(field.name, kind | None, option))

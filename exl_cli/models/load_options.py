@@ -50,7 +50,9 @@ class LoadOptions:
         if not (type(self.sequences) is int and self.sequences >= 1):
             raise UsageError(f"{param('sequences')} must be at least 1, got {self.sequences!r}")
         if self.gpu_split is not None and not _is_split(self.gpu_split):
-            raise UsageError(f"{param('gpu_split')} {self.gpu_split!r} is not a list of GiB per GPU", "as [20, 24]")
+            raise UsageError(
+                f"{param('gpu_split')} {self.gpu_split!r} is not a list of GiB per GPU", "write it as [20, 24]"
+            )
         if self.speculate not in get_args(Speculation):
             raise UsageError(
                 f"no kind of speculation named {self.speculate!r}", f"kinds: {', '.join(get_args(Speculation))}"
