@@ -79,8 +79,9 @@ DEVICE void store_partial(const Products& p, const Schedule& schedule, u32 tile,
     if (threadIdx.x == 0) arrive(p.arrived + tile);
 }
 
-// A block's share of reducing such a tile, always in the same order. The other blocks are resident, as a launch has no more
-// blocks than the GPU holds at once, and none waits before its last partial sums are in memory.
+// A block's share of reducing such a tile, always in the same order. The other blocks are resident, or will be: a launch has
+// no more blocks than the GPU holds at once, those of other streams of the same priority start before or after all of them
+// (Amert, Otterness, Yang, Anderson and Smith 2017 saw it on a TX2), and none waits before its last partial sums are in memory.
 DEVICE void reduce(const Products& p, const Schedule& schedule, const Lane& l, u32 tile)
 {
     const u32 first = schedule.first_worker(tile), last = schedule.last_worker(tile), workers = last - first + 1;
