@@ -120,6 +120,13 @@ def test_a_table_makes_prompts_of_its_columns(scripted: ScriptedLoader, tmp_path
     assert all(request.sampling.temperature != 9 for request in scripted.engines[0].requests)
 
 
+def test_a_table_in_another_encoding_is_refused(scripted: ScriptedLoader, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes("prénom,prompt\nA,b\n".encode("latin-1"))
+    refused = batch(scripted, tmp_path / "in.csv", "-o", tmp_path / "out.jsonl")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "is not UTF-8 text; convert it with iconv -t UTF-8" in refused.stderr
+
+
 def test_a_table_without_the_column_is_refused(scripted: ScriptedLoader, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text(CSV)
     for args, said in ((), "no column 'prompt'"), (("--template", "{answer}"), "no column 'answer'"):

@@ -243,6 +243,10 @@ class _TableFile(_File):
             self.columns = names = next(self._table, [])
         except (OSError, EOFError, csv.Error) as error:
             raise self._unreadable(error) from error
+        if any("\udc80" <= char <= "\udcff" for char in "".join(names)):
+            raise UsageError(
+                f"the first line of {brief(self.name)} is not UTF-8 text", "convert it with iconv -t UTF-8"
+            )
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UsageError(f"{brief(self.name)} has two columns named {twice!r}", "rename one")
 
