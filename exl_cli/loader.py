@@ -36,8 +36,8 @@ from exl_cli.system.interrupts import hold_interrupt
 _MIN_ALLOCATION = 4096
 
 
-class SentenceError(ModelNotFoundError):
-    """The model argument is several words and resembles no model name: probably a prompt."""
+class UnfamiliarNameError(ModelNotFoundError):
+    """The model argument is a word or a sentence and resembles no model name: perhaps a prompt."""
 
 
 class Observer(Protocol):
@@ -117,14 +117,11 @@ def _not_found(model: str, folder: Path) -> ModelNotFoundError:
         return ModelNotFoundError(f"{model} is not in {folder}", f"{meant}download it with exl download {model}")
     if near:
         return ModelNotFoundError(f"no model named {model!r}", near)
+    hint = f"give the folder of a model, or {BUILTIN} for the built-in one"
     if len(model.split()) > 1:
-        return SentenceError(
-            f"no model named {model!r}", f"give the folder of a model, or {BUILTIN} for the built-in one"
-        )
-    return ModelNotFoundError(
-        f"no model named {model!r} here or in {folder}",
-        f"give the folder of a model, or {BUILTIN} for the built-in one",
-    )
+        return UnfamiliarNameError(f"no model named {model!r}", hint)
+    kind = ModelNotFoundError if "/" in model else UnfamiliarNameError
+    return kind(f"no model named {model!r} here or in {folder}", hint)
 
 
 def with_draft(options: LoadOptions, models: Path | None = None) -> LoadOptions:

@@ -16,6 +16,7 @@ from exl_cli.chat.conversation import Conversation, ReadLine
 from exl_cli.chat.model import ChatModel, ModelLoader
 from exl_cli.chat.session import Session, SessionStore, data_dir
 from exl_cli.chat.settings import DEFAULT_NEW_TOKENS, Overflow, Settings, from_dict
+from exl_cli.cli.inputs import not_a_model
 from exl_cli.cli.options import Model as ModelArgument
 from exl_cli.cli.options import ModelsDir, Quiet, SamplingFlags, State, with_loading, with_sampling
 from exl_cli.errors import ModelNotFoundError, UsageError
@@ -141,12 +142,9 @@ def _find(models: ModelLoader, name: str | None, session: Session) -> ChatModel:
     """The model named on the command line, else the session's, else the built-in one."""
     try:
         return models.find(name or session.model or None)
-    except loader.SentenceError as error:
-        if name is None:
-            raise
-        hint = "if that is a message, start exl chat and type it there"
-        raise ModelNotFoundError(error.message, hint) from error
     except ModelNotFoundError as error:
+        if name is not None and isinstance(error, loader.UnfamiliarNameError):
+            raise not_a_model(error, name, "if that is a message, start exl chat and type it there") from error
         if name is not None:
             raise
         hint = f"to use another model, run exl chat MODEL --session {session.name}"

@@ -93,6 +93,11 @@ def _text(data: bytes, source: str, exact: bool) -> str:
     return decode(data, source).replace("\r\n", "\n").removesuffix("\n")
 
 
+def not_a_model(error: loader.UnfamiliarNameError, name: str, hint: str) -> ModelNotFoundError:
+    """The error for a model argument that may be a prompt: a sentence gets this hint alone, a word both hints."""
+    return ModelNotFoundError(error.message, hint if len(name.split()) > 1 else f"{error.hint}; {hint}")
+
+
 def ensure(model: str | None, models: Path | None, *, allow: bool, console: Console) -> ModelInfo:
     """Resolve the model, downloading it first if needed.
 

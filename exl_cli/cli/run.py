@@ -31,7 +31,7 @@ from exl_cli.cli.options import (
 )
 from exl_cli.engines.base import Request, Summary
 from exl_cli.engines.response import check_can_fit, check_fits
-from exl_cli.errors import ExitCode, ModelNotFoundError
+from exl_cli.errors import ExitCode
 from exl_cli.models import prompt as prompts
 from exl_cli.models.chat_template import load_chat_template
 from exl_cli.models.load_options import LoadOptions
@@ -104,8 +104,10 @@ def run(
     variables = prompts.parse_variables(var or [])
     try:
         info = ensure(model, models_dir, allow=download, console=console)
-    except loader.SentenceError as error:
-        raise ModelNotFoundError(error.message, "if that is a prompt, pass it with -p") from error
+    except loader.UnfamiliarNameError as error:
+        if any(given is not None for given in (prompt, text, file, template)):
+            raise
+        raise inputs.not_a_model(error, model or "", "if that is a prompt, pass it with -p") from error
     if loading.draft is not None:
         ensure(loading.draft, models_dir, allow=download, console=console)
         loading = loader.with_draft(loading, models_dir)
