@@ -120,6 +120,15 @@ def test_the_log_has_a_line_a_request_without_the_prompt(fable: Server) -> None:
     assert not any("hidden" in line for line in fable.log)
 
 
+def test_the_log_counts_a_prompt_with_several_choices_once(fable: Server) -> None:
+    usage = fable.post(CHAT, asking(max_tokens=3, ignore_eos=True, n=3)).json()["usage"]
+    tokens = f", {usage['prompt_tokens']} + 9 tokens"
+    until(lambda: any(line.startswith(f"POST {CHAT} 200, ") and line.endswith(tokens) for line in fable.log))
+    usage = fable.post("/v1/completions", {"prompt": ["Once", "Once"], "n": 2, "max_tokens": 1}).json()["usage"]
+    tokens = f", {usage['prompt_tokens']} + 4 tokens"
+    until(lambda: any(line.startswith("POST /v1/completions 200, ") and line.endswith(tokens) for line in fable.log))
+
+
 def test_the_log_says_why_a_request_was_refused(fable: Server) -> None:
     assert fable.post(CHAT, asking(top_p=-3)).status_code == 400
     until(lambda: any(line.startswith(f"POST {CHAT} 400, ") for line in fable.log))

@@ -49,13 +49,16 @@ async def accept(state: ServerState, name: str | None, count: int = 1) -> AsyncI
         state.accepted -= count
 
 
-async def generate(state: ServerState, model: ServedModel, request: Request) -> AsyncGenerator[Chunk, None]:
+async def generate(
+    state: ServerState, model: ServedModel, request: Request, *, counts_prompt: bool
+) -> AsyncGenerator[Chunk, None]:
     """The chunks of one generation, the last with its summary. Leaving it early cancels the rest at once.
 
     Args:
         state: the server.
         model: from `accept`.
         request: what to generate.
+        counts_prompt: whether the log counts its prompt: once for all choices that share it, as in their usage.
 
     Raises:
         ApiError: 400 for a prompt that does not fit, on the first iteration; later, what ended the generation.
@@ -64,7 +67,7 @@ async def generate(state: ServerState, model: ServedModel, request: Request) -> 
     loop = asyncio.get_running_loop()
     if state.settings.log_prompts:
         state.note(f"prompt: {json.dumps(model.tokenizer.decode(request.ids), ensure_ascii=False)}")
-    watch = _Watch(state.metrics, model.name)
+    watch = _Watch(state.metrics, model.name, counts_prompt=counts_prompt)
 
     def deliver(item: Chunk | BaseException) -> None:
         loop.call_soon_threadsafe(inbox.put_nowait, item)
@@ -98,7 +101,8 @@ async def generate(state: ServerState, model: ServedModel, request: Request) -> 
 class _Watch:
     """Counts a generation as it comes."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
+    def __init__(self, metrics: Metrics, model: str, *, counts_prompt: bool) -> None:
+        self._counts_prompt = counts_prompt
         self._metrics, self._model, self._usage = metrics, model, usage.get(Usage())
         self._last = time.monotonic()
         self._begun = False
@@ -113,7 +117,7 @@ class _Watch:
             else:
                 metrics.first_token.labels(name).observe(now - self._last)
                 metrics.prompt_tokens.labels(name).inc(len(request.ids))
-                self._usage.prompt_tokens += len(request.ids)
+                self._usage.prompt_tokens += len(request.ids) if self._counts_prompt else 0
             self._begun, self._last = True, now
             metrics.new_tokens.labels(name).inc(count)
             self._usage.new_tokens += count

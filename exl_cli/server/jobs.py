@@ -35,6 +35,8 @@ class TextBody(Protocol):
     stream: bool
 
     @property
+    def n(self) -> int: ...
+    @property
     def count(self) -> int: ...
     @property
     def ignored(self) -> tuple[str, ...]: ...
@@ -93,19 +95,21 @@ async def _running(
         requests = job.requests
         if state.settings.prefix_cache_per_key:
             requests = [dataclasses.replace(r, cache_salt=f"{caller.get()}\n{r.cache_salt}") for r in requests]
-        async with contextlib.aclosing(_chunks(state, model, requests)) as chunks:
+        async with contextlib.aclosing(_chunks(state, model, requests, body.n)) as chunks:
             yield job, chunks
 
 
 async def _chunks(
-    state: ServerState, model: ServedModel, requests: Sequence[Request]
+    state: ServerState, model: ServedModel, requests: Sequence[Request], choices: int
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """The chunks of several requests as they come, each with its request's index."""
+    """The chunks of several requests as they come, each with its request's index; `choices` requests share a prompt."""
     queue: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue()
 
     async def run(index: int, request: Request) -> None:
         try:
-            async with contextlib.aclosing(generate(state, model, request)) as chunks:
+            async with contextlib.aclosing(
+                generate(state, model, request, counts_prompt=index % choices == 0)
+            ) as chunks:
                 async for chunk in chunks:
                     queue.put_nowait((index, chunk))
         except Exception as error:
