@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import signal
 import socket
@@ -207,6 +209,18 @@ def test_an_address_or_a_file_that_cannot_be_used(line: str, code: ExitCode, sai
     assert said.format(taken=taken, empty=empty) in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_port_that_needs_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(self: socket.socket, address: object) -> None:
+        """As Linux does for a normal user, unless the machine lets everyone have these ports."""
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    result = serve("--port", "80")
+    assert result.exit_code == ExitCode.USAGE
+    expected = "--port 80: Permission denied; choose a --port from 1024 up; lower ones need privileges\n"
+    assert result.stderr.endswith(expected)
 
 
 def test_a_served_name_may_point_to_a_folder_as_given(exl2_dir: Path, tmp_path: Path) -> None:
