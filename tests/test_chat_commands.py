@@ -92,23 +92,12 @@ def test_undo_takes_exchanges_back(exl2_dir: Path, data: Path) -> None:
     assert turns(data) == []
 
 
-def test_edit_opens_the_editor_on_the_last_message(
-    exl2_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    editor = tmp_path / "my editor"
-    editor.write_text('#!/bin/sh\ntest "$1" = -w && sed -i s/Hi/Hello/ "$2"\n')
-    editor.chmod(0o755)
-    monkeypatch.setenv("EDITOR", "false")
-    monkeypatch.setenv("VISUAL", f"'{editor}' -w")
-    script = Script(["one", "two"])
-    result = chat(script, "Hi there\n/edit\n/edit\n")
-    assert turns(data) == [("user", "Hello there"), ("assistant", "two")]
-    assert "message unchanged" in result.stderr
-    assert "\n>>> Hello there\n" in result.stderr
-    monkeypatch.delenv("VISUAL")
-    assert "error: the editor false exited with status 1" in chat(script, "Hi\n/edit\n", "--no-save").stderr
-    monkeypatch.setenv("EDITOR", "/no/such/editor")
-    assert "error: cannot start the editor /no/such/editor" in chat(script, "Hi\n/edit\n", "--no-save").stderr
+def test_edit_needs_a_terminal(exl2_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDITOR", "sed -i s/Hi/Hello/")
+    result = chat(Script(["one", "two"]), "Hi\n/edit\n/undo\nHo\n")
+    assert "error: /edit needs a terminal; enter /undo, then the new message\n" in result.stderr
+    assert result.exit_code == 2
+    assert turns(data) == [("user", "Ho"), ("assistant", "two")]
 
 
 def test_continue_lets_a_cut_off_answer_go_on(exl2_dir: Path, data: Path) -> None:

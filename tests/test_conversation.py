@@ -198,6 +198,30 @@ def test_an_unsaved_conversation_is_left_only_on_a_second_word(
     assert (chat.over, chat.exit_code, on_disk(tmp_path)) == (True, ExitCode.OK, ["Hi", "a"])
 
 
+def test_edit_opens_the_editor_on_the_last_message(
+    begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editor = tmp_path / "my editor"
+    editor.write_text('#!/bin/sh\ntest "$1" = -w && sed -i s/Hi/Hello/ "$2"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("EDITOR", "false")
+    monkeypatch.setenv("VISUAL", f"'{editor}' -w")
+    chat = begin(Script(["one", "two"]))
+    for line in ("Hi there", "/edit", "/edit"):
+        chat.enter(line)
+    assert contents(chat) == ["Hello there", "two"]
+    monkeypatch.delenv("VISUAL")
+    chat.enter("/edit")
+    monkeypatch.setenv("EDITOR", "/no/such/editor")
+    chat.enter("/edit")
+    shown = capsys.readouterr().err
+    assert "message unchanged" in shown
+    assert "\n>>> Hello there\n" in shown
+    assert "error: the editor false exited with status 1" in shown
+    assert "error: cannot start the editor /no/such/editor" in shown
+    assert contents(chat) == ["Hello there", "two"]
+
+
 def test_a_revision_without_an_answer_keeps_the_old_exchange(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.setenv("EDITOR", "sed -i s/Hi/Hello/")

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -266,6 +265,8 @@ def _undo(chat: Conversation, text: str) -> None:
 def _edit(chat: Conversation, text: str) -> None:
     session = chat.session
     before = session.turns[session.last_user()].content
+    if not chat.interactive:
+        raise UsageError("/edit needs a terminal", "enter /undo, then the new message")
     after = _edited(before)
     if after == before or not after.strip():
         chat.view.say("message unchanged")
@@ -393,9 +394,8 @@ def _edited(text: str) -> str:
         file = Path(folder) / "message.md"
         file.write_text(text, encoding="utf-8")
         with os_errors(f"cannot start the editor {command[0]}", hint, UsageError):
-            # Keep the editor off stdout and stdin if they are pipes, for answers and messages.
-            stdin = None if sys.stdin.isatty() else subprocess.DEVNULL
-            status = subprocess.run([*command, str(file)], stdin=stdin, stdout=2).returncode  # noqa: S603
+            # stdout is for answers, and may be a pipe.
+            status = subprocess.run([*command, str(file)], stdout=2).returncode  # noqa: S603
         if status:
             raise UsageError(f"the editor {command[0]} exited with status {status}", unchanged)
         try:
