@@ -41,7 +41,7 @@ def test_the_whole_transcript(exl2_dir: Path, data: Path) -> None:
         rf"context {sizes[0] + answers[0]}/1,024\n"
         rf"prompt {sizes[1]} tokens \({reused} reused\) · {answers[1]} new, [\d.]+ tokens/s · "
         rf"context {sizes[1] + answers[1]}/1,024\n"
-        r"saved as \d{4}-\d\d-\d\d-hi; resume with exl chat --continue\n"
+        r"saved; resume with exl chat --session \d{4}-\d\d-\d\d-hi\n"
     )
     assert re.fullmatch(expected, result.stderr), result.stderr
     assert script.engines[0].closed
@@ -99,7 +99,7 @@ def test_quiet_shows_answers_and_what_is_asked_for() -> None:
 def test_no_save_writes_nothing(data: Path, tmp_path: Path) -> None:
     result = chat(Script(["ok"]), "Hi\n/save\n", "--no-save")
     assert "error: saving is off (--no-save)" in result.stderr
-    assert "saved as" not in result.stderr
+    assert "saved; resume" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert chat(Script(["ok"]), "Hi\n/save kept\n", "--no-save").exit_code == 0
     assert [file.name for file in (data / "sessions").iterdir()] == ["kept.json"]
@@ -110,6 +110,7 @@ def test_a_named_session_is_begun_and_gone_on_with(exl2_dir: Path, data: Path) -
     chat(script, "one\n", "--session", "trip", "--temperature", "0.4", "--system", "S", "--on-overflow", "stop")
     result = chat(script, "two\n", "--session", "trip", "--top-k", "9")
     assert "resuming trip, 2 turns: “a”" in result.stderr
+    assert result.stderr.endswith("saved; resume with exl chat --session trip\n")
     assert "system\nS<|im_end|>\n<|im_start|>user\none" in prompts(script, exl2_dir)[1]
     sampling = script.requests[1].sampling
     assert (sampling.temperature, sampling.top_k) == (0.4, 9)

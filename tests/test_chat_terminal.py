@@ -159,7 +159,7 @@ def test_nothing_typed_or_said_in_an_answer_disturbs_the_terminal(start: Start, 
     child.expect_exact("stopped: /continue")
     assert "^C" not in str(child.before)
     child.expect_exact(PROMPT)
-    assert "saved as" in leave(child)
+    assert "saved; resume" in leave(child)
     assert said(tmp_path)[:6] == ["Hi", "Once upon a time", "typed ahead", "And then.", "2+2?", "Five."]
 
 

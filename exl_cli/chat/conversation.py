@@ -128,7 +128,7 @@ class Conversation:
         if not saved:
             self.exit_code = self.exit_code or ExitCode.DISK
         elif self.saving and session.turns:
-            self.view.note(f"saved as {session.name}; resume with exl chat {param('continue')}")
+            self.view.note(f"saved; resume with exl chat {param('session')} {session.name}")
         self.over = True
 
     def _failed(self, error: Exception) -> None:
