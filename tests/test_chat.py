@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -180,11 +181,22 @@ def test_a_session_that_cannot_be_saved_fails_the_run(data: Path, tmp_path: Path
     assert json.loads((tmp_path / "out.json").read_text())["turns"][0]["content"] == "Hi"
 
 
-def test_a_session_that_cannot_be_saved_is_an_error_once_and_once_more_at_the_end(data: Path) -> None:
-    data.mkdir()
-    (data / "sessions").write_text("a file in the folder's place")
-    result = chat(Script(["ok", "ok"]), "Hi\nHo\n")
-    assert result.stderr.count("error: cannot save the session") == 2
+@pytest.mark.parametrize("args", [(), ("--session", "trip")])
+def test_a_session_that_cannot_be_saved_is_an_error_once(
+    args: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with a folder that may not be searched, even asking whether the file is there fails.
+    data = tmp_path / ("x" * 300)
+    monkeypatch.setenv("EXL_DATA_DIR", str(data))
+    result = chat(Script(["ok", "ok"]), "Hi\nHo\n", *args)
+    assert result.exit_code == 10
+    assert result.stdout == "ok\nok\n"
+    assert result.stderr.count("error: ") == 1
+    assert (
+        f"error: cannot save the session in {data}/sessions: File name too long; free some space, set EXL_DATA_DIR to "
+        "another folder, or start with --no-save; /export PATH writes this conversation elsewhere\n"
+    ) in result.stderr
+    assert result.stderr.endswith("\nnot saved\n")
 
 
 def test_concurrent_chats_do_not_overwrite_each_other(data: Path) -> None:

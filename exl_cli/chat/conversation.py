@@ -119,13 +119,13 @@ class Conversation:
 
     def leave(self) -> None:
         """Save and end the conversation. If saving fails, an interactive user has to ask a second time."""
-        self._save_error = ""
         saved, session = self.save(), self.session
         if not saved and self.interactive and self._warned_before != "unsaved":
             self._warned = "unsaved"
             self.view.note("not saved: /export PATH writes it elsewhere; exit again to discard it")
             return
         if not saved:
+            self.view.note("not saved")
             self.exit_code = self.exit_code or ExitCode.DISK
         elif self.saving and session.turns:
             self.view.note(f"saved; resume with exl chat {param('session')} {session.name}")
@@ -329,7 +329,7 @@ class Conversation:
     # --- saving, and switching session, model and settings ------------------------------------------------------------
 
     def save(self) -> bool:
-        """Save the session if saving is on. Returns False if that failed; shows the same error in a row once."""
+        """Save the session if saving is on. Returns False if that failed; shows the same error in a row only once."""
         try:
             self.save_or_fail()
         except DiskError as error:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_type_hints
 
 from exl_cli.chat.settings import from_dict, is_kind
 from exl_cli.engines.base import FinishReason, Summary
-from exl_cli.errors import DiskError, UsageError, did_you_mean, os_errors
+from exl_cli.errors import DiskError, UsageError, did_you_mean, os_errors, param
 from exl_cli.models.prompt import half_character
 from exl_cli.system.files import expanded, is_there, read_file, user_data, write_atomically
 
@@ -273,7 +273,7 @@ class SessionStore:
         return self.folder / f"{name}.json"
 
     def exists(self, name: str) -> bool:
-        return self.path(name).exists()
+        return is_there(self.path(name))
 
     def names(self) -> list[str]:
         """The names of all sessions, most recently changed first."""
@@ -338,7 +338,8 @@ class SessionStore:
             session.name = before
             raise DiskError(
                 f"cannot save the session in {self.folder}: {error.strerror or error}",
-                "free some space or check the permissions; /export PATH writes it elsewhere",
+                f"free some space, set EXL_DATA_DIR to another folder, or start with {param('no_save')}; "
+                "/export PATH writes this conversation elsewhere",
             ) from error
         self._seen[session.name] = _signature(path)
         return before if before != session.name else ""
