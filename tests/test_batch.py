@@ -16,7 +16,7 @@ from exl_cli.cli.app import app
 from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine, Event, Request
 from exl_cli.engines.response import Step
-from exl_cli.errors import EngineError, ExitCode, OutOfMemoryError
+from exl_cli.errors import EngineError, ExitCode, OutOfMemoryError, brief
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.tokenizer import Tokenizer
 
@@ -391,10 +391,13 @@ def test_a_file_that_no_batch_job_wrote_is_left_alone(scripted: ScriptedLoader, 
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc here")
-def test_an_output_that_cannot_be_created_is_not_another_jobs(scripted: ScriptedLoader, tmp_path: Path) -> None:
-    refused = batch(scripted, jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"}), "-o", "/proc/out.jsonl")
+@pytest.mark.parametrize("folder", ["/proc", "x" * 300])
+def test_an_output_that_cannot_be_created_is_not_another_jobs(
+    scripted: ScriptedLoader, tmp_path: Path, folder: str
+) -> None:
+    refused = batch(scripted, jsonl(tmp_path / "in.jsonl", {"prompt": "Hi"}), "-o", f"{folder}/out.jsonl")
     assert refused.exit_code == ExitCode.DISK
-    assert "cannot write /proc/out.jsonl: " in refused.stderr
+    assert f"cannot write {brief(f'{folder}/out.jsonl')}: " in refused.stderr
     assert refused.stderr.endswith("; choose another --output\n")
 
 

@@ -23,13 +23,14 @@ from exl_cli.cli.options import (
     with_loading,
     with_sampling,
 )
-from exl_cli.errors import ExitCode, UsageError, param
+from exl_cli.errors import ExitCode, UsageError, brief, os_errors, param
 from exl_cli.models import folders
 from exl_cli.models import prompt as prompt_texts
 from exl_cli.models.info import ModelInfo
 from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 from exl_cli.sampling import build
+from exl_cli.system.files import is_there
 from exl_cli.system.interrupts import cancel_on_interrupt
 from exl_cli.system.units import counted
 from exl_cli.ui.console import Console
@@ -176,7 +177,8 @@ def batch(
     if unknown := next((metric for metric in metrics if metric not in METRICS), None):
         raise UsageError(f"{param('eval_by')} {unknown!r} is not a metric", f"metrics: {', '.join(METRICS)}")
     inputs = [check_path(name) for name in prompts]
-    outputs = _outputs(inputs, check_path(output), index, shards, is_folder=output.endswith("/"))
+    with os_errors(f"cannot write {brief(output)}", f"choose another {param('output')}"):
+        outputs = _outputs(inputs, check_path(output), index, shards, is_folder=output.endswith("/"))
     settings = Settings(sampling.given, sampling.preset, max_new_tokens, seed, tuple(stop or ()), system, raw, template)
 
     def load(model: ModelInfo, tokenizer: Tokenizer) -> EngineThread:
@@ -299,7 +301,9 @@ def _outputs(prompts: list[Path], output: Path, shard: int, shards: int, *, is_f
             raise UsageError(
                 f"{path} is not a regular file", f"choose another {param('output')}, or - for standard output"
             )
-        if path.exists() and any(str(input_) != "-" and path.samefile(input_) for input_ in prompts if input_.exists()):
+        if path.exists() and any(
+            str(input_) != "-" and path.samefile(input_) for input_ in prompts if is_there(input_)
+        ):
             raise UsageError(f"{path} is an input", f"choose another {param('output')}")
     return dict(paths)
 
