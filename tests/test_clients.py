@@ -86,7 +86,7 @@ def test_openai_models(openai: Any) -> None:
 
 def test_openai_usage_so_far(openai: Any) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    asked = {"model": "fable-7m", "messages": MESSAGES, "max_completion_tokens": 6, "extra_body": {"ignore_eos": True}}
+    asked = {"model": "fable-7m", "messages": MESSAGES, "max_completion_tokens": 6, "seed": 1}
     chunks = list(openai.chat.completions.create(**asked, stream=True, stream_options=options))
     counts = [chunk.usage.completion_tokens for chunk in chunks]
     assert counts == sorted(counts)
