@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -70,7 +69,7 @@ def variant(product: Product, rows: int, config: Config) -> Variant:
 
 def _side_by_side(outs: Sequence[torch.Tensor], product: Product) -> bool:
     """Whether the outputs of all matrices are neighbouring columns of the first."""
-    begins = itertools.accumulate((matrix.n for matrix in product.matrices), initial=0)
+    begins = quantized_linear.first_columns(product.matrices)
     return outs[0].shape[1] >= sum(matrix.n for matrix in product.matrices) and all(
         out.stride() == outs[0].stride() and out.data_ptr() == outs[0][:, begin:].data_ptr()
         for out, begin in zip(outs, begins, strict=False)
@@ -182,10 +181,9 @@ class Launcher:
         if k * width > len(self._weights):
             self._weights = torch.empty(k * width, dtype=torch.half, device=self._device)
         weights = self._weights[: k * width].view(k, width)
-        begins = itertools.accumulate((matrix.n for matrix in matrices), initial=0)
         unpacks = [
             dense.dequantize(matrix, weights[:, begin:], self._device)
-            for matrix, begin in zip(matrices, begins, strict=False)
+            for matrix, begin in zip(matrices, quantized_linear.first_columns(matrices), strict=True)
         ]
         bias: torch.Tensor | None = None
         if any(matrix.bias is not None for matrix in matrices):

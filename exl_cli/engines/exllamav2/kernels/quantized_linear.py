@@ -6,6 +6,7 @@ No copy of the weights is made.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -151,6 +152,11 @@ def from_exllamav2(tensors: Mapping[str, torch.Tensor]) -> QuantizedMatrix | Non
     if k % 32 or n % 32 or weight.numel() >= 1 << 32:
         return None
     return QuantizedMatrix(weight, four, scale, blocks, bias, perm, inverse, k, n, group_size, coarse, max_bits)
+
+
+def first_columns(matrices: Sequence[QuantizedMatrix]) -> list[int]:
+    """Where the output of each begins in a row, if they are side by side."""
+    return [*itertools.accumulate((matrix.n for matrix in matrices[:-1]), initial=0)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
@@ -182,8 +181,7 @@ class Tuner:
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
         # Side by side, as the outputs of queries, keys and values are.
         out = torch.empty((rows, sum(m.n for m in matrices)), dtype=torch.half, device=self._device)
-        begins = itertools.accumulate((m.n for m in matrices), initial=0)
-        outs = [out[:, begin:] for _, begin in zip(matrices, begins, strict=False)]
+        outs = [out[:, begin:] for begin in quantized_linear.first_columns(matrices)]
         count = -(-_MORE_THAN_CACHED // alike[0].bytes)
         used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
         times = {}
