@@ -18,6 +18,7 @@ from test_kernels import exl2, gptq
 from exl_cli.engines.exllamav2.kernels import (
     compiler,
     decode_attention,
+    experts,
     many_rows,
     norm_rope,
     quantized_linear,
@@ -61,6 +62,8 @@ def gemms(capability: tuple[int, int]) -> list[tuple[Product, GemmConfig]]:
         (Product((matrix,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=wgmma)),
         (Product((matrix,)), GemmConfig(4, 1, 2, 1, 4, 4)),
         (Product((fine,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=wgmma)),
+        (Product((fine, fine), paired=True, experts=1, chosen=1), GemmConfig(4, 1, 1, 2, 3, 2)),
+        (Product((matrix,), experts=1, chosen=1), GemmConfig(8, 1, 4, 1, 3, 1)),
     ]
 
 
@@ -83,4 +86,5 @@ def test_all_kernels_compile(library: Any, capability: tuple[int, int]) -> None:
     plan = decode_attention.plan(4, 1, 32, 8, 4096, 100)
     compile_(decode_attention.FILE, plan.defines(128, 256), plan.shared_bytes(128))
     compile_(norm_rope.FILE, {}, 0)
+    compile_(experts.FILE, {}, experts.route_bytes(experts.MOST_EXPERTS))
     compile_(sample.FILE, {}, sample.SHARED_BYTES)

@@ -54,6 +54,13 @@ def test_what_many_sequences_take_is_counted_where_a_prompts_logits_take_less() 
     assert estimate(model, 4096).working == estimate(model, 8192).working
 
 
+def test_rows_of_experts_are_counted() -> None:
+    dense, mixture = (estimate(info({**MISTRAL_7B, **more}), 4096) for more in ({}, {"num_experts_per_tok": 2}))
+    # The inner rows of 512 tokens for two experts each, in float16.
+    assert mixture.working - dense.working >= 2 * 512 * 2 * 14336
+    assert mixture.parts.each - dense.parts.each == mixture.working - dense.working
+
+
 def test_context_is_rounded_up_to_whole_pages() -> None:
     model = info(MISTRAL_7B)
     assert estimate(model, 4001) == estimate(model, 4096)

@@ -10,9 +10,9 @@ The estimate follows exllamav2 0.3.2 (whose files are named below) at its peak:
   2,048 tokens (1,024 with `low_mem`), not on the context, and only quantized modules need it.
 - working memory: while loading, 448 MiB are held back and a full chunk runs through all layers to the logits
   (`engines/exllamav2/build_model.py`). Inference takes less, unless the context is short and the vocabulary large:
-  activations of a chunk, and buffers to decode `MOST_SEQUENCES` at once, whatever `sequences` is. Attention memory does
-  not grow with the context, CUDA graphs take a few megabytes. The spare page of the KV cache
-  (`engines/exllamav2/inputs.py`) is counted here.
+  activations of a chunk, rows of up to 512 tokens for each of their experts (`engines/exllamav2/mixtures.py`), and
+  buffers to decode `MOST_SEQUENCES` at once, whatever `sequences` is. Attention memory does not grow with the context,
+  CUDA graphs take a few megabytes. The spare page of the KV cache (`engines/exllamav2/inputs.py`) is counted here.
 - the CUDA context with the kernels of torch and exllamav2, and the rounding of torch's allocator.
 
 Over several GPUs, each holds whole layers with their part of the KV cache, and its own scratch, activations, graphs and
@@ -42,6 +42,8 @@ CACHE_TYPES: tuple[CacheType, ...] = ("fp16", "q8", "q6", "q4")
 # Bits per cached value, including a float16 scale per 32 values; q6 is 8-bit keys and 4-bit values.
 CACHE_BITS: dict[str, float] = {"fp16": 16, "q8": 8.5, "q6": 6.5, "q4": 4.5}
 _CHUNK, _CHUNK_LOW_MEM = 2048, 1024
+# Tokens that a mixture of experts computes at once.
+_EXPERT_ROWS = 512
 _LARGEST_DEQUANTIZED = 512 * MIB
 # Bytes of each GPU that loading leaves to CUDA graphs, kernels and buffers.
 HELD_BACK = 448 * MIB
@@ -133,7 +135,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions; `inner` is the intermediate size of the MLP, or of one expert."""
+    """A model's dimensions; `inner` is the intermediate size of the MLP, or of one of the experts.
+
+    `chosen` says how many of those each token goes to, 0 without experts.
+    """
 
     layers: int
     hidden: int
@@ -142,6 +147,7 @@ class Shape:
     head_dim: int
     inner: int
     vocabulary: int
+    chosen: int = 0
 
     @property
     def queries(self) -> int:
@@ -169,7 +175,7 @@ def shape_of(info: ModelInfo) -> Shape | None:
     head_dim = read("head_dim") or hidden // heads
     # multi_query: GPTBigCode, one key-value head for all queries.
     kv_heads = 1 if info.text_config("multi_query") is True else read("num_key_value_heads", "kv_n_heads") or heads
-    return Shape(layers, hidden, heads, kv_heads, head_dim, inner, vocabulary)
+    return Shape(layers, hidden, heads, kv_heads, head_dim, inner, vocabulary, read("num_experts_per_tok"))
 
 
 def round_up(tokens: int) -> int:
@@ -266,7 +272,9 @@ def _scratch(shape: Shape, rows: int) -> int:
 
 def _activations(shape: Shape, rows: int) -> int:
     # A layer's hidden states before and after, queries, attention output, keys and values, all float16.
-    return 2 * rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
+    dense = rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
+    # In two orders, and between an expert's matrices.
+    return 2 * (dense + _EXPERT_ROWS * shape.chosen * (2 * shape.hidden + shape.inner))
 
 
 def _decoding(shape: Shape, longest: int) -> int:

@@ -170,6 +170,16 @@ DEVICE unsigned warp_or(unsigned v)
     for (int i = 0; i < 32; i++) all |= w.u[turn][i][0];
     return all;
 }
+DEVICE unsigned warp_max(unsigned v)
+{
+    Warp& w = running_block->warps[current / 32];
+    unsigned lane = current % 32, turn = w.turn[lane]++ & 1, most = 0;
+    w.u[turn][lane][0] = v;
+    __syncwarp();
+    for (int i = 0; i < 32; i++) most = max(most, w.u[turn][i][0]);
+    return most;
+}
+DEVICE unsigned ones(unsigned v) { return __builtin_popcount(v); }
 DEVICE unsigned float_bits(float f) { unsigned w; memcpy(&w, &f, 4); return w; }
 DEVICE float bits_float(unsigned w) { float f; memcpy(&f, &w, 4); return f; }
 DEVICE unsigned add_shared(unsigned* p, unsigned v) { unsigned before = *p; *p += v; return before; }

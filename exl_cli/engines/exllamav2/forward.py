@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from exl_cli.engines.exllamav2.attention.paged import Backend
-from exl_cli.engines.exllamav2.build_model import experts_captured, rope_switches
+from exl_cli.engines.exllamav2.build_model import rope_switches
 from exl_cli.engines.exllamav2.cuda_errors import wait
 from exl_cli.engines.exllamav2.device_sampler import DeviceSampler, Seat
 from exl_cli.engines.exllamav2.forward_pass import PENDING, Chosen, Draw, ScheduledTokens
@@ -113,7 +113,7 @@ class GpuForward:
         self.why_not_fused = pipeline.why_not_fused
         self.small = pipeline.stages[0].forward
         self._most_prompt_tokens = inputs.most_prompt_tokens
-        self._experts_captured = experts_captured(model)
+        self._experts_captured = min(stage.forward.most_captured for stage in pipeline.stages)
         self.failed: DeviceError | None = None
         # exllamav2's kernels dequantize all weights first if there are more than a few rows.
         most = quantized_linear.MOST_ROWS if self.why_not_fused else quantized_linear.MOST_SEQUENCES

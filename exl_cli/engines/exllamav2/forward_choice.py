@@ -1,13 +1,16 @@
 """Choose between exl's own kernels, in stages, and exllamav2's modules for a model's forward passes.
 
 exl's kernels support models built like Llama (`layers.why_not`), and are used if they are faster (`kernel_choice`).
-Several stages also have to agree with exllamav2's modules in a trial while the model is loaded.
+Several stages, and mixtures of experts, also have to agree with exllamav2's modules in a trial while the model is
+loaded. If mixtures do not, or are not supported, exllamav2 computes them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache as cached
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,22 +55,32 @@ def choose_forward(
     """
     inputs = InputBuffers(model, pages, page_size, torch.device("cuda", model.modules[1].device_idx))
     modules = ModulesForward(model, cache, page_size)
-    pipeline = _choose(model, cache, page_size, inputs, modules, cuts)
-    attention = backend()
+    attention = cached(backend)
 
     def forward_through(pipeline: Pipeline) -> GpuForward:
-        return GpuForward(model, cache, pages, page_size, inputs, modules, pipeline, attention, samples=samples)
+        return GpuForward(model, cache, pages, page_size, inputs, modules, pipeline, attention(), samples=samples)
 
-    forward = forward_through(pipeline)
-    if len(pipeline.stages) == 1:
-        return forward
-    reason = _why_not_trusted(forward, lambda row: _logits_of_modules(row, model, inputs, modules, pipeline))
-    if not reason:
-        return forward
+    failed, why_not_experts = None, layers.experts_why_not(model)
+    while True:
+        own_experts = bool(model.config.num_experts) and not why_not_experts
+        pipeline = _choose(model, cache, page_size, inputs, modules, cuts, why_not_experts)
+        if own_experts and pipeline.why_not_fused:
+            why_not_experts = pipeline.why_not_fused
+            continue
+        forward = forward_through(pipeline)
+        forward.failed = failed
+        if not own_experts and len(pipeline.stages) == 1:
+            return forward
+        reason = _why_not_trusted(forward, partial(_logits_of_modules, model, inputs, modules, pipeline))
+        if not reason:
+            return forward
+        failed = forward.failed
+        pipeline.close()
+        del forward, pipeline  # frees their memory
+        if not own_experts:
+            break
+        why_not_experts = reason
     _log.info("the model does not run in stages: %s", reason)
-    failed = forward.failed
-    pipeline.close()
-    del forward  # frees its memory
     pipeline = _whole(model, inputs, modules, reason)
     forward = forward_through(pipeline)
     forward.failed = failed
@@ -75,12 +88,18 @@ def choose_forward(
 
 
 def _choose(
-    model: Any, cache: Any, page_size: int, inputs: InputBuffers, modules: ModulesForward, cuts: Sequence[int]
+    model: Any,
+    cache: Any,
+    page_size: int,
+    inputs: InputBuffers,
+    modules: ModulesForward,
+    cuts: Sequence[int],
+    why_not_experts: str,
 ) -> Pipeline:
     reason = layers.why_not(model)
     if not reason:
         try:
-            stages, reason = _fused_stages(model, cache, page_size, inputs, modules, cuts)
+            stages, reason = _fused_stages(model, cache, page_size, inputs, modules, cuts, why_not_experts)
             if not reason:
                 return Pipeline(model, stages, "")
         except EngineError as error:
@@ -99,13 +118,19 @@ def _whole(model: Any, inputs: InputBuffers, modules: ModulesForward, why_not_fu
 
 
 def _fused_stages(
-    model: Any, cache: Any, page_size: int, inputs: InputBuffers, modules: ModulesForward, cuts: Sequence[int]
+    model: Any,
+    cache: Any,
+    page_size: int,
+    inputs: InputBuffers,
+    modules: ModulesForward,
+    cuts: Sequence[int],
+    why_not_experts: str,
 ) -> tuple[list[Stage], str]:
     """Stages of exl's kernels, and why exllamav2's are the better choice for one of them; empty if they are not."""
     stages, reason = list[Stage](), ""
     # A quantized cache and exllamav2's modules compute in buffers that exist once per GPU, so stages on the same GPU
     # run on the same stream.
-    shared = cache.has_scales or model.config.num_experts
+    shared = cache.has_scales or why_not_experts
     for span, device in stages_of(model, cuts):
         stream = stream_of(model, device)
         alone = all(stage.stream.device != stream.device for stage in stages)
@@ -113,7 +138,9 @@ def _fused_stages(
             stream = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
         stage_inputs = inputs.received(stream.device) if stages else inputs.of
         torch.cuda.set_stream(stream)
-        forward = fused_forward.FusedForward(model, cache, page_size, stage_inputs, modules, span, scratch=alone)
+        forward = fused_forward.FusedForward(
+            model, cache, page_size, stage_inputs, modules, span, scratch=alone, why_not_experts=why_not_experts
+        )
         reason = reason or forward.why_not()
         stages.append(Stage(stream, span, stage_inputs, forward))
     return stages, reason
@@ -151,7 +178,7 @@ def _why_not_trusted(forward: GpuForward, expect: Callable[[ScheduledTokens], to
 
 @torch.inference_mode()
 def _logits_of_modules(
-    row: ScheduledTokens, model: Any, buffers: InputBuffers, modules: ModulesForward, pipeline: Pipeline
+    model: Any, buffers: InputBuffers, modules: ModulesForward, pipeline: Pipeline, row: ScheduledTokens
 ) -> torch.Tensor:
     """The logits of a row of one token by exllamav2's modules, in turn with the stages of `pipeline`."""
     pipeline.enter()

@@ -3,13 +3,14 @@
 It reads exllamav2's modules and weights where they are, and adds to the same stream of float16 hidden states. A layer
 is: norm; query, key and value in one product; head norms, rotary embedding and the cache; attention; output product
 added to the stream; norm; gate and up with the activation in one product; down product added to the stream. Sums are
-float32. A mixture of experts in the MLP's place is computed by exllamav2.
+float32. A mixture of experts in the MLP's place has five kernels (mixtures.py), or is computed by exllamav2.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 
 from exl_cli.engines.exllamav2 import kernel_choice
 from exl_cli.engines.exllamav2.attention.paged import attend_paged
-from exl_cli.engines.exllamav2.build_model import rope_switches
+from exl_cli.engines.exllamav2.build_model import experts_captured, rope_switches
 from exl_cli.engines.exllamav2.inputs import Inputs, Received
 from exl_cli.engines.exllamav2.kernels import decode_attention, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.operation import Operation, Run
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Group, Layer, Mlp
+from exl_cli.engines.exllamav2.mixtures import Mixtures
 from exl_cli.engines.exllamav2.modules_forward import ModulesForward
 from exl_cli.errors import EngineError
 
@@ -69,6 +71,7 @@ class FusedForward:
         modules: the passes of exllamav2's modules.
         layers: the stage's; all by default. The last stage has the head.
         scratch: whether exllamav2's scratch memory of this GPU may be used; that is for one stage.
+        why_not_experts: why exllamav2's modules compute mixtures of experts; empty if exl's kernels do.
 
     Raises:
         EngineError: the kernels cannot be compiled here.
@@ -86,6 +89,7 @@ class FusedForward:
         layers: range | None = None,
         *,
         scratch: bool = True,
+        why_not_experts: str = "",
     ) -> None:
         self._model, self._cache, self._page_size = model, cache, page_size
         self._inputs = inputs
@@ -95,13 +99,17 @@ class FusedForward:
         config = model.config
         pairs = [*zip(model.modules[1:-2:2], model.modules[2:-2:2], strict=True)]
         layers = range(len(pairs)) if layers is None else layers
-        self._layers = [Layer(attention, mlp) for attention, mlp in pairs[layers.start : layers.stop]]
+        own = pairs[layers.start : layers.stop]
+        self._layers = [Layer(attention, mlp, own_experts=not why_not_experts) for attention, mlp in own]
         # The norm and the head, which the last stage has.
         self._has_head, head = layers.stop == len(pairs), model.modules[-1]
         self._head = Group([head]) if self._has_head and head.q_tensors else None
         self._groups = [group for layer in self._layers for group in layer.groups]
         self._modules = modules
         self._has_experts = any(layer.experts for layer in self._layers)
+        if self._has_experts:
+            _log.info("exllamav2 computes the experts: %s", why_not_experts)
+            self.name += f", exllamav2's for experts ({why_not_experts})"
         if self._head is not None:
             self._groups.append(self._head)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -109,7 +117,9 @@ class FusedForward:
         rows, width = most.hidden.shape
         memory = model.get_device_context(self._device.index).scratch if scratch else None
         room = Scratch(memory, self._device)
-        self._tuner = Tuner(self._device, (group.product for group in self._groups), room.take)
+        products = [product for layer in self._layers for product in layer.products]
+        products += [self._head.product] if self._head is not None else []
+        self._tuner = Tuner(self._device, products, room.take)
 
         def buffer(columns: int) -> torch.Tensor:
             return room.take(rows * columns).view(rows, columns)
@@ -118,6 +128,9 @@ class FusedForward:
         self._normed = [buffer(width) for _ in range(3)]
         self._qkv = buffer((heads + 2 * kv_heads) * config.head_dim)
         self._attended = buffer(heads * config.head_dim)
+        mixtures = [layer.mixture for layer in self._layers if layer.mixture is not None]
+        activation = config.arch.lm.mlp_act_func
+        self._mixtures = Mixtures(self._device, mixtures, activation, self._tuner, room.take) if mixtures else None
         self._after = torch.empty(quantized_linear.MOST_SEQUENCES, dtype=torch.int32, device=self._device)
         logits = quantized_linear.MOST_SEQUENCES if self._has_head else 0, head.out_features
         self._logits = torch.empty(logits, dtype=torch.half, device=self._device)
@@ -156,6 +169,11 @@ class FusedForward:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         for work in program:
             work(stream, most_keys)
+
+    @property
+    def most_captured(self) -> float:
+        """Most tokens for which a CUDA graph can capture the passes."""
+        return experts_captured(self._model) if self._has_experts else math.inf
 
     def prefills(self, tokens: int) -> bool:
         """Whether `prefill_blocks` can take this many tokens. If kernels are still missing, start compiling them."""
@@ -205,8 +223,13 @@ class FusedForward:
                 return program
             program.append(self._attention(inputs, layer, batch, tokens))
             add(self._product(layer.o, rows, [self._attended], [hidden], residual=True))
+            if layer.mixture is not None and self._mixtures is not None:
+                self._norm(hidden, layer.mixture.norm, None, rows, add)
+                for launch in self._mixtures.bind(layer.mixture, self._normed[0], hidden, rows):
+                    add(launch)
+                continue
             if layer.mlp is None:
-                program.append(self._mixture(layer.experts, hidden[:rows]))
+                program.append(self._modules_mixture(layer.experts, hidden[:rows]))
                 continue
             normed, norm = self._norm(hidden, layer.mlp.norm, layer.mlp.gate_up, rows, add)
             add(self._gated(layer.mlp, rows, normed, norm))
@@ -264,8 +287,8 @@ class FusedForward:
         norms = self._norms_first(group, norm)
         return self._tuner.bind(Operation(group.product, rows, xs, outs, norms, residual=residual))
 
-    def _mixture(self, experts: Any, hidden: torch.Tensor) -> Work:
-        """Norm, experts and what they add to the stream."""
+    def _modules_mixture(self, experts: Any, hidden: torch.Tensor) -> Work:
+        """Norm, experts and what they add to the stream, by exllamav2."""
         states = hidden[None]
 
         def work(stream: int, most_keys: int) -> None:

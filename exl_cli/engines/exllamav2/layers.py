@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import compiler, quantized_linear
+from exl_cli.engines.exllamav2.kernels import compiler, experts, quantized_linear
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, QuantizedMatrix, from_exllamav2
 from exl_cli.errors import EngineError
 
@@ -53,13 +53,35 @@ def why_not(model: Any) -> str:
         elif type(module) is ExLlamaV2MLP:
             reason = _mlp_why_not(module, params)
         elif type(module) is ExLlamaV2MoEMLP:
-            continue  # exllamav2 computes the experts, exl the attention around them
+            continue  # whoever computes the experts: see `experts_why_not`
         else:
             reason = f"it has a layer of {type(module).__name__}"
         if reason or not isinstance(module.pre_layernorm, ExLlamaV2RMSNorm):
             return reason or "its norm is not RMS norm"
         if module.post_layernorm is not None or not module.has_residual:
             return "it has norms after its layers"
+    return ""
+
+
+def experts_why_not(model: Any) -> str:
+    """Why exl's kernels do not support a model's mixtures of experts; empty if they do, or if it has none."""
+    from exllamav2.moe_mlp import ExLlamaV2MoEMLP
+    from exllamav2.rmsnorm import ExLlamaV2RMSNorm
+
+    params, config = model.config.arch.lm, model.config
+    for module in model.modules:
+        if type(module) is not ExLlamaV2MoEMLP:
+            continue
+        if config.num_experts > experts.MOST_EXPERTS or config.num_experts_per_token > experts.MOST_CHOSEN:
+            return f"it has {config.num_experts} experts, of which each token takes {config.num_experts_per_token}"
+        if not isinstance(module.post_attention_layernorm, ExLlamaV2RMSNorm):
+            return "its norm is not RMS norm"
+        if module.gate.q_tensors or module.gate.linear.bias is not None:
+            return "its router is not a matrix of floats"
+        if params.mlp_act_func not in quantized_linear.ACTIVATIONS:
+            return f"its activation is {params.mlp_act_func}"
+        if reason := _linears_why_not([*module.w1, *module.w2, *module.w3]):
+            return reason
     return ""
 
 
@@ -149,12 +171,15 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 class Layer:
     """The groups of a transformer layer.
 
+    Args:
+        attention, mlp: exllamav2's modules.
+        own_experts: whether exl's kernels compute a mixture of experts.
+
     Attributes:
-        mlp: None for a MoE layer.
-        experts: exllamav2's MoE module, which runs as it is; None for a dense layer.
+        mlp, mixture, experts: one of them is not None. `experts` is exllamav2's MoE module, which runs as it is.
     """
 
-    def __init__(self, attention: Any, mlp: Any) -> None:
+    def __init__(self, attention: Any, mlp: Any, *, own_experts: bool = False) -> None:
         from exllamav2.mlp import ExLlamaV2MLP
 
         self.attention = attention
@@ -163,9 +188,16 @@ class Layer:
         self.groups = [self.qkv, self.o]
         is_mixture = not isinstance(mlp, ExLlamaV2MLP)
         self.mlp = None if is_mixture else Mlp(mlp)
-        self.experts = mlp if is_mixture else None
+        self.mixture = Mixture(mlp) if is_mixture and own_experts else None
+        self.experts = mlp if is_mixture and not own_experts else None
         if self.mlp is not None:
             self.groups += [self.mlp.gate_up, self.mlp.down]
+
+    @property
+    def products(self) -> list[Product]:
+        """All of its products."""
+        of_experts = [self.mixture.gate_up, self.mixture.down] if self.mixture else []
+        return [*(group.product for group in self.groups), *of_experts]
 
 
 class Mlp:
@@ -176,3 +208,32 @@ class Mlp:
         self.gate_up = Group([mlp.gate_proj, mlp.up_proj], paired=True)
         # The activation kernel already writes its output in this matrix's order.
         self.down = Group([mlp.down_proj], reorders=False)
+
+
+class Mixture:
+    """The products of exllamav2's MoE module.
+
+    Attributes:
+        norm: its norm.
+        router: float16, shape (experts, hidden).
+        gate_up, down: of all experts.
+        normalized: whether a token's weights are to sum to 1.
+
+    Raises:
+        EngineError: the kernels do not support one of the matrices.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.norm, self.router = module.post_attention_layernorm, module.gate.linear.weight.detach()
+        self.normalized: bool = module.model.config.exl_architecture.experts.normalized
+        both: list[QuantizedMatrix] = []
+        for linears in zip(module.w1, module.w3, strict=True):
+            gate, up = map(_matrix, linears)
+            both += [gate, replace(up, perm=gate.perm) if _equal(gate.perm, up.perm) else up]
+        downs = [_matrix(linear) for linear in module.w2]
+        count, chosen = module.num_experts, module.num_experts_per_token
+        for matrices in (both, downs):
+            if len({(matrix.exl2, matrix.k, matrix.n) for matrix in matrices}) > 1:
+                raise EngineError("its experts differ in format or size")
+        self.gate_up = Product(tuple(both), paired=True, experts=count, chosen=chosen)
+        self.down = Product(tuple(downs), experts=count, chosen=chosen)

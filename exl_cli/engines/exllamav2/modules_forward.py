@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from exl_cli.engines.exllamav2.attention.paged import at_most
-from exl_cli.engines.exllamav2.build_model import rope_switches
+from exl_cli.engines.exllamav2.build_model import experts_captured, rope_switches
 from exl_cli.engines.exllamav2.forward_pass import ScheduledTokens
 from exl_cli.engines.exllamav2.inputs import InputBuffers
 
@@ -70,6 +70,7 @@ class ModulesForward:
         self._cache = cache
         self._page_size = page_size
         self._timed: set[tuple[int, int, int, str]] = set()
+        self.most_captured = experts_captured(model)
 
     def prefill(self, row: ScheduledTokens, inputs: InputBuffers) -> None:
         """Compute the keys and values of any number of tokens of one sequence, in chunks.

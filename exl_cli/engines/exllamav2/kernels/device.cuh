@@ -77,6 +77,8 @@ DEVICE u32 same_in_warp(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 DEVICE u32 warp_or(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
+DEVICE u32 warp_max(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
+DEVICE u32 ones(u32 v) { return __popc(v); }
 
 DEVICE u32 float_bits(float f) { return __float_as_uint(f); }
 DEVICE float bits_float(u32 w) { return __uint_as_float(w); }

@@ -58,7 +58,8 @@
 // Compiled with: FORMAT 0 (GPTQ, 4 bits) or 1 (EXL2), MAX_BITS of a weight (4, 6 or 8), PAIRED (a warp's two strips are a
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block
 // (a multiple of 4), ROW_WARPS of them for different rows, TILES of 8 rows and STRIPS of 32 columns a warp, STAGES of the
-// ring, RESIDENT blocks on a multiprocessor, WGMMA (compute capability 9.0).
+// ring, RESIDENT blocks on a multiprocessor, WGMMA (compute capability 9.0), EXPERTS (matrices of a mixture of experts, of which
+// each has some of the rows: see experts.cu), not together with WGMMA.
 
 #include "device.cuh"
 #include "unpack.cuh"
@@ -68,6 +69,8 @@
 #include "gemm_ring.cuh"
 #include "gemm_producer.cuh"
 #include "gemm_tile.cuh"
+
+#if !EXPERTS
 
 // Write a block's partial sums of a tile that several compute, and count them.
 DEVICE void store_partial(const Products& p, const Schedule& schedule, u32 tile, const Sums& sums)
@@ -120,6 +123,8 @@ DEVICE void reduce(const Products& p, const Schedule& schedule, const Lane& l, u
     if (threadIdx.x == 0 && arrive(p.arrived + tile) == 2 * workers - 1) p.arrived[tile] = 0;
 }
 
+#endif
+
 DEVICE Lane lane_of(void* scratch)
 {
     const u32 warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -135,16 +140,20 @@ DEVICE Lane lane_of(void* scratch)
 // Write the sums of a whole tile to the output, those of a part of one to the workspace.
 DEVICE void finish_tile(const Products& p, const Schedule& schedule, const Lane& l, u32 tile, const Sums& sums)
 {
-    if (schedule.first_worker(tile) != schedule.last_worker(tile)) store_partial(p, schedule, tile, sums);
-    else write_all(p, l, schedule.tile(p, tile), sums);
+#if !EXPERTS
+    if (schedule.first_worker(tile) != schedule.last_worker(tile)) return store_partial(p, schedule, tile, sums);
+#endif
+    write_all(p, l, schedule.tile(p, tile), sums);
 }
 
 // Reduce the first and the last tile of the chunks from `begin` to `end`: only they may be split.
 DEVICE void reduce_split_tiles(const Products& p, const Schedule& schedule, const Lane& l, u32 begin, u32 end)
 {
+#if !EXPERTS
     const u32 first = begin / schedule.chunks, last = (end - 1) / schedule.chunks;
     reduce(p, schedule, l, first);
     if (last != first) reduce(p, schedule, l, last);
+#endif
 }
 
 #if WGMMA
@@ -215,11 +224,19 @@ extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(cons
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Products p)
 {
+#if EXPERTS
+    // The kernel before may still be finding out what there is to do.
+    let_next_start();
+    wait_for_inputs();
+#endif
     const Schedule schedule(p);
     char* ring = (char*) shared_memory + SCRATCH;
     const Lane l = lane_of(shared_memory);
 
     const u32 begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
+#if EXPERTS
+    if (begin == end) return;
+#endif
     Source source(p, schedule, begin);
     u32 copied = begin;
     #pragma unroll 1

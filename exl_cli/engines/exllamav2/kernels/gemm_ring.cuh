@@ -15,6 +15,42 @@ const u32 BLOCKS = FOURS + SIDES * SIDE_FOURS;
 const u32 STAGE = (BLOCKS + (FORMAT == 1 ? SIDES * 32 : 0) + 1023) / 1024 * 1024;
 const u32 SCRATCH = 1024;                                           // before the ring, whose stages are aligned to it
 
+#if EXPERTS
+
+struct Tile { u32 which, column0, row0, end; };
+
+// All chunks of all tiles in one line, as below. Tiles stay whole, or each is split among as many blocks, whose sums go to
+// outputs of their own.
+struct Schedule
+{
+    u32 chunks, row_tiles, splits, tiles, quota, longer;
+
+    DEVICE Schedule(const Products& p)
+    {
+        chunks = (p.matrix[0].k + 127) / 128;
+        row_tiles = *p.row_tiles;
+        splits = p.splits;
+        tiles = row_tiles * ((p.matrix[0].n + SIDE_COLUMNS - 1) / SIDE_COLUMNS);
+        quota = tiles / gridDim.x;
+        longer = tiles - quota * gridDim.x;
+    }
+    DEVICE u32 begin(u32 worker) const
+    {
+        if (splits == 1) return (worker * quota + min(worker, longer)) * chunks;
+        return worker < tiles * splits ? worker / splits * chunks + worker % splits * chunks / splits : tiles * chunks;
+    }
+    DEVICE Tile tile(const Products& p, u32 index) const
+    {
+        const u32 column = index / row_tiles;
+        const RowTile rows = p.tiles[index - column * row_tiles];
+        return Tile{rows.expert * SIDES, column * SIDE_COLUMNS, rows.first, rows.end};
+    }
+};
+
+DEVICE u32 end_of_rows(const Products&, const Tile& tile) { return tile.end; }
+
+#else
+
 struct Tile { u32 which, column0, row0; };
 
 // All chunks of all tiles in one line, and their division among blocks ("workers"). Rows are innermost: neighbours read the
@@ -69,6 +105,10 @@ struct Schedule
         return Tile{which, column * SIDE_COLUMNS, row0};
     }
 };
+
+DEVICE u32 end_of_rows(const Products& p, const Tile&) { return p.rows; }
+
+#endif
 
 DEVICE u32 weights_at(u32 side, u32 part, u32 row)
 {
@@ -135,7 +175,8 @@ struct Source
         // Both have the same stride.
         x_step = p.matrix[tile.which].x_stride * (X_ROWS * 2);
         const u32 row = tile.row0 + threadIdx.x / 16;
-        x_valid = p.rows > row ? (p.rows - row + X_ROWS - 1) / X_ROWS : 0;
+        const u32 rows = end_of_rows(p, tile);
+        x_valid = rows > row ? (rows - row + X_ROWS - 1) / X_ROWS : 0;
         #pragma unroll
         for (u32 i = 0; i < ROLES; i++)
         {

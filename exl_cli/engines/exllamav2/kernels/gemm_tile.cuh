@@ -233,6 +233,14 @@ DEVICE void compute(const Lane& l, const char* stage, Sums& sums, OverlappedWork
 #endif
 }
 
+#if EXPERTS
+DEVICE bool first_split(const Products& p) { return blockIdx.x % p.splits == 0; }
+DEVICE u32 out_row(const Products& p, u32 row) { return row + blockIdx.x % p.splits * p.split_rows; }
+#else
+DEVICE bool first_split(const Products&) { return true; }
+DEVICE u32 out_row(const Products&, u32 row) { return row; }
+#endif
+
 // Eight rows of a strip, of a pair of both sides.
 DEVICE void write(const Products& p, const Lane& l, Tile at, u32 s, u32 tile, const float (&sum)[SIDES][2][4])
 {
@@ -243,20 +251,20 @@ DEVICE void write(const Products& p, const Lane& l, Tile at, u32 s, u32 tile, co
     for (u32 j = 0; j < 2; j++)
     {
         const u32 row = at.row0 + l.rows + tile * 8 + l.t * 2 + j;
-        if (row >= p.rows) continue;
+        if (row >= end_of_rows(p, at)) continue;
         float v[4];
         #pragma unroll
         for (int c = 0; c < 4; c++)
         {
-            v[c] = sum[0][c / 2][c % 2 * 2 + j] + (m.bias ? to_float(m.bias[column + c]) : 0.0f);
+            v[c] = sum[0][c / 2][c % 2 * 2 + j] + (m.bias && first_split(p) ? to_float(m.bias[column + c]) : 0.0f);
             if (PAIRED)
             {
-                const u16* bias = p.matrix[1].bias;
+                const u16* bias = p.matrix[at.which + 1].bias;
                 v[c] = activate(v[c], p.activation)
                        * (sum[SIDES - 1][c / 2][c % 2 * 2 + j] + (bias ? to_float(bias[column + c]) : 0.0f));
             }
         }
-        const u64 to = (u64) row * m.out_stride;
+        const u64 to = (u64) out_row(p, row) * m.out_stride;
         if (m.scatter)
             #pragma unroll
             for (int c = 0; c < 4; c++) m.out[to + m.scatter[column + c]] = to_half(v[c]);

@@ -23,7 +23,7 @@ FILE, NAME = "gemm.cu", "gemm"
 DENSE_NUMBERS = 1 << 28
 _CHUNK = 128
 _GEMV_ROWS = quantized_linear.MOST_ROWS
-_MOST_ROWS = 512
+MOST_ROWS = 512
 _SCRATCH = 1024
 # Bytes behind the weights of each 32 rows.
 _GAP = 32
@@ -110,15 +110,15 @@ Config = TileConfig | GemmConfig | DenseConfig
 def variant(product: Product, config: GemmConfig) -> Variant:
     """The build for a product."""
     product = config.product(product)
-    matrices, sides = product.matrices, 2 if product.paired else 1
-    exl2, max_bits = matrices[0].exl2, max(matrix.width for matrix in matrices)
-    fine = not all(matrix.coarse for matrix in matrices)
-    two_x = product.paired and matrices[0].order != matrices[1].order
+    sides, exl2, max_bits = 2 if product.paired else 1, product.matrices[0].exl2, product.width
+    fine, two_x = not product.coarse, product.orders == 2
     defines = {
         "FORMAT": int(exl2), "MAX_BITS": max_bits, "PAIRED": int(product.paired), "TWO_X": int(two_x),
         "FINE": int(fine), "WARPS": config.warps, "ROW_WARPS": config.row_warps, "TILES": config.tiles,
         "STRIPS": config.strips, "STAGES": config.stages, "RESIDENT": config.resident, "WGMMA": int(config.wgmma),
     }  # fmt: skip
+    if product.experts:
+        defines["EXPERTS"] = 1
     parts, columns = 4 if fine else 1, config.columns // sides
     of_a_side = 4 * (max_bits * columns * 4 + _GAP) + parts * columns // 2 + (32 if exl2 else parts * columns * 2)
     stage = (2 if two_x else 1) * config.rows * 2 * _CHUNK + sides * of_a_side
@@ -169,7 +169,7 @@ def configs(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> l
     smallest = GemmConfig(4, 1, 4, 2 if product.paired else 1, 2, 1)
     for candidates in (
         _candidates(product, rows, wgmma=wgmma),
-        [smallest] if _GEMV_ROWS < rows <= _MOST_ROWS else [],
+        [smallest] if _GEMV_ROWS < rows <= MOST_ROWS and not product.experts else [],
     ):
         for config in candidates:
             for stages in range(config.stages, 1, -1):
@@ -183,9 +183,21 @@ def configs(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> l
 
 
 def _candidates(product: Product, rows: int, *, wgmma: bool) -> list[GemmConfig]:
-    if rows <= 8 or rows > _MOST_ROWS:
-        return []
     paired = product.paired
+    if product.experts:
+        # Few rows leave too few tiles of 128 columns; warps for rows that are not there cost less than idle GPUs.
+        of_experts = {
+            8: [(4, 1, 1, 4, 2), (4, 2, 1, 4, 3), (4, 4, 1, 4, 4)],
+            16: [(4, 1, 2, 4, 2), (4, 2, 1, 4, 3), (8, 1, 2, 4, 1)],
+            32: [(4, 1, 4, 4, 2), (4, 2, 2, 4, 2), (8, 1, 4, 4, 1)],
+            64: [(4, 1, 8, 3, 2), (8, 1, 8, 4, 1), (4, 2, 4, 4, 2)],
+        }
+        return [
+            GemmConfig(warps, row_warps, tiles, 2 if paired else 1, stages, resident)
+            for warps, row_warps, tiles, stages, resident in of_experts[expert_rows(product, rows)]
+        ]
+    if rows <= 8 or rows > MOST_ROWS:
+        return []
     if rows <= 16:
         return (
             [GemmConfig(8, 1, 2, 2, 4, 1)] if paired else [GemmConfig(4, 1, 2, 1, 4, 4), GemmConfig(8, 1, 2, 1, 4, 1)]
@@ -215,6 +227,12 @@ def _candidates(product: Product, rows: int, *, wgmma: bool) -> list[GemmConfig]
     return [GemmConfig(*shape) for shape in shapes]
 
 
+def expert_rows(product: Product, rows: int) -> int:
+    """Rows of a tile of a mixture's products: about as many as an expert has of so many, at most 64."""
+    mean = quantized_linear.most_rows(rows) * product.chosen / product.experts
+    return next((tile for tile in (8, 16) if mean <= tile * 3 / 4), 32 if mean <= 48 else 64)
+
+
 def order(matrix: QuantizedMatrix, config: Config) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """In which order a matrix wants several rows of its input, and the other way round; None for the model's order.
 
@@ -237,13 +255,17 @@ def builds(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> di
         shared_bytes: that a block can have on the GPU.
     """
     all_builds: dict[Config, Variant] = {}
+    if product.experts:
+        # Many rows are computed in blocks.
+        rows = min(rows, MOST_ROWS)
+        return {config: variant(product, config) for config in configs(product, rows, shared_bytes, wgmma=wgmma)}
     for tile, build in quantized_linear.builds(product, rows, shared_bytes).items():
         all_builds[tile] = build
     for config in configs(product, rows, shared_bytes, wgmma=wgmma):
         all_builds[config] = variant(product, config)
     # Unpacking the weights once, for cuBLAS, may be faster: on an H200 from about 512 rows on.
     small = all(matrix.k * matrix.n <= DENSE_NUMBERS for matrix in product.matrices)
-    if rows > _MOST_ROWS or (rows > _GEMV_ROWS and small):
+    if rows > MOST_ROWS or (rows > _GEMV_ROWS and small):
         all_builds[DenseConfig()] = dense_variant(product)
     return all_builds
 

@@ -17,6 +17,24 @@ struct Matrix
     u32 n, k, x_stride, out_stride, group_shift, first_block;
 };
 
+// Rows from `first` to before `end`, of all rows that experts have, sorted by expert: as many as a tile, or an expert's last.
+struct RowTile { u32 expert, first, end; };
+
+#if EXPERTS
+
+// `gemm.cu` for a mixture of experts. Which rows are whose is known on the GPU only.
+struct Products
+{
+    const Matrix* matrix;   // of one expert after the other, with PAIRED two of each; all of the same n and k
+    const RowTile* tiles;
+    const u32* row_tiles;   // how many there are
+    u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
+    u32 splits;             // of each tile, along k; each needs a block of its own if there are several; 1 with PAIRED
+    u32 split_rows;         // rows of the output from one split's sums to the next one's
+};
+
+#else
+
 struct Products
 {
     Matrix matrix[3];
@@ -27,6 +45,8 @@ struct Products
     float* partial;         // of `gemm.cu`: partial sums of tiles that several blocks compute, two tiles a block
     u32* arrived;           // of `gemm.cu`: for each tile zero, before and after
 };
+
+#endif
 
 DEVICE float activate(float gate, u32 activation)
 {

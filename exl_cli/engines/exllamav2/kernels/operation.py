@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
-from exl_cli.engines.exllamav2.kernels import dense, many_rows, norm_rope, quantized_linear
+from exl_cli.engines.exllamav2.kernels import dense, experts, many_rows, norm_rope, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
+from exl_cli.engines.exllamav2.kernels.experts import ExpertOperation
 from exl_cli.engines.exllamav2.kernels.many_rows import Config, GemmConfig, Workspace
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Products, QuantizedMatrix, TileConfig, Variant
 
@@ -101,7 +103,8 @@ class Launcher:
         wgmma: bool,
         scratch: Callable[[int], torch.Tensor],
     ) -> None:
-        self._device, self._products = device, [*products]
+        # Those of experts need no other buffers.
+        self._device, self._products = device, [product for product in products if not product.experts]
         self._shared_bytes, self._wgmma = shared_bytes, wgmma
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         # The key is whether there are more rows than `gemv.cu` takes.
@@ -116,8 +119,10 @@ class Launcher:
         """The compiled kernel of a build."""
         return Kernel(build.file, build.name, build.defines, self._device, build.shared_bytes)
 
-    def bind(self, operation: Operation, config: Config) -> Run:
+    def bind(self, operation: Operation | ExpertOperation, config: Config) -> Run:
         """Bind an operation to the kernel of a config. The result may be called several times."""
+        if isinstance(operation, ExpertOperation):
+            return self._experts(operation, cast(GemmConfig, config))
         product, rows = operation.product, operation.rows
         if isinstance(config, DenseConfig):
             return self._dense(operation)
@@ -136,6 +141,11 @@ class Launcher:
         mapped = many_rows.with_maps(argument)
         many_rows.write_maps(mapped, [x[:rows] for x in operation.xs], config)
         return kernel.bind(grid, config.threads, mapped)
+
+    def _experts(self, operation: ExpertOperation, config: GemmConfig) -> Run:
+        product, at_once = operation.product, config.resident * self._processors
+        blocks, operation.splits = experts.grid(product, operation.rows, config, at_once)
+        return self.kernel(many_rows.variant(product, config)).bind((blocks,), config.threads, operation.argument())
 
     def _unfused(self, operation: Operation, config: GemmConfig) -> Run:
         """Compute both products of a pair in one launch, and combine them in a second one."""

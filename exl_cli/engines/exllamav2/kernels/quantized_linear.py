@@ -9,6 +9,7 @@ import ctypes
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -183,16 +184,40 @@ class Product:
         paired: whether they are an MLP's gate and up projections, combined with the activation.
         reorders: whether a single row of the input comes in the model's order, and is put into that of each matrix by
             the kernel; several rows always come as the matrices want them.
+        experts: how many a mixture has: `matrices` are one of each, or gate and up projection of one after the other,
+            all of the same k and n; 0 for matrices that every row is multiplied with.
+        chosen: experts of each row.
     """
 
     matrices: tuple[QuantizedMatrix, ...]
     paired: bool = False
     reorders: bool = True
+    experts: int = 0
+    chosen: int = 0
 
-    @property
+    @cached_property
     def kind(self) -> tuple[object, ...]:
         """Equal for products that the same build computes in about the same time."""
+        if self.experts:
+            exl2, k, n, *_ = self.matrices[0].kind
+            return (self.paired, self.experts, self.chosen, exl2, k, n, self.width, self.coarse, self.orders)
         return (self.paired, self.copies, *(matrix.kind for matrix in self.matrices))
+
+    @cached_property
+    def width(self) -> int:
+        """Of its matrices the largest."""
+        return max(matrix.width for matrix in self.matrices)
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether all of its matrices are."""
+        return all(matrix.coarse for matrix in self.matrices)
+
+    @cached_property
+    def orders(self) -> int:
+        """Orders of the input side by side, of several rows: 2 if a gate wants another one than up does."""
+        pairs = zip(self.matrices[::2], self.matrices[1::2], strict=True) if self.paired else ()
+        return 1 + any(gate.order != up.order for gate, up in pairs)
 
     @property
     def bytes(self) -> int:

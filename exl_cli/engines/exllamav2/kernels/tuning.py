@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from exl_cli.engines.exllamav2.graphs import captured
-from exl_cli.engines.exllamav2.kernels import compiler, dense, many_rows, quantized_linear
+from exl_cli.engines.exllamav2.kernels import compiler, dense, experts, many_rows, quantized_linear
 from exl_cli.engines.exllamav2.kernels.dense import DenseConfig
+from exl_cli.engines.exllamav2.kernels.experts import ExpertOperation
 from exl_cli.engines.exllamav2.kernels.many_rows import Config, GemmConfig
 from exl_cli.engines.exllamav2.kernels.operation import Launcher, Operation, Run
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, Variant
@@ -130,7 +131,7 @@ class Tuner:
             self._chosen[key] = self._choose(self._alike[product.kind], key[1])
         return self._chosen[key]
 
-    def bind(self, operation: Operation) -> Run:
+    def bind(self, operation: Operation | ExpertOperation) -> Run:
         """Bind an operation to the kernel that `config` chooses."""
         return self._launcher.bind(operation, self.config(operation.product, operation.rows))
 
@@ -177,19 +178,26 @@ class Tuner:
         # Last one first, as the background threads compile from the front of the queue.
         for build in reversed([*builds.values()]):
             self._launcher.kernel(build)
-        matrices = alike[0].matrices
+        operations = self._trials(alike, rows)
+        times = {}
+        for config in builds:
+            launches = [partial(_on_current_stream, self._launcher.bind(each, config)) for each in operations]
+            times[config] = _microseconds(launches) / len(operations)
+        return times
+
+    def _trials(self, alike: Sequence[Product], rows: int) -> Sequence[Operation | ExpertOperation]:
+        """Operations to measure, which read so many matrices that none is still cached when its turn comes again."""
+        matrices, of_experts = alike[0].matrices, alike[0].experts
+        # Of experts only few are read.
+        count = 8 if of_experts else min(-(-_MORE_THAN_CACHED // alike[0].bytes), max(len(alike), 8))
+        used = [alike[index % len(alike)] for index in range(count)]
+        if of_experts:
+            return experts.trials(used, min(rows, many_rows.MOST_ROWS), self._device)
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
         # Side by side, as the outputs of queries, keys and values are.
         out = torch.empty((rows, sum(m.n for m in matrices)), dtype=torch.half, device=self._device)
         outs = [out[:, begin:] for begin in quantized_linear.first_columns(matrices)]
-        count = -(-_MORE_THAN_CACHED // alike[0].bytes)
-        used = [alike[index % len(alike)] for index in range(min(count, max(len(alike), 8)))]
-        times = {}
-        for config in builds:
-            operations = [Operation(product, rows, [x] * len(outs), outs) for product in used]
-            launches = [partial(_on_current_stream, self._launcher.bind(each, config)) for each in operations]
-            times[config] = _microseconds(launches) / len(used)
-        return times
+        return [Operation(product, rows, [x] * len(outs), outs) for product in used]
 
 
 def _described(config: Config) -> list[Any]:

@@ -1,0 +1,233 @@
+"""Mixtures of experts: which rows go to which expert, and the arguments of `experts.cu` and of `gemm.cu` for them.
+
+A token and one of the experts that it goes to make a slot. Only the GPU knows how many slots an expert has, so launches
+depend on the number of tokens alone, and CUDA graphs can capture them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from exl_cli.engines.exllamav2.kernels import many_rows, quantized_linear
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig
+from exl_cli.engines.exllamav2.kernels.quantized_linear import MatrixArgument, Product
+
+FILE = "experts.cu"
+ROUTE_THREADS = 1024
+MOST_EXPERTS, MOST_CHOSEN = 256, 32
+_MASK_BYTES = 4 * many_rows.MOST_ROWS // 32
+_MOST_SPLITS = 8
+
+
+class RouteArgument(ctypes.Structure):
+    """`Route` of experts.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "weights", "places", "sources", "tiles", "row_tiles")),
+        *((name, ctypes.c_uint32) for name in ("rows", "experts", "chosen", "tile_rows", "normalized")),
+    )
+
+
+class SpreadArgument(ctypes.Structure):
+    """`Spread` of experts.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "sources", "matrix")),
+        *((name, ctypes.c_uint32) for name in ("dim", "orders")),
+    )
+
+
+class CombineArgument(ctypes.Structure):
+    """`Combine` of experts.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("outs", "weights", "places", "to")),
+        *((name, ctypes.c_uint32) for name in ("dim", "chosen", "splits", "split_rows")),
+    )
+
+
+class ExpertProducts(ctypes.Structure):
+    """`Products` of gemm.cu with EXPERTS."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("matrix", "tiles", "row_tiles")),
+        *((name, ctypes.c_uint32) for name in ("activation", "splits", "split_rows")),
+    )
+
+
+class Routing(NamedTuple):
+    """What `route` finds out.
+
+    Attributes:
+        weights: float32, shape (slots or more,): of each token's experts, the largest first.
+        places: int32, likewise: the slot of each of those.
+        sources: int32, likewise: of each slot token | expert << 16. Slots are sorted by expert, then by token.
+        tiles: int32, shape (slots or more, 3): expert, first slot and end of each tile of rows.
+        row_tiles: int32, shape (1,): how many tiles there are.
+    """
+
+    weights: torch.Tensor
+    places: torch.Tensor
+    sources: torch.Tensor
+    tiles: torch.Tensor
+    row_tiles: torch.Tensor
+
+    @staticmethod
+    def empty(slots: int, device: torch.device) -> Routing:
+        """Room for so many slots."""
+        places, sources = (torch.empty(slots, dtype=torch.int32, device=device) for _ in range(2))
+        tiles, row_tiles = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((slots, 3), (1,)))
+        return Routing(torch.empty(slots, device=device), places, sources, tiles, row_tiles)
+
+
+class ExpertTable:
+    """Matrices of a mixture, with where their rows come from and go to, in the GPU's memory as `Matrix` of matrix.cuh.
+
+    Args:
+        product: the matrices.
+        xs: the rows of all slots, float16 of shape (slots, k) at any stride, in each order that the matrices want.
+        out: likewise, of shape (slots, n or more); as many for each of `grid`'s splits.
+        places: of each expert, where to write each column of a pair's output, None for in order; empty if all are.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        xs: Sequence[torch.Tensor],
+        out: torch.Tensor,
+        places: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        self.product, self.xs, self.out = product, xs, out
+        sides = 2 if product.paired else 1
+        arguments = (MatrixArgument * len(product.matrices))()
+        for index, matrix in enumerate(product.matrices):
+            argument, x = matrix.argument(), xs[index % sides % len(xs)]
+            argument.x, argument.x_stride, argument.perm = x.data_ptr(), x.stride(0), matrix.order
+            argument.out, argument.out_stride = out.data_ptr(), out.stride(0)
+            scatter = places[index // sides] if places else None
+            argument.scatter = None if scatter is None else scatter.data_ptr()
+            arguments[index] = argument
+        self.matrices = torch.frombuffer(bytearray(arguments), dtype=torch.uint8).to(out.device)
+
+
+@dataclass(eq=False)
+class ExpertOperation:
+    """Products of each expert with its rows.
+
+    Attributes:
+        table: the matrices.
+        rows: tokens, at most `many_rows.MOST_ROWS`.
+        routing: whose tiles are of `many_rows.expert_rows` rows.
+        activation: a pair's.
+        splits: of the output, to be added up, each as many rows as there are slots; set by `Launcher.bind`.
+    """
+
+    table: ExpertTable
+    rows: int
+    routing: Routing
+    activation: str = "silu"
+    splits: int = 1
+
+    @property
+    def product(self) -> Product:
+        """The table's."""
+        return self.table.product
+
+    def argument(self) -> ExpertProducts:
+        """The argument of `gemm.cu`."""
+        return ExpertProducts(
+            matrix=self.table.matrices.data_ptr(), tiles=self.routing.tiles.data_ptr(),
+            row_tiles=self.routing.row_tiles.data_ptr(), activation=quantized_linear.ACTIVATIONS[self.activation],
+            splits=self.splits, split_rows=self.rows * self.product.chosen,
+        )  # fmt: skip
+
+
+def grid(product: Product, rows: int, config: GemmConfig, at_once: int) -> tuple[int, int]:
+    """Blocks of a launch, and how many of them compute a tile together, each a part of k.
+
+    Args:
+        product, rows, config: what is computed and how.
+        at_once: blocks that the GPU holds at once.
+    """
+    slots, each = rows * product.chosen, many_rows.expert_rows(product, rows)
+    row_tiles = slots if slots <= product.experts else product.experts + (slots - product.experts) // each
+    tiles = row_tiles * -(-product.matrices[0].n // (config.columns // (2 if product.paired else 1)))
+    # Parts of a gate would have to be added up before the activation; others are when experts are.
+    most = min(_MOST_SPLITS, many_rows.MOST_ROWS // rows, -(-product.matrices[0].k // 256))
+    splits = 1 if product.paired else max(1, min(at_once // tiles, most))
+    return min(at_once, tiles * splits), splits
+
+
+def route_bytes(experts: int) -> int:
+    """Shared memory of `route`."""
+    return experts * (_MASK_BYTES + 8)
+
+
+def route(logits: torch.Tensor, routing: Routing, rows: int, product: Product, *, normalized: bool) -> RouteArgument:
+    """The argument of `route`, a single block.
+
+    Args:
+        logits: float16, shape (rows or more, experts).
+        routing: to be written.
+        rows: tokens.
+        product: one of the mixture's.
+        normalized: whether a token's weights are to sum to 1.
+    """
+    return RouteArgument(
+        **{name: tensor.data_ptr() for name, tensor in routing._asdict().items()}, logits=logits.data_ptr(),
+        rows=rows, experts=product.experts, chosen=product.chosen, normalized=normalized,
+        tile_rows=many_rows.expert_rows(product, rows),
+    )  # fmt: skip
+
+
+def spread(x: torch.Tensor, routing: Routing, table: ExpertTable) -> SpreadArgument:
+    """The argument of `spread`, a block a slot: copies rows of x, of shape (rows or more, k), to `table.xs`."""
+    return SpreadArgument(
+        x=x.data_ptr(), sources=routing.sources.data_ptr(), matrix=table.matrices.data_ptr(), dim=x.shape[1],
+        orders=table.product.orders,
+    )  # fmt: skip
+
+
+def combine(operation: ExpertOperation, to: torch.Tensor) -> CombineArgument:
+    """The argument of `combine`, a block a token: adds what its experts return to its row of `to`.
+
+    Args:
+        operation: the last products, already bound.
+        to: float16, shape (rows or more, n).
+    """
+    chosen = operation.product.chosen
+    return CombineArgument(
+        outs=operation.table.out.data_ptr(), weights=operation.routing.weights.data_ptr(),
+        places=operation.routing.places.data_ptr(), to=to.data_ptr(), dim=to.shape[1], chosen=chosen,
+        splits=operation.splits, split_rows=operation.rows * chosen,
+    )  # fmt: skip
+
+
+def kernel(name: str, device: torch.device, shared_bytes: int = 0) -> Kernel:
+    """A kernel of experts.cu."""
+    return Kernel(FILE, name, {}, device, shared_bytes)
+
+
+def trials(products: Sequence[Product], rows: int, device: torch.device) -> list[ExpertOperation]:
+    """Operations on random numbers to measure, with rows that go to random experts."""
+    product = products[0]
+    slots, each, matrix = rows * product.chosen, many_rows.expert_rows(product, rows), product.matrices[0]
+    random = torch.Generator().manual_seed(rows)
+    wanted = torch.rand((rows, product.experts), generator=random).topk(product.chosen).indices
+    tiles, begin = [], 0
+    for expert, count in enumerate(torch.bincount(wanted.flatten(), minlength=product.experts).tolist()):
+        tiles += [(expert, first, min(first + each, begin + count)) for first in range(begin, begin + count, each)]
+        begin += count
+    routing = Routing.empty(slots, device)
+    routing.tiles[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32, device=device)
+    routing.row_tiles.fill_(len(tiles))
+    x = torch.randn((slots, matrix.k), device=device).half()
+    splits = 1 if product.paired else min(_MOST_SPLITS, many_rows.MOST_ROWS // rows)
+    out = torch.empty((splits * slots, matrix.n), dtype=torch.half, device=device)
+    return [ExpertOperation(ExpertTable(it, [x], out), rows, routing) for it in products]

@@ -1,0 +1,98 @@
+"""Mixtures of experts on a real GPU: exl's kernels against float64, and against exllamav2's modules."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+from pathlib import Path
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from test_experts import expected, mixture
+from test_kernels import exl2, gptq, inputs
+from test_kernels_gpu import original_kernels
+from test_stages import load
+from torch import Tensor
+
+from exl_cli.api.engine_thread import EngineThread
+from exl_cli.engines.exllamav2.kernels import many_rows
+from exl_cli.engines.exllamav2.kernels.compiler import Kernel
+from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, QuantizedMatrix, Variant
+
+__all__ = ["original_kernels"]
+KINDS = ["mixtral", "qwen3-moe", "qwen3-moe-plain-topk", "qwen3-moe-dense-layers"]
+
+
+def run(build: Variant, _: str, argument: ctypes.Structure, blocks: int, threads: int) -> None:
+    kernel = Kernel(build.file, build.name, build.defines, torch.device("cuda", 0), build.shared_bytes)
+    kernel.bind((blocks,), threads, argument)(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+
+
+def random_matrix(rng: np.random.Generator, format_: str, columns: int, rows: int) -> tuple[QuantizedMatrix, Tensor]:
+    if format_ == "gptq":
+        matrix, weight = gptq(rng, columns, rows, 128, bool(rng.integers(2)))
+    else:
+        cuts = sorted(32 * int(cut) for cut in rng.choice(np.arange(1, rows // 32), 2, replace=False))
+        bits = sorted((int(it) for it in rng.choice([2, 3, 4, 5, 6], 3)), reverse=True)
+        matrix, weight = exl2(rng, columns, bits, [cuts[0], cuts[1] - cuts[0], rows - cuts[1]])
+    fields = {field.name: getattr(matrix, field.name) for field in dataclasses.fields(matrix)}
+    on_gpu = {name: value.cuda() for name, value in fields.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(matrix, **on_gpu), weight.cuda()
+
+
+@pytest.mark.parametrize("format_", ["gptq", "exl2"])
+@pytest.mark.parametrize("rows", [1, 3, 17, 100, 512])
+def test_random_mixtures_in_every_config(format_: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    shared_bytes = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    hidden, inner = 32 * int(rng.integers(4, 20)), 32 * int(rng.integers(3, 20))
+    count = int(rng.choice([4, 8, 24]))
+    chosen = int(rng.integers(1, count))
+    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    made = [[random_matrix(rng, format_, columns, height) for columns, height in shapes] for _ in range(count)]
+    x, logits, residual = (inputs(rng, rows, width).cuda() for width in (hidden, count, hidden))
+    residual /= 1024
+    # Neither past the range nor lost in the residual.
+    while float((wanted := expected(made, x, logits, residual, chosen) - residual).abs().max()) > 1e4:
+        x /= 2
+    for limit in (99 << 10, shared_bytes):
+        for index in range(3):
+
+            def config(product: Product, limit: int = limit, index: int = index) -> many_rows.GemmConfig:
+                configs = many_rows.configs(product, rows, limit, wgmma=False)
+                return configs[index % len(configs)]
+
+            first, second = (
+                mixture(run, made, x, logits, residual, chosen, at_once=264, configs=config) for _ in range(2)
+            )
+            assert float((first - residual - wanted).norm() / wanted.norm()) < 4e-3
+            assert torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("original_kernels")
+@pytest.mark.parametrize("format_", ["gptq", "exl2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_exllamav2s_modules(kind: str, format_: str, tmp_path: Path) -> None:
+    """Prompts leave no choice of experts open."""
+    folder = architectures.make(kind, tmp_path / "model", format_)
+    *_, ids = architectures.prompts(kind, format_)
+
+    def logits(cuts: tuple[int, ...] = ()) -> tuple[list[torch.Tensor], str]:
+        thread = EngineThread(load(folder, cuts, architectures.CONTEXT))
+        try:
+            return [thread.cached_logits(ids, step) for step in (1, 8, 32)], thread.facts["kernels"]
+        finally:
+            thread.close()
+
+    theirs, kernels = logits()
+    assert "exllamav2's modules" in kernels
+    del os.environ["EXL_KERNELS"]
+    for cuts in ((), (1,)):
+        ours, kernels = logits(cuts)
+        assert kernels == "exl's kernels"
+        for got, wanted in zip(ours, theirs, strict=True):
+            assert float((got - wanted).norm() / wanted.norm()) < 1e-2
