@@ -72,8 +72,9 @@ def experts_why_not(model: Any) -> str:
     for module in model.modules:
         if type(module) is not ExLlamaV2MoEMLP:
             continue
-        if config.num_experts > experts.MOST_EXPERTS or config.num_experts_per_token > experts.MOST_CHOSEN:
-            return f"it has {config.num_experts} experts, of which each token takes {config.num_experts_per_token}"
+        count, chosen = config.num_experts, config.num_experts_per_token
+        if count > experts.MOST_EXPERTS or not 0 < chosen <= min(count, experts.MOST_CHOSEN):
+            return f"each token takes {chosen} of its {count} experts"
         if not isinstance(module.post_attention_layernorm, ExLlamaV2RMSNorm):
             return "its norm is not RMS norm"
         if module.gate.q_tensors or module.gate.linear.bias is not None:
