@@ -153,12 +153,14 @@ def main() -> None:
     parser.add_argument("--vs", type=lambda path: Path(path).resolve(), metavar="CHECKOUT")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="at least 2: the first warms up")
     parser.add_argument("--batch", default="8,16,32,64,128")
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.runs < 2:
+        parser.error("--runs: at least 2, as the first warms up")
     if args.worker is not None:
         worker(args)
         return
