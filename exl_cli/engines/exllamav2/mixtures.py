@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -63,9 +64,10 @@ class Mixtures:
             hidden: the stream, likewise.
             rows: tokens; computed in blocks where they are many.
         """
-        for first in range(0, rows, many_rows.MOST_ROWS):
-            count = min(rows - first, many_rows.MOST_ROWS)
-            yield from self._block(mixture, normed[first : first + count], hidden[first : first + count])
+        blocks = -(-rows // many_rows.MOST_ROWS)
+        # Of equal size, and so in the same config.
+        for first, end in pairwise(index * rows // blocks for index in range(blocks + 1)):
+            yield from self._block(mixture, normed[first:end], hidden[first:end])
 
     def _block(self, mixture: Mixture, x: torch.Tensor, hidden: torch.Tensor) -> Iterable[Run]:
         (rows, dim), product, routing = x.shape, mixture.gate_up, self._routing

@@ -70,7 +70,7 @@ class Tuner:
     def microseconds(self, product: Product, rows: int) -> float | None:
         """Of a launch in the config that `config` chose; None where it measured nothing."""
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            return float(self._read()[_key(product, quantized_linear.most_rows(rows))]["microseconds"])
+            return float(self._read()[_key(product, _most_rows(product, rows))]["microseconds"])
         return None
 
     def original(self, product: Product, make: Callable[[], Sequence[Callable[[], None]]]) -> float:
@@ -92,8 +92,9 @@ class Tuner:
         """Have everything compiled in the background that the products of so many rows want, in this order."""
         known = self._read()
         wanted: list[Variant] = []
-        for most in map(quantized_linear.most_rows, rows):
+        for count in rows:
             for kind, (product, *_) in self._alike.items():
+                most = _most_rows(product, count)
                 if (kind, most) not in self._chosen:
                     builds = self._builds(product, most)
                     config = _settled(product, most, builds, known)
@@ -126,7 +127,7 @@ class Tuner:
         Raises:
             EngineError: nothing can be built or run here.
         """
-        key = (product.kind, quantized_linear.most_rows(rows))
+        key = (product.kind, _most_rows(product, rows))
         if key not in self._chosen:
             self._chosen[key] = self._choose(self._alike[product.kind], key[1])
         return self._chosen[key]
@@ -192,12 +193,18 @@ class Tuner:
         count = 8 if of_experts else min(-(-_MORE_THAN_CACHED // alike[0].bytes), max(len(alike), 8))
         used = [alike[index % len(alike)] for index in range(count)]
         if of_experts:
-            return experts.trials(used, min(rows, many_rows.MOST_ROWS), self._device)
+            return experts.trials(used, rows, self._device)
         x = torch.randn((rows, matrices[0].k), device=self._device).half()
         # Side by side, as the outputs of queries, keys and values are.
         out = torch.empty((rows, sum(m.n for m in matrices)), dtype=torch.half, device=self._device)
         outs = [out[:, begin:] for begin in quantized_linear.first_columns(matrices)]
         return [Operation(product, rows, [x] * len(outs), outs) for product in used]
+
+
+def _most_rows(product: Product, rows: int) -> int:
+    """`quantized_linear.most_rows`, for a mixture of experts of a block of its rows."""
+    most = quantized_linear.most_rows(rows)
+    return min(most, many_rows.MOST_ROWS) if product.experts else most
 
 
 def _described(config: Config) -> list[Any]:
