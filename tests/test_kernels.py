@@ -30,7 +30,7 @@ def exl2(
     rng: np.random.Generator, columns: int, bits: Sequence[int], rows: Sequence[int]
 ) -> tuple[QuantizedMatrix, Tensor]:
     tensors, weight = random_exl2(rng, columns, bits, rows)
-    matrix = from_exllamav2(as_loaded_exl2(tensors))
+    (matrix,) = from_exllamav2([as_loaded_exl2(tensors)])
     assert matrix is not None
     return matrix, torch.from_numpy(weight)
 
@@ -42,7 +42,7 @@ def gptq(
     if act_order:
         g_idx = rng.permutation(g_idx)
     tensors, weight = random_gptq(rng, columns, g_idx, zero_offset=1, store_g_idx=act_order)
-    matrix = from_exllamav2(as_loaded_gptq(tensors))
+    (matrix,) = from_exllamav2([as_loaded_gptq(tensors)])
     assert matrix is not None
     return matrix, torch.from_numpy(weight)
 
@@ -202,7 +202,7 @@ def test_a_residual_is_added_and_a_bias(folder: Path) -> None:
     rng = np.random.default_rng(5)
     tensors, weight = random_gptq(rng, 64, np.arange(256) // 128, zero_offset=1)
     bias = inputs(rng, 1, 64)[0] * 10
-    matrix = from_exllamav2(as_loaded_gptq(tensors) | {"bias": bias})
+    (matrix,) = from_exllamav2([as_loaded_gptq(tensors) | {"bias": bias}])
     assert matrix is not None
     x, residual = inputs(rng, 2, 256), inputs(rng, 2, 64) * 10
     (got,) = multiply(folder, [matrix], [x], add=residual, warps=2)
@@ -248,18 +248,35 @@ def test_an_identity_permutation_is_skipped() -> None:
     rng = np.random.default_rng(9)
     tensors, _ = random_gptq(rng, 32, np.arange(64) // 32, zero_offset=1)
     places = torch.arange(64).to(torch.int16)
-    matrix = from_exllamav2(as_loaded_gptq(tensors) | {"q_perm": places, "q_invperm": places})
+    (matrix,) = from_exllamav2([as_loaded_gptq(tensors) | {"q_perm": places, "q_invperm": places}])
     assert matrix is not None
     assert matrix.perm is None
     assert matrix.inverse is None
 
 
+def test_many_matrices_are_read_as_each_alone() -> None:
+    rng = np.random.default_rng(11)
+    several = [as_loaded_exl2(random_exl2(rng, 32, bits, (96, 64))[0]) for bits in ((5, 3), (8, 4))]
+    g_idx = rng.permutation(np.arange(160) // 32)
+    several.insert(1, as_loaded_gptq(random_gptq(rng, 32, g_idx, zero_offset=1, store_g_idx=True)[0]))
+    several.append(several[2] | {name: several[0][name].clone() for name in ("q_perm", "q_invperm")})
+    together = from_exllamav2(several)
+    for tensors, matrix in zip(several, together, strict=True):
+        (alone,) = from_exllamav2([tensors])
+        assert matrix is not None
+        assert alone is not None
+        for field in dataclasses.fields(matrix):
+            got, wanted = getattr(matrix, field.name), getattr(alone, field.name)
+            assert torch.equal(got, wanted) if isinstance(wanted, Tensor) else got == wanted
+    # Equal orders are one.
+    assert len({matrix.order for matrix in together if matrix}) == 3
+
+
 def test_matrices_that_the_kernel_cannot_take_are_left_to_exllamav2() -> None:
     rng = np.random.default_rng(7)
     small_groups, _ = random_gptq(rng, 32, np.arange(64) // 16, zero_offset=1)
-    assert from_exllamav2(as_loaded_gptq(small_groups)) is None
     odd_columns, _ = random_gptq(rng, 40, np.arange(64) // 32, zero_offset=1)
-    assert from_exllamav2(as_loaded_gptq(odd_columns)) is None
+    assert from_exllamav2([as_loaded_gptq(small_groups), as_loaded_gptq(odd_columns)]) == [None, None]
 
 
 @pytest.mark.parametrize("reordered", [(True, True), (True, False), (False, True), (False, False)])

@@ -41,7 +41,7 @@ def random_matrix(rng: np.random.Generator, kind: str, columns: int) -> tuple[Qu
         step = int(rng.choice([32, 128]))
         tensors, weight = random_exl2(rng, columns, bits, [step * int(n) for n in rng.integers(1, 5, count)])
         loaded = as_loaded_exl2(tensors)
-    matrix = from_exllamav2({name: tensor.cuda() for name, tensor in loaded.items()})
+    (matrix,) = from_exllamav2([{name: tensor.cuda() for name, tensor in loaded.items()}])
     assert matrix is not None
     return matrix, torch.from_numpy(weight).cuda()
 

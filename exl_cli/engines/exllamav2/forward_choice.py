@@ -30,8 +30,8 @@ from exl_cli.errors import EngineError
 
 # Largest relative difference between exl's kernels and exllamav2's modules; lost data differ by as much as there is.
 _MOST_DIFFERENCE = 0.1
-# Between experts that are nearly equal, rounding decides. In simulated models with random weights (32 to 94 layers) that
-# changed logits by up to 0.2.
+# Between experts that are nearly equal, rounding decides: in models of 32 to 94 layers with random weights, simulated,
+# that changed logits by up to 0.2.
 _MOST_DIFFERENCE_OF_EXPERTS = 0.5
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def why_not(model: Any) -> str:
         elif type(module) is ExLlamaV2MLP:
             reason = _mlp_why_not(module, params)
         elif type(module) is ExLlamaV2MoEMLP:
-            continue  # whoever computes the experts: see `experts_why_not`
+            continue  # see `experts_why_not`
         else:
             reason = f"it has a layer of {type(module).__name__}"
         if reason or not isinstance(module.pre_layernorm, ExLlamaV2RMSNorm):
@@ -128,15 +127,13 @@ class Group:
     def __init__(self, linears: Sequence[Any], *, paired: bool = False, reorders: bool = True) -> None:
         self.permutations: list[torch.Tensor | None] = []
         self.chosen: list[int] = []
-        matrices = []
-        for linear in linears:
-            matrix = _matrix(linear)
-            same = (index for index, perm in enumerate(self.permutations) if _equal(matrix.perm, perm))
+        matrices = _matrices(linears)
+        for matrix in matrices:
+            same = (index for index, perm in enumerate(self.permutations) if matrix.perm is perm)
             index = next(same, len(self.permutations))
             if index == len(self.permutations):
                 self.permutations.append(matrix.perm)
             self.chosen.append(index)
-            matrices.append(replace(matrix, perm=self.permutations[index]))
         self.product = Product(tuple(matrices), paired, reorders)
         self._linears = linears
 
@@ -156,17 +153,13 @@ class Group:
         return work
 
 
-def _matrix(linear: Any) -> QuantizedMatrix:
-    matrix = from_exllamav2(linear.q_tensors)
-    if matrix is None:
-        raise EngineError(f"{linear.key} has a group size that the kernels do not support")
-    return matrix
-
-
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and torch.equal(a, b)
+def _matrices(linears: Sequence[Any]) -> list[QuantizedMatrix]:
+    matrices = []
+    for linear, matrix in zip(linears, from_exllamav2([linear.q_tensors for linear in linears]), strict=True):
+        if matrix is None:
+            raise EngineError(f"{linear.key} has a group size that the kernels do not support")
+        matrices.append(matrix)
+    return matrices
 
 
 class Layer:
@@ -227,14 +220,12 @@ class Mixture:
     def __init__(self, module: Any) -> None:
         self.norm, self.router = module.post_attention_layernorm, module.gate.linear.weight.detach()
         self.normalized: bool = module.model.config.exl_architecture.experts.normalized
-        both: list[QuantizedMatrix] = []
-        for linears in zip(module.w1, module.w3, strict=True):
-            gate, up = map(_matrix, linears)
-            both += [gate, replace(up, perm=gate.perm) if _equal(gate.perm, up.perm) else up]
-        downs = [_matrix(linear) for linear in module.w2]
+        pairs = [linear for pair in zip(module.w1, module.w3, strict=True) for linear in pair]
+        matrices = _matrices([*pairs, *module.w2])
+        both, downs = matrices[: len(pairs)], matrices[len(pairs) :]
         count, chosen = module.num_experts, module.num_experts_per_token
-        for matrices in (both, downs):
-            if len({(matrix.exl2, matrix.k, matrix.n) for matrix in matrices}) > 1:
+        for alike in (both, downs):
+            if len({(matrix.exl2, matrix.k, matrix.n) for matrix in alike}) > 1:
                 raise EngineError("its experts differ in format or size")
         self.gate_up = Product(tuple(both), paired=True, experts=count, chosen=chosen)
         self.down = Product(tuple(downs), experts=count, chosen=chosen)

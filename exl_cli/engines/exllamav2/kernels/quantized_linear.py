@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 FILE, NAME = "gemv.cu", "gemv"
@@ -123,35 +125,58 @@ class QuantizedMatrix:
         )
 
 
-def from_exllamav2(tensors: Mapping[str, torch.Tensor]) -> QuantizedMatrix | None:
-    """A matrix from the tensors that an `ExLlamaV2Linear` holds after loading; None where `gemv.cu` cannot take it.
+def from_exllamav2(linears: Sequence[Mapping[str, torch.Tensor]]) -> list[QuantizedMatrix | None]:
+    """Matrices from the tensors that `ExLlamaV2Linear`s on one device hold after loading; None where unsupported.
+
+    The GPU is waited for once, however many there are. Matrices of the same order share `perm` and `inverse`.
 
     Args:
-        tensors: its `q_tensors`: EXL2's `q_weight`, `q_scale`, … or GPTQ's `qweight`, `qzeros`, `scales`.
+        linears: the `q_tensors` of each: EXL2's `q_weight`, `q_scale`, … or GPTQ's `qweight`, `qzeros`, `scales`.
     """
-    bias, perm, inverse = (tensors.get(name) for name in ("bias", "q_perm", "q_invperm"))
-    # Files without activation order have one all the same, when they say which group each row is in.
-    if perm is not None and torch.equal(perm, torch.arange(len(perm), device=perm.device).to(perm.dtype)):
-        perm = inverse = None
+    on_host = _on_host(linears, ("q_perm", "q_groups", "q_scale_max"))
+    tables = [
+        _blocks(read["q_groups"], read["q_scale_max"], len(tensors["q_weight"])) if "q_weight" in tensors else None
+        for tensors, read in zip(linears, on_host, strict=True)
+    ]
+    all_blocks = iter(_on_device([table.blocks for table in tables if table], linears))
+    orders: dict[bytes, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+    matrices = []
+    for tensors, read, table in zip(linears, on_host, tables, strict=True):
+        order = read.get("q_perm", np.empty(0, np.uint16))
+        # Files without activation order have one all the same, when they say which group each row is in.
+        is_identity = np.array_equal(order, np.arange(len(order)))
+        own = (None, None) if is_identity else (tensors["q_perm"], tensors.get("q_invperm"))
+        perm, inverse = orders.setdefault(order.tobytes(), own)
+        blocks = next(all_blocks) if table else None
+        matrices.append(_matrix(tensors, table, blocks, perm, inverse))
+    return matrices
+
+
+def _matrix(
+    tensors: Mapping[str, torch.Tensor],
+    table: _BlockTable | None,
+    blocks: torch.Tensor | None,
+    perm: torch.Tensor | None,
+    inverse: torch.Tensor | None,
+) -> QuantizedMatrix | None:
+    """A matrix, given its `q_tensors`, EXL2's table, on the device `blocks`, and its order; None where unsupported."""
     if "q_weight" in tensors:
-        weight, four = tensors["q_weight"], tensors["q_scale"]
-        table = _blocks(tensors["q_groups"], tensors["q_scale_max"], weight.shape[0])
         if table is None:
             return None
-        blocks, coarse, max_bits = table
-        k, n, group_size, scale = 32 * len(blocks), weight.shape[1], 1, None
-        blocks = blocks.to(weight.device)
+        weight, four, scale = tensors["q_weight"], tensors["q_scale"], None
+        k, group_size, coarse, max_bits = 32 * len(table.blocks), 1, table.coarse, table.max_bits
     else:
         weight, four, scale = tensors["qweight"], tensors["qzeros"], tensors["scales"]
-        k, n, blocks, max_bits = 8 * weight.shape[0], weight.shape[1], None, 4
-        group_size = 1
+        k, max_bits, group_size = 8 * weight.shape[0], 4, 1
         while group_size * scale.shape[0] < k:
             group_size *= 2
         if group_size < 32:
             return None
         coarse = group_size >= 128
+    n = weight.shape[1]
     if k % 32 or n % 32 or weight.numel() >= 1 << 32:
         return None
+    bias = tensors.get("bias")
     return QuantizedMatrix(weight, four, scale, blocks, bias, perm, inverse, k, n, group_size, coarse, max_bits)
 
 
@@ -336,29 +361,60 @@ def connect(argument: Products, xs: Sequence[torch.Tensor], outs: Sequence[torch
         target.out, target.out_stride = out.data_ptr(), out.stride(0)
 
 
-def _blocks(groups: torch.Tensor, scale_max: torch.Tensor, packed_rows: int) -> tuple[torch.Tensor, bool, int] | None:
-    """EXL2's table of 32-row blocks, on the CPU, whether it is coarse, and the widest bits.
+class _BlockTable(NamedTuple):
+    """EXL2's 32-row blocks, see `QuantizedMatrix`; int64."""
 
-    None where a group is not made of whole blocks.
+    blocks: npt.NDArray[np.int64]
+    coarse: bool
+    max_bits: int
+
+
+def _blocks(groups: npt.NDArray[np.uint16], scale_max: npt.NDArray[np.uint16], packed_rows: int) -> _BlockTable | None:
+    """EXL2's table of 32-row blocks; None where a group is not made of whole blocks.
 
     Args:
-        groups: `q_groups`, int16 of 2 for each group: bits and first packed row.
+        groups: `q_groups`, 2 numbers for each group: bits and first packed row.
         scale_max: float16 of each group, divided by 256 as exllamav2 does at load.
         packed_rows: of the weights.
     """
-    flat = groups.cpu().view(torch.uint16).long()
-    bits, first = flat[0::2], flat[1::2]
-    height = torch.diff(first, append=torch.tensor([packed_rows]))
-    if bool((height % bits).any()):
+    bits, first = (groups[place::2].astype(np.int64) for place in range(2))
+    height = np.diff(first, append=packed_rows)
+    if (height % bits).any():
         return None
     count = height // bits
-    group = torch.arange(len(bits)).repeat_interleave(count)
-    place = torch.arange(len(group)) - (count.cumsum(0) - count)[group]
-    row = first[group] + place * bits[group]
-    scale = scale_max.cpu().view(torch.uint16).long()[group]
+    group = np.arange(len(bits)).repeat(count)
+    place = np.arange(len(group)) - (count.cumsum() - count)[group]
+    row, scale = first[group] + place * bits[group], scale_max.astype(np.int64)[group]
     # The uppermost bit of a group's number would be the sign: there are fewer than 2^15 groups.
-    coarse = not bool((count[:-1] % 4).any())
-    return row | bits[group] << 24 | scale << 32 | group << 48, coarse, int(bits.max())
+    blocks = row | bits[group] << 24 | scale << 32 | group << 48
+    return _BlockTable(blocks, not (count[:-1] % 4).any(), int(bits.max()))
+
+
+def _on_host(
+    linears: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]
+) -> list[dict[str, npt.NDArray[np.uint16]]]:
+    """Those of their 16-bit tensors that have one of these names, as numbers without a sign, in one transfer."""
+    places = [(index, name) for index, tensors in enumerate(linears) for name in names if name in tensors]
+    on_host: list[dict[str, npt.NDArray[np.uint16]]] = [{} for _ in linears]
+    if places:
+        parts = [linears[index][name].view(torch.int16) for index, name in places]
+        numbers = torch.cat(parts).cpu().numpy().view(np.uint16)
+        ends = itertools.accumulate(map(len, parts))
+        for (index, name), part in zip(places, np.split(numbers, [*ends][:-1]), strict=True):
+            on_host[index][name] = part
+    return on_host
+
+
+def _on_device(
+    tables: Sequence[npt.NDArray[np.int64]], linears: Sequence[Mapping[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """EXL2's tables on the device of its weights, in one transfer."""
+    if not tables:
+        return []
+    device = next(tensors["q_weight"].device for tensors in linears if "q_weight" in tensors)
+    together = torch.from_numpy(np.concatenate(tables)).to(device)
+    ends = itertools.accumulate(map(len, tables))
+    return [together[end - len(table) : end] for table, end in zip(tables, ends, strict=True)]
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
