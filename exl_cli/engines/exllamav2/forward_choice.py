@@ -91,6 +91,13 @@ def choose_forward(
     return forward
 
 
+def _whole(model: Any, inputs: InputBuffers, modules: ModulesForward, why_not_fused: str) -> Pipeline:
+    """All layers by exllamav2's modules, on whatever GPUs they are."""
+    stream = stream_of(model, inputs.device.index)
+    stage = Stage(stream, range(model.config.num_hidden_layers), inputs.of, modules)
+    return Pipeline(model, [stage], why_not_fused)
+
+
 def _fused(
     model: Any,
     cache: Any,
@@ -100,50 +107,29 @@ def _fused(
     cuts: Sequence[int],
     why_not_experts: str,
 ) -> tuple[Pipeline | None, str]:
-    """A pipeline of exl's kernels; None where they do not work, or exllamav2's are faster, and why."""
-    try:
-        stages, reason = _fused_stages(model, cache, page_size, inputs, modules, cuts, why_not_experts)
-    except EngineError as error:
-        return None, error.message
-    finally:
-        torch.cuda.set_stream(stream_of(model, inputs.device.index))
-    return (None, reason) if reason else (Pipeline(model, stages, ""), "")
-
-
-def _whole(model: Any, inputs: InputBuffers, modules: ModulesForward, why_not_fused: str) -> Pipeline:
-    """All layers by exllamav2's modules, on whatever GPUs they are."""
-    stream = stream_of(model, inputs.device.index)
-    stage = Stage(stream, range(model.config.num_hidden_layers), inputs.of, modules)
-    return Pipeline(model, [stage], why_not_fused)
-
-
-def _fused_stages(
-    model: Any,
-    cache: Any,
-    page_size: int,
-    inputs: InputBuffers,
-    modules: ModulesForward,
-    cuts: Sequence[int],
-    why_not_experts: str,
-) -> tuple[list[Stage], str]:
-    """Stages of exl's kernels, and why exllamav2's are the better choice for one of them; empty if they are not."""
+    """Stages of exl's kernels, or None and why: they do not work, or exllamav2's are the better choice for one."""
     stages, reason = list[Stage](), ""
     # A quantized cache and exllamav2's modules compute in buffers that exist once per GPU, so stages on the same GPU
     # run on the same stream.
     shared = cache.has_scales or why_not_experts
-    for span, device in stages_of(model, cuts):
-        stream = stream_of(model, device)
-        alone = all(stage.stream.device != stream.device for stage in stages)
-        if not alone and not shared:
-            stream = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
-        stage_inputs = inputs.received(stream.device) if stages else inputs.of
-        torch.cuda.set_stream(stream)
-        forward = fused_forward.FusedForward(
-            model, cache, page_size, stage_inputs, modules, span, scratch=alone, why_not_experts=why_not_experts
-        )
-        reason = reason or forward.why_not()
-        stages.append(Stage(stream, span, stage_inputs, forward))
-    return stages, reason
+    try:
+        for span, device in stages_of(model, cuts):
+            stream = stream_of(model, device)
+            alone = all(stage.stream.device != stream.device for stage in stages)
+            if not alone and not shared:
+                stream = torch.cuda.Stream(stream.device)  # type: ignore[no-untyped-call]
+            stage_inputs = inputs.received(stream.device) if stages else inputs.of
+            torch.cuda.set_stream(stream)
+            forward = fused_forward.FusedForward(
+                model, cache, page_size, stage_inputs, modules, span, scratch=alone, why_not_experts=why_not_experts
+            )
+            reason = reason or forward.why_not()
+            stages.append(Stage(stream, span, stage_inputs, forward))
+    except EngineError as error:
+        reason = error.message
+    finally:
+        torch.cuda.set_stream(stream_of(model, inputs.device.index))
+    return (None, reason) if reason else (Pipeline(model, stages, ""), "")
 
 
 def _why_not_trusted(
