@@ -135,9 +135,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions; `inner` is the intermediate size of the MLP, or of one of the experts.
+    """A model's dimensions.
 
-    `chosen` says how many of those each token goes to, 0 without experts.
+    Attributes:
+        inner: the intermediate size of the MLP, or of one expert.
+        chosen: experts that each token is routed to; 0 without experts.
     """
 
     layers: int
@@ -273,7 +275,7 @@ def _scratch(shape: Shape, rows: int) -> int:
 def _activations(shape: Shape, rows: int) -> int:
     # A layer's hidden states before and after, queries, attention output, keys and values, all float16.
     dense = rows * (4 * shape.hidden + 3 * shape.queries + 2 * shape.keys)
-    # In two orders, and between an expert's matrices.
+    # Each expert's input rows, in two orders, and the rows between its matrices.
     return 2 * (dense + _EXPERT_ROWS * shape.chosen * (2 * shape.hidden + shape.inner))
 
 

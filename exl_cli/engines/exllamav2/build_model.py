@@ -133,7 +133,7 @@ def rope_offsets(model: Any) -> list[int]:
 
 
 def experts_captured(model: Any) -> float:
-    """Most tokens for which a CUDA graph can capture the MoE layers; infinite without experts.
+    """Most tokens for which a CUDA graph can capture exllamav2's MoE layers; infinite without experts.
 
     exllamav2 0.3.2 (`ExLlamaV2MoEMLP.forward`) has kernels for up to four tokens and certain numbers of experts.
     Otherwise it routes on the CPU.

@@ -16,7 +16,7 @@ from exl_cli.engines.exllamav2.layers import Mixture
 
 
 class Mixtures:
-    """Binds the launches of a stage's mixtures, which compute one after the other in the same buffers.
+    """Binds the launches of a stage's mixtures, which run one after the other in the same buffers.
 
     Args:
         device: the GPU.
@@ -59,13 +59,13 @@ class Mixtures:
         """The launches that add a mixture's output to the stream.
 
         Args:
-            mixture: one of those given before.
+            mixture: one of the stage's.
             normed: float16, shape (rows or more, hidden): its normed input.
             hidden: the stream, likewise.
-            rows: tokens; computed in blocks where they are many.
+            rows: tokens, any number.
         """
         blocks = -(-rows // many_rows.MOST_ROWS)
-        # Of equal size, and so in the same config.
+        # Of equal size, so that one config serves all.
         for first, end in pairwise(index * rows // blocks for index in range(blocks + 1)):
             yield from self._block(mixture, normed[first:end], hidden[first:end])
 

@@ -1,6 +1,6 @@
-// What stands around the products of a mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): which experts each token
-// goes to, its row for each of them, and the sum of what they return. A token and one of its experts make a "slot"; slots
-// are sorted by expert, then by token, so that `gemm.cu` finds the rows of an expert one behind the other.
+// A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) but for its matrix products: the choice of each token's
+// experts, copies of its row for them, and the sum of their outputs. A "slot" is a token with one of its experts. Slots are
+// sorted by expert, then by token, as `gemm.cu` takes consecutive rows of an expert.
 
 #define EXPERTS 1
 #include "device.cuh"
@@ -11,15 +11,15 @@ const u32 MOST_EXPERTS = 256, OF_A_LANE = MOST_EXPERTS / 32, MOST_ROWS = 512, MA
 struct Route
 {
     const u16* logits;      // half, a row of `experts` for each token
-    float* weights;         // of each token `chosen`, the largest first
+    float* weights;         // `chosen` of each token, the largest first
     u32* places;            // the slot of each of those
     u32* sources;           // of each slot: token | expert << 16
     RowTile* tiles;
-    u32* row_tiles;         // how many
+    u32* row_tiles;         // the number of tiles
     u32 rows, experts, chosen, tile_rows, normalized;
 };
 
-// Halves in the order of whole numbers, above them any two experts differ.
+// Greater for a larger logit, among equal ones for a lower expert: no two keys of a row are equal, and none is zero.
 DEVICE u32 key_of(u16 logit, u32 expert)
 {
     return (u32) (u16) (logit & 0x8000 ? ~logit : logit | 0x8000) << 16 | (0xffff - expert);
@@ -32,8 +32,8 @@ DEVICE float logit_of(u32 key)
 }
 DEVICE float share_of(u32 key, float largest) { return power_of_two(1.4426950408889634f * (logit_of(key) - largest)); }
 
-// Softmax, the `chosen` largest of it (of two that are equal the expert of the lower number first), and the order of all
-// slots. A single block, a warp a token. Nothing depends on who is first, though bits are set by atomics.
+// Softmax, its `chosen` largest (of equal ones the lowest expert's first), and the order of all slots. A single block, a
+// warp a token. Atomics only set bits, so the result is always the same.
 extern "C" __global__ void __launch_bounds__(1024) route(const Route p)
 {
     u32* masks = (u32*) shared_memory;              // for each expert a bit of each token
@@ -122,7 +122,7 @@ struct Spread
     u32 dim, orders;        // the second has rows of its own where there are two
 };
 
-// The rows of all slots, for each matrix in its order. A block a slot.
+// Copy a slot's row, in the order that each of its expert's matrices wants. A block a slot.
 extern "C" __global__ void __launch_bounds__(512) spread(const Spread p)
 {
     u16* y = (u16*) shared_memory;
@@ -172,7 +172,7 @@ DEVICE void add_halves(float (&sums)[8], Words w, float factor)
     add_halves(sums + 6, w.w, factor);
 }
 
-// What a token's experts return, times their weights, is added to its row: the largest weight's first. A block a token.
+// Add the outputs of a token's experts, times their weights, to its row: the largest weight's first. A block a token.
 extern "C" __global__ void __launch_bounds__(512) combine(const Combine p)
 {
     let_next_start();

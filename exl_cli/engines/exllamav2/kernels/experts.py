@@ -1,6 +1,6 @@
-"""Mixtures of experts: which rows go to which expert, and the arguments of `experts.cu` and of `gemm.cu` for them.
+"""Mixtures of experts: routing tokens to experts, and the arguments of `experts.cu` and of `gemm.cu` for them.
 
-A token and one of the experts that it goes to make a slot. Only the GPU knows how many slots an expert has, so launches
+A slot is a token with one of the experts it is routed to. Only the GPU knows how many slots an expert has: launches
 depend on the number of tokens alone, and CUDA graphs can capture them.
 """
 
@@ -62,14 +62,14 @@ class ExpertProducts(ctypes.Structure):
 
 
 class Routing(NamedTuple):
-    """What `route` finds out.
+    """The output of `route`.
 
     Attributes:
         weights: float32, shape (slots or more,): of each token's experts, the largest first.
         places: int32, likewise: the slot of each of those.
-        sources: int32, likewise: of each slot token | expert << 16. Slots are sorted by expert, then by token.
+        sources: int32, likewise: token | expert << 16 of each slot. Slots are sorted by expert, then by token.
         tiles: int32, shape (slots or more, 3): expert, first slot and end of each tile of rows.
-        row_tiles: int32, shape (1,): how many tiles there are.
+        row_tiles: int32, shape (1,): the number of tiles.
     """
 
     weights: torch.Tensor
@@ -80,20 +80,21 @@ class Routing(NamedTuple):
 
     @staticmethod
     def empty(slots: int, device: torch.device) -> Routing:
-        """Room for so many slots."""
+        """Buffers for this many slots."""
         places, sources = (torch.empty(slots, dtype=torch.int32, device=device) for _ in range(2))
         tiles, row_tiles = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((slots, 3), (1,)))
         return Routing(torch.empty(slots, device=device), places, sources, tiles, row_tiles)
 
 
 class ExpertTable:
-    """Matrices of a mixture, with where their rows come from and go to, in the GPU's memory as `Matrix` of matrix.cuh.
+    """A mixture's matrices with where their inputs and outputs are: on the GPU, an array of `Matrix` (matrix.cuh).
 
     Args:
         product: the matrices.
-        xs: the rows of all slots, float16 of shape (slots, k) at any stride, in each order that the matrices want.
-        out: likewise, of shape (slots, n or more); as many for each of `grid`'s splits.
-        places: of each expert, where to write each column of a pair's output, None for in order; empty if all are.
+        xs: the input row of each slot, float16, shape (slots, k) at any row stride; a tensor for each of the product's
+            orders.
+        out: the output rows, shape (slots, n or more), as many for each of `grid`'s splits.
+        places: for each expert, where to write each column of a pair's output, None for in order; empty if all are.
     """
 
     def __init__(
@@ -118,14 +119,14 @@ class ExpertTable:
 
 @dataclass(eq=False)
 class ExpertOperation:
-    """Products of each expert with its rows.
+    """A product of every expert with the rows routed to it.
 
     Attributes:
         table: the matrices.
         rows: tokens, at most `many_rows.MOST_ROWS`.
-        routing: whose tiles are of `many_rows.expert_rows` rows.
+        routing: has tiles of `many_rows.expert_rows` rows.
         activation: a pair's.
-        splits: of the output, to be added up, each as many rows as there are slots; set by `Launcher.bind`.
+        splits: parts of k, each with an output of its own, one row per slot, still to be added; set by `Launcher.bind`.
     """
 
     table: ExpertTable
@@ -158,7 +159,7 @@ def grid(product: Product, rows: int, config: GemmConfig, at_once: int) -> tuple
     slots, each = rows * product.chosen, many_rows.expert_rows(product, rows)
     row_tiles = slots if slots <= product.experts else product.experts + (slots - product.experts) // each
     tiles = row_tiles * -(-product.matrices[0].n // (config.columns // (2 if product.paired else 1)))
-    # Parts of a gate would have to be added up before the activation; others are when experts are.
+    # Parts of a pair would have to be added before the activation. Other parts are added together with the experts.
     most = min(_MOST_SPLITS, many_rows.MOST_ROWS // rows, -(-product.matrices[0].k // 256))
     splits = 1 if product.paired else max(1, min(at_once // tiles, most))
     return min(at_once, tiles * splits), splits
@@ -187,7 +188,7 @@ def route(logits: torch.Tensor, routing: Routing, rows: int, product: Product, *
 
 
 def spread(x: torch.Tensor, routing: Routing, table: ExpertTable) -> SpreadArgument:
-    """The argument of `spread`, a block a slot: copies rows of x, of shape (rows or more, k), to `table.xs`."""
+    """The argument of `spread`, a block a slot: copies x, of shape (rows or more, k), to the rows of `table.xs`."""
     return SpreadArgument(
         x=x.data_ptr(), sources=routing.sources.data_ptr(), matrix=table.matrices.data_ptr(), dim=x.shape[1],
         orders=table.product.orders,
@@ -195,10 +196,10 @@ def spread(x: torch.Tensor, routing: Routing, table: ExpertTable) -> SpreadArgum
 
 
 def combine(operation: ExpertOperation, to: torch.Tensor) -> CombineArgument:
-    """The argument of `combine`, a block a token: adds what its experts return to its row of `to`.
+    """The argument of `combine`, a block a token: adds its experts' weighted outputs to its row of `to`.
 
     Args:
-        operation: the last products, already bound.
+        operation: the down product, already bound.
         to: float16, shape (rows or more, n).
     """
     chosen = operation.product.chosen
@@ -215,7 +216,7 @@ def kernel(name: str, device: torch.device, shared_bytes: int = 0) -> Kernel:
 
 
 def trials(products: Sequence[Product], rows: int, device: torch.device) -> list[ExpertOperation]:
-    """Operations on random numbers to measure, with rows that go to random experts."""
+    """Operations to measure, on random numbers, with tokens routed at random."""
     product = products[0]
     slots, each, matrix = rows * product.chosen, many_rows.expert_rows(product, rows), product.matrices[0]
     random = torch.Generator().manual_seed(rows)

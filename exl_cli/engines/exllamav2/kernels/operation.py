@@ -103,7 +103,7 @@ class Launcher:
         wgmma: bool,
         scratch: Callable[[int], torch.Tensor],
     ) -> None:
-        # Those of experts need no other buffers.
+        # Mixtures of experts need none of the buffers here.
         self._device, self._products = device, [product for product in products if not product.experts]
         self._shared_bytes, self._wgmma = shared_bytes, wgmma
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -189,7 +189,7 @@ class Tuner:
     def _trials(self, alike: Sequence[Product], rows: int) -> Sequence[Operation | ExpertOperation]:
         """Operations to measure, which read so many matrices that none is still cached when its turn comes again."""
         matrices, of_experts = alike[0].matrices, alike[0].experts
-        # Of experts only few are read.
+        # A mixture's launch reads only some of its experts.
         count = 8 if of_experts else min(-(-_MORE_THAN_CACHED // alike[0].bytes), max(len(alike), 8))
         used = [alike[index % len(alike)] for index in range(count)]
         if of_experts:
