@@ -267,3 +267,17 @@ def test_mixtures_of_exl2(
 
     got = mixture(run, made, x, logits, residual, 2, configs=config)
     assert error(got - residual, expected(made, x, logits, residual, 2) - residual) < 4e-3
+
+
+def test_operations_to_measure_route_each_token_otherwise() -> None:
+    matrix, _ = gptq(np.random.default_rng(0), 32, 64, 32, False)
+    product = Product((matrix,) * 32, experts=32, chosen=4)
+    rows, routed = 100, set()
+    for operation in experts.trials([product] * 3, rows, torch.device("cpu")):
+        tiles = operation.routing.tiles[: int(operation.routing.row_tiles)].tolist()
+        assert [first for _, first, _ in tiles] == [0, *(end for *_, end in tiles[:-1])]
+        assert tiles[-1][2] == rows * product.chosen
+        assert sorted(expert for expert, *_ in tiles) == [expert for expert, *_ in tiles]
+        assert all(0 < end - first <= many_rows.expert_rows(product, rows) for _, first, end in tiles)
+        routed.add(tuple(map(tuple, tiles)))
+    assert len(routed) == 3

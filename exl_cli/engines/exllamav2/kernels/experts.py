@@ -216,19 +216,28 @@ def kernel(name: str, device: torch.device, shared_bytes: int = 0) -> Kernel:
 
 
 def trials(products: Sequence[Product], rows: int, device: torch.device) -> list[ExpertOperation]:
-    """Operations to measure, on random numbers, with tokens routed at random."""
+    """Operations to measure, on random numbers. Each routes its tokens at random, lest all read the same experts."""
     product = products[0]
-    slots, each, matrix = rows * product.chosen, many_rows.expert_rows(product, rows), product.matrices[0]
-    random = torch.Generator().manual_seed(rows)
+    slots, matrix = rows * product.chosen, product.matrices[0]
+    x = torch.randn((slots, matrix.k), device=device).half()
+    splits = 1 if product.paired else min(_MOST_SPLITS, many_rows.MOST_ROWS // rows)
+    out = torch.empty((splits * slots, matrix.n), dtype=torch.half, device=device)
+    return [
+        ExpertOperation(ExpertTable(it, [x], out), rows, _random_routing(it, rows, seed, device))
+        for seed, it in enumerate(products)
+    ]
+
+
+def _random_routing(product: Product, rows: int, seed: int, device: torch.device) -> Routing:
+    """Tiles of tokens that are routed at random."""
+    each = many_rows.expert_rows(product, rows)
+    random = torch.Generator().manual_seed(seed)
     wanted = torch.rand((rows, product.experts), generator=random).topk(product.chosen).indices
     tiles, begin = [], 0
     for expert, count in enumerate(torch.bincount(wanted.flatten(), minlength=product.experts).tolist()):
         tiles += [(expert, first, min(first + each, begin + count)) for first in range(begin, begin + count, each)]
         begin += count
-    routing = Routing.empty(slots, device)
+    routing = Routing.empty(rows * product.chosen, device)
     routing.tiles[: len(tiles)] = torch.tensor(tiles, dtype=torch.int32, device=device)
     routing.row_tiles.fill_(len(tiles))
-    x = torch.randn((slots, matrix.k), device=device).half()
-    splits = 1 if product.paired else min(_MOST_SPLITS, many_rows.MOST_ROWS // rows)
-    out = torch.empty((splits * slots, matrix.n), dtype=torch.half, device=device)
-    return [ExpertOperation(ExpertTable(it, [x], out), rows, routing) for it in products]
+    return routing
