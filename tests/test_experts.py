@@ -161,17 +161,17 @@ def mixture(
         shape = (splits * rows * chosen + 1, columns)
         return torch.full(shape, float("nan"), dtype=torch.float16, device=x.device)
 
-    spread = [buffer(1, hidden) for _ in range(gate_up.orders)]
+    copies = [buffer(1, hidden) for _ in range(gate_up.orders)]
     acts, outs = buffer(1, inner), buffer(8, hidden)
     places = [
         None if matrix.perm is None else torch.argsort(matrix.perm.long() & 0xFFFF).to(torch.int16)
         for matrix in down.matrices
     ]
-    first, second = ExpertTable(gate_up, spread, acts, places), ExpertTable(down, [acts], outs)
+    first, second = ExpertTable(gate_up, copies, acts, places), ExpertTable(down, [acts], outs)
     threads = norm_rope.norm_threads(hidden, rows)
     routing = route(run, logits, gate_up, normalized=normalized)
-    build = Variant({}, 2 * hidden, experts.FILE, "spread")
-    run(build, "Spread", experts.spread(x, routing, first), rows * chosen, threads)
+    build = Variant({}, 2 * hidden, experts.FILE, "dispatch")
+    run(build, "Dispatch", experts.dispatch(x, routing, first), rows * chosen, threads)
     operations = [ExpertOperation(first, rows, routing, activation), ExpertOperation(second, rows, routing)]
     for operation in operations:
         product = operation.product
@@ -179,7 +179,7 @@ def mixture(
         config = configs(product) if configs else config
         blocks, operation.splits = experts.grid(product, rows, config, at_once)
         run(many_rows.variant(product, config), "Products", operation.argument(), blocks, config.threads)
-    for written in (*spread, acts):
+    for written in (*copies, acts):
         assert not written[:-1].isnan().any()
         assert written[-1].isnan().all()
     assert outs[operations[1].splits * rows * chosen :].isnan().all()

@@ -85,7 +85,7 @@ class Mixtures:
         yield route
         routed = experts.route(logits, routing, rows, product, normalized=mixture.normalized)
         yield launch("route", 1, experts.ROUTE_THREADS, routed, experts.route_bytes(product.experts))
-        yield launch("spread", rows * product.chosen, threads, experts.spread(x, routing, gate_up), 2 * dim)
+        yield launch("dispatch", rows * product.chosen, threads, experts.dispatch(x, routing, gate_up), 2 * dim)
         yield self._tuner.bind(ExpertOperation(gate_up, rows, routing, self._activation))
         last = ExpertOperation(down, rows, routing)
         yield self._tuner.bind(last)

@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(1024) route(const Route p)
     }
 }
 
-struct Spread
+struct Dispatch
 {
     const u16* x;           // rows of `dim` numbers, a multiple of 8
     const u32* sources;     // of each slot: row | expert << 16
@@ -123,7 +123,7 @@ struct Spread
 };
 
 // Copy a slot's row, in the order that each of its expert's matrices wants. A block a slot.
-extern "C" __global__ void __launch_bounds__(512) spread(const Spread p)
+extern "C" __global__ void __launch_bounds__(512) dispatch(const Dispatch p)
 {
     u16* y = (u16*) shared_memory;
     let_next_start();

@@ -34,8 +34,8 @@ class RouteArgument(ctypes.Structure):
     )
 
 
-class SpreadArgument(ctypes.Structure):
-    """`Spread` of experts.cu."""
+class DispatchArgument(ctypes.Structure):
+    """`Dispatch` of experts.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "sources", "matrix")),
@@ -187,9 +187,9 @@ def route(logits: torch.Tensor, routing: Routing, rows: int, product: Product, *
     )  # fmt: skip
 
 
-def spread(x: torch.Tensor, routing: Routing, table: ExpertTable) -> SpreadArgument:
-    """The argument of `spread`, a block a slot: copies x, of shape (rows or more, k), to the rows of `table.xs`."""
-    return SpreadArgument(
+def dispatch(x: torch.Tensor, routing: Routing, table: ExpertTable) -> DispatchArgument:
+    """The argument of `dispatch`, a block a slot: copies x, of shape (rows or more, k), to the rows of `table.xs`."""
+    return DispatchArgument(
         x=x.data_ptr(), sources=routing.sources.data_ptr(), matrix=table.matrices.data_ptr(), dim=x.shape[1],
         orders=table.product.orders,
     )  # fmt: skip
