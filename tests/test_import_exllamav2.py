@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from fakecuda import HAS_COMPILERS, Machine, compile_module, module_source
 from helpers import python
@@ -51,7 +52,7 @@ def built(once_built: Machine, tmp_path: Path) -> Machine:
 
 
 def import_on(machine: Machine, how: str = "observed", **variables: str) -> dict[str, Any]:
-    done = machine.python("-c", CALL, how, **variables)
+    done = preloaded.python(CALL, how, environment={**machine.environment, **variables})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     # exllamav2's own prints go to stderr.
@@ -166,7 +167,7 @@ def test_a_full_gpu_is_no_broken_extension(built: Machine) -> None:
 def test_neither_the_real_import_nor_modules_on_the_meta_device_bring_in_a_compiler() -> None:
     """Later imports get it; modules elsewhere than on the meta device are initialized as ever."""
     code = """
-import json, os, sys
+import importlib.util, json, os, sys
 import fakeextension, torch
 fakeextension.install()
 torch_alone = set(sys.modules)
@@ -184,11 +185,10 @@ with nothing_drawn():
 heavy = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed", "setuptools", "torch.utils.cpp_extension")
 new = set(sys.modules) - torch_alone
 from exllamav2 import attn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.cpp_extension import BuildExtension
 random = [(torch.manual_seed(0), torch.nn.Linear(8, 8).weight.tolist())[1] for _ in range(2)]
 print(json.dumps({"heavy": sorted(set(heavy) & new), "new": len(new), "sdpa": attn.has_lower_right_sdpa,
-    "left": "EXLLAMA_NO_SDPA" in os.environ, "mask": causal_lower_right(2, 3).variant.name,
+    "left": "EXLLAMA_NO_SDPA" in os.environ, "bias": bool(importlib.util.find_spec("torch.nn.attention.bias")),
     "class": isinstance(BuildExtension, type), "drawn": all(module.weight.std() > 0.01 for module in real),
     "again": random[0] == random[1]}))
 """
@@ -196,5 +196,5 @@ print(json.dumps({"heavy": sorted(set(heavy) & new), "new": len(new), "sdpa": at
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.pop("new") < 300  # 1,122 with all of it
-    assert (result.pop("heavy"), result.pop("mask")) == ([], "LOWER_RIGHT")
-    assert result == {"sdpa": False, "left": False, "class": True, "drawn": True, "again": True}
+    assert result.pop("heavy") == []
+    assert result == {"sdpa": False, "left": False, "bias": True, "class": True, "drawn": True, "again": True}
