@@ -37,6 +37,11 @@ def keep_engines() -> Iterator[None]:
         model.release()
 
 
+@pytest.fixture
+def vcr() -> None:
+    """What `enable_vcr_tests` leaves unused."""
+
+
 class Capabilities:
     """What both suites ask: a chat model of text, without tools."""
 
