@@ -106,6 +106,21 @@ def test_unused_weights_are_refused_by_name(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.router.weight" in why_not(inspect(folder))
 
 
+def test_a_quantized_router_is_left_to_the_cpu(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = architectures.make("qwen3-moe", tmp_path / "model", "gptq")
+    assert why_not(inspect(folder)) == ""
+    weights, router = load_file(folder / "model.safetensors"), "model.layers.0.mlp.gate"
+    del weights[f"{router}.weight"]
+    # In the shape of the router, an expert's first columns.
+    expert = "model.layers.0.mlp.experts.0.gate_proj"
+    for part, columns in (("qweight", 8), ("qzeros", 1), ("scales", 8)):
+        weights[f"{router}.{part}"] = weights[f"{expert}.{part}"][:, :columns].contiguous()
+    save_file(weights, folder / "model.safetensors")
+    assert f"{router}.qweight" in why_not(inspect(folder))
+
+
 def test_a_dynamic_rope_changes_in_small_steps_from_where_it_begins_to_extend(tmp_path: Path) -> None:
     info = folder_with(tmp_path, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
     longest = info.context_length

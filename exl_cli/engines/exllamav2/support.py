@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = {"I32", "I16", "F16", "BF16", "F32"}
+_QUANTIZED_ROUTERS = (".gate.qweight", ".gate.q_weight")
 
 
 def why_not(info: ModelInfo, context: int = 0) -> str:
@@ -32,6 +33,8 @@ def why_not(info: ModelInfo, context: int = 0) -> str:
     if info.format != "float" and -(-inner // 32) % 2:
         # Its activation kernel skips the last 32 columns (q_mlp.cu halves the number of blocks and rounds down).
         return f"exllamav2 only supports MLP widths that are multiples of 64, not {inner:,}"
+    if model.experts and (name := next((it for it in info.tensors if it.endswith(_QUANTIZED_ROUTERS)), None)):
+        return f"exllamav2 only supports routers that are not quantized ({name})"
     if model.learned_positions and context > model.learned_positions:
         return f"more than {model.learned_positions:,} tokens are not supported on the GPU"
     for tensor in info.tensors.values():
