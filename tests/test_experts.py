@@ -32,7 +32,7 @@ Run = Callable[[Variant, str, ctypes.Structure, int, int], None]
 @pytest.fixture(scope="module")
 def run(kernels_folder: Path) -> Run:
     def emulate(build: Variant, type_: str, argument: ctypes.Structure, blocks: int, threads: int) -> None:
-        # Where there is something to part, in another order than before, and with copies at other times.
+        # Several blocks run in another order each time, and their copies end at other times.
         kernel = Emulated(kernels_folder, build.file, build.name, type_, build.defines)
         kernel(argument, (blocks,), threads, next(seeds) if blocks > 1 else 0)
 
@@ -41,7 +41,7 @@ def run(kernels_folder: Path) -> Run:
 
 
 def poisoned(slots: int, device: torch.device) -> Routing:
-    """Room whose content, and what lies behind its end, must not matter."""
+    """Buffers with nothing valid in them, and a slot more than needed, which must stay as it is."""
     routing = Routing.empty(slots + 1, device)
     for tensor in routing:
         tensor.fill_(-1)
@@ -143,13 +143,13 @@ def mixture(
     at_once: int = 5,
     configs: Callable[[Product], GemmConfig] | None = None,
 ) -> Tensor:
-    """What a mixture adds to a residual; all buffers are NaN before.
+    """A residual plus a mixture's output, computed in buffers of NaN.
 
     Args:
         made: gate, up and down of each expert.
         x: its normed input.
-        at_once: blocks that the GPU is said to hold.
-        configs: chooses one; a small one by default.
+        at_once: blocks that a GPU would hold at once.
+        configs: chooses a product's config; a small one by default.
     """
     rows, count = len(x), len(made)
     both = tuple(matrix for gate, up, _ in made for matrix, _ in (gate, up))
