@@ -728,14 +728,12 @@ def _class_of(config: Any) -> Any:
 
 
 @functools.cache
-def _random(kind: str) -> State:
-    """float16 weights under the names that transformers publishes."""
-    from transformers.core_model_loading import revert_weight_conversion
-
+def _random(kind: str) -> Any:
+    """transformers' model in float32 with random weights, which float16 holds exactly."""
     rng = np.random.default_rng(zlib.crc32(kind.encode()))
     config = copy.deepcopy(config_of(kind))
     model = _class_of(config)(config)
-    tied = config.get_text_config().tie_word_embeddings
+    model.set_attn_implementation("eager")
     embedding = 0.15 if "gemma" in config.model_type else 0.4
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -752,10 +750,19 @@ def _random(kind: str) -> State:
                 values = rng.normal(0, embedding, shape)
             else:
                 values = rng.normal(0, 0.3 if _ROUTER.search(name) else KINDS[kind].scale, shape)
-            parameter.copy_(torch.from_numpy(values))
+            parameter.copy_(torch.from_numpy(values).float().half())
+    return model.eval()
+
+
+@functools.cache
+def _published(kind: str) -> State:
+    """Its float16 weights under the names that transformers publishes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = _random(kind)
     state = revert_weight_conversion(model, model.state_dict())
     head = model.get_output_embeddings().weight
-    if tied:
+    if model.config.get_text_config().tie_word_embeddings:
         state = {n: t for n, t in state.items() if not (n.endswith("lm_head.weight") and t.shape == head.shape)}
     return {name: tensor.detach().to(torch.float16) for name, tensor in state.items()}
 
@@ -766,7 +773,7 @@ def weights(kind: str, fmt: str) -> Weights:
     it = KINDS[kind]
     rng = np.random.default_rng(zlib.crc32(f"{kind} {fmt}".encode()))
     to_stored, to_model = (it.to_stored, it.to_model) if fmt != "exl2" else exl2_layout(it)
-    state = to_stored(_random(kind))
+    state = to_stored(_published(kind))
     if fmt == "exl2":
         # The converter quantizes every head, a tied one as a tensor beside the embeddings.
         prefix = next(("language_model." for n in state if n.startswith("language_model.")), "")
@@ -880,6 +887,8 @@ def tokenizer() -> dict[str, Any]:
 @functools.cache
 def model(kind: str, fmt: str) -> Any:
     """transformers' own model, float32, eager attention."""
+    if fmt == "float16" and KINDS[kind].to_model is Kind.to_model:
+        return _random(kind)
     config = copy.deepcopy(config_of(kind))
     state = dict(weights(kind, fmt).meant)
     if fmt == "exl2":
