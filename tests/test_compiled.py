@@ -57,6 +57,10 @@ def gemms(capability: tuple[int, int]) -> list[tuple[Product, GemmConfig]]:
     matrix, _ = gptq(rng, 128, 256, 128, False)
     fine, _ = exl2(rng, 128, (5, 4), (96, 160))
     wgmma = capability == (9, 0)
+    of_experts_on_hopper = [
+        (Product((fine, fine), paired=True, experts=1, chosen=1), GemmConfig(4, 1, 4, 2, 3, 2, wgmma=True)),
+        (Product((matrix,), experts=1, chosen=1), GemmConfig(4, 1, 8, 1, 4, 2, wgmma=True)),
+    ]
     return [
         (Product((matrix, matrix), paired=True), GemmConfig(4, 1, 4, 2, 3, 2, wgmma=wgmma)),
         (Product((matrix,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=wgmma)),
@@ -64,6 +68,7 @@ def gemms(capability: tuple[int, int]) -> list[tuple[Product, GemmConfig]]:
         (Product((fine,)), GemmConfig(4, 1, 4, 1, 4, 3, wgmma=wgmma)),
         (Product((fine, fine), paired=True, experts=1, chosen=1), GemmConfig(4, 1, 1, 2, 3, 2)),
         (Product((matrix,), experts=1, chosen=1), GemmConfig(8, 1, 4, 1, 3, 1)),
+        *(of_experts_on_hopper if wgmma else []),
     ]
 
 

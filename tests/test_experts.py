@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to compile t
 Made = Sequence[Sequence[tuple[QuantizedMatrix, Tensor]]]
 # Runs a build, given C's name of its argument's type, with this argument, grid and so many threads a block.
 Run = Callable[[Variant, str, ctypes.Structure, int, int], None]
+Mapped = many_rows.MappedProducts | many_rows.MappedExpertProducts
+WriteMaps = Callable[[Mapped, Sequence[Tensor], GemmConfig], None]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,12 @@ def test_every_gpu_has_room_for_a_config(paired: bool) -> None:
             assert isinstance(config, GemmConfig)
             assert config.rows >= many_rows.expert_rows(widest, min(rows, many_rows.MOST_ROWS))
             assert build.shared_bytes <= 99 << 10
-        assert many_rows.builds(widest, rows, 99 << 10, wgmma=True)
+        assert many_rows.builds(widest, rows, 227 << 10, wgmma=True)
+
+
+def emulated_maps(mapped: Mapped, xs: Sequence[Tensor], config: GemmConfig) -> None:
+    for target, x in zip(mapped.x, xs, strict=False):
+        target[:4] = x.data_ptr(), 2 * x.stride(0), len(x), config.rows
 
 
 def mixture(
@@ -142,6 +149,7 @@ def mixture(
     normalized: bool = True,
     at_once: int = 5,
     configs: Callable[[Product], GemmConfig] | None = None,
+    write_maps: WriteMaps = emulated_maps,
 ) -> Tensor:
     """A residual plus a mixture's output, computed in buffers of NaN.
 
@@ -150,6 +158,7 @@ def mixture(
         x: its normed input.
         at_once: blocks that a GPU would hold at once.
         configs: chooses a product's config; a small one by default.
+        write_maps: `many_rows.write_maps`, or an emulation of it.
     """
     rows, count = len(x), len(made)
     both = tuple(matrix for gate, up, _ in made for matrix, _ in (gate, up))
@@ -170,15 +179,26 @@ def mixture(
     first, second = ExpertTable(gate_up, copies, acts, places), ExpertTable(down, [acts], outs)
     threads = norm_rope.norm_threads(hidden, rows)
     routing = route(run, logits, gate_up, normalized=normalized)
+
+    def config(product: Product) -> GemmConfig:
+        tiles = many_rows.expert_rows(product, rows) // 8
+        return configs(product) if configs else GemmConfig(4, 1, tiles, 2 if product.paired else 1, 2, 1)
+
     build = Variant({}, 2 * hidden, experts.FILE, "dispatch")
-    run(build, "Dispatch", experts.dispatch(x, routing, first), rows * chosen, threads)
+    dispatched = experts.dispatch(x, routing, first, wgmma=config(gate_up).wgmma)
+    run(build, "Dispatch", dispatched, rows * chosen, threads)
     operations = [ExpertOperation(first, rows, routing, activation), ExpertOperation(second, rows, routing)]
     for operation in operations:
-        product = operation.product
-        config = GemmConfig(4, 1, many_rows.expert_rows(product, rows) // 8, 2 if product.paired else 1, 2, 1)
-        config = configs(product) if configs else config
-        blocks, operation.splits = experts.grid(product, rows, config, at_once)
-        run(many_rows.variant(product, config), "Products", operation.argument(), blocks, config.threads)
+        used = config(operation.product)
+        build = many_rows.variant(operation.product, used)
+        blocks, operation.splits = experts.grid(operation.product, rows, used, at_once)
+        argument = operation.argument()
+        if used.wgmma:
+            mapped = many_rows.with_maps(argument)
+            write_maps(mapped, operation.xs, used)
+            run(build, "MappedProducts", mapped, blocks, used.threads)
+        else:
+            run(build, "Products", argument, blocks, used.threads)
     of_numbers = ~x.isnan().any(1)[routing.sources[: rows * chosen].long() & 0xFFFF]
     for written in (*copies, acts):
         assert not written[:-1][of_numbers].isnan().any()
@@ -219,6 +239,10 @@ def expected(
     return total
 
 
+def four_warps(product: Product) -> GemmConfig:
+    return GemmConfig(4, 1, 8, 2 if product.paired else 1, 2, 1, wgmma=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "count", "chosen", "hidden", "inner", "act_order", "group", "at_once", "options"),
     [
@@ -228,6 +252,8 @@ def expected(
         (17, 5, 2, 96, 160, False, 32, 7, {}),
         (34, 2, 1, 160, 96, True, 128, 3, {}),
         (5, 8, 2, 64, 64, True, 32, 9, {}),
+        (75, 3, 2, 256, 384, True, 128, 5, {"configs": four_warps}),
+        (70, 2, 1, 384, 128, False, 32, 9, {"configs": four_warps}),
     ],
 )
 def test_mixtures_of_gptq(
@@ -240,7 +266,8 @@ def test_mixtures_of_gptq(
     if act_order:
         made[1:3] = [[(replace(it, bias=inputs(rng, 1, it.n)[0] * 4), w) for it, w in of_it] for of_it in made[1:3]]
     x, logits, residual = inputs(rng, rows, hidden) / 8, inputs(rng, rows, count), inputs(rng, rows, hidden)
-    wanted = expected(made, x, logits, residual, chosen, **options)  # type: ignore[arg-type]
+    said = {name: value for name, value in options.items() if name != "configs"}
+    wanted = expected(made, x, logits, residual, chosen, **said)  # type: ignore[arg-type]
     got = mixture(run, made, x, logits, residual, chosen, at_once=at_once, **options)  # type: ignore[arg-type]
     assert error(got - residual, wanted - residual) < 3e-3
     again = mixture(run, made, x, logits, residual, chosen, at_once=at_once, **options)  # type: ignore[arg-type]
@@ -248,23 +275,32 @@ def test_mixtures_of_gptq(
 
 
 @pytest.mark.parametrize(
-    ("rows", "shape", "bits", "scale"), [(3, (4, 4, 1), (4, 3, 2), 4), (30, (8, 1, 4), (8, 5, 3), 0.1)]
+    ("rows", "shape", "bits", "scale", "inner"),
+    [
+        (3, (4, 4, 1), (4, 3, 2), 4, 160),
+        (30, (8, 1, 4), (8, 5, 3), 0.1, 160),
+        (60, (4, 1, 8), (8, 5, 3), 0.1, 128),
+    ],
 )
 def test_mixtures_of_exl2(
-    run: Run, rows: int, shape: tuple[int, int, int], bits: tuple[int, ...], scale: float
+    run: Run, rows: int, shape: tuple[int, int, int], bits: tuple[int, ...], scale: float, inner: int
 ) -> None:
     """Each matrix has an order and widths of its own."""
     rng = np.random.default_rng(rows)
-    heights = [((96, 64, 96), (64, 32, 64)), ((32, 160, 64), (32, 96, 32)), ((128, 64, 64), (96, 32, 32))]
+    heights = [((96, 64, 96), (32, 64)), ((32, 160, 64), (32, 32)), ((128, 64, 64), (64, 32))]
     made = [
-        [exl2(rng, 160, bits, of_x), exl2(rng, 160, bits, of_x[::-1]), exl2(rng, 256, bits, of_inner)]
-        for of_x, of_inner in heights
+        [
+            exl2(rng, inner, bits, of_x),
+            exl2(rng, inner, bits, of_x[::-1]),
+            exl2(rng, 256, bits, (*high, inner - sum(high))),
+        ]
+        for of_x, high in heights
     ]
     x, logits, residual = inputs(rng, rows, 256) * scale, inputs(rng, rows, 3), inputs(rng, rows, 256) / 1024
     logits[:, 1] = -9  # an expert that gets nothing
 
     def config(product: Product) -> GemmConfig:
-        return GemmConfig(*shape, 2 if product.paired else 1, 3, 1)
+        return GemmConfig(*shape, 2 if product.paired else 1, 3, 1, wgmma=inner % 128 == 0)
 
     got = mixture(run, made, x, logits, residual, 2, configs=config)
     assert error(got - residual, expected(made, x, logits, residual, 2) - residual) < 4e-3

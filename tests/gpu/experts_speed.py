@@ -1,6 +1,6 @@
 """Microseconds of a mixture of experts by exl's kernels, in a CUDA graph, by number of tokens.
 
-    PYTHONPATH=.:tests python tests/gpu/experts_speed.py [--exl2] [--shape mixtral|qwen3-30b]
+    PYTHONPATH=.:tests python tests/gpu/experts_speed.py [--exl2] [--shape mixtral|qwen3-30b] [--rows 8,512]
 
 Beside each time stands the floor: the chosen experts' weights once at 4.3 TB/s, or all multiplications at 758 TFLOP/s
 if that takes longer, as an H200 reaches them. Weights are random, and so are the tokens' experts.
@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b")
     parser.add_argument("--exl2", action="store_true")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     options = parser.parse_args()
     shape, device = SHAPES[options.shape], torch.device("cuda", 0)
     hidden, _, count, chosen, layers = shape
@@ -81,7 +82,7 @@ def main() -> None:
     own = Mixtures(device, mixtures, "silu", tuner, room)
     each = sum(product.bytes for product in products[:2]) // count
     with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-        for rows in ROWS:
+        for rows in map(int, options.rows.split(",")):
             x, states = (torch.randn((rows, hidden), device=device).half() for _ in range(2))
             launches = [launch for it in mixtures for launch in own.bind(it, x, states, rows)]
 

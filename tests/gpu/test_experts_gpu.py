@@ -46,10 +46,12 @@ def random_matrix(rng: np.random.Generator, format_: str, columns: int, rows: in
 
 @pytest.mark.parametrize("format_", ["gptq", "exl2"])
 @pytest.mark.parametrize("rows", [1, 3, 17, 100, 512])
-def test_random_mixtures_in_every_config(format_: str, rows: int) -> None:
+@pytest.mark.parametrize("whole_chunks", [False, True])
+def test_random_mixtures_in_every_config(format_: str, rows: int, whole_chunks: bool) -> None:
     rng = np.random.default_rng(rows)
     shared_bytes = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-    hidden, inner = 32 * int(rng.integers(4, 20)), 32 * int(rng.integers(3, 20))
+    unit = 128 if whole_chunks else 32
+    hidden, inner = unit * int(rng.integers(4, 640 // unit)), unit * int(rng.integers(3, 640 // unit))
     count = int(rng.choice([4, 8, 24]))
     chosen = int(rng.integers(1, count))
     shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
@@ -59,16 +61,25 @@ def test_random_mixtures_in_every_config(format_: str, rows: int) -> None:
     # Neither past the range nor lost in the residual.
     while float((wanted := expected(made, x, logits, residual, chosen) - residual).abs().max()) > 1e4:
         x /= 2
-    for limit in (99 << 10, shared_bytes):
+    limits = [(99 << 10, False), (shared_bytes, False)]
+    if torch.cuda.get_device_capability() == (9, 0):
+        limits.append((shared_bytes, True))
+    for limit, wgmma in limits:
         for index in range(3):
 
-            def config(product: Product, limit: int = limit, index: int = index) -> many_rows.GemmConfig:
-                configs = many_rows.configs(product, rows, limit, wgmma=False)
+            def config(
+                product: Product, limit: int = limit, index: int = index, wgmma: bool = wgmma
+            ) -> many_rows.GemmConfig:
+                configs = many_rows.configs(product, rows, limit, wgmma=wgmma)
                 return configs[index % len(configs)]
 
             first, second = (
-                mixture(run, made, x, logits, residual, chosen, at_once=264, configs=config) for _ in range(2)
-            )
+                mixture(
+                    run, made, x, logits, residual, chosen, at_once=264, configs=config,
+                    write_maps=many_rows.write_maps,
+                )
+                for _ in range(2)
+            )  # fmt: skip
             assert float((first - residual - wanted).norm() / wanted.norm()) < 4e-3
             assert torch.equal(first, second)
 

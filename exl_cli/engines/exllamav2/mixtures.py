@@ -10,6 +10,7 @@ import torch
 
 from exl_cli.engines.exllamav2.kernels import experts, many_rows, norm_rope
 from exl_cli.engines.exllamav2.kernels.experts import ExpertOperation, ExpertTable, Routing
+from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig
 from exl_cli.engines.exllamav2.kernels.operation import Run
 from exl_cli.engines.exllamav2.kernels.tuning import Tuner
 from exl_cli.engines.exllamav2.layers import Mixture
@@ -85,7 +86,10 @@ class Mixtures:
         yield route
         routed = experts.route(logits, routing, rows, product, normalized=mixture.normalized)
         yield launch("route", 1, experts.ROUTE_THREADS, routed, experts.route_bytes(product.experts))
-        yield launch("dispatch", rows * product.chosen, threads, experts.dispatch(x, routing, gate_up), 2 * dim)
+        config = self._tuner.config(product, rows)
+        wgmma = isinstance(config, GemmConfig) and config.wgmma
+        dispatched = experts.dispatch(x, routing, gate_up, wgmma=wgmma)
+        yield launch("dispatch", rows * product.chosen, threads, dispatched, 2 * dim)
         yield self._tuner.bind(ExpertOperation(gate_up, rows, routing, self._activation))
         last = ExpertOperation(down, rows, routing)
         yield self._tuner.bind(last)

@@ -120,6 +120,7 @@ struct Dispatch
     const u32* sources;     // of each slot: row | expert << 16
     const Matrix* matrix;   // two of each expert, which say where their rows lie and in which order
     u32 dim, orders;        // the second has rows of its own where there are two
+    u32 wgmma;              // whether the products are computed with WGMMA
 };
 
 // Copy a slot's row, in the order that each of its expert's matrices wants. A block a slot.
@@ -139,10 +140,10 @@ extern "C" __global__ void __launch_bounds__(512) dispatch(const Dispatch p)
         const u16* perm = m.perm;
         for (u32 i = threadIdx.x * 8; i < p.dim; i += stride)
         {
-            Words o = *(Words*) (y + i);
+            Words o = p.wgmma ? eight_for_wgmma(y, i) : *(const Words*) (y + i);
             if (perm)
             {
-                const Words from = *(const Words*) (perm + i);
+                const Words from = p.wgmma ? eight_for_wgmma(perm, i) : *(const Words*) (perm + i);
                 o = Words{gather(y, from.x), gather(y, from.y), gather(y, from.z), gather(y, from.w)};
             }
             *(Words*) (to + i) = o;

@@ -15,7 +15,7 @@ import torch
 
 from exl_cli.engines.exllamav2.kernels import many_rows, quantized_linear
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
-from exl_cli.engines.exllamav2.kernels.many_rows import GemmConfig
+from exl_cli.engines.exllamav2.kernels.many_rows import ExpertProducts, GemmConfig
 from exl_cli.engines.exllamav2.kernels.quantized_linear import MatrixArgument, Product
 
 FILE = "experts.cu"
@@ -39,7 +39,7 @@ class DispatchArgument(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "sources", "matrix")),
-        *((name, ctypes.c_uint32) for name in ("dim", "orders")),
+        *((name, ctypes.c_uint32) for name in ("dim", "orders", "wgmma")),
     )
 
 
@@ -49,15 +49,6 @@ class CombineArgument(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("outs", "weights", "places", "to")),
         *((name, ctypes.c_uint32) for name in ("dim", "chosen", "splits", "split_rows")),
-    )
-
-
-class ExpertProducts(ctypes.Structure):
-    """`Products` of gemm.cu with EXPERTS."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("matrix", "tiles", "row_tiles")),
-        *((name, ctypes.c_uint32) for name in ("activation", "splits", "split_rows")),
     )
 
 
@@ -104,11 +95,12 @@ class ExpertTable:
         out: torch.Tensor,
         places: Sequence[torch.Tensor | None] = (),
     ) -> None:
-        self.product, self.xs, self.out = product, xs, out
+        self.product, self.out = product, out
+        self.xs = [xs[index % len(xs)] for index in range(product.orders)]
         sides = 2 if product.paired else 1
         arguments = (MatrixArgument * len(product.matrices))()
         for index, matrix in enumerate(product.matrices):
-            argument, x = matrix.argument(), xs[index % sides % len(xs)]
+            argument, x = matrix.argument(), self.xs[index % sides % product.orders]
             argument.x, argument.x_stride, argument.perm = x.data_ptr(), x.stride(0), matrix.order
             argument.out, argument.out_stride = out.data_ptr(), out.stride(0)
             scatter = places[index // sides] if places else None
@@ -140,8 +132,13 @@ class ExpertOperation:
         """The table's."""
         return self.table.product
 
+    @property
+    def xs(self) -> list[torch.Tensor]:
+        """The input row of each slot, for each of the product's orders."""
+        return [x[: self.rows * self.product.chosen] for x in self.table.xs]
+
     def argument(self) -> ExpertProducts:
-        """The argument of `gemm.cu`."""
+        """The argument of `gemm.cu`, that with WGMMA has maps beside it."""
         return ExpertProducts(
             matrix=self.table.matrices.data_ptr(), tiles=self.routing.tiles.data_ptr(),
             row_tiles=self.routing.row_tiles.data_ptr(), activation=quantized_linear.ACTIVATIONS[self.activation],
@@ -187,11 +184,14 @@ def route(logits: torch.Tensor, routing: Routing, rows: int, product: Product, *
     )  # fmt: skip
 
 
-def dispatch(x: torch.Tensor, routing: Routing, table: ExpertTable) -> DispatchArgument:
-    """The argument of `dispatch`, a block a slot: copies x, of shape (rows or more, k), to the rows of `table.xs`."""
+def dispatch(x: torch.Tensor, routing: Routing, table: ExpertTable, *, wgmma: bool) -> DispatchArgument:
+    """The argument of `dispatch`, a block a slot: copies x, of shape (rows or more, k), to the rows of `table.xs`.
+
+    With `wgmma`, in the order that builds with WGMMA want, as both of a mixture's products then are.
+    """
     return DispatchArgument(
         x=x.data_ptr(), sources=routing.sources.data_ptr(), matrix=table.matrices.data_ptr(), dim=x.shape[1],
-        orders=table.product.orders,
+        orders=table.product.orders, wgmma=wgmma,
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@
 // gate and what it gates), TWO_X (they want x in different orders), FINE (groups that do not fill chunks), WARPS a block
 // (a multiple of 4), ROW_WARPS of them for different rows, TILES of 8 rows and STRIPS of 32 columns a warp, STAGES of the
 // ring, RESIDENT blocks on a multiprocessor, WGMMA (compute capability 9.0), EXPERTS (matrices of a mixture of experts, of which
-// each has some of the rows: see experts.cu), not together with WGMMA.
+// each has some of the rows: see experts.cu).
 
 #include "device.cuh"
 #include "unpack.cuh"
@@ -124,6 +124,14 @@ DEVICE void reduce(const Products& p, const Schedule& schedule, const Lane& l, u
 }
 
 #endif
+
+// Of experts the kernel before may still be finding out what there is to do.
+DEVICE void await_tiles()
+{
+    if (!EXPERTS) return;
+    let_next_start();
+    wait_for_inputs();
+}
 
 DEVICE Lane lane_of(void* scratch)
 {
@@ -192,10 +200,12 @@ DEVICE void consume(const Products& p, const Schedule& schedule, u32 begin, u32 
 extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(const __grid_constant__ MappedProducts a)
 {
     const Products& p = a.products;
+    await_tiles();
     const Schedule schedule(p);
     Barriers& barriers = *(Barriers*) shared_memory;
     char* ring = (char*) shared_memory + SCRATCH;
     const u32 begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
+    if (EXPERTS && begin == end) return;
     if (threadIdx.x == 0)
     {
         #pragma unroll
@@ -224,19 +234,13 @@ extern "C" __global__ void __launch_bounds__(ALL_WARPS * 32, RESIDENT) gemm(cons
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) gemm(const Products p)
 {
-#if EXPERTS
-    // The kernel before may still be finding out what there is to do.
-    let_next_start();
-    wait_for_inputs();
-#endif
+    await_tiles();
     const Schedule schedule(p);
     char* ring = (char*) shared_memory + SCRATCH;
     const Lane l = lane_of(shared_memory);
 
     const u32 begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
-#if EXPERTS
-    if (begin == end) return;
-#endif
+    if (EXPERTS && begin == end) return;
     Source source(p, schedule, begin);
     u32 copied = begin;
     #pragma unroll 1

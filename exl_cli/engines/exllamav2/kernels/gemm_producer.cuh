@@ -6,7 +6,8 @@
 // The argument of builds with WGMMA.
 struct MappedProducts
 {
-    TensorMap x[3];         // of each matrix's input: boxes of 64 numbers of ROWS rows, swizzled over 128 bytes
+    TensorMap x[3];         // of each matrix's input, of experts of each order: boxes of 64 numbers of ROWS rows, swizzled
+                            // over 128 bytes
     Products products;
 };
 
@@ -119,7 +120,8 @@ struct Producer
     DEVICE void copy_x(char* stage, u64* full) const
     {
         if (lane == 0 && has_x())
-            tile_copy(stage + part * (X_BYTES / 2), &a.x[tile.which + part / 2], chunk * 128 + part % 2 * 64, tile.row0, full);
+            tile_copy(stage + part * (X_BYTES / 2), &a.x[(EXPERTS ? 0 : tile.which) + part / 2], chunk * 128 + part % 2 * 64,
+                      tile.row0, full);
     }
 };
 

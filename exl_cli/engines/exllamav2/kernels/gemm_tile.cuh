@@ -234,9 +234,13 @@ DEVICE void compute(const Lane& l, const char* stage, Sums& sums, OverlappedWork
 }
 
 #if EXPERTS
+const bool SCATTERS = WGMMA && PAIRED;     // the next product wants its input in the order for WGMMA, too
+
 DEVICE bool first_split(const Products& p) { return blockIdx.x % p.splits == 0; }
 DEVICE u32 out_row(const Products& p, u32 row) { return row + blockIdx.x % p.splits * p.split_rows; }
 #else
+const bool SCATTERS = false;
+
 DEVICE bool first_split(const Products&) { return true; }
 DEVICE u32 out_row(const Products&, u32 row) { return row; }
 #endif
@@ -265,9 +269,13 @@ DEVICE void write(const Products& p, const Lane& l, Tile at, u32 s, u32 tile, co
             }
         }
         const u64 to = (u64) out_row(p, row) * m.out_stride;
-        if (m.scatter)
+        if (SCATTERS || m.scatter)
             #pragma unroll
-            for (int c = 0; c < 4; c++) m.out[to + m.scatter[column + c]] = to_half(v[c]);
+            for (int c = 0; c < 4; c++)
+            {
+                const u32 at = m.scatter ? m.scatter[column + c] : column + c;
+                m.out[to + (SCATTERS ? place_for_wgmma(at) : at)] = to_half(v[c]);
+            }
         else
         {
             if (m.add)

@@ -116,9 +116,8 @@ def variant(product: Product, config: GemmConfig) -> Variant:
         "FORMAT": int(exl2), "MAX_BITS": max_bits, "PAIRED": int(product.paired), "TWO_X": int(two_x),
         "FINE": int(fine), "WARPS": config.warps, "ROW_WARPS": config.row_warps, "TILES": config.tiles,
         "STRIPS": config.strips, "STAGES": config.stages, "RESIDENT": config.resident, "WGMMA": int(config.wgmma),
+        "EXPERTS": int(product.experts > 0),
     }  # fmt: skip
-    if product.experts:
-        defines["EXPERTS"] = 1
     parts, columns = 4 if fine else 1, config.columns // sides
     of_a_side = 4 * (max_bits * columns * 4 + _GAP) + parts * columns // 2 + (32 if exl2 else parts * columns * 2)
     stage = (2 if two_x else 1) * config.rows * 2 * _CHUNK + sides * of_a_side
@@ -135,16 +134,36 @@ class MappedProducts(ctypes.Structure):
     )
 
 
-def with_maps(products: Products) -> MappedProducts:
+class ExpertProducts(ctypes.Structure):
+    """`Products` of matrix.cuh with EXPERTS."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("matrix", "tiles", "row_tiles")),
+        *((name, ctypes.c_uint32) for name in ("activation", "splits", "split_rows")),
+    )
+
+
+class MappedExpertProducts(ctypes.Structure):
+    """`MappedProducts` with EXPERTS."""
+
+    _fields_ = (
+        ("x", (ctypes.c_uint64 * 16) * 3),
+        ("products", ExpertProducts),
+        ("padding", ctypes.c_ubyte * (-ctypes.sizeof(ExpertProducts) % 64)),
+    )
+
+
+def with_maps(products: Products | ExpertProducts) -> MappedProducts | MappedExpertProducts:
     """The argument of a build with WGMMA, but for its maps."""
-    buffer = bytearray(ctypes.sizeof(MappedProducts) + 63)
+    mapped = MappedProducts if isinstance(products, Products) else MappedExpertProducts
+    buffer = bytearray(ctypes.sizeof(mapped) + 63)
     place = -ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer)) % 64
-    argument = MappedProducts.from_buffer(buffer, place)
+    argument = mapped.from_buffer(buffer, place)
     argument.products = products
     return argument
 
 
-def write_maps(argument: MappedProducts, xs: Sequence[torch.Tensor], config: GemmConfig) -> None:
+def write_maps(argument: MappedProducts | MappedExpertProducts, xs: Sequence[torch.Tensor], config: GemmConfig) -> None:
     """Describe the inputs, of which each has as many rows as there are, to the copy engine."""
     for target, x in zip(argument.x, xs, strict=False):
         compiler.write_tensor_map(ctypes.addressof(target), x, (_CHUNK // 2, config.rows))
@@ -185,17 +204,7 @@ def configs(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> l
 def _candidates(product: Product, rows: int, *, wgmma: bool) -> list[GemmConfig]:
     paired = product.paired
     if product.experts:
-        # Few rows leave too few tiles of 128 columns; warps for rows that are not there cost less than idle GPUs.
-        of_experts = {
-            8: [(4, 1, 1, 4, 2), (4, 2, 1, 4, 3), (4, 4, 1, 4, 4)],
-            16: [(4, 1, 2, 4, 2), (4, 2, 1, 4, 3), (8, 1, 2, 4, 1)],
-            32: [(4, 1, 4, 4, 2), (4, 2, 2, 4, 2), (8, 1, 4, 4, 1)],
-            64: [(4, 1, 8, 3, 2), (8, 1, 8, 4, 1), (4, 2, 4, 4, 2)],
-        }
-        return [
-            GemmConfig(warps, row_warps, tiles, 2 if paired else 1, stages, resident)
-            for warps, row_warps, tiles, stages, resident in of_experts[expert_rows(product, rows)]
-        ]
+        return _candidates_of_experts(product, expert_rows(product, rows), wgmma=wgmma)
     if rows <= 8 or rows > MOST_ROWS:
         return []
     if rows <= 16:
@@ -225,6 +234,29 @@ def _candidates(product: Product, rows: int, *, wgmma: bool) -> list[GemmConfig]
     else:
         shapes = [(8, 2, 8, 2, 3, 1), (4, 1, 8, 2, 3, 2)] if paired else [(8, 2, 8, 1, 4, 1), (4, 1, 8, 1, 3, 2)]
     return [GemmConfig(*shape) for shape in shapes]
+
+
+def _candidates_of_experts(product: Product, tile_rows: int, *, wgmma: bool) -> list[GemmConfig]:
+    """Those for a mixture of experts: for both of its products with WGMMA, or for none."""
+    paired, matrix = product.paired, product.matrices[0]
+    wgmma = wgmma and tile_rows >= 32 and matrix.k % _CHUNK == 0 and matrix.n % _CHUNK == 0
+    strips = 2 if paired else 1
+    if wgmma and tile_rows == 32:
+        shapes = [(4, 1, 4, 4, 2), (8, 1, 4, 4, 1)] if paired else [(4, 1, 4, 5, 2), (4, 1, 4, 4, 3), (8, 1, 4, 6, 1)]
+    elif wgmma:
+        shapes = [(4, 1, 8, 3, 2), (8, 1, 8, 4, 1)] if paired else [(4, 1, 8, 4, 2), (8, 1, 8, 4, 1)]
+    else:
+        # Few rows leave too few tiles of 128 columns; warps for rows that are not there cost less than idle multiprocessors.
+        shapes = {
+            8: [(4, 1, 1, 4, 2), (4, 2, 1, 4, 3), (4, 4, 1, 4, 4)],
+            16: [(4, 1, 2, 4, 2), (4, 2, 1, 4, 3), (8, 1, 2, 4, 1)],
+            32: [(4, 1, 4, 4, 2), (4, 2, 2, 4, 2), (8, 1, 4, 4, 1)],
+            64: [(4, 1, 8, 3, 2), (8, 1, 8, 4, 1), (4, 2, 4, 4, 2)],
+        }[tile_rows]
+    return [
+        GemmConfig(warps, row_warps, tiles, strips, stages, resident, wgmma=wgmma)
+        for warps, row_warps, tiles, stages, resident in shapes
+    ]
 
 
 def expert_rows(product: Product, rows: int) -> int:

@@ -48,6 +48,18 @@ struct Products
 
 #endif
 
+// The tensor cores read an input in another order with WGMMA (see `many_rows.places`). Of numbers in that order the eight from
+// `i` on, a multiple of 8; and where in that order the weight's row `row` has its number.
+DEVICE Words eight_for_wgmma(const u16* p, u32 i)
+{
+    p += i / 128 * 128 + i % 128 / 16 * 4 + i / 8 % 2 * 2;
+    return Words{*(const u32*) p, *(const u32*) (p + 32), *(const u32*) (p + 64), *(const u32*) (p + 96)};
+}
+DEVICE u32 place_for_wgmma(u32 row)
+{
+    return row / 128 * 128 + row % 32 / 4 * 16 + row / 2 % 2 * 8 + row % 128 / 32 * 2 + row % 2;
+}
+
 DEVICE float activate(float gate, u32 activation)
 {
     if (activation == 0) return gate * reciprocal(1.0f + power_of_two(-1.4426950408889634f * gate));

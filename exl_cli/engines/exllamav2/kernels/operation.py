@@ -145,7 +145,12 @@ class Launcher:
     def _experts(self, operation: ExpertOperation, config: GemmConfig) -> Run:
         product, at_once = operation.product, config.resident * self._processors
         blocks, operation.splits = experts.grid(product, operation.rows, config, at_once)
-        return self.kernel(many_rows.variant(product, config)).bind((blocks,), config.threads, operation.argument())
+        kernel, argument = self.kernel(many_rows.variant(product, config)), operation.argument()
+        if not config.wgmma:
+            return kernel.bind((blocks,), config.threads, argument)
+        mapped = many_rows.with_maps(argument)
+        many_rows.write_maps(mapped, operation.xs, config)
+        return kernel.bind((blocks,), config.threads, mapped)
 
     def _unfused(self, operation: Operation, config: GemmConfig) -> Run:
         """Compute both products of a pair in one launch, and combine them in a second one."""
