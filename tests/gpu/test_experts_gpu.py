@@ -6,6 +6,8 @@ import ctypes
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import architectures
 import numpy as np
@@ -21,6 +23,8 @@ from exl_cli.api.engine_thread import EngineThread
 from exl_cli.engines.exllamav2.kernels import many_rows
 from exl_cli.engines.exllamav2.kernels.compiler import Kernel
 from exl_cli.engines.exllamav2.kernels.quantized_linear import Product, QuantizedMatrix, Variant
+from exl_cli.engines.exllamav2.kernels.tuning import Tuner
+from exl_cli.engines.exllamav2.mixtures import Mixtures
 
 __all__ = ["original_kernels"]
 KINDS = ["mixtral", "qwen3-moe", "qwen3-moe-plain-topk", "qwen3-moe-dense-layers"]
@@ -82,6 +86,36 @@ def test_random_mixtures_in_every_config(format_: str, rows: int, whole_chunks: 
             )  # fmt: skip
             assert float((first - residual - wanted).norm() / wanted.norm()) < 4e-3
             assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("format_", ["gptq", "exl2"])
+@pytest.mark.parametrize("rows", [1, 40, 600, 1500])
+def test_any_number_of_tokens(format_: str, rows: int) -> None:
+    rng, device = np.random.default_rng(rows), torch.device("cuda", 0)
+    hidden, inner, count, chosen = 256, 384, 4, 2
+    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    made = [[random_matrix(rng, format_, columns, height) for columns, height in shapes] for _ in range(count)]
+    both = tuple(matrix for gate, up, _ in made for matrix, _ in (gate, up))
+    x, residual = (inputs(rng, rows, hidden).cuda() / scale for scale in (8, 1024))
+    # A product that is exact in any order of its terms, so that no choice of experts is left to rounding.
+    router = torch.eye(count, hidden, dtype=torch.half, device=device)
+    own: Any = SimpleNamespace(
+        gate_up=Product(both, paired=True, experts=count, chosen=chosen),
+        down=Product(tuple(down for *_, (down, _) in made), experts=count, chosen=chosen),
+        router=router, normalized=True,
+    )  # fmt: skip
+
+    def room(size: int) -> Tensor:
+        return torch.full((size,), float("nan"), dtype=torch.half, device=device)
+
+    tuner = Tuner(device, [own.gate_up, own.down], room)
+    states = residual.clone()
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        for launch in Mixtures(device, [own], "silu", tuner, room).bind(own, x, states, rows):
+            launch(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    wanted = expected(made, x, x @ router.T, residual, chosen) - residual
+    assert float((states - residual - wanted).norm() / wanted.norm()) < 4e-3
 
 
 @pytest.mark.usefixtures("original_kernels")

@@ -246,7 +246,8 @@ def _candidates_of_experts(product: Product, tile_rows: int, *, wgmma: bool) -> 
     elif wgmma:
         shapes = [(4, 1, 8, 3, 2), (8, 1, 8, 4, 1)] if paired else [(4, 1, 8, 4, 2), (8, 1, 8, 4, 1)]
     else:
-        # Few rows leave too few tiles of 128 columns; warps for rows that are not there cost less than idle multiprocessors.
+        # Few rows leave too few tiles of 128 columns: idle multiprocessors cost more than warps for rows that are not
+        # there.
         shapes = {
             8: [(4, 1, 1, 4, 2), (4, 2, 1, 4, 3), (4, 4, 1, 4, 4)],
             16: [(4, 1, 2, 4, 2), (4, 2, 1, 4, 3), (8, 1, 2, 4, 1)],
