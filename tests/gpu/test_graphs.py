@@ -16,7 +16,8 @@ def nothing() -> None:
 
 
 def in_thread(work: Callable[[], None]) -> None:
-    """Run in a thread of its own, to its end."""
+    """Run in a thread and on a stream of its own, to its end, after what the current stream has been given."""
+    torch.cuda.synchronize()
     errors: list[BaseException] = []
 
     def run() -> None:
