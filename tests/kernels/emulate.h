@@ -10,10 +10,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
+// What is here runs far more often than it is compiled.
+#pragma GCC push_options
+#pragma GCC optimize("O2")
 template <class T> static T min(T a, T b) { return b < a ? b : a; }
 template <class T> static T max(T a, T b) { return a < b ? b : a; }
 
 #define DEVICE inline
+#define INLINED static inline __attribute__((always_inline))  // g++ without -O calls each other function
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -58,7 +62,7 @@ static jmp_buf scheduler;
 static unsigned current;
 static bool at_once;
 
-static void become(unsigned fiber)
+INLINED void become(unsigned fiber)
 {
     current = fiber;
     threadIdx.x = fiber;
@@ -79,15 +83,15 @@ static void __syncthreads() { meet(running_block->count, running_block->phase, b
 template <unsigned COUNT> static void meet() { meet(running_block->met, running_block->meeting, COUNT); }
 static void __syncwarp() { Warp& w = running_block->warps[current / 32]; meet(w.count, w.phase, 32); }
 
-static float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
-static unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
+INLINED float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
+INLINED unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
 DEVICE float to_float(unsigned short h) { return half_to_float(h); }
 DEVICE unsigned short nearest_half(float f) { return float_to_half(f); }
 template <class F> static unsigned each_half(F f)
 {
     return float_to_half(f(0)) | (unsigned) float_to_half(f(16)) << 16;
 }
-DEVICE float part(unsigned a, int shift) { return half_to_float((unsigned short) (a >> shift)); }
+INLINED float part(unsigned a, int shift) { return half_to_float((unsigned short) (a >> shift)); }
 DEVICE unsigned h2_add(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) + part(b, s); }); }
 DEVICE unsigned h2_mul(unsigned a, unsigned b) { return each_half([&](int s) { return part(a, s) * part(b, s); }); }
 DEVICE unsigned saturate(unsigned w)
@@ -380,7 +384,7 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
             RunningBlock& b = *(running[size++] = (RunningBlock*) calloc(1, sizeof(RunningBlock)));
             b.index = blocks[begun++];
             b.left = threads;
-            b.fibers = (Fiber*) calloc(threads, sizeof(Fiber));
+            b.fibers = (Fiber*) malloc(threads * sizeof(Fiber));
             b.warps = (Warp*) calloc((threads + 31) / 32, sizeof(Warp));
             b.shared = (char*) aligned_alloc(1024, SHARED_BYTES);
             b.stacks = (char*) malloc(threads * STACK_BYTES);
@@ -388,7 +392,10 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
             memset(b.shared, 0xff, SHARED_BYTES);
             for (unsigned t = 0; t < threads; t++)
             {
-                ucontext_t& context = b.fibers[t].context;
+                Fiber& f = b.fibers[t];
+                f.begun = f.done = false;
+                f.copies = f.groups = f.products = f.product_groups = 0;
+                ucontext_t& context = f.context;
                 getcontext(&context);
                 context.uc_stack.ss_sp = b.stacks + t * STACK_BYTES;
                 context.uc_stack.ss_size = STACK_BYTES;
@@ -426,3 +433,4 @@ static void launch(void (*kernel)(Argument), const Argument& a, Dim grid, unsign
     free(running);
     free(blocks);
 }
+#pragma GCC pop_options
