@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
+import jsonschema
 import torch
 from typer.testing import CliRunner, Result
 
@@ -25,6 +26,7 @@ from exl_cli.system.readings import DeviceMemory
 MS = 1_000_000  # nanoseconds
 
 SCHEMA = json.loads((Path(exl_cli.__file__).parent / "bench" / "schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA, format_checker=jsonschema.FormatChecker())
 
 
 class SilentDecoder:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import benchdata
-import jsonschema
 import pexpect
 import pytest
 import torch
-from benchfakes import FAILURE, SCHEMA, SHORT, BatchEngine, PacedEngine, PacedLoader, bench, stopping_after
+from benchfakes import FAILURE, SHORT, VALIDATOR, BatchEngine, PacedEngine, PacedLoader, bench, stopping_after
 from typer.testing import CliRunner
 
 from exl_cli.bench import outputs
@@ -31,7 +30,7 @@ from exl_cli.ui.console import flags
 def checked(text: str) -> Any:
     """JSON that follows the schema."""
     value = json.loads(text)
-    jsonschema.validate(value, SCHEMA, format_checker=jsonschema.FormatChecker())
+    VALIDATOR.validate(value)
     return value
 
 
