@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import shutil
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -527,6 +529,15 @@ def test_an_idle_model_is_unloaded_and_loaded_again(load: HeldLoader) -> None:
         until(lambda: server.metric("exl_model_loaded") == 0)
         assert len(load.loads) == 2
         assert any(line.startswith("unloaded fable-7m") for line in server.log)
+
+
+def test_an_unloaded_model_is_freed_however_long_models_may_idle(load: HeldLoader) -> None:
+    with serving({"fable-7m": None}, load, idle_seconds=3600) as server:
+        assert asked(server, "") == 200
+        model = weakref.ref(server.state.pool.loaded[0])
+        assert server.post("/v1/model/unload").status_code == 200
+        gc.collect()
+        assert model() is None
 
 
 def test_unloading_spares_a_model_in_use(held: Server, load: HeldLoader) -> None:

@@ -97,6 +97,7 @@ class ServedModel:
         created: Unix time of its loading.
         users: requests that hold it; it is not unloaded meanwhile.
         submitted: generations that its engine has, running and waiting.
+        idle_timer: unloads it, unless it is used before.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class ServedModel:
         self.users = self.submitted = 0
         self.last_used = time.monotonic()
         self.idle = asyncio.Event()
+        self.idle_timer: asyncio.TimerHandle | None = None
 
     @property
     def running(self) -> int:
@@ -223,7 +225,9 @@ class ModelPool:
         if not model.users:
             model.idle.set()
             if self._idle_seconds is not None:
-                asyncio.get_running_loop().call_later(self._idle_seconds, self._after_idling, model)
+                _cancel(model.idle_timer)  # of the request before
+                loop = asyncio.get_running_loop()
+                model.idle_timer = loop.call_later(self._idle_seconds, self._after_idling, model)
 
     # --- one at a time --------------------------------------------------------------------------------------------
 
@@ -258,6 +262,7 @@ class ModelPool:
         del self._loaded[model.name]
         if model.users:
             await model.idle.wait()
+        _cancel(model.idle_timer)
         gpus = model.engine.memory()
         before = await self._in_thread(lambda: _used(gpus))
         await self._in_thread(model.engine.close)
@@ -324,6 +329,11 @@ class ModelPool:
 def _used(gpus: Sequence[DeviceMemory]) -> int:
     """Bytes in use on these GPUs, by any program."""
     return sum(reading.used_bytes or 0 for reading in read_gpus(gpus))
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 def _seen(task: asyncio.Task[Any]) -> None:
