@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 from fakehub import FakeHub
 from fakes import ScriptedEngine
+from shallow import shallow, shallow_gptq
 
 import exl_cli
 from exl_cli import Model, Sampling, download, load, loader
@@ -229,8 +230,8 @@ def test_a_gpu_split_of_a_wrong_kind_is_refused(split: Any) -> None:
         load("fable-7m", gpu_split=split)
 
 
-def test_the_context_is_what_was_asked_for(gptq_dir: Path) -> None:
-    with load(gptq_dir, max_seq_len=40, engine="cpu") as model:
+def test_the_context_is_what_was_asked_for() -> None:
+    with load(shallow_gptq(), max_seq_len=40, engine="cpu") as model:
         assert model.context_length == 40
         assert model.facts["engine"] == "cpu"
         assert model.memory() == []
@@ -250,10 +251,10 @@ def test_closing_gives_the_engine_back_once(scripted) -> None:
 
 
 def test_download_follows_the_notebook(
-    tmp_path: Path, exl2_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files = {path.name: path.read_bytes() for path in exl2_dir.iterdir() if path.is_file()}
+    files = {path.name: path.read_bytes() for path in shallow().iterdir() if path.is_file()}
     with FakeHub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

@@ -12,6 +12,7 @@ import pytest
 import quantize
 import torch
 from safetensors.torch import load_file, save_file
+from shallow import shallow_gptq
 from typer.testing import CliRunner
 
 from exl_cli.cli.app import app
@@ -192,9 +193,9 @@ def test_groups_that_exllamav2_misreads_run_on_the_cpu(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_notes_contradictions_of_config_json(tmp_path: Path, gptq_dir: Path) -> None:
+def test_a_run_notes_contradictions_of_config_json(tmp_path: Path) -> None:
     """The fault as it was reported: 8 stored throughout, gptq declared, nonsense and exit code 0."""
-    folder = shutil.copytree(gptq_dir, tmp_path / "model")
+    folder = shutil.copytree(shallow_gptq(), tmp_path / "model")
     args = ["run", str(folder), "--engine", "cpu", "-p", "Tell me a story.", "--temperature", "0", "-n", "24"]
     right = CliRunner().invoke(app, args)
     tensors = load_file(folder / "model.safetensors")

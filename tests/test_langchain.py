@@ -20,7 +20,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.outputs import LLMResult
 from langchain_core.prompts import PromptTemplate
 from pydantic import ValidationError
-from shallow import shallow
+from shallow import shallow, shallow_gptq
 
 from exl_cli import Model, Sampling, load
 from exl_cli.errors import ExlError, ModelNotFoundError, PromptError, UsageError
@@ -178,10 +178,10 @@ def test_settings_in_each_of_their_forms(model: Model) -> None:
         llm.release()
 
 
-def test_another_model_for_one_call(llm: ExLlamaV2, gptq_dir: Path) -> None:
-    with load(gptq_dir, engine="cpu") as other:
+def test_another_model_for_one_call(llm: ExLlamaV2) -> None:
+    with load(shallow_gptq(), engine="cpu") as other:
         expected = other.generate(QUESTION, seed=1, max_new_tokens=12).text
-    assert llm.invoke(QUESTION, model=str(gptq_dir)) == expected != llm.invoke(QUESTION)
+    assert llm.invoke(QUESTION, model=str(shallow_gptq())) == expected != llm.invoke(QUESTION)
 
 
 def test_identifying_params_say_all_that_matters(llm: ExLlamaV2) -> None:

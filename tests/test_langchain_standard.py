@@ -15,7 +15,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from shallow import shallow
+from shallow import shallow, shallow_gptq
 
 from exl_cli.langchain import ChatExLlamaV2
 
@@ -25,7 +25,7 @@ DATA = Path(__file__).parent / "data"
 pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("ignore:.*is marked with '@pytest.mark.asyncio'")]
 
 PARAMETERS: dict[str, Any] = {"model": str(shallow()), "engine": "cpu", "seed": 5}
-ANOTHER = str(DATA / "fable-7m-gptq")
+ANOTHER = str(shallow_gptq())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import Recorder, collect
+from shallow import shallow
 
 from exl_cli import loader
 from exl_cli.api.engine_thread import EngineThread
@@ -23,8 +23,8 @@ STORY = "Once upon a time there was a little girl named Lily. She"
 
 
 @pytest.fixture(scope="module")
-def fable(exl2_dir: Path) -> Iterator[tuple[EngineThread, Tokenizer]]:
-    info = loader.resolve(str(exl2_dir))
+def fable() -> Iterator[tuple[EngineThread, Tokenizer]]:
+    info = loader.resolve(str(shallow()))
     tokenizer = Tokenizer(info.path)
     engine = EngineThread(loader.load(info, tokenizer, LoadOptions(engine="cpu"), Recorder()))
     yield engine, tokenizer

@@ -274,7 +274,7 @@ def test_arguments_that_are_not_utf8_are_refused_as_a_file_is(
 
 @pytest.mark.smoke
 def test_the_first_command_of_readme_on_the_real_model() -> None:
-    command = ["run", "--prompt", "Once upon a time", "--max-new-tokens", "64", "--seed", "1", "--json"]
+    command = ["run", "--prompt", "Once upon a time", "--max-new-tokens", "24", "--seed", "1", "--json"]
     result = exl(*command, "--max-seq-len", "2048")
     assert result.returncode == 0, result.stderr
     assert "--max-seq-len 2,048 exceeds the 1,024 tokens" in result.stderr

@@ -108,7 +108,7 @@ def write(folder: Path, variant: Variant, seed: int = 0) -> dict[str, Tensor]:
     return dict(state)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=20)
 def _tensors(variant: Variant, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors as they are stored, and as they are meant."""
     rng = np.random.default_rng(seed)
