@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
-from exl_cli.engines.base import Engine, Event, Request
+from exl_cli.engines.base import Engine, Event, Request, TokenLogprobs
 from exl_cli.engines.response import Step
 from exl_cli.errors import EngineError, ExitCode, OutOfMemoryError, brief
 from exl_cli.models.info import ModelInfo
@@ -479,6 +480,36 @@ def test_an_engine_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     result = batch(SmallLoader(" yes"), prompts, "-o", tmp_path / "out.jsonl")
     assert result.exit_code == 8
     assert len(answers(tmp_path / "out.jsonl")) < 16
+
+
+class RememberingEngine(ScriptedEngine):
+    """Counts the log-probabilities of earlier responses that are still in memory."""
+
+    most_kept = 0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: weakref.WeakSet[TokenLogprobs] = weakref.WeakSet()
+
+    def _steps(self, request: Request, is_cancelled: Callable[[], bool]) -> Generator[Step, None, None]:
+        self.most_kept = max(self.most_kept, len(self.kept))
+        logprobs = TokenLogprobs(1, -float(request.seed))
+        self.kept.add(logprobs)
+        yield Step((1,), prompt_seconds=0.5, logprobs=(logprobs,))
+
+
+class RememberingLoader(ScriptedLoader):
+    def __call__(self, info: ModelInfo, tokenizer: Tokenizer, *args: object, **more: object) -> Engine:
+        self.engines.append(RememberingEngine(tokenizer, "", info.context_length))
+        return self.engines[-1]
+
+
+def test_what_is_written_is_not_kept_in_memory(tmp_path: Path) -> None:
+    loader = RememberingLoader("")
+    prompts = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{i}", "logprobs": True, "max_tokens": 1} for i in range(40)))
+    assert batch(loader, prompts, "-o", tmp_path / "out.jsonl").exit_code == 0
+    assert len(answers(tmp_path / "out.jsonl")) == 40
+    assert loader.engines[0].most_kept < 10  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

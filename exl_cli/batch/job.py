@@ -350,6 +350,7 @@ class Job:
         self._show()
 
     def _write(self, slot: Slot, line: bytes) -> None:
+        slot.task = None  # the window keeps the slot, but should not keep its chunks
         if not self._options.ordered:
             self._sink.append(line)
             return

@@ -52,7 +52,7 @@ class Slot:
     Attributes:
         index: its number among the rows to answer, from 0.
         row: the row.
-        task: its task; None if it could not be prepared.
+        task: its task; None if it could not be prepared, or once its row has a line.
         error: why not.
     """
 
