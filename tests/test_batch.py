@@ -4,21 +4,29 @@ import gzip
 import json
 import os
 import shutil
+import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import ScriptedEngine, ScriptedLoader
+from helpers import until
 from typer.testing import CliRunner, Result
 
+from exl_cli.batch.passes import prepare
+from exl_cli.batch.prompts import Settings
+from exl_cli.batch.rows import Row
+from exl_cli.batch.windows import Windows
 from exl_cli.cli.app import app
 from exl_cli.cli.options import State
 from exl_cli.engines.base import Engine, Event, Request, TokenLogprobs
 from exl_cli.engines.response import Step
-from exl_cli.errors import EngineError, ExitCode, OutOfMemoryError, brief
+from exl_cli.errors import EngineError, ExitCode, OutOfMemoryError, PromptError, brief
+from exl_cli.loader import resolve
 from exl_cli.models.info import ModelInfo
+from exl_cli.models.load_options import LoadOptions
 from exl_cli.models.tokenizer import Tokenizer
 
 FINISHED_WITH_FAILURES = 14
@@ -480,6 +488,28 @@ def test_an_engine_that_only_fails_ends_the_job(tmp_path: Path) -> None:
     result = batch(SmallLoader(" yes"), prompts, "-o", tmp_path / "out.jsonl")
     assert result.exit_code == 8
     assert len(answers(tmp_path / "out.jsonl")) < 16
+
+
+class SlowPipe:
+    """A row, then nothing more until it is closed."""
+
+    name, before, expected = "a pipe", 0, None
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def __iter__(self) -> Iterator[Row]:
+        yield Row(1, "first", 1, 1, error=PromptError("the prompt is empty"))
+        self.closed.wait(60)
+
+
+def test_an_idle_engine_gets_what_a_slow_pipe_has_brought() -> None:
+    pipe = SlowPipe()
+    preparer, _ = prepare(resolve("fable-7m"), Settings(), LoadOptions(engine="cpu"))
+    windows = Windows(pipe, preparer, lambda: None, patience=0)
+    until(lambda: bool(window := windows.poll(is_idle=True)) and [slot.row.custom_id for slot in window] == ["first"])
+    pipe.closed.set()
+    until(lambda: windows.poll() is None)
 
 
 class RememberingEngine(ScriptedEngine):

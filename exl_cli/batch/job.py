@@ -205,7 +205,7 @@ class Job:
     def _slots(self) -> Iterator[Slot]:
         while not self.is_stopped:
             try:
-                window = self._windows.poll()
+                window = self._windows.poll(is_idle=self._has_room())
             except ExlError as error:
                 self._unreadable = error
                 return

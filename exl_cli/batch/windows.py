@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,8 @@ from exl_cli.errors import ExlError, brief
 # A window ends at this many rows, or once its prompts have this many tokens.
 WINDOW_ROWS = 2048
 _WINDOW_TOKENS = 1 << 20
+# Seconds after its first row before an idle engine gets it as it is.
+_PATIENCE = 1.0
 # Prompts that share this many first tokens are computed one after the other.
 _SHARED = 32
 
@@ -144,21 +147,37 @@ class Windows:
         preparer: turns them into tasks.
         wake: called when `poll` has something.
         is_sorted: whether to sort each window.
+        patience: seconds that an idle engine waits for a window to fill.
     """
 
-    def __init__(self, rows: Rows, preparer: Preparer, wake: Callable[[], None], *, is_sorted: bool = True) -> None:
-        self._rows, self._preparer, self._is_sorted = rows, preparer, is_sorted
+    def __init__(
+        self,
+        rows: Rows,
+        preparer: Preparer,
+        wake: Callable[[], None],
+        *,
+        is_sorted: bool = True,
+        patience: float = _PATIENCE,
+    ) -> None:
+        self._rows, self._preparer, self._is_sorted, self._patience = rows, preparer, is_sorted, patience
         self._ready: queue.Queue[list[Slot] | BaseException | None] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
         self._wake = wake
+        self._lock = threading.Lock()
+        self._window, self._tokens, self._begun = list[Slot](), 0, 0.0  # the window being read
         threading.Thread(target=self._run, name="exl-batch-input", daemon=True).start()
 
-    def poll(self) -> list[Slot] | None:
-        """The next window; empty if it is not ready yet, None after the last. Raises errors of the input."""
+    def poll(self, *, is_idle: bool = False) -> list[Slot] | None:
+        """The next window; empty if it is not ready yet, None after the last. Raises errors of the input.
+
+        Args:
+            is_idle: there is nothing else to do: a window that takes long to fill, as from a slow pipe, ends now.
+        """
         try:
             item = self._ready.get_nowait()
         except queue.Empty:
-            return []
+            is_late = is_idle and time.monotonic() - self._begun >= self._patience
+            return self._take() if is_late else []
         if isinstance(item, BaseException):
             raise item
         return item
@@ -172,7 +191,8 @@ class Windows:
     def _run(self) -> None:
         try:
             for window in self._windows():
-                self._put(window)
+                if window:
+                    self._put(window)
                 if self._stopped.is_set():
                     return
             self._put(None)
@@ -184,26 +204,33 @@ class Windows:
         self._wake()
 
     def _windows(self) -> Iterator[list[Slot]]:
-        window: list[Slot] = []
-        tokens = index = 0
+        index = 0
         try:
             for row in self._rows:
                 if row is not None:
-                    slot = self._slot(index, row)
-                    window.append(slot)
+                    self._add(self._slot(index, row))
                     index += 1
-                    tokens += 0 if slot.task is None else sum(len(request.ids) for request in slot.task.requests)
-                if window and (row is None or len(window) >= WINDOW_ROWS or tokens >= _WINDOW_TOKENS):
-                    yield self._sorted(window)
-                    window, tokens = [], 0
+                if row is None or len(self._window) >= WINDOW_ROWS or self._tokens >= _WINDOW_TOKENS:
+                    yield self._take()
                 if self._stopped.is_set():
                     return
         except ExlError:  # the input breaks off: answer what was read before
-            if window:
-                yield self._sorted(window)
+            yield self._take()
             raise
-        if window:
-            yield self._sorted(window)
+        yield self._take()
+
+    def _add(self, slot: Slot) -> None:
+        with self._lock:
+            if not self._window:
+                self._begun = time.monotonic()
+            self._window.append(slot)
+            self._tokens += 0 if slot.task is None else sum(len(request.ids) for request in slot.task.requests)
+
+    def _take(self) -> list[Slot]:
+        """End the window being read, which may be empty."""
+        with self._lock:
+            window, self._window, self._tokens = self._window, [], 0
+        return self._sorted(window)
 
     def _slot(self, index: int, row: Row) -> Slot:
         try:
