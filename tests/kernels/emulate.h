@@ -83,7 +83,9 @@ static void __syncthreads() { meet(running_block->count, running_block->phase, b
 template <unsigned COUNT> static void meet() { meet(running_block->met, running_block->meeting, COUNT); }
 static void __syncwarp() { Warp& w = running_block->warps[current / 32]; meet(w.count, w.phase, 32); }
 
-INLINED float half_to_float(unsigned short h) { _Float16 f; memcpy(&f, &h, 2); return (float) f; }
+// Not by way of _Float16, which g++ widens to double in a function of its library where that is what the float becomes.
+typedef short Halves __attribute__((vector_size(16)));
+INLINED float half_to_float(unsigned short h) { return __builtin_ia32_vcvtph2ps(Halves{(short) h})[0]; }
 INLINED unsigned short float_to_half(float f) { _Float16 h = (_Float16) f; unsigned short b; memcpy(&b, &h, 2); return b; }
 DEVICE float to_float(unsigned short h) { return half_to_float(h); }
 DEVICE unsigned short nearest_half(float f) { return float_to_half(f); }
