@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -273,6 +274,7 @@ def test_forty_turns_trim_the_prompt_and_leak_nothing(begin: Begin, tmp_path: Pa
         known = chat.model.encoder.known
         assert len(known.ids) <= context
         assert len(known.marks) <= 2 + 2 * len(chat.session.turns[chat.session.dropped :])
+    gc.collect()
     growth = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     session = chat.session
