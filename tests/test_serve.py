@@ -533,11 +533,15 @@ def test_an_idle_model_is_unloaded_and_loaded_again(load: HeldLoader) -> None:
 
 def test_an_unloaded_model_is_freed_however_long_models_may_idle(load: HeldLoader) -> None:
     with serving({"fable-7m": None}, load, idle_seconds=3600) as server:
+        before = set(threading.enumerate())
         assert asked(server, "") == 200
+        threads = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("exl-")}
+        assert threads
         model = weakref.ref(server.state.pool.loaded[0])
         assert server.post("/v1/model/unload").status_code == 200
         gc.collect()
         assert model() is None
+        until(lambda: not any(thread.is_alive() for thread in threads))
 
 
 def test_unloading_spares_a_model_in_use(held: Server, load: HeldLoader) -> None:

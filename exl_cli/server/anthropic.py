@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Annotated, Any
 
@@ -49,4 +48,4 @@ async def count_tokens(request: Request, state: State) -> dict[str, int]:
     """How many tokens a conversation comes to."""
     body = CountBody.parse(await request.body())
     async with accept(state, body.model) as model:
-        return await asyncio.to_thread(body.tokens, model)
+        return await model.in_thread(body.tokens, model)

@@ -91,7 +91,7 @@ async def _running(
     """The job of a body and its chunks; what is left of it is cancelled on leaving."""
     async with accept(state, body.model, body.count) as model:
         # Templates render in another process, and long texts take a while to tokenize.
-        job = await asyncio.to_thread(job_of, model)
+        job = await model.in_thread(job_of, model)
         requests = job.requests
         if state.settings.prefix_cache_per_key:
             requests = [dataclasses.replace(r, cache_salt=f"{caller.get()}\n{r.cache_salt}") for r in requests]

@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 # Sequences that the KV cache gets room for where nobody says how many: the first of these that fits.
 _SEQUENCES = (8, 4, 2)
+# Prompts of a model that are rendered and tokenized at the same time.
+_PROMPT_THREADS = 8
 
 
 class Catalog:
@@ -110,6 +112,20 @@ class ServedModel:
         self.last_used = time.monotonic()
         self.idle = asyncio.Event()
         self.idle_timer: asyncio.TimerHandle | None = None
+        self._threads = ThreadPoolExecutor(_PROMPT_THREADS, "exl-prompt")
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that renders or tokenizes.
+
+        In a thread that ends with the model: in each thread, `tokenizers` caches up to 10,000 words (some 5 MB) of each
+        tokenizer, and frees them only when the thread ends.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def close(self) -> None:
+        """Close the engine and end the threads; waits for the engine."""
+        self._threads.shutdown(wait=False)
+        self.engine.close()
 
     @property
     def running(self) -> int:
@@ -189,7 +205,7 @@ class ModelPool:
         for model in self.loaded:
             model.engine.close(wait=False)
         for model in self.loaded:
-            await self._in_thread(model.engine.close)
+            await self._in_thread(model.close)
         self._loaded.clear()
 
     async def _hold(self, name: str | None) -> ServedModel:
@@ -265,7 +281,7 @@ class ModelPool:
         _cancel(model.idle_timer)
         gpus = model.engine.memory()
         before = await self._in_thread(lambda: _used(gpus))
-        await self._in_thread(model.engine.close)
+        await self._in_thread(model.close)
         after = await self._in_thread(lambda: _used(gpus))
         freed = f"; {gib(before - after)} of GPU memory freed, {gib(after)} still in use" if gpus else ""
         self._observer.note(f"unloaded {model.name}{freed}")

@@ -174,7 +174,7 @@ async def decode(body: DecodeRequest, state: State) -> dict[str, Any]:
         wrong = next((id_ for id_ in body.tokens if not 0 <= id_ < size), None)
         if wrong is not None:
             raise ApiError(400, f"{wrong} is not a token of {model.name}; its ids are below {size:,}", param="tokens")
-        text = await asyncio.to_thread(model.tokenizer.decode, body.tokens)
+        text = await model.in_thread(model.tokenizer.decode, body.tokens)
     return {"text": text, "prompt": text, "content": text}
 
 
@@ -189,7 +189,7 @@ async def _encoded(
     if body.add_generation_prompt is not None:
         add_generation_prompt = body.add_generation_prompt
     async with state.use(body.model) as model:
-        ids = await asyncio.to_thread(_encode, model, given, add_special, add_generation_prompt)
+        ids = await model.in_thread(_encode, model, given, add_special, add_generation_prompt)
         return {"tokens": ids, "length": len(ids), "count": len(ids), "max_model_len": model.context_length}
 
 
