@@ -36,6 +36,8 @@ from exl_cli.sampling import PRESETS, build
 
 # Default of `exl run`.
 _MAX_NEW_TOKENS = 512
+# Names of ignored fields to remember: each row may have others.
+_MOST_IGNORED = 1024
 
 _CODES: dict[type[BaseException], str] = {
     ContextLengthError: "context_length_exceeded",
@@ -164,7 +166,7 @@ class Preparer:
 
     Attributes:
         has_chat_template: the model has one.
-        ignored: names of fields in rows that were ignored as unknown.
+        ignored: names of fields in rows that were ignored as unknown, a thousand of them at most.
     """
 
     def __init__(self, model: BatchModel, settings: Settings) -> None:
@@ -254,5 +256,6 @@ class Preparer:
         # Readers of JSON that use doubles represent integers of up to 53 bits exactly.
         seed = hashed("seed", str(self._settings.seed), f"{row.key:016x}") >> 11
         body: Body = kind.parse(sent, {**defaults, "seed": seed})
-        self.ignored.update(body.ignored)
+        if len(self.ignored) < _MOST_IGNORED:
+            self.ignored.update(body.ignored)
         return body
