@@ -247,5 +247,5 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
 def test_a_file_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.json").open("wb") as stream:
         stream.truncate(1 << 40)
-    with pytest.raises(DiskError, match="larger than 64 MiB"):
+    with pytest.raises(DiskError, match="larger than 1024 MiB"):
         SessionStore(tmp_path).load("huge")

@@ -30,8 +30,9 @@ VERSION = 1
 Role = Literal["user", "assistant"]
 Ending = FinishReason | Literal[""]
 
-# Largest session file to read, in bytes: about a hundred thousand turns. It is read into memory at once.
-_MOST_BYTES = 64 << 20
+# Largest session file to read, in bytes: far more than a conversation with many attachments has, as what was saved must
+# load. It is read into memory at once.
+_MOST_BYTES = 1 << 30
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 # In bytes. File systems allow 255; this leaves room for ".json" and a number that makes the name unique.
 _LONGEST_NAME = 240

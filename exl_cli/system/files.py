@@ -69,11 +69,14 @@ def read_file(path: Path, *, limit: int = LARGEST_TEXT, pipes: bool = False) -> 
         OSError: unreadable, not a regular file, or larger than `limit`.
     """
     _refuse_null_byte(path)
-    mode = path.stat().st_mode  # before opening: opening a pipe blocks until it has a writer
+    status = path.stat()  # before opening: opening a pipe blocks until it has a writer
+    mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not (stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode))):
         raise OSError(errno.EINVAL, f"it is a device{'' if pipes else ' or a pipe'}", str(path))
+    if status.st_size > limit:
+        raise _too_large(limit)
     with path.open("rb") as stream:
         return read_stream(stream, limit)
 
@@ -88,11 +91,15 @@ def read_text(path: Path) -> str:
     return io.StringIO(read_file(path).decode("utf-8"), newline=None).read()
 
 
+def _too_large(limit: int) -> OSError:
+    return OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB")
+
+
 def read_stream(stream: BinaryIO, limit: int = LARGEST_TEXT) -> bytes:
     """Read a stream to its end, or raise OSError after `limit` bytes."""
     data = stream.read(limit + 1)
     if len(data) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB")
+        raise _too_large(limit)
     return data
 
 
