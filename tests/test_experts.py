@@ -285,7 +285,7 @@ def test_mixtures_of_gptq(
 def test_mixtures_of_exl2(
     run: Run, rows: int, shape: tuple[int, int, int], bits: tuple[int, ...], scale: float, inner: int
 ) -> None:
-    """Each matrix has an order and widths of its own."""
+    """Every matrix has another order and other widths."""
     rng = np.random.default_rng(rows)
     heights = [((96, 64, 96), (32, 64)), ((32, 160, 64), (32, 32)), ((128, 64, 64), (64, 32))]
     made = [

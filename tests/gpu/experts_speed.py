@@ -26,7 +26,7 @@ BANDWIDTH, FLOPS = 4.3e12, 758e12
 
 
 def matrix(k: int, n: int, *, exl2: bool, device: torch.device) -> QuantizedMatrix:
-    """Four bits, in an order of its own."""
+    """A 4-bit matrix with a random order of rows."""
 
     def integers(rows: int, columns: int) -> torch.Tensor:
         return torch.randint(-(1 << 31), 1 << 31, (rows, columns), dtype=torch.int64, device=device).to(torch.int32)

@@ -16,7 +16,7 @@ def nothing() -> None:
 
 
 def in_thread(work: Callable[[], None]) -> None:
-    """Run in a thread and on a stream of its own, to its end, after what the current stream has been given."""
+    """Run to its end in a new thread, on a new stream, once all GPU work so far is done."""
     torch.cuda.synchronize()
     errors: list[BaseException] = []
 

@@ -119,7 +119,7 @@ struct Dispatch
     const u16* x;           // rows of `dim` numbers, a multiple of 8
     const u32* sources;     // of each slot: row | expert << 16
     const Matrix* matrix;   // two of each expert, which say where their rows lie and in which order
-    u32 dim, orders;        // the second has rows of its own where there are two
+    u32 dim, orders;        // orders of the input: 2 if gates want another than what they gate
     u32 wgmma;              // whether the products are computed with WGMMA
 };
 

@@ -118,7 +118,7 @@ class ExpertOperation:
         rows: tokens, at most `many_rows.MOST_ROWS`.
         routing: has tiles of `many_rows.expert_rows` rows.
         activation: a pair's.
-        splits: parts of k, each with an output of its own, one row per slot, still to be added; set by `Launcher.bind`.
+        splits: parts of k, each with a separate output, one row per slot, still to be added; set by `Launcher.bind`.
     """
 
     table: ExpertTable

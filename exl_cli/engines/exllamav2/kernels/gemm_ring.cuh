@@ -20,7 +20,7 @@ const u32 SCRATCH = 1024;                                           // before th
 struct Tile { u32 which, column0, row0, end; };
 
 // All chunks of all tiles in one line, as below. Tiles stay whole, or each is split among as many blocks, whose sums go to
-// outputs of their own.
+// separate outputs.
 struct Schedule
 {
     u32 chunks, row_tiles, splits, tiles, quota, longer;

@@ -29,7 +29,7 @@ struct Products
     const RowTile* tiles;
     const u32* row_tiles;   // how many there are
     u32 activation;         // of a gate: 0 SiLU, 1 GELU (tanh)
-    u32 splits;             // of each tile, along k; each needs a block of its own if there are several; 1 with PAIRED
+    u32 splits;             // of each tile, along k; if there are several, each needs its own block; 1 with PAIRED
     u32 split_rows;         // rows of the output from one split's sums to the next one's
 };
 
