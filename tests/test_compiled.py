@@ -91,5 +91,5 @@ def test_all_kernels_compile(library: Any, capability: tuple[int, int]) -> None:
     plan = decode_attention.plan(4, 1, 32, 8, 4096, 100)
     compile_(decode_attention.FILE, plan.defines(128, 256), plan.shared_bytes(128))
     compile_(norm_rope.FILE, {}, 0)
-    compile_(experts.FILE, {}, experts.route_bytes(experts.MOST_EXPERTS))
+    compile_(experts.FILE, experts.DEFINES, experts.route_bytes(experts.MOST_EXPERTS))
     compile_(sample.FILE, {}, sample.SHARED_BYTES)

@@ -54,7 +54,7 @@ def route(run: Run, logits: Tensor, product: Product, *, normalized: bool) -> Ro
     rows = len(logits)
     routing = poisoned(rows * product.chosen, logits.device)
     argument = experts.route(logits, routing, rows, product, normalized=normalized)
-    build = Variant({}, experts.route_bytes(product.experts), experts.FILE, "route")
+    build = Variant(experts.DEFINES, experts.route_bytes(product.experts), experts.FILE, "route")
     run(build, "Route", argument, 1, experts.ROUTE_THREADS)
     assert all(int(tensor[-1]) == -1 for tensor in routing[:3])
     return routing
@@ -184,7 +184,7 @@ def mixture(
         tiles = many_rows.expert_rows(product, rows) // 8
         return configs(product) if configs else GemmConfig(4, 1, tiles, 2 if product.paired else 1, 2, 1)
 
-    build = Variant({}, 2 * hidden, experts.FILE, "dispatch")
+    build = Variant(experts.DEFINES, 2 * hidden, experts.FILE, "dispatch")
     dispatched = experts.dispatch(x, routing, first, wgmma=config(gate_up).wgmma)
     run(build, "Dispatch", dispatched, rows * chosen, threads)
     operations = [ExpertOperation(first, rows, routing, activation), ExpertOperation(second, rows, routing)]
@@ -205,7 +205,13 @@ def mixture(
         assert written[-1].isnan().all()
     assert outs[operations[1].splits * rows * chosen :].isnan().all()
     to = torch.cat([residual, torch.full_like(residual[:1], float("nan"))])
-    run(Variant({}, 0, experts.FILE, "combine"), "Combine", experts.combine(operations[1], to), rows, threads)
+    run(
+        Variant(experts.DEFINES, 0, experts.FILE, "combine"),
+        "Combine",
+        experts.combine(operations[1], to),
+        rows,
+        threads,
+    )
     assert to[-1].isnan().all()
     return to[:-1].double()
 

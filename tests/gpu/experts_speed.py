@@ -9,14 +9,14 @@ if that takes longer, as an H200 reaches them. Weights are random, and so are th
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from exl_cli.engines.exllamav2.graphs import captured
 from exl_cli.engines.exllamav2.kernels.quantized_linear import ROWS, Product, QuantizedMatrix
-from exl_cli.engines.exllamav2.kernels.tuning import Tuner
+from exl_cli.engines.exllamav2.kernels.tuning import Tuner, shortest_microseconds
 from exl_cli.engines.exllamav2.mixtures import Mixtures
 
 # Hidden and inner size, experts, experts of a token, layers.
@@ -84,25 +84,12 @@ def main() -> None:
     with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
         for rows in map(int, options.rows.split(",")):
             x, states = (torch.randn((rows, hidden), device=device).half() for _ in range(2))
-            launches = [launch for it in mixtures for launch in own.bind(it, x, states, rows)]
-
-            def work(launches: list[Any] = launches) -> None:
-                for launch in launches:
-                    launch(torch.cuda.current_stream().cuda_stream)
-
-            work()
-            graph = captured(work)
-            times = []
-            for _ in range(REPEATS):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                times.append(1000 * float(begin.elapsed_time(end)) / layers)
+            stream = torch.cuda.current_stream().cuda_stream
+            launches = [partial(launch, stream) for it in mixtures for launch in own.bind(it, x, states, rows)]
+            time = shortest_microseconds(launches, REPEATS) / layers
             logits = x.float() @ mixtures[0].router.float().T
             used = len(logits.topk(chosen).indices.unique())
-            print(f"{rows:5} {min(times):9.1f} floor {floor(shape, rows, used, each):9.1f}  {used} experts")
+            print(f"{rows:5} {time:9.1f} floor {floor(shape, rows, used, each):9.1f}  {used} experts")
 
 
 if __name__ == "__main__":

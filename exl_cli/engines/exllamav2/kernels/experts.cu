@@ -6,7 +6,8 @@
 #include "device.cuh"
 #include "matrix.cuh"
 
-const u32 MOST_EXPERTS = 256, OF_A_LANE = MOST_EXPERTS / 32, MOST_ROWS = 512, MASKS = MOST_ROWS / 32;
+// Compiled with MOST_EXPERTS and MOST_ROWS, tokens at once; multiples of 32.
+const u32 OF_A_LANE = MOST_EXPERTS / 32, MASKS = MOST_ROWS / 32;
 
 struct Route
 {

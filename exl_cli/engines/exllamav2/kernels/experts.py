@@ -21,6 +21,7 @@ from exl_cli.engines.exllamav2.kernels.quantized_linear import MatrixArgument, P
 FILE = "experts.cu"
 ROUTE_THREADS = 1024
 MOST_EXPERTS, MOST_CHOSEN = 256, 32
+DEFINES = {"MOST_EXPERTS": MOST_EXPERTS, "MOST_ROWS": many_rows.MOST_ROWS}
 _MASK_BYTES = 4 * many_rows.MOST_ROWS // 32
 _MOST_SPLITS = 8
 
@@ -212,7 +213,7 @@ def combine(operation: ExpertOperation, to: torch.Tensor) -> CombineArgument:
 
 def kernel(name: str, device: torch.device, shared_bytes: int = 0) -> Kernel:
     """A kernel of experts.cu."""
-    return Kernel(FILE, name, {}, device, shared_bytes)
+    return Kernel(FILE, name, DEFINES, device, shared_bytes)
 
 
 def trials(products: Sequence[Product], rows: int, device: torch.device) -> list[ExpertOperation]:

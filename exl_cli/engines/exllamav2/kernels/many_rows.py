@@ -289,8 +289,6 @@ def builds(product: Product, rows: int, shared_bytes: int, *, wgmma: bool) -> di
     """
     all_builds: dict[Config, Variant] = {}
     if product.experts:
-        # Many rows are computed in blocks.
-        rows = min(rows, MOST_ROWS)
         return {config: variant(product, config) for config in configs(product, rows, shared_bytes, wgmma=wgmma)}
     for tile, build in quantized_linear.builds(product, rows, shared_bytes).items():
         all_builds[tile] = build

@@ -84,7 +84,7 @@ class Tuner:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return float(known[key])
         works = make()
-        time = _microseconds(works) / len(works)
+        time = shortest_microseconds(works) / len(works)
         self._write({**known, key: round(time, 2)})
         return time
 
@@ -183,7 +183,7 @@ class Tuner:
         times = {}
         for config in builds:
             launches = [partial(_on_current_stream, self._launcher.bind(each, config)) for each in operations]
-            times[config] = _microseconds(launches) / len(operations)
+            times[config] = shortest_microseconds(launches) / len(operations)
         return times
 
     def _trials(self, alike: Sequence[Product], rows: int) -> Sequence[Operation | ExpertOperation]:
@@ -241,7 +241,7 @@ def _source_key() -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
-def _microseconds(works: Sequence[Callable[[], None]]) -> float:
+def shortest_microseconds(works: Sequence[Callable[[], None]], repeats: int = _REPEATS) -> float:
     """The shortest time of a few runs of all, in a CUDA graph, so that launch overhead is not measured."""
     # The model's own stream if possible, as cuBLAS allocates a workspace for each. The default one cannot be captured.
     stream = before = torch.cuda.current_stream()
@@ -257,7 +257,7 @@ def _microseconds(works: Sequence[Callable[[], None]]) -> float:
         all_of_them()
         graph = captured(all_of_them)
         times = []
-        for _ in range(_REPEATS):
+        for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             graph.replay()
